@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Examining chains: what is wrong between files, and that everything wrong inside one is passed on."""
+"""Checking chains: findings about the relation between files, and findings of single files passed on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CHS = (120, 4, 17)
 
 
 def codes(path: Path) -> dict[str, Severity]:
-    """What check says, by code."""
+    """The codes of the findings."""
     return {one.code: one.severity for one in vhdkit.check(path)}
 
 
@@ -27,7 +27,7 @@ def parent(**fields: object) -> Vhd:
 
 
 def test_a_chain_we_made_is_clean(tmp_path: Path) -> None:
-    """Images of our own, with content, give no finding."""
+    """Our own images, with content, have no findings."""
     path = tmp_path / "base.vhd"
     vhdkit.create_image(path, 5 << 20)
     for name in ("a.avhd", "b.avhd"):
@@ -39,8 +39,8 @@ def test_a_chain_we_made_is_clean(tmp_path: Path) -> None:
     assert vhdkit.check(path) == []
 
 
-def test_a_raw_image_has_little_to_say(tmp_path: Path) -> None:
-    """A raw image is clean; a part sector at its end is a note."""
+def test_findings_of_a_raw_image(tmp_path: Path) -> None:
+    """A raw image is sound; a partial sector at its end is a note."""
     (tmp_path / "a.img").write_bytes(bytes(1024))
     (tmp_path / "b.img").write_bytes(bytes(1000))
     assert codes(tmp_path / "a.img") == {}
@@ -59,7 +59,7 @@ def test_missing_and_wrong_parents_are_errors(tmp_path: Path) -> None:
 
 
 def test_faults_of_every_layer_are_listed_with_their_file(tmp_path: Path) -> None:
-    """A fault in a parent is a finding about the parent's file."""
+    """A fault in a parent is reported for the parent's file."""
     leaf = child(chs=CHS).build().write(tmp_path / "child.avhd")
     blocks = {0: Block(pattern(8192), bits_of({0}, 2 << 20))}
     base = parent(blocks=blocks).build().write(tmp_path / "parent.vhd")
@@ -67,7 +67,7 @@ def test_faults_of_every_layer_are_listed_with_their_file(tmp_path: Path) -> Non
     assert finding.code == "hidden-data" and finding.path == str(base)
 
 
-def test_sizes_that_differ_are_told(tmp_path: Path) -> None:
+def test_different_sizes_are_reported(tmp_path: Path) -> None:
     """A larger child is a note, a smaller one a warning."""
     parent().build().write(tmp_path / "parent.vhd")
     larger = child(size=8 << 20, chs=(240, 4, 17)).build().write(tmp_path / "l.avhd")
@@ -90,7 +90,7 @@ def test_the_length_of_a_raw_parent_is_no_finding(tmp_path: Path, size: int) -> 
 
 
 def test_loops_are_found(tmp_path: Path) -> None:
-    """Two images that are each other's parents: an error, not a hang."""
+    """Two images that are each other's parents are an error, and the check ends."""
     ids = [uuid.UUID(int=1).bytes, uuid.UUID(int=2).bytes]
     for number in (0, 1):
         image = child(f"{1 - number}.vhd", unique_id=ids[number], parent_id=ids[1 - number], chs=CHS)
@@ -99,23 +99,23 @@ def test_loops_are_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 100, 511, 512, 1500])
-def test_a_cut_file_is_a_finding(tmp_path: Path, size: int) -> None:
-    """A `.vhd` that is cut short is an error of the image, told in one finding."""
+def test_a_truncated_file_is_a_finding(tmp_path: Path, size: int) -> None:
+    """A `.vhd` that was truncated is an error of the image, reported in one finding."""
     path = parent().build().write(tmp_path / "cut.vhd")
     with path.open("r+b") as file:
         file.truncate(size)
     assert Severity.ERROR in codes(path).values()
 
 
-def test_an_image_in_use_is_not_examined(tmp_path: Path) -> None:
-    """What is being written cannot be judged."""
+def test_an_image_in_use_is_not_checked(tmp_path: Path) -> None:
+    """An image that is being written to is not judged."""
     vhdkit.create_image(tmp_path / "a.vhd", 1 << 20)
     with vhdkit.open_disk(tmp_path / "a.vhd", writable=True), pytest.raises(errors.ImageInUse):
         vhdkit.check(tmp_path / "a.vhd")
 
 
-def test_progress_adds_the_layers_up(tmp_path: Path) -> None:
-    """A chain's progress never goes back: each parent adds to what there is to do."""
+def test_progress_covers_all_layers(tmp_path: Path) -> None:
+    """The progress of a chain never goes back: each parent adds to the total."""
     paths = [tmp_path / name for name in ("leaf.avhd", "base.vhd")]
     vhdkit.create_image(paths[1], 8 << 20)
     with vhdkit.open_disk(paths[1], writable=True) as disk:
@@ -123,6 +123,6 @@ def test_progress_adds_the_layers_up(tmp_path: Path) -> None:
     vhdkit.create_child(paths[0], paths[1])
     with vhdkit.open_disk(paths[0], writable=True) as disk:
         disk.write(3 << 20, b"x")
-    told: list[tuple[int, int]] = []
-    vhdkit.check(paths[0], progress=lambda done, total: told.append((done, total)))
-    assert told == [(2 << 20, 8 << 20), (8 << 20, 16 << 20)]
+    seen: list[tuple[int, int]] = []
+    vhdkit.check(paths[0], progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(2 << 20, 8 << 20), (8 << 20, 16 << 20)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `check` warns of, `check --repair` clears; or the warning itself says that it does not, and why."""
+"""`check --repair` clears what `check` warns of, or the warning itself says that it does not, and why."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ CHS = (120, 4, 17)
 TWO = {0: Block(pattern(BLOCK)), 1: Block(pattern(512))}
 XEN = {"creator": b"tap\0", "creator_version": 0x00010003}
 PARENT_ID = child().parent_id
-# Warnings about what is beside an image, or about programs: their messages say what helps, and that a repair does not.
+# Warnings about an image's surroundings or about programs: they say what helps, and that a repair does not.
 BESIDE = {
     "parent-written", "children-unseen", "no-locks", "undo-log-ignored", "merge-record-ignored", "merge-unfinished",
     "notes-unwritten", "image-inside",
 }  # fmt: skip
-# A repair takes these back or forgets them, as docs/recovery.md shows and tests/test_recovery.py types.
+# A repair undoes or discards these, as docs/recovery.md shows and tests/test_recovery.py executes.
 TYPED = {"change-unfinished", "notes-left-out"}
 NOT_OF_CHECK = {"child-not-marked", "trusted-folders-ignored"}
 
 
 def dynamic(**fields: object) -> Vhd:
-    """A sound disk but for the fields."""
+    """A sound disk except for the given fields."""
     return Vhd(**({"chs": CHS, "blocks": TWO} | fields))  # type: ignore[arg-type]  # names are Vhd's
 
 
 def leaf(**fields: object) -> Vhd:
-    """A sound child but for the fields."""
+    """A sound child except for the given fields."""
     return child(**({"chs": CHS, "blocks": TWO} | fields))  # type: ignore[arg-type]  # names are Vhd's
 
 
 def moved_names() -> Vhd:
-    """A child whose name lies behind its blocks."""
+    """A child whose parent's name is stored behind its blocks."""
     return leaf(locators={0: Locator(b"W2ru", ".\\parent.vhd".encode("utf-16-le"), offset=6 * MIB)})
 
 
@@ -79,13 +79,13 @@ IMAGES: dict[str, Vhd] = {
 
 
 def warnings(path: Path) -> list[Finding]:
-    """Those about this file."""
+    """The warnings about this file."""
     return [one for one in vhdkit.check(path) if one.severity is Severity.WARNING and one.path == str(path)]
 
 
 @pytest.mark.parametrize("case", IMAGES)
-def test_a_warning_is_cleared_or_says_why_not(case: str, tmp_path: Path) -> None:
-    """A repair leaves no warning of its image but those that said beforehand that they would stay."""
+def test_a_repair_clears_a_warning_or_the_warning_says_why_not(case: str, tmp_path: Path) -> None:
+    """After a repair an image has only those warnings that announced that they would stay."""
     dynamic(unique_id=PARENT_ID, blocks={}).build().write(tmp_path / "parent.vhd")
     path = IMAGES[case].build().write(tmp_path / "image.vhd")
     before = warnings(path)
@@ -98,7 +98,7 @@ def test_a_warning_is_cleared_or_says_why_not(case: str, tmp_path: Path) -> None
 
 
 def codes() -> Iterator[str]:
-    """The codes of all warnings in the sources, as far as they stand there as text."""
+    """The codes of all warnings in the sources, as far as they are literals."""
     for file in (ROOT / "vhdkit").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
@@ -108,28 +108,28 @@ def codes() -> Iterator[str]:
                 yield from texts[:1]
 
 
-def test_every_kind_of_warning_is_looked_at() -> None:
-    """A new warning needs an image here that has it, or a place in one of the lists."""
+def test_every_kind_of_warning_is_covered() -> None:
+    """A new warning needs an image here that has it, or an entry in one of the lists."""
     known = {case.split()[0] for case in IMAGES} | BESIDE | TYPED | NOT_OF_CHECK
     assert set(codes()) <= known, set(codes()) - known
     assert len(set(codes())) > 15
 
 
-def test_what_is_beside_an_image_is_said_to_stay() -> None:
-    """Where the file itself is not at fault, the source of the message says that a repair does not help."""
+def test_warnings_about_the_surroundings_say_that_they_stay() -> None:
+    """Where the file itself is not at fault, the message says that a repair does not help."""
     for code in BESIDE - {"parent-written"}:
         files = [one.read_text() for one in (ROOT / "vhdkit").rglob("*.py") if f'"{code}"' in one.read_text()]
         assert any("left_by_repair(" in text or "check --repair" in text for text in files), code
 
 
 def test_qemus_forced_size_is_healthy(tmp_path: Path) -> None:
-    """The largest geometry says that the current size counts: neither a warning nor something to repair."""
+    """The largest geometry means that the current size counts: neither a warning nor a reason to repair."""
     path = dynamic(chs=(65535, 16, 255), creator=b"qem2").build().write(tmp_path / "image.vhd")
     assert vhdkit.check(path) == [] and vhdkit.repair(path).fixes == ()
 
 
-def test_xenservers_parent_time_stamp_is_healthy(tmp_path: Path) -> None:
-    """When the parent's file was written is as good as when it was made; any other time is a note."""
+def test_xenservers_parent_timestamp_is_healthy(tmp_path: Path) -> None:
+    """The time at which the parent's file was written is as good as its creation time; any other time is a note."""
     parent = dynamic(unique_id=PARENT_ID, blocks={}).build().write(tmp_path / "parent.vhd")
     os.utime(parent, (1_700_000_000, 1_700_000_000))
     path = tmp_path / "image.vhd"
@@ -138,8 +138,8 @@ def test_xenservers_parent_time_stamp_is_healthy(tmp_path: Path) -> None:
         assert [(one.code) for one in vhdkit.check(path)] == expected
 
 
-def test_a_blank_parent_name_is_filled_in_also_when_the_parent_is_gone(tmp_path: Path) -> None:
-    """The header gets the name that the locators have; nothing else changes."""
+def test_a_blank_parent_name_is_filled_in_without_the_parent(tmp_path: Path) -> None:
+    """The header gets the name that the locators have, even if the parent is missing; nothing else changes."""
     path = leaf(parent_name=b"").build().write(tmp_path / "image.vhd")
     raw = path.read_bytes()
     assert "parent-name" in [fix.code for fix in vhdkit.repair(path).fixes]

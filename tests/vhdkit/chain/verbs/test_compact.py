@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compacting: smaller files, and never another byte on any disk."""
+"""Compacting: files become smaller, and no disk changes a byte."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ KINDS = [(False, False), (True, False), (False, True), (True, True)]
 
 
 def compacted(layers: list[Layer]) -> tuple[int, int]:
-    """Compact the first of the layers; the blocks that went and that moved."""
+    """Compact the first of the layers; returns the numbers of dropped and of moved blocks."""
     image = layers[0]
     assert isinstance(image, DynamicImage)
     compactable = compactable_of(image)
@@ -49,7 +49,7 @@ def planned(layers: list[Layer]) -> CompactPlan:
 @pytest.mark.parametrize(("differencing", "batmap"), KINDS)
 @pytest.mark.parametrize("seed", range(12))
 def test_inv_compact_preserves_the_disk(seed: int, differencing: bool, batmap: bool) -> None:
-    """INV-COMPACT-PRESERVES: every byte reads as before, both footers are good, and compacting again does nothing."""
+    """INV-COMPACT-PRESERVES: every byte reads as before, both footers are good, compacting again changes nothing."""
     scene = crowd(seed, differencing=differencing, batmap=batmap)
     size = scene.store.size()
     layers = scene.layers
@@ -69,13 +69,13 @@ def test_inv_compact_preserves_the_disk(seed: int, differencing: bool, batmap: b
 @pytest.mark.parametrize(("differencing", "batmap"), KINDS)
 @pytest.mark.parametrize("seed", range(daily_or_nightly(1, 3)))
 def test_inv_compact_preserves_the_disk_at_every_cut(seed: int, differencing: bool, batmap: bool) -> None:
-    """INV-COMPACT-PRESERVES: a cut inside any write or sync, twice, leaves the same disk, and compacting finishes."""
+    """INV-COMPACT-PRESERVES: two cuts, inside any write or sync, leave the same disk, and compacting completes."""
     scene = crowd(100 + seed, blocks=7, differencing=differencing, batmap=batmap)
     cut_everywhere(scene, compacted, (scene.content,), seed=seed)
 
 
-def test_reusing_space_too_early_would_be_caught() -> None:
-    """The test above can fail: without the sync between dropping and moving, a cut shows another block's data."""
+def test_reusing_space_too_early_is_detected() -> None:
+    """The test above can fail: without the sync between dropping and moving, a cut exposes another block's data."""
 
     def careless(layers: list[Layer]) -> None:
         image = layers[0]
@@ -96,7 +96,7 @@ def test_reusing_space_too_early_would_be_caught() -> None:
 @pytest.mark.parametrize("operation", ["read", "write", "punch", "truncate", "sync"])
 @pytest.mark.parametrize("make_error", [io_failed, no_space, sync_failed])
 def test_every_failing_call_is_a_clean_error(operation: str, make_error: Callable[[], errors.VhdkitError]) -> None:
-    """Whichever call fails, the error is told, the disk is as before, and a second try finishes."""
+    """Whichever call fails, the error is reported, the disk is unchanged, and a second attempt completes."""
     for at in range(1, 200):
         scene = crowd(7, blocks=7)
         store = FaultyStore(scene.store)
@@ -115,11 +115,11 @@ def test_every_failing_call_is_a_clean_error(operation: str, make_error: Callabl
         assert content_of(store, scene.parents) == scene.content and not sound(store)
 
 
-def test_zeros_that_hide_data_stay() -> None:
-    """A block of zeros in a child goes only where its parent shows zeros for every sector the child owns."""
+def test_zeros_that_hide_data_are_kept() -> None:
+    """A block of zeros in a child is dropped only if its parent reads as zeros in every sector that the child owns."""
     base = Vhd(size=4 * BLOCK, block_size=BLOCK, blocks={0: Block(pattern(BLOCK)), 2: Block(pattern(SECTOR_SIZE))})
     parents = [open_layer(base.build().store("base.vhd", frozen=True))]
-    over_hole = bits_of(set(range(1, 1024)), BLOCK)  # all but the one sector in which the parent has data
+    over_hole = bits_of(set(range(1, 1024)), BLOCK)  # except for the one sector where the parent has data
     blocks = {0: Block(), 1: Block(), 2: Block(bits=over_hole), 3: Block(bits=bits_of({0}, BLOCK))}
     store = child(size=4 * BLOCK, block_size=BLOCK, blocks=blocks).build().store()
     scene = Crowd(store, parents, content_of(store, parents))
@@ -130,23 +130,23 @@ def test_zeros_that_hide_data_stay() -> None:
     assert open_dynamic(store).allocated_blocks().tolist() == [True, False, False, False]
 
 
-def test_data_under_clear_bits_stays_in_a_dynamic_disk() -> None:
-    """Some readers show what lies under clear bits of a dynamic disk: such a block is not dropped."""
+def test_data_under_clear_bits_of_a_dynamic_disk_is_kept() -> None:
+    """Some readers show the data under clear bits of a dynamic disk: such a block is not dropped."""
     store = Vhd(size=2 * BLOCK, block_size=BLOCK, blocks={0: Block(pattern(BLOCK)), 1: Block()}).build().store()
     clear_bits(store, 0, 1024)
     dropped = planned([open_dynamic(store, writable=True)]).dropped
     assert dropped.tolist() == [1]
 
 
-def test_what_lies_behind_the_end_of_the_disk_does_not_count() -> None:
-    """Bytes of the last block behind the end of the disk hold no block back."""
+def test_bytes_behind_the_end_of_the_disk_do_not_count() -> None:
+    """Bytes of the last block behind the end of the disk do not keep a block from being dropped."""
     store = Vhd(size=BLOCK + 8 * KIB, block_size=BLOCK, blocks={1: Block(b"x", at=16 * KIB)}).build().store()
     dropped = planned([open_dynamic(store, writable=True)]).dropped
     assert dropped.tolist() == [1]
 
 
 def test_last_block_is_trimmed_when_virtual_size_is_not_a_multiple_of_block_size() -> None:
-    """A last block that the file stores only as far as the disk goes is made whole, moved, and read as before."""
+    """A last block that is stored only up to the end of the disk is completed, moved, and reads as before."""
     size = 2 * BLOCK + 37 * SECTOR_SIZE
     blocks = {0: Block(), 1: Block(), 2: Block(pattern(37 * SECTOR_SIZE))}
     built = Vhd(size=size, block_size=BLOCK, blocks=blocks).build()
@@ -170,7 +170,7 @@ def test_can_skip_blank_after_the_last_block_and_before_the_footer() -> None:
 
 
 def test_does_not_use_the_bat_msb_for_sign() -> None:
-    """A block beyond 2^31 sectors moves down like any other, and is not taken for a negative place."""
+    """A block beyond 2^31 sectors moves down like any other, and is not taken for a negative offset."""
     far = (1 << 31) * SECTOR_SIZE + 7 * SECTOR_SIZE
     store = Vhd(size=2 * BLOCK, block_size=BLOCK, blocks={1: Block(pattern(BLOCK), start=far)}).build().store()
     content = content_of(store, [])
@@ -178,8 +178,8 @@ def test_does_not_use_the_bat_msb_for_sign() -> None:
     assert content_of(store, []) == content and store.size() < 2 * MIB
 
 
-def test_moved_blocks_gain_alignment() -> None:
-    """Blocks that move into space of several blocks have their data on 4 KiB boundaries afterwards."""
+def test_moved_blocks_become_aligned() -> None:
+    """Blocks that move into the space of several blocks have their data on 4 KiB boundaries afterwards."""
     blocks = {n: Block(pattern(BLOCK, n) if n >= 10 else b"") for n in range(14)}
     store = Vhd(size=14 * BLOCK, block_size=BLOCK, blocks=blocks).build().store()
     assert open_dynamic(store).block_offset(13) % PAGE_SIZE
@@ -188,8 +188,8 @@ def test_moved_blocks_gain_alignment() -> None:
     assert [image.block_offset(block) % PAGE_SIZE for block in range(10, 14)] == [0] * 4
 
 
-def test_batmap_bits_go_before_their_blocks() -> None:
-    """A dropped block loses its batmap bit, the others keep theirs, and the map's checksum is right."""
+def test_batmap_bits_are_cleared_before_their_blocks_are_dropped() -> None:
+    """A dropped block loses its batmap bit, the others keep theirs, and the batmap's checksum is correct."""
     scene = crowd(3, batmap=True)
     dropped = planned(scene.layers).dropped
     assert len(dropped)
@@ -206,8 +206,8 @@ def test_batmap_bits_go_before_their_blocks() -> None:
     assert after.batmap.checksum == 0xFFFFFFFF - sum(raw)
 
 
-def test_a_batmap_over_a_block_is_left_alone() -> None:
-    """A batmap that claims to lie in a block is no reason to write there."""
+def test_a_batmap_that_overlaps_a_block_is_left_alone() -> None:
+    """A batmap that claims to lie in a block is not written to."""
     scene = crowd(3, batmap=True)
     metadata = read_metadata(scene.store)
     assert metadata.header is not None and metadata.batmap is not None
@@ -239,7 +239,7 @@ def grown_chain(folder: Path) -> tuple[Path, Path, Path]:
 
 
 def test_a_layer_in_the_middle_is_compacted_under_its_children(tmp_path: Path) -> None:
-    """Compacting every layer, also those that others stand on, leaves the leaf's disk as it was."""
+    """Compacting any layer, also one with children, leaves the leaf's disk unchanged."""
     paths = grown_chain(tmp_path)
     vhdkit.convert(paths[2], tmp_path / "before.raw", vhdkit.DiskFormat.RAW)
     for path in paths:
@@ -250,8 +250,8 @@ def test_a_layer_in_the_middle_is_compacted_under_its_children(tmp_path: Path) -
     assert vhdkit.check(paths[2]) == []
 
 
-def test_a_dry_run_says_what_would_happen(tmp_path: Path) -> None:
-    """The plan names the numbers that the work then has, and changes no byte."""
+def test_a_dry_run_reports_the_plan(tmp_path: Path) -> None:
+    """The plan has the numbers that the real run then reports, and no byte changes."""
     paths = grown_chain(tmp_path)
     before = paths[1].read_bytes()
     plan = vhdkit.compact(paths[1], dry_run=True)
@@ -288,7 +288,7 @@ def test_zeros_of_fixed_and_raw_images_become_holes(tmp_path: Path, disk_format:
     assert vhdkit.compact(path).punched_bytes == 0
 
 
-def test_progress_ends_where_it_says(tmp_path: Path) -> None:
+def test_progress_reaches_its_end(tmp_path: Path) -> None:
     """Progress grows, never passes its end, and reaches it."""
     _, path, _ = grown_chain(tmp_path)
     calls: list[tuple[int, int]] = []
@@ -297,20 +297,20 @@ def test_progress_ends_where_it_says(tmp_path: Path) -> None:
     assert calls[-1][0] == calls[-1][1] > 0
 
 
-def test_an_empty_store_is_no_image() -> None:
-    """Nothing is planned for what is not an image."""
+def test_an_empty_store_is_refused() -> None:
+    """Nothing is planned for a file that is not an image."""
     with pytest.raises(errors.VhdkitError):
         planned([open_dynamic(MemStore())])
 
 
 def misplaced(store: MemStore) -> list[str]:
-    """What XenServer says against the layout; blocks of a crowd have data under clear bits, on purpose."""
+    """Findings against XenServer's layout, but not data under clear bits, which a crowd's images have on purpose."""
     return [fault for fault in faults_in(store) if "bitmap is clear" not in fault]
 
 
 @pytest.mark.parametrize("header", [False, True])
-def test_names_behind_the_blocks_come_to_the_front(header: bool) -> None:
-    """Compacting mends what an earlier rebase left: the file ends behind its blocks, as was said beforehand."""
+def test_names_behind_the_blocks_move_to_the_front(header: bool) -> None:
+    """Compacting corrects what an earlier rebase left: the file ends behind its blocks, as was planned."""
     scene = crowd(3, differencing=True)
     names_behind(scene.store, LINK, header=header)
     assert misplaced(scene.store)
@@ -323,14 +323,14 @@ def test_names_behind_the_blocks_come_to_the_front(header: bool) -> None:
 
 
 def test_inv_compact_preserves_the_disk_at_every_cut_of_mending_names() -> None:
-    """INV-COMPACT-PRESERVES: also while header and names come to the front."""
+    """INV-COMPACT-PRESERVES: also while header and names move to the front."""
     scene = crowd(3, blocks=4, differencing=True)
     names_behind(scene.store, LINK, header=True)
     cut_everywhere(scene, compacted, (scene.content,), cuts=1)
 
 
-def test_room_for_a_larger_table_takes_no_block() -> None:
-    """A BAT that XenServer made longer than the disk needs stays as long as that, however much room it takes."""
+def test_room_for_a_larger_table_is_kept() -> None:
+    """A BAT that XenServer made longer than the disk needs keeps its length, and no block moves into its room."""
     blocks = {number: Block(pattern(BLOCK, number)) for number in (0, 2)}
     image = Vhd(size=3 * BLOCK, block_size=BLOCK, blocks=blocks, entry_count=200_000)
     store = image.build().store()

@@ -16,7 +16,7 @@ from vhdkit.units import MIB, SECTOR_SIZE
 
 
 def image(path: Path, size: int, writes: dict[int, bytes], disk_format: DiskFormat = DiskFormat.DYNAMIC) -> Path:
-    """An image with these bytes at these offsets."""
+    """Make an image with these bytes at these offsets."""
     vhdkit.create_image(path, size, disk_format=disk_format)
     with vhdkit.open_disk(path, writable=True) as disk:
         for offset, data in writes.items():
@@ -27,7 +27,7 @@ def image(path: Path, size: int, writes: dict[int, bytes], disk_format: DiskForm
 @pytest.mark.parametrize("one", list(DiskFormat))
 @pytest.mark.parametrize("other", list(DiskFormat))
 def test_same_content_in_any_formats(tmp_path: Path, one: DiskFormat, other: DiskFormat) -> None:
-    """Equal disks are equal whatever holds them, also where one has zeros written and the other nothing."""
+    """Equal disks compare equal in any format, also where one holds written zeros and the other nothing."""
     writes = {0: b"a" * 1000, 5 * MIB + 3: b"b"}
     first = image(tmp_path / "1.img", 8 * MIB, writes | {3 * MIB: bytes(MIB)}, one)
     second = image(tmp_path / "2.img", 8 * MIB, writes, other)
@@ -36,7 +36,7 @@ def test_same_content_in_any_formats(tmp_path: Path, one: DiskFormat, other: Dis
 
 
 def test_first_difference_and_count(tmp_path: Path) -> None:
-    """The first byte that differs is named exactly, and the differing sectors are counted."""
+    """The first differing byte is reported exactly, and the differing sectors are counted."""
     first = image(tmp_path / "1.vhd", 8 * MIB, {0: b"a", 4 * MIB: b"x" * 2000})
     second = image(tmp_path / "2.vhd", 8 * MIB, {0: b"a", 4 * MIB: b"x" * 700 + b"y" + b"x" * 1299, 7 * MIB: b"z"})
     result = vhdkit.compare(first, second)
@@ -46,7 +46,7 @@ def test_first_difference_and_count(tmp_path: Path) -> None:
 
 
 def test_a_longer_disk_is_compared_with_zeros(tmp_path: Path) -> None:
-    """Past the end of the shorter disk only bytes that are not zeros differ."""
+    """Past the end of the shorter disk only nonzero bytes differ."""
     first = image(tmp_path / "1.vhd", 4 * MIB, {0: b"a"})
     second = image(tmp_path / "2.vhd", 4 * MIB + 3 * SECTOR_SIZE, {0: b"a", 4 * MIB: bytes(SECTOR_SIZE)})
     assert vhdkit.compare(first, second).same_content
@@ -58,7 +58,7 @@ def test_a_longer_disk_is_compared_with_zeros(tmp_path: Path) -> None:
 
 
 def test_shared_layers_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A child and its parent: what both take from the parent's file is known to be equal without reading it."""
+    """What a child and its parent both take from the parent's file is equal without being read."""
     base = image(tmp_path / "base.vhd", 8 * MIB, {0: b"a" * 6 * MIB})
     child = tmp_path / "child.avhd"
     vhdkit.create_child(child, base)
@@ -78,7 +78,7 @@ def test_shared_layers_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_progress_reaches_the_end(tmp_path: Path) -> None:
-    """Progress never falls and ends at the size of the longer disk."""
+    """Progress never falls, and ends at the size of the longer disk."""
     first = image(tmp_path / "1.vhd", 4 * MIB, {0: b"a" * 3 * MIB})
     second = image(tmp_path / "2.vhd", 6 * MIB, {0: b"a" * 3 * MIB})
     seen: list[tuple[int, int]] = []
@@ -86,8 +86,8 @@ def test_progress_reaches_the_end(tmp_path: Path) -> None:
     assert seen == sorted(seen) and seen[-1] == (6 * MIB, 6 * MIB)
 
 
-def test_little_is_remembered_of_what_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two chains of large disks stay within memory: who owns what in a block is forgotten behind the comparison."""
+def test_memory_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chains of large disks are compared in bounded memory: the ownership of a block is forgotten afterwards."""
     image(tmp_path / "base.vhd", 40 * MIB, {number * 2 * MIB: b"base" for number in range(20)})
     vhdkit.create_child(tmp_path / "leaf.avhd", tmp_path / "base.vhd")
     with vhdkit.open_disk(tmp_path / "leaf.avhd", writable=True) as disk:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Converting: the same content in another kind of image, whole or not at all."""
+"""Converting: the same content in another kind of image, complete or not at all."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SIZE = 9 * MIB + 5 * SECTOR_SIZE
 
 @pytest.fixture
 def chain(tmp_path: Path) -> tuple[Path, bytes]:
-    """A chain of three layers over 9 MiB and a bit, and its content."""
+    """A chain of three layers of a little over 9 MiB, and its content."""
     rng = random.Random(1)
     content = bytearray(SIZE)
     paths = [tmp_path / name for name in ("base.vhd", "middle.avhd", "leaf.avhd")]
@@ -41,7 +41,7 @@ def chain(tmp_path: Path) -> tuple[Path, bytes]:
 
 
 def content_of(path: Path) -> bytes:
-    """Everything on the disk."""
+    """The whole disk."""
     with vhdkit.open_disk(path) as disk:
         return disk.read(0, disk.size_bytes)
 
@@ -50,7 +50,7 @@ def content_of(path: Path) -> bytes:
 def test_a_chain_becomes_one_image_with_the_same_content(
     chain: tuple[Path, bytes], tmp_path: Path, to: DiskFormat
 ) -> None:
-    """Converted to any format, a chain reads the same, and the check of the result is clean."""
+    """Converted to any format, a chain reads the same, and the result has no findings."""
     leaf, content = chain
     out = tmp_path / "out.vhd" if to is not DiskFormat.RAW else tmp_path / "out.raw"
     assert vhdkit.convert(leaf, out, to) == SIZE
@@ -75,7 +75,7 @@ def test_zeros_become_holes(tmp_path: Path, to: DiskFormat) -> None:
 
 
 def test_progress_rises_to_the_end(chain: tuple[Path, bytes], tmp_path: Path) -> None:
-    """Progress never falls and ends at the whole size."""
+    """Progress never falls, and ends at the whole size."""
     seen: list[tuple[int, int]] = []
     vhdkit.convert(chain[0], tmp_path / "out", DiskFormat.RAW, progress=lambda *step: seen.append(step))
     assert seen == sorted(seen)
@@ -83,7 +83,7 @@ def test_progress_rises_to_the_end(chain: tuple[Path, bytes], tmp_path: Path) ->
 
 
 def test_azure_rounds_up_to_whole_mib(chain: tuple[Path, bytes], tmp_path: Path) -> None:
-    """An Azure image is fixed, a whole number of MiB, with the footer right behind, zeros at the end."""
+    """An Azure image is fixed and a whole number of MiB, with zeros at the end and the footer right behind."""
     out = tmp_path / "azure.vhd"
     assert vhdkit.convert(chain[0], out, DiskFormat.FIXED, azure=True) == 10 * MIB
     assert out.stat().st_size == 10 * MIB + 512
@@ -93,7 +93,7 @@ def test_azure_rounds_up_to_whole_mib(chain: tuple[Path, bytes], tmp_path: Path)
 
 
 def test_an_existing_file_needs_replace(chain: tuple[Path, bytes], tmp_path: Path) -> None:
-    """Without `replace` an existing file is kept; with it, it is replaced whole."""
+    """Without `replace` an existing file is kept; with it, it is replaced as a whole."""
     out = tmp_path / "out.raw"
     out.write_bytes(b"precious")
     with pytest.raises(errors.AlreadyExists):
@@ -105,7 +105,7 @@ def test_an_existing_file_needs_replace(chain: tuple[Path, bytes], tmp_path: Pat
 
 @pytest.mark.parametrize("name", ["base.vhd", "middle.avhd", "leaf.avhd", "link"])
 def test_no_file_of_the_source_is_ever_replaced(chain: tuple[Path, bytes], tmp_path: Path, name: str) -> None:
-    """Not even with `replace`, not even under another name, is a layer of the source overwritten."""
+    """Even with `replace`, and even under another name, no layer of the source is overwritten."""
     (tmp_path / "link").hardlink_to(tmp_path / "base.vhd")
     with pytest.raises(errors.InvalidArgument, match="not overwritten"):
         vhdkit.convert(chain[0], tmp_path / name, DiskFormat.DYNAMIC, replace=True)
@@ -113,7 +113,7 @@ def test_no_file_of_the_source_is_ever_replaced(chain: tuple[Path, bytes], tmp_p
 
 
 def test_images_in_use_and_parents_are_not_replaced(chain: tuple[Path, bytes], tmp_path: Path) -> None:
-    """A destination that is open, or that other images stand on, is refused."""
+    """A destination that is open, or that other images build on, is refused."""
     other, base = tmp_path / "other.vhd", tmp_path / "parent.vhd"
     vhdkit.create_image(other, MIB)
     with vhdkit.open_disk(other), pytest.raises(errors.ImageInUse):
@@ -125,12 +125,12 @@ def test_images_in_use_and_parents_are_not_replaced(chain: tuple[Path, bytes], t
 
 
 class Stop(Exception):
-    """Somebody's interruption."""
+    """The caller's interruption."""
 
 
 @pytest.mark.parametrize("error", [Stop, KeyboardInterrupt])
-def test_interruption_leaves_nothing(chain: tuple[Path, bytes], tmp_path: Path, error: type[BaseException]) -> None:
-    """An error or Ctrl-C in the middle leaves no file, and the one that was to be replaced as it was."""
+def test_an_interruption_leaves_no_file(chain: tuple[Path, bytes], tmp_path: Path, error: type[BaseException]) -> None:
+    """An error or Ctrl-C in the middle leaves no new file, and the file to be replaced unchanged."""
     out = tmp_path / "out.raw"
     out.write_bytes(b"precious")
     before = set(tmp_path.iterdir())
@@ -145,7 +145,7 @@ def test_interruption_leaves_nothing(chain: tuple[Path, bytes], tmp_path: Path, 
 
 
 def test_a_failing_source_fails_the_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A read error in a worker is raised to the caller and leaves nothing behind."""
+    """A read error in a worker reaches the caller, and no file is left."""
     source = tmp_path / "source.raw"
     source.write_bytes(b"x" * MIB)
 
@@ -158,8 +158,8 @@ def test_a_failing_source_fails_the_conversion(tmp_path: Path, monkeypatch: pyte
     assert list(tmp_path.iterdir()) == [source]
 
 
-def test_a_raw_file_with_a_part_sector_is_rounded_up(tmp_path: Path) -> None:
-    """1000 bytes become two sectors, the rest of the last one zeros."""
+def test_a_raw_file_with_a_partial_sector_is_rounded_up(tmp_path: Path) -> None:
+    """1000 bytes become two sectors; the rest of the last one is zeros."""
     source = tmp_path / "source.raw"
     source.write_bytes(b"x" * 1000)
     assert vhdkit.convert(source, tmp_path / "out.vhd", DiskFormat.FIXED) == 1024
@@ -170,8 +170,8 @@ def test_a_raw_file_with_a_part_sector_is_rounded_up(tmp_path: Path) -> None:
     st.lists(st.tuples(st.integers(0, 79), st.integers(1, 30), st.integers(0, 511)), max_size=6),
     st.integers(1, 80),
 )
-def test_data_ranges_hold_every_byte_that_is_not_zero(runs: list[tuple[int, int, int]], sector_count: int) -> None:
-    """What the ranges leave out is zeros; they are in order, apart, inside, and hold no long run of zeros."""
+def test_data_ranges_hold_every_nonzero_byte(runs: list[tuple[int, int, int]], sector_count: int) -> None:
+    """All bytes outside are zeros; the ranges are ordered, disjoint, inside the disk, without long runs of zeros."""
     raw = bytearray(sector_count * SECTOR_SIZE)
     for sector, count, byte in runs:
         for number in range(sector, min(sector + count, sector_count)):
@@ -189,8 +189,8 @@ def test_data_ranges_hold_every_byte_that_is_not_zero(runs: list[tuple[int, int,
     assert not any(outside)
 
 
-def test_nobody_opens_what_is_being_replaced(chain: tuple[Path, bytes], tmp_path: Path) -> None:
-    """While a replacement is under way its destination is held: who opened it would lose what he writes."""
+def test_a_file_being_replaced_cannot_be_opened(chain: tuple[Path, bytes], tmp_path: Path) -> None:
+    """The destination is locked during a replacement: a program that opened it would lose what it writes."""
     out = tmp_path / "out.vhd"
     vhdkit.create_image(out, MIB)
     refused = []
@@ -206,7 +206,7 @@ def test_nobody_opens_what_is_being_replaced(chain: tuple[Path, bytes], tmp_path
 
 
 def test_a_replaced_file_keeps_its_mode(chain: tuple[Path, bytes], tmp_path: Path) -> None:
-    """What only its owner could read stays so."""
+    """A file that only its owner could read stays private."""
     out = tmp_path / "secret.raw"
     out.write_bytes(b"old")
     out.chmod(0o600)
@@ -215,7 +215,7 @@ def test_a_replaced_file_keeps_its_mode(chain: tuple[Path, bytes], tmp_path: Pat
 
 
 def test_a_raw_base_is_not_replaced_under_its_child(chain: tuple[Path, bytes], tmp_path: Path) -> None:
-    """A child of a raw disk records no id; its names tell that it stands there."""
+    """A child of a raw disk records no id, but its names show that it builds on that disk."""
     base = tmp_path / "base.raw"
     base.write_bytes(b"r" * MIB)
     vhdkit.create_child(tmp_path / "of-raw.avhd", base)

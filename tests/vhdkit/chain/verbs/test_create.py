@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""New images under a name, and children of images that exist."""
+"""New images under a name, and children of existing images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vhdkit.units import GIB, KIB, MIB
 
 @pytest.mark.parametrize("disk_format", list(DiskFormat))
 def test_new_images_are_zeros(tmp_path: Path, disk_format: DiskFormat) -> None:
-    """A new image has the size asked for, reads as zeros, takes hardly any space and is sound."""
+    """A new image has the requested size, reads as zeros, takes hardly any space and is sound."""
     path = tmp_path / "new.img"
     assert vhdkit.create_image(path, 20 * MIB, disk_format=disk_format) == 20 * MIB
     with vhdkit.open_disk(path) as disk:
@@ -27,7 +27,7 @@ def test_new_images_are_zeros(tmp_path: Path, disk_format: DiskFormat) -> None:
 
 @pytest.mark.parametrize("disk_format", [DiskFormat.FIXED, DiskFormat.RAW])
 def test_preallocated_images_have_their_space(tmp_path: Path, disk_format: DiskFormat) -> None:
-    """With `preallocate` the space is set aside."""
+    """With `preallocate` the space is reserved."""
     path = tmp_path / "new.img"
     vhdkit.create_image(path, 20 * MIB, disk_format=disk_format, preallocate=True)
     assert path.stat().st_blocks * 512 >= 20 * MIB
@@ -38,14 +38,14 @@ def test_preallocated_images_have_their_space(tmp_path: Path, disk_format: DiskF
 @pytest.mark.parametrize("size", [0, -512, 1, 511, 513, 2040 * GIB + 512, 1 << 70])
 @pytest.mark.parametrize("disk_format", [DiskFormat.DYNAMIC, DiskFormat.FIXED])
 def test_impossible_sizes_are_refused(tmp_path: Path, size: int, disk_format: DiskFormat) -> None:
-    """Sizes that no VHD can have are refused before a file is made."""
+    """Sizes that a VHD cannot have are refused before a file is made."""
     with pytest.raises(errors.InvalidArgument):
         vhdkit.create_image(tmp_path / "new.vhd", size, disk_format=disk_format)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_largest_disk_can_be_made(tmp_path: Path) -> None:
-    """2040 GiB, the limit, works: one sector more does not (see above)."""
+    """2040 GiB, the limit, works; one more sector does not (see above)."""
     for disk_format in (DiskFormat.DYNAMIC, DiskFormat.FIXED):
         path = tmp_path / f"{disk_format}.vhd"
         vhdkit.create_image(path, 2040 * GIB, disk_format=disk_format)
@@ -63,14 +63,14 @@ def test_impossible_block_sizes_are_refused(tmp_path: Path, size: int) -> None:
 
 
 def test_azure_images_are_whole_mib(tmp_path: Path) -> None:
-    """Azure's fixed VHD is rounded up and the new size returned."""
+    """The size of Azure's fixed VHD is rounded up, and the new size is returned."""
     path = tmp_path / "azure.vhd"
     size = vhdkit.create_image(path, 5 * MIB + 512, disk_format=DiskFormat.FIXED, azure=True)
     assert size == 6 * MIB and path.stat().st_size == 6 * MIB + 512
 
 
 def test_existing_files_are_kept(tmp_path: Path) -> None:
-    """An existing file is replaced only when asked, and not while it is open or somebody's parent."""
+    """An existing file is replaced only on request, and not while it is open or the parent of an image."""
     path = tmp_path / "a.vhd"
     vhdkit.create_image(path, MIB)
     with pytest.raises(errors.AlreadyExists):
@@ -85,7 +85,7 @@ def test_existing_files_are_kept(tmp_path: Path) -> None:
     assert describe_image(path).virtual_size_bytes == 2 * MIB
 
 
-def test_a_child_shows_its_parent(tmp_path: Path) -> None:
+def test_a_child_reads_as_its_parent(tmp_path: Path) -> None:
     """A new child reads as its parent, has its size and block size, and owns nothing."""
     base, child = tmp_path / "base.vhd", tmp_path / "child.avhd"
     vhdkit.create_image(base, 5 * MIB, block_size_bytes=MIB)
@@ -101,7 +101,7 @@ def test_a_child_shows_its_parent(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", ["same", "below", "beside"])
 def test_a_child_names_its_parent_wherever_it_is(tmp_path: Path, place: str) -> None:
-    """Relative and absolute locators lead from the child to its parent, whatever folder each is in."""
+    """Relative and absolute locators lead from the child to its parent, whatever folders they are in."""
     base = tmp_path / {"same": "b ä.vhd", "below": "sub/b.vhd", "beside": "../other/b.vhd"}[place]
     folder = tmp_path / "children"
     folder.mkdir()
@@ -121,7 +121,7 @@ def test_a_child_names_its_parent_wherever_it_is(tmp_path: Path, place: str) -> 
 
 
 def test_children_may_grow_but_not_shrink(tmp_path: Path) -> None:
-    """A child may be larger than its parent, never smaller."""
+    """A child may be larger than its parent, but not smaller."""
     base = tmp_path / "base.vhd"
     vhdkit.create_image(base, 4 * MIB)
     assert vhdkit.create_child(tmp_path / "large.avhd", base, size_bytes=9 * MIB) == 9 * MIB
@@ -130,7 +130,7 @@ def test_children_may_grow_but_not_shrink(tmp_path: Path) -> None:
 
 
 def test_children_of_broken_or_busy_parents_are_refused(tmp_path: Path) -> None:
-    """The whole chain below must open, and nobody may be writing to it."""
+    """The whole chain below must open, and no program may be writing to it."""
     base, middle = tmp_path / "base.vhd", tmp_path / "middle.avhd"
     vhdkit.create_image(base, MIB)
     vhdkit.create_child(middle, base)
@@ -145,7 +145,7 @@ def test_children_of_broken_or_busy_parents_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_child_of_a_raw_disk(tmp_path: Path) -> None:
-    """A raw parent has no id, so opening the child needs the user's word."""
+    """A raw parent has no id, so opening the child needs the user's permission."""
     raw = tmp_path / "base.raw"
     raw.write_bytes(b"r" * MIB)
     vhdkit.create_child(tmp_path / "child.avhd", raw)
@@ -156,7 +156,7 @@ def test_a_child_of_a_raw_disk(tmp_path: Path) -> None:
 
 
 def test_a_child_never_replaces_its_own_chain(tmp_path: Path) -> None:
-    """Not even with `replace` does a child take its parent's name."""
+    """Even with `replace`, a child does not take its parent's name."""
     base = tmp_path / "base.vhd"
     vhdkit.create_image(base, MIB)
     with pytest.raises(errors.InvalidArgument, match="not overwritten"):
@@ -164,8 +164,8 @@ def test_a_child_never_replaces_its_own_chain(tmp_path: Path) -> None:
     assert describe_image(base).kind == "dynamic"
 
 
-def test_a_parents_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
-    """A name with bytes that are not UTF-8 cannot be stored in a VHD: a clear error, and no file."""
+def test_a_parents_name_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
+    """A name with bytes that are not UTF-8 cannot be stored in a VHD: a clear error, and no file is made."""
     base = os.fsencode(tmp_path) + b"/b\xff.vhd"
     vhdkit.create_image(os.fsdecode(base), MIB)
     with pytest.raises(errors.InvalidArgument, match="rename"):
@@ -173,8 +173,8 @@ def test_a_parents_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "child.avhd").exists()
 
 
-def test_parents_that_no_child_could_name_are_refused(tmp_path: Path) -> None:
-    """A backslash in the path, or a device: the child could never be opened, so it is not made."""
+def test_parents_that_a_child_cannot_name_are_refused(tmp_path: Path) -> None:
+    """With a backslash in the path, or a device as parent, the child could never be opened, so it is not made."""
     odd = tmp_path / "a\\b.vhd"
     vhdkit.create_image(odd, MIB)
     with pytest.raises(errors.InvalidArgument, match="backslash"):

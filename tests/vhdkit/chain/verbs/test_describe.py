@@ -25,15 +25,15 @@ def test_an_image_is_described_by_its_footer_and_header(tmp_path: Path) -> None:
     assert info.hidden and not info.in_use and info.allocated_block_count == 0
 
 
-def test_size_from_geometry_is_told(tmp_path: Path) -> None:
-    """Where the creator means cylinders x heads x sectors, the virtual size is that, and it is said."""
+def test_a_size_from_the_geometry_is_reported(tmp_path: Path) -> None:
+    """If the creator means cylinders x heads x sectors, this is the virtual size, and the description says so."""
     info = describe_image(Vhd(creator=b"vpc ", chs=(100, 4, 17)).build().write(tmp_path / "a.vhd"))
     assert info.size_from_geometry
     assert info.virtual_size_bytes == 100 * 4 * 17 * 512 != info.current_size_bytes
 
 
 def test_images_in_use_are_described(tmp_path: Path) -> None:
-    """No lock is needed, and a writer elsewhere is told."""
+    """No lock is needed, and the description says that another program is writing."""
     path = tmp_path / "a.vhd"
     vhdkit.create_image(path, MIB)
     with vhdkit.open_disk(path, writable=True):
@@ -43,7 +43,7 @@ def test_images_in_use_are_described(tmp_path: Path) -> None:
 
 
 def test_an_orphan_is_described_with_its_problem(tmp_path: Path) -> None:
-    """A missing parent does not keep a child from being described, alone or as a broken chain."""
+    """A child whose parent is missing is described, alone and as a broken chain."""
     leaf = child().build().write(tmp_path / "child.avhd")
     info = describe_image(leaf)
     assert info.parent is not None and info.parent.path is None
@@ -55,7 +55,7 @@ def test_an_orphan_is_described_with_its_problem(tmp_path: Path) -> None:
 
 
 def test_layers_are_listed_leaf_first_with_what_each_owns(tmp_path: Path) -> None:
-    """What the layers own and what nobody owns adds up to the disk."""
+    """What the layers own, and what no layer owns, adds up to the disk."""
     base, leaf = tmp_path / "base.vhd", tmp_path / "leaf.avhd"
     vhdkit.create_image(base, 10 * MIB)
     with vhdkit.open_disk(base, writable=True) as disk:
@@ -70,15 +70,15 @@ def test_layers_are_listed_leaf_first_with_what_each_owns(tmp_path: Path) -> Non
 
 
 def test_a_loop_is_described_as_a_problem(tmp_path: Path) -> None:
-    """Images that are each other's parents end in a sentence, not in a hang."""
+    """Images that are each other's parents give a description with a problem, and the loop ends."""
     for name, other in (("a.vhd", "b.vhd"), ("b.vhd", "a.vhd")):
         child(other, unique_id=PARENT_ID, parent_id=PARENT_ID).build().write(tmp_path / name)
     chain = describe_chain(tmp_path / "a.vhd")
     assert chain.problem is not None and "itself" in chain.problem
 
 
-def test_other_formats_are_refused_by_name(tmp_path: Path) -> None:
-    """A VHDX or QCOW2 is named as what it is."""
+def test_other_formats_are_refused_by_their_names(tmp_path: Path) -> None:
+    """The error for a VHDX or QCOW2 names its format."""
     for magic, name in ((b"vhdxfile", "VHDX"), (b"QFI\xfb", "QCOW2")):
         (tmp_path / "x").write_bytes(magic.ljust(4096, b"\0"))
         with pytest.raises(errors.UnsupportedFormat, match=name):

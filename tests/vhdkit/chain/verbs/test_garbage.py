@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Collecting garbage: nothing that may be needed goes, nothing is ever an orphan."""
+"""Garbage collection: no file that may be needed is removed, and no image loses its parent."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vhdkit.chain.records.intent import KIND, Intent, Named, Phase
 
 
 def make_tree(home: Path) -> dict[str, Path]:
-    """base <- a <- a1 <- a2, base <- b <- b1, and a disk that stands alone."""
+    """base <- a <- a1 <- a2, base <- b <- b1, and a disk without relations."""
     paths = {name: home / f"{name}.avhd" for name in ("a", "a1", "a2", "b", "b1")}
     paths |= {"base": home / "base.vhd", "alone": home / "alone.vhd"}
     for name in ("base", "alone"):
@@ -28,31 +28,31 @@ def make_tree(home: Path) -> dict[str, Path]:
     return paths
 
 
-def going(home: Path, keep: Sequence[Path], **options: object) -> list[str]:
-    """Names of what would go, children first."""
+def removable(home: Path, keep: Sequence[Path], **options: object) -> list[str]:
+    """The names of the files that would be removed, children first."""
     found = vhdkit.collect_garbage(home, keep, **options)  # type: ignore[arg-type]
     return [os.path.basename(one.path) for one in found if one.kept is None]
 
 
 def reason(home: Path, keep: Sequence[Path], path: Path) -> str | None:
-    """Why this file stays."""
+    """Why this file is kept."""
     (item,) = [one for one in vhdkit.collect_garbage(home, keep) if one.path == str(path)]
     return item.kept
 
 
-def test_what_no_leaf_reaches_is_listed_and_stays(tmp_path: Path) -> None:
-    """Without `delete` the list is all there is; children come before their parents, with their sizes."""
+def test_unreachable_images_are_only_listed(tmp_path: Path) -> None:
+    """Without `delete` files are only listed; children come before their parents, with their sizes."""
     tree = make_tree(tmp_path)
     before = sorted(os.listdir(tmp_path))
-    assert set(going(tmp_path, [tree["b1"]])) == {"a2.avhd", "a1.avhd", "a.avhd", "alone.vhd"}
-    order = [name for name in going(tmp_path, [tree["b1"]]) if name != "alone.vhd"]
+    assert set(removable(tmp_path, [tree["b1"]])) == {"a2.avhd", "a1.avhd", "a.avhd", "alone.vhd"}
+    order = [name for name in removable(tmp_path, [tree["b1"]]) if name != "alone.vhd"]
     assert order == ["a2.avhd", "a1.avhd", "a.avhd"]
     assert all(one.size_bytes > 0 for one in vhdkit.collect_garbage(tmp_path, [tree["b1"]]))
     assert sorted(os.listdir(tmp_path)) == before
 
 
 def test_delete_removes_what_was_listed(tmp_path: Path) -> None:
-    """With `delete` they are gone, and the leaves that were kept still open."""
+    """With `delete` the listed files are removed, and the leaves that were kept still open."""
     tree = make_tree(tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "disk.raw").write_bytes(bytes(MIB))
@@ -70,8 +70,8 @@ def test_delete_removes_what_was_listed(tmp_path: Path) -> None:
     assert vhdkit.collect_garbage(tmp_path, [tree["a1"]]) == []
 
 
-def test_a_chain_that_is_not_whole_stops_everything(tmp_path: Path) -> None:
-    """Remove vhd with missing or multiple ancestors: nobody knows what a leaf without its parent needs."""
+def test_an_incomplete_chain_prevents_deletion(tmp_path: Path) -> None:
+    """Remove vhd with missing or multiple ancestors: what a leaf without its parent needs is unknown."""
     tree = make_tree(tmp_path)
     tree["a"].rename(tmp_path / "hidden.bin")
     with pytest.raises(errors.ParentMissing):
@@ -85,7 +85,7 @@ def test_orphans_go_and_ancestors_by_another_name_stay(tmp_path: Path) -> None:
     tree["base"].unlink()
     (tmp_path / "copy.vhd").write_bytes(tree["alone"].read_bytes())
     vhdkit.create_child(tmp_path / "needs.avhd", tree["alone"])
-    assert set(going(tmp_path, [tree["alone"]])) == {"needs.avhd", "copy.vhd"} | {
+    assert set(removable(tmp_path, [tree["alone"]])) == {"needs.avhd", "copy.vhd"} | {
         f"{n}.avhd" for n in ("a", "a1", "a2", "b", "b1")
     }
     assert (
@@ -94,28 +94,28 @@ def test_orphans_go_and_ancestors_by_another_name_stay(tmp_path: Path) -> None:
     )
 
 
-def test_what_is_in_use_stays_with_its_parents(tmp_path: Path) -> None:
-    """An open image stays, and all it stands on, whether it is read or written."""
+def test_images_in_use_and_their_parents_are_kept(tmp_path: Path) -> None:
+    """An open image and all its ancestors are kept, whether it is read or written."""
     tree = make_tree(tmp_path)
     for writable in (False, True):
         with vhdkit.open_disk(tree["a1"] if not writable else tree["a2"], writable=writable):
-            assert "base.vhd" not in going(tmp_path, [tree["alone"]])
-            assert "a.avhd" not in going(tmp_path, [tree["alone"]], delete=False)
+            assert "base.vhd" not in removable(tmp_path, [tree["alone"]])
+            assert "a.avhd" not in removable(tmp_path, [tree["alone"]], delete=False)
             assert reason(tmp_path, [tree["alone"]], tree["a1"]) in (
                 "in use",
                 f"the parent of {tree['a2']}, which stays",
             )
-    assert "a.avhd" in going(tmp_path, [tree["alone"]])
+    assert "a.avhd" in removable(tmp_path, [tree["alone"]])
 
 
-def test_damaged_images_stay_with_their_parents(tmp_path: Path) -> None:
-    """A damaged image is listed and kept, and so is the layer it claims; one that claims nothing blocks deletion."""
+def test_damaged_images_and_their_parents_are_kept(tmp_path: Path) -> None:
+    """A damaged image is listed and kept, and so is the parent it names; one that names none prevents deletion."""
     tree = make_tree(tmp_path)
     raw = tree["a1"].read_bytes()
     tree["a1"].write_bytes(raw[:-512] + bytes(512))
-    tree["a1"].write_bytes(put(tree["a1"].read_bytes(), 600, b"?"))  # its header's checksum is wrong now
+    tree["a1"].write_bytes(put(tree["a1"].read_bytes(), 600, b"?"))  # now its header's checksum is wrong
     assert (reason(tmp_path, [tree["b1"]], tree["a1"]) or "").startswith("damaged: checksum wrong")
-    assert going(tmp_path, [tree["b1"]], delete=True) == ["a2.avhd", "alone.vhd"]
+    assert removable(tmp_path, [tree["b1"]], delete=True) == ["a2.avhd", "alone.vhd"]
     assert tree["a"].exists() and tree["a1"].exists()
     nothing = tmp_path / "nothing.vhd"
     nothing.write_bytes(b"no image at all" * 100)
@@ -126,21 +126,21 @@ def test_damaged_images_stay_with_their_parents(tmp_path: Path) -> None:
 
 
 def test_records_of_unfinished_work_keep_an_image(tmp_path: Path) -> None:
-    """An image with a merge or undo record beside it stays, and so do its parents."""
+    """An image with a merge record or an undo log beside it is kept, and so are its parents."""
     tree = make_tree(tmp_path)
     record = Path(folder.sidecar_path(tree["a1"], "merge"))
     record.write_text("{}")
     assert "unfinished work" in (reason(tmp_path, [tree["b1"]], tree["a1"]) or "")
-    assert going(tmp_path, [tree["b1"]]) == ["a2.avhd", "alone.vhd"]
+    assert removable(tmp_path, [tree["b1"]]) == ["a2.avhd", "alone.vhd"]
     long = tmp_path / ("n" * 245 + ".vhd")
     vhdkit.create_image(long, MIB)
-    assert long.name in going(tmp_path, [tree["b1"]])
+    assert long.name in removable(tmp_path, [tree["b1"]])
     Path(folder.sidecar_path(long, "undo")).touch()
-    assert long.name not in going(tmp_path, [tree["b1"]])
+    assert long.name not in removable(tmp_path, [tree["b1"]])
 
 
-def test_parents_of_images_nearby_stay(tmp_path: Path) -> None:
-    """Images in the folder above, in folders below and in those of the options keep their parents in the folder."""
+def test_parents_of_images_in_other_folders_are_kept(tmp_path: Path) -> None:
+    """Images in the parent folder, in subfolders and in given folders keep their parents in this folder."""
     home, far = tmp_path / "home", tmp_path / "else" / "far"
     (home / "below").mkdir(parents=True)
     far.mkdir(parents=True)
@@ -148,24 +148,24 @@ def test_parents_of_images_nearby_stay(tmp_path: Path) -> None:
     vhdkit.create_child(home / "below" / "x.avhd", tree["a"])
     vhdkit.create_child(tmp_path / "y.avhd", tree["b"])
     vhdkit.create_child(far / "z.avhd", tree["alone"])
-    assert "alone.vhd" not in going(home, [tree["base"]]), "it is marked"
+    assert "alone.vhd" not in removable(home, [tree["base"]]), "it is marked"
     Path(record_path(str(tree["alone"]))).unlink()  # as if another program had made the child
-    assert going(home, [tree["base"]]) == ["a2.avhd", "alone.vhd", "b1.avhd", "a1.avhd"]
-    assert "alone.vhd" not in going(home, [tree["base"]], options=OpenOptions(parent_dirs=(str(far),)))
+    assert removable(home, [tree["base"]]) == ["a2.avhd", "alone.vhd", "b1.avhd", "a1.avhd"]
+    assert "alone.vhd" not in removable(home, [tree["base"]], options=OpenOptions(parent_dirs=(str(far),)))
     assert sorted(os.listdir(home / "below")) == ["x.avhd"]
 
 
-def test_the_parent_of_a_raw_child_by_name(tmp_path: Path) -> None:
-    """A child of a raw disk knows only a name: an image of that name stays, for what it was opened as is not sure."""
+def test_the_parent_of_a_child_of_a_raw_disk(tmp_path: Path) -> None:
+    """Such a child records only a name: an image of that name is kept, as it is uncertain which file was opened."""
     vhdkit.create_image(tmp_path / "base.vhd", MIB)
     child("base.vhd", parent_id=bytes(16)).build().write(tmp_path / "c.avhd")
     (tmp_path / ".c.avhd.vhdkit-merge").touch()
     vhdkit.create_image(tmp_path / "keep.vhd", MIB)
-    assert going(tmp_path, [tmp_path / "keep.vhd"]) == []
+    assert removable(tmp_path, [tmp_path / "keep.vhd"]) == []
 
 
-def test_parts_of_dead_programs_go(tmp_path: Path) -> None:
-    """A half-made file goes when its maker is dead, and stays while it lives. Other hidden files are nobody's."""
+def test_files_of_dead_makers_are_removed(tmp_path: Path) -> None:
+    """A partial file is removed if its maker is dead, and kept while it lives. Other hidden files are left alone."""
     vhdkit.create_image(tmp_path / "keep.vhd", MIB)
     dead = tmp_path / ".vhdkit-0123456789abcdef.part"
     dead.write_bytes(b"half")
@@ -178,8 +178,8 @@ def test_parts_of_dead_programs_go(tmp_path: Path) -> None:
         assert len(list(unfinished.parts(str(tmp_path)))) == 1
 
 
-def test_killed_anywhere_no_child_is_an_orphan(tmp_path: Path) -> None:
-    """INV-PARENT-ID stays true: killed at any call, each image that is left opens, and a repeat finishes."""
+def test_killed_at_any_call_no_child_loses_its_parent(tmp_path: Path) -> None:
+    """INV-PARENT-ID: killed at any call, each remaining image opens, and a second run completes the work."""
     counts = set()
     home = tmp_path / "home"
     home.mkdir()
@@ -198,19 +198,19 @@ def test_killed_anywhere_no_child_is_an_orphan(tmp_path: Path) -> None:
 
 
 def test_generations_are_synced_one_by_one(tmp_path: Path) -> None:
-    """No name of a parent goes before the folder with its children's names gone is on the device."""
+    """A parent's name is removed only after the removal of its children's names is on the device."""
     tree = make_tree(tmp_path)
     calls = recorded(lambda: vhdkit.collect_garbage(tmp_path, [tree["b1"]], delete=True))
-    told = [
+    order = [
         os.path.basename(path) if call == "unlink" else call for call, path in calls if call in ("unlink", "fsync")
     ]
     for before, after in (("a2.avhd", "a1.avhd"), ("a1.avhd", "a.avhd")):
-        assert "fsync" in told[told.index(before) : told.index(after)]
-    assert told[-1] == "fsync"
+        assert "fsync" in order[order.index(before) : order.index(after)]
+    assert order[-1] == "fsync"
 
 
 def test_hostile_folders(tmp_path: Path) -> None:
-    """INV-BOUNDED: loops, self-parents, pipes, links, folders and empty files: nothing hangs, loops stay."""
+    """INV-BOUNDED: with loops, self-parents, pipes, links, folders and empty files nothing hangs; loops are kept."""
     one, two = b"\x01" * 16, b"\x02" * 16
     child("two.avhd", unique_id=one, parent_id=two).build().write(tmp_path / "one.avhd")
     child("one.avhd", unique_id=two, parent_id=one).build().write(tmp_path / "two.avhd")
@@ -221,12 +221,12 @@ def test_hostile_folders(tmp_path: Path) -> None:
     (tmp_path / "empty.vhd").touch()
     (tmp_path / "dev.vhd").symlink_to("/dev/zero")
     Vhd(block_size=1 << 31).build().write(tmp_path / "odd.vhd")
-    assert going(tmp_path, [tmp_path / "keep.vhd"], delete=True) == ["self.avhd"]
+    assert removable(tmp_path, [tmp_path / "keep.vhd"], delete=True) == ["self.avhd"]
     assert {"one.avhd", "two.avhd", "pipe.vhd", "empty.vhd", "dev.vhd", "odd.vhd"} <= set(os.listdir(tmp_path))
 
 
-def test_arguments_that_are_none(tmp_path: Path) -> None:
-    """No leaves, no folder, a missing leaf: refused."""
+def test_invalid_arguments(tmp_path: Path) -> None:
+    """No leaves, no folder, or a missing leaf is refused."""
     tree = make_tree(tmp_path)
     with pytest.raises(errors.InvalidArgument, match="every image would go"):
         vhdkit.collect_garbage(tmp_path, [])
@@ -237,7 +237,7 @@ def test_arguments_that_are_none(tmp_path: Path) -> None:
 
 
 def test_orphaned_records_of_merges_go(tmp_path: Path) -> None:
-    """Cleans orphan merge states: a record goes when none of its files is there, and stays while one is."""
+    """Cleans orphan merge states: a record is removed if none of its files exists, and kept while one does."""
     tree = make_tree(tmp_path)
     gone = tmp_path / "gone.vhd"
     sources = (Named(str(tmp_path / "leaf.avhd"), b"l" * 16), Named(str(tmp_path / "middle.avhd"), b"m" * 16))

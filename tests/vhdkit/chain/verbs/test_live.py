@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chains that grow while they are open: what is read stays, old leaves are left alone, sets are whole or not made."""
+"""Chains that grow while open: the content stays, old leaves do not change, sets are complete or not made."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def content(chain: Chain) -> bytes:
 @given(plan=chain_plans(max_children=2), seed=st.integers(0, 1 << 20))
 @settings(max_examples=40)
 def test_content_stays_and_writes_go_to_the_child(plan: ChainPlan, seed: int) -> None:
-    """INV-LIVE-PRESERVES: stacked, the disk reads the same; what follows changes the child and no other file."""
+    """INV-LIVE-PRESERVES: with a new child the disk reads the same; later writes change only the child."""
     rng = random.Random(seed)
     chain = Chain(build(plan, writable=True))
     sectors = chain.size_bytes // SECTOR_SIZE
@@ -69,7 +69,7 @@ def test_content_stays_and_writes_go_to_the_child(plan: ChainPlan, seed: int) ->
 
 
 def run_until_cut(parent: CrashStore, child: CrashStore) -> list[set[bytes]]:
-    """Write, flush, write more, stack, write, flush until the power goes: what each sector may hold then."""
+    """Write, flush, write more, stack, write, flush until the power is cut; returns what each sector may hold then."""
     sectors = SIZE // SECTOR_SIZE
     allowed: list[set[bytes]] = [{bytes(SECTOR_SIZE)} for _ in range(sectors)]
     try:
@@ -96,7 +96,7 @@ def run_until_cut(parent: CrashStore, child: CrashStore) -> list[set[bytes]]:
 
 
 def test_power_cut_anywhere() -> None:
-    """INV-LIVE-PRESERVES: a cut at any operation, before, during or after the stacking, loses nothing flushed."""
+    """INV-LIVE-PRESERVES: a cut at any operation, before, during or after stacking, loses no flushed data."""
     base = MemStore("base.vhd")
     create_dynamic(base, SIZE, block_size_bytes=512 * KIB)
     rng, number, cuts = random.Random(7), 0, 0
@@ -129,7 +129,7 @@ def test_power_cut_anywhere() -> None:
 
 
 def test_failing_flush_leaves_the_old_leaf() -> None:
-    """When the old leaf cannot be flushed there is no new chain, and nothing of the old one has changed."""
+    """If the old leaf cannot be flushed, no new chain is made, and the old one is unchanged."""
 
     class Full(MemStore):
         failing = False
@@ -154,8 +154,8 @@ def test_failing_flush_leaves_the_old_leaf() -> None:
     assert again[: 9 * SECTOR_SIZE] == before[: 9 * SECTOR_SIZE] and again[90 * SECTOR_SIZE :][:8] != bytes(8)
 
 
-def test_depth_has_an_end() -> None:
-    """A chain of as many layers as there may be is told so, and stays in use."""
+def test_depth_is_limited() -> None:
+    """A chain that already has the maximum number of layers refuses another one, and stays in use."""
     layers: list[Layer] = [open_layer(empty_child(SIZE), format_name=FormatName.VHD) for _ in range(254)]
     with pytest.raises(errors.InvalidArgument, match="254 layers"):
         stack(Chain(layers), open_layer(empty_child(SIZE), format_name=FormatName.VHD, writable=True))
@@ -165,7 +165,7 @@ def test_depth_has_an_end() -> None:
 
 
 def make(folder: Path, *names: str) -> list[Disk]:
-    """Open disks with data that says which one it is, some of it not flushed."""
+    """Open disks with distinct data, some of it not flushed."""
     disks = []
     for name in names:
         create_image(folder / name, SIZE)
@@ -178,12 +178,12 @@ def make(folder: Path, *names: str) -> list[Disk]:
 
 
 def names(folder: Path) -> list[str]:
-    """What lies there, hidden files too."""
+    """Every name in the folder, hidden files included."""
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_set_is_frozen_under_locks_that_are_never_given_up(tmp_path: Path) -> None:
-    """The children take the writes; at every moment another writer is refused; readers of old leaves come in after."""
+def test_a_set_is_frozen_without_ever_releasing_its_locks(tmp_path: Path) -> None:
+    """The children take the writes; other writers are refused throughout; readers of old leaves are admitted later."""
     disks = make(tmp_path, "a.vhd", "b.vhd")
     before = [disk.read(0, SIZE) for disk in disks]
     with Freezing([(disks[0].chain, None), (disks[1].chain, str(tmp_path / "other.avhd"))]) as freezing:
@@ -204,8 +204,8 @@ def test_set_is_frozen_under_locks_that_are_never_given_up(tmp_path: Path) -> No
         assert frozen.read(0, SIZE) == before[0] and leaf.read(0, 3) == b"new"
 
 
-def test_left_early_nothing_was(tmp_path: Path) -> None:
-    """An error before the new chains are taken removes all children, and the old leaves go on."""
+def test_leaving_early_undoes_everything(tmp_path: Path) -> None:
+    """An error before the new chains are taken removes all children, and the old leaves stay in use."""
     disks = make(tmp_path, "a.vhd", "b.vhd")
     with pytest.raises(RuntimeError), Freezing([(disk.chain, None) for disk in disks]) as freezing:
         freezing.freeze()
@@ -218,8 +218,8 @@ def test_left_early_nothing_was(tmp_path: Path) -> None:
         assert disk.read(2 * MIB, 7) == b"goes on"
 
 
-def test_refusals_make_nothing(tmp_path: Path) -> None:
-    """A taken name, a folder that is not there, a disk that is only read: no child of the set is made."""
+def test_refusals_make_no_file(tmp_path: Path) -> None:
+    """A taken name, a missing folder, a disk that is open read-only: no child of the set is made."""
     disks = make(tmp_path, "a.vhd", "b.vhd")
     (tmp_path / "taken.avhd").write_text("x")
     before = names(tmp_path)
@@ -235,7 +235,7 @@ def test_refusals_make_nothing(tmp_path: Path) -> None:
     disks[0].close()
 
 
-def test_killed_anywhere_the_newest_leaf_is_right(tmp_path: Path) -> None:
+def test_killed_at_any_call_the_newest_leaf_is_complete(tmp_path: Path) -> None:
     """INV-SET-HARMLESS: killed at any step, the newest leaf of each disk opens and holds everything flushed."""
     pristine = tmp_path / "pristine"
     pristine.mkdir()
@@ -273,7 +273,7 @@ def test_killed_anywhere_the_newest_leaf_is_right(tmp_path: Path) -> None:
 
 
 def test_scratch_child(tmp_path: Path) -> None:
-    """A nameless child takes the writes and leaves no trace, neither in a file nor in a folder."""
+    """A child without a name takes the writes and leaves no trace, neither in a file nor in a folder."""
     create_image(tmp_path / "a.vhd", SIZE)
     before = (tmp_path / "a.vhd").read_bytes()
     with Disk(scratch_child(open_disk(tmp_path / "a.vhd").chain, str(tmp_path))) as disk:
@@ -286,7 +286,7 @@ def test_scratch_child(tmp_path: Path) -> None:
 
 
 def test_newest_leaf(tmp_path: Path) -> None:
-    """Single children are followed to the end, raw bases too; at a fork both are named."""
+    """Single children are followed to the end, from raw bases too; at a fork both are named."""
     options = OpenOptions(allow_raw_parent=True)
     (tmp_path / "base.raw").write_bytes(bytes(SIZE))
     assert newest_leaf(tmp_path / "base.raw", options) == str(tmp_path / "base.raw")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Merging under an open chain: every read gives what it gave, every write stays, an end anywhere leaves a chain."""
+"""Merging under an open chain: reads stay the same, writes are kept, and a crash at any point leaves a chain."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ BLOCK = 512 * KIB
 
 
 def write_some(chain: Chain, model: bytearray, rng: random.Random, count: int) -> None:
-    """Random writes, zeros and trims to the leaf, kept in the model too."""
+    """Write data, zeros and trims at random to the leaf and to the model."""
     for _ in range(count):
         first = rng.choice([rng.randrange(SECTORS), rng.randrange(SECTORS // 1024) * 1024])
         size = min(rng.choice([1, 8, 31, 300, 1024, 1500]), SECTORS - first)
@@ -53,7 +53,7 @@ def write_some(chain: Chain, model: bytearray, rng: random.Random, count: int) -
 
 
 def make_chain(folder: Path, depth: int, base: str, rng: random.Random) -> tuple[list[Path], bytearray]:
-    """Images, leaf first, with random content, some of whose blocks lie on no page boundary; and what they read as."""
+    """Make images, leaf first, with random content and some unaligned blocks; return them and the content."""
     paths = [folder / f"{number}.avhd" for number in range(depth - 1)]
     paths.append(folder / ("base.img" if base == "raw" else "base.vhd"))
     model = bytearray(SIZE)
@@ -82,8 +82,8 @@ def content(chain: Chain) -> bytes:
     return Disk(chain).read(0, SIZE)
 
 
-def on_disk(path: Path) -> bytes:
-    """The whole disk as who opens it now reads it."""
+def disk_as_opened_now(path: Path) -> bytes:
+    """The whole disk as a new reader sees it."""
     with vhdkit.open_disk(path, options=OpenOptions(allow_raw_parent=True, lock=False)) as disk:
         return disk.read(0, SIZE)
 
@@ -91,8 +91,8 @@ def on_disk(path: Path) -> bytes:
 @given(depth=st.integers(3, 6), base=st.sampled_from(["dynamic", "fixed", "raw"]), seed=st.integers(0, 1 << 30))
 @settings(max_examples=daily_or_nightly(20, 60), deadline=None)
 def test_reads_and_writes_go_on(depth: int, base: str, seed: int, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """INV-MERGE-PRESERVES: while layers below the leaf are merged the disk reads and takes writes as if nothing
-    happened, the layers below the target are not touched, and the sources are gone in the end."""
+    """INV-MERGE-PRESERVES: while layers below the leaf are merged, the disk reads and takes writes as before, the
+    layers below the target are not changed, and the sources are removed at the end."""
     folder = tmp_path_factory.mktemp("live")
     rng = random.Random(seed)
     paths, model = make_chain(folder, depth, base, rng)
@@ -125,7 +125,7 @@ def test_reads_and_writes_go_on(depth: int, base: str, seed: int, tmp_path_facto
     kept = [*paths[:first], *paths[target:]]
     assert sorted(os.listdir(folder)) == sorted(path.name for path in kept)
     assert {path: path.read_bytes() for path in below} == below
-    assert on_disk(paths[0]) == model
+    assert disk_as_opened_now(paths[0]) == model
     assert [one for one in vhdkit.check(paths[0], options=options) if one.severity is vhdkit.Severity.ERROR] == []
 
 
@@ -134,7 +134,7 @@ def test_reads_and_writes_go_on(depth: int, base: str, seed: int, tmp_path_facto
 def test_the_leaf_goes_into_its_parent(
     base: str, deeper: bool, seed: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """The parent takes the leaf's content and the writes that follow, and holds the lock of a writer."""
+    """The parent takes the leaf's content and the later writes, and holds a writer's lock."""
     folder = tmp_path_factory.mktemp("leaf")
     rng = random.Random(seed)
     paths, model = make_chain(folder, 3 if deeper else 2, base, rng)
@@ -151,12 +151,12 @@ def test_the_leaf_goes_into_its_parent(
     write_some(new, model, rng, 3)
     new.close()
     assert sorted(os.listdir(folder)) == sorted(path.name for path in paths[1:])
-    assert on_disk(paths[1]) == model
+    assert disk_as_opened_now(paths[1]) == model
     vhdkit.open_disk(paths[1], writable=True).close()
 
 
 def merge_while_writing(paths: list[Path], seed: int) -> Chain:
-    """Merge layers 1 and 2 into layer 3 with writes in between, then the leaf into that; the chain that is left."""
+    """Merge layers 1 and 2 into layer 3 with writes in between, then the leaf into that; return what remains."""
     rng = random.Random(seed)
     chain = Chain.open(paths[0], writable=True)
     model = bytearray(content(chain))
@@ -177,8 +177,9 @@ def merge_while_writing(paths: list[Path], seed: int) -> Chain:
 
 
 def test_killed_at_every_call(tmp_path: Path) -> None:
-    """INV-MERGE-PRESERVES: killed before any call that changes a file, every sector reads as it did or as it was
-    written since, by the leaf while it is there, by the target afterwards; resuming finishes it."""
+    """INV-MERGE-PRESERVES: killed before any call that changes a file, every sector holds its old content or what was
+    written since, read through the leaf while it exists and through the target afterwards; resuming completes the
+    merge."""
     rng = random.Random(5)
     master = tmp_path / "master"
     master.mkdir()
@@ -195,7 +196,7 @@ def test_killed_at_every_call(tmp_path: Path) -> None:
         here = [work / name for name in names]
         top = here[0] if here[0].exists() else here[3]
         states.add((top.name, Path(sidecar_path(here[3], KIND)).exists()))
-        seen = on_disk(top)
+        seen = disk_as_opened_now(top)
         assert _explained(seen, model, number), f"killed at call {number}"
         for _ in range(2):
             with _settled(top) as disk:
@@ -204,7 +205,7 @@ def test_killed_at_every_call(tmp_path: Path) -> None:
         if vhdkit.merge_under_way(here[3]):
             vhdkit.resume_merge(here[3])
         top = here[0] if here[0].exists() else here[3]
-        assert _explained(on_disk(top), model, number)
+        assert _explained(disk_as_opened_now(top), model, number)
         assert not vhdkit.merge_under_way(here[3])
         shutil.rmtree(work)
         shutil.copytree(master, work)
@@ -213,7 +214,7 @@ def test_killed_at_every_call(tmp_path: Path) -> None:
 
 
 def _settled(top: Path) -> vhdkit.Disk:
-    """Opened for writing: that may finish the merge of the leaf and say where to go on."""
+    """Opened for writing: that may complete the merge of the leaf and report where its content is now."""
     try:
         return vhdkit.open_disk(top, writable=True)
     except errors.NotFound as error:
@@ -221,7 +222,7 @@ def _settled(top: Path) -> vhdkit.Disk:
 
 
 def _explained(seen: bytes, before: bytearray, number: int) -> bool:
-    """Every sector is as it was, or zeros, or what some write put there: patterns say for which sector they are."""
+    """Every sector is unchanged, or zeros, or holds a later write: patterns contain the number of their sector."""
     for index in range(SECTORS):
         sector = seen[index * SECTOR_SIZE : (index + 1) * SECTOR_SIZE]
         if sector in (before[index * SECTOR_SIZE : (index + 1) * SECTOR_SIZE], bytes(SECTOR_SIZE)):
@@ -234,8 +235,8 @@ def _explained(seen: bytes, before: bytearray, number: int) -> bool:
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
 def test_failing_at_every_call(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A call that fails is an error, and what is served then, the old chain or the new one, reads as it should, with
-    what was written before and never flushed."""
+    """A failing call is an error; what is then served, the old chain or the new one, reads correctly, including writes
+    that were not yet flushed."""
     rng = random.Random(6)
     master, work = tmp_path / "master", tmp_path / "work"
     master.mkdir()
@@ -256,11 +257,11 @@ def test_failing_at_every_call(code: int, tmp_path: Path, monkeypatch: pytest.Mo
         try:
             chain.flush()
             whole = True
-        except errors.SyncFailed:  # then nobody was told that the last writes are safe
+        except errors.SyncFailed:  # then no flush has promised that the last writes are safe
             whole = False
         with _quiet():
             chain.close()
-        assert not whole or on_disk(work / paths[0].name) == written
+        assert not whole or disk_as_opened_now(work / paths[0].name) == written
         failures += failed
         if not failing.struck:
             break
@@ -268,10 +269,10 @@ def test_failing_at_every_call(code: int, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("base", ["dynamic", "fixed", "raw"])
-def test_nothing_is_written_that_an_old_leaf_may_hide(
+def test_the_target_is_not_written_while_the_old_leaf_may_come_back(
     base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where nobody knows whether the leaf is gone for good, the target reads as it did and takes no write."""
+    """If it is uncertain whether the leaf is gone for good, the target reads as before and refuses writes."""
     paths, model = make_chain(tmp_path, 2, base, random.Random(3))
     options = OpenOptions(allow_raw_parent=True)
     chain = Chain.open(paths[0], writable=True, options=options)
@@ -288,7 +289,7 @@ def test_nothing_is_written_that_an_old_leaf_may_hide(
     with pytest.raises(errors.SyncFailed):
         chain.write(0, memoryview(bytes(SECTOR_SIZE)))
     chain.close()
-    assert on_disk(paths[1]) == model
+    assert disk_as_opened_now(paths[1]) == model
 
 
 class _Failing:
@@ -311,7 +312,7 @@ class _Failing:
 
 
 def _try_to_merge(chain: Chain, first: int, target: int) -> tuple[Chain, bool]:
-    """The chain to be served then, and whether it failed."""
+    """The chain to be served afterwards, and whether the merge failed."""
     try:
         with LiveMerge(chain, first, target) as merging:
             merging.copy()
@@ -325,7 +326,7 @@ def _try_to_merge(chain: Chain, first: int, target: int) -> tuple[Chain, bool]:
 
 
 class _quiet:
-    """A close after a failed flush may say so again."""
+    """A close after a failed flush may report the failure again."""
 
     def __enter__(self) -> None:
         return None
@@ -334,8 +335,8 @@ class _quiet:
         return isinstance(error, errors.VhdkitError)
 
 
-def test_stopping_leaves_the_chain_as_it_was_and_the_next_try_goes_on(tmp_path: Path) -> None:
-    """Whoever stops a merge by an error from its progress loses nothing; locks are a reader's again."""
+def test_a_cancelled_merge_leaves_the_chain_unchanged_and_can_be_repeated(tmp_path: Path) -> None:
+    """Cancelling a merge by an error from its progress loses nothing; locks are a reader's again."""
     rng = random.Random(8)
     paths, model = make_chain(tmp_path, 4, "dynamic", rng)
     chain = Chain.open(paths[0], writable=True)
@@ -351,7 +352,7 @@ def test_stopping_leaves_the_chain_as_it_was_and_the_next_try_goes_on(tmp_path: 
     with pytest.raises(errors.Cancelled), LiveMerge(chain, 1, 3) as merging:
         merging.copy(stop)
     assert content(chain) == model
-    with Chain.open(paths[2]):  # a second reader is welcome
+    with Chain.open(paths[2]):  # a second reader is admitted
         assert vhdkit.merge_under_way(paths[2]) == str(paths[2])
         with pytest.raises(errors.ImageInUse), LiveMerge(chain, 1, 3):
             pass
@@ -364,9 +365,9 @@ def test_stopping_leaves_the_chain_as_it_was_and_the_next_try_goes_on(tmp_path: 
     chain.close()
 
 
-def test_the_next_open_finishes_what_a_dead_server_left(tmp_path: Path) -> None:
-    """Where only the merged files are left to be removed, the next writable open of the leaf does it: else no later
-    merge under clients would find the target without other children."""
+def test_the_next_open_completes_the_merge_of_a_dead_server(tmp_path: Path) -> None:
+    """If only the merged files are left to be removed, the next writable open of the leaf removes them; else a later
+    merge under clients would find that the target has other children."""
     paths, model = make_chain(tmp_path, 4, "dynamic", random.Random(4))
     for relinked in (True, False):
         chain = Chain.open(paths[0], writable=True)
@@ -386,8 +387,8 @@ def test_the_next_open_finishes_what_a_dead_server_left(tmp_path: Path) -> None:
         vhdkit.create_child(paths[0], paths[1])
 
 
-def test_what_others_stand_on_is_not_merged(tmp_path: Path) -> None:
-    """A child outside the chain, of the target or of a source, is named and nothing changes."""
+def test_a_layer_with_other_children_is_not_merged(tmp_path: Path) -> None:
+    """A child outside the chain, of the target or of a source, is named, and nothing changes."""
     rng = random.Random(9)
     paths, model = make_chain(tmp_path, 4, "dynamic", rng)
     for number in (1, 2):
@@ -403,7 +404,7 @@ def test_what_others_stand_on_is_not_merged(tmp_path: Path) -> None:
         other.unlink()
 
 
-def test_layers_of_another_size_are_left_for_later(tmp_path: Path) -> None:
+def test_layers_of_another_size_are_refused(tmp_path: Path) -> None:
     """A layer that is smaller than the disk would have to grow under its reader: refused, with what to do."""
     vhdkit.create_image(tmp_path / "base.vhd", SIZE)
     vhdkit.create_child(tmp_path / "a.avhd", tmp_path / "base.vhd")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Merges of real files: what is refused, what is left, and going on after a failure at every step."""
+"""Merges of real files: what is refused, what is left, and how a merge continues after a failure at every step."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write(path: str, seed: int, *, writes: int = 12, zeros: int = 3) -> None:
-    """Random data and zeros into the image's own disk."""
+    """Write random data and zeros into the image's own disk."""
     rng = random.Random(seed)
     with vhdkit.open_disk(path, writable=True) as disk:
         for _ in range(writes):
@@ -47,7 +47,7 @@ def write(path: str, seed: int, *, writes: int = 12, zeros: int = 3) -> None:
 
 
 def make_chain(depth: int, *, base: DiskFormat = DiskFormat.DYNAMIC, size: int = SIZE) -> list[str]:
-    """`layer0` (the leaf) to the base, each with data of its own; the paths, leaf first."""
+    """Make `layer0` (the leaf) to the base, each with its own data; return the paths, leaf first."""
     names = [f"layer{n}.avhd" for n in range(depth - 1)]
     names.append("base.img" if base is DiskFormat.RAW else "base.vhd")
     vhdkit.create_image(names[-1], size, disk_format=base, block_size_bytes=BLOCK)
@@ -62,7 +62,7 @@ RAW = vhdkit.OpenOptions(allow_raw_parent=True)
 
 
 def write_with_raw(path: str, seed: int) -> None:
-    """`write` for a child of a raw base too."""
+    """`write` for a child of a raw base, too."""
     rng = random.Random(f"child {seed}")
     with vhdkit.open_disk(path, writable=True, options=RAW) as disk:
         for _ in range(12):
@@ -72,22 +72,22 @@ def write_with_raw(path: str, seed: int) -> None:
 
 
 def content(path: str | Path) -> bytes:
-    """Everything on the disk."""
+    """The whole disk."""
     with vhdkit.open_disk(path, options=RAW) as disk:
         return disk.read(0, disk.size_bytes)
 
 
 def files() -> list[str]:
-    """Every name in the folder, hidden ones too."""
+    """Every name in the folder, hidden files included."""
     return sorted(os.listdir())
 
 
-# -- what comes out ---------------------------------------------------------------------------------------------
+# -- results -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("base", list(DiskFormat))
 def test_a_child_goes_into_its_parent(base: DiskFormat) -> None:
-    """INV-MERGE-PRESERVES: the parent reads as the child did; the child, and nothing else, is gone."""
+    """INV-MERGE-PRESERVES: the parent reads as the child did; only the child is removed."""
     leaf, parent = make_chain(2, base=base)
     before = content(leaf)
     done = vhdkit.merge(leaf, options=RAW)
@@ -108,7 +108,7 @@ def test_merges_multiple_children_in_one_pass() -> None:
 
 
 def test_into_a_layer_in_the_middle() -> None:
-    """A differencing ancestor takes the layers in and keeps its own parent, which does not change."""
+    """A differencing ancestor takes the layers and keeps its own parent, which does not change."""
     names = make_chain(5)
     before, base = content(names[0]), Path(names[-1]).read_bytes()
     vhdkit.merge(names[0], into=names[2])
@@ -119,7 +119,7 @@ def test_into_a_layer_in_the_middle() -> None:
 @pytest.mark.parametrize("base", list(DiskFormat))
 @pytest.mark.parametrize("depth", [1, 2])
 def test_to_a_new_file(base: DiskFormat, depth: int) -> None:
-    """The result lies beside the chain, of its ancestor's kind and, where that has one, on its parent; no file of
+    """The result is made beside the chain, with the kind of the ancestor and, if that has one, its parent; no file of
     the chain changes."""
     names = make_chain(3, base=base)
     before = {name: Path(name).read_bytes() for name in names}
@@ -136,17 +136,17 @@ def test_to_a_new_file(base: DiskFormat, depth: int) -> None:
 
 
 def test_a_dry_run_changes_nothing() -> None:
-    """It says what the merge will say, and no byte and no name changes."""
+    """It reports what the merge would report, and no byte and no name changes."""
     names = make_chain(3)
     before = {name: Path(name).read_bytes() for name in names}
-    told = vhdkit.merge(names[0], into=names[2], dry_run=True)
+    planned = vhdkit.merge(names[0], into=names[2], dry_run=True)
     vhdkit.merge(names[0], into=names[2], to="new.vhd", dry_run=True)
     assert {name: Path(name).read_bytes() for name in files()} == before
-    assert vhdkit.merge(names[0], into=names[2]) == told
+    assert vhdkit.merge(names[0], into=names[2]) == planned
 
 
 def test_a_raw_base_that_ends_inside_a_sector() -> None:
-    """Its last sector counts as a whole one that ends in zeros, in the target too."""
+    """Its last sector counts as a whole one that ends in zeros, also in the target."""
     Path("base.img").write_bytes(os.urandom(2 * MIB - 100))
     vhdkit.create_child("leaf.avhd", "base.img", block_size_bytes=BLOCK, options=RAW)
     before = content("leaf.avhd")
@@ -157,7 +157,7 @@ def test_a_raw_base_that_ends_inside_a_sector() -> None:
 
 
 def test_blocks_can_be_moved() -> None:
-    """XO 'blocks can be moved': a block on no page boundary that ends whole moves to one; where it was is a hole."""
+    """XO 'blocks can be moved': a complete but unaligned block moves to an aligned place and leaves a hole."""
     leaf, base = make_chain(2)
     store = MemStore("base.vhd")
     store.pwrite(0, Path(base).read_bytes())
@@ -196,7 +196,7 @@ def test_does_not_use_the_bat_msb_for_sign() -> None:
     assert content(base) == before
 
 
-def test_last_block_is_trimmed_when_the_size_is_no_multiple_of_the_block_size() -> None:
+def test_last_block_is_trimmed_when_the_size_is_not_a_multiple_of_the_block_size() -> None:
     """XO 'last block is trimmed when virtualSize is not a multiple of blockSize': data up to the last sector."""
     leaf, base = make_chain(2)
     with vhdkit.open_disk(leaf, writable=True) as disk:
@@ -207,7 +207,7 @@ def test_last_block_is_trimmed_when_the_size_is_no_multiple_of_the_block_size() 
 
 
 def test_an_ancestor_that_lost_its_footer() -> None:
-    """XO 'resumes an interrupted merge whose ancestor lost its footer': the copy at the beginning is enough."""
+    """XO 'resumes an interrupted merge whose ancestor lost its footer': the copy at the start is enough."""
     leaf, base = make_chain(2)
     before = content(leaf)
     os.truncate(base, os.path.getsize(base) - SECTOR_SIZE)
@@ -218,7 +218,7 @@ def test_an_ancestor_that_lost_its_footer() -> None:
 @pytest.mark.parametrize("base", list(DiskFormat))
 @pytest.mark.parametrize("grown", [SECTOR_SIZE, 5 * MIB + 3 * SECTOR_SIZE, 3 * GIB])
 def test_merge_a_bigger_child_into_a_parent(base: DiskFormat, grown: int) -> None:
-    """XO 'merge a bigger child into a parent': the parent gets the leaf's size first, and its data."""
+    """XO 'merge a bigger child into a parent': the parent first gets the leaf's size, then its data."""
     vhdkit.create_image("base", SIZE, disk_format=base, block_size_bytes=BLOCK)
     write("base", 3)
     vhdkit.create_child("leaf.avhd", "base", size_bytes=SIZE + grown, block_size_bytes=BLOCK, options=RAW)
@@ -236,7 +236,7 @@ def test_merge_a_bigger_child_into_a_parent(base: DiskFormat, grown: int) -> Non
 
 
 def smaller_leaf(base: DiskFormat, size: int) -> bytes:
-    """A chain of two whose leaf is smaller than its base, as some programs make them; what the leaf reads."""
+    """A chain of two whose leaf is smaller than its base, as some programs make them; returns the leaf's content."""
     vhdkit.create_image("base", SIZE, disk_format=base, block_size_bytes=BLOCK)
     write("base", 3)
     vhdkit.create_child("leaf.avhd", "base", block_size_bytes=BLOCK, options=RAW)
@@ -252,26 +252,26 @@ def smaller_leaf(base: DiskFormat, size: int) -> bytes:
 
 @pytest.mark.parametrize("base", list(DiskFormat))
 def test_a_smaller_child_makes_its_parent_smaller(base: DiskFormat) -> None:
-    """The result has the leaf's size also where that is smaller: what the leaf does not see is not kept."""
+    """The result has the leaf's size even if that is smaller: what the leaf does not show is not kept."""
     before = smaller_leaf(base, 2 * MIB + 5 * SECTOR_SIZE)
     vhdkit.merge("leaf.avhd", options=RAW)
     assert files() == ["base"] and content("base") == before
     assert not [one for one in vhdkit.check("base") if one.severity is vhdkit.Severity.ERROR]
 
 
-def test_a_parent_that_hides_its_own_does_not_grow() -> None:
-    """A target smaller than its parent and the leaf would show what its parent has behind its end: refused."""
+def test_a_target_that_hides_its_parents_data_does_not_grow() -> None:
+    """A target smaller than its parent and than the leaf would expose its parent's data behind its end: refused."""
     smaller_leaf(DiskFormat.DYNAMIC, 2 * MIB)
     os.rename("leaf.avhd", "target.avhd")
     vhdkit.create_child("layer0.avhd", "target.avhd", size_bytes=SIZE)
     refused(errors.InvalidArgument, "would appear")
 
 
-# -- what is refused --------------------------------------------------------------------------------------------
+# -- refusals ----------------------------------------------------------------------------------------------------
 
 
 def refused(kind: type[errors.VhdkitError], match: str, **words: object) -> None:
-    """The merge of layer0 raises this, and nothing changes."""
+    """The merge of layer0 raises this error, and nothing changes."""
     before = {name: Path(name).read_bytes() for name in files()}
     with pytest.raises(kind, match=match):
         vhdkit.merge("layer0.avhd", **words)  # type: ignore[arg-type]
@@ -279,15 +279,15 @@ def refused(kind: type[errors.VhdkitError], match: str, **words: object) -> None
 
 
 @pytest.mark.parametrize("parent", [0, 1, 2, 3])
-def test_another_child_is_a_reason_to_refuse(parent: int) -> None:
-    """An image that stands on the leaf, a source or the target would be broken: it is named, and nothing happens."""
+def test_another_child_is_refused(parent: int) -> None:
+    """A child of the leaf, a source or the target would be broken: the error names it, and nothing changes."""
     names = make_chain(4)
     vhdkit.create_child("other.avhd", names[parent])
     refused(errors.HasChildren, "other.avhd", into=names[3])
 
 
-def test_a_child_in_another_folder_is_found_where_the_user_says() -> None:
-    """Children are looked for in the folders of all the images and in those the user names."""
+def test_a_child_in_another_folder_is_found_where_the_user_points() -> None:
+    """Children are searched in the folders of all the images and in those that the user names."""
     names = make_chain(2)
     os.mkdir("elsewhere")
     here = vhdkit.OpenOptions(parent_dirs=("elsewhere", "."))
@@ -296,8 +296,8 @@ def test_a_child_in_another_folder_is_found_where_the_user_says() -> None:
         vhdkit.merge(names[0], options=here)
 
 
-def test_children_of_the_leaf_are_repointed_when_asked_for() -> None:
-    """With relink_children they stand on the target afterwards and read as before."""
+def test_children_of_the_leaf_are_relinked_on_request() -> None:
+    """With relink_children their parent is the target afterwards, and they read as before."""
     names = make_chain(3)
     children = ["child1.avhd", "child2.avhd"]
     for child in children:
@@ -312,7 +312,7 @@ def test_children_of_the_leaf_are_repointed_when_asked_for() -> None:
 
 
 def test_an_image_in_use_is_not_merged() -> None:
-    """Any image of the chain that is open anywhere keeps the merge away, and so does an open child to be repointed."""
+    """Any image of the chain that is open prevents the merge, and so does an open child to be relinked."""
     names = make_chain(3)
     for name in names:
         with vhdkit.open_disk(name):
@@ -322,8 +322,8 @@ def test_an_image_in_use_is_not_merged() -> None:
         vhdkit.merge(names[0], relink_children=True)
 
 
-def test_what_is_no_merge() -> None:
-    """No parent, itself, no ancestor, children to be repointed to a new file: each a clear error."""
+def test_invalid_merges() -> None:
+    """No parent, itself, not an ancestor, children to be relinked to a new file: each is a clear error."""
     names = make_chain(2)
     vhdkit.create_image("other.vhd", SIZE)
     refused(errors.InvalidArgument, "is not an ancestor", into="other.vhd")
@@ -335,11 +335,11 @@ def test_what_is_no_merge() -> None:
         vhdkit.merge("gone.avhd")
 
 
-# -- stopped on the way -----------------------------------------------------------------------------------------
+# -- interruptions -----------------------------------------------------------------------------------------------
 
 
 class Stopped(BaseException):
-    """The process ends here; no `Exception`, so nothing takes it for a failure to handle."""
+    """The process ends here; not an `Exception`, so no handler takes it for a failure."""
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
@@ -364,14 +364,14 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
 def test_can_resume_after_each_step(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """INV-MERGE-PRESERVES: stopped before any step (SM's fist points coalescing_VHD_data, before_create_relink,
     before_delete, after_delete, before_remove_j; XO 'can resume a simple merge', 'can resume a multiple merge', 'can
-    resume a failed renaming'), the leaf or the target reads as before, and the merge can be finished."""
+    resume a failed renaming'), the leaf or the target reads as before, and the merge can be completed."""
     names = make_chain(4)
     before = content(names[0])
     with monkeypatch.context() as patch:
         stop_at(patch, step)
         try:
             vhdkit.merge(names[0], into=names[3])
-            assert step == 7, "there is a step that was not stopped"
+            assert step == 7, "the merge has more steps than the test stopped"
         except Stopped:
             assert step < 7
     assert content(names[0] if os.path.exists(names[0]) else names[3]) == before
@@ -388,7 +388,7 @@ def test_can_resume_after_each_step(step: int, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("step", range(2, 6))
 def test_can_resume_a_merge_that_relinks(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SM's fist point relinking_grandchildren: children of the leaf read the same wherever it stopped."""
+    """SM's fist point relinking_grandchildren: children of the leaf read the same wherever the merge stopped."""
     names = make_chain(2)
     for child in ("child1.avhd", "child2.avhd"):
         vhdkit.create_child(child, names[0])
@@ -405,7 +405,7 @@ def test_can_resume_a_merge_that_relinks(step: int, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("block", [0, 1, 5])
 def test_can_resume_in_the_middle_of_the_data(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """XO 'mergeRemoteDisk resumes after interruption': what was written to the leaf meanwhile is merged too."""
+    """XO 'mergeRemoteDisk resumes after interruption': later writes to the leaf are merged, too."""
     names = make_chain(3)
     seen = 0
     honest = DynamicImage.copy_in
@@ -429,7 +429,7 @@ def test_can_resume_in_the_middle_of_the_data(block: int, monkeypatch: pytest.Mo
 
 
 def test_a_child_made_after_the_interruption_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    """When the leaf got a child before the merge was resumed, that is refused, and the child reads on."""
+    """If the leaf got a child before the merge was resumed, resuming is refused, and the child reads as before."""
     names = make_chain(2)
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         stop_at(patch, 3)
@@ -441,9 +441,9 @@ def test_a_child_made_after_the_interruption_is_not_lost(monkeypatch: pytest.Mon
     assert content("new.avhd") == before
 
 
-def test_a_record_that_is_not_ours_is_not_acted_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torn or foreign records, XO's 'currentBlock = -1' among them, and ids that are not those of the files: nothing
-    is removed."""
+def test_an_untrusted_record_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For torn or foreign records, XO's 'currentBlock = -1' among them, and for ids that differ from those of the
+    files, no file is removed."""
     names = make_chain(3)
     before = content(names[0])
     with monkeypatch.context() as patch, pytest.raises(Stopped):
@@ -463,8 +463,8 @@ def test_a_record_that_is_not_ours_is_not_acted_on(monkeypatch: pytest.MonkeyPat
     assert content(names[2]) == content(names[1]) == before
 
 
-def test_a_failing_folder_leaves_a_merge_to_be_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """When the layers cannot be removed the target is complete, the error says so, and the next try removes them."""
+def test_a_failing_folder_leaves_a_merge_that_can_be_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the layers cannot be removed, the target is complete, the error says so, and a retry removes them."""
     names = make_chain(2)
     before = content(names[0])
 
@@ -479,7 +479,7 @@ def test_a_failing_folder_leaves_a_merge_to_be_resumed(monkeypatch: pytest.Monke
     assert files() == [names[1]] and content(names[1]) == before
 
 
-# -- what an open does about it ---------------------------------------------------------------------------------
+# -- opening images of an unfinished merge ------------------------------------------------------------------------
 
 
 def stopped(monkeypatch: pytest.MonkeyPatch, names: list[str], step: int) -> None:
@@ -490,13 +490,13 @@ def stopped(monkeypatch: pytest.MonkeyPatch, names: list[str], step: int) -> Non
 
 
 def codes(path: str) -> list[str]:
-    """What `check` says of the chain."""
+    """The codes of `check`'s findings about the chain."""
     return [finding.code for finding in vhdkit.check(path)]
 
 
 def test_a_source_of_a_copying_merge_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the record says copy the leaf is as good as ever; check says what state the folder is in, and the target
-    alone is not opened for writing, even when the leaf is elsewhere."""
+    """While the record says copy, the leaf is fully usable; check describes the state of the folder, and the target
+    alone is not opened for writing, even if the leaf is elsewhere."""
     names = make_chain(3)
     stopped(monkeypatch, names, 2)
     assert "merge-unfinished" in codes(names[0]) and "merge-unfinished" in codes(names[2])
@@ -514,9 +514,9 @@ def test_a_source_of_a_copying_merge_can_be_written(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("opened", [0, 2])
-def test_a_writable_open_finishes_a_complete_merge(opened: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the data in place a writable open of leaf or target removes what is to be removed: the target opens, the
-    leaf is said to have gone into it. A read-only open changes nothing."""
+def test_a_writable_open_completes_a_merge(opened: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the data in place a writable open of leaf or target removes the merged layers: the target opens, and for
+    the leaf the error says that it was merged into the target. A read-only open changes nothing."""
     names = make_chain(3)
     stopped(monkeypatch, names, 3)
     before, there = content(names[0]), files()
@@ -531,7 +531,7 @@ def test_a_writable_open_finishes_a_complete_merge(opened: int, monkeypatch: pyt
 
 
 def test_a_false_record_removes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A record that says complete beside a target that is not: the open that would finish it refuses, all stays."""
+    """If a record falsely says complete, the open that would complete the merge refuses, and all files stay."""
     names = make_chain(3)
     stopped(monkeypatch, names, 3)
     with vhdkit.open_disk(names[0]) as disk:
@@ -547,8 +547,8 @@ def test_a_false_record_removes_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     assert files() == [names[2]] and content(names[2]) == before
 
 
-def test_layers_left_over_are_not_removed_by_an_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the leaf gone nothing can be compared: the user is told to say --resume. With all gone the record goes."""
+def test_an_open_does_not_remove_left_over_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the leaf nothing can be compared: the user must say --resume. With all gone the record is removed."""
     names = make_chain(3)
     stopped(monkeypatch, names, 4)
     before = content(names[2])
@@ -559,8 +559,8 @@ def test_layers_left_over_are_not_removed_by_an_open(monkeypatch: pytest.MonkeyP
     assert files() == [names[2]] and content(names[2]) == before
 
 
-def test_interrupted_tries_do_not_pile_up_in_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a killed merge copied without anything pointing at it is given back by the next try."""
+def test_interrupted_attempts_do_not_pile_up_in_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a killed merge copied without making it reachable is freed by the next attempt."""
     vhdkit.create_image("base.vhd", SIZE, block_size_bytes=BLOCK)
     vhdkit.create_child("leaf.avhd", "base.vhd", block_size_bytes=BLOCK)
     write("leaf.avhd", 1)

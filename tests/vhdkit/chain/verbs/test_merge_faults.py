@@ -26,7 +26,7 @@ SCENES: dict[str, Callable[[], Scene]] = {
 
 
 def merge(scene: Scene, stores: list[MemStore]) -> None:
-    """The data of the merge, into the target's file."""
+    """Merge only the data into the target's file."""
     layers = [layer_of(store) for store in stores]
     target = layer_of(stores[scene.index], writable=True)
     below = layers[scene.index + 1].size_bytes if layers[scene.index + 1 :] else 0
@@ -37,8 +37,8 @@ def merge(scene: Scene, stores: list[MemStore]) -> None:
 @pytest.mark.parametrize("operation", ["read", "write", "punch", "reserve", "sync"])
 @pytest.mark.parametrize("name", SCENES)
 def test_each_call_that_fails(name: str, operation: str) -> None:
-    """INV-MERGE-PRESERVES: EIO or ENOSPC at the n-th call, for every n: a typed error, the leaf reads as before, the
-    sources have not changed by a byte, and the merge done again is complete."""
+    """INV-MERGE-PRESERVES: after EIO or ENOSPC at the n-th call, for every n, there is a typed error, the leaf reads
+    as before, no byte of the sources has changed, and a second merge completes."""
     scene = SCENES[name]()
     before = content_of(scene.stores)
     errors_made = [sync_failed] if operation == "sync" else [io_failed, *([] if operation == "read" else [no_space])]
@@ -84,8 +84,8 @@ def test_a_bad_sector_in_a_source(at: int) -> None:
 
 
 def test_a_full_file_system(small_tmpfs: Path) -> None:
-    """On a file system that really fills up the merge ends in NoSpace and the leaf reads as before; with some space
-    again it is resumed. A new file that does not fit leaves nothing behind."""
+    """On a file system that is really full the merge ends in NoSpace and the leaf reads as before; once there is space
+    it is resumed. A new file that does not fit is not left behind."""
     leaf, base = small_tmpfs / "leaf.avhd", small_tmpfs / "base.vhd"
     vhdkit.create_image(base, 64 * MIB)
     vhdkit.create_child(leaf, base)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a merge moves: random chains, folded in memory, against the naive walk of the layers."""
+"""What a merge moves: random chains, merged in memory, compared with a naive walk of the layers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from vhdkit.units import KIB, MIB, SECTOR_SIZE, sectors_to_bytes, whole_sectors
 
 
 def content_of(layers: Sequence[Layer]) -> bytes:
-    """All bytes of the disk these layers make."""
+    """The content of the disk that these layers form."""
     buffer = bytearray(layers[0].size_bytes)
     Chain(layers).read_into(0, memoryview(buffer))
     return bytes(buffer)
@@ -58,8 +58,8 @@ def merges(draw: st.DrawFn) -> tuple[ChainPlan, int]:
 
 @given(merges(), st.randoms(use_true_random=False))
 def test_the_target_reads_as_the_leaf_did(case: tuple[ChainPlan, int], rng: random.Random) -> None:
-    """INV-MERGE-PRESERVES: after a fold the target holds what the leaf held, while all the way the leaf reads the
-    same; sources and deeper layers are only read (their stores fail the test otherwise)."""
+    """INV-MERGE-PRESERVES: after a merge the target holds what the leaf held, and at every step the leaf reads the
+    same; sources and deeper layers are only read (otherwise their stores fail the test)."""
     plan, index = case
     layers = build(plan)
     before = content_of(layers)
@@ -83,7 +83,7 @@ def test_the_target_reads_as_the_leaf_did(case: tuple[ChainPlan, int], rng: rand
 
 @given(chain_plans(min_children=1, max_children=4), st.integers(1, 4), st.sampled_from([512 * KIB, 2 * MIB]))
 def test_a_new_file_reads_as_the_leaf_does(plan: ChainPlan, depth: int, block_size: int) -> None:
-    """INV-MERGE-PRESERVES: folded into a new file, whatever the sizes of the layers, the disk is the same."""
+    """INV-MERGE-PRESERVES: merged into a new file, whatever the sizes of the layers, the disk is the same."""
     layers = build(plan)
     index = min(depth, len(plan.layers) - 1)
     below = layers[index + 1 :]
@@ -104,7 +104,7 @@ def test_a_new_file_reads_as_the_leaf_does(plan: ChainPlan, depth: int, block_si
 
 
 def two_layers(*, target_kind: str, base: bool = False) -> list[Layer]:
-    """A leaf that owns zeros over data of its parent; below a third layer when `base`."""
+    """A leaf that owns zeros over data of its parent, and with `base` a third layer below."""
     size = whole_sectors(2 * MIB)
     leaf = LayerPlan("differencing", size, 512 * KIB, ())
     middle = LayerPlan(target_kind, size, 512 * KIB, () if base else ((0, size),))
@@ -118,8 +118,8 @@ def two_layers(*, target_kind: str, base: bool = False) -> list[Layer]:
 
 
 def test_zeros_in_a_source_hide_older_data() -> None:
-    """dosbox-x #4545: zeros written over a block hide an ancestor's data, also once they are merged down; in a
-    differencing target that does not own those sectors they are owned as zeros."""
+    """dosbox-x #4545: zeros written over a block hide an ancestor's data, also after they are merged down; a
+    differencing target that does not own those sectors gets them as zeros that it owns."""
     for kind in ("raw", "fixed", "dynamic", "differencing"):
         layers = two_layers(target_kind=kind, base=kind == "differencing")
         before = content_of(layers)
@@ -135,8 +135,8 @@ def test_zeros_in_a_source_hide_older_data() -> None:
         assert content_of([target, *layers[2:]]) == before, kind
 
 
-def test_a_smaller_layer_in_between_hides_what_is_below() -> None:
-    """Behind the end of a smaller source the disk is zeros, and stays so when that source is gone."""
+def test_a_smaller_source_hides_what_is_below() -> None:
+    """Behind the end of a smaller source the disk reads as zeros, and still does when that source is gone."""
     size = whole_sectors(3 * MIB)
     plans = (
         LayerPlan("differencing", size, 512 * KIB, ((5, 9),)),
@@ -154,8 +154,8 @@ def test_a_smaller_layer_in_between_hides_what_is_below() -> None:
     assert content_of([open_layer(store), layers[3]]) == before
 
 
-def test_runs_are_joined_and_blocks_nobody_touches_left_out() -> None:
-    """A block that one layer owns whole is one piece; the plan has no entry for a block that no source has."""
+def test_runs_are_joined_and_untouched_blocks_left_out() -> None:
+    """A block that one layer owns entirely is one piece; the plan has no entry for a block that no source has."""
     plans = (
         LayerPlan("differencing", 8192, 512 * KIB, ((1024, 1024), (4096, 8))),
         LayerPlan("differencing", 8192, 512 * KIB, ((1030, 20), (4100, 8))),

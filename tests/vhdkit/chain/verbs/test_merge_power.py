@@ -26,7 +26,7 @@ def two_layers() -> Scene:
 
 
 def many_layers() -> Scene:
-    """Three layers into a differencing one that stands on a base with data everywhere."""
+    """Three layers into a differencing one whose base has data everywhere."""
     rng = random.Random("many")
     base = base_image("fixed", [WHOLE], rng)
     target = child_of(base, "target.avhd", [(0, 60), (PER_BLOCK, 30)], rng)
@@ -37,7 +37,7 @@ def many_layers() -> Scene:
 
 
 def moving_blocks() -> Scene:
-    """The target's blocks are on no page boundary; one of them becomes whole and moves."""
+    """The target's blocks are not page-aligned; one of them becomes complete and moves."""
     rng = random.Random("moving")
     base = base_image("dynamic", [WHOLE], rng)
     target = unaligned(child_of(base, "target.avhd", [(0, 600), (PER_BLOCK, 90), (3 * PER_BLOCK, 30)], rng))
@@ -46,14 +46,14 @@ def moving_blocks() -> Scene:
 
 
 def moving_blocks_of_a_dynamic_base() -> Scene:
-    """The same in a dynamic base: every block is whole, so every one that is touched moves."""
+    """The same in a dynamic base: every block is complete, so every touched one moves."""
     rng = random.Random("base")
     base = unaligned(base_image("dynamic", [WHOLE], rng))
     return Scene([child_of(base, "leaf.avhd", [(7, 20), (2 * PER_BLOCK + 900, 161)], rng), base], 1)
 
 
 def raw_base() -> Scene:
-    """Into a raw base, which takes everything in place."""
+    """Into a raw base, which is changed in place."""
     rng = random.Random("raw")
     base = base_image("raw", [WHOLE], rng)
     return Scene([child_of(base, "leaf.avhd", [(7, 20), (900, 2000), (2100, -8)], rng), base], 1)
@@ -83,7 +83,7 @@ def shrinking_target() -> Scene:
 
 
 def with_children() -> Scene:
-    """Two images stand on the leaf and are repointed to the target."""
+    """The leaf has two children, which are relinked to the target."""
     scene = two_layers()
     rng = random.Random("children")
     scene.children = [child_of(scene.stores[0], f"child{n}.avhd", [(20 * n, 30)], rng) for n in (1, 2)]
@@ -108,8 +108,8 @@ SCENES: dict[str, Callable[[], Scene]] = {
 
 @pytest.mark.parametrize("name", SCENES)
 def test_every_cut_of_a_merge(name: str) -> None:
-    """INV-MERGE-PRESERVES: wherever the power is cut, the leaf reads as before, or, once it is gone, the target reads
-    as the leaf did; then recovery, cut a second time, finishes the merge."""
+    """INV-MERGE-PRESERVES: wherever the power is cut, the leaf reads as before or, once it is gone, the target reads
+    as the leaf did; then recovery, cut a second time, completes the merge."""
     run = MergeRun(SCENES[name]())
     run.run()
     phases = {"None, leaf", "copy, leaf", "remove, leaf", "remove, gone", "None, gone"}
@@ -118,13 +118,13 @@ def test_every_cut_of_a_merge(name: str) -> None:
 
 
 def run_all() -> None:
-    """Every scene; the harness must find what is wrong in one of them."""
+    """Run every scene; the harness must find the fault in one of them."""
     for make in SCENES.values():
         MergeRun(make(), cuts=6).run()
 
 
 def sabotage_early_removal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The leaf goes before the target is on the device."""
+    """The leaf is removed before the target is on the device."""
 
     def carry_out(intent, names, fill, repoint=()):  # type: ignore[no-untyped-def]
         names.write(intent)
@@ -135,7 +135,7 @@ def sabotage_early_removal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def sabotage_order_of_removal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The leaf's parents go before the leaf does."""
+    """The leaf's parents are removed before the leaf."""
 
     def remove_sources(intent, names):  # type: ignore[no-untyped-def]
         for one in reversed(intent.sources):
@@ -146,7 +146,7 @@ def sabotage_order_of_removal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def sabotage_moved_bitmap(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A moved block is found before its bitmap is on the device."""
+    """A moved block becomes reachable before its bitmap is on the device."""
     honest = Commit.publish_whole
 
     def publish_whole(self: Commit, block: int, start: int, vacated: tuple[int, int] | None) -> None:
@@ -159,7 +159,7 @@ def sabotage_moved_bitmap(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def sabotage_vacated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The place a block leaves is punched before the BAT on the device points elsewhere."""
+    """The old place of a block is punched before the BAT on the device points elsewhere."""
     honest = Commit.publish_whole
 
     def publish_whole(self: Commit, block: int, start: int, vacated: tuple[int, int] | None) -> None:
@@ -188,7 +188,7 @@ def sabotage_target_sync(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_harness_finds_a_wrong_order(
     spoil: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """INV-MERGE-PRESERVES: each step that comes too early is noticed in one of the scenes."""
+    """INV-MERGE-PRESERVES: each step that comes too early is detected in one of the scenes."""
     spoil(monkeypatch)
     with pytest.raises(Violation):
         run_all()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Records of merges, true and crafted: what they lead to, and that nothing goes but merged layers."""
+"""Records of merges, genuine and crafted: what they lead to, and that only merged layers are removed."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ def stopped(monkeypatch: pytest.MonkeyPatch, names: list[str], step: int) -> Non
 
 
 def signed(document: object) -> bytes:
-    """A record whose digest is right."""
+    """A record with a correct digest."""
     line = json.dumps(document).encode() + b"\n"
     return line + hashlib.sha256(line).hexdigest().encode() + b"\n"
 
 
 def id_of(path: str) -> str:
-    """The unique id as a record spells it, zeros for what is no VHD."""
+    """The unique id as a record spells it; zeros if the file is not a VHD."""
     with vhdkit.open_disk(path, options=OpenOptions(lock=False)) as disk:
         found = disk.layer_ids[0]
     return "00" * 16 if found is None else found.replace("-", "")
 
 
 def crafted(target: str, sources: list[tuple[str, str]], phase: str = "remove") -> bytes:
-    """A record that says what anybody may want it to."""
+    """A record with chosen names and ids, as anyone could write it."""
     return signed(
         {
             "format": "vhdkit merge record 1",
@@ -58,11 +58,11 @@ def crafted(target: str, sources: list[tuple[str, str]], phase: str = "remove") 
     )
 
 
-GONE = ("gone.avhd", "77" * 16)  # a leaf that never was
+GONE = ("gone.avhd", "77" * 16)  # a leaf that never existed
 
 
 def victims() -> dict[str, bytes]:
-    """Files that have nothing to do with any merge, with their content."""
+    """Files that have nothing to do with a merge, and their content."""
     Path("sub").mkdir()
     Path("notes.txt").write_bytes(b"important")
     Path("raw.img").write_bytes(os.urandom(4096))
@@ -100,8 +100,8 @@ NULL = "00" * 16
 @pytest.mark.parametrize("phase", ["remove", "relink", "copy"])
 @pytest.mark.parametrize("verb", ["resume", "open", "snapshot", "gc"])
 def test_crafted_record_removes_nothing(sources: list[tuple[str, str]], phase: str, verb: str) -> None:
-    """INV-RECORD-PROVEN: names and ids in a record are anybody's: no file goes that is not a layer of that merge, and
-    what is refused is a typed error."""
+    """INV-RECORD-PROVEN: anyone can write names and ids into a record: no file is removed unless it is a layer of that
+    merge, and a refusal is a typed error."""
     before = victims()
     filled = [
         (path, id_of(path) if one == "own" else id_of("base.vhd") if one == "base" else one) for path, one in sources
@@ -146,8 +146,8 @@ def test_crafted_record_removes_nothing(sources: list[tuple[str, str]], phase: s
         lambda document: document.clear(),
     ],
 )
-def test_wrong_shapes_are_damaged(spoil: Callable[[dict[str, Any]], object]) -> None:
-    """A record of a wrong shape is "damaged", told by `check` and by resuming; the image beside it opens."""
+def test_malformed_records_are_damaged(spoil: Callable[[dict[str, Any]], object]) -> None:
+    """`check` and resuming report a malformed record as "damaged"; the image beside it opens."""
     vhdkit.create_image("base.vhd", 1 << 20)
     document = json.loads(crafted("base.vhd", [GONE]).partition(b"\n")[0])
     spoil(document)
@@ -159,9 +159,9 @@ def test_wrong_shapes_are_damaged(spoil: Callable[[dict[str, Any]], object]) -> 
     vhdkit.open_disk("base.vhd", writable=True).close()
 
 
-def test_names_of_other_images_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A merge stopped after its last removal; a merged layer's name is another image's by now. That one opens, is
-    written and stays, and the record goes."""
+def test_names_of_other_images_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A merge stopped after its last removal, and the merged layer's name now belongs to another image. That image
+    opens, is written to and stays, and the record is removed."""
     names = make_chain(2)
     stopped(monkeypatch, names, 4)  # the leaf is gone, the record is not
     assert os.path.exists(sidecar_path(names[1], KIND)) and not os.path.exists(names[0])
@@ -174,9 +174,9 @@ def test_names_of_other_images_are_left(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("settled", [True, False])
-def test_snapshot_after_a_merge_that_was_all_but_over(settled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A merge stopped after its last removal: the next default snapshot has that name, and makes a leaf that opens,
-    also where a program that reads the base kept the record from going."""
+def test_snapshot_after_a_nearly_completed_merge(settled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A merge stopped after its last removal: the next default snapshot gets that name and makes a leaf that opens,
+    even if a reader of the base prevented the removal of the record."""
     vhdkit.create_image("disk.vhd", 1 << 20)
     vhdkit.create_child("disk.avhd", "disk.vhd")
     write("disk.avhd", 1, writes=2, zeros=0)
@@ -196,7 +196,7 @@ def test_snapshot_after_a_merge_that_was_all_but_over(settled: bool, monkeypatch
 
 
 def test_a_leaf_that_was_merged_is_not_resized(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A merge stopped with its data complete is finished before the leaf gets another size; the target has it then."""
+    """A merge whose data is complete is completed before the leaf is resized; the target then has the new size."""
     names = make_chain(2)
     before = content(names[0])
     stopped(monkeypatch, names, 3)
@@ -209,7 +209,7 @@ def test_a_leaf_that_was_merged_is_not_resized(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("verb", ["merge", "rebase"])
 def test_the_chain_of_a_complete_merge_stays(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the layers of a merge stand on does not change once its data is complete: it could not be finished then."""
+    """The base of merged layers does not change once the data is complete, or the merge could not be completed."""
     names = make_chain(4)
     before = content(names[0])
     stopped(monkeypatch, names, 3)
@@ -225,7 +225,7 @@ def test_the_chain_of_a_complete_merge_stays(verb: str, monkeypatch: pytest.Monk
 
 
 def follow_hint(problem: str) -> list[str]:
-    """The command in a hint or a message of `check`: what stands between `vhdkit` and the end of the quote."""
+    """The command in a hint or a message of `check`: from `vhdkit` to the end of the quotation."""
     words = problem[problem.index("vhdkit merge") :].partition("`")[0].partition(";")[0]
     return shlex.split(words)[1:]
 
@@ -233,9 +233,11 @@ def follow_hint(problem: str) -> list[str]:
 @pytest.mark.parametrize("step", range(1, 6))
 @pytest.mark.parametrize("layout", ["beside", "above"])
 @pytest.mark.parametrize("by_check", [True, False])
-def test_hints_lead_on(step: int, layout: str, by_check: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wherever a merge stopped, and wherever its files lie, the command that `check` or a refused open prints finishes
-    it; a second one is not needed."""
+def test_the_command_in_the_hint_completes_the_merge(
+    step: int, layout: str, by_check: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever a merge stopped, and wherever its files are, the command that `check` or a refused open prints
+    completes it; a second one is not needed."""
     from vhdkit.cli.main import main
 
     names = make_chain(3)
@@ -270,9 +272,9 @@ def test_hints_lead_on(step: int, layout: str, by_check: bool, monkeypatch: pyte
     assert not [one for one in vhdkit.check(names[2]) if one.code.startswith("merge")]
 
 
-def test_a_lost_leaf_is_no_circle(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The leaf of a merge that was still copying is gone for good: the error names the record, and without it the
-    image can be used as it is."""
+def test_a_lost_leaf_has_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the leaf of a merge that was still copying is gone for good, the error names the record, and without the
+    record the image can be used as it is."""
     names = make_chain(2)
     stopped(monkeypatch, names, 2)
     os.unlink(names[0])
@@ -285,8 +287,8 @@ def test_a_lost_leaf_is_no_circle(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_record_of_0_1_0_without_a_flush(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server of 0.1.0 could die with its leaf's last bits unflushed and the record at "remove": opening names the
-    way out, and that leads to a disk that reads as the leaf's file does."""
+    """A server of 0.1.0 could die with its leaf's last bits unflushed and the record at "remove": the error on opening
+    names a way out, which leads to a disk that reads as the leaf's file does."""
     names = make_chain(2)
     stopped(monkeypatch, names, 3)
     intent = intent_of(names[1])
@@ -301,7 +303,7 @@ def test_record_of_0_1_0_without_a_flush(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def make_chain_again(names: list[str]) -> bytes:
-    """Change what the leaf's file holds, as if the last flush had not been; what it reads as now."""
+    """Change the content of the leaf's file, as if the last flush had not happened; return what it reads as now."""
     raw = Path(sidecar_path(names[1], KIND)).read_bytes()
     os.unlink(sidecar_path(names[1], KIND))
     write(names[0], 1234, writes=3, zeros=1)

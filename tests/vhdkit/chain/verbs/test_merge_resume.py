@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Merges that are gone on with: what an earlier try left is given back, and nothing else."""
+"""Resumed merges: the leftovers of an earlier attempt are freed, and nothing else."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def _in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("empty", [False, True])
 def test_resuming_leaves_the_names_of_the_targets_parent(empty: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is given back of an earlier try ends behind the locators, which a repointed image has behind its blocks,
-    and one without blocks behind its table."""
+    """The space that is freed ends behind the locators, which a relinked image has behind its blocks, and one without
+    blocks behind its table."""
     if empty:
         names = ["leaf.avhd", *make_chain(1)]
         names.insert(1, "middle.avhd")
@@ -39,7 +39,7 @@ def test_resuming_leaves_the_names_of_the_targets_parent(empty: bool, monkeypatc
     before = content(names[0])
 
     def copy_in(self: DynamicImage, pieces: Sequence[Piece]) -> None:
-        raise errors.IoFailed("stopped")  # before anything lies behind the names
+        raise errors.IoFailed("stopped")  # before there is anything behind the names
 
     with monkeypatch.context() as patch, pytest.raises(errors.IoFailed):
         patch.setattr(DynamicImage, "copy_in", copy_in)
@@ -53,8 +53,8 @@ def test_resuming_leaves_the_names_of_the_targets_parent(empty: bool, monkeypatc
     assert content(names[1]) == before
 
 
-def test_a_stopped_merge_is_forgotten_with_its_target() -> None:
-    """Where the target of a merge that was stopped is merged further down, its record goes with it."""
+def test_the_record_of_a_stopped_merge_goes_with_its_target() -> None:
+    """If the target of a stopped merge is itself merged further down, its record is removed with it."""
     names = make_chain(3)
     before = content(names[0])
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The newest image of a line after a server's end: found by the same command line, whatever the server was at."""
+"""The newest image of a line after a server's death: the same command line finds it, whatever the server was doing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 import vhdkit
 from tests import noting
-from tests.vhdkit.chain.verbs.test_live_merge import SIZE, make_chain, on_disk, write_some
+from tests.vhdkit.chain.verbs.test_live_merge import SIZE, disk_as_opened_now, make_chain, write_some
 from tests.vhdkit.chain.verbs.test_merge_recovery import GONE, crafted, id_of
 from tests.vhdkit.formats.test_remember import killed
 from vhdkit import errors
@@ -33,11 +33,11 @@ from vhdkit.store import FileStore, Store
 
 
 class Killed(BaseException):
-    """The server ends here."""
+    """The server is killed here."""
 
 
 def killed_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """It does before its n-th change of a name or a record."""
+    """Kill the server before its n-th change of a name or a record."""
     seen = 0
 
     def counted(honest: Callable[..., None]) -> Callable[..., None]:
@@ -64,7 +64,7 @@ def let_go(chain: Chain) -> None:
 
 
 def merged_live(chain: Chain, first: int, target: int) -> Chain:
-    """A pass of a live merge."""
+    """One pass of a live merge."""
     with LiveMerge(chain, first, target) as merging:
         merging.copy()
         chain, problem = merging.exchange()
@@ -74,7 +74,7 @@ def merged_live(chain: Chain, first: int, target: int) -> Chain:
 
 
 def served(path: Path) -> bytes:
-    """What clients read when it is served by this command line again: `serve PATH --follow-leaf`."""
+    """What clients read when this command line serves it again: `serve PATH --follow-leaf`."""
     [export] = open_exports([Wanted(str(path))], Manner(noting.options(), follow_leaf=True))
     try:
         assert export.disk.writable
@@ -87,8 +87,8 @@ def served(path: Path) -> bytes:
 @pytest.mark.parametrize("named", [0, 1, 2])
 @pytest.mark.parametrize("step", range(1, 6))
 def test_killed_in_a_live_merge(step: int, named: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """INV-MERGE-PRESERVES: killed at any step of a merge of lower layers, the server goes on with the leaf, whichever
-    image of the line its command line names, as long as that is there."""
+    """INV-MERGE-PRESERVES: killed at any step of a merge of lower layers, the server continues with the leaf,
+    whichever image of the line its command line names, as long as that exists."""
     paths, model = make_chain(tmp_path, 3, "dynamic", random.Random(step))
     chain = Chain.open(paths[0], writable=True)
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -98,14 +98,14 @@ def test_killed_in_a_live_merge(step: int, named: int, tmp_path: Path, monkeypat
     if paths[named].exists():
         assert newest_leaf(paths[named], OpenOptions()) == str(paths[0])
         assert served(paths[named]) == model
-    assert on_disk(paths[0]) == model
-    if step > 2:  # all was copied
+    assert disk_as_opened_now(paths[0]) == model
+    if step > 2:  # the copying was complete
         served(paths[2])
         assert not paths[1].exists() and not os.path.exists(sidecar_path(paths[2], KIND))
 
 
-def test_a_source_that_goes_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A merged layer that another program removes while the newest image is looked for is no error."""
+def test_a_source_removed_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not an error if another program removes a merged layer while the newest image is searched."""
     paths, _ = make_chain(tmp_path, 3, "dynamic", random.Random(1))
     chain = Chain.open(paths[0], writable=True)
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -113,7 +113,7 @@ def test_a_source_that_goes_meanwhile(tmp_path: Path, monkeypatch: pytest.Monkey
         merged_live(chain, 1, 2)
     let_go(chain)
     paths[1].unlink()
-    monkeypatch.setattr(newest, "is_there", lambda one: True)  # it was, when that was asked
+    monkeypatch.setattr(newest, "is_there", lambda one: True)  # it was there at the time of the check
     assert newest_leaf(paths[2], OpenOptions()) == str(paths[0])
 
 
@@ -123,7 +123,7 @@ def test_killed_in_a_live_merge_of_the_leaf(
     step: int, named: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """INV-MERGE-PRESERVES: the leaf has writes that were not flushed when its own merge begins; killed at any step, a
-    restart by the same command line finishes the merge and goes on serving."""
+    restart by the same command line completes the merge and continues serving."""
     rng = random.Random(step)
     paths, model = make_chain(tmp_path, 3, "dynamic", rng)
     chain = Chain.open(paths[0], writable=True)
@@ -133,13 +133,13 @@ def test_killed_in_a_live_merge_of_the_leaf(
         merged_live(chain, 0, 1)
     let_go(chain)
     if step == 1:
-        return  # nothing was begun, and nothing was flushed
+        return  # nothing had begun, and nothing was flushed
     assert served(paths[named]) == model
     assert paths[0].exists() == (step == 2)
 
 
 def test_merges_of_different_ages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Records of three merges, stopped at three phases in three lives of a server, are told apart."""
+    """Records of three merges, stopped at three phases in three lives of a server, are not confused."""
     rng = random.Random(7)
     paths, model = make_chain(tmp_path, 8, "dynamic", rng)
     for first, target, step in ((6, 7, 2), (4, 5, 3), (1, 2, 4)):
@@ -156,11 +156,11 @@ def test_merges_of_different_ages(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             assert newest_leaf(path, OpenOptions()) == str(paths[0])
     assert served(paths[7]) == model
     assert served(paths[7]) == model
-    assert on_disk(paths[0]) == model
+    assert disk_as_opened_now(paths[0]) == model
 
 
 def test_killed_while_the_merged_leaf_is_frozen_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A leaf is merged in passes, frozen anew for each. Killed after a relink, there are new names above it."""
+    """A leaf is merged in passes and frozen anew for each. Killed after a relink, there are new names above it."""
     rng = random.Random(3)
     paths, model = make_chain(tmp_path, 2, "dynamic", rng)
     chain = Chain.open(paths[0], writable=True)
@@ -179,8 +179,8 @@ def test_killed_while_the_merged_leaf_is_frozen_again(tmp_path: Path, monkeypatc
     chain.close()
 
 
-def test_crafted_record_leads_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A record that says the image was merged into a foreign one is no reason to serve that."""
+def test_a_crafted_record_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record that says the image was merged into a foreign one does not make that one served."""
     monkeypatch.chdir(tmp_path)
     vhdkit.create_image("disk.vhd", 1 << 20)
     vhdkit.create_image("evil.vhd", 1 << 20)
@@ -217,17 +217,17 @@ def test_merging_the_leaf_leaves_no_notes(notes: Path, tmp_path: Path) -> None:
 
 
 def test_an_image_that_is_gone(tmp_path: Path) -> None:
-    """An image that is gone, and of which no record says where it went, is not found."""
+    """A missing image, of which no record says where its content is, is not found."""
     with pytest.raises(errors.NotFound):
         newest_leaf(tmp_path / "gone.vhd", OpenOptions())
 
 
 @pytest.mark.parametrize("step", range(6))
-def test_every_open_of_a_server_has_its_folder(
+def test_every_open_of_a_server_passes_the_folder_of_notes(
     step: int, notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """INV-ANSWERED-SURVIVES: new leaves, targets, relinked children and finished merges: whatever a chain with notes
-    opens for writing has its folder. Without it, answered writes would be dropped as those of another program."""
+    """INV-ANSWERED-SURVIVES: every image that a chain with notes opens for writing (new leaves, targets, relinked
+    children, completed merges) gets the folder. Without it, answered writes would be dropped as another program's."""
     seen: list[tuple[str, str | None]] = []
     honest = pending.settle
 

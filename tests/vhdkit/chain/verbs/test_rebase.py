@@ -19,7 +19,7 @@ MIB = 1 << 20
 
 @pytest.fixture
 def moved(tmp_path: Path) -> tuple[Path, Path]:
-    """A child with content and the new place of its parent, in a folder below."""
+    """A child with content, and the new place of its parent, in a subfolder."""
     base, child = tmp_path / "base.vhd", tmp_path / "child.avhd"
     vhdkit.create_image(base, 4 * MIB)
     with vhdkit.open_disk(base, writable=True) as disk:
@@ -32,7 +32,7 @@ def moved(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_rebase_finds_the_moved_parent_again(moved: tuple[Path, Path]) -> None:
-    """After a rebase the chain opens by itself, for reading and writing, with its old content."""
+    """After a rebase the chain opens without options, for reading and writing, with its old content."""
     child, parent = moved
     with pytest.raises(errors.ParentMissing, match=r"vhdkit rebase .*child\.avhd --parent PARENT"):
         vhdkit.open_disk(child)
@@ -45,7 +45,7 @@ def test_rebase_finds_the_moved_parent_again(moved: tuple[Path, Path]) -> None:
 
 
 def test_rebase_refuses_another_disk(moved: tuple[Path, Path], tmp_path: Path) -> None:
-    """INV-PARENT-ID: an image with another id is refused, and the child is not changed by a byte."""
+    """INV-PARENT-ID: an image with another id is refused, and no byte of the child changes."""
     child, _ = moved
     before = child.read_bytes()
     other = tmp_path / "other.vhd"
@@ -63,8 +63,8 @@ def test_rebase_refuses_an_image_in_use(moved: tuple[Path, Path]) -> None:
         vhdkit.rebase(child, parent)
 
 
-def test_rebase_writes_what_a_killed_server_noted(moved: tuple[Path, Path], tmp_path: Path) -> None:
-    """INV-ANSWERED-SURVIVES: a rebase that is given the folder of notes keeps what a killed server had answered."""
+def test_rebase_applies_the_notes_of_a_killed_server(moved: tuple[Path, Path], tmp_path: Path) -> None:
+    """INV-ANSWERED-SURVIVES: a rebase with the folder of notes keeps the writes that a killed server had answered."""
     child, parent = moved
     (tmp_path / "notes").mkdir()
     options = vhdkit.OpenOptions(notes_folder=tmp_path / "notes")
@@ -83,7 +83,7 @@ def test_rebase_writes_what_a_killed_server_noted(moved: tuple[Path, Path], tmp_
 
 
 def test_rebase_refuses_images_without_a_parent(moved: tuple[Path, Path]) -> None:
-    """A dynamic image has nothing to repoint; an image is not its own parent."""
+    """A dynamic image has nothing to repoint; an image cannot be its own parent."""
     child, parent = moved
     with pytest.raises(errors.InvalidArgument, match="has no parent"):
         vhdkit.rebase(parent, child)
@@ -92,7 +92,7 @@ def test_rebase_refuses_images_without_a_parent(moved: tuple[Path, Path]) -> Non
 
 
 def test_rebase_onto_a_raw_disk_needs_permission(tmp_path: Path) -> None:
-    """INV-PARENT-ID: where no id was recorded any raw file would fit, so the user has to say so."""
+    """INV-PARENT-ID: without a recorded id any raw file would fit, so the user must allow it."""
     (tmp_path / "base.raw").write_bytes(b"r" * MIB)
     child = tmp_path / "child.avhd"
     vhdkit.create_child(child, tmp_path / "base.raw")
@@ -105,13 +105,13 @@ def test_rebase_onto_a_raw_disk_needs_permission(tmp_path: Path) -> None:
 
 
 def test_another_id_needs_the_same_content(moved: tuple[Path, Path], tmp_path: Path) -> None:
-    """INV-PARENT-ID: a copy with another id is taken only after every sector read through the parent is equal."""
+    """INV-PARENT-ID: a copy with another id is accepted only if every sector read through the parent is equal."""
     child, parent = moved
     options = vhdkit.OpenOptions(parent_dirs=(str(parent.parent),))
     copy = tmp_path / "copy.vhd"
     vhdkit.convert(parent, copy, vhdkit.DiskFormat.FIXED)
     with vhdkit.open_disk(copy, writable=True) as disk:
-        disk.write(3 * MIB, b"hidden by..the")  # where the child has its own: never read
+        disk.write(3 * MIB, b"hidden by..the")  # where the child has its own data: never read
         disk.write(2 * MIB, b"!")
     before = child.read_bytes()
     with pytest.raises(errors.ParentMismatch, match=r"1 sectors, first at byte 0x200000"):
@@ -131,7 +131,7 @@ def test_another_id_needs_the_same_content(moved: tuple[Path, Path], tmp_path: P
     assert [finding for finding in vhdkit.check(child) if finding.severity > vhdkit.Severity.NOTE] == []
 
 
-def test_nothing_to_compare_with(moved: tuple[Path, Path], tmp_path: Path) -> None:
+def test_without_the_old_parent_nothing_can_be_compared(moved: tuple[Path, Path], tmp_path: Path) -> None:
     """Without the recorded parent another one is refused, unless the child reads nothing through it."""
     child, parent = moved
     parent.unlink()
@@ -153,8 +153,8 @@ def test_nothing_to_compare_with(moved: tuple[Path, Path], tmp_path: Path) -> No
         assert disk.read(0, MIB) == b"w" * MIB
 
 
-def test_no_image_stands_on_itself(moved: tuple[Path, Path], tmp_path: Path) -> None:
-    """CHAIN_LOOP cannot be made: a child of the image is refused as its parent, whatever its content."""
+def test_an_image_cannot_become_its_own_ancestor(moved: tuple[Path, Path], tmp_path: Path) -> None:
+    """CHAIN_LOOP cannot arise: a child of the image is refused as its parent, whatever its content."""
     child, parent = moved
     vhdkit.rebase(child, parent)
     grandchild = tmp_path / "grandchild.avhd"
@@ -166,7 +166,7 @@ def test_no_image_stands_on_itself(moved: tuple[Path, Path], tmp_path: Path) -> 
 
 
 def test_a_raw_disk_as_another_parent(moved: tuple[Path, Path], tmp_path: Path) -> None:
-    """A raw copy has no id to record: it needs the user's word besides, and back again as well."""
+    """A raw copy has no id to record: the user must also allow a raw parent, then and on the way back."""
     child, parent = moved
     raw = tmp_path / "copy.raw"
     vhdkit.convert(parent, raw, vhdkit.DiskFormat.RAW)
@@ -182,8 +182,8 @@ def test_a_raw_disk_as_another_parent(moved: tuple[Path, Path], tmp_path: Path) 
         assert disk.read(0, 13) == b"from the base"
 
 
-def test_killed_anywhere_it_stands_on_the_old_parent_or_the_new(moved: tuple[Path, Path], tmp_path: Path) -> None:
-    """INV-PARENT-ID: killed at any call, the chain opens with its old parent or its new one, and reads the same."""
+def test_killed_at_any_call_it_has_the_old_parent_or_the_new(moved: tuple[Path, Path], tmp_path: Path) -> None:
+    """INV-PARENT-ID: killed at any call, the chain opens with its old or its new parent, and reads the same."""
     child, parent = moved
     options = vhdkit.OpenOptions(parent_dirs=(str(parent.parent),))
     copy = tmp_path / "copy.vhd"
@@ -201,6 +201,6 @@ def test_killed_anywhere_it_stands_on_the_old_parent_or_the_new(moved: tuple[Pat
 
 
 def test_a_size_without_an_id(tmp_path: Path) -> None:
-    """A size is accepted only beside the parent's id; alone it would be ignored."""
+    """A size is accepted only together with the parent's id; alone it would be ignored."""
     with pytest.raises(vhdkit.InvalidArgument, match="goes with accept_parent_id"):
         vhdkit.rebase(tmp_path / "child.vhd", tmp_path / "parent.vhd", accept_parent_size_bytes="4M")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Moving chains: they open in the old place or the new one, always, and nobody else's parent goes with them."""
+"""Moving chains: they always open in the old or the new place, and no parent of another image moves with them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from vhdkit.units import MIB
 
 
 def make_chain(home: Path, *, bases: Path | None = None) -> tuple[Path, bytes]:
-    """base <- middle <- leaf, each with data; the base may lie in another folder. Returns leaf and content."""
+    """base <- middle <- leaf, each with data; the base may be in another folder. Returns leaf and content."""
     home.mkdir(exist_ok=True)
     base = (bases or home) / "base.vhd"
     base.parent.mkdir(exist_ok=True)
@@ -42,7 +42,7 @@ def make_chain(home: Path, *, bases: Path | None = None) -> tuple[Path, bytes]:
 
 
 def write(path: Path, offset: int, data: bytes, options: OpenOptions) -> None:
-    """Write into a disk."""
+    """Write to a disk."""
     with vhdkit.open_disk(path, writable=True, options=options) as disk:
         disk.write(offset, data)
 
@@ -54,7 +54,7 @@ def read(path: Path, options: OpenOptions | None = None) -> bytes:
 
 
 def opens(path: Path, options: OpenOptions | None, content: bytes) -> bool:
-    """Whether the chain opens there; if so with its content."""
+    """Whether the chain opens there; if so, its content must be this."""
     try:
         found = read(path, options)
     except errors.VhdkitError:
@@ -64,13 +64,13 @@ def opens(path: Path, options: OpenOptions | None, content: bytes) -> bool:
 
 
 def by_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As between two file systems."""
+    """Move by copying, as between two file systems."""
     monkeypatch.setattr(relocate_module, "hard_link", lambda path, new_path: False)
 
 
 @pytest.mark.parametrize("copied", [False, True])
 @pytest.mark.parametrize("apart", [False, True])
-def test_a_chain_moves_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copied: bool, apart: bool) -> None:
+def test_a_chain_moves_completely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copied: bool, apart: bool) -> None:
     """Every layer is in the new folder, finds its parent there by its locators, and is gone from the old one."""
     bases = tmp_path / "bases" if apart else None
     leaf, content = make_chain(tmp_path / "old", bases=bases)
@@ -99,7 +99,7 @@ def test_a_chain_moves_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, co
 
 @pytest.mark.parametrize("copied", [False, True])
 @pytest.mark.parametrize("apart", [False, True])
-def test_killed_anywhere_it_opens_somewhere(
+def test_killed_at_any_call_it_opens_somewhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copied: bool, apart: bool
 ) -> None:
     """INV-CHAIN-SOMEWHERE: killed at any call, the chain opens in its old folder or the new one."""
@@ -108,7 +108,7 @@ def test_killed_anywhere_it_opens_somewhere(
     make_chain(kept / "old", bases=kept / "bases" if apart else None)
     (kept / "new").mkdir()
     work = tmp_path / "work"
-    kept.rename(work)  # so that the locators are those of the place
+    kept.rename(work)  # so that the locators match the place
     shutil.rmtree(work)
     leaf, content = make_chain_in(work, apart)
     shutil.copytree(work, kept)
@@ -126,7 +126,7 @@ def test_killed_anywhere_it_opens_somewhere(
 
 
 def make_chain_in(work: Path, apart: bool) -> tuple[Path, bytes]:
-    """The folders of a move and the chain in the old one."""
+    """Make the folders of a move, and the chain in the old one."""
     work.mkdir()
     (work / "new").mkdir()
     return make_chain(work / "old", bases=work / "bases" if apart else None)
@@ -134,7 +134,7 @@ def make_chain_in(work: Path, apart: bool) -> tuple[Path, bytes]:
 
 @pytest.mark.parametrize("copied", [False, True])
 def test_names_lost_by_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copied: bool) -> None:
-    """INV-CHAIN-SOMEWHERE: new names are on the device before the first old one goes; old ones may come back."""
+    """INV-CHAIN-SOMEWHERE: new names are on the device before the first old one is removed; old ones may come back."""
     leaf, content = make_chain(tmp_path / "old")
     new = tmp_path / "new"
     new.mkdir()
@@ -155,8 +155,8 @@ def test_names_lost_by_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("copied", [False, True])
 @pytest.mark.parametrize("call", ["link", "unlink", "pwrite", "fsync", "fdatasync", "ftruncate"])
-def test_faults_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, copied: bool) -> None:
-    """INV-CHAIN-SOMEWHERE: EIO and ENOSPC at the n-th call, for every n: a typed error, and the chain opens."""
+def test_faults_at_any_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, copied: bool) -> None:
+    """INV-CHAIN-SOMEWHERE: EIO or ENOSPC at the n-th call, for every n, is a typed error, and the chain opens."""
     if copied:
         by_copy(monkeypatch)
     real, left = getattr(os, call), [0]
@@ -206,10 +206,10 @@ def record(tmp_path: Path) -> None:
         (record, errors.InvalidArgument, "unfinished work"),
     ],
 )
-def test_chains_that_may_not_move(
+def test_chains_that_must_not_move(
     tmp_path: Path, trouble: Callable[[Path], None], kind: type[errors.VhdkitError], said: str
 ) -> None:
-    """Another image on a layer, a name that is taken, unfinished work: refused by name, and nothing changes."""
+    """Another child of a layer, a taken name, unfinished work: the refusal names it, and nothing changes."""
     leaf, _ = make_chain(tmp_path / "old")
     (tmp_path / "new").mkdir()
     trouble(tmp_path)
@@ -219,8 +219,8 @@ def test_chains_that_may_not_move(
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_places_that_are_none(tmp_path: Path) -> None:
-    """No folder, a file, a chain in use, two layers of one name, a middle layer."""
+def test_invalid_places(tmp_path: Path) -> None:
+    """No folder, a file, a chain in use, two layers of the same name, a middle layer."""
     leaf, _ = make_chain(tmp_path / "old")
     with pytest.raises(errors.NotFound):
         vhdkit.relocate(leaf, tmp_path / "nowhere")
@@ -239,8 +239,8 @@ def test_places_that_are_none(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "new") == []
 
 
-def test_layers_that_are_there_already_stay(tmp_path: Path) -> None:
-    """A layer that lies in the folder is left there, and its names lead to the parent that came."""
+def test_layers_already_in_the_folder_stay(tmp_path: Path) -> None:
+    """A layer that is already in the folder is left there, and its names lead to the parent that was moved."""
     leaf, content = make_chain(tmp_path / "old", bases=tmp_path / "bases")
     options = OpenOptions(parent_dirs=(str(tmp_path / "bases"),))
     moves = vhdkit.relocate(leaf, tmp_path / "old", options=options)
@@ -249,7 +249,7 @@ def test_layers_that_are_there_already_stay(tmp_path: Path) -> None:
 
 
 def test_a_parent_found_through_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a child calls its parent by a link's name, the chain is copied: second names would not be enough."""
+    """If a child calls its parent by the name of a link, the chain is copied: second names would not be enough."""
     home = tmp_path / "old"
     home.mkdir()
     vhdkit.create_image(home / "real.vhd", MIB)
@@ -265,7 +265,7 @@ def test_a_parent_found_through_a_link(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_raw_base_moves_too(tmp_path: Path) -> None:
-    """A raw base needs the user's word, as everywhere, and moves with its chain."""
+    """A raw base needs the user's permission, as everywhere, and moves with its chain."""
     home, new = tmp_path / "old", tmp_path / "new"
     home.mkdir()
     new.mkdir()
@@ -281,7 +281,7 @@ def test_a_raw_base_moves_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("copied", [False, True])
 def test_a_real_chain_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copied: bool) -> None:
-    """A differencing disk made by Windows, on a parent of its id: snapshot, clone and move keep the disk's hash."""
+    """A differencing disk made by Windows, on a parent with its id: snapshot, clone and move keep the disk's hash."""
     home, new = tmp_path / "old", tmp_path / "new"
     home.mkdir()
     new.mkdir()
@@ -311,7 +311,7 @@ class _Known:
 
 
 def read_metadata_of(path: Path) -> _Known:
-    """What a real child says of itself and its parent."""
+    """What a real child records about itself and its parent."""
     with FileStore.open(path) as store:
         metadata = read_metadata(store)
     assert metadata.header is not None

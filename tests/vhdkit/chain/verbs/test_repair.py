@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Repairs of real files: whole or not at all, taken back byte for byte, and the parent's names."""
+"""Repairs of real files: complete or not at all, undone byte for byte, and the parent's names."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BLOCK = 512 * KIB
 
 
 def damaged(path: Path, **fields: object) -> Path:
-    """A dynamic image with no tail, a wrong geometry and whatever else the fields say."""
+    """A dynamic image without a trailing footer, with a wrong geometry and whatever else the fields say."""
     values: dict[str, object] = {
         "size": 8 * MIB,
         "block_size": BLOCK,
@@ -41,12 +41,12 @@ def damaged(path: Path, **fields: object) -> Path:
 
 
 def problems(path: Path, options: OpenOptions | None = None) -> list[str]:
-    """Codes of what check finds worse than notes."""
+    """The codes of findings worse than notes."""
     return [one.code for one in vhdkit.check(path, options=options) if one.severity > Severity.NOTE]
 
 
-def test_a_repair_and_its_undoing(tmp_path: Path) -> None:
-    """A repaired image is clean; its backup gives back every byte, size too, and the names of both are told."""
+def test_a_repair_can_be_undone(tmp_path: Path) -> None:
+    """A repaired image is clean; its backup restores every byte and the size; the names of both are reported."""
     image, undo = damaged(tmp_path / "a.vhd"), tmp_path / "a.undo"
     before = image.read_bytes()
     assert problems(image)
@@ -63,8 +63,8 @@ def test_a_repair_and_its_undoing(tmp_path: Path) -> None:
     assert vhdkit.repair(image).fixes == ()
 
 
-def test_data_is_dropped_by_consent_and_reported(tmp_path: Path) -> None:
-    """Without consent nothing is dropped; with it the ranges stand in a report, beside the image or where said."""
+def test_data_is_dropped_only_with_consent_and_reported(tmp_path: Path) -> None:
+    """Without consent no data is dropped; with it a report lists the ranges, beside the image or where requested."""
     image = damaged(tmp_path / "a.vhd", entries={5: 2, 9: 0x7FFFFFFF})
     done = vhdkit.repair(image)
     assert [fix.needs for fix in done.fixes if fix.code == "bat"] == [LOSS] and done.report_path is None
@@ -72,14 +72,14 @@ def test_data_is_dropped_by_consent_and_reported(tmp_path: Path) -> None:
     (tmp_path / "a.vhd.lost.json").write_text("older")
     done = vhdkit.repair(image, accept_data_loss=True)
     assert done.report_path == str(tmp_path / "a.vhd.lost-2.json")
-    told = json.loads(Path(done.report_path).read_text())
-    assert told["lost"] == [{"offset_bytes": block * BLOCK, "size_bytes": BLOCK} for block in (5, 9)]
+    report = json.loads(Path(done.report_path).read_text())
+    assert report["lost"] == [{"offset_bytes": block * BLOCK, "size_bytes": BLOCK} for block in (5, 9)]
     with vhdkit.open_disk(image) as disk:
         assert disk.read(0, BLOCK) == pattern(BLOCK) and disk.read(5 * BLOCK, BLOCK) == bytes(BLOCK)
 
 
 def test_overlapping_blocks_are_read_and_moved_apart(tmp_path: Path) -> None:
-    """INV-BLOCKS-DISJOINT, INV-UNTANGLED: such an image is read and converted, and not written to, merged into or
+    """INV-BLOCKS-DISJOINT, INV-UNTANGLED: such an image is read and converted, but not written to, merged into or
     resized until a repair has moved its blocks apart; then it reads the same, and what is doubtful is reported."""
     image = Vhd(size=4 * BLOCK, block_size=BLOCK, chs=(60, 4, 17), blocks={0: Block(pattern(BLOCK))})
     start = image.build().starts[0]
@@ -114,8 +114,8 @@ def test_overlapping_blocks_are_read_and_moved_apart(tmp_path: Path) -> None:
     done = vhdkit.repair(path)
     assert [(fix.code, fix.needs) for fix in done.fixes] == [("blocks-overlap", None)]
     assert done.report_path is not None
-    told = json.loads(Path(done.report_path).read_text())
-    assert told == {
+    report = json.loads(Path(done.report_path).read_text())
+    assert report == {
         "image": str(path), "lost": [], "doubtful": [{"offset_bytes": BLOCK - 512, "size_bytes": 512}],
     }  # fmt: skip
     assert content(path) == shown and "blocks-overlap" not in problems(path)
@@ -125,7 +125,7 @@ def test_overlapping_blocks_are_read_and_moved_apart(tmp_path: Path) -> None:
 
 
 def test_overlapping_layers_are_not_merged_away(tmp_path: Path) -> None:
-    """INV-BLOCKS-DISJOINT: a merge would remove what a repair has to look at: refused, unless into a new file."""
+    """INV-BLOCKS-DISJOINT: a merge would remove data that a repair must examine: refused, unless into a new file."""
     vhdkit.create_image(tmp_path / "base.vhd", 4 * BLOCK, block_size_bytes=BLOCK)
     vhdkit.create_child(tmp_path / "leaf.avhd", tmp_path / "base.vhd")
     with vhdkit.open_disk(tmp_path / "leaf.avhd", writable=True) as disk:
@@ -141,8 +141,8 @@ def test_overlapping_layers_are_not_merged_away(tmp_path: Path) -> None:
     assert vhdkit.compare(tmp_path / "leaf.avhd", tmp_path / "new.vhd").same_content
 
 
-def test_backups_are_kept_apart(tmp_path: Path) -> None:
-    """A backup or report never replaces a file, and when it cannot be written nothing is repaired."""
+def test_backups_replace_no_file(tmp_path: Path) -> None:
+    """A backup or report never replaces a file, and if it cannot be written nothing is repaired."""
     image = damaged(tmp_path / "a.vhd")
     before = image.read_bytes()
     taken = tmp_path / "taken"
@@ -154,7 +154,7 @@ def test_backups_are_kept_apart(tmp_path: Path) -> None:
     assert taken.read_text() == "mine" and image.read_bytes() == before
 
 
-def test_restoring_what_was_changed_since(tmp_path: Path) -> None:
+def test_restoring_a_changed_image_is_refused(tmp_path: Path) -> None:
     """A backup of another image, of one written to since, a torn one or none at all: refused, nothing changes."""
     image, other, undo = (
         damaged(tmp_path / "a.vhd"),
@@ -184,7 +184,7 @@ def test_restoring_what_was_changed_since(tmp_path: Path) -> None:
 
 
 def test_images_in_use_are_not_repaired(tmp_path: Path) -> None:
-    """A reader is enough: nobody's image changes under him."""
+    """Even a reader prevents a repair: an image never changes while it is open."""
     image = tmp_path / "a.vhd"
     vhdkit.create_image(image, MIB)
     with vhdkit.open_disk(image), pytest.raises(errors.ImageInUse):
@@ -194,13 +194,13 @@ def test_images_in_use_are_not_repaired(tmp_path: Path) -> None:
 
 
 def damaged_undo(folder: Path) -> Path:
-    """A whole backup of some image."""
+    """A complete backup of some image."""
     vhdkit.repair(damaged(folder / "other.vhd"), undo=folder / "other.undo")
     return folder / "other.undo"
 
 
-def test_what_is_no_vhd(tmp_path: Path) -> None:
-    """A raw disk has nothing to repair; a folder, an empty file and a missing one are told as such."""
+def test_files_that_are_not_vhds(tmp_path: Path) -> None:
+    """A raw disk has nothing to repair; a folder, an empty file and a missing one are reported as such."""
     raw = tmp_path / "disk.raw"
     raw.write_bytes(pattern(MIB))
     with pytest.raises(errors.InvalidArgument, match="--format vhd"):
@@ -214,8 +214,8 @@ def test_what_is_no_vhd(tmp_path: Path) -> None:
         vhdkit.repair(tmp_path / "empty.vhd")
 
 
-def test_killed_anywhere_a_repair_is_whole(tmp_path: Path) -> None:
-    """INV-REPAIR-WHOLE: killed at any call, the image reads as before or repaired, and the next opening settles it."""
+def test_killed_at_any_call_a_repair_is_complete_or_undone(tmp_path: Path) -> None:
+    """INV-REPAIR-WHOLE: killed at any call, the image reads as before or as repaired, and the next open settles it."""
     kept = damaged(tmp_path / "kept.bin", entries={5: 2}).read_bytes()
     home = tmp_path / "home"
     home.mkdir()
@@ -243,8 +243,8 @@ def test_killed_anywhere_a_repair_is_whole(tmp_path: Path) -> None:
     assert seen == {True, False}
 
 
-def test_killed_anywhere_a_restore_is_whole(tmp_path: Path) -> None:
-    """INV-REPAIR-WHOLE, backwards: a killed restore leaves the repaired image or the one from before."""
+def test_killed_at_any_call_a_restore_is_complete_or_undone(tmp_path: Path) -> None:
+    """INV-REPAIR-WHOLE, in reverse: a killed restore leaves the repaired image or the original."""
     image, undo = damaged(tmp_path / "a.vhd"), tmp_path / "undo"
     before = image.read_bytes()
     vhdkit.repair(image, undo=undo)
@@ -258,8 +258,8 @@ def test_killed_anywhere_a_restore_is_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("operation", ["pwrite", "fdatasync", "fsync", "link", "rename", "ftruncate"])
-def test_faults_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str) -> None:
-    """ENOSPC and EIO at the n-th call, for every n: a typed error and the image as it was, or a whole repair."""
+def test_faults_at_any_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str) -> None:
+    """After ENOSPC or EIO at the n-th call, for every n: a typed error and the old image, or a complete repair."""
     image = damaged(tmp_path / "a.vhd")
     before, real, left = image.read_bytes(), getattr(os, operation), [0]
 
@@ -290,7 +290,7 @@ def test_faults_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operat
 
 
 def moved_parent(tmp_path: Path) -> tuple[Path, Path]:
-    """A child and its parent under another name in another folder."""
+    """A child, and its parent under another name in another folder."""
     base, leaf = tmp_path / "base.vhd", tmp_path / "leaf.avhd"
     vhdkit.create_image(base, MIB)
     with vhdkit.open_disk(base, writable=True) as disk:
@@ -300,8 +300,8 @@ def moved_parent(tmp_path: Path) -> tuple[Path, Path]:
     return leaf, base.rename(tmp_path / "far" / "renamed.vhd")
 
 
-def test_names_that_lead_nowhere_are_written_anew(tmp_path: Path) -> None:
-    """INV-PARENT-ID: a parent that was moved and renamed is found by its id, in the folders the user named only."""
+def test_stale_names_are_rewritten(tmp_path: Path) -> None:
+    """INV-PARENT-ID: a parent that was moved and renamed is found by its id, only in the folders the user named."""
     leaf, parent = moved_parent(tmp_path)
     before = leaf.read_bytes()
     assert vhdkit.repair(leaf).fixes == () and leaf.read_bytes() == before
@@ -314,8 +314,8 @@ def test_names_that_lead_nowhere_are_written_anew(tmp_path: Path) -> None:
     assert leaf.read_bytes() == before
 
 
-def test_a_bare_name_is_worth_a_warning(tmp_path: Path) -> None:
-    """A parent found only because it lies near: check warns, since others would not find it, and repair mends it."""
+def test_a_parent_found_by_its_bare_name_is_a_warning(tmp_path: Path) -> None:
+    """If a parent is found only because it is nearby, check warns, as others would not find it; repair corrects it."""
     leaf, parent = moved_parent(tmp_path)
     (tmp_path / "far" / "base.vhd").hardlink_to(parent)
     parent.unlink()
@@ -326,7 +326,7 @@ def test_a_bare_name_is_worth_a_warning(tmp_path: Path) -> None:
 
 
 def test_two_files_with_the_parents_id(tmp_path: Path) -> None:
-    """Copies of the parent: nobody can tell which one is meant, so nothing is written."""
+    """With copies of the parent it is uncertain which one is meant, so nothing is written."""
     leaf, parent = moved_parent(tmp_path)
     shutil.copy(parent, parent.with_name("copy.vhd"))
     before = leaf.read_bytes()
@@ -338,7 +338,7 @@ def test_two_files_with_the_parents_id(tmp_path: Path) -> None:
     "name", ["/etc/passwd", "../../../etc/passwd", "link.vhd", "pipe.vhd", "self.avhd", "/dev/zero"]
 )
 def test_hostile_names_of_a_parent(tmp_path: Path, name: str) -> None:
-    """INV-BOUNDED: names that lead outside, to pipes, devices or the image itself: nothing hangs."""
+    """INV-BOUNDED: with names that lead outside, to pipes, devices or the image itself, nothing hangs."""
     image = tmp_path / "self.avhd"
     (tmp_path / "link.vhd").symlink_to("/etc/passwd")
     os.mkfifo(tmp_path / "pipe.vhd")
@@ -348,8 +348,8 @@ def test_hostile_names_of_a_parent(tmp_path: Path, name: str) -> None:
     assert vhdkit.repair(image).fixes == ()
 
 
-def test_other_programs_marks(tmp_path: Path) -> None:
-    """A killed footer needs the user's word; with it the image is whole."""
+def test_marks_of_other_programs(tmp_path: Path) -> None:
+    """A killed footer needs the user's consent; with it the image is repaired."""
     image = damaged(tmp_path / "a.vhd", tail=b"\xc7" * 512)
     done = vhdkit.repair(image)
     assert [fix.needs for fix in done.fixes] == [DEAD] and done.changed_bytes == 0
@@ -377,7 +377,7 @@ def test_samples_damaged_and_repaired(tmp_path: Path, name: str) -> None:
 
 
 def _content(image: Path) -> bytes:
-    """What the image alone owns, as extents and bytes; parents are left out."""
+    """What the image itself owns, as extents and bytes, without its parents."""
     with FileStore.open(image) as store:
         layer = open_dynamic(store)
         parts = []

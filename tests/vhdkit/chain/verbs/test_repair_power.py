@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Power cuts while a repair clears what promises too much, or cuts zeros behind a footer off; in a resize, too."""
+"""Power cuts while a repair clears bits that claim too much or cuts off zeros behind a footer; in a resize, too."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ NAME = "disk.vhd"
 
 
 def bits_behind_end() -> bytes:
-    """The last block's bits are all set, and what stands behind the end of the disk is no zeros."""
+    """The last block's bits are all set, and the bytes behind the end of the disk are not zeros."""
     blocks = {0: Block(pattern(BLOCK)), 1: Block(pattern(BLOCK, 2))}
     return Vhd(size=SIZE, block_size=BLOCK, blocks=blocks, chs=(15, 4, 17)).build().store().contents()
 
 
 def batmap_of_too_much() -> bytes:
-    """The batmap calls blocks whole that own one sector, and that the end of the disk cuts; bits behind it are set."""
+    """The batmap marks blocks as complete that own one sector or cross the disk's end; bits behind it are set."""
     blocks = {0: Block(pattern(SECTOR_SIZE), bits_of({0}, BLOCK)), 1: Block(pattern(BLOCK, 2))}
     image = Vhd(
         size=SIZE, block_size=BLOCK, blocks=blocks, chs=(15, 4, 17), creator=b"tap\0", creator_version=0x00010003,
@@ -36,7 +36,7 @@ def batmap_of_too_much() -> bytes:
 
 
 def padded(size: int = 4 * UNIT, padding: int = 3 * UNIT) -> bytes:
-    """A fixed disk that was made longer as if it were raw."""
+    """A fixed disk that was extended as if it were raw."""
     cylinders = size // SECTOR_SIZE // (4 * 17)
     return (
         pattern(UNIT).ljust(size, b"\0")
@@ -46,28 +46,28 @@ def padded(size: int = 4 * UNIT, padding: int = 3 * UNIT) -> bytes:
 
 
 def content(path: Path) -> bytes:
-    """Everything on the disk."""
+    """The whole disk."""
     with vhdkit.open_disk(path) as disk:
         return disk.read(0, disk.size_bytes)
 
 
 def warnings(path: Path) -> list[str]:
-    """What `check` says beyond notes."""
+    """The findings of `check` that are more than notes."""
     return [one.code for one in vhdkit.check(path) if one.severity > vhdkit.Severity.NOTE]
 
 
 def cut_everywhere(folder: Path, start: Files, verb: Callable[[Path], object], seed: str) -> list[Files]:
-    """Every folder that a cut inside the verb may leave, and the one that is there in the end."""
+    """Every folder that a cut inside the verb may leave, and the folder at the end."""
     fill(folder, start)
     power = FolderPower(folder, seed)
     with repeatable(seed):
         power.run(lambda: verb(folder / NAME))
-    assert len(power.cuts) > 3, "the power was cut nowhere"
+    assert len(power.cuts) > 3, "the power was never cut"
     return [*(cut.files for cut in power.cuts), files_of(folder)]
 
 
 def judged(folder: Path, found: Files, verb: Callable[[Path], object], expected: tuple[bytes, ...]) -> None:
-    """What is found reads as before or as after, for a reader and for a writer; the verb brings it to its end."""
+    """What is found reads as before or as after, for a reader and for a writer; the verb then completes."""
     path = folder / NAME
     fill(folder, found)
     assert content(path) in expected
@@ -77,16 +77,16 @@ def judged(folder: Path, found: Files, verb: Callable[[Path], object], expected:
     assert content(path) in expected
     verb(path)
     assert content(path) == expected[-1] and not vhdkit.repair(path, dry_run=True).fixes
-    assert set(warnings(path)) <= {"undo-log-ignored"}  # zeros of its length may be left of an undo log
+    assert set(warnings(path)) <= {"undo-log-ignored"}  # an undo log may leave zeros of its length
 
 
 @pytest.mark.parametrize("damaged", [bits_behind_end, batmap_of_too_much, padded])
 def test_inv_repair_whole_at_a_cut(damaged: Callable[[], bytes], tmp_path: Path) -> None:
-    """INV-REPAIR-WHOLE: cut anywhere, and once more while it is repaired again, the disk reads as it did."""
+    """INV-REPAIR-WHOLE: cut anywhere, and once more during the second repair, the disk reads as it did."""
     start, folder = {NAME: damaged()}, tmp_path / "here"
     fill(folder, start)
     expected = content(folder / NAME)
-    assert vhdkit.repair(folder / NAME, dry_run=True).fixes, "there is something to repair"
+    assert vhdkit.repair(folder / NAME, dry_run=True).fixes, "the scene needs no repair"
     for number, found in enumerate(cut_everywhere(folder, start, vhdkit.repair, "repair")):
         judged(folder, found, vhdkit.repair, (expected,))
         if number % 6 == 4:
@@ -95,7 +95,7 @@ def test_inv_repair_whole_at_a_cut(damaged: Callable[[], bytes], tmp_path: Path)
 
 
 def cut_everywhere_or_nothing(folder: Path, start: Files, seed: str) -> list[Files]:
-    """As `cut_everywhere`, for a repair that may have nothing to do any more."""
+    """As `cut_everywhere`, for a repair that may have nothing left to do."""
     fill(folder, start)
     power = FolderPower(folder, seed)
     with repeatable(seed):
@@ -105,7 +105,7 @@ def cut_everywhere_or_nothing(folder: Path, start: Files, seed: str) -> list[Fil
 
 @pytest.mark.parametrize("size", [2 * UNIT, 5 * UNIT, 9 * UNIT])
 def test_inv_resize_whole_before_zeros(size: int, tmp_path: Path) -> None:
-    """INV-RESIZE-WHOLE: a padded fixed disk that is resized has its old size or its new one after every cut."""
+    """INV-RESIZE-WHOLE: a padded fixed disk that is resized has its old or its new size after every cut."""
     start, folder = {NAME: padded()}, tmp_path / "here"
     before = pattern(UNIT).ljust(4 * UNIT, b"\0")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Resizing whole images: what stands in the way, and what becomes of files of every kind."""
+"""Resizing whole images: what prevents it, and what becomes of files of every kind."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from vhdkit.store import FileStore
 from vhdkit.units import GIB, KIB, MIB, SECTOR_SIZE
 
 SIZE = 4 * MIB
-# What makes it, in MiB how large, and what the refusal to cut it says.
+# The command that makes it, its size in MiB, and what the refusal to cut it says.
 FILE_SYSTEMS = {
     "ext2": (["mke2fs", "-q", "-F", "-t", "ext2"], 8, "resize2fs"),
     "ext4": (["mke2fs", "-q", "-F", "-t", "ext4"], 16, "resize2fs"),
@@ -38,7 +38,7 @@ FORMATS = {"fixed": vhdkit.DiskFormat.FIXED, "dynamic": vhdkit.DiskFormat.DYNAMI
 
 
 def make(folder: Path, kind: str, content: bytes, name: str = "disk") -> Path:
-    """An image of a kind, with content; a differencing one over a base of the same size with data of its own."""
+    """Make an image of a kind, with content; a differencing one over a base of the same size with its own data."""
     path = folder / f"{name}.{'img' if kind == 'raw' else 'vhd'}"
     if kind == "differencing":
         vhdkit.create_image(folder / "base.vhd", len(content), block_size_bytes=512 * KIB)
@@ -64,7 +64,7 @@ def read(path: Path) -> bytes:
 
 
 def some(size: int = SIZE, data: int = SIZE // 2, seed: int = 1) -> bytes:
-    """Content: data in the beginning, zeros behind."""
+    """Data at the start, zeros behind."""
     return random.Random(seed).randbytes(data).ljust(size, b"\0")
 
 
@@ -100,8 +100,8 @@ def test_every_kind_shrinks_to_its_data(tmp_path: Path, kind: str) -> None:
     assert path.stat().st_size < least + MIB
 
 
-def test_data_in_a_parent_is_seen_too(tmp_path: Path) -> None:
-    """What a child would cut off may be its parent's; and a child is not made smaller than its parent."""
+def test_data_in_a_parent_counts_too(tmp_path: Path) -> None:
+    """What a child would cut off may be in its parent; and a child does not become smaller than its parent."""
     content = some(data=KIB)
     path = make(tmp_path, "differencing", content)
     vhdkit.resize(path, 2 * SIZE)
@@ -114,7 +114,7 @@ def test_data_in_a_parent_is_seen_too(tmp_path: Path) -> None:
 
 
 def test_a_parent_keeps_its_size(tmp_path: Path) -> None:
-    """An image that others stand on is not resized, and the error names one of them."""
+    """An image that has children is not resized, and the error names one of them."""
     path = make(tmp_path, "differencing", some())
     before = (tmp_path / "base.vhd").read_bytes()
     with pytest.raises(vhdkit.HasChildren, match=r"disk.vhd; resizing it would change"):
@@ -152,7 +152,7 @@ def with_gpt(size: int, *partitions: tuple[int, int, str], primary: bool = True)
 
 
 def test_a_partition_is_not_cut_off(tmp_path: Path) -> None:
-    """Empty as it may be: the error names number, name and bytes of the partition, and the least size."""
+    """Even if it is empty: the error names number, name and bytes of the partition, and the smallest size."""
     path = make(tmp_path, "dynamic", with_gpt(SIZE, (40, 99, "boot"), (100, 5000, "données")))
     with pytest.raises(vhdkit.InvalidArgument) as caught:
         vhdkit.resize(path, 2 * MIB, shrink=True)
@@ -165,8 +165,8 @@ def test_a_partition_is_not_cut_off(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["fixed", "dynamic", "raw"])
 @pytest.mark.parametrize("size", [2 * MIB, SIZE - 20 * SECTOR_SIZE, SIZE - SECTOR_SIZE, 2 * SIZE])
-def test_the_second_gpt_may_go_when_the_first_is_whole(tmp_path: Path, kind: str, size: int) -> None:
-    """The copy at the old end is in nobody's way, and it is said how to put it at the new one."""
+def test_the_second_gpt_may_be_cut_off_if_the_first_is_intact(tmp_path: Path, kind: str, size: int) -> None:
+    """The copy at the old end does not prevent it, and a note says how to write it at the new end."""
     content = with_gpt(SIZE, (40, 99, "boot"))
     path = make(tmp_path, kind, content)
     done = vhdkit.resize(path, size, shrink=True)
@@ -175,7 +175,7 @@ def test_the_second_gpt_may_go_when_the_first_is_whole(tmp_path: Path, kind: str
 
 
 def test_the_only_gpt_is_data(tmp_path: Path) -> None:
-    """Where the first copy is damaged, the second one is what the disk lives by: it is not cut off."""
+    """If the first copy is damaged, the disk depends on the second one: it is not cut off."""
     path = make(tmp_path, "dynamic", with_gpt(SIZE, (40, 99, "boot"), primary=False))
     with pytest.raises(vhdkit.InvalidArgument, match="cut off data"):
         vhdkit.resize(path, 2 * MIB, shrink=True)
@@ -187,7 +187,7 @@ def test_the_only_gpt_is_data(tmp_path: Path) -> None:
 @pytest.mark.parametrize("image", ["fixed", "dynamic", "raw"])
 @pytest.mark.parametrize("kind", FILE_SYSTEMS)
 def test_a_file_system_is_not_cut_off(tmp_path: Path, kind: str, image: str) -> None:
-    """INV-SHRINK-KEEPS: empty at its end as it may be: the error names it, its last byte and the tool that helps."""
+    """INV-SHRINK-KEEPS: even if it is empty at its end: the error names it, its last byte and the tool that helps."""
     words, size, hint = FILE_SYSTEMS[kind]
     flat = tmp_path / "flat.raw"
     with flat.open("wb") as file:
@@ -213,15 +213,15 @@ def test_a_file_system_is_not_cut_off(tmp_path: Path, kind: str, image: str) -> 
         assert disk.size_bytes == size * MIB and disk.read(0, 8 * MIB) == content
 
 
-def test_what_does_not_say_how_far_it_reaches_is_not_cut(tmp_path: Path) -> None:
-    """INV-SHRINK-KEEPS: LUKS and BitLocker keep no size: a disk with one of them does not become smaller at all."""
+def test_a_disk_with_content_of_unknown_extent_is_not_cut(tmp_path: Path) -> None:
+    """INV-SHRINK-KEEPS: LUKS and BitLocker record no size: a disk with one of them cannot become smaller."""
     path = make(tmp_path, "dynamic", b"LUKS\xba\xbe".ljust(SIZE, b"\0"))
     with pytest.raises(vhdkit.InvalidArgument, match="holds luks, which may reach up to its end"):
         vhdkit.resize(path, SIZE // 2, shrink=True)
 
 
-def test_shrinking_is_asked_for(tmp_path: Path) -> None:
-    """INV-SHRINK-KEEPS: a smaller size without the word for it is refused, also in a trial, and no byte changes."""
+def test_shrinking_needs_its_option(tmp_path: Path) -> None:
+    """INV-SHRINK-KEEPS: without its option a smaller size is refused, also in a dry run, and no byte changes."""
     path = make(tmp_path, "dynamic", some(data=KIB))
     before = path.read_bytes()
     for dry_run in (True, False):
@@ -236,8 +236,8 @@ def test_shrinking_is_asked_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["fixed", "dynamic", "raw", "differencing"])
-def test_sizes_that_cannot_be(tmp_path: Path, kind: str) -> None:
-    """Nothing, part sectors, more than 2040 GiB, of a raw disk more than files have: refused, and no byte changes."""
+def test_invalid_sizes(tmp_path: Path, kind: str) -> None:
+    """Zero, partial sectors, more than 2040 GiB, or a raw disk larger than files can be: refused, no byte changes."""
     path = make(tmp_path, kind, some())
     before = path.read_bytes()
     for size in (0, -512, SIZE + 1, 1 << 70 if kind == "raw" else 2041 * GIB):
@@ -248,7 +248,7 @@ def test_sizes_that_cannot_be(tmp_path: Path, kind: str) -> None:
 
 
 def test_grown_to_the_limit(tmp_path: Path) -> None:
-    """2040 GiB are possible, for a dynamic image and a fixed one with holes."""
+    """2040 GiB are possible, for a dynamic image and for a fixed one with holes."""
     for kind in ("dynamic", "fixed"):
         path = make(tmp_path, kind, some(), kind)
         vhdkit.resize(path, 2040 * GIB)
@@ -258,7 +258,7 @@ def test_grown_to_the_limit(tmp_path: Path) -> None:
 
 
 def test_bytes_before_a_fixed_footer_do_not_appear(tmp_path: Path) -> None:
-    """What other producers left between the end of a fixed disk and its footer is neither shown nor lost."""
+    """What other programs left between the end of a fixed disk and its footer is neither shown nor lost."""
     image = Vhd(size=SIZE, disk_type=2, data=pattern(SIZE + 3 * SECTOR_SIZE), data_size=SIZE + 4 * SECTOR_SIZE)
     path = image.build().write(tmp_path / "odd.vhd")
     before = path.read_bytes()
@@ -276,7 +276,7 @@ def test_bytes_before_a_fixed_footer_do_not_appear(tmp_path: Path) -> None:
 
 
 def reset(saved: Path, folder: Path) -> None:
-    """Put the files back as they were, and take away what was not there."""
+    """Restore the files, and remove those that are new."""
     for path in folder.iterdir():
         path.unlink()
     for path in saved.iterdir():
@@ -294,7 +294,7 @@ def reset(saved: Path, folder: Path) -> None:
     ],
 )
 def test_inv_resize_whole_when_killed_at_every_call(tmp_path: Path, kind: str, size: int) -> None:
-    """INV-RESIZE-WHOLE: kill -9 before any call that changes a file leaves the old size or the new; then it works."""
+    """INV-RESIZE-WHOLE: kill -9 before any call that changes a file leaves the old or the new size; then it works."""
     content = with_gpt(SIZE, (40, 99, "boot"))
     folder, saved = tmp_path / "here", tmp_path / "saved"
     folder.mkdir()
@@ -320,7 +320,7 @@ def test_inv_resize_whole_when_killed_at_every_call(tmp_path: Path, kind: str, s
 
 
 def test_compacting_killed_at_every_call(tmp_path: Path) -> None:
-    """INV-COMPACT-PRESERVES: the same for compact: the disk reads the same after each kill, and it goes on."""
+    """INV-COMPACT-PRESERVES: compact, too: the disk reads the same after each kill, and compacting completes."""
     folder, saved = tmp_path / "here", tmp_path / "saved"
     folder.mkdir()
     saved.mkdir()
@@ -338,15 +338,15 @@ def test_compacting_killed_at_every_call(tmp_path: Path) -> None:
 
 
 def check_failing(path: Path, work: Callable[[], object]) -> None:
-    """`work` fails with a VhdkitError and leaves every byte of the file."""
+    """`work` fails with a VhdkitError and leaves every byte of the file unchanged."""
     before = path.read_bytes()
     with pytest.raises(vhdkit.VhdkitError):
         work()
     assert path.read_bytes() == before
 
 
-def test_what_cannot_be_resized(tmp_path: Path) -> None:
-    """A folder, nothing, an empty file, a damaged image: typed errors."""
+def test_files_that_cannot_be_resized(tmp_path: Path) -> None:
+    """A folder, a missing file, an empty file, a damaged image: typed errors."""
     (tmp_path / "empty.vhd").touch()
     broken = Vhd(entries={0: 0}, blocks={0: Block(pattern(KIB))}).build().write(tmp_path / "broken.vhd")
     check_failing(broken, lambda: vhdkit.resize(broken, 8 * MIB))

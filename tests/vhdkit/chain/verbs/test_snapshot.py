@@ -36,12 +36,12 @@ def word_of(path: Path) -> bytes:
 
 
 def names(place: Path) -> list[str]:
-    """Everything in the folder."""
+    """Every name in the folder."""
     return sorted(one.name for one in place.iterdir())
 
 
 def test_a_snapshot_freezes_the_leaf(tmp_path: Path) -> None:
-    """INV-PARENT-READ-ONLY: the leaf keeps its bytes, the child takes what is written, the leaf takes nothing."""
+    """INV-PARENT-READ-ONLY: the leaf keeps its bytes and takes no writes; the child takes them."""
     leaf = make(tmp_path / "disk.vhd", b"one")
     before = leaf.read_bytes()
     child = vhdkit.snapshot(leaf)
@@ -69,14 +69,14 @@ def test_a_snapshot_freezes_the_leaf(tmp_path: Path) -> None:
     ],
 )
 def test_default_names(tmp_path: Path, leaf: str, taken: list[str], expected: str) -> None:
-    """A child without a name is called as its leaf, as an .avhd, with the next free number; a dead link is taken."""
+    """The default name is the leaf's, as an .avhd with the next free number; a dead link counts as taken."""
     for name in taken:
         (tmp_path / name).symlink_to("nowhere")
     assert default_name(str(tmp_path / leaf), ".avhd") == str(tmp_path / expected)
 
 
-def test_snapshots_of_snapshots_are_a_chain(tmp_path: Path) -> None:
-    """Each snapshot is taken of the leaf; one of an inner image is refused and says what a clone is."""
+def test_snapshots_of_snapshots_form_a_chain(tmp_path: Path) -> None:
+    """Each snapshot is taken of the leaf; one of an inner image is refused, and the error explains clones."""
     leaf = str(make(tmp_path / "disk.vhd", b"one"))
     for _ in range(4):
         leaf = vhdkit.snapshot(leaf)
@@ -86,7 +86,7 @@ def test_snapshots_of_snapshots_are_a_chain(tmp_path: Path) -> None:
 
 
 def test_a_busy_leaf_is_refused(tmp_path: Path) -> None:
-    """A leaf somebody writes to, or that a killed footer says so of, gets no snapshot; one that is read does."""
+    """A leaf that is being written to, or whose killed footer says so, gets no snapshot; one that is read does."""
     leaf = make(tmp_path / "disk.vhd", b"one")
     with vhdkit.open_disk(leaf, writable=True), pytest.raises(errors.ImageInUse):
         vhdkit.snapshot(leaf)
@@ -100,7 +100,7 @@ def test_a_busy_leaf_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_set_is_all_or_none(tmp_path: Path) -> None:
-    """When one disk of a set cannot be frozen, or one name is taken, no child of the set is left."""
+    """If one disk of a set cannot be frozen, or one name is taken, no child of the set is left."""
     leaves = [make(tmp_path / f"{number}.vhd", b"w%d" % number) for number in range(3)]
     before = names(tmp_path)
     with vhdkit.open_disk(leaves[2], writable=True), pytest.raises(errors.ImageInUse):
@@ -118,8 +118,8 @@ def test_a_set_is_all_or_none(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("strike", ["link", "fsync"])
 @pytest.mark.parametrize("at", [1, 2, 3])
-def test_a_set_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strike: str, at: int) -> None:
-    """test_vhd_util_snapshot_enospc: a failure at any name or folder flush takes every name back, Ctrl-C too."""
+def test_a_failing_set_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strike: str, at: int) -> None:
+    """test_vhd_util_snapshot_enospc: a failure at any name or folder flush, or Ctrl-C, removes every name again."""
     places = [tmp_path / str(number) for number in range(3)]
     for place in places:
         place.mkdir()
@@ -139,7 +139,7 @@ def test_a_set_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, st
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """test_vhd_util_snapshot_enospc: ENOSPC at the n-th write, for every n, leaves the folder as it was."""
+    """test_vhd_util_snapshot_enospc: ENOSPC at the n-th write, for every n, leaves the folder unchanged."""
     leaves = [make(tmp_path / name, b"x") for name in ("a.vhd", "b.vhd")]
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     real, left = os.pwrite, [0]
@@ -163,8 +163,8 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert at > 6 and len(names(tmp_path)) == 4
 
 
-def test_killed_anywhere_every_disk_reads_as_before(tmp_path: Path) -> None:
-    """INV-SET-HARMLESS: killed at any call, the leaves keep their bytes, children are empty, a repeat finishes."""
+def test_killed_at_any_call_every_disk_reads_as_before(tmp_path: Path) -> None:
+    """INV-SET-HARMLESS: killed at any call, leaves keep their bytes, children are empty, a second run completes."""
     home, kept = tmp_path / "home", tmp_path / "kept"
     kept.mkdir()
     leaves = [make(kept / f"{number}.vhd", b"w%d" % number) for number in range(3)]
@@ -190,7 +190,7 @@ def test_killed_anywhere_every_disk_reads_as_before(tmp_path: Path) -> None:
 
 
 def test_names_lost_by_a_power_cut(tmp_path: Path) -> None:
-    """INV-SET-HARMLESS: whichever of the new names reached the device, the disks read the same, a repeat finishes."""
+    """INV-SET-HARMLESS: whichever new names reached the device, the disks read the same, a second run completes."""
     for kept in itertools.product((False, True), repeat=3):
         place = tmp_path / "".join("ny"[one] for one in kept)
         place.mkdir()
@@ -208,8 +208,8 @@ def test_names_lost_by_a_power_cut(tmp_path: Path) -> None:
         assert all(word_of(child) == b"same" for _, child in pairs)
 
 
-def test_a_child_with_data_is_never_taken_for_a_left_over(tmp_path: Path) -> None:
-    """Repeating a set keeps its hands off children that have been written to, and off other files."""
+def test_a_child_with_data_is_not_treated_as_left_over(tmp_path: Path) -> None:
+    """Repeating a set does not touch children that have been written to, nor other files."""
     pairs = [(make(tmp_path / f"{number}.vhd", b"x"), tmp_path / f"{number}.avhd") for number in range(2)]
     vhdkit.snapshot_many(pairs)
     with vhdkit.open_disk(pairs[0][1], writable=True) as disk:
@@ -234,8 +234,8 @@ def test_children_are_durable_before_they_have_names(tmp_path: Path) -> None:
     assert last_write < [call for call, _ in calls].index("fdatasync")
 
 
-def test_sets_that_are_none(tmp_path: Path) -> None:
-    """The same leaf or name twice, a child under its leaf's name, nothing, too many: refused before anything."""
+def test_invalid_sets(tmp_path: Path) -> None:
+    """A leaf or name given twice, a child under its leaf's name, an empty set, too many: no file is made."""
     leaf, other = make(tmp_path / "a.vhd", b"x"), make(tmp_path / "b.vhd", b"x")
     new = tmp_path / "new.avhd"
     for pairs in (
@@ -253,8 +253,8 @@ def test_sets_that_are_none(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a.vhd", "b.vhd", "link.vhd"]
 
 
-def test_dry_runs_make_nothing(tmp_path: Path) -> None:
-    """A dry run says the names and finds what would stop it."""
+def test_dry_runs_make_no_file(tmp_path: Path) -> None:
+    """A dry run reports the names, and finds what would prevent the snapshot."""
     leaf = make(tmp_path / "a.vhd", b"x")
     assert vhdkit.snapshot(leaf, dry_run=True) == str(tmp_path / "a.avhd")
     assert vhdkit.clone(leaf, [tmp_path / "c.avhd"], dry_run=True) == [str(tmp_path / "c.avhd")]
@@ -283,7 +283,7 @@ def test_clones_share_their_base(tmp_path: Path) -> None:
 
 
 def test_killed_clones_are_empty_children(tmp_path: Path) -> None:
-    """INV-SET-HARMLESS: clones killed at any call are the first few, empty, of a base nobody changed."""
+    """INV-SET-HARMLESS: clones killed at any call are the first few, empty, and their base is unchanged."""
     base = make(tmp_path / "base.vhd", b"gold")
     before = base.read_bytes()
     paths = [tmp_path / f"{number}.avhd" for number in range(3)]
@@ -299,8 +299,8 @@ def test_killed_clones_are_empty_children(tmp_path: Path) -> None:
     assert seen == {0, 1, 2, 3}
 
 
-def test_files_under_construction_are_held(tmp_path: Path) -> None:
-    """A half-made file is locked by its maker, so that others can tell it from one a dead process left."""
+def test_files_under_construction_are_locked(tmp_path: Path) -> None:
+    """A partial file is locked by its maker, so that it can be distinguished from one that a dead process left."""
     with folder.NewFile(tmp_path / "new.vhd") as new:
         (part,) = tmp_path.glob(".vhdkit-*.part")
         with pytest.raises(errors.ImageInUse), FileStore.open(part) as store:
@@ -312,7 +312,7 @@ def test_files_under_construction_are_held(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("named", [True, False])
 def test_two_snapshots_at_once(tmp_path: Path, named: bool) -> None:
-    """Of several snapshots of one leaf that start together exactly one is made; the others are told why not."""
+    """Of several snapshots of one leaf that start together exactly one is made; the others report the reason."""
     leaf = tmp_path / "leaf.vhd"
     vhdkit.create_image(leaf, 1 << 20)
     for _ in range(5):

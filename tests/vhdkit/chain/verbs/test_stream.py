@@ -25,7 +25,7 @@ def body(size: int = SIZE) -> bytes:
 
 
 class Trickle:
-    """A pipe that gives a little at a time, never on a boundary."""
+    """A pipe that delivers a little at a time, never up to a boundary."""
 
     def __init__(self, data: bytes) -> None:
         self._file = io.BytesIO(data)
@@ -37,7 +37,7 @@ class Trickle:
 
 
 def exported(path: Path, to: DiskFormat) -> bytes:
-    """What the image is as a stream."""
+    """The image as a stream."""
     out = io.BytesIO()
     with Chain.open(path) as chain:
         export_stream(chain, out.write, to)
@@ -47,7 +47,7 @@ def exported(path: Path, to: DiskFormat) -> bytes:
 @pytest.mark.parametrize("to", list(DiskFormat))
 @pytest.mark.parametrize("size", [SECTOR_SIZE, MIB, SIZE])
 def test_import_of_a_raw_stream(tmp_path: Path, to: DiskFormat, size: int) -> None:
-    """A raw stream of any length, in any pieces, becomes an image of that content."""
+    """A raw stream of any length, in any pieces, becomes an image with that content."""
     out = tmp_path / "out.img"
     assert import_stream(Trickle(body(size)).read, out, to) == size
     with vhdkit.open_disk(out) as disk:
@@ -64,7 +64,7 @@ def test_import_keeps_holes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("to", list(DiskFormat))
 def test_import_of_a_fixed_vhd_drops_its_footer(tmp_path: Path, to: DiskFormat) -> None:
-    """A stream that is a fixed VHD is recognised by its footer, unless the caller says it is raw."""
+    """A stream that is a fixed VHD is recognised by its footer, unless the caller says that it is raw."""
     vhdkit.create_image(tmp_path / "fixed.vhd", SIZE, disk_format=DiskFormat.FIXED)
     with vhdkit.open_disk(tmp_path / "fixed.vhd", writable=True) as disk:
         disk.write(0, body())
@@ -76,8 +76,8 @@ def test_import_of_a_fixed_vhd_drops_its_footer(tmp_path: Path, to: DiskFormat) 
     assert size == len(stream)
 
 
-def test_import_refuses_what_is_no_stream_of_a_disk(tmp_path: Path) -> None:
-    """Nothing at all, and dynamic VHDs, are refused, and no file is left."""
+def test_import_of_unsuitable_streams_is_refused(tmp_path: Path) -> None:
+    """An empty stream and a dynamic VHD are refused, and no file is left."""
     vhdkit.create_image(tmp_path / "dynamic.vhd", SIZE)
     stream = (tmp_path / "dynamic.vhd").read_bytes()
     for to in DiskFormat:
@@ -90,7 +90,7 @@ def test_import_refuses_what_is_no_stream_of_a_disk(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("to", [DiskFormat.RAW, DiskFormat.FIXED])
 def test_export_gives_the_whole_disk_in_order(tmp_path: Path, to: DiskFormat) -> None:
-    """A stream is the disk with its zeros; a fixed one ends in a footer that is good when read back."""
+    """A stream is the disk with its zeros; a fixed VHD ends in a footer that is valid when read back."""
     import_stream(io.BytesIO(body()).read, tmp_path / "d.vhd", DiskFormat.DYNAMIC)
     stream = exported(tmp_path / "d.vhd", to)
     assert stream[:SIZE] == body()
@@ -115,8 +115,8 @@ def test_from_pipe_to_pipe() -> None:
 
 
 @pytest.mark.parametrize("magic", [b"QFI\xfb", b"vhdxfile"])
-def test_other_formats_are_refused_in_a_stream_too(tmp_path: Path, magic: bytes) -> None:
-    """A stream is judged as a file would be: another format is named, not taken for raw bytes."""
+def test_streams_of_other_formats_are_refused_too(tmp_path: Path, magic: bytes) -> None:
+    """A stream is probed like a file: another format is named, and not taken for raw bytes."""
     for to in DiskFormat:
         with pytest.raises(errors.UnsupportedFormat, match="standard input"):
             import_stream(io.BytesIO(magic.ljust(8192, b"\0")).read, tmp_path / "out", to)
@@ -125,16 +125,16 @@ def test_other_formats_are_refused_in_a_stream_too(tmp_path: Path, magic: bytes)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_dynamic_stream_without_its_tail_is_still_refused(tmp_path: Path) -> None:
-    """The footer copy gives it away: its metadata must not become the disk."""
+def test_a_dynamic_stream_without_its_footer_is_still_refused(tmp_path: Path) -> None:
+    """The footer copy identifies it: its metadata must not become the disk."""
     vhdkit.create_image(tmp_path / "d.vhd", SIZE)
     stream = (tmp_path / "d.vhd").read_bytes()[:-512]
     with pytest.raises(errors.InvalidArgument, match="dynamic"):
         import_stream(io.BytesIO(stream).read, tmp_path / "out.raw", DiskFormat.RAW)
 
 
-def test_a_bad_destination_is_refused_before_the_stream_is_read(tmp_path: Path) -> None:
-    """An existing file or an impossible option costs nobody the time of a whole stream."""
+def test_an_invalid_destination_is_refused_before_the_stream_is_read(tmp_path: Path) -> None:
+    """An existing file or an impossible option is reported before a long stream is read."""
     (tmp_path / "there").touch()
 
     def never(size: int) -> bytes:
