@@ -25,8 +25,8 @@ from tests.harness.stores import MemStore
 from tests.nbd_client import serving
 from tests.vhdkit.test_disk_machine import MAX_DEPTH, DiskMachine
 from vhdkit import formats
-from vhdkit.chain.verbs.live import Freezing
-from vhdkit.chain.verbs.live_merge import LiveMerge
+from vhdkit.chain.verbs.live import freezing
+from vhdkit.chain.verbs.live_merge import live_merge
 from vhdkit.disk import Disk
 from vhdkit.formats.format import CreateRequest
 from vhdkit.formats.probe import open_layer
@@ -338,12 +338,12 @@ def test_snapshot_and_merge_while_the_disk_is_open(chain: list[Path], tmp_path: 
     """An open chain grows, and its layers are merged, as a server does it."""
     leaf, expected = chain[0], content(chain[0])
     disk = vhdkit.open_disk(leaf, writable=True)
-    with Freezing([(disk.chain, None)]) as freezing:
-        (grown,) = freezing.freeze()
-        freezing.done()
+    with freezing([(disk.chain, None)]) as prepared:
+        (grown,) = prepared.freeze()
+        prepared.done()
     disk = Disk(grown)
     disk.write(MIB + 7, b"!")
-    with LiveMerge(disk.chain, 1, 2) as merging:
+    with live_merge(disk.chain, 1, 2) as merging:
         merging.copy()
         shorter, problem = merging.exchange()
         assert problem is None

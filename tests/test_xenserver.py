@@ -15,7 +15,7 @@ from tests.harness.vhd_builder import Block, Locator, Vhd, absolute, bits_of, ch
 from tests.xenserver import faults_of
 from vhdkit.chain.engine.chain import Chain
 from vhdkit.chain.names.opening import open_layers
-from vhdkit.chain.verbs.live_merge import LiveMerge
+from vhdkit.chain.verbs.live_merge import live_merge
 from vhdkit.finding import Severity
 from vhdkit.units import KIB, MIB, SECTOR_SIZE
 
@@ -101,7 +101,7 @@ class World:
         if len(layers) < 3 or len({one.size_bytes for one in layers[:3]}) > 1:
             chain.close()
             return
-        with LiveMerge(chain, 1, 2) as merging:
+        with live_merge(chain, 1, 2) as merging:
             merging.copy()
             chain, problem = merging.exchange()
             assert problem is None

@@ -18,7 +18,7 @@ from tests.vhdkit.chain.verbs.test_merge import content, make_chain
 from vhdkit import errors
 from vhdkit.attributes import check_removable
 from vhdkit.chain.engine.chain import Chain
-from vhdkit.chain.verbs.live_merge import LiveMerge
+from vhdkit.chain.verbs.live_merge import live_merge
 
 
 def as_user(work: Callable[[], None]) -> None:
@@ -116,8 +116,8 @@ def test_merges_look_first(public: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     chain = Chain.open(names[0], writable=True)
     marked(Path(names[1]), "+i")
     try:
-        with pytest.raises(errors.AccessDenied):
-            LiveMerge(chain, 1, 2)
+        with pytest.raises(errors.AccessDenied), live_merge(chain, 1, 2):
+            pass
     finally:
         subprocess.run(["chattr", "-i", names[1]], check=True)
     chain.close()

@@ -12,7 +12,7 @@ import pytest
 
 import vhdkit
 from tests.harness.vhd_builder import KIB, MIB, Block, Vhd, pattern
-from vhdkit.chain.verbs.live import Freezing
+from vhdkit.chain.verbs.live import freezing
 from vhdkit.chain.verbs.stream import import_stream
 from vhdkit.folder import NewFile, write_whole
 
@@ -90,9 +90,9 @@ def _frozen(leaf: Path, path: Path) -> None:
     leaf.chmod(0o600)  # to open it at all, where the tests are not run by root
     with vhdkit.open_disk(leaf, writable=True) as disk:
         leaf.chmod(leaf_mode)
-        with Freezing([(disk.chain, str(path))]) as freezing:
-            freezing.done()
-            for child in freezing._children:
+        with freezing([(disk.chain, str(path))]) as prepared:
+            prepared.done()
+            for child in prepared.children:
                 child.close()
 
 

@@ -21,8 +21,8 @@ from vhdkit.chain.engine.chain import Chain
 from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.records import pending
 from vhdkit.chain.verbs import garbage, merge_steps, rebase, relocate, snapshot
-from vhdkit.chain.verbs.live import Freezing
-from vhdkit.chain.verbs.live_merge import LiveMerge
+from vhdkit.chain.verbs.live import freezing
+from vhdkit.chain.verbs.live_merge import live_merge
 from vhdkit.folder import NewFile
 from vhdkit.serve.opening import Manner, Wanted, open_exports
 from vhdkit.store import FileStore
@@ -211,13 +211,13 @@ def test_nothing_is_stacked_on_a_name_that_leads_elsewhere(act: Callable[[], Non
     with Chain.open("a.vhd", writable=True) as chain:
         if moment == "before":
             act()
-            with pytest.raises(vhdkit.Replaced):
-                Freezing([(chain, "new.avhd")])
+            with pytest.raises(vhdkit.Replaced), freezing([(chain, "new.avhd")]):
+                pass
         else:
-            with Freezing([(chain, "new.avhd")]) as freezing:
+            with freezing([(chain, "new.avhd")]) as prepared:
                 act()
                 with pytest.raises(vhdkit.Replaced):
-                    freezing.freeze()
+                    prepared.freeze()
         assert not os.path.exists("new.avhd")
         chain.write(0, memoryview(b"more" * 128))
         chain.flush()
@@ -231,8 +231,8 @@ def test_a_moved_folder_is_noticed() -> None:
         os.rename("vm", "saved")
         os.mkdir("vm")
         _image("vm/a.vhd", NEW)
-        with pytest.raises(vhdkit.Replaced):
-            Freezing([(chain, None)])
+        with pytest.raises(vhdkit.Replaced), freezing([(chain, None)]):
+            pass
     assert os.listdir("vm") == ["a.vhd"]
 
 
@@ -267,13 +267,13 @@ def test_a_live_merge_of_a_replaced_layer_is_refused(name: str) -> None:
     """INV-NAME-HELD: before it begins, and before files change; the disk goes on as it was."""
     _chain_of_three()
     with Chain.open("leaf.avhd", writable=True) as chain:
-        with LiveMerge(chain, 1, 2) as merging:
+        with live_merge(chain, 1, 2) as merging:
             merging.copy()
             _replace(name)
             again, problem = merging.exchange()
             assert again is chain and isinstance(problem, vhdkit.Replaced)
-        with pytest.raises(vhdkit.Replaced):
-            LiveMerge(chain, 1, 2)
+        with pytest.raises(vhdkit.Replaced), live_merge(chain, 1, 2):
+            pass
         buffer = bytearray(512)
         chain.read_into(0, memoryview(buffer))
         assert buffer == b"leaf" * 128

@@ -15,8 +15,8 @@ No lock is released in between: the new chain reads the old leaf through the sam
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from typing import Self
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from vhdkit import errors, formats
 from vhdkit.chain.engine.blockmap import MAX_LAYERS
@@ -57,106 +57,129 @@ def as_parent(leaf: Layer) -> Layer:
     return formats.reopened(leaf, writable=False) if leaf.writable else leaf
 
 
-class Freezing:
-    """A live snapshot of several chains, all or none. Use it in a `with` block: leaving it early undoes everything.
+@dataclass(frozen=True, slots=True, eq=False)
+class FreezePlan:
+    """A live snapshot of several chains; `paths` are those of the new leaves."""
 
-    with Freezing(pairs) as freezing:      children are created, durably
-        (hold all requests)
-        chains = freezing.freeze()
-        (serve the new chains)
-        freezing.done()
-    """
+    chains: tuple[Chain, ...]
+    paths: tuple[str, ...]
 
-    def __init__(self, pairs: Sequence[tuple[Chain, str | None]]) -> None:
-        """Make the children: (chain, path of its new leaf or None for `default_child`) each.
-
-        Raises InvalidArgument, ReadOnly, AlreadyExists, NotFound, AccessDenied, NoSpace, IoFailed, ImageInUse.
-        """
-        for chain, _ in pairs:
-            if not chain.writable:
-                raise errors.ReadOnly("is only read here, and stays as it is anyway", path=chain.leaf.store.name)
-        self._chains = [chain for chain, _ in pairs]
-        self.paths = [default_child(chain.leaf) if new is None else new for chain, new in pairs]
-        for path in self.paths:
-            NewFile.check(path)
-        check_names([chain.leaf.store.name for chain in self._chains], self.paths)
-        self._require_names()
-        self._children: list[Layer] = []
-        self._made = False
-        self._kept = False
-        try:
-            self._make()
-        except BaseException:
-            self._take_back()
-            raise
+    @property
+    def leaves(self) -> list[str]:
+        """The paths of the leaves that are frozen."""
+        return [chain.leaf.store.name for chain in self.chains]
 
     def is_for(self, pairs: Sequence[tuple[Chain, str | None]]) -> bool:
         """True if these are the same chains, with the same requested paths."""
-        return len(pairs) == len(self._chains) and all(
+        return len(pairs) == len(self.chains) and all(
             chain is own and path in (None, made)
-            for (chain, path), own, made in zip(pairs, self._chains, self.paths, strict=True)
+            for (chain, path), own, made in zip(pairs, self.chains, self.paths, strict=True)
         )
 
-    def _make(self) -> None:
-        with contextlib.ExitStack() as stack_:
-            files = []
-            for chain, path in zip(self._chains, self.paths, strict=True):
-                new = stack_.enter_context(NewFile(path, like=pending.files_of(chain.layers[:1])))
-                write_child(new.store, path, chain.leaf, child_size(path, chain.leaf, None))
-                forget_parent(new.store)  # the parent is written to until it is frozen
-                files.append(new)
-            self._require_names()
-            parents = [chain.leaf.store.name for chain in self._chains]
-            with marked([(one.path, one.store, parent) for one, parent in zip(files, parents, strict=True)]):
-                commit_all(files)
-                self._made = True
-        for chain, path in zip(self._chains, self.paths, strict=True):
-            store = FileStore.open_held(path, writable=True, follow_links=False)
-            try:
-                for file in pending.files_of(chain.layers[:1]):
-                    store.notes_folder = file.notes_folder
-                self._children.append(formats.for_children_of(chain.leaf).open(store, writable=True))
-            except BaseException:
-                store.close()
-                raise
 
-    def _require_names(self) -> None:
-        """Check that the name by which a child refers to its parent leads to the open file (`INV-NAME-HELD`)."""
-        for chain in self._chains:
-            require_names(chain.layers[:1])
+def plan_freeze(pairs: Sequence[tuple[Chain, str | None]]) -> FreezePlan:
+    """The names of the new leaves: (chain, path of its new leaf or None for `default_child`) each. Makes nothing.
+
+    Raises InvalidArgument, ReadOnly, AlreadyExists, NotFound, AccessDenied, `Replaced`.
+    """
+    for chain, _ in pairs:
+        if not chain.writable:
+            raise errors.ReadOnly("is only read here, and stays as it is anyway", path=chain.leaf.store.name)
+    paths = tuple(default_child(chain.leaf) if new is None else new for chain, new in pairs)
+    for path in paths:
+        NewFile.check(path)
+    plan = FreezePlan(tuple(chain for chain, _ in pairs), paths)
+    check_names(plan.leaves, paths)
+    _require_names(plan)
+    return plan
+
+
+@contextlib.contextmanager
+def freezing(pairs: Sequence[tuple[Chain, str | None]]) -> Iterator[Freezing]:
+    """A live snapshot of several chains, all or none: their children exist, durably, while the block runs.
+
+    with freezing(pairs) as prepared:      children are created, durably
+        (hold all requests)
+        chains = prepared.freeze()
+        (serve the new chains)
+        prepared.done()
+
+    Leaving before `done` removes the children. Raises what `plan_freeze` raises, NoSpace, IoFailed, ImageInUse.
+    """
+    plan = plan_freeze(pairs)
+    with contextlib.ExitStack() as undo:
+        _make_children(plan, undo)
+        prepared = Freezing(plan, _opened_children(plan, undo))
+        try:
+            yield prepared
+        finally:
+            if prepared.is_kept:
+                undo.pop_all()
+
+
+def _make_children(plan: FreezePlan, undo: contextlib.ExitStack) -> None:
+    """Write all children and give them their names, or none; `undo` removes them."""
+    with contextlib.ExitStack() as stack_:
+        files = []
+        for chain, path in zip(plan.chains, plan.paths, strict=True):
+            new = stack_.enter_context(NewFile(path, like=pending.files_of(chain.layers[:1])))
+            write_child(new.store, path, chain.leaf, child_size(path, chain.leaf, None))
+            forget_parent(new.store)  # the parent is written to until it is frozen
+            files.append(new)
+        _require_names(plan)
+        with marked([(one.path, one.store, parent) for one, parent in zip(files, plan.leaves, strict=True)]):
+            commit_all(files)
+            undo.callback(_remove_children, plan)
+
+
+def _remove_children(plan: FreezePlan) -> None:
+    for leaf, path in zip(plan.leaves, plan.paths, strict=True):
+        remove_file(path)
+        drop_stale_marks(leaf)
+
+
+def _opened_children(plan: FreezePlan, undo: contextlib.ExitStack) -> tuple[Layer, ...]:
+    """The children, held and open for writing; `undo` closes their files."""
+    children = []
+    for chain, path in zip(plan.chains, plan.paths, strict=True):
+        store = FileStore.open_held(path, writable=True, follow_links=False)
+        undo.callback(store.close)
+        for file in pending.files_of(chain.layers[:1]):
+            store.notes_folder = file.notes_folder
+        children.append(formats.for_children_of(chain.leaf).open(store, writable=True))
+    return tuple(children)
+
+
+def _require_names(plan: FreezePlan) -> None:
+    """Check that the name by which a child refers to its parent leads to the open file (`INV-NAME-HELD`)."""
+    for chain in plan.chains:
+        require_names(chain.layers[:1])
+
+
+@dataclass(slots=True, eq=False)
+class Freezing:
+    """A live snapshot whose children exist; see `freezing`. `is_kept` once they are in use."""
+
+    plan: FreezePlan
+    children: tuple[Layer, ...]
+    is_kept: bool = False
 
     def freeze(self) -> list[Chain]:
         """The new chains. The old ones must not be written to meanwhile. Raises what `stack` raises, and `Replaced` if
         the file of a leaf or of its child is no longer under its name.
         """
-        self._require_names()
-        require_names(self._children)
-        return [stack(chain, child) for chain, child in zip(self._chains, self._children, strict=True)]
+        _require_names(self.plan)
+        require_names(self.children)
+        return [stack(chain, child) for chain, child in zip(self.plan.chains, self.children, strict=True)]
 
     def done(self) -> None:
         """Call when the new chains are in use: the children stay, and the old leaves' locks become a reader's."""
-        self._kept = True
-        for chain, child in zip(self._chains, self._children, strict=True):
+        self.is_kept = True
+        for chain, child in zip(self.plan.chains, self.children, strict=True):
             record_parent(child.store, chain.leaf.store, chain.leaf.unique_id or NULL_ID)
             file = pending.file_of(chain.leaf.store)
             if file is not None:
                 file.become_reader()
-
-    def _take_back(self) -> None:
-        """Remove the children. Raises IoFailed or AccessDenied if one cannot be removed."""
-        for child in self._children:
-            child.store.close()
-        if self._made:
-            for chain, path in zip(self._chains, self.paths, strict=True):
-                remove_file(path)
-                drop_stale_marks(chain.leaf.store.name)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        if not self._kept:
-            self._take_back()
 
 
 def scratch_child(chain: Chain, directory: str | None) -> Chain:

@@ -17,7 +17,7 @@ ensures that no request is in flight during `exchange`. What is moved is decided
     4  record: remove, the sources are removed, then the record
 
 The leaf itself is merged into its parent (`first` is 0) with requests held from step 2 on, so it should be small then.
-Therefore, to merge a leaf, a caller freezes it (`live.Freezing`), merges what was frozen, and repeats this until
+Therefore, to merge a leaf, a caller freezes it (`live.freezing`), merges what was frozen, and repeats this until
 little is left.
 """
 
@@ -25,8 +25,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
-from typing import Self
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from vhdkit import errors, formats
 from vhdkit.attributes import check_removable
@@ -35,142 +35,196 @@ from vhdkit.chain.names.children import drop_stale_marks, standing_on
 from vhdkit.chain.names.lineage import record_parents, same_content
 from vhdkit.chain.names.marks import mark_child
 from vhdkit.chain.names.options import OpenOptions
-from vhdkit.chain.records import pending
-from vhdkit.chain.records.intent import Intent, Named, Phase
+from vhdkit.chain.records.intent import Intent, Phase
 from vhdkit.chain.verbs.create import link_of, linkage_of, require_names
-from vhdkit.chain.verbs.merge_parts import merge_would_break, named
+from vhdkit.chain.verbs.merge_parts import file_of_layer, merge_would_break, named, seen_through
 from vhdkit.chain.verbs.merge_plan import plan_merge
-from vhdkit.chain.verbs.merge_steps import RealNames, drop_earlier_try, fold, remove_sources
+from vhdkit.chain.verbs.merge_steps import (
+    RealNames,
+    accept_renewed_id,
+    drop_earlier_try,
+    fold,
+    opened_for_relink,
+    remove_sources,
+)
 from vhdkit.folder import exists, real_path
-from vhdkit.image import Layer, ParentRef
+from vhdkit.image import Layer
 from vhdkit.store import FileStore, close_all
 
 
-class LiveMerge:
-    """One merge of the layers `first` up to, and into, `target` of an open chain. Use it in a `with` block.
+@dataclass(frozen=True, slots=True, eq=False)
+class LiveMergePlan:
+    """A merge of the layers `first` up to, and into, `target` of an open chain; `intent` is its record.
 
-    with LiveMerge(chain, 1, 3) as merging:   locks and record
-        merging.copy()                        the long part, on a separate thread
+    Which sectors move is planned when they are copied: until then the leaf, if it is merged, is written to.
+    """
+
+    chain: Chain
+    first: int
+    target: int
+    intent: Intent
+
+    @property
+    def with_leaf(self) -> bool:
+        """Whether the leaf itself is merged."""
+        return self.first == 0
+
+    @property
+    def sources(self) -> tuple[Layer, ...]:
+        """The layers that go into the target, the topmost first."""
+        return self.chain.layers[self.first : self.target]
+
+    @property
+    def below(self) -> tuple[Layer, ...]:
+        """The layers on which the target stands."""
+        return self.chain.layers[self.target + 1 :]
+
+    @property
+    def changing(self) -> tuple[Layer, ...]:
+        """The layers that are changed or removed: the sources and the target."""
+        return self.chain.layers[self.first : self.target + 1]
+
+    @property
+    def held(self) -> tuple[Layer, ...]:
+        """All layers down to the target."""
+        return self.chain.layers[: self.target + 1]
+
+
+def plan_live_merge(chain: Chain, first: int, target: int) -> LiveMergePlan:
+    """A merge of these layers of an open chain. Changes and locks nothing.
+
+    Raises InvalidArgument for layers of different sizes, which are left to offline merges: data past an end would
+    change, or blocks would move.
+    """
+    assert 0 <= first < target < len(chain.layers)
+    names = [named(layer) for layer in chain.layers[first : target + 1]]
+    plan = LiveMergePlan(chain, first, target, Intent(Phase.COPY, names[-1], tuple(names[:-1]), relink=first > 0))
+    if len({layer.size_bytes for layer in plan.held}) > 1:
+        raise errors.InvalidArgument(
+            "is of another size than the disk: such layers are not merged while they are served",
+            path=file_of_layer(chain.layers[target]).name,
+            hint="merge them when the disk is not in use: vhdkit merge",
+        )
+    return plan
+
+
+@contextlib.contextmanager
+def live_merge(chain: Chain, first: int, target: int, options: OpenOptions | None = None) -> Iterator[LiveMerge]:
+    """One merge of layers of an open chain; its files are held, and its record exists, while the block runs.
+
+    with live_merge(chain, 1, 3) as merging:   locks and record
+        merging.copy()                         the long part, on a separate thread
         (hold all requests)
         chain, problem = merging.exchange()
         (serve the chain; release; raise the problem)
-        merging.done()                        the merged files are removed
+        merging.done()                         the merged files are removed
 
     Leaving early changes nothing that is served; copied data stays, and the next merge, or `vhdkit merge --resume`
     when the disk is not served, continues from the record.
+    Raises InvalidArgument, HasChildren, ImageInUse, AccessDenied, NoSpace, IoFailed, changing nothing.
+    """
+    plan = plan_live_merge(chain, first, target)
+    sources, files = [one.path for one in plan.intent.sources], [file_of_layer(layer) for layer in plan.sources]
+    names = RealNames(plan.intent.target.path, dict(zip(sources, files, strict=True)))
+    with contextlib.ExitStack() as held:
+        _take_locks(plan, held)
+        _refuse_children(plan, options or OpenOptions())
+        for one in plan.intent.sources:
+            check_removable(one.path)
+        store = _open_target(plan, held)
+        names.write(plan.intent)
+        merging = LiveMerge(plan, names, store)
+        try:
+            yield merging
+        finally:
+            if merging.new_target is not None:
+                held.pop_all()
+                merging.close_merged()
+
+
+# -- what is refused, and the files that are held ----------------------------------------------------------------
+
+
+def _take_locks(plan: LiveMergePlan, held: contextlib.ExitStack) -> None:
+    """Make readers' locks writers'; `held` takes them back."""
+    for index, layer in enumerate(plan.changing, plan.first):
+        file = file_of_layer(layer)
+        if file.is_device:
+            raise errors.InvalidArgument("is a device: it cannot be merged", path=file.name)
+        if file is not layer.store:
+            raise errors.ImageInUse(
+                "has a change that did not finish", path=file.name, hint="finish it first: vhdkit check says how"
+            )
+        if index > 0:  # the leaf's lock is a writer's already
+            file.become_writer()
+            held.callback(file.become_reader)
+    require_names(plan.held)
+
+
+def _refuse_children(plan: LiveMergePlan, options: OpenOptions) -> None:
+    """Raise HasChildren if an image outside the chain stands on a layer that changes or is removed."""
+    inside = {real_path(file_of_layer(layer).name) for layer in plan.held}
+    folders = [real_path(os.path.dirname(file_of_layer(layer).name)) for layer in plan.changing]
+    names = (*plan.intent.sources, plan.intent.target)
+    images = [(linkage_of(layer), one.path) for layer, one in zip(plan.changing, names, strict=True)]
+    families = standing_on(images, options, folders=folders)
+    for one, family in zip(names, families, strict=True):
+        outside = [child for child in family if child.path not in inside]
+        if outside:
+            raise merge_would_break(one.path, outside)
+
+
+def _open_target(plan: LiveMergePlan, held: contextlib.ExitStack) -> FileStore:
+    """The target's file, open for writing, without what an earlier merge left behind its blocks.
+
+    The lock stays with the chain's own opening. A target that cannot be written to is detected here, before anything
+    changes; `copy` opens the image again, because the end of its file may be another one then.
+    """
+    file = file_of_layer(plan.chain.layers[plan.target])
+    store = held.enter_context(FileStore.open(file.name, writable=True, follow_links=False))
+    store.notes_folder = file.notes_folder
+    if store.identity != file.identity:
+        raise errors.Replaced("was replaced while it was opened", path=store.name)
+    drop_earlier_try(_opened(plan, store))
+    return store
+
+
+def _opened(plan: LiveMergePlan, store: FileStore) -> Layer:
+    """The target as it is filled: the open chain continues to read it, so none of its blocks moves."""
+    layer = formats.reopened(plan.chain.layers[plan.target], writable=True, store=store)
+    layer.pin_blocks()
+    return layer
+
+
+# -- the steps ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, eq=False)
+class LiveMerge:
+    """A merge whose files are held; see `live_merge`. `store` is the target's file, open for writing.
+
+    `new_target` is the target in the new chain, once there is one.
     """
 
-    def __init__(self, chain: Chain, first: int, target: int, options: OpenOptions | None = None) -> None:
-        """Raises InvalidArgument, HasChildren, ImageInUse, AccessDenied, NoSpace, IoFailed, changing nothing."""
-        assert 0 <= first < target < len(chain.layers)
-        self._chain = chain
-        self._first, self._target = first, target
-        self._options = options or OpenOptions()
-        self._files = [_file(layer) for layer in chain.layers[: target + 1]]
-        self._refuse_sizes()
-        self._intent = self._intended()
-        going = zip(self._intent.sources, self._files[first:], strict=False)
-        self._names = RealNames(self._intent.target.path, {one.path: file for one, file in going})
-        self._exchanged = False
-        self._store: FileStore | None = None  # the target, open for writing
-        self._upgraded: list[FileStore] = []
-        try:
-            self._take_locks()
-            self._refuse_children()
-            for one in self._intent.sources:
-                check_removable(one.path)
-            self._store = self._open_target()
-            self._names.write(self._intent)
-        except BaseException:
-            self._let_go()
-            raise
-
-    # -- what is refused ----------------------------------------------------------------------------------------
-
-    def _refuse_sizes(self) -> None:
-        """Refuse layers of different sizes, left to offline merges: data past an end would change, or blocks move."""
-        sizes = {layer.size_bytes for layer in self._chain.layers[: self._target + 1]}
-        if len(sizes) > 1:
-            raise errors.InvalidArgument(
-                "is of another size than the disk: such layers are not merged while they are served",
-                path=self._files[self._target].name,
-                hint="merge them when the disk is not in use: vhdkit merge",
-            )
-
-    def _intended(self) -> Intent:
-        names = [named(layer) for layer in self._chain.layers[self._first : self._target + 1]]
-        return Intent(Phase.COPY, names[-1], tuple(names[:-1]), relink=self._first > 0)
-
-    def _refuse_children(self) -> None:
-        """Raise HasChildren if an image outside the chain stands on a layer that changes or is removed."""
-        inside = {real_path(file.name) for file in self._files}
-        folders = [real_path(os.path.dirname(file.name)) for file in self._files[self._first :]]
-        names: Sequence[Named] = (*self._intent.sources, self._intent.target)
-        layers = self._chain.layers[self._first : self._target + 1]
-        images = [(linkage_of(layer), one.path) for layer, one in zip(layers, names, strict=True)]
-        families = standing_on(images, self._options, folders=folders)
-        for one, family in zip(names, families, strict=True):
-            outside = [child for child in family if child.path not in inside]
-            if outside:
-                raise merge_would_break(one.path, outside)
-
-    # -- the files ----------------------------------------------------------------------------------------------
-
-    def _take_locks(self) -> None:
-        for index, file in enumerate(self._files[self._first :], self._first):
-            if file.is_device:
-                raise errors.InvalidArgument("is a device: it cannot be merged", path=file.name)
-            if file is not self._chain.layers[index].store:
-                raise errors.ImageInUse(
-                    "has a change that did not finish", path=file.name, hint="finish it first: vhdkit check says how"
-                )
-            if index > 0:  # the leaf's lock is a writer's already
-                file.become_writer()
-                self._upgraded.append(file)
-        require_names(self._chain.layers[: self._target + 1])
-
-    def _open_target(self) -> FileStore:
-        """Open the target's file for writing; the lock stays with the chain's own opening."""
-        file = self._files[self._target]
-        store = FileStore.open(file.name, writable=True, follow_links=False)
-        store.notes_folder = file.notes_folder
-        try:
-            _check_same(store, file)
-            drop_earlier_try(self._opened(store))  # and an unwritable target is detected before anything changes
-        except BaseException:
-            store.close()
-            raise
-        return store
-
-    def _opened(self, store: FileStore) -> Layer:
-        """The target as it is filled: the open chain continues to read it, so none of its blocks moves."""
-        layer = formats.reopened(self._chain.layers[self._target], writable=True, store=store)
-        layer.pin_blocks()
-        return layer
-
-    def _let_go(self) -> None:
-        if self._store is not None:
-            self._store.close()
-        for file in self._upgraded:
-            file.become_reader()
-
-    # -- the steps ----------------------------------------------------------------------------------------------
+    plan: LiveMergePlan
+    names: RealNames
+    store: FileStore
+    new_target: Layer | None = None
 
     def copy(self, progress: Progress | None = None) -> tuple[int, int]:
         """Make the target complete and durable; returns the bytes of data and of zeros that it took.
 
-        `progress` may raise a VhdkitError to stop: see the class. Raises NoSpace, IoFailed, SyncFailed.
+        `progress` may raise a VhdkitError to stop: see `live_merge`. Raises NoSpace, IoFailed, SyncFailed.
         """
-        assert self._store is not None
-        if self._first == 0:  # the leaf's file is then complete, for a later comparison with the target
-            self._chain.leaf.seal()
-            self._chain.leaf.store.sync()
-        target = self._opened(self._store)
-        sources = self._chain.layers[self._first : self._target]
-        below = self._chain.layers[self._target + 1 :]
-        plan = plan_merge(sources, target, below_bytes=below[0].size_bytes if below else 0)
+        plan = self.plan
+        if plan.with_leaf:  # the leaf's file is then complete, for a later comparison with the target
+            plan.chain.leaf.seal()
+            plan.chain.leaf.store.sync()
+        target = _opened(plan, self.store)
+        accept_renewed_id(file_of_layer(plan.sources[-1]), target)
+        moves = plan_merge(plan.sources, target, below_bytes=seen_through(plan.below))
         try:
-            done = fold(plan, target, progress)
+            done = fold(moves, target, progress)
         except errors.VhdkitError:
             with contextlib.suppress(errors.VhdkitError):  # so that the next merge finds it and need not copy it again
                 target.flush()
@@ -186,115 +240,88 @@ class LiveMerge:
         cannot be opened again: the old chain reads as before, and refuses to write.
         """
         try:
-            require_names(self._chain.layers[: self._target + 1])
+            require_names(self.plan.held)
         except errors.VhdkitError as error:
-            return self._chain, error
-        return self._with_leaf_gone() if self._first == 0 else self._with_layer_relinked()
+            return self.plan.chain, error
+        return self._with_leaf_gone() if self.plan.with_leaf else self._with_layer_relinked()
 
     def _with_layer_relinked(self) -> tuple[Chain, errors.VhdkitError | None]:
-        layers = self._chain.layers
-        child, above = layers[self._first - 1], layers[: self._first - 1]
+        plan, layers = self.plan, self.plan.chain.layers
+        child, above = layers[plan.first - 1], layers[: plan.first - 1]
         problem: errors.VhdkitError | None = None
-        below = layers[self._first :]
+        below = layers[plan.first :]
         try:
             if child.writable:
                 child.seal()
-            target = formats.reopened(layers[self._target], writable=False)
-            self._names.write(self._intent.in_phase(Phase.RELINK))
+            target = formats.reopened(layers[plan.target], writable=False)
+            self.names.write(plan.intent.in_phase(Phase.RELINK))
         except errors.VhdkitError as error:  # clients' writes may be in the open child alone: keep it
-            return self._chain, error
+            return plan.chain, error
         try:
-            self._repoint(child)
-            below = (target, *layers[self._target + 1 :])
-            self._exchanged = True
+            self._repoint(child, target)
+            below = (target, *plan.below)
         except errors.VhdkitError as error:
             problem = error
         try:  # even after a failure, its header may be at another place
-            child = formats.reopened(child, writable=child.writable)
+            child = formats.reopened(child, writable=child.writable, store=file_of_layer(child))
         except BaseException:
             if child.writable:
                 child.refuse_writing()
             raise
+        self.new_target = target if problem is None else None
         return Chain([*above, child, *below]), problem
 
-    def _repoint(self, child: Layer) -> None:
-        """Repoint the layer above the merge to the target; unless it is the leaf, through a separate opening."""
-        target = self._chain.layers[self._target]
-        file, target_path = _file(child), self._intent.target.path
+    def _repoint(self, child: Layer, target: Layer) -> None:
+        """Repoint the layer above the merge to the target as it is now; unless it is the leaf, through another opening
+        of its file, for which its lock becomes a writer's.
+        """
+        file, target_path = file_of_layer(child), self.plan.intent.target.path
         parent = link_of(file.name, target_path, target.facts)
         mark_child(file.name, child.store, target_path, linkage_of(target))
-        with same_content(file.name):
-            self._relink(child, parent)
-
-    def _relink(self, child: Layer, parent: ParentRef) -> None:
-        file, child_format = _file(child), formats.of(child)
-        if child.writable:
-            child_format.relink(file, parent)
-            return
-        file.become_writer()
-        try:
-            with FileStore.open(file.name, writable=True, follow_links=False) as store:
-                store.notes_folder = file.notes_folder
-                _check_same(store, file)
-                child_format.relink(store, parent)
-        finally:
-            file.become_reader()
+        with same_content(file.name), contextlib.ExitStack() as held:
+            if not child.writable:
+                file.become_writer()
+                held.callback(file.become_reader)
+            formats.of(child).relink(held.enter_context(opened_for_relink(file)), parent)
 
     def _with_leaf_gone(self) -> tuple[Chain, errors.VhdkitError | None]:
         """The target takes the writes from now on, so the leaf must be durably removed first: it would hide them."""
-        assert self._store is not None
-        store = self._store
-        target = self._chain.layers[self._target]
-        leaf = formats.reopened(target, writable=True, store=store)
+        plan, old = self.plan, self.plan.chain.layers[self.plan.target]
+        leaf = formats.reopened(old, writable=True, store=self.store)
         problem: errors.VhdkitError | None = None
         try:
-            self._names.write(self._intent.in_phase(Phase.REMOVE))
-            remove_sources(self._intent, self._names)
-            drop_stale_marks(self._intent.target.path)
+            self.names.write(plan.intent.in_phase(Phase.REMOVE))
+            remove_sources(plan.intent, self.names)
+            drop_stale_marks(plan.intent.target.path)
         except errors.VhdkitError as error:
-            if exists(self._intent.leaf.path):  # the leaf will be written to, so the target is soon incomplete again
-                self._names.write(self._intent)
-                return self._chain, error
+            if exists(plan.intent.leaf.path):  # the leaf will be written to, so the target is soon incomplete again
+                self.names.write(plan.intent)
+                return plan.chain, error
             problem = error
             leaf.refuse_writing()  # after a power cut the old leaf may reappear
-        store.inherit_lock(self._files[self._target])
-        self._exchanged = True
-        return Chain([leaf, *self._chain.layers[self._target + 1 :]]), problem
+        self.store.inherit_lock(file_of_layer(old))
+        self.new_target = leaf
+        return Chain([leaf, *plan.below]), problem
 
     def done(self) -> None:
         """Call when the new chain is in use: remove the merged files. Raises AccessDenied, IoFailed; `merge --resume`
         continues.
         """
-        assert self._exchanged
-        if self._first > 0:
-            self._names.write(self._intent.in_phase(Phase.REMOVE))
-            remove_sources(self._intent, self._names)
-            drop_stale_marks(self._intent.target.path)
-            child = self._chain.layers[self._first - 1]
-            record_parents(_file(child).name, self._intent.target.path, linkage_of(self._chain.layers[self._target]))
+        assert self.new_target is not None
+        plan, target_path = self.plan, self.plan.intent.target.path
+        if not plan.with_leaf:
+            self.names.write(plan.intent.in_phase(Phase.REMOVE))
+            remove_sources(plan.intent, self.names)
+            drop_stale_marks(target_path)
+            child = file_of_layer(plan.chain.layers[plan.first - 1])
+            record_parents(child.name, target_path, linkage_of(self.new_target))
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        if not self._exchanged:
-            self._let_go()
-            return
-        gone = self._files[self._first : self._target]
-        if self._first == 0:
-            gone.append(self._files[self._target])  # the new leaf has its own lock and descriptor
-        elif self._store is not None:
-            self._store.close()
-            self._files[self._target].become_reader()
+    def close_merged(self) -> None:
+        """Close what the new chain does not use: the sources, and the second opening of the target."""
+        gone, target = [file_of_layer(layer) for layer in self.plan.sources], file_of_layer(self.plan.changing[-1])
+        if self.plan.with_leaf:
+            gone.append(target)  # the new leaf has its own lock and descriptor
+        else:
+            self.store.close()
+            target.become_reader()
         close_all(gone)
-
-
-def _check_same(store: FileStore, file: FileStore) -> None:
-    if store.identity != file.identity:
-        raise errors.Replaced("was replaced while it was opened", path=store.name)
-
-
-def _file(layer: Layer) -> FileStore:
-    file = pending.file_of(layer.store)
-    assert file is not None
-    return file

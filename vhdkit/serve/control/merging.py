@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from vhdkit import errors
-from vhdkit.chain.verbs.live import Freezing
-from vhdkit.chain.verbs.live_merge import LiveMerge
+from vhdkit.chain.verbs.live import freezing
+from vhdkit.chain.verbs.live_merge import LiveMerge, live_merge
 from vhdkit.disk import Disk
 from vhdkit.folder import real_path
 from vhdkit.image import Layer
@@ -100,7 +100,7 @@ class ServedMerge:
         """Merge; returns what was done. Raises Cancelled, and ImageInUse if the leaf grows faster than the merge."""
         if self._with_leaf:
             self._converge()
-            with LiveMerge(self._export.disk.chain, 0, 1, self._export.manner.options) as merging:
+            with live_merge(self._export.disk.chain, 0, 1, self._export.manner.options) as merging:
                 with self._server.hold([self._export]):
                     began = time.monotonic()
                     self._copied += sum(merging.copy())
@@ -143,16 +143,16 @@ class ServedMerge:
             self._pass_over(1, self._index_of(self._into))
 
     def _freeze(self) -> None:
-        with Freezing([(self._export.disk.chain, None)]) as freezing, self._server.hold([self._export]):
+        with freezing([(self._export.disk.chain, None)]) as prepared, self._server.hold([self._export]):
             began = time.monotonic()
-            [chain] = freezing.freeze()
+            [chain] = prepared.freeze()
             self._export.exchange(Disk(chain))
-            freezing.done()
+            prepared.done()
             self._held_seconds = max(self._held_seconds, time.monotonic() - began)
 
     def _pass_over(self, first: int, target: int) -> None:
         self._passes += 1
-        with LiveMerge(self._export.disk.chain, first, target, self._export.manner.options) as merging:
+        with live_merge(self._export.disk.chain, first, target, self._export.manner.options) as merging:
             self._copied += sum(merging.copy(_Pace(self)))
             with self._server.hold([self._export]):
                 began = time.monotonic()

@@ -11,13 +11,14 @@ import contextlib
 import os
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from vhdkit import errors
 from vhdkit.chain.names.parents import allowed_folders
-from vhdkit.chain.verbs.live import Freezing
+from vhdkit.chain.verbs.live import Freezing, freezing
 from vhdkit.chain.verbs.resize import resize_open
 from vhdkit.disk import Disk
 from vhdkit.folder import real_path
@@ -40,7 +41,8 @@ class Operations:
         self._started = time.time()
         self._merges: dict[str, ServedMerge] = {}  # in progress, by export
         self._changing = threading.Lock()  # held to change a chain that is not being merged, or to start its merge
-        self._prepared: Freezing | None = None  # new leaves made in advance for the next snapshot
+        # New leaves made in advance for the next snapshot, and what removes them again.
+        self._prepared: tuple[Freezing, contextlib.ExitStack] | None = None
 
     def methods(self, confined: Confinement | None = None) -> dict[str, Method]:
         """The methods by name. `confined`: for clients that may have files opened and created only in some places."""
@@ -151,30 +153,36 @@ class Operations:
             if not pairs:
                 return {"exports": {}}
             self._refuse_merging([export for export, _ in pairs])
-            self._prepared = Freezing([(export.disk.chain, path) for export, path in pairs])
-            paths = self._prepared.paths
+            with contextlib.ExitStack() as held:
+                prepared = held.enter_context(freezing([(export.disk.chain, path) for export, path in pairs]))
+                self._prepared = prepared, held.pop_all()
+            paths = prepared.plan.paths
         return {"exports": {export.name: path for (export, _), path in zip(pairs, paths, strict=True)}}
 
     def _forget_prepared(self) -> None:
         prepared, self._prepared = self._prepared, None
         if prepared is not None:
-            with contextlib.suppress(errors.VhdkitError), prepared:  # leaving without taking it removes the new leaves
-                pass
+            with contextlib.suppress(errors.VhdkitError):
+                prepared[1].close()  # without having been taken, the new leaves are removed
 
     def close(self) -> None:
         """The server has ended: remove leaves that were only prepared."""
         with self._changing:
             self._forget_prepared()
 
-    def _freezing(self, pairs: list[tuple[ImageExport, str | None]]) -> Freezing:
+    @contextlib.contextmanager
+    def _freezing(self, pairs: list[tuple[ImageExport, str | None]]) -> Iterator[Freezing]:
         """The new leaves: those prepared for exactly these exports, or freshly made ones."""
         chains = [(export.disk.chain, path) for export, path in pairs]
         prepared = self._prepared
-        if prepared is not None and prepared.is_for(chains):
+        if prepared is not None and prepared[0].plan.is_for(chains):
             self._prepared = None
-            return prepared
+            with prepared[1]:
+                yield prepared[0]
+            return
         self._forget_prepared()
-        return Freezing(chains)
+        with freezing(chains) as made:
+            yield made
 
     def _pairs(self, confined: Confinement | None, params: Params) -> list[tuple[ImageExport, str | None]]:
         """The exports to freeze, each with the path of its new leaf. Raises BadParams, and errors for refused ones."""
@@ -204,16 +212,16 @@ class Operations:
         with self._changing:
             self._refuse_merging(exports)
             frozen = [export.disk.path for export in exports]
-            with self._freezing(pairs) as freezing, self._server.hold(exports):
+            with self._freezing(pairs) as prepared, self._server.hold(exports):
                 began = time.monotonic()
-                disks = [Disk(chain) for chain in freezing.freeze()]
+                disks = [Disk(chain) for chain in prepared.freeze()]
                 for export, disk in zip(exports, disks, strict=True):
                     export.exchange(disk)
-                freezing.done()
+                prepared.done()
                 held = time.monotonic() - began
         rows = [
             {"export": export.name, "frozen": old, "leaf": new}
-            for export, old, new in zip(exports, frozen, freezing.paths, strict=True)
+            for export, old, new in zip(exports, frozen, prepared.plan.paths, strict=True)
         ]
         return {"snapshots": rows, "held_seconds": round(held, 6)}
 

@@ -19,7 +19,7 @@ from tests.support import daily_or_nightly
 from vhdkit import DiskFormat, errors
 from vhdkit.chain.engine.chain import Chain
 from vhdkit.chain.names.options import OpenOptions
-from vhdkit.chain.verbs.live_merge import LiveMerge
+from vhdkit.chain.verbs.live_merge import live_merge
 from vhdkit.disk import Disk
 from vhdkit.formats.probe import FormatName, open_layer
 from vhdkit.formats.raw import create_raw
@@ -219,7 +219,7 @@ def change(disk: Disk, model: bytearray, rng: random.Random, count: int) -> None
 def merge_live(leaf: Path, model: bytearray, rng: random.Random) -> None:
     """Merge layers below the leaf while it is written to."""
     disk = Disk(Chain.open(leaf, writable=True, options=RAW))
-    with LiveMerge(disk.chain, 1, rng.choice([2, 3]), RAW) as merging:
+    with live_merge(disk.chain, 1, rng.choice([2, 3]), RAW) as merging:
         merging.copy(lambda done, total: change(disk, model, rng, 1))
         disk = Disk(merging.exchange()[0])
         change(disk, model, rng, 3)

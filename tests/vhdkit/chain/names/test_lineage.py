@@ -16,7 +16,7 @@ from tests.harness.killing import killings
 from vhdkit import DiskFormat, OpenOptions, Severity
 from vhdkit.chain.engine.chain import Chain
 from vhdkit.chain.names import lineage
-from vhdkit.chain.verbs.live import Freezing
+from vhdkit.chain.verbs.live import freezing
 from vhdkit.units import MIB
 
 RAW = OpenOptions(allow_raw_parent=True)
@@ -200,12 +200,12 @@ def test_a_live_snapshot_takes_the_leaf_as_it_was_frozen(folder: Path) -> None:
     """What is written between the making of the child and the freezing of its parent is no news."""
     base, _ = folder / "leaf.vhd", vhdkit.create_image(folder / "leaf.vhd", 4 * MIB)
     chain = Chain.open(base, writable=True)
-    with Freezing([(chain, None)]) as freezing:
+    with freezing([(chain, None)]) as prepared:
         chain.write(0, memoryview(b"x" * 4096))
-        (grown,) = freezing.freeze()
-        freezing.done()
+        (grown,) = prepared.freeze()
+        prepared.done()
     grown.close()
-    child = Path(freezing.paths[0])
+    child = Path(prepared.plan.paths[0])
     assert codes(child) == set()
     touch(base)
     assert codes(child) == {"parent-written"}

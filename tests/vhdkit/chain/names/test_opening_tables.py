@@ -12,7 +12,7 @@ import pytest
 import vhdkit
 from vhdkit.chain.engine.chain import Chain
 from vhdkit.chain.names import opening
-from vhdkit.chain.verbs.live import Freezing
+from vhdkit.chain.verbs.live import freezing
 from vhdkit.formats.vhd.bat import ENTRIES_PER_PART, MAX_PARTS, Bat, BatInFile
 from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.store import FileStore
@@ -68,9 +68,9 @@ def test_a_chain_reads_the_same_with_tables_left_in_their_files(
         assert held(disk.chain) <= limit
         assert disk.read(0, disk.size_bytes) == wanted and list(disk.extents()) == runs
     chain = Chain.open(leaf, writable=True)
-    with Freezing([(chain, str(tmp_path / "top.avhd"))]) as freezing:
-        (chain,) = freezing.freeze()
-        freezing.done()
+    with freezing([(chain, str(tmp_path / "top.avhd"))]) as prepared:
+        (chain,) = prepared.freeze()
+        prepared.done()
     assert held(chain) <= limit
     chain.close()
     vhdkit.merge(tmp_path / "top.avhd", into=tmp_path / "3.avhd")

@@ -19,7 +19,7 @@ from vhdkit import errors
 from vhdkit.chain.engine.chain import Chain
 from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.verbs.create import create_child, create_image
-from vhdkit.chain.verbs.live import Freezing, scratch_child, stack
+from vhdkit.chain.verbs.live import freezing, scratch_child, stack
 from vhdkit.chain.verbs.newest import newest_leaf
 from vhdkit.disk import Disk, open_disk
 from vhdkit.formats.probe import FormatName, open_layer
@@ -186,12 +186,12 @@ def test_a_set_is_frozen_without_ever_releasing_its_locks(tmp_path: Path) -> Non
     """The children take the writes; other writers are refused throughout; readers of old leaves are admitted later."""
     disks = make(tmp_path, "a.vhd", "b.vhd")
     before = [disk.read(0, SIZE) for disk in disks]
-    with Freezing([(disks[0].chain, None), (disks[1].chain, str(tmp_path / "other.avhd"))]) as freezing:
-        assert freezing.paths == [str(tmp_path / "a.avhd"), str(tmp_path / "other.avhd")]
-        new = [Disk(chain) for chain in freezing.freeze()]
+    with freezing([(disks[0].chain, None), (disks[1].chain, str(tmp_path / "other.avhd"))]) as prepared:
+        assert prepared.plan.paths == (str(tmp_path / "a.avhd"), str(tmp_path / "other.avhd"))
+        new = [Disk(chain) for chain in prepared.freeze()]
         with pytest.raises(errors.ImageInUse):
             open_disk(tmp_path / "a.vhd")
-        freezing.done()
+        prepared.done()
     with pytest.raises(errors.ImageInUse):
         open_disk(tmp_path / "a.avhd")
     with FileStore.open(tmp_path / "a.vhd", writable=True) as store, pytest.raises(errors.ImageInUse):
@@ -207,8 +207,8 @@ def test_a_set_is_frozen_without_ever_releasing_its_locks(tmp_path: Path) -> Non
 def test_leaving_early_undoes_everything(tmp_path: Path) -> None:
     """An error before the new chains are taken removes all children, and the old leaves stay in use."""
     disks = make(tmp_path, "a.vhd", "b.vhd")
-    with pytest.raises(RuntimeError), Freezing([(disk.chain, None) for disk in disks]) as freezing:
-        freezing.freeze()
+    with pytest.raises(RuntimeError), freezing([(disk.chain, None) for disk in disks]) as prepared:
+        prepared.freeze()
         raise RuntimeError
     assert names(tmp_path) == ["a.vhd", "b.vhd"]
     for disk in disks:
@@ -224,13 +224,16 @@ def test_refusals_make_no_file(tmp_path: Path) -> None:
     (tmp_path / "taken.avhd").write_text("x")
     before = names(tmp_path)
     for path, kind in (("taken.avhd", errors.AlreadyExists), ("no/such.avhd", errors.NotFound)):
-        with pytest.raises(kind):
-            Freezing([(disks[0].chain, None), (disks[1].chain, str(tmp_path / path))])
-    with pytest.raises(errors.InvalidArgument, match="twice"):
-        Freezing([(disks[0].chain, None), (disks[0].chain, None)])
+        with pytest.raises(kind), freezing([(disks[0].chain, None), (disks[1].chain, str(tmp_path / path))]):
+            pass
+    twice = [(disks[0].chain, None), (disks[0].chain, None)]
+    with pytest.raises(errors.InvalidArgument, match="twice"), freezing(twice):
+        pass
     disks[1].close()
-    with open_disk(tmp_path / "b.vhd") as reader, pytest.raises(errors.ReadOnly):
-        Freezing([(disks[0].chain, None), (reader.chain, None)])
+    with open_disk(tmp_path / "b.vhd") as reader:
+        one_reads = [(disks[0].chain, None), (reader.chain, None)]
+        with pytest.raises(errors.ReadOnly), freezing(one_reads):
+            pass
     assert names(tmp_path) == before
     disks[0].close()
 
@@ -249,9 +252,9 @@ def test_killed_at_any_call_the_newest_leaf_is_complete(tmp_path: Path) -> None:
             disk.write(3 * MIB, b"flushed")
             disk.flush()
             disk.write(3 * MIB + SECTOR_SIZE, b"perhaps")
-        with Freezing([(disk.chain, None) for disk in disks]) as freezing:
-            new = [Disk(chain) for chain in freezing.freeze()]
-            freezing.done()
+        with freezing([(disk.chain, None) for disk in disks]) as prepared:
+            new = [Disk(chain) for chain in prepared.freeze()]
+            prepared.done()
         for disk in new:
             disk.write(0, b"later", fua=True)
             disk.close()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
@@ -21,15 +22,17 @@ from tests.harness.killing import CHANGING, killings
 from tests.harness.merging import unaligned
 from tests.harness.stores import MemStore
 from tests.support import daily_or_nightly
-from vhdkit import DiskFormat, errors
+from vhdkit import DiskFormat, errors, formats
 from vhdkit.chain.engine.chain import Chain
 from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.records.intent import KIND, Phase
-from vhdkit.chain.verbs.live import Freezing
-from vhdkit.chain.verbs.live_merge import LiveMerge
+from vhdkit.chain.verbs.live import freezing
+from vhdkit.chain.verbs.live_merge import live_merge
 from vhdkit.chain.verbs.merge_steps import RealNames
 from vhdkit.disk import Disk
 from vhdkit.folder import sidecar_path
+from vhdkit.image import Layer
+from vhdkit.store import Store
 from vhdkit.units import KIB, MIB, SECTOR_SIZE
 
 SIZE = 4 * MIB
@@ -112,7 +115,7 @@ def test_reads_and_writes_go_on(depth: int, base: str, seed: int, tmp_path_facto
         if rng.random() < 0.3:
             chain.flush()
 
-    with LiveMerge(chain, first, target, options) as merging:
+    with live_merge(chain, first, target, options) as merging:
         merging.copy(meanwhile)
         assert content(chain) == model
         new, problem = merging.exchange()
@@ -140,7 +143,7 @@ def test_the_leaf_goes_into_its_parent(
     paths, model = make_chain(folder, 3 if deeper else 2, base, rng)
     chain = Chain.open(paths[0], writable=True)
     write_some(chain, model, rng, 3)
-    with LiveMerge(chain, 0, 1) as merging:
+    with live_merge(chain, 0, 1) as merging:
         merging.copy()
         new, problem = merging.exchange()
         assert problem is None
@@ -160,14 +163,14 @@ def merge_while_writing(paths: list[Path], seed: int) -> Chain:
     rng = random.Random(seed)
     chain = Chain.open(paths[0], writable=True)
     model = bytearray(content(chain))
-    with LiveMerge(chain, 1, 3) as merging:
+    with live_merge(chain, 1, 3) as merging:
         merging.copy(lambda done, total: write_some(chain, model, rng, 1))
         new, problem = merging.exchange()
         if problem is not None:
             raise problem
         merging.done()
     write_some(new, model, rng, 1)
-    with LiveMerge(new, 0, 1) as merging:
+    with live_merge(new, 0, 1) as merging:
         merging.copy()
         last, problem = merging.exchange()
         if problem is not None:
@@ -282,7 +285,7 @@ def test_the_target_is_not_written_while_the_old_leaf_may_come_back(
         raise errors.IoFailed("the folder was not synced", path=path)
 
     monkeypatch.setattr(RealNames, "remove", remove)
-    with LiveMerge(chain, 0, 1, options) as merging:
+    with live_merge(chain, 0, 1, options) as merging:
         merging.copy()
         chain, problem = merging.exchange()
     assert isinstance(problem, errors.IoFailed) and content(chain) == model
@@ -314,7 +317,7 @@ class _Failing:
 def _try_to_merge(chain: Chain, first: int, target: int) -> tuple[Chain, bool]:
     """The chain to be served afterwards, and whether the merge failed."""
     try:
-        with LiveMerge(chain, first, target) as merging:
+        with live_merge(chain, first, target) as merging:
             merging.copy()
             chain, problem = merging.exchange()
             if problem is not None:
@@ -342,21 +345,21 @@ def test_a_cancelled_merge_leaves_the_chain_unchanged_and_can_be_repeated(tmp_pa
     chain = Chain.open(paths[0], writable=True)
     for number in range(3, 6):  # every block of the middle layers is in use
         write_some(chain, model, rng, number)
-    with Freezing([(chain, str(tmp_path / "new.avhd"))]) as freezing:
-        [chain] = freezing.freeze()
-        freezing.done()
+    with freezing([(chain, str(tmp_path / "new.avhd"))]) as prepared:
+        [chain] = prepared.freeze()
+        prepared.done()
 
     def stop(done: int, total: int) -> None:
         raise errors.Cancelled("enough")
 
-    with pytest.raises(errors.Cancelled), LiveMerge(chain, 1, 3) as merging:
+    with pytest.raises(errors.Cancelled), live_merge(chain, 1, 3) as merging:
         merging.copy(stop)
     assert content(chain) == model
     with Chain.open(paths[2]):  # a second reader is admitted
         assert vhdkit.merge_under_way(paths[2]) == str(paths[2])
-        with pytest.raises(errors.ImageInUse), LiveMerge(chain, 1, 3):
+        with pytest.raises(errors.ImageInUse), live_merge(chain, 1, 3):
             pass
-    with LiveMerge(chain, 1, 3) as merging:
+    with live_merge(chain, 1, 3) as merging:
         merging.copy()
         chain, problem = merging.exchange()
         assert problem is None
@@ -365,19 +368,46 @@ def test_a_cancelled_merge_leaves_the_chain_unchanged_and_can_be_repeated(tmp_pa
     chain.close()
 
 
+def test_a_leaf_that_cannot_be_opened_again_leaves_its_chain_readable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After it was repointed the leaf is opened again; if that fails, the old chain reads as before and takes no more
+    writes, and the merge is finished from its record."""
+    paths, model = make_chain(tmp_path, 4, "dynamic", random.Random(11))
+    chain = Chain.open(paths[0], writable=True)
+    honest = formats.reopened
+
+    def failing(layer: Layer, *, writable: bool, store: Store | None = None) -> Layer:
+        if layer is chain.leaf:
+            raise errors.IoFailed("no", path=layer.store.name)
+        return honest(layer, writable=writable, store=store)
+
+    with pytest.raises(errors.IoFailed), live_merge(chain, 1, 2) as merging:
+        merging.copy()
+        monkeypatch.setattr(formats, "reopened", failing)
+        merging.exchange()
+    monkeypatch.undo()
+    assert content(chain) == model
+    with pytest.raises(errors.SyncFailed):
+        chain.write(0, memoryview(bytes(SECTOR_SIZE)))
+    with contextlib.suppress(errors.VhdkitError):
+        chain.close()
+    assert vhdkit.resume_merge(paths[2]).removed == (str(paths[1]),) and on_disk(paths[0]) == model
+
+
 def test_the_next_open_completes_the_merge_of_a_dead_server(tmp_path: Path) -> None:
     """If only the merged files are left to be removed, the next writable open of the leaf removes them; else a later
     merge under clients would find that the target has other children."""
     paths, model = make_chain(tmp_path, 4, "dynamic", random.Random(4))
     for relinked in (True, False):
         chain = Chain.open(paths[0], writable=True)
-        with LiveMerge(chain, 1, 2) as merging:
+        with live_merge(chain, 1, 2) as merging:
             merging.copy()
             if relinked:
                 chain, problem = merging.exchange()
                 assert problem is None
             else:
-                RealNames(str(paths[2])).write(merging._intent.in_phase(Phase.RELINK))
+                RealNames(str(paths[2])).write(merging.plan.intent.in_phase(Phase.RELINK))
         chain.close()
         assert vhdkit.merge_under_way(paths[2]) is not None and paths[1].exists()
         with vhdkit.open_disk(paths[0], writable=True) as disk:
@@ -396,7 +426,7 @@ def test_a_layer_with_other_children_is_not_merged(tmp_path: Path) -> None:
         vhdkit.create_child(other, paths[number])
         before = {path: path.read_bytes() for path in paths}
         chain = Chain.open(paths[0], writable=True)
-        with pytest.raises(errors.HasChildren, match=f"other{number}"), LiveMerge(chain, 1, 2):
+        with pytest.raises(errors.HasChildren, match=f"other{number}"), live_merge(chain, 1, 2):
             pass
         assert content(chain) == model
         chain.close()
@@ -411,6 +441,6 @@ def test_layers_of_another_size_are_refused(tmp_path: Path) -> None:
     vhdkit.create_child(tmp_path / "b.avhd", tmp_path / "a.avhd")
     vhdkit.resize(tmp_path / "b.avhd", 2 * SIZE)
     chain = Chain.open(tmp_path / "b.avhd", writable=True)
-    with pytest.raises(errors.InvalidArgument, match="another size"), LiveMerge(chain, 1, 2):
+    with pytest.raises(errors.InvalidArgument, match="another size"), live_merge(chain, 1, 2):
         pass
     chain.close()

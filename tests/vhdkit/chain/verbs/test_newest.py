@@ -22,8 +22,8 @@ from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.records import pending
 from vhdkit.chain.records.intent import KIND
 from vhdkit.chain.verbs import newest
-from vhdkit.chain.verbs.live import Freezing
-from vhdkit.chain.verbs.live_merge import LiveMerge
+from vhdkit.chain.verbs.live import freezing
+from vhdkit.chain.verbs.live_merge import live_merge
 from vhdkit.chain.verbs.merge_steps import RealNames
 from vhdkit.chain.verbs.newest import newest_leaf
 from vhdkit.folder import sidecar_path
@@ -65,7 +65,7 @@ def let_go(chain: Chain) -> None:
 
 def merged_live(chain: Chain, first: int, target: int) -> Chain:
     """One pass of a live merge."""
-    with LiveMerge(chain, first, target) as merging:
+    with live_merge(chain, first, target) as merging:
         merging.copy()
         chain, problem = merging.exchange()
         assert problem is None
@@ -165,9 +165,9 @@ def test_killed_while_the_merged_leaf_is_frozen_again(tmp_path: Path, monkeypatc
     paths, model = make_chain(tmp_path, 2, "dynamic", rng)
     chain = Chain.open(paths[0], writable=True)
     for name in ("second.avhd", "third.avhd"):
-        with Freezing([(chain, str(tmp_path / name))]) as freezing:
-            [chain] = freezing.freeze()
-            freezing.done()
+        with freezing([(chain, str(tmp_path / name))]) as prepared:
+            [chain] = prepared.freeze()
+            prepared.done()
         write_some(chain, model, rng, 2)
         with monkeypatch.context() as patch, pytest.raises(Killed):
             killed_at(patch, 4)  # relinked, not removed
@@ -247,9 +247,9 @@ def test_every_open_of_a_server_passes_the_folder_of_notes(
     monkeypatch.setattr(pending, "settle", settled)
     monkeypatch.setattr(DynamicImage, "__init__", initialised)
     chain = Chain.open(paths[0], writable=True, options=noting.options())
-    with Freezing([(chain, str(tmp_path / "new.avhd"))]) as freezing:
-        [chain] = freezing.freeze()
-        freezing.done()
+    with freezing([(chain, str(tmp_path / "new.avhd"))]) as prepared:
+        [chain] = prepared.freeze()
+        prepared.done()
     write_some(chain, model, rng, 3)
     chain = merged_live(chain, 2, 3)
     for first, target in ((1, 2), (0, 1)):

@@ -17,7 +17,7 @@ from tests import noting
 from tests.vhdkit.formats.test_remember import content, found_in, image, killed, notes, opened
 from vhdkit.chain.verbs.check import check
 from vhdkit.chain.verbs.create import create_child
-from vhdkit.chain.verbs.live import Freezing
+from vhdkit.chain.verbs.live import freezing
 from vhdkit.chain.verbs.repair import repair
 from vhdkit.disk import open_disk
 from vhdkit.errors import ImageInUse
@@ -232,17 +232,17 @@ def test_killed_while_a_leaf_gets_a_child(notes: Path, image: Path, moment: str,
     """INV-ANSWERED-SURVIVES: a leaf is a parent when its server dies before it was flushed: what was noted of it is
     written into it before anybody reads the chain, and the notes go."""
     disk, model = open_disk(image, writable=True, options=noting.options()), bytearray(SIZE)
-    with pytest.raises(KeyboardInterrupt), Freezing([(disk.chain, str(image.parent / "new.avhd"))]) as freezing:
+    with pytest.raises(KeyboardInterrupt), freezing([(disk.chain, str(image.parent / "new.avhd"))]) as prepared:
         for first in (5, 2000, 6000):
             disk.write(first * SECTOR_SIZE, b"x" * SECTOR_SIZE)
             model[first * SECTOR_SIZE : (first + 1) * SECTOR_SIZE] = b"x" * SECTOR_SIZE
         if moment == "frozen":
-            [chain] = freezing.freeze()
+            [chain] = prepared.freeze()
             chain.write(7000, memoryview(b"y" * SECTOR_SIZE))
             model[7000 * SECTOR_SIZE : 7001 * SECTOR_SIZE] = b"y" * SECTOR_SIZE
-        freezing._kept = True  # killed: nothing is taken back
+        prepared.is_kept = True  # killed: nothing is taken back
         raise KeyboardInterrupt
-    for layer in (*disk.chain.layers, *freezing._children):
+    for layer in (*disk.chain.layers, *prepared.children):
         if isinstance(layer, DynamicImage):
             killed(layer)
     with open_disk(image.parent / "new.avhd", writable=writable, options=noting.options()) as again:
