@@ -392,7 +392,7 @@ def test_a_leaf_that_cannot_be_opened_again_leaves_its_chain_readable(
         chain.write(0, memoryview(bytes(SECTOR_SIZE)))
     with contextlib.suppress(errors.VhdkitError):
         chain.close()
-    assert vhdkit.resume_merge(paths[2]).removed == (str(paths[1]),) and on_disk(paths[0]) == model
+    assert vhdkit.resume_merge(paths[2]).removed == (str(paths[1]),) and disk_as_opened_now(paths[0]) == model
 
 
 def test_the_next_open_completes_the_merge_of_a_dead_server(tmp_path: Path) -> None:
