@@ -157,7 +157,7 @@ SCENES: dict[str, Callable[[], None]] = {
     "A poisoned footer (`v_poison`)": lambda: image(tail=POISONED, copy=POISONED),
     "QEMU shows another disk size": lambda: image(chs=(1024, 16, 63)),
     "Leaked space": leaking,
-    "Layers nobody needs any more": unneeded,
+    "Layers that are no longer needed": unneeded,
 }
 
 

@@ -89,7 +89,7 @@ def test_a_failed_flush_poisons_the_disk(kind: str, failing: int) -> None:
             disk.trim(0, SECTOR_SIZE)
         with pytest.raises(errors.SyncFailed):
             disk.write(0, b"more", fua=True)
-    with pytest.raises(errors.SyncFailed):  # INV-CLOSE-TELLS
+    with pytest.raises(errors.SyncFailed):  # INV-CLOSE-REPORTS
         disk.close()
     disk.close()
     assert store.sync_count == syncs, "a sync after the failed one would have claimed success"
@@ -299,7 +299,7 @@ def test_a_bad_sector_fails_its_read_only(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["dynamic", "child"])
 @pytest.mark.parametrize("at", range(1, 12))
 def test_ctrl_c_anywhere_loses_nothing(kind: str, at: int) -> None:
-    """INV-FLUSHED-OR-NEWER, INV-CLOSE-TELLS: an interrupt inside any store operation of a write leaves a disk that
+    """INV-FLUSHED-OR-NEWER, INV-CLOSE-REPORTS: an interrupt inside any store operation of a write leaves a disk that
     takes no more writes, since memory may know half of one; it is flushed and closed with all that was written before,
     and the file keeps every promise. An interrupted flush is simply made again."""
     scene = scene_of(kind)
@@ -336,7 +336,7 @@ def test_ctrl_c_anywhere_loses_nothing(kind: str, at: int) -> None:
         disk.flush()
         for seed in range(3):
             with open_mem(store.after_cut(random.Random(seed)), scene.parents, writable=True) as again:
-                assert not model.violations(everything(again)), "INV-CLOSE-TELLS"
+                assert not model.violations(everything(again)), "INV-CLOSE-REPORTS"
     disk.close()
     for found in (store.copy(), *(store.after_cut(random.Random(seed)) for seed in range(6))):
         with open_mem(found, scene.parents, writable=True) as again:

@@ -431,8 +431,8 @@ def _striking(rng: random.Random, longest: float) -> Iterator[None]:
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_signal_handlers_leave_nothing_behind(image: Path) -> None:
-    """INV-CLOSE-TELLS: exceptions out of signal handlers, at random moments of opening, writing, flushing and closing,
-    leak no descriptor, leave no lock, and lose no write that had returned once closing has succeeded."""
+    """INV-CLOSE-REPORTS: exceptions out of signal handlers, at random moments of opening, writing, flushing and
+    closing, leak no descriptor, leave no lock, and lose no write that had returned once closing has succeeded."""
     rng, before, struck = random.Random(5), _descriptors(), 0
     for number in range(60):
         stamp, disk, written = number.to_bytes(4, "big") * 128, None, False
@@ -493,7 +493,7 @@ def test_a_signal_handler_that_closes_does_not_hang(image: Path, monkeypatch: py
 
 
 def test_a_refused_buffer_interrupts_nothing(image: Path) -> None:
-    """INV-CLOSE-TELLS: after a call that could not be, earlier writes are there, and the disk goes on."""
+    """INV-CLOSE-REPORTS: after a call that could not be, earlier writes are there, and the disk goes on."""
     with vhdkit.open_disk(image, writable=True) as disk:
         disk.write(0, b"1" * SECTOR_SIZE)
         for wrong in (None, "text", 7):
@@ -509,7 +509,7 @@ def test_a_refused_buffer_interrupts_nothing(image: Path) -> None:
 
 
 def test_an_interrupted_close_says_what_it_lost(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """INV-CLOSE-TELLS: when both tries of a close were struck, closing again raises SyncFailed, once; nothing stays
+    """INV-CLOSE-REPORTS: when both tries of a close were struck, closing again raises SyncFailed, once; nothing stays
     locked."""
     disk = vhdkit.open_disk(image, writable=True)
     disk.write(0, b"1" * SECTOR_SIZE)

@@ -7,7 +7,7 @@ Ctrl-C, or an exception of a signal handler, in the middle of a write, nothing m
 memory may reflect only half of that write. What was written before it is whole, so a flush and closing make it
 durable.
 
-`INV-CLOSE-TELLS`: `close` returns without an error only if every write that returned is on the device.
+`INV-CLOSE-REPORTS`: `close` returns without an error only if every write that returned is on the device.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def told(host: BridgeHost, spec: SwitchSpec) -> list[list[str]]:
 @pytest.mark.parametrize("end", ["policy drop;", "policy accept; ct state invalid drop; counter reject;"])
 def test_what_helps_guests_of_a_closed_host(host: BridgeHost, end: str) -> None:
     """Guests of a NAT switch reach nobody through a chain that ends in a drop, until the commands are typed that are
-    said to help: then nothing is said any more. INV-OTHERS-TOLD."""
+    said to help: then nothing is said any more. INV-DROPS-REPORTED."""
     assert told(host, NAT) == []
     host.run(f"nft 'table inet other {{ chain across {{ type filter hook forward priority 0; {end} }}; }}'")
     host.run(f"nft 'table inet other {{ chain into {{ type filter hook input priority 0; {end} }}; }}'")
@@ -137,7 +137,7 @@ FIREWALLD = (
     ],
 )
 def test_each_firewall_has_its_own_command(objects: tuple[dict[str, Any], ...], words: str) -> None:
-    """Who made a rule has their own way of adding to it that lasts. INV-OTHERS-TOLD."""
+    """Who made a rule has their own way of adding to it that lasts. INV-DROPS-REPORTED."""
     (found,) = firewalls.obstacles(NAT, Ruleset(objects))
     assert words in found.remedy
 
