@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The flattened map against naive walks, over random chains, before and after writes."""
+"""The flattened map compared with naive walks, over random chains, before and after writes."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ SIZES = (1, 2, 7, 8, 9, 64, 1024, 5000)
 
 
 def read(chain: Chain, first: int, count: int) -> bytes:
-    """What the chain gives for a run; the buffer is full of junk before."""
+    """What the chain returns for a run; the buffer is filled with junk first."""
     buffer = bytearray(b"\xee" * sectors_to_bytes(count))
     chain.read_into(first, memoryview(buffer))
     return bytes(buffer)
 
 
 def check_reads(chain: Chain, sectors: list[int], rng: random.Random) -> None:
-    """Single sectors and longer runs, in random order, each twice: cold, then from the settled map."""
+    """Single sectors and longer runs, in random order, each twice: first cold, then from the settled map."""
     order = sectors * 2
     rng.shuffle(order)
     for index in order:
@@ -83,14 +83,14 @@ def test_map_equals_walk(plan: ChainPlan, seed: int, extents_first: bool) -> Non
 @settings(max_examples=daily_or_nightly(40, 100))
 @given(plan=chain_plans(min_children=1), seed=st.integers(0, 999), data=st.data())
 def test_map_equals_walk_after_writes(plan: ChainPlan, seed: int, data: st.DataObject) -> None:
-    """INV-MAP-EQUALS-WALK, INV-LEAF-ONLY-WRITES: it still does after any writes, zeroes and trims, none of which
+    """INV-MAP-EQUALS-WALK, INV-LEAF-ONLY-WRITES: they still agree after writes, zeroes and trims, none of which
     reaches a parent (their stores are frozen)."""
     chain, rng = Chain(build(plan, writable=True)), random.Random(seed)
     runs = data.draw(runs_within(plan.layers[0].sector_count, max_size=8))
     leaf = plan.layers[0]
     touched = LayerPlan(leaf.kind, leaf.sector_count, leaf.block_size_bytes, (*leaf.runs, *runs))
     sectors = interesting_sectors(ChainPlan((touched, *plan.layers[1:])), rng)
-    check_reads(chain, rng.sample(sectors, len(sectors) // 2), rng)  # half of the map is settled before the writes
+    check_reads(chain, rng.sample(sectors, len(sectors) // 2), rng)  # settle half of the map before the writes
     expected = {index: walk_read(chain.layers, index) for index in sectors}
     for number, (first, count) in enumerate(runs):
         step = rng.choice(["write", "write", "zero", "trim", "flush"])
@@ -122,7 +122,7 @@ def test_map_equals_walk_after_writes(plan: ChainPlan, seed: int, data: st.DataO
 @settings(max_examples=daily_or_nightly(40, 100))
 @given(plan=chain_plans(), seed=st.integers(0, 999))
 def test_the_first_layer_that_owns_a_sector_answers(plan: ChainPlan, seed: int) -> None:
-    """INV-SECTOR-RULE: each sector is that of the first layer whose file, read bit by bit, has it."""
+    """INV-SECTOR-RULE: each sector comes from the first layer whose file, read bit by bit, owns it."""
     chain, rng = Chain(build(plan)), random.Random(seed)
     parsed = {
         number: ParsedVhd.parse(chain.layers[number].store)
@@ -148,7 +148,7 @@ def test_the_first_layer_that_owns_a_sector_answers(plan: ChainPlan, seed: int) 
 
 @pytest.mark.parametrize("depth", [128, MAX_CHAIN_DEPTH])
 def test_deep_chains(depth: int) -> None:
-    """INV-MAP-EQUALS-WALK: also at depth 128, and at the greatest depth there may be."""
+    """INV-MAP-EQUALS-WALK: also at depth 128, and at the maximum depth."""
     rng = random.Random(depth)
     end = whole_sectors(3 * MIB)
     children = [
@@ -168,8 +168,8 @@ def test_deep_chains(depth: int) -> None:
     check_extents(chain, sectors, 0, plan.layers[0].sector_count)
 
 
-def test_forgotten_grains_are_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """INV-MAP-EQUALS-WALK: a cache of owner bytes that holds one grain only gives the same answers."""
+def test_evicted_grains_are_rebuilt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """INV-MAP-EQUALS-WALK: a cache of owner bytes that holds only one grain gives the same answers."""
     monkeypatch.setattr(blockmap, "MAX_MIXED_BYTES", 1)
     rng, end = random.Random(3), whole_sectors(4 * MIB)
     runs = tuple((rng.randrange(end - 50), rng.randint(1, 49)) for _ in range(30))
@@ -186,7 +186,7 @@ def test_forgotten_grains_are_made_again(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_coarse_fine_table_gives_the_same_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """INV-MAP-EQUALS-WALK: so does a fine table with few entries, as very large disks have one."""
+    """INV-MAP-EQUALS-WALK: a fine table with few entries, as for very large disks, gives the same answers."""
     monkeypatch.setattr(blockmap, "MAX_FINE_ENTRIES", 24)
     rng, end = random.Random(4), whole_sectors(4 * MIB)
     runs = tuple((rng.randrange(end - 900), rng.randint(1, 899)) for _ in range(12))
@@ -201,7 +201,7 @@ def test_a_coarse_fine_table_gives_the_same_answers(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("size", [512, 2 * GIB + 512, 20 * GIB - 512, 64 * TIB])
 def test_a_linear_disk_needs_no_memory_for_its_map(size: int) -> None:
-    """INV-MAP-EQUALS-WALK: a lone raw or fixed image is one entry, however large it is."""
+    """INV-MAP-EQUALS-WALK: a single raw or fixed image is one entry, however large it is."""
     store = MemStore("huge.img")
     create_raw(store, size)
     store.pwrite(size - SECTOR_SIZE, b"z" * SECTOR_SIZE)
@@ -216,8 +216,8 @@ def test_a_linear_disk_needs_no_memory_for_its_map(size: int) -> None:
     assert peak < MIB
 
 
-def test_layers_that_hide_what_is_behind_their_end() -> None:
-    """INV-SECTOR-RULE: through a smaller layer in the middle nothing is seen of what the base has behind its end."""
+def test_a_smaller_layer_hides_what_is_behind_its_end() -> None:
+    """INV-SECTOR-RULE: data that the base has behind the end of a smaller layer in the middle is not visible."""
     base = LayerPlan("raw", 4000, MIB, ((0, 4000),))
     middle = LayerPlan("differencing", 1500, MIB, ((1499, 1),))
     leaf = LayerPlan("differencing", 4000, MIB, ())
@@ -227,15 +227,15 @@ def test_layers_that_hide_what_is_behind_their_end() -> None:
     assert read(chain, 1500, 2500) == bytes(2500 * SECTOR_SIZE)
 
 
-def test_owner_runs_are_cut_where_the_owner_changes() -> None:
-    """Neighbours with one owner come as one run, and only those inside the range asked for."""
+def test_owner_runs_end_where_the_owner_changes() -> None:
+    """Neighbours with the same owner form one run, limited to the requested range."""
     owners = bytearray([1, 1, 2, 2, 2, 255, 0])
     assert owner_runs(owners, 0, 7) == [(0, 2, 1), (2, 3, 2), (5, 1, 255), (6, 1, 0)]
     assert owner_runs(owners, 1, 2) == [(1, 1, 1), (2, 1, 2)]
 
 
 def test_an_untouched_map_knows_zeros_without_reading() -> None:
-    """Grains that no layer has space for are ZERO from the beginning, those of a linear base are its own."""
+    """Grains for which no layer has space are ZERO from the start; those of a linear base belong to it."""
     leaf = LayerPlan("differencing", 4096, MIB, ())
     for kind, expected in (("dynamic", -1), ("raw", 1)):
         entries = BlockMap(build(ChainPlan((leaf, LayerPlan(kind, 4096, MIB, ()))))).entries

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A chain writes to its leaf only, and holds its parents for reading only."""
+"""A chain writes only to its leaf, and opens its parents read-only."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from vhdkit.units import KIB, MIB, SECTOR_SIZE, whole_sectors
 @settings(max_examples=daily_or_nightly(30, 60))
 @given(plan=chain_plans(min_children=1), seed=st.integers(0, 999))
 def test_only_the_leaf_changes(plan: ChainPlan, seed: int) -> None:
-    """INV-LEAF-ONLY-WRITES: whatever is done to a disk, the parents' files are the same bytes as before (a write to
-    one of them fails at once: they are frozen), and the leaf alone has changed."""
+    """INV-LEAF-ONLY-WRITES: whatever is done to a disk, the parents' files keep their bytes (a write to one of them
+    fails at once: they are frozen), and only the leaf has changed."""
     layers, rng = build(plan, writable=True), random.Random(seed)
     stores = [layer.store for layer in layers]
     assert all(isinstance(store, MemStore) and store.frozen for store in stores[1:])
     before = [dict(store._sectors) for store in stores if isinstance(store, MemStore)]
     disk = Disk(Chain(layers))
     model = SectorModel(disk.read(0, disk.size_bytes))
-    if disk.size_bytes < 2 * MIB:  # `work` wants some room
+    if disk.size_bytes < 2 * MIB:  # `work` needs some room
         disk.write(0, b"x")
     else:
         for _ in range(8):
@@ -62,7 +62,7 @@ def make_chain(folder: Path) -> list[Path]:
     return paths
 
 
-def test_parents_are_opened_for_reading(tmp_path: Path) -> None:
+def test_parents_are_opened_read_only(tmp_path: Path) -> None:
     """INV-PARENT-READ-ONLY: under a writable leaf the parents' descriptors cannot write, whatever the engine does."""
     paths = make_chain(tmp_path)
     before = [path.read_bytes() for path in paths]
@@ -82,7 +82,7 @@ def test_parents_are_opened_for_reading(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("parent", [1, 2])
 def test_an_image_with_children_is_not_opened_for_writing(tmp_path: Path, parent: int) -> None:
-    """INV-PARENT-READ-ONLY: a writable open of a parent is refused and names the child; reading it is fine."""
+    """INV-PARENT-READ-ONLY: a writable open of a parent is refused and names the child; a read-only open works."""
     paths = make_chain(tmp_path)
     before = paths[parent].read_bytes()
     with pytest.raises(errors.HasChildren, match=paths[parent - 1].name):
@@ -92,8 +92,8 @@ def test_an_image_with_children_is_not_opened_for_writing(tmp_path: Path, parent
     assert paths[parent].read_bytes() == before
 
 
-def test_a_writable_parent_in_a_chain_is_our_own_mistake(tmp_path: Path) -> None:
-    """INV-PARENT-READ-ONLY: a chain refuses, by assertion, a layer below the leaf that could be written to."""
+def test_a_writable_parent_in_a_chain_is_an_assertion(tmp_path: Path) -> None:
+    """INV-PARENT-READ-ONLY: a chain asserts that no layer below the leaf is writable."""
     create_image(tmp_path / "base.vhd", MIB)
     create_child(tmp_path / "leaf.avhd", tmp_path / "base.vhd")
     with open_disk(tmp_path / "leaf.avhd") as leaf, pytest.raises(AssertionError):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Power cuts inside every write and every sync of random workloads: what was flushed is there, and nothing stale."""
+"""Power cuts inside every write and sync of random workloads: flushed data is kept, no stale data appears."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from vhdkit.units import SECTOR_SIZE, covering_sectors
 
 
 def empty_dynamic_scene(seed: int) -> Scene:
-    """A dynamic image without any block."""
+    """A dynamic image without blocks."""
     return dynamic_scene(seed, writes=0)
 
 
 def larger_child_scene(seed: int) -> Scene:
-    """A child of a raw base, larger than it."""
+    """A child that is larger than its raw base."""
     return child_scene(seed, raw_base=True, size_bytes=4 * BLOCK_SIZE)
 
 
@@ -58,17 +58,17 @@ SEEDS = range(60 if os.environ.get("HYPOTHESIS_PROFILE") == "long" else daily_or
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", SCENES)
 def test_every_cut_leaves_flushed_or_newer(name: str, seed: int) -> None:
-    """INV-FLUSHED-OR-NEWER, INV-FOOTER-COPY, INV-BLOCKS-DISJOINT: wherever the power is cut, also a second time
-    after recovery, the image opens, its blocks are disjoint, and each sector holds its flushed content or newer."""
+    """INV-FLUSHED-OR-NEWER, INV-FOOTER-COPY, INV-BLOCKS-DISJOINT: wherever the power is cut, also a second time after
+    recovery, the image opens, its blocks are disjoint, and each sector holds its flushed content or newer."""
     run = PowerRun(SCENES[name](seed), seed, steps=22 if seed < 3 else 50)
     run.run()
-    assert run.operations > run.syncs > 3, "the workload did next to nothing"
+    assert run.operations > run.syncs > 3, "the workload did hardly anything"
     assert run.judged > run.cuts * run.operations, "some operation was not cut"
 
 
 @pytest.mark.parametrize("name", SCENES)
 def test_a_real_cut_at_each_operation(name: str) -> None:
-    """INV-FLUSHED-OR-NEWER: when the store dies under the engine, its clean-up on the way out harms nothing."""
+    """INV-FLUSHED-OR-NEWER: if the store fails under the engine, its cleanup on the way out does no harm."""
     scene, cut_at, done = SCENES[name](7), 0, False
     while not done:
         cut_at += 1
@@ -89,10 +89,10 @@ def test_a_real_cut_at_each_operation(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["empty dynamic", "dynamic", "child", "last block cut by the footer"])
 @pytest.mark.parametrize("seed", range(daily_or_nightly(1, 4)))
-def test_writes_beside_a_flush(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_writes_during_a_flush(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """INV-FLUSHED-OR-NEWER, INV-DATA-BEFORE-METADATA: writes and reads in the middle of a flush belong to the next
-    one: no bit or BAT entry of theirs gets to the device with this one, and what is in flight is not forgotten."""
-    monkeypatch.setattr(commit, "MAX_CACHED_BYTES", -commit.MAX_DIRTY_BYTES)  # nothing clean is kept
+    one: this one puts none of their bits or BAT entries on the device, and what is in flight is not forgotten."""
+    monkeypatch.setattr(commit, "MAX_CACHED_BYTES", -commit.MAX_DIRTY_BYTES)  # keep no clean page
     scene = SCENES[name](seed)
     store, model = CrashStore(scene.leaf), SectorModel(scene.content)
     disk = open_mem(store, scene.parents, writable=True)
@@ -106,7 +106,7 @@ def test_writes_beside_a_flush(name: str, seed: int, monkeypatch: pytest.MonkeyP
         disk.write(offset, data)
 
     def in_flush() -> None:
-        """Called inside each operation of the flush, and of what is done here."""
+        """Called inside each operation of the flush, and of the writes made here."""
         nonlocal inside
         for cut in range(2):
             cut_rng = random.Random(f"{seed} {store.operation_count} {cut}")
@@ -176,15 +176,15 @@ def test_no_data_is_in_flight_beside_metadata(name: str, seed: int) -> None:
     model, rng = SectorModel(scene.content), random.Random(seed)
     for _ in range(40):
         work(disk, model, rng)
-    disk.write(disk.size_bytes - SECTOR_SIZE, bytes([1]) * SECTOR_SIZE)  # a short block that chance leaves out
+    disk.write(disk.size_bytes - SECTOR_SIZE, bytes([1]) * SECTOR_SIZE)  # cover the short block, too
     disk.close()
     assert metadata_writes
 
 
 @pytest.mark.parametrize("name", SCENES)
 @pytest.mark.parametrize("seed", range(4))
-def test_never_two_footers_in_flight(name: str, seed: int) -> None:
-    """INV-FOOTER-COPY: while one footer is being written the other one lies still on the device."""
+def test_two_footers_are_never_in_flight(name: str, seed: int) -> None:
+    """INV-FOOTER-COPY: while one footer is being written the other one is on the device."""
     scene = SCENES[name](seed)
     store = CrashStore(scene.leaf)
     footers_seen = 0
@@ -203,20 +203,20 @@ def test_never_two_footers_in_flight(name: str, seed: int) -> None:
     model, rng = SectorModel(scene.content), random.Random(seed)
     for _ in range(30):
         work(disk, model, rng)
-    disk.write(disk.size_bytes - SECTOR_SIZE, bytes([1]) * SECTOR_SIZE)  # a short block that chance leaves out
+    disk.write(disk.size_bytes - SECTOR_SIZE, bytes([1]) * SECTOR_SIZE)  # cover the short block, too
     disk.close()
     assert footers_seen
 
 
 def is_footer(store: MemStore, sector_index: int) -> bool:
-    """True when the sector begins like a footer."""
+    """Whether the sector begins like a footer."""
     return store.pread(sector_index * SECTOR_SIZE, 8) == b"conectix"
 
 
 @pytest.mark.parametrize("name", ["dynamic", "child"])
 @pytest.mark.parametrize("lost", ["copy", "tail"])
 def test_either_footer_is_enough(name: str, lost: str) -> None:
-    """INV-FOOTER-COPY: with one of the two footers gone, whatever stands there, the image opens and reads the same."""
+    """INV-FOOTER-COPY: with one of the two footers overwritten by anything, the image opens and reads the same."""
     scene = SCENES[name](3)
     offset = 0 if lost == "copy" else scene.leaf.size() - SECTOR_SIZE
     for garbage in (bytes(SECTOR_SIZE), b"conectix" + bytes(504), random.Random(1).randbytes(SECTOR_SIZE)):
@@ -231,13 +231,13 @@ def test_either_footer_is_enough(name: str, lost: str) -> None:
 
 
 @pytest.mark.parametrize("name", SCENES)
-def test_blocks_stay_where_they_are_and_apart(name: str) -> None:
-    """INV-NO-REUSE, INV-BLOCKS-DISJOINT: trims and zeroes free no block, and no two blocks ever share space, not
-    even a block of today with one of yesterday's image."""
+def test_blocks_do_not_move_or_overlap(name: str) -> None:
+    """INV-NO-REUSE, INV-BLOCKS-DISJOINT: trims and zeroes free no block, and no two blocks ever share space, not even
+    a current block with one of an earlier state of the image."""
     scene = SCENES[name](5)
     store, model, rng = scene.leaf.copy(), SectorModel(scene.content), random.Random(5)
     with open_mem(store, scene.parents, writable=True):
-        pass  # mended, where there is something to mend
+        pass  # mended, if necessary
     before = ParsedVhd.parse(store).entries
     for _ in range(6):
         with open_mem(store, scene.parents, writable=True) as disk:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Proof that the power-cut harness can fail: engines with a classic fault each, and the harness must find it."""
+"""Proof that the power-cut harness can fail: it must find the classic fault that each of these engines has."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from vhdkit.formats.vhd.metadata import Metadata
 from vhdkit.store import Store
 from vhdkit.units import SECTOR_SIZE, round_up, sectors_to_bytes
 
-SEEDS = range(6)  # of the honest engine, every one of these passes
+SEEDS = range(6)  # the correct engine passes with every one of these
 
 
 def run_all(make_scene: Callable[[int], Scene]) -> None:
-    """The workloads that the honest engine survives."""
+    """The workloads that the correct engine survives."""
     for seed in SEEDS:
         PowerRun(make_scene(seed), seed, second_cuts=False).run()
 
@@ -35,7 +35,7 @@ def test_a_bat_entry_written_at_once_is_caught(
     honest = Commit.publish
 
     def publish(self: Commit, block_index: int, start_bytes: int, bitmap: bytearray) -> None:
-        """As vhd-lib does it: the entry goes to the file with the first write."""
+        """As vhd-lib does: the entry is written to the file with the first write."""
         honest(self, block_index, start_bytes, bitmap)
         number = block_index // ENTRIES_PER_SECTOR
         first = number * ENTRIES_PER_SECTOR
@@ -58,11 +58,11 @@ def test_metadata_without_a_sync_before_it_is_caught(
 
 
 def test_a_bitmap_written_at_once_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """INV-DATA-BEFORE-METADATA: the harness finds a bitmap that is written for data which was not synced."""
+    """INV-DATA-BEFORE-METADATA: the harness finds a bitmap that is written before its data is synced."""
     honest = Commit.touch
 
     def touch(self: Commit, block_index: int) -> None:
-        """The bits go to the file with the write."""
+        """The bits are written to the file with the data."""
         honest(self, block_index)
         self._store.pwrite(self._bat.block_start(block_index), bytes(self.bitmaps[block_index]))
 
@@ -71,7 +71,7 @@ def test_a_bitmap_written_at_once_is_caught(monkeypatch: pytest.MonkeyPatch) -> 
         run_all(child_scene)
 
 
-def test_a_flush_that_syncs_no_metadata_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_flush_without_a_sync_of_metadata_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """INV-FLUSHED-OR-NEWER: the harness finds a flush that returns before its bitmaps and BAT are durable."""
 
     def write_metadata(self: Commit, bitmaps: dict[int, bytes], table: dict[int, bytes]) -> None:
@@ -86,13 +86,13 @@ def test_a_flush_that_syncs_no_metadata_is_caught(monkeypatch: pytest.MonkeyPatc
         run_all(child_scene)
 
 
-def test_a_block_in_used_space_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """INV-NO-REUSE: the harness finds space that a trim freed and a second block got before the BAT was flushed."""
+def test_reusing_trimmed_space_too_early_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """INV-NO-REUSE: the harness finds space that a trim freed and a second block took before the BAT was flushed."""
     free: list[int] = []
     honest_trim, honest_place = dynamic.DynamicImage.trim, Commit.place_block
 
     def trim(self: dynamic.DynamicImage, sector_index: int, sector_count: int) -> None:
-        """Whole blocks are given back at once."""
+        """Frees whole blocks at once."""
         honest_trim(self, sector_index, sector_count)
         for block, _, count in list(self._split(sector_index, sector_count)):
             start = self.bat.block_start(block)
@@ -101,7 +101,7 @@ def test_a_block_in_used_space_is_caught(monkeypatch: pytest.MonkeyPatch) -> Non
                 self.bat.set(block, sectors_to_bytes(BAT_UNALLOCATED))
 
     def place_block(self: Commit, fill: Callable[[int], object] | None) -> int:
-        """Freed space first."""
+        """Uses freed space first."""
         if not free:
             return honest_place(self, fill)
         start = free.pop()
@@ -111,7 +111,7 @@ def test_a_block_in_used_space_is_caught(monkeypatch: pytest.MonkeyPatch) -> Non
         return start
 
     def script(disk: Disk, model: SectorModel) -> None:
-        """Block 0 is trimmed while the file still says that it has the space, and block 1 gets it."""
+        """Block 0 is trimmed, and block 1 takes its space while the file still assigns it to block 0."""
         for offset in (0, BLOCK_SIZE):
             data = bytes([offset % 251 + 1]) * (64 * SECTOR_SIZE)
             model.write(offset, data)
@@ -132,7 +132,7 @@ def test_a_block_in_used_space_is_caught(monkeypatch: pytest.MonkeyPatch) -> Non
             scene = dynamic_scene(seed, writes=0)
             PowerRun(scene, seed, script=script, second_cuts=False).run()
 
-    run()  # the honest engine passes the same script
+    run()  # the correct engine passes the same script
     monkeypatch.setattr(dynamic.DynamicImage, "trim", trim)
     monkeypatch.setattr(Commit, "place_block", place_block)
     with pytest.raises(Violation):
@@ -140,16 +140,16 @@ def test_a_block_in_used_space_is_caught(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_block_over_the_trailing_footer_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """INV-NO-REUSE: the harness finds a new block that begins where the last footer stands, as most writers do."""
+    """INV-NO-REUSE: the harness finds a new block that begins where the last footer is, as most writers do."""
     honest_init, honest_place = Commit.__init__, Commit.place_block
 
     def begin(self: Commit, *args: object, **options: int) -> None:
-        """Blocks are not aligned, so that the first one begins on the footer."""
+        """Blocks are not aligned, so the first one begins on the footer."""
         honest_init(self, *args, **options)  # type: ignore[arg-type]
         self._free_bytes = round_up(self._free_bytes, SECTOR_SIZE) - 2 * SECTOR_SIZE
 
     def place_block(self: Commit, fill: Callable[[int], object] | None) -> int:
-        """The end of the file is not looked at."""
+        """Ignores what is at the end of the file."""
         with monkeypatch.context() as blind:
             blind.setattr(self._store, "size", lambda: 0)
             return honest_place(self, fill)
@@ -165,7 +165,7 @@ def test_two_footers_in_one_phase_are_caught(monkeypatch: pytest.MonkeyPatch) ->
     honest = Commit._write_footer
 
     def write_footer(self: Commit, footer_offset: int) -> None:
-        """The copy is refreshed as well, as vhd-lib does it."""
+        """Refreshes the copy as well, as vhd-lib does."""
         honest(self, footer_offset)
         self._store.pwrite(0, self._footer_raw)
 
@@ -175,11 +175,11 @@ def test_two_footers_in_one_phase_are_caught(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_mending_in_the_wrong_order_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """INV-FLUSHED-OR-NEWER: the harness finds a mend that writes the new footer before the old one, which stands
-    inside a block, is out of the way."""
+    """INV-FLUSHED-OR-NEWER: the harness finds a mend that writes the new footer before it has removed the old one,
+    which is inside a block."""
 
     def mend(store: Store, metadata: Metadata, nominal_end: int, *, cut_end: int | None) -> bool:
-        """The new footer first, then the hole."""
+        """Writes the new footer first, then the hole."""
         if cut_end is None:
             return False
         store.pwrite(max(nominal_end, store.size()), metadata.footer_raw)
@@ -193,6 +193,6 @@ def test_mending_in_the_wrong_order_is_caught(monkeypatch: pytest.MonkeyPatch) -
         run_all(short_block_scene)
 
 
-def test_entries_of_the_sabotage_are_whole_sectors() -> None:
+def test_the_sabotage_writes_whole_sectors() -> None:
     """The sabotage above rewrites whole BAT sectors, as the engine does."""
     assert ENTRIES_PER_SECTOR * BAT_ENTRY_SIZE == SECTOR_SIZE

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Zeros take no space in a child where they hide nothing, and stay zeros whatever becomes of the chain."""
+"""Zeros that hide nothing take no space in a child, and stay zeros whatever happens to the chain."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ RAW = OpenOptions(allow_raw_parent=True)
 
 
 def test_gigabytes_of_zeros_take_no_space(tmp_path: Path) -> None:
-    """Over an empty parent a whole disk of zeros leaves the child as it was, and it reads as zeros."""
+    """Over an empty parent a whole disk of zeros leaves the child's file unchanged, and reads as zeros."""
     vhdkit.create_image(tmp_path / "base.vhd", 6 * GIB)
     child = tmp_path / "child.avhd"
     vhdkit.create_child(child, tmp_path / "base.vhd")
@@ -60,8 +60,7 @@ def chain_over(base: MemStore, *, middle: MemStore | None = None) -> Chain:
 
 
 def test_a_raw_parent_is_always_hidden() -> None:
-    """A raw parent is one that anybody may write to or make longer: zeros over its holes, and behind its end, are
-    the child's own."""
+    """Any program may write to a raw parent or extend it: the child owns zeros over its holes and behind its end."""
     base = MemStore("base.img")
     create_raw(base, BLOCK)
     chain = chain_over(base)
@@ -70,7 +69,7 @@ def test_a_raw_parent_is_always_hidden() -> None:
 
 
 def test_bytes_under_clear_bits_are_hidden() -> None:
-    """Readers do not agree what those of a dynamic disk are, so the child's zeros are its own there."""
+    """Readers disagree about such bytes of a dynamic disk, so the child owns its zeros there."""
     base = MemStore("base.vhd")
     create_dynamic(base, SIZE // BLOCK * BLOCK, block_size_bytes=BLOCK)
     layer = open_layer(base, writable=True)
@@ -83,7 +82,7 @@ def test_bytes_under_clear_bits_are_hidden() -> None:
 
 
 def test_data_behind_the_end_of_a_smaller_layer_is_hidden() -> None:
-    """What only the size of a layer hides would come to light if that grew."""
+    """Data that is hidden only by the size of a layer would become visible if the layer grew."""
     base, middle = MemStore("base.vhd"), MemStore("middle.avhd")
     create_dynamic(base, SIZE // BLOCK * BLOCK, block_size_bytes=BLOCK)
     layer = open_layer(base, writable=True)
@@ -114,7 +113,7 @@ def test_zeros_of_a_parent_need_no_hiding() -> None:
 @given(plan=chain_plans(min_children=1, max_children=4), seed=st.integers(0, 1 << 30))
 @settings(max_examples=40, deadline=None)
 def test_zeros_are_read_whatever_lies_below(plan: ChainPlan, seed: int) -> None:
-    """INV-SECTOR-RULE: over any chain zeros read as zeros, all around reads as before, by the map and by a walk."""
+    """INV-SECTOR-RULE: over any chain zeros read as zeros and the rest reads as before, by the map and by a walk."""
     rng = random.Random(seed)
     chain = Chain(build(plan, writable=True))
     count = chain.size_bytes // SECTOR_SIZE
@@ -152,15 +151,15 @@ def holes_scene(rng: random.Random) -> Scene:
 
 
 @pytest.mark.parametrize("seed", range(daily_or_nightly(1, 20)))
-def test_inv_flushed_or_newer_with_zeros_that_take_nothing(seed: int) -> None:
-    """INV-FLUSHED-OR-NEWER: cut anywhere among zeros and data, flushed zeros are zeros, whether they took a block."""
+def test_inv_flushed_or_newer_with_zeros_that_take_no_space(seed: int) -> None:
+    """INV-FLUSHED-OR-NEWER: cut anywhere among zeros and data, flushed zeros are zeros, with or without a block."""
     rng = random.Random(f"zeros {seed}")
 
     def script(disk: Disk, model: SectorModel) -> None:
         model.write(BLOCK, bytes(BLOCK))
         disk.write_zeroes(BLOCK, BLOCK, fua=True)
         model.flushed_range(BLOCK, BLOCK)
-        assert not disk.chain.leaf.allocated_blocks().any(), "they take nothing"
+        assert not disk.chain.leaf.allocated_blocks().any(), "the zeros took space"
         for _ in range(12):
             offset = rng.choice([rng.randrange(DISK_SIZE), rng.randrange(DISK_SIZE) // BLOCK * BLOCK, BLOCK // 2])
             size = min(rng.choice([SECTOR_SIZE, 5000, BLOCK // 2, BLOCK, 2 * BLOCK]), DISK_SIZE - offset)
@@ -186,7 +185,7 @@ def test_inv_flushed_or_newer_with_zeros_that_take_nothing(seed: int) -> None:
 
 
 def make_chain(folder: Path, base: str, rng: random.Random, sizes: list[int]) -> tuple[list[Path], bytearray]:
-    """A leaf, two layers and a base of these sizes, with data and zeros; and what the leaf reads as."""
+    """Make a leaf, two layers and a base of these sizes, with data and zeros; return the leaf's content, too."""
     paths = [folder / f"{number}.avhd" for number in range(3)]
     paths.append(folder / ("base.img" if base == "raw" else "base.vhd"))
     model = bytearray()
@@ -203,7 +202,7 @@ def make_chain(folder: Path, base: str, rng: random.Random, sizes: list[int]) ->
 
 
 def change(disk: Disk, model: bytearray, rng: random.Random, count: int) -> None:
-    """Random writes, and more zeros, kept in the model too."""
+    """Write data and zeros at random to the disk and to the model."""
     for _ in range(count):
         offset = rng.choice([rng.randrange(len(model)), rng.randrange(len(model)) // BLOCK * BLOCK])
         size = min(rng.choice([SECTOR_SIZE, 5000, BLOCK, 3 * BLOCK]), len(model) - offset)
@@ -229,7 +228,7 @@ def merge_live(leaf: Path, model: bytearray, rng: random.Random) -> None:
 
 
 def content(path: Path) -> bytes:
-    """Everything on the disk."""
+    """The whole disk."""
     with vhdkit.open_disk(path, options=RAW) as disk:
         return disk.read(0, disk.size_bytes)
 
@@ -241,7 +240,7 @@ def content(path: Path) -> bytes:
 )
 @settings(max_examples=daily_or_nightly(12, 24), deadline=None)
 def test_zeros_stay(base: str, then: str, seed: int, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """INV-MERGE-PRESERVES, INV-COMPACT-PRESERVES: whatever is merged, also while the disk is written, compacted or
+    """INV-MERGE-PRESERVES, INV-COMPACT-PRESERVES: whatever is merged (also while the disk is written), compacted or
     rebased, the disk reads as the model says, and takes more zeros."""
     rng = random.Random(seed)
     smaller = [SIZE if then == "live" else rng.choice([SIZE, 2 * BLOCK, 5 * BLOCK]) for _ in range(3)]

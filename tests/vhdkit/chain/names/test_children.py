@@ -32,7 +32,7 @@ GOLD = b"gold".ljust(512, b".")
 
 
 class Farm:
-    """A golden image with clones a and b, each in a folder of its own."""
+    """A golden image with clones a and b, each in its own folder."""
 
     def __init__(self, folder: Path, *, raw: bool = False) -> None:
         self.gold = folder / ("gold/g.img" if raw else "gold/g.vhd")
@@ -50,7 +50,7 @@ class Farm:
 
     @property
     def record(self) -> Path:
-        """Where the marks are."""
+        """The record that holds the marks."""
         return Path(marks.record_path(str(self.gold)))
 
     def marked(self) -> list[str]:
@@ -63,14 +63,14 @@ class Farm:
             return disk.read(0, 512)
 
     def write_to_gold(self, **more: object) -> None:
-        """What nothing may do while a clone stands there."""
+        """Open the golden image for writing, which must be refused while it has a clone."""
         with vhdkit.open_disk(self.gold, writable=True, options=OpenOptions(**more)) as disk:  # type: ignore[arg-type]
             disk.write(0, bytes(512))
 
 
 @pytest.fixture
 def farm(tmp_path: Path) -> Farm:
-    """See the class."""
+    """A golden image and its clones."""
     return Farm(tmp_path)
 
 
@@ -101,7 +101,7 @@ def vhdkit_raw(farm: Farm) -> Path:
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("raw", [False, True], ids=["vhd", "raw"])
 def test_nothing_changes_an_image_with_clones_in_other_folders(tmp_path: Path, verb: str, raw: bool) -> None:
-    """INV-PARENT-READ-ONLY: with each clone in a folder of its own, no verb touches the base, and all name a clone."""
+    """INV-PARENT-READ-ONLY: with each clone in its own folder, every verb leaves the base alone and names a clone."""
     farm = Farm(tmp_path, raw=raw)
     before = farm.gold.read_bytes()
     with pytest.raises(errors.HasChildren) as caught:
@@ -111,13 +111,13 @@ def test_nothing_changes_an_image_with_clones_in_other_folders(tmp_path: Path, v
 
 
 def test_merge_names_the_other_clone(farm: Farm) -> None:
-    """INV-PARENT-READ-ONLY: a merge of one clone into the base is refused for the sake of the other."""
+    """INV-PARENT-READ-ONLY: a merge of one clone into the base is refused because of the other."""
     with pytest.raises(errors.HasChildren, match=r"b\.avhd"):
         vhdkit.merge(farm.a, options=farm.options)
 
 
-def test_a_child_above_its_parent_is_seen_without_any_mark(tmp_path: Path) -> None:
-    """INV-PARENT-READ-ONLY: a parent may lie below its child's folder, so the folders above are looked at."""
+def test_a_child_above_its_parent_is_found_without_a_mark(tmp_path: Path) -> None:
+    """INV-PARENT-READ-ONLY: a parent may be in a subfolder of its child's folder, so parent folders are searched."""
     base = tmp_path / "a/b/c/base.vhd"
     base.parent.mkdir(parents=True)
     vhdkit.create_image(base, MIB)
@@ -128,7 +128,7 @@ def test_a_child_above_its_parent_is_seen_without_any_mark(tmp_path: Path) -> No
 
 
 def test_a_child_above_that_stands_on_a_copy_does_not_count(tmp_path: Path) -> None:
-    """A copy of a whole folder, made below it, is an image of its own: its namesake's children are not its."""
+    """If a whole folder is copied into itself, the copied image does not have the original's children."""
     base = tmp_path / "base.vhd"
     vhdkit.create_image(base, MIB)
     vhdkit.create_child(tmp_path / "child.avhd", base)
@@ -139,8 +139,8 @@ def test_a_child_above_that_stands_on_a_copy_does_not_count(tmp_path: Path) -> N
         vhdkit.open_disk(base, writable=True)
 
 
-def test_folders_above_cost_a_bounded_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a folder above, that may hold anything, only so many names are looked at."""
+def test_the_search_of_parent_folders_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a parent folder, which may hold anything, only a limited number of names is examined."""
     monkeypatch.setattr(children, "MAX_FILES_ELSEWHERE", 10)
     base = tmp_path / "below/base.vhd"
     base.parent.mkdir()
@@ -153,7 +153,7 @@ def test_folders_above_cost_a_bounded_look(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_images_that_the_caller_knows_count(tmp_path: Path) -> None:
-    """INV-PARENT-READ-ONLY: an image named in `known_images` counts wherever it lies; others there do not."""
+    """INV-PARENT-READ-ONLY: an image named in `known_images` counts wherever it is; others beside it do not."""
     farm = Farm(tmp_path)
     farm.record.unlink()
     other = vhdkit_raw(farm)
@@ -167,7 +167,7 @@ def test_images_that_the_caller_knows_count(tmp_path: Path) -> None:
 
 
 def test_children_beside_their_parent_leave_no_mark(tmp_path: Path) -> None:
-    """Whoever looks, looks there: a folder with a chain holds its images and nothing else."""
+    """They are found without one: a folder with a chain holds its images and nothing else."""
     vhdkit.create_image(tmp_path / "disk.vhd", MIB)
     vhdkit.snapshot(tmp_path / "disk.vhd")
     vhdkit.clone(tmp_path / "disk.avhd", [tmp_path / "a.avhd"])
@@ -176,7 +176,7 @@ def test_children_beside_their_parent_leave_no_mark(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("maker", ["clone", "create", "snapshot", "merge to", "rebase"])
 def test_every_maker_of_children_leaves_a_mark(farm: Farm, maker: str, tmp_path: Path) -> None:
-    """INV-PARENT-READ-ONLY: a child in another folder is known at its parent from the moment on that it is there."""
+    """INV-PARENT-READ-ONLY: a child in another folder is recorded at its parent from the moment it exists."""
     new = tmp_path / "elsewhere/new.avhd"
     new.parent.mkdir()
     if maker == "clone":
@@ -197,8 +197,8 @@ def test_every_maker_of_children_leaves_a_mark(farm: Farm, maker: str, tmp_path:
     assert str(new) in farm.marked()
 
 
-def test_a_mark_that_does_not_hold_any_more_is_dropped(farm: Farm) -> None:
-    """Deleted with its folder, merged away, replaced: such children count for nothing, and no record stays behind."""
+def test_a_stale_mark_is_dropped(farm: Farm) -> None:
+    """Children that were deleted with their folder, merged or replaced do not count, and no record is left."""
     shutil.rmtree(farm.a.parent)
     farm.b.write_bytes(b"no image any more")
     farm.write_to_gold()
@@ -206,14 +206,14 @@ def test_a_mark_that_does_not_hold_any_more_is_dropped(farm: Farm) -> None:
 
 
 def test_a_child_rebased_away_is_forgotten(farm: Farm, tmp_path: Path) -> None:
-    """One that stands on another parent by now does not count for the old one."""
+    """A child that now has another parent does not count for the old one."""
     (tmp_path / "new").mkdir()
     shutil.copy(farm.gold, tmp_path / "new/g.vhd")
     for child in (farm.a, farm.b):
         vhdkit.rebase(child, tmp_path / "new/g.vhd", options=farm.options)
     with pytest.raises(errors.HasChildren):
         vhdkit.open_disk(tmp_path / "new/g.vhd", writable=True)
-    # By their id they might still be meant to stand on the old one: it is the folder that says so.
+    # By its id alone the old one might still be their parent: the folder decides.
     shutil.rmtree(farm.a.parent)
     shutil.rmtree(farm.b.parent)
     farm.write_to_gold()
@@ -221,27 +221,27 @@ def test_a_child_rebased_away_is_forgotten(farm: Farm, tmp_path: Path) -> None:
 
 
 def test_a_child_renamed_in_its_folder_still_counts(farm: Farm) -> None:
-    """Where a marked child is gone, what lies in its folder is looked at."""
+    """If a marked child is gone, the other files in its folder are examined."""
     shutil.rmtree(farm.a.parent)
     farm.b.rename(farm.b.parent / "renamed.avhd")
     with pytest.raises(errors.HasChildren, match=r"renamed\.avhd"):
         farm.write_to_gold()
 
 
-def test_a_child_that_may_be_out_of_sight_counts(farm: Farm, tmp_path: Path) -> None:
-    """INV-PARENT-READ-ONLY: a child on a file system that is not mounted counts, and the error says the way out."""
+def test_a_child_that_may_be_unmounted_counts(farm: Farm, tmp_path: Path) -> None:
+    """INV-PARENT-READ-ONLY: a child on a file system that is not mounted counts, and the error names a way out."""
     shutil.rmtree(farm.a.parent)
     hidden = tmp_path / "hidden"
     (tmp_path / "vms").rename(hidden)
-    (tmp_path / "vms").mkdir()  # what is there when nothing is mounted on it
+    (tmp_path / "vms").mkdir()  # what the folder holds when nothing is mounted on it
     document = json.loads(farm.record.read_text())
     for child in document["children"]:
-        child["trail"][len(tmp_path.parts)][1] = True  # a file system began there
+        child["trail"][len(tmp_path.parts)][1] = True  # a file system was mounted there
     farm.record.write_text(json.dumps(document))
     with pytest.raises(errors.HasChildren, match="not mounted") as caught:
         farm.write_to_gold()
     assert f"rm {farm.record}" in (caught.value.hint or "")
-    # One of the two is gone for good, the other comes back: the hint leads to a record of that one.
+    # One of the two is gone for good, the other comes back: following the hint keeps a record of that one.
     assert f"vhdkit rebase IMAGE --parent {farm.gold}" in (caught.value.hint or "")
     (tmp_path / "vms").rmdir()
     hidden.rename(tmp_path / "vms")
@@ -251,8 +251,8 @@ def test_a_child_that_may_be_out_of_sight_counts(farm: Farm, tmp_path: Path) -> 
         farm.write_to_gold()
 
 
-def test_a_child_that_may_not_be_looked_at_counts(farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
-    """INV-PARENT-READ-ONLY: without permission to look, the child is taken to be there."""
+def test_a_child_that_cannot_be_examined_counts(farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """INV-PARENT-READ-ONLY: without permission to look, the child is assumed to exist."""
     real_open = os.open
 
     def refuse(path: str, flags: int, *rest: int, dir_fd: int | None = None) -> int:
@@ -281,7 +281,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("raw", HOSTILE, ids=range(len(HOSTILE)))
 def test_a_damaged_record_is_an_error_with_a_way_out(farm: Farm, raw: bytes) -> None:
-    """INV-PARENT-READ-ONLY: what cannot be read may name a child; the error names the record and how to go on."""
+    """INV-PARENT-READ-ONLY: an unreadable record may name a child; the error names the record and what to do."""
     farm.record.write_bytes(raw)
     with pytest.raises(errors.HasChildren) as caught:
         farm.write_to_gold()
@@ -289,8 +289,8 @@ def test_a_damaged_record_is_an_error_with_a_way_out(farm: Farm, raw: bytes) -> 
 
 
 @pytest.mark.parametrize("place", ["/dev/zero", "/dev/tty", "fifo", "/etc/passwd", "loop"])
-def test_a_mark_never_leads_into_anything_special(farm: Farm, tmp_path: Path, place: str) -> None:
-    """A record may name anything: devices and pipes are not opened, and what is no child counts for nothing."""
+def test_a_mark_of_a_special_file_is_not_followed(farm: Farm, tmp_path: Path, place: str) -> None:
+    """A record may name anything: devices and pipes are not opened, and files that are not children do not count."""
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "loop").symlink_to("loop")
     document = json.loads(farm.record.read_text())
@@ -300,18 +300,18 @@ def test_a_mark_never_leads_into_anything_special(farm: Farm, tmp_path: Path, pl
     farm.write_to_gold()
 
 
-def test_a_record_that_was_copied_with_its_image_counts_for_nothing(farm: Farm, tmp_path: Path) -> None:
-    """The marks beside a copy of a golden image are about the original."""
+def test_a_record_copied_with_its_image_is_ignored(farm: Farm, tmp_path: Path) -> None:
+    """The marks beside a copy of a golden image belong to the original."""
     shutil.copytree(farm.gold.parent, tmp_path / "copy")
     vhdkit.open_disk(tmp_path / "copy/g.vhd", writable=True).close()
     with pytest.raises(errors.HasChildren):
         farm.write_to_gold()
 
 
-def test_a_mark_that_cannot_be_written_is_said_once(
+def test_a_mark_that_cannot_be_written_is_logged_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A folder that cannot be written to is no failure of a clone; it is logged, once for each child."""
+    """If the folder cannot be written to, the clone succeeds; a warning is logged once for each child."""
 
     def refuse(*_: object) -> None:
         raise errors.AccessDenied("cannot create: Permission denied", path="x")
@@ -323,8 +323,8 @@ def test_a_mark_that_cannot_be_written_is_said_once(
     assert [one.getMessage().count(".avhd") for one in caplog.records] == [1, 1]
 
 
-def test_marks_of_many_makers_at_once_are_all_there(farm: Farm, tmp_path: Path) -> None:
-    """Processes that clone one image at the same time lose none of each other's marks."""
+def test_concurrent_makers_lose_no_mark(farm: Farm, tmp_path: Path) -> None:
+    """Processes that clone one image at the same time keep all marks."""
     script = "import sys, vhdkit\nvhdkit.clone(sys.argv[1], sys.argv[2:])\n"
     wanted = []
     for number in range(4):
@@ -339,8 +339,8 @@ def test_marks_of_many_makers_at_once_are_all_there(farm: Farm, tmp_path: Path) 
     assert set(farm.marked()) == {str(farm.a), str(farm.b), *(path for paths in wanted for path in paths)}
 
 
-def test_a_failed_clone_takes_its_marks_back(farm: Farm, tmp_path: Path) -> None:
-    """Of a set that could not be made nothing stays, at the parent neither."""
+def test_a_failed_clone_removes_its_marks(farm: Farm, tmp_path: Path) -> None:
+    """Of a set that could not be made nothing is left, not even at the parent."""
     (tmp_path / "c").mkdir()
     before = farm.record.read_bytes()
     real_link = os.link
@@ -375,8 +375,8 @@ def test_marks_follow_merges_and_moves(farm: Farm, tmp_path: Path) -> None:
     assert os.listdir(farm.gold.parent) == [] and os.listdir(top.parent) == []
 
 
-def test_gc_keeps_what_a_mark_names_and_drops_what_does_not_hold(farm: Farm, tmp_path: Path) -> None:
-    """A base with a clone elsewhere is no garbage; without one it goes, and its record with it."""
+def test_gc_keeps_a_marked_base_and_removes_it_without_clones(farm: Farm, tmp_path: Path) -> None:
+    """A base with a clone elsewhere is kept; without clones it is removed together with its record."""
     vhdkit.create_image(farm.gold.parent / "kept.vhd", MIB)
     keep = [farm.gold.parent / "kept.vhd"]
     (item,) = vhdkit.collect_garbage(farm.gold.parent, keep, delete=True)
@@ -389,8 +389,8 @@ def test_gc_keeps_what_a_mark_names_and_drops_what_does_not_hold(farm: Farm, tmp
     assert os.listdir(farm.gold.parent) == ["kept.vhd"]
 
 
-def test_gc_removes_the_record_of_an_image_that_is_gone(farm: Farm) -> None:
-    """Whoever removed the image left the record: it is listed, and goes."""
+def test_gc_removes_the_record_of_a_missing_image(farm: Farm) -> None:
+    """The image was removed without its record: the record is listed, and removed."""
     vhdkit.create_image(farm.gold.parent / "kept.vhd", MIB)
     farm.gold.unlink()
     (item,) = vhdkit.collect_garbage(farm.gold.parent, [farm.gold.parent / "kept.vhd"], delete=True)
@@ -398,13 +398,13 @@ def test_gc_removes_the_record_of_an_image_that_is_gone(farm: Farm) -> None:
 
 
 def test_find_children_everywhere(farm: Farm) -> None:
-    """`find_children` looks beside the image; with `everywhere` as a writable open does."""
+    """`find_children` searches beside the image; with `everywhere` it searches as a writable open does."""
     assert vhdkit.find_children([farm.gold]) == {str(farm.gold): []}
     assert vhdkit.find_children([farm.gold], everywhere=True) == {str(farm.gold): [str(farm.a), str(farm.b)]}
 
 
 def _reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the files that are opened or read from now on, each as often as that happens."""
+    """The names of the files that are opened or read from now on, once for each time."""
     seen: list[str] = []
     real_open, real_pread = os.open, os.pread
 
@@ -422,8 +422,8 @@ def _reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-def test_an_image_beside_costs_three_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A writable open looks at every file in the folder, and only at that which says where its parent is."""
+def test_an_unrelated_image_costs_three_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A writable open looks at every file in the folder, but only at the part that names the parent."""
     base, other = tmp_path / "base.vhd", tmp_path / "other.vhd"
     vhdkit.create_image(base, MIB)
     vhdkit.create_image(other, MIB)
@@ -435,10 +435,8 @@ def test_an_image_beside_costs_three_reads(tmp_path: Path, monkeypatch: pytest.M
     assert reads.count(str(other)) == 1 + 2
 
 
-def test_a_log_beside_an_image_that_does_not_matter_is_not_parsed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """INV-BOUNDED: undo logs in the folder cost no more than a search for one id, unless that is in them."""
+def test_an_unrelated_undo_log_is_not_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """INV-BOUNDED: undo logs in the folder cost no more than a search for one id, unless they contain it."""
     base, other = tmp_path / "base.vhd", tmp_path / "other.vhd"
     vhdkit.create_image(base, MIB)
     vhdkit.create_image(other, MIB)
@@ -456,7 +454,7 @@ def test_a_log_beside_an_image_that_does_not_matter_is_not_parsed(
     assert looked and set(looked) == {str(base)}
 
 
-def test_a_child_that_stands_there_again_once_its_change_is_taken_back(tmp_path: Path) -> None:
+def test_a_child_whose_undo_log_restores_its_parent_counts(tmp_path: Path) -> None:
     """INV-PARENT-READ-ONLY: the log of an unfinished change may hold the id of the parent: such an image is read."""
     base, child = tmp_path / "base.vhd", tmp_path / "child.avhd"
     vhdkit.create_image(base, MIB)
@@ -472,8 +470,8 @@ def test_a_child_that_stands_there_again_once_its_change_is_taken_back(tmp_path:
         vhdkit.open_disk(base, writable=True)
 
 
-def test_a_clone_killed_anywhere_is_marked_or_not_there(tmp_path: Path) -> None:
-    """INV-PARENT-READ-ONLY: wherever the maker of a child is killed, a child that is there is known at its parent."""
+def test_a_killed_clone_is_marked_or_absent(tmp_path: Path) -> None:
+    """INV-PARENT-READ-ONLY: wherever the maker of a child is killed, an existing child is recorded at its parent."""
     gold, new = tmp_path / "gold/g.vhd", tmp_path / "vms/new.avhd"
     gold.parent.mkdir()
     new.parent.mkdir()
@@ -492,12 +490,12 @@ def test_a_clone_killed_anywhere_is_marked_or_not_there(tmp_path: Path) -> None:
         vhdkit.open_disk(gold, writable=True).close()
         for name in (*gold.parent.iterdir(), *new.parent.iterdir()):
             if name != gold:
-                name.unlink()  # half-made files, and a record that nothing was written to
+                name.unlink()  # partial files, and a record that is still empty
     assert seen == {False, True}
 
 
-def test_a_mark_survives_a_look_between_mark_and_child(farm: Farm, tmp_path: Path) -> None:
-    """Whoever drops the marks of children that are not there yet takes none from the child that comes then."""
+def test_a_mark_survives_a_cleanup_before_its_child_exists(farm: Farm, tmp_path: Path) -> None:
+    """A cleanup that drops marks of missing children does not affect a child that is made right then."""
     new = tmp_path / "c/new.avhd"
     new.parent.mkdir()
     real_commit = folder.commit_all
@@ -514,7 +512,7 @@ def test_a_mark_survives_a_look_between_mark_and_child(farm: Farm, tmp_path: Pat
 
 
 def test_a_tree_that_is_renamed_or_copied_keeps_its_children(farm: Farm, tmp_path: Path) -> None:
-    """INV-PARENT-READ-ONLY: clones that move, or are copied, together with their base still count for it."""
+    """INV-PARENT-READ-ONLY: clones that are moved or copied together with their base still count."""
     tree, moved, copied = (tmp_path / name for name in ("tree", "moved", "copied"))
     tree.mkdir()
     for name in ("gold", "vms"):
@@ -536,7 +534,7 @@ def test_a_tree_that_is_renamed_or_copied_keeps_its_children(farm: Farm, tmp_pat
 
 
 def test_a_base_that_was_moved_keeps_its_marks_when_it_is_cloned_again(farm: Farm, tmp_path: Path) -> None:
-    """INV-PARENT-READ-ONLY: a new clone of a base that moved does not make the older ones forgotten."""
+    """INV-PARENT-READ-ONLY: after a base was moved, a new clone of it does not displace the older ones."""
     farm.gold.parent.rename(tmp_path / "elsewhere")
     farm.gold = tmp_path / "elsewhere/g.vhd"
     (tmp_path / "vms/c").mkdir()
@@ -546,8 +544,8 @@ def test_a_base_that_was_moved_keeps_its_marks_when_it_is_cloned_again(farm: Far
         farm.write_to_gold()
 
 
-def test_a_copy_beside_children_is_said_to_have_the_id(tmp_path: Path) -> None:
-    """A copy of a base is not called the parent of children that find the base; the hint's two ways lead on."""
+def test_a_copy_beside_the_children_is_called_a_copy(tmp_path: Path) -> None:
+    """A copy is not called the parent of children that still find their base; both suggestions of the hint work."""
     base, copy, child = (tmp_path / name for name in ("base.vhd", "copy.vhd", "child.avhd"))
     vhdkit.create_image(base, 4 * MIB)
     vhdkit.create_child(child, base)
@@ -564,6 +562,6 @@ def test_a_copy_beside_children_is_said_to_have_the_id(tmp_path: Path) -> None:
     copy.rename(tmp_path / "own" / "copy.vhd")
     vhdkit.open_disk(tmp_path / "own" / "copy.vhd", writable=True).close()
     base.unlink()
-    (tmp_path / "own" / "copy.vhd").rename(copy)  # nobody else can be the parent now
+    (tmp_path / "own" / "copy.vhd").rename(copy)  # now it is the only possible parent
     with pytest.raises(errors.HasChildren, match="is the parent of"):
         vhdkit.open_disk(copy, writable=True)

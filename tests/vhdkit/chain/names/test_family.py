@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Paths of chains, and who stands on an image."""
+"""Paths of chains, and the children of an image."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import vhdkit
 
 
 def test_chain_and_children(tmp_path: Path) -> None:
-    """A chain is told leaf first; children are found beside an image and in folders given; damage is passed over."""
+    """Chains are listed leaf first; children are found beside an image and in given folders; damage is skipped."""
     base, elsewhere = tmp_path / "base.vhd", tmp_path / "elsewhere"
     first, second = tmp_path / "a.avhd", tmp_path / "b.avhd"
     elsewhere.mkdir()

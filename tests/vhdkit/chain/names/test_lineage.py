@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What another program does to a parent is noticed; what we do to it without changing its children is not."""
+"""Changes to a parent by another program are noticed; our own changes that keep its children's content are not."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RAW = OpenOptions(allow_raw_parent=True)
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder whose files can carry notes."""
+    """A folder that supports notes on files."""
     probe = tmp_path / "probe"
     probe.touch()
     try:
@@ -54,13 +54,13 @@ def write(path: Path, offset: int) -> None:
 
 
 def digest(path: Path) -> bytes:
-    """The hash of all that a disk reads as."""
+    """The hash of the whole disk."""
     with vhdkit.open_disk(path, options=RAW) as disk:
         return hashlib.sha256(disk.read(0, disk.size_bytes)).digest()
 
 
 def touch(path: Path) -> None:
-    """Change a byte of a file as another program would, to what it is, at another time."""
+    """Rewrite a byte of a file with the same value, at another time, as another program would."""
     with path.open("r+b") as file:
         byte = file.read(1)
         file.seek(0)
@@ -70,7 +70,7 @@ def touch(path: Path) -> None:
 
 
 def codes(path: Path) -> set[str]:
-    """The warnings about the chain: of `check`, `info` and `open`, which say the same."""
+    """The codes of the warnings about the chain, which `check`, `info` and `open` all report alike."""
     wanted = {"parent-written"}
     checked = {one.code for one in vhdkit.check(path, options=RAW) if one.severity >= Severity.WARNING}
     described = {one.code for one in vhdkit_info(path)}
@@ -83,7 +83,7 @@ def codes(path: Path) -> set[str]:
 
 
 def vhdkit_info(path: Path) -> tuple[vhdkit.Finding, ...]:
-    """What `info` says."""
+    """The warnings of `info`."""
     from vhdkit.chain.verbs.describe import describe_image
 
     return describe_image(path, options=RAW).findings
@@ -91,7 +91,7 @@ def vhdkit_info(path: Path) -> tuple[vhdkit.Finding, ...]:
 
 @pytest.mark.parametrize("disk_format", [DiskFormat.RAW, DiskFormat.FIXED, DiskFormat.DYNAMIC])
 def test_a_parent_that_another_program_wrote_is_noticed(folder: Path, disk_format: DiskFormat) -> None:
-    """`check`, `info` and `open` warn of it, and the command that the warning names ends that."""
+    """`check`, `info` and `open` warn of it until the command is run that the warning names."""
     base, child = pair(folder, disk_format)
     assert codes(child) == set()
     touch(base)
@@ -112,7 +112,7 @@ def _repair(base: Path, child: Path) -> None:
         file.write(bytes(512))
     status = base.stat()
     os.utime(base, ns=(status.st_atime_ns, status.st_mtime_ns - 10**9))
-    vhdkit.rebase(child, base)  # the damage was there when the parent was looked at last
+    vhdkit.rebase(child, base)  # the damage was already there when the parent was last recorded
     assert vhdkit.repair(base).fixes
 
 
@@ -156,8 +156,8 @@ OURS: dict[str, Callable[[Path, Path], None]] = {
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_our_own_changes_of_a_parent_are_no_news(folder: Path, name: str) -> None:
-    """What changes a parent's file, and nothing that its children read, raises no warning."""
+def test_our_own_changes_of_a_parent_raise_no_warning(folder: Path, name: str) -> None:
+    """A change to a parent's file that its children cannot read raises no warning."""
     base, child = pair(folder)
     OURS[name](base, child)
     assert codes(child) == set()
@@ -165,15 +165,15 @@ def test_our_own_changes_of_a_parent_are_no_news(folder: Path, name: str) -> Non
 
 @pytest.mark.parametrize("name", ["compact", "second child"])
 def test_our_own_changes_hide_no_foreign_one(folder: Path, name: str) -> None:
-    """A parent that was written by another program stays so for its old children."""
+    """For its old children a parent that another program wrote to stays changed."""
     base, child = pair(folder)
     touch(base)
     OURS[name](base, child)
     assert codes(child) == {"parent-written"}
 
 
-def test_a_change_of_ours_that_is_killed_or_interrupted_is_no_news(folder: Path) -> None:
-    """Wherever a compaction of a parent ends, also when it is made again, its children read the same."""
+def test_our_interrupted_change_raises_no_warning(folder: Path) -> None:
+    """Wherever a compaction of a parent is killed, also after a second run, there is no warning."""
     base, child = folder / "base.vhd", folder / "child.avhd"
     vhdkit.create_image(base, 4 * MIB, block_size_bytes=512 << 10)
     with vhdkit.open_disk(base, writable=True) as disk:
@@ -196,8 +196,8 @@ def test_a_change_of_ours_that_is_killed_or_interrupted_is_no_news(folder: Path)
     assert codes(child) == set() and digest(child) == before
 
 
-def test_a_live_snapshot_takes_the_leaf_as_it_was_frozen(folder: Path) -> None:
-    """What is written between the making of the child and the freezing of its parent is no news."""
+def test_a_live_snapshot_records_the_frozen_leaf(folder: Path) -> None:
+    """Writes between the making of the child and the freezing of its parent raise no warning."""
     base, _ = folder / "leaf.vhd", vhdkit.create_image(folder / "leaf.vhd", 4 * MIB)
     chain = Chain.open(base, writable=True)
     with freezing([(chain, None)]) as prepared:
@@ -211,21 +211,21 @@ def test_a_live_snapshot_takes_the_leaf_as_it_was_frozen(folder: Path) -> None:
     assert codes(child) == {"parent-written"}
 
 
-def test_copies_say_nothing(folder: Path) -> None:
-    """A chain that was copied, or whose parent is another file by now, gives no false alarm."""
+def test_copies_raise_no_warning(folder: Path) -> None:
+    """A chain that was copied, or whose parent is now another file, raises no false alarm."""
     base, child = pair(folder)
     copy = folder / "copy"
     copy.mkdir()
     for path in (base, child):
-        shutil.copy2(path, copy)  # with its notes
+        shutil.copy2(path, copy)  # including its notes
     assert codes(copy / child.name) == set()
     shutil.copy(base, folder / "again.vhd")
     (folder / "again.vhd").replace(base)
     assert codes(child) == set()
 
 
-def test_a_foreign_time_stamp_is_a_note(folder: Path) -> None:
-    """A child of another program that records another time stamp for its parent gets a note, and no warning."""
+def test_a_foreign_timestamp_is_a_note(folder: Path) -> None:
+    """A child of another program that records another timestamp of its parent gets a note, and no warning."""
     from tests.harness.vhd_builder import PARENT_ID, Vhd
     from tests.harness.vhd_builder import child as child_of
 

@@ -38,14 +38,14 @@ def first_sector(path: Path, **options: object) -> bytes:
 
 
 def write_pair(folder: Path, image: Vhd, parent_name: str = "parent.vhd") -> Path:
-    """Write a parent and a child; returns the child's path."""
+    """Write a parent and a child; return the child's path."""
     (folder / parent_name).parent.mkdir(parents=True, exist_ok=True)
     parent().build().write(folder / parent_name)
     return image.build().write(folder / "child.avhd")
 
 
 def no_names(**fields: object) -> Vhd:
-    """A child without a header name; the locators are the caller's."""
+    """A child without a name in the header; the caller chooses the locators."""
     return child(**({"parent_name": b""} | fields))  # type: ignore[arg-type]  # every name is one of Vhd's
 
 
@@ -72,13 +72,13 @@ def no_names(**fields: object) -> Vhd:
 )
 @pytest.mark.parametrize("slot", [0, 3, 7])
 def test_each_locator_kind_finds_the_parent(tmp_path: Path, locator: Locator, place: str, slot: int) -> None:
-    """A parent is found by any one locator, in any slot, with Windows separators, blanks and foreign letters."""
+    """Any single locator, in any slot, finds the parent, with Windows separators, blanks and non-ASCII letters."""
     leaf = write_pair(tmp_path, no_names(locators={slot: locator}), place)
     assert first_sector(leaf) == TEXT
 
 
 def test_absolute_locator_of_this_machine(tmp_path: Path) -> None:
-    """An absolute path without a drive letter is taken as one of this machine, where it is allowed."""
+    """An absolute path without a drive letter is a path on this machine, if that folder is allowed."""
     leaf = write_pair(tmp_path, no_names(locators={1: absolute(str(tmp_path / "x/parent.vhd").replace("/", "\\"))}))
     (tmp_path / "x").mkdir()
     (tmp_path / "parent.vhd").rename(tmp_path / "x/parent.vhd")
@@ -86,20 +86,20 @@ def test_absolute_locator_of_this_machine(tmp_path: Path) -> None:
 
 
 def test_header_name_alone_is_enough(tmp_path: Path) -> None:
-    """Without any locator the header's parent name is used, also when it is a whole Windows path."""
+    """Without locators the header's parent name is used, even if it is a complete Windows path."""
     name = "C:\\Projects\\vm\\parent.vhd".encode("utf-16-be")
     assert first_sector(write_pair(tmp_path, child(locators={}, parent_name=name))) == TEXT
 
 
 def test_exact_spelling_wins_over_another_case(tmp_path: Path) -> None:
-    """The case-insensitive match is the last resort: a file spelled just so is taken first."""
+    """The case-insensitive match is the last resort: a file with the exact spelling is preferred."""
     leaf = write_pair(tmp_path, no_names(locators={0: relative(".\\parent.vhd")}))
     Vhd(unique_id=bytes(range(16))).build().write(tmp_path / "PARENT.vhd")
     assert first_sector(leaf) == TEXT
 
 
-def test_disagreeing_locators_the_one_with_the_right_id_wins(tmp_path: Path) -> None:
-    """INV-PARENT-ID: of eight locators that disagree, only the file with the recorded id is taken."""
+def test_of_disagreeing_locators_the_right_id_wins(tmp_path: Path) -> None:
+    """INV-PARENT-ID: of eight locators that disagree, only the file with the recorded id is accepted."""
     for number in range(7):
         Vhd(unique_id=uuid.UUID(int=number + 99).bytes).build().write(tmp_path / f"decoy{number}.vhd")
     locators = {number: relative(f".\\decoy{number}.vhd") for number in range(7)}
@@ -108,7 +108,7 @@ def test_disagreeing_locators_the_one_with_the_right_id_wins(tmp_path: Path) -> 
 
 
 def test_wrong_id_is_never_accepted(tmp_path: Path) -> None:
-    """INV-PARENT-ID: a file with the parent's name and another id is refused, and both ids are named."""
+    """INV-PARENT-ID: a file with the parent's name but another id is refused, and both ids are reported."""
     leaf = write_pair(tmp_path, child())
     other = uuid.UUID("12345678-1234-5678-1234-567812345678")
     parent(unique_id=other.bytes).build().write(tmp_path / "parent.vhd")
@@ -153,8 +153,8 @@ def test_missing_parent_names_every_place_and_the_remedy(tmp_path: Path) -> None
         "a\\" * 3000,
     ],
 )
-def test_hostile_names_lead_nowhere(tmp_path: Path, text: str) -> None:
-    """Absolute paths, climbing, UNC, URLs, devices, endless names: an error of the parent, and nothing is opened."""
+def test_hostile_names_are_refused(tmp_path: Path, text: str) -> None:
+    """Absolute paths, "..", UNC, URLs, devices, endless names: the parent is refused, and no file is opened."""
     (tmp_path / "outside").mkdir()
     parent().build().write(tmp_path / "outside/parent.vhd")
     (tmp_path / "in").mkdir()
@@ -164,8 +164,8 @@ def test_hostile_names_lead_nowhere(tmp_path: Path, text: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_parent_outside_needs_permission_and_the_error_says_which(tmp_path: Path) -> None:
-    """A parent in another folder is refused with the option to add; with it, the chain opens."""
+def test_a_parent_outside_the_folder_needs_an_option(tmp_path: Path) -> None:
+    """A parent in another folder is refused, and the error names the option; with it, the chain opens."""
     (tmp_path / "my bases").mkdir()
     parent().build().write(tmp_path / "my bases/parent.vhd")
     (tmp_path / "in").mkdir()
@@ -177,7 +177,7 @@ def test_parent_outside_needs_permission_and_the_error_says_which(tmp_path: Path
 
 @pytest.mark.parametrize("link_target", ["file", "folder"])
 def test_links_that_leave_the_folder_are_refused(tmp_path: Path, link_target: str) -> None:
-    """A symbolic link inside the folder does not make what it points at a parent."""
+    """A symbolic link inside the folder does not make its target an allowed parent."""
     (tmp_path / "outside").mkdir()
     parent().build().write(tmp_path / "outside/parent.vhd")
     (tmp_path / "in").mkdir()
@@ -192,8 +192,8 @@ def test_links_that_leave_the_folder_are_refused(tmp_path: Path, link_target: st
         open_layers(leaf)
 
 
-def test_leaf_named_by_a_link_uses_the_folder_it_lies_in(tmp_path: Path) -> None:
-    """A link to the leaf is the user's own word: parents are sought where the file really is."""
+def test_a_leaf_opened_through_a_link_uses_its_real_folder(tmp_path: Path) -> None:
+    """The user chose the link to the leaf: parents are sought where the file really is."""
     (tmp_path / "real").mkdir()
     leaf = write_pair(tmp_path / "real", child())
     (tmp_path / "link.avhd").symlink_to(leaf)
@@ -201,8 +201,8 @@ def test_leaf_named_by_a_link_uses_the_folder_it_lies_in(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("kind", ["fifo", "folder", "empty"])
-def test_other_things_with_the_parents_name_do_not_hang_or_count(tmp_path: Path, kind: str) -> None:
-    """A pipe, a folder or an empty file under the parent's name is no parent."""
+def test_other_files_with_the_parents_name_are_refused(tmp_path: Path, kind: str) -> None:
+    """A pipe, a folder or an empty file under the parent's name is not accepted, and does not block."""
     place = tmp_path / "parent.vhd"
     {"fifo": lambda: os.mkfifo(place), "folder": place.mkdir, "empty": place.touch}[kind]()
     leaf = child().build().write(tmp_path / "child.avhd")
@@ -211,7 +211,7 @@ def test_other_things_with_the_parents_name_do_not_hang_or_count(tmp_path: Path,
 
 
 def test_raw_parent_only_when_allowed(tmp_path: Path) -> None:
-    """A null parent id means any raw file: refused unless the user says so."""
+    """A null parent id means any raw file: refused unless the user allows it."""
     (tmp_path / "base.img").write_bytes(TEXT.ljust(4 << 20, b"\1"))
     leaf = child("base.img", parent_id=bytes(16)).build().write(tmp_path / "child.avhd")
     with pytest.raises(errors.ParentRefused, match="--allow-raw-parent"):
@@ -219,7 +219,7 @@ def test_raw_parent_only_when_allowed(tmp_path: Path) -> None:
     assert first_sector(leaf, allow_raw_parent=True) == TEXT
 
 
-def test_a_raw_parent_is_raw_whatever_its_guest_writes(tmp_path: Path) -> None:
+def test_a_raw_parent_stays_raw_whatever_its_guest_writes(tmp_path: Path) -> None:
     """INV-PARENT-READ-ONLY: a footer that a guest wrote to the end of its raw disk hides neither the disk from its
     child nor the child from a writable open of the disk."""
     base, leaf = tmp_path / "base.img", tmp_path / "child.avhd"
@@ -236,7 +236,7 @@ def test_a_raw_parent_is_raw_whatever_its_guest_writes(tmp_path: Path) -> None:
 
 
 def chain_of(folder: Path, depth: int) -> Path:
-    """`depth` layers, each the child of the one before."""
+    """`depth` layers, each the child of the previous one."""
     path = folder / "l0.vhd"
     vhdkit.create_image(path, 1 << 20)
     with vhdkit.open_disk(path, writable=True) as disk:
@@ -251,8 +251,8 @@ def chain_of(folder: Path, depth: int) -> Path:
     return path
 
 
-def test_depth_limit_and_one_more(tmp_path: Path) -> None:
-    """The deepest chain allowed opens; one layer more is refused with the reason."""
+def test_the_depth_limit(tmp_path: Path) -> None:
+    """The deepest allowed chain opens; one with another layer is refused with the reason."""
     leaf = chain_of(tmp_path, MAX_CHAIN_DEPTH + 1)
     assert first_sector(tmp_path / f"l{MAX_CHAIN_DEPTH - 1}.vhd") == TEXT
     with pytest.raises(errors.CorruptImage) as caught:
@@ -263,7 +263,7 @@ def test_depth_limit_and_one_more(tmp_path: Path) -> None:
 @pytest.mark.parametrize("length", [1, 2, 3])
 @pytest.mark.parametrize("writable", [False, True])
 def test_loops_are_refused(tmp_path: Path, length: int, writable: bool) -> None:
-    """A chain that leads back to itself is an error, at any length and in any mode, not a hang."""
+    """A chain that leads back to itself is an error at any length and in any mode, and the search ends."""
     for number in range(length):
         after = (number + 1) % length
         image = child(
@@ -277,7 +277,7 @@ def test_loops_are_refused(tmp_path: Path, length: int, writable: bool) -> None:
 
 
 def test_child_larger_than_parent_reads_zeros_beyond(tmp_path: Path) -> None:
-    """What lies past the parent's end is zeros."""
+    """The part behind the parent's end reads as zeros."""
     parent(size=2 << 20, blocks={0: Block(pattern(2 << 20))}).build().write(tmp_path / "parent.vhd")
     leaf = child(size=4 << 20).build().write(tmp_path / "child.avhd")
     with vhdkit.open_disk(leaf) as disk:
@@ -285,8 +285,8 @@ def test_child_larger_than_parent_reads_zeros_beyond(tmp_path: Path) -> None:
         assert disk.read(0, 4 << 20) == pattern(2 << 20).ljust(4 << 20, b"\0")
 
 
-def test_parent_timestamp_mismatch_is_noted_and_never_refuses(tmp_path: Path) -> None:
-    """Tools that touch a parent change its time: the chain opens, `check` warns."""
+def test_a_parent_timestamp_mismatch_is_only_a_warning(tmp_path: Path) -> None:
+    """Tools that touch a parent change its time: the chain opens, and `check` warns."""
     leaf = write_pair(tmp_path, child(parent_timestamp=12345))
     assert first_sector(leaf) == TEXT
     codes = {finding.code: finding.severity for finding in vhdkit.check(leaf)}
@@ -294,7 +294,7 @@ def test_parent_timestamp_mismatch_is_noted_and_never_refuses(tmp_path: Path) ->
 
 
 def test_two_writers_are_refused_and_readers_share(tmp_path: Path) -> None:
-    """A writer keeps everyone else out, readers keep writers out, readers share."""
+    """A writer excludes everyone else, readers exclude writers, and readers share."""
     leaf = write_pair(tmp_path, child())
     with vhdkit.open_disk(leaf, writable=True):
         for writable in (False, True):
@@ -306,7 +306,7 @@ def test_two_writers_are_refused_and_readers_share(tmp_path: Path) -> None:
 
 
 def test_locks_hold_between_processes(tmp_path: Path) -> None:
-    """Another process is refused as another open disk is, and let in after the first one is gone."""
+    """Another process is refused like another open disk, and admitted after the first one has ended."""
     leaf = write_pair(tmp_path, child())
     code = "import sys, vhdkit\ntry: vhdkit.open_disk(sys.argv[1])\nexcept vhdkit.ImageInUse: sys.exit(5)"
     command = [sys.executable, "-c", code, str(leaf)]
@@ -316,7 +316,7 @@ def test_locks_hold_between_processes(tmp_path: Path) -> None:
 
 
 def test_inv_parent_read_only_base_is_held_while_a_child_is_open(tmp_path: Path) -> None:
-    """INV-PARENT-READ-ONLY: while a child is open, its base cannot be opened for writing, whoever asks."""
+    """INV-PARENT-READ-ONLY: while a child is open, no one can open its base for writing."""
     leaf = write_pair(tmp_path, child())
     with vhdkit.open_disk(leaf), pytest.raises(errors.ImageInUse):
         vhdkit.open_disk(tmp_path / "parent.vhd", writable=True, options=OpenOptions())
@@ -326,7 +326,7 @@ def test_inv_parent_read_only_base_is_held_while_a_child_is_open(tmp_path: Path)
 
 
 def test_inv_parent_read_only_writable_open_names_the_child(tmp_path: Path) -> None:
-    """INV-PARENT-READ-ONLY: an image with a child in its folder, or in a named one, is not opened for writing."""
+    """INV-PARENT-READ-ONLY: an image with a child in its folder, or in a given one, is not opened for writing."""
     write_pair(tmp_path, child())
     base = tmp_path / "parent.vhd"
     with pytest.raises(errors.HasChildren, match=r"child\.avhd") as caught:
@@ -341,7 +341,7 @@ def test_inv_parent_read_only_writable_open_names_the_child(tmp_path: Path) -> N
     vhdkit.open_disk(base, writable=True).close()
 
 
-def test_find_children_passes_over_everything_else(tmp_path: Path) -> None:
+def test_find_children_skips_everything_else(tmp_path: Path) -> None:
     """Among raw files, damaged images, pipes and other chains, only the true children are found."""
     leaf = write_pair(tmp_path, child())
     (tmp_path / "noise.bin").write_bytes(os.urandom(4096))
@@ -352,7 +352,7 @@ def test_find_children_passes_over_everything_else(tmp_path: Path) -> None:
 
 
 def test_nothing_is_changed_or_held_on_error(tmp_path: Path) -> None:
-    """A writable open that fails for want of a parent leaves the file as it was, unlocked and not mended."""
+    """A writable open that fails because of a missing parent leaves the file unchanged, unlocked and unmended."""
     leaf = child(tail=b"").build().write(tmp_path / "child.avhd")
     before = leaf.read_bytes()
     with pytest.raises(errors.ParentMissing):
@@ -363,7 +363,7 @@ def test_nothing_is_changed_or_held_on_error(tmp_path: Path) -> None:
 
 
 def _looked_at(monkeypatch: pytest.MonkeyPatch, *, opened: bool = False) -> list[str]:
-    """The real names of all that is opened, listed or looked at from now on; with `opened` only what is opened."""
+    """The real names of everything that is opened, listed or examined from now on, or with `opened` only opened."""
     seen: list[str] = []
     real_open, real_readlink = os.open, os.readlink
 
@@ -394,10 +394,10 @@ def _looked_at(monkeypatch: pytest.MonkeyPatch, *, opened: bool = False) -> list
 
 @pytest.mark.parametrize("text", ["..\\OUTSIDE\\Parent.vhd", "..\\outside\\parent.vhd", "..\\none\\parent.vhd"])
 @pytest.mark.parametrize("way", ["locator", "link", "absolute link", "folder link"])
-def test_outside_the_folder_nothing_is_looked_at(
+def test_nothing_outside_the_folder_is_examined(
     tmp_path: Path, text: str, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """INV-PARENT-ID: an image cannot make us look into folders it does not lie in: that may hang, or mount things."""
+    """INV-PARENT-ID: an image cannot make us look into other folders: that might hang, or mount file systems."""
     inside, outside = tmp_path / "inside", tmp_path / "outside"
     inside.mkdir()
     outside.mkdir()
@@ -420,7 +420,7 @@ def test_outside_the_folder_nothing_is_looked_at(
 
 @pytest.mark.parametrize("kind", ["relative", "absolute", "up and down", "as it was called"])
 def test_links_that_stay_inside_are_followed(tmp_path: Path, kind: str) -> None:
-    """A link to a parent in an allowed folder works, also where that folder is reached through a link itself."""
+    """A link to a parent in an allowed folder works, even if that folder is itself reached through a link."""
     inside, bases = tmp_path / "inside", tmp_path / "bases"
     (inside / "sub").mkdir(parents=True)
     bases.mkdir()
@@ -441,8 +441,8 @@ def test_links_that_stay_inside_are_followed(tmp_path: Path, kind: str) -> None:
         layer.close()
 
 
-def test_a_folder_that_becomes_a_link_leads_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Swapping a folder for a link at any moment of the search never makes a file outside the parent."""
+def test_a_folder_that_becomes_a_link_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replacing a folder by a link at any moment of the search never makes a file outside the parent."""
     inside, outside = tmp_path / "inside", tmp_path / "outside"
     (inside / "sub").mkdir(parents=True)
     outside.mkdir()
@@ -477,11 +477,11 @@ def test_a_folder_that_becomes_a_link_leads_nowhere_else(tmp_path: Path, monkeyp
             break
         (inside / "sub").unlink()
         (inside / "away").rename(inside / "sub")
-    assert outcomes == {errors.ParentRefused, FileStore}, "the folder was swapped before and after it was looked at"
+    assert outcomes == {errors.ParentRefused, FileStore}, "the folder was not swapped before and after the look"
 
 
 def test_a_link_found_by_ignoring_case_may_not_leave_either(tmp_path: Path) -> None:
-    """What another spelling leads to is followed and judged like what the child says."""
+    """A link found under another spelling is followed and judged like the name in the child."""
     inside, outside = tmp_path / "inside", tmp_path / "outside"
     inside.mkdir()
     outside.mkdir()
@@ -495,7 +495,7 @@ def test_a_link_found_by_ignoring_case_may_not_leave_either(tmp_path: Path) -> N
 
 
 def test_a_pipe_with_the_parents_name_is_not_even_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Opening a pipe or a device can have effects of its own, so its kind is looked at first."""
+    """Opening a pipe or a device can have side effects, so its type is examined first."""
     leaf = child().build().write(tmp_path / "child.avhd")
     os.mkfifo(tmp_path / "parent.vhd")
     seen = _looked_at(monkeypatch, opened=True)
@@ -505,8 +505,8 @@ def test_a_pipe_with_the_parents_name_is_not_even_opened(tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize("text", ["C:\\disks\\gone.vhd", "\\\\disks\\share\\gone.vhd", "\\\\?\\C:\\disks\\gone.vhd"])
-def test_a_drive_or_server_is_no_place_here(tmp_path: Path, text: str) -> None:
-    """Of a path on another machine only the bare name is looked for, in the image's folder."""
+def test_a_path_on_a_drive_or_server_is_reduced_to_its_name(tmp_path: Path, text: str) -> None:
+    """Of a path on another machine only the file name is looked for, in the image's folder."""
     leaf = no_names(locators={0: absolute(text)}).build().write(tmp_path / "child.avhd")
     with pytest.raises(errors.ParentMissing) as caught:
         open_layers(leaf)
@@ -514,7 +514,7 @@ def test_a_drive_or_server_is_no_place_here(tmp_path: Path, text: str) -> None:
 
 
 def test_an_image_that_is_its_own_parent_is_a_loop(tmp_path: Path) -> None:
-    """It is not called its own child: a writable open finds the loop as well."""
+    """It is not reported as its own child: a writable open detects the loop as well."""
     leaf = child("leaf.vhd", unique_id=PARENT_ID).build().write(tmp_path / "leaf.vhd")
     with pytest.raises(errors.CorruptImage) as caught:
         open_layers(leaf, writable=True)
@@ -522,7 +522,7 @@ def test_an_image_that_is_its_own_parent_is_a_loop(tmp_path: Path) -> None:
 
 
 def test_only_differencing_images_are_children(tmp_path: Path) -> None:
-    """A dynamic image that has the id in its unused field, or a fixed one, is nobody's child."""
+    """A dynamic image that has the id in its unused field, or a fixed one, does not count as a child."""
     Vhd(parent_id=PARENT_ID).build().write(tmp_path / "dynamic.vhd")
     Vhd(size=1 << 20, disk_type=2).build().write(tmp_path / "fixed.vhd")
     leaf = child().build().write(tmp_path / "child.vhd")
@@ -541,8 +541,8 @@ def test_no_descriptor_stays_open_after_an_error(tmp_path: Path, writable: bool)
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_hostile_names_do_not_fill_the_screen(tmp_path: Path) -> None:
-    """Eight locators as long as they may be give a message that a person can still read."""
+def test_messages_about_hostile_names_are_short(tmp_path: Path) -> None:
+    """Eight locators of the maximum length give a message that is still readable."""
     locators = {slot: relative(f"{slot}\\" + "a\\" * 16000) for slot in range(8)}
     leaf = no_names(locators=locators).build().write(tmp_path / "child.avhd")
     with pytest.raises(errors.ParentMissing) as caught:
@@ -550,8 +550,8 @@ def test_hostile_names_do_not_fill_the_screen(tmp_path: Path) -> None:
     assert len(str(caught.value)) < 40_000
 
 
-def test_a_child_beside_the_link_its_parent_is_named_by_counts(tmp_path: Path) -> None:
-    """INV-PARENT-READ-ONLY: who names a parent by a link does not write to it under the child beside that link."""
+def test_a_child_beside_a_link_to_its_parent_counts(tmp_path: Path) -> None:
+    """INV-PARENT-READ-ONLY: a parent opened through a link is not written to if a child is beside that link."""
     real, links = tmp_path / "real", tmp_path / "links"
     real.mkdir()
     links.mkdir()

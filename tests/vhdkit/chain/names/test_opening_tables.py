@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The memory that the tables of a whole chain take, and that a table read from its file says the same."""
+"""The memory that the tables of a whole chain take, and that a table read from its file has the same entries."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def written(folder: Path, size: int, rng: random.Random) -> Path:
 
 
 def held(chain: Chain) -> int:
-    """Bytes of tables in memory."""
+    """The bytes of tables in memory."""
     return sum(layer.table_bytes for layer in chain.layers if isinstance(layer, DynamicImage))
 
 
 def test_tables_of_a_long_chain_take_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """INV-BOUNDED: a chain takes the memory of its map and of a few tables, however many layers it has."""
+    """INV-BOUNDED: the memory of a chain is its map and a few tables, however many layers it has."""
     monkeypatch.setattr(opening, "MAX_TABLE_BYTES", MIB)
     leaf = written(tmp_path, 64 * GIB, random.Random(5))
     tables = LAYERS * 64 * GIB // BLOCK * 5
@@ -56,10 +56,10 @@ def test_tables_of_a_long_chain_take_bounded_memory(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("limit", [0, 5000])
-def test_a_chain_reads_the_same_with_tables_left_in_their_files(
+def test_a_chain_reads_the_same_with_tables_in_their_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
 ) -> None:
-    """INV-MAP-EQUALS-WALK: where the BAT is kept makes no difference to what is read, listed, frozen or merged."""
+    """INV-MAP-EQUALS-WALK: wherever the BAT is kept, reading, listing, freezing and merging give the same results."""
     leaf = written(tmp_path, 64 * MIB, random.Random(6))
     with vhdkit.open_disk(leaf) as disk:
         wanted, runs = disk.read(0, disk.size_bytes), list(disk.extents())
@@ -78,8 +78,8 @@ def test_a_chain_reads_the_same_with_tables_left_in_their_files(
         assert disk.read(0, disk.size_bytes) == wanted
 
 
-def test_a_table_in_its_file_is_the_table(tmp_path: Path) -> None:
-    """Entry by entry and as a whole, over more parts than are kept, and where the file was cut since."""
+def test_a_table_in_its_file_has_the_same_entries(tmp_path: Path) -> None:
+    """Entry by entry and as a whole, over more parts than are cached, and where the file has since been truncated."""
     count = ENTRIES_PER_PART * (MAX_PARTS + 2) + 5
     rng = random.Random(8)
     path = tmp_path / "table"

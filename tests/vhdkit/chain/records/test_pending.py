@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Undo logs beside images: what every kind of open does about them."""
+"""Undo logs beside images: what every kind of open does with them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def base(tmp_path: Path) -> Path:
 
 
 def interrupt(path: Path, *, begun: bool = True) -> UndoLog:
-    """Leave a log, and with `begun` the change, as a power cut between them and the end would."""
+    """Leave a log, and with `begun` the change, as a power cut between the log and the end of the change would."""
     with FileStore.open(path, writable=True) as store:
         writes = [(4 * KIB, MARK * 2), (SIZE, bytes(SECTOR_SIZE)), (2 * SIZE, MARK)]
         log = plan_change(store, image_id(store), writes)
@@ -47,18 +47,18 @@ def interrupt(path: Path, *, begun: bool = True) -> UndoLog:
 
 
 def log_of(path: Path) -> Path:
-    """Where the log of an image lies."""
+    """The path of an image's log."""
     return Path(pending.undo_path(str(path)))
 
 
 def codes(path: Path) -> set[str]:
-    """The codes of what `check` finds."""
+    """The codes of `check`'s findings."""
     return {finding.code for finding in vhdkit.check(path)}
 
 
 @pytest.mark.parametrize("begun", [False, True])
 def test_a_read_only_open_reads_as_before(base: Path, begun: bool) -> None:
-    """INV-UNDO-LOG: opened for reading the disk is the one before the change, and no byte of any file changes."""
+    """INV-UNDO-LOG: opened read-only the disk is as before the change, and no byte of any file changes."""
     before = base.read_bytes()
     interrupt(base, begun=begun)
     changed, log = base.read_bytes(), log_of(base).read_bytes()
@@ -72,7 +72,7 @@ def test_a_read_only_open_reads_as_before(base: Path, begun: bool) -> None:
 
 
 @pytest.mark.parametrize("begun", [False, True])
-def test_a_writable_open_takes_the_change_back(base: Path, begun: bool) -> None:
+def test_a_writable_open_undoes_the_change(base: Path, begun: bool) -> None:
     """Opened for writing the file holds what it held before the change, and the log is gone."""
     before = base.read_bytes()
     interrupt(base, begun=begun)
@@ -83,7 +83,7 @@ def test_a_writable_open_takes_the_change_back(base: Path, begun: bool) -> None:
 
 
 def test_a_parent_with_a_log_reads_as_before(base: Path, tmp_path: Path) -> None:
-    """A child is found, described, opened and written over a parent that was interrupted; the parent stays so."""
+    """A child is found, described, opened and written over a parent with an unfinished change, which stays."""
     child = tmp_path / "child.avhd"
     vhdkit.create_child(child, base)
     before = base.read_bytes()
@@ -102,8 +102,8 @@ def test_a_parent_with_a_log_reads_as_before(base: Path, tmp_path: Path) -> None
     assert (tmp_path / "out.raw").read_bytes() == MARK + before[SECTOR_SIZE:SIZE]
 
 
-def test_an_interrupted_child_is_rebased_as_it_was(base: Path, tmp_path: Path) -> None:
-    """An opener that does not go through the whole chain takes the change back too."""
+def test_rebase_first_undoes_an_interrupted_change(base: Path, tmp_path: Path) -> None:
+    """An open that does not go through the whole chain undoes the change, too."""
     child = tmp_path / "child.avhd"
     vhdkit.create_child(child, base)
     before = child.read_bytes()
@@ -118,8 +118,8 @@ def test_an_interrupted_child_is_rebased_as_it_was(base: Path, tmp_path: Path) -
     assert child.read_bytes()[:512] == before[:512]
 
 
-def test_nothing_is_taken_back_while_another_holds_the_image(base: Path) -> None:
-    """The lock comes first: with it held elsewhere a writable open is refused and changes nothing."""
+def test_nothing_is_undone_while_another_holds_the_image(base: Path) -> None:
+    """The lock comes first: if it is held elsewhere, a writable open is refused and changes nothing."""
     interrupt(base)
     changed = base.read_bytes()
     with FileStore.open(base, writable=True) as holder:
@@ -131,7 +131,7 @@ def test_nothing_is_taken_back_while_another_holds_the_image(base: Path) -> None
 
 
 def strange(kind: str, path: Path, outside: Path, log: bytes) -> None:
-    """Put something that nobody should believe where the log of an image lies."""
+    """Put an untrustworthy file in the place of an image's log."""
     if kind == "torn":
         path.write_bytes(log[: len(log) // 2])
     elif kind == "link":
@@ -155,8 +155,8 @@ def strange(kind: str, path: Path, outside: Path, log: bytes) -> None:
 @pytest.mark.parametrize(
     "kind", ["torn", "link", "link to nothing", "pipe", "folder", "device", "huge", "of another image"]
 )
-def test_what_is_no_log_of_this_image_is_ignored(kind: str, base: Path, tmp_path: Path) -> None:
-    """Torn, foreign, linked, no file at all: told as a finding, never followed, and no byte changes."""
+def test_files_that_are_not_the_images_log_are_ignored(kind: str, base: Path, tmp_path: Path) -> None:
+    """Torn, foreign, linked, not a regular file: reported as a finding, never followed, and no byte changes."""
     outside = tmp_path / "outside"
     other = tmp_path / "other.vhd"
     vhdkit.create_image(other, SIZE, disk_format=vhdkit.DiskFormat.FIXED)
@@ -171,7 +171,7 @@ def test_what_is_no_log_of_this_image_is_ignored(kind: str, base: Path, tmp_path
 
 
 def test_a_change_is_made_and_leaves_no_log(base: Path) -> None:
-    """The change is in the file and the log gone; while it lay there it was as private as the image."""
+    """The change is in the file and the log is gone; while it existed it was as private as the image."""
     base.chmod(0o600)
     modes = []
     with FileStore.open(base, writable=True) as store:
@@ -188,8 +188,8 @@ def test_a_change_is_made_and_leaves_no_log(base: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), vhdkit.NoSpace("full")])
-def test_a_change_that_fails_leaves_what_was(base: Path, error: BaseException) -> None:
-    """Ctrl-C or a full disk in the middle of a change: the file holds what it held, and no log is left."""
+def test_a_failing_change_is_undone(base: Path, error: BaseException) -> None:
+    """After Ctrl-C or a full disk during a change the file has its old content, and no log is left."""
     before = base.read_bytes()
     with FileStore.open(base, writable=True) as store:
         original, calls = store.pwrite, 0
@@ -208,7 +208,7 @@ def test_a_change_that_fails_leaves_what_was(base: Path, error: BaseException) -
 
 
 def test_a_log_that_is_still_needed_is_not_overwritten(base: Path, tmp_path: Path) -> None:
-    """A whole log of another image in the log's place refuses a change; a torn one is replaced."""
+    """A whole log of another image in the log's place prevents a change; a torn one is replaced."""
     other = tmp_path / "other.vhd"
     vhdkit.create_image(other, SIZE, disk_format=vhdkit.DiskFormat.FIXED)
     log = encode(interrupt(other, begun=False))
@@ -222,8 +222,8 @@ def test_a_log_that_is_still_needed_is_not_overwritten(base: Path, tmp_path: Pat
     assert not log_of(base).exists() and base.read_bytes()[:SECTOR_SIZE] == MARK
 
 
-def test_a_log_comes_back_empty_or_not_at_all(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a folder cannot be flushed, the name may come back after a cut, but the log does not; then it goes too."""
+def test_a_removed_log_comes_back_empty_or_not_at_all(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If a folder cannot be flushed, a cut may bring back the name, without the log; then it is removed again."""
     with monkeypatch.context() as patch:
         patch.setattr(pending, "remove_file", lambda path: None)
         with FileStore.open(base, writable=True) as store:
@@ -234,8 +234,8 @@ def test_a_log_comes_back_empty_or_not_at_all(base: Path, monkeypatch: pytest.Mo
     assert not log_of(base).exists()
 
 
-def test_a_killed_change_is_taken_back(base: Path) -> None:
-    """kill -9 in the middle of a change: the next writable open finds the image as it was."""
+def test_a_killed_change_is_undone(base: Path) -> None:
+    """After kill -9 during a change the next writable open restores the image."""
     before = base.read_bytes()
     program = f"""
 import os, signal
@@ -260,8 +260,8 @@ pending.change(store, [(0, b"x" * 512), ({SIZE}, bytes(512)), ({2 * SIZE}, b"y" 
     assert base.read_bytes() == before and not log_of(base).exists()
 
 
-def test_the_empty_rest_of_a_removed_log_is_no_news(base: Path) -> None:
-    """Where the machine stopped while a log was removed nothing is said, and a writable open clears it away."""
+def test_the_empty_rest_of_a_removed_log_is_cleared_away(base: Path) -> None:
+    """If the machine stopped while a log was removed, nothing is reported, and a writable open removes the rest."""
     log_of(base).write_bytes(b"")
     assert "undo-log-ignored" not in codes(base)
     with vhdkit.open_disk(base):
@@ -270,8 +270,8 @@ def test_the_empty_rest_of_a_removed_log_is_no_news(base: Path) -> None:
         assert not log_of(base).exists()
 
 
-def test_data_written_under_another_name_is_never_taken_back(tmp_path: Path) -> None:
-    """INV-UNDO-LOG: who renames a half-grown image and writes to it keeps that: the log is none of this image then."""
+def test_data_written_under_another_name_is_kept(tmp_path: Path) -> None:
+    """INV-UNDO-LOG: data written to a renamed image is kept: the log no longer applies to it."""
     path, other = tmp_path / "d.vhd", tmp_path / "e.vhd"
     vhdkit.create_image(path, SIZE, disk_format=vhdkit.DiskFormat.FIXED)
     with FileStore.open(path, writable=True) as store:
