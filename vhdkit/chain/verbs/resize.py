@@ -13,7 +13,8 @@ become smaller than its parent; XenServer's tools refuse such a chain.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from vhdkit import formats
@@ -27,7 +28,7 @@ from vhdkit.chain.verbs.report import Report
 from vhdkit.chain.verbs.zeros import data_of_disk, first_data_in_store
 from vhdkit.errors import InvalidArgument, ReadOnly, VhdkitError, printable
 from vhdkit.formats.filesystems import end_of, identify, shrink_hint
-from vhdkit.formats.format import Resizable
+from vhdkit.formats.format import Resizable, ResizePlan
 from vhdkit.formats.partitions import Partition, PartitionTable, read_partitions
 from vhdkit.image import Layer
 from vhdkit.store import FileStore
@@ -71,16 +72,24 @@ def resize(
     system behind the new end, and for a device; HasChildren, ImageInUse, NoSpace, IoFailed, SyncFailed, and what
     opening the chain raises.
     """
+    report = Report(progress)
+    with _prepare(path, options or OpenOptions(), dry_run=dry_run) as layers:
+        plan = _plan(layers, byte_size("size_bytes", size_bytes), report, shrink=shrink)
+        if not dry_run:
+            _run(plan, report)
+        report.finish()
+        return _result(plan, dry_run=dry_run)
+
+
+@contextlib.contextmanager
+def _prepare(path: AnyPath, options: OpenOptions, *, dry_run: bool) -> Iterator[list[Layer]]:
+    """The open chain, leaf first, held; the leaf for writing and with every merge of it finished, unless `dry_run`."""
     if dry_run:
         layers = open_layers(path, options=options)
     else:
-        danger = "resizing it would change what that image shows"
-        layers = open_settled(path, options or OpenOptions(), danger)
+        layers = open_settled(path, options, "resizing it would change what that image shows")
     try:
-        job = _Job(layers, byte_size("size_bytes", size_bytes), Report(progress), shrink=shrink)
-        result = job.run(dry_run)
-        job.report.finish()
-        return result
+        yield layers
     finally:
         for layer in layers:
             layer.close()
@@ -97,48 +106,105 @@ def resize_open(chain: Chain, size_bytes: int, *, shrink: bool = False) -> tuple
     if not chain.writable:
         raise ReadOnly("was opened for reading only", path=chain.leaf.store.name)
     chain.leaf.seal()
+    report = Report(None)
     outcome: ResizeResult | VhdkitError
     try:
         layers = [formats.reopened(chain.leaf, writable=True), *chain.layers[1:]]
-        outcome = _Job(layers, size_bytes, Report(None), shrink=shrink).run(False)
+        plan = _plan(layers, size_bytes, report, shrink=shrink)
+        _run(plan, report)
+        outcome = _result(plan)
     except VhdkitError as error:
         outcome = error
     return Chain([formats.reopened(chain.leaf, writable=True), *chain.layers[1:]]), outcome
 
 
-class _Job:
-    """One resize of the first of the open layers."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _PlannedResize:
+    """A resize against which nothing speaks. `table` are the partitions now; `change` is None if the size stays."""
 
-    def __init__(self, layers: list[Layer], size_bytes: int, report: Report, *, shrink: bool) -> None:
-        self.image = layers[0]
-        self.resizable = _resizable_of(self.image)
-        self.chain = Chain(layers)
-        self.parents = Chain(layers[1:]) if len(layers) > 1 else None
-        self.size_bytes = size_bytes
-        self.shrink = shrink
-        self.report = report
-        self.path = self.image.store.name
+    image: Layer
+    resizable: Resizable
+    size_before_bytes: int
+    size_bytes: int
+    file_size_before_bytes: int
+    table: PartitionTable | None
+    change: ResizePlan | None
 
-    def run(self, dry_run: bool) -> ResizeResult:
-        """Check everything, then resize unless `dry_run`."""
-        before, file_before = self.image.size_bytes, self.image.store.size()
-        self._check_size()
-        table = read_partitions(self._read, before)
-        moved = dropped = 0
-        if self.size_bytes < before:
-            self._check_meant()
-            self._check_cut(table)
-        elif self.size_bytes > before:
-            self._check_appearing()
-        if self.size_bytes != before:
-            moved, dropped = self._change(dry_run, table)
-        notes = (_NOTE_GPT,) if table is not None and table.scheme == "gpt" and self.size_bytes != before else ()
-        file_after = None if dry_run else self.image.store.size()
-        return ResizeResult(self.path, before, self.size_bytes, file_before, file_after, moved, dropped, notes)
 
-    # -- what stands in the way ---------------------------------------------------------------------------------
+def _plan(layers: Sequence[Layer], size_bytes: int, report: Report, *, shrink: bool) -> _PlannedResize:
+    """Check everything, and plan the change of the first of the open layers. Reads the disk, and changes nothing.
 
-    def _check_size(self) -> None:
+    Raises InvalidArgument, NoSpace.
+    """
+    image = layers[0]
+    parents = Chain(layers[1:]) if len(layers) > 1 else None
+    checks = _Checks(image, _resizable_of(image), Chain(layers), parents, size_bytes, report)
+    file_size = image.store.size()
+    checks.check_size()
+    table = read_partitions(checks.read, image.size_bytes)
+    if size_bytes < image.size_bytes:
+        if not shrink:
+            raise _not_meant(image, size_bytes)
+        checks.check_cut(table)
+    elif size_bytes > image.size_bytes:
+        checks.check_appearing()
+    change = checks.resizable.plan(size_bytes) if size_bytes != image.size_bytes else None
+    report.expect(change.moved_bytes if change is not None else 0)
+    return _PlannedResize(image, checks.resizable, image.size_bytes, size_bytes, file_size, table, change)
+
+
+def _run(plan: _PlannedResize, report: Report) -> None:
+    """Apply the new size, durably. Raises NoSpace, IoFailed, SyncFailed."""
+    change, store = plan.change, plan.image.store
+    if change is None:
+        return
+    if change.writes is None:
+        plan.resizable.run(change, report.did)
+        return
+    assert isinstance(store, FileStore)
+    writes = list(change.writes)
+    # A smaller file loses the backup GPT: the undo log restores it, too, if the change is not completed.
+    taken = [(offset, len(data)) for offset, data in writes]
+    is_cut = plan.table is not None and plan.size_bytes < plan.size_before_bytes
+    for offset, count in plan.table.backup_ranges if plan.table is not None and is_cut else ():
+        pieces = _without(max(offset, plan.size_bytes), offset + count, taken)
+        writes += [(start, bytes(stop - start)) for start, stop in pieces]
+    pending.change(store, writes, change.file_size_bytes)
+
+
+def _result(plan: _PlannedResize, *, dry_run: bool = False) -> ResizeResult:
+    image, change = plan.image, plan.change
+    has_gpt = change is not None and plan.table is not None and plan.table.scheme == "gpt"
+    return ResizeResult(
+        path=image.store.name,
+        virtual_size_before_bytes=plan.size_before_bytes,
+        virtual_size_after_bytes=plan.size_bytes,
+        file_size_before_bytes=plan.file_size_before_bytes,
+        file_size_after_bytes=None if dry_run else image.store.size(),
+        moved_block_count=change.moved_block_count if change is not None else 0,
+        dropped_block_count=change.dropped_block_count if change is not None else 0,
+        notes=(_NOTE_GPT,) if has_gpt else (),
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Checks:
+    """What prevents a new size for `image`, the leaf of `chain`."""
+
+    image: Layer
+    resizable: Resizable
+    chain: Chain
+    parents: Chain | None
+    size_bytes: int
+    report: Report
+
+    @property
+    def path(self) -> str:
+        """The image's path, for errors."""
+        return self.image.store.name
+
+    def check_size(self) -> None:
+        """Refuse a size that the image cannot have, and one smaller than its parent's."""
         store = pending.file_of(self.image.store)
         if store is not None and store.is_device:
             raise InvalidArgument("is a device: its size is given", path=self.path)
@@ -151,16 +217,7 @@ class _Job:
                 hint="convert the chain to one image and resize that",
             )
 
-    def _check_meant(self) -> None:
-        """Refuse a smaller size that was not explicitly allowed."""
-        if not self.shrink:
-            raise InvalidArgument(
-                f"{self.size_bytes} bytes are less than the {self.image.size_bytes} bytes that the disk has now",
-                path=self.path,
-                hint="a larger size grows it; to make it smaller, say so: --shrink (shrink=True in the library)",
-            )
-
-    def _check_cut(self, table: PartitionTable | None) -> None:
+    def check_cut(self, table: PartitionTable | None) -> None:
         """Refuse to cut off a partition, or anything nonzero except the backup of an intact GPT."""
         lost = [one for one in table.partitions if one.end_bytes > self.size_bytes] if table is not None else []
         if lost:
@@ -188,11 +245,11 @@ class _Job:
 
     def _check_file_system(self, table: PartitionTable | None) -> None:
         """Refuse to cut a file system, or a container of one, that lies on the disk without a partition table."""
-        found = identify(self._read)
+        found = identify(self.read)
         if found is None or (table is not None and table.partitions and not found.in_first_sector):
             return
         name = f"{found.kind} {printable(found.label)!r}" if found.label else found.kind
-        end = end_of(self._read, found.kind)
+        end = end_of(self.read, found.kind)
         if end is None:
             raise InvalidArgument(
                 f"the disk holds {name}, which may reach up to its end",
@@ -207,7 +264,7 @@ class _Job:
             )
 
     def _first_data(self, start: int, stop: int) -> int | None:
-        raw = self._read(start, stop - start)
+        raw = self.read(start, stop - start)
         return start + len(raw) - len(raw.lstrip(b"\0")) if raw.strip(b"\0") else None
 
     def _check_gap(self) -> None:
@@ -225,7 +282,7 @@ class _Job:
                 hint="convert it to a new image and resize that",
             )
 
-    def _check_appearing(self) -> None:
+    def check_appearing(self) -> None:
         """Refuse to expose what a larger parent has past the end of the disk."""
         self._check_gap()
         if self.parents is None or self.parents.size_bytes <= self.image.size_bytes:
@@ -240,7 +297,7 @@ class _Job:
                 hint="convert the chain to one image and resize that",
             )
 
-    def _read(self, offset: int, size: int) -> bytes:
+    def read(self, offset: int, size: int) -> bytes:
         """Bytes of the disk, fewer at its end."""
         start, stop = round_down(offset, SECTOR_SIZE), min(round_up(offset + size, SECTOR_SIZE), self.chain.size_bytes)
         if stop <= start:
@@ -249,28 +306,14 @@ class _Job:
         self.chain.read_into(start // SECTOR_SIZE, memoryview(buffer))
         return bytes(buffer[offset - start : offset - start + size])
 
-    # -- doing it -----------------------------------------------------------------------------------------------
 
-    def _change(self, dry_run: bool, table: PartitionTable | None) -> tuple[int, int]:
-        """Apply the new size; returns how many blocks moved and how many were dropped."""
-        image, size = self.image, self.size_bytes
-        plan = self.resizable.plan(size)
-        self.report.expect(plan.moved_bytes)
-        if dry_run:
-            return plan.moved_block_count, plan.dropped_block_count
-        if plan.writes is None:
-            self.resizable.run(plan, self.report.did)
-            return plan.moved_block_count, plan.dropped_block_count
-        store = image.store
-        assert isinstance(store, FileStore)
-        writes = list(plan.writes)
-        # A smaller file loses the backup GPT: the undo log restores it, too, if the change is not completed.
-        taken = [(offset, len(data)) for offset, data in writes]
-        for offset, count in table.backup_ranges if table is not None and size < image.size_bytes else ():
-            pieces = _without(max(offset, size), offset + count, taken)
-            writes += [(start, bytes(stop - start)) for start, stop in pieces]
-        pending.change(store, writes, plan.file_size_bytes)
-        return plan.moved_block_count, plan.dropped_block_count
+def _not_meant(image: Layer, size_bytes: int) -> InvalidArgument:
+    """The error for a smaller size that was not explicitly allowed."""
+    return InvalidArgument(
+        f"{size_bytes} bytes are less than the {image.size_bytes} bytes that the disk has now",
+        path=image.store.name,
+        hint="a larger size grows it; to make it smaller, say so: --shrink (shrink=True in the library)",
+    )
 
 
 def _resizable_of(image: Layer) -> Resizable:
