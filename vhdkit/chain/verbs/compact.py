@@ -12,6 +12,7 @@ Content never changes, so an image that has children can be compacted, too, if n
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -68,36 +69,79 @@ def compact(
     opening the chain raises, ImageInUse if the image is open anywhere, InvalidArgument for a device, NoSpace,
     IoFailed, SyncFailed.
     """
-    if dry_run:
-        return _compacted(path, options, True, progress)
-    with same_content(os.fsdecode(path)):
-        return _compacted(path, options, False, progress)
-
-
-def _compacted(path: AnyPath, options: OpenOptions | None, dry_run: bool, progress: Progress | None) -> CompactResult:
-    layers = open_layers(path, writable=not dry_run, options=options, danger=None)
-    try:
-        image, store = layers[0], layers[0].store
-        file = _regular_file(image)
-        size, allocated = store.size(), file.allocated_bytes()
-        report = Report(progress)
-        if image.block_size_bytes:
-            compactable = compactable_of(image)
-            plan = plan_compact(layers, compactable, report)
-            if not dry_run:
-                run_compact(compactable, plan, report)
-            after = min(plan.file_end_bytes, size)
-            counts, punched = (len(plan.dropped), plan.moved_block_count), 0
-        else:
-            punched = sum(_punch_zeros(image, report, dry_run))
-            counts, after = (0, 0), size
-            image.flush()
+    options, report = options or OpenOptions(), Report(progress)
+    with _prepare(path, options, dry_run=dry_run) as layers:
+        plan = _plan(layers, report)
+        punched = plan.punched(report) if dry_run else _run(plan, report)
         report.finish()
-        allocated_after = None if dry_run else file.allocated_bytes()
-        return CompactResult(store.name, size, after, allocated, allocated_after, *counts, punched)
-    finally:
-        for layer in layers:
-            layer.close()
+        return _result(plan, punched, dry_run=dry_run)
+
+
+@contextlib.contextmanager
+def _prepare(path: AnyPath, options: OpenOptions, *, dry_run: bool) -> Iterator[list[Layer]]:
+    """The open chain, leaf first, held; unless `dry_run` the leaf is open for writing, and what its children read is
+    declared to stay the same.
+    """
+    with contextlib.nullcontext() if dry_run else same_content(os.fsdecode(path)):
+        layers = open_layers(path, writable=not dry_run, options=options, danger=None)
+        try:
+            yield layers
+        finally:
+            for layer in layers:
+                layer.close()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Shrinking:
+    """A file that gets smaller, with its sizes before; `blocks` is None for an image without blocks.
+
+    Zeros in an image without blocks are found while they are punched: a list of all of them could be long.
+    """
+
+    image: Layer
+    file: FileStore
+    size_bytes: int
+    allocated_bytes: int
+    blocks: tuple[Compactable, CompactPlan] | None
+
+    def punched(self, report: Report) -> int:
+        """Bytes of zeros that would become holes."""
+        return 0 if self.blocks is not None else sum(_punch_zeros(self.image, report, True))
+
+
+def _plan(layers: Sequence[Layer], report: Report) -> _Shrinking:
+    """What can be dropped from the leaf, and where the rest goes. Reads the disk, and changes nothing."""
+    image = layers[0]
+    file = _regular_file(image)
+    size, allocated, blocks = image.store.size(), file.allocated_bytes(), None
+    if image.block_size_bytes:
+        compactable = compactable_of(image)
+        blocks = compactable, plan_compact(layers, compactable, report)
+    return _Shrinking(image, file, size, allocated, blocks)
+
+
+def _run(plan: _Shrinking, report: Report) -> int:
+    """Make the file smaller; returns the bytes that became holes. Raises NoSpace, IoFailed, SyncFailed."""
+    if plan.blocks is not None:
+        run_compact(*plan.blocks, report)
+        return 0
+    punched = sum(_punch_zeros(plan.image, report, False))
+    plan.image.flush()
+    return punched
+
+
+def _result(plan: _Shrinking, punched_bytes: int, *, dry_run: bool) -> CompactResult:
+    blocks = None if plan.blocks is None else plan.blocks[1]
+    return CompactResult(
+        path=plan.image.store.name,
+        file_size_before_bytes=plan.size_bytes,
+        file_size_after_bytes=plan.size_bytes if blocks is None else min(blocks.file_end_bytes, plan.size_bytes),
+        allocated_before_bytes=plan.allocated_bytes,
+        allocated_after_bytes=None if dry_run else plan.file.allocated_bytes(),
+        dropped_block_count=0 if blocks is None else len(blocks.dropped),
+        moved_block_count=0 if blocks is None else blocks.moved_block_count,
+        punched_bytes=punched_bytes,
+    )
 
 
 def _regular_file(image: Layer) -> FileStore:

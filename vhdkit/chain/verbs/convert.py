@@ -11,6 +11,7 @@ Workers run in parallel because reading and writing release the interpreter's lo
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections import deque
@@ -29,7 +30,7 @@ from vhdkit.chain.verbs.create import DiskFormat, check_block_size, replacing
 from vhdkit.folder import NewFile
 from vhdkit.formats.azure import azure_size
 from vhdkit.formats.format import DEFAULT_BLOCK_SIZE, CreateRequest
-from vhdkit.image import ExtentKind
+from vhdkit.image import ExtentKind, Layer
 from vhdkit.units import MIB, PAGE_SIZE, round_down, round_up, sectors_to_bytes, whole_sectors
 
 _PIECE_BYTES = MIB  # measured optimum: larger pieces leave the cache, smaller ones cost more calls
@@ -95,16 +96,25 @@ def convert_chain(
 ) -> int:
     """`convert` for an open chain."""
     size = converted_size(chain.size_bytes, disk_format, azure=azure)
-    held = replacing(os.fsdecode(destination), chain.layers, replace=replace, options=options)
-    like = pending.files_of(chain.layers)
-    with held as old, NewFile(destination, replace=replace, old=old, like=like) as new:
-        made = formats.making(disk_format)
-        made.create(new.store, CreateRequest(size, disk_format, block_size_bytes))
-        target = made.open(new.store, writable=True)
+    request = CreateRequest(size, disk_format, block_size_bytes)
+    with _prepare(chain, os.fsdecode(destination), request, replace=replace, options=options) as (new, target):
         copy_content(chain, target, one_writer=bool(target.block_size_bytes), progress=progress)
         target.flush()
         new.commit(sync=sync)
     return size
+
+
+@contextlib.contextmanager
+def _prepare(
+    chain: Chain, path: str, request: CreateRequest, *, replace: bool, options: OpenOptions | None
+) -> Iterator[tuple[NewFile, Layer]]:
+    """The new file, without its name, and the empty image in it; a file that it will replace is held meanwhile."""
+    held = replacing(path, chain.layers, replace=replace, options=options)
+    like = pending.files_of(chain.layers)
+    with held as old, NewFile(path, replace=replace, old=old, like=like) as new:
+        made = formats.making(request.kind)
+        made.create(new.store, request)
+        yield new, made.open(new.store, writable=True)
 
 
 def converted_size(size_bytes: int, disk_format: DiskFormat, *, azure: bool) -> int:

@@ -12,7 +12,7 @@ import contextlib
 import os
 import uuid
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from vhdkit import errors, formats
 from vhdkit.arguments import AnyPath, Size, checked
@@ -36,7 +36,7 @@ from vhdkit.chain.verbs.create import names_of, require_names
 from vhdkit.folder import real_path
 from vhdkit.formats.format import Format
 from vhdkit.formats.probe import FormatName
-from vhdkit.image import NULL_ID, ExtentKind, ImageFacts, Layer
+from vhdkit.image import NULL_ID, ExtentKind, ImageFacts, Layer, ParentRef
 from vhdkit.store import FileStore
 from vhdkit.units import format_size, whole_sectors
 
@@ -67,7 +67,51 @@ def rebase(
     if accept_parent_size_bytes is not None and accept_parent_id is None:
         raise errors.InvalidArgument("accept_parent_size_bytes goes with accept_parent_id")
     options = options or OpenOptions()
-    image_path, new_path = real_path(path), os.fsdecode(parent_path)
+    wanted = _Wanted(os.fsdecode(parent_path), unsafe_new_id, accept_parent_id, accept_parent_size_bytes)
+    with _prepare(real_path(path), options, dry_run=dry_run) as store:
+        image = _image_in(store, os.fsdecode(path), options)
+        parent_id = _id_of(store, wanted.path)
+        _refuse_raw(image, wanted.path, parent_id, options)
+        with _opened(wanted.path, parent_id, options) as parent_layers:
+            plan = _plan(image, wanted, parent_id, parent_layers, options, progress)
+            if not dry_run:
+                _run(plan)
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """The new parent, and what the caller takes responsibility for."""
+
+    path: str
+    unsafe_new_id: bool
+    accept_parent_id: str | None
+    accept_parent_size_bytes: object
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Image:
+    """The image that gets another parent: its file, which is held, its format, and what it says about itself."""
+
+    store: FileStore
+    format: Format
+    facts: ImageFacts
+    parent: ParentRef
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _RebasePlan:
+    """A new parent against which nothing speaks: `link` is what the image will record about it."""
+
+    image: _Image
+    parent_path: str
+    parent: Layer
+    parent_id: bytes
+    link: ParentRef
+
+
+@contextlib.contextmanager
+def _prepare(image_path: str, options: OpenOptions, *, dry_run: bool) -> Iterator[FileStore]:
+    """The image's file, held against everyone else; unless `dry_run`, earlier unfinished changes are undone."""
     with FileStore.open_held(image_path, writable=not dry_run) as store:
         store.notes_folder = options.notes_folder
         if store.is_device:
@@ -78,40 +122,66 @@ def rebase(
             )
         if not dry_run:
             pending.settle(store)
-        facts, image_format = _facts_of(store)
-        if facts.parent is None:
-            raise errors.InvalidArgument("has no parent: only differencing images do", path=os.fsdecode(path))
-        intents = intents_about(image_path, allowed_folders(image_path, options.parent_dirs))
-        refuse_sources([Named(image_path, facts.file_id or NULL_ID)], intents)
-        recorded, timestamp = facts.parent.linkage_id, facts.parent.timestamp
-        found = _id_of(store, new_path)
-        if NULL_ID in (recorded, found) and not options.allow_raw_parent:
-            raise errors.ParentRefused(
-                "the image records no id of its parent, which may be any raw file"
-                if recorded == NULL_ID
-                else f"{errors.printable(new_path)} has no id that could be recorded: any raw file would fit then",
-                path=store.name,
-                hint="if you are sure, say --allow-raw-parent",
-            )
-        with _opened(new_path, found, options) as layers:
-            _refuse_loop(store, layers)  # first, because no option can override it
-            is_recorded = found in (facts.parent.linkage_ids or (NULL_ID,))
-            _check_ids(store.name, new_path, recorded, found, is_recorded, unsafe_new_id, accept_parent_id)
-            if not is_recorded:
-                if accept_parent_id is None:
-                    _check_content(store, facts, layers, options, progress)
-                else:
-                    _refuse_comparable(store, facts, options)
-                    _check_size(store.name, facts, layers[0], accept_parent_size_bytes)
-                timestamp = layers[0].facts.timestamp or 0
-            parent = names_of(image_path, new_path, found, timestamp)
-            if not dry_run:
-                require_names(layers[:1])
-                store.require_name()
-                mark_child(image_path, store, new_path, found)
-                with same_content(image_path):
-                    image_format.relink(store, parent)
-                record_parents(image_path, new_path, found)
+        yield store
+
+
+def _image_in(store: FileStore, given_path: str, options: OpenOptions) -> _Image:
+    """The image to be repointed. Raises InvalidArgument if it has no parent, ImageInUse if a merge will remove it."""
+    facts, image_format = _facts_of(store)
+    if facts.parent is None:
+        raise errors.InvalidArgument("has no parent: only differencing images do", path=given_path)
+    intents = intents_about(store.name, allowed_folders(store.name, options.parent_dirs))
+    refuse_sources([Named(store.name, facts.file_id or NULL_ID)], intents)
+    return _Image(store, image_format, facts, facts.parent)
+
+
+def _refuse_raw(image: _Image, new_path: str, parent_id: bytes, options: OpenOptions) -> None:
+    """Raise ParentRefused unless both parents have ids, or raw parents are allowed."""
+    recorded = image.parent.linkage_id
+    if NULL_ID in (recorded, parent_id) and not options.allow_raw_parent:
+        raise errors.ParentRefused(
+            "the image records no id of its parent, which may be any raw file"
+            if recorded == NULL_ID
+            else f"{errors.printable(new_path)} has no id that could be recorded: any raw file would fit then",
+            path=image.store.name,
+            hint="if you are sure, say --allow-raw-parent",
+        )
+
+
+def _plan(
+    image: _Image,
+    wanted: _Wanted,
+    parent_id: bytes,
+    parent_layers: list[Layer],
+    options: OpenOptions,
+    progress: Progress | None,
+) -> _RebasePlan:
+    """Check that the image may stand on the open chain of the new parent. Changes nothing."""
+    store, facts = image.store, image.facts
+    _refuse_loop(store, parent_layers)  # first, because no option can override it
+    is_recorded = parent_id in (image.parent.linkage_ids or (NULL_ID,))
+    _check_ids(store.name, wanted, image.parent.linkage_id, parent_id, is_recorded)
+    timestamp = image.parent.timestamp
+    if not is_recorded:
+        if wanted.accept_parent_id is None:
+            _check_content(store, facts, parent_layers, options, progress)
+        else:
+            _refuse_comparable(store, facts, options)
+            _check_size(store.name, facts, parent_layers[0], wanted.accept_parent_size_bytes)
+        timestamp = parent_layers[0].facts.timestamp or 0
+    link = names_of(store.name, wanted.path, parent_id, timestamp)
+    return _RebasePlan(image, wanted.path, parent_layers[0], parent_id, link)
+
+
+def _run(plan: _RebasePlan) -> None:
+    """Let the image record its new parent, and the parent's mark name the image."""
+    store = plan.image.store
+    require_names([plan.parent])
+    store.require_name()
+    mark_child(store.name, store, plan.parent_path, plan.parent_id)
+    with same_content(store.name):
+        plan.image.format.relink(store, plan.link)
+    record_parents(store.name, plan.parent_path, plan.parent_id)
 
 
 def _facts_of(store: FileStore) -> tuple[ImageFacts, Format]:
@@ -123,16 +193,9 @@ def _facts_of(store: FileStore) -> tuple[ImageFacts, Format]:
     return found.facts(view), found
 
 
-def _check_ids(
-    path: str,
-    new_path: str,
-    recorded: bytes,
-    found: bytes,
-    is_recorded: bool,
-    unsafe_new_id: bool,
-    accept_parent_id: str | None,
-) -> None:
+def _check_ids(path: str, wanted: _Wanted, recorded: bytes, found: bytes, is_recorded: bool) -> None:
     """Raise ParentMismatch unless the new parent has the recorded id, or another id is allowed."""
+    accept_parent_id, new_path = wanted.accept_parent_id, wanted.path
     if accept_parent_id is not None and found != _parsed_id(accept_parent_id):
         raise errors.ParentMismatch(
             f"{errors.printable(new_path)} is not the parent that is to be accepted",
@@ -140,7 +203,7 @@ def _check_ids(
             expected=f"id {accept_parent_id}",
             found=_shown_id(found),
         )
-    if not is_recorded and not unsafe_new_id and accept_parent_id is None:
+    if not is_recorded and not wanted.unsafe_new_id and accept_parent_id is None:
         raise errors.ParentMismatch(
             f"{errors.printable(new_path)} is not its parent",
             path=path,

@@ -44,13 +44,13 @@ _NUMBERED = re.compile(r"(.*)-(\d{1,9})")
 _MAX_NUMBER = 1_000_000
 
 
-@dataclass(slots=True)
-class _Wanted:
+@dataclass(frozen=True, slots=True, eq=False)
+class _NewChild:
     """A child to create, and the open chain on which it will stand, leaf first."""
 
     parent: str
     path: str
-    layers: list[Layer]
+    layers: tuple[Layer, ...]
 
 
 @checked
@@ -90,17 +90,25 @@ def _snapshot_set(leaves: list[str], wished: list[AnyPath | None], options: Open
     pairs = zip(leaves, wished, strict=True)
     named = [(leaf, os.fsdecode(new) if new is not None else _default_name(leaf, options)) for leaf, new in pairs]
     check_names([leaf for leaf, _ in named], [new for _, new in named])
-    with _held(named, options, dry_run=dry_run) as wanted:
-        left_over = [one for one in wanted if _is_left_over(one)]
-        if len(left_over) == len(wanted):
-            left_over = []  # all of them exist, so the set is not unfinished: its names are taken
-        for one in wanted:
-            if one not in left_over:
-                NewFile.check(one.path)
-        for one in wanted:
-            _refuse_to_freeze(one, options, apart_from=one.path if one in left_over else None)
-        _make([one for one in wanted if one not in left_over], dry_run=dry_run)
+    with _prepare(named, options, dry_run=dry_run) as children:
+        _run(_plan(children, options), dry_run=dry_run)
     return [new for _, new in named]
+
+
+def _plan(children: Sequence[_NewChild], options: OpenOptions) -> list[_NewChild]:
+    """The children that must be made: all but those that an interrupted run of the set has left. Changes nothing.
+
+    Raises HasChildren, ImageInUse, AlreadyExists.
+    """
+    left_over = [one for one in children if _is_left_over(one)]
+    if len(left_over) == len(children):
+        left_over = []  # all of them exist, so the set is not unfinished: its names are taken
+    for one in children:
+        if one not in left_over:
+            NewFile.check(one.path)
+    for one in children:
+        _refuse_to_freeze(one, options, apart_from=one.path if one in left_over else None)
+    return [one for one in children if one not in left_over]
 
 
 @checked
@@ -119,7 +127,7 @@ def clone(
         layers = open_layers(parent, options=options)
         try:
             _refuse_foreign_writer(layers[0])
-            _make([_Wanted(parent, name, layers) for name in names], dry_run=dry_run)
+            _run([_NewChild(parent, name, tuple(layers)) for name in names], dry_run=dry_run)
         finally:
             for layer in layers:
                 layer.close()
@@ -168,18 +176,18 @@ def check_names(leaves: Sequence[str], children: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def _held(named: Sequence[tuple[str, str]], options: OpenOptions, *, dry_run: bool) -> Iterator[list[_Wanted]]:
+def _prepare(named: Sequence[tuple[str, str]], options: OpenOptions, *, dry_run: bool) -> Iterator[list[_NewChild]]:
     """All chains of the set, open and locked against writers."""
     with contextlib.ExitStack() as stack:
-        wanted = []
+        children = []
         for leaf, new in named:
             if not dry_run:
                 _settle(leaf, options)
             layers = open_layers(leaf, options=options)
             for layer in layers:
                 stack.callback(layer.close)
-            wanted.append(_Wanted(leaf, new, layers))
-        yield wanted
+            children.append(_NewChild(leaf, new, tuple(layers)))
+        yield children
 
 
 def _settle(leaf: str, options: OpenOptions) -> None:
@@ -200,7 +208,7 @@ def _settle(leaf: str, options: OpenOptions) -> None:
         pending.settle(store)
 
 
-def _refuse_to_freeze(one: _Wanted, options: OpenOptions, *, apart_from: str | None) -> None:
+def _refuse_to_freeze(one: _NewChild, options: OpenOptions, *, apart_from: str | None) -> None:
     """Raise for an image that is not a leaf any more, or that another program may be writing to."""
     store = pending.file_of(one.layers[0].store)
     assert store is not None
@@ -219,7 +227,7 @@ def _refuse_foreign_writer(leaf: Layer) -> None:
     formats.of(leaf).refuse_foreign_writer(leaf)
 
 
-def _is_left_over(one: _Wanted) -> bool:
+def _is_left_over(one: _NewChild) -> bool:
     """True for an empty child of this very parent under the requested name: left by an interrupted run of the set."""
     parent = one.layers[0]
     if not exists(one.path):
@@ -235,11 +243,11 @@ def _is_left_over(one: _Wanted) -> bool:
         return False
 
 
-def _make(wanted: Sequence[_Wanted], *, dry_run: bool) -> None:
+def _run(children: Sequence[_NewChild], *, dry_run: bool) -> None:
     """Create the children, all or none."""
     with contextlib.ExitStack() as stack:
         files = []
-        for one in wanted:
+        for one in children:
             size = child_size(one.path, one.layers[0], None)
             if dry_run:
                 NewFile.check(one.path)
@@ -247,8 +255,8 @@ def _make(wanted: Sequence[_Wanted], *, dry_run: bool) -> None:
             new = stack.enter_context(NewFile(one.path, like=pending.files_of(one.layers[:1])))
             write_child(new.store, one.path, one.layers[0], size)
             files.append(new)
-        for one in wanted:
+        for one in children:
             require_names(one.layers[:1])
-        parents = [one.layers[0].store.name for one in wanted[: len(files)]]
+        parents = [one.layers[0].store.name for one in children[: len(files)]]
         with marked([(new.path, new.store, parent) for new, parent in zip(files, parents, strict=True)]):
             commit_all(files)
