@@ -125,7 +125,7 @@ def prepare(
         scratch = os.path.join(runtime.folder, "dev")
         with contextlib.suppress(FileExistsError):
             os.mkdir(scratch)
-        os.chmod(scratch, 0o711)  # QEMU's user must pass through it, whatever our umask is
+        os.chmod(scratch, 0o700)  # whatever our umask is; root mounts QEMU's device nodes over it
         command = privileged_command(
             [program.find(), *qemu_arguments(spec, facts)],
             identity=identity,

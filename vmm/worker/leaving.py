@@ -22,7 +22,9 @@ from typing import TYPE_CHECKING
 from vmm.model.errors import InUse, TimedOut, VmmError
 from vmm.store import registry, saved
 from vmm.store.state import WorkerPhase, mark_leaving
-from vmm.worker.running import LOOK_SECONDS, End, Running
+from vmm.worker.conversation import LOOK_SECONDS
+from vmm.worker.running import Running
+from vmm.worker.states import End
 
 if TYPE_CHECKING:
     from vmm.worker.saving import Saving

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One QEMU and its machine, from start to end, as the worker sees it.
 
-Decides what an event of QEMU means for the machine and what each verb tells QEMU. Which state follows from that, and
-which verbs it allows, is decided in `states`.
+Decides what each verb tells QEMU, and that one operation is under way at a time. Which state the machine is in, and
+which verbs that allows, is decided in `states`, what QEMU's reports mean in `conversation`.
 
 QEMU stays when the guest powers off (-no-shutdown) until it is told to quit, so an unrequested end is a
 crash, whether or not a worker saw it. Must not know who asks, nor what happens after the end.
@@ -15,16 +15,15 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
-from enum import StrEnum
 from typing import Any
 
 from vmm.host.proc import ProcessRef
 from vmm.kvm.console import ConsoleHub
-from vmm.kvm.drives import DiskServer, problem_of_store
+from vmm.kvm.drives import DiskServer
 from vmm.kvm.guest_agent import GuestAgent
 from vmm.kvm.key_value import KeyValueChannel, KeyValueStore, store_path
 from vmm.kvm.process import QemuProcess, identity_of, reap, start_qemu
-from vmm.kvm.qmp import Event, Qmp
+from vmm.kvm.qmp import Qmp
 from vmm.kvm.said import in_our_words
 from vmm.model.errors import InUse, QemuFailed, StoreFailed, TimedOut, VmmError, WrongState, from_document
 from vmm.model.paths import MachinePaths, RuntimePaths, write_whole
@@ -32,27 +31,16 @@ from vmm.model.spec import MachineSpec
 from vmm.store.state import MachineState, SupervisorNote, WorkerNote, WorkerPhase
 from vmm.worker.asking import ask_until_off
 from vmm.worker.clock import GuestClock
+from vmm.worker.conversation import LOOK_SECONDS, STOP_SECONDS, Conversation
 from vmm.worker.launch import no_adapters, prepare
-from vmm.worker.states import Facts, Verb, refuse, state_of
+from vmm.worker.states import End, Facts, Verb, refuse, state_of
 
 START_SECONDS = 60.0  # from QEMU's start until it answers
-STOP_SECONDS = 20.0  # stop and cont wait for requests in flight, whose server may be away
 QUIT_SECONDS = 20.0
 REACH_SECONDS = 10.0
 KNOWN_SECONDS = 5.0  # whoever asks for the status waits twice as long
-MEND_SECONDS = (0.3, 0.5, 1.0, 2.0, 3.0)  # between tries to go on
-LOOK_SECONDS = 0.05
 
 Tell = Callable[..., None]  # tell(event, **details)
-
-
-class End(StrEnum):
-    """Why a machine ended."""
-
-    POWERED_OFF = "powered-off"  # by the guest
-    STOPPED = "stopped"  # by a verb, or a signal to QEMU
-    SAVED = "saved"
-    CRASHED = "crashed"
 
 
 class Running:
@@ -75,17 +63,13 @@ class Running:
         self.exchange = KeyValueChannel(runtime.key_value, store, is_on=spec.integration.key_value, machine=spec.name)
         self.clock = GuestClock(self)
         self.plug_adapters = no_adapters
-        self.critical_reason: str | None = None
         self.tell = tell
-        self._qmp: Qmp | None = None
+        self.conversation = Conversation(self)
         self._process: QemuProcess | None = None
         self.exited = asyncio.Event()
-        self._end: End | None = None
-        self.status = "prelaunch"  # QEMU's word for it
-        self._is_known = False  # that word is QEMU's, and no guess
+        self.end: End | None = None  # why it ends or has ended
         self._is_stopping = False
         self._tasks: set[asyncio.Task[None]] = set()
-        self._is_mending = False
         self.gives_way = False  # the host stops: long work that can be done another time ends
         self.is_leaving = False  # and from now on nothing new is begun
 
@@ -110,12 +94,20 @@ class Running:
     def state(self) -> MachineState:
         """What the machine is doing."""
         return state_of(Facts(
-            self.note.phase, self.status, self._is_known, is_ending=self._is_stopping or self._end is not None,
-            is_paused_by_user=self._is_paused_by_user(), operation=self.note.operation,
+            self.note.phase, self.status, self.conversation.is_known,
+            is_ending=self._is_stopping or self.end is not None,
+            is_paused_by_user=self.is_paused_by_user, operation=self.note.operation,
         ))  # fmt: skip
 
-    def _is_paused_by_user(self) -> bool:
+    @property
+    def is_paused_by_user(self) -> bool:
+        """True from `pause` until the guest runs again."""
         return bool(self.note.details.get("paused"))
+
+    @property
+    def status(self) -> str:
+        """QEMU's word for what it does, as it was last reported."""
+        return self.conversation.status
 
     def document(self) -> dict[str, Any]:
         """All that can be said without asking anybody."""
@@ -124,7 +116,7 @@ class Running:
         return {
             "state": self.state.value,
             "operation": self.note.operation,
-            "reason": self.critical_reason if self.state is MachineState.CRITICAL else None,
+            "reason": self.conversation.critical_reason if self.state is MachineState.CRITICAL else None,
             "accelerator": self.note.accelerator,
             "qemu_pid": self.note.qemu.pid if self.note.qemu else None,
             "uptime_seconds": None if started is None else round(time.time() - started, 1),
@@ -134,19 +126,17 @@ class Running:
     @property
     def qmp(self) -> Qmp:
         """The monitor. Raises QemuFailed while there is no conversation with it."""
-        if self._qmp is None or not self._qmp.is_connected:
-            raise QemuFailed("QEMU cannot be reached at the moment", hint="try again")
-        return self._qmp
+        return self.conversation.qmp
 
     @property
     def is_reachable(self) -> bool:
         """True while there is a conversation with QEMU."""
-        return self._qmp is not None and self._qmp.is_connected
+        return self.conversation.is_open
 
     async def wait_reachable(self) -> None:
         """Return when there is a conversation with QEMU, or none is to be expected soon."""
         deadline = time.monotonic() + REACH_SECONDS
-        while not (self._qmp and self._is_known) and self._end is None and self.note.phase is WorkerPhase.RUNNING:
+        while not self.conversation.has_begun and self.end is None and self.note.phase is WorkerPhase.RUNNING:
             if time.monotonic() > deadline:
                 return
             await asyncio.sleep(LOOK_SECONDS)
@@ -154,8 +144,8 @@ class Running:
     async def wait_known(self) -> None:
         """Return when QEMU has said how the machine is, or does not say it soon: who takes over knows nothing yet."""
         deadline = time.monotonic() + KNOWN_SECONDS
-        while not self._is_known and self._end is None and self.note.qemu and self.note.phase is WorkerPhase.RUNNING:
-            if time.monotonic() > deadline:
+        while not self.conversation.is_known and self.end is None:
+            if not self.note.qemu or self.note.phase is not WorkerPhase.RUNNING or time.monotonic() > deadline:
                 return
             await asyncio.sleep(LOOK_SECONDS)
 
@@ -214,7 +204,7 @@ class Running:
                 self.hub.mark_start()
             await self.hub.start()  # connected before the guest can say anything
             self.exited.clear()
-            self._end = None
+            self.end = None
             process = start_qemu(command, log_path=self.machine.log("qemu"), descriptors=launch.descriptors)
         finally:
             launch.close()
@@ -245,7 +235,7 @@ class Running:
                     raise from_document(supervisor.failure)
                 if exited.done():
                     raise self._refusal()
-            self._talk_over(connecting.result())
+            self.conversation.begin(connecting.result())
         except QemuFailed:
             # Both die together when the server does: its reason is the better one.
             await asyncio.sleep(LOOK_SECONDS)
@@ -263,6 +253,10 @@ class Running:
                     await connecting
         await self.refresh()
 
+    async def refresh(self) -> None:
+        """Ask QEMU for its status, and do what follows from it. Raises QemuFailed, TimedOut."""
+        await self.conversation.refresh()
+
     def _refusal(self) -> QemuFailed:
         return self.failed_as_told("QEMU refused the machine")
 
@@ -275,7 +269,7 @@ class Running:
             raise QemuFailed(
                 "the worker died while it restored the saved memory", hint=f"try again: vmm start {self.spec.name}"
             )
-        self._talk_over(None)
+        self.conversation.begin(None)
         self._serve_guest()
 
     # -- the process ---------------------------------------------------------------------------------------------
@@ -297,8 +291,8 @@ class Running:
 
     def _has_ended(self, process: QemuProcess) -> None:
         status = reap(process.ref)
-        if self._end is None:
-            self._end = End.CRASHED
+        if self.end is None:
+            self.end = End.CRASHED
             if self.note.phase is not WorkerPhase.STARTING:
                 self.tell("qemu-died", status=status, problem=process.last_words())
         self.note.qemu = None
@@ -320,19 +314,17 @@ class Running:
             task.cancel()
         if self._tasks:
             await asyncio.wait(set(self._tasks))
-        if self._qmp is not None:
-            await self._qmp.close()
-            self._qmp = None
+        await self.conversation.close()
         await self.agent.close()
         self._is_stopping = False
         self.agent.port_changed(False)
         self.exchange.port_changed(False)
-        return self._end or End.CRASHED
+        return self.end or End.CRASHED
 
     async def quit(self, end: End) -> None:
         """End QEMU in order (it flushes the disks), and surely."""
-        if self._end is None:
-            self._end = end
+        if self.end is None:
+            self.end = end
         with contextlib.suppress(VmmError):
             await self.qmp.execute("quit", timeout_seconds=STOP_SECONDS)
         with contextlib.suppress(TimeoutError):
@@ -344,7 +336,7 @@ class Running:
     async def kill(self) -> None:
         """End QEMU at once."""
         if self._process is not None and not self.exited.is_set():
-            self._end = self._end or End.STOPPED
+            self.end = self.end or End.STOPPED
             await asyncio.to_thread(self._process.ref.kill)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.exited.wait(), QUIT_SECONDS)
@@ -364,106 +356,6 @@ class Running:
         self.in_background(self.agent.run())
         self.in_background(self.exchange.run())
 
-    # -- what QEMU tells -----------------------------------------------------------------------------------------
-
-    def _talk_over(self, qmp: Qmp | None) -> None:
-        self._qmp = qmp
-        self.in_background(self._talk())
-
-    async def _talk(self) -> None:
-        """Listen to QEMU for as long as it lives, connecting again where a conversation broke off."""
-        while not self.exited.is_set():
-            try:
-                if self._qmp is None:
-                    self._qmp = await Qmp.connect(self.runtime.qmp)
-                    await self.refresh()
-                await self._look_at_ports()
-                async for event in self._qmp.events():
-                    await self._hear(event)
-            except VmmError:
-                pass
-            finally:
-                if self._qmp is not None:
-                    await self._qmp.close()
-                self._qmp = None
-            await asyncio.sleep(LOOK_SECONDS)
-
-    async def _look_at_ports(self) -> None:
-        """Whether the guest holds its channels open, which is told only when it changes."""
-        for device in await self.qmp.execute("query-chardev"):
-            self._port_changed(device["label"], bool(device["frontend-open"]))
-
-    def _port_changed(self, port: str, is_open: bool) -> None:
-        if port == "agent":
-            self.agent.port_changed(is_open)
-        elif port == "kvp":
-            self.exchange.port_changed(is_open)
-
-    async def _hear(self, event: Event) -> None:
-        name, data = event["event"], event.get("data") or {}
-        if name == "BLOCK_IO_ERROR":
-            reason = "the disk is full" if data.get("nospace") else data.get("reason") or "failed"
-            self.critical_reason = f"{data.get('node-name') or data.get('device')}: {data.get('operation')}: {reason}"
-        elif name in ("STOP", "RESUME", "SUSPEND", "WAKEUP"):
-            await self.refresh()
-        elif name == "RESET":
-            self.note.details["booted"] = time.time()
-            self.tell("reset", by_guest=data.get("guest"))
-        elif name == "VSERPORT_CHANGE":
-            self._port_changed(str(data.get("id")), bool(data.get("open")))
-        elif name == "SHUTDOWN":
-            await self._hear_shutdown(str(data.get("reason")))
-        elif name == "GUEST_PANICKED":
-            self.tell("guest-panicked")
-
-    async def _hear_shutdown(self, reason: str) -> None:
-        if self._end is not None:
-            return
-        self._end = End.STOPPED if reason.startswith("host-") else End.POWERED_OFF
-        self.tell("powered-off" if self._end is End.POWERED_OFF else "stopped", by=reason)
-        self.in_background(self.quit(self._end))
-
-    async def refresh(self) -> None:
-        """Ask QEMU how the machine is, and act on it."""
-        before = self.status
-        self.status = (await self.qmp.execute("query-status"))["status"]
-        self._is_known = True
-        if self.status == "running":
-            self.note.details.pop("paused", None)
-        if self.status == "shutdown":
-            await self._hear_shutdown("guest-shutdown")
-        elif self.status in ("internal-error", "guest-panicked") and self._end is None:
-            self._end = End.CRASHED
-            self.tell("qemu-died", problem=f"the guest cannot go on: {self.status}")
-            self.in_background(self.quit(End.CRASHED))
-        elif self.status == "io-error":
-            if before != "io-error":
-                self.tell("paused-critical", reason=self.critical_reason)
-            if not self._is_mending and not self._is_paused_by_user():
-                self._is_mending = True
-                self.in_background(self._mend())
-        elif before == "io-error" and self.status == "running":
-            self.tell("resumed")
-            self.clock.bring_to_now("paused-critical")
-
-    async def _mend(self) -> None:
-        """Try to go on until it works: the server may come back, the file system may get room again."""
-        tries = 0
-        try:
-            while self.status == "io-error" and not self._is_paused_by_user() and self._end is None:
-                await asyncio.sleep(MEND_SECONDS[min(tries, len(MEND_SECONDS) - 1)])
-                tries += 1
-                problem = await asyncio.to_thread(problem_of_store, self.spec.disks, self.runtime.nbd)
-                if problem is not None:
-                    self.critical_reason = problem
-                elif self.note.operation is None:
-                    with contextlib.suppress(VmmError):
-                        await self.qmp.execute("cont", timeout_seconds=STOP_SECONDS)
-                        await asyncio.sleep(LOOK_SECONDS)  # a disk that fails again does so at once
-                        await self.refresh()
-        finally:
-            self._is_mending = False
-
     # -- verbs ---------------------------------------------------------------------------------------------------
 
     async def pause(self) -> None:
@@ -476,15 +368,8 @@ class Running:
             except VmmError:
                 self.note.details.pop("paused", None)
                 raise
-            await self._ask_whether("paused")  # whoever saves it at once saves it paused
+            await self.conversation.refresh_or_assume("paused")  # a save that follows at once saves it paused
         self.tell("paused")
-
-    async def _ask_whether(self, status: str) -> None:
-        """Ask how the machine is after QEMU did what it was told: `status`, where it cannot be asked any more."""
-        try:
-            await self.refresh()
-        except VmmError:
-            self.status = status
 
     async def resume(self) -> None:
         """Go on. Raises WrongState, InUse, StoreFailed while a disk still fails."""
@@ -493,9 +378,11 @@ class Running:
             self.note.details.pop("paused", None)
             await self.qmp.execute("cont", timeout_seconds=STOP_SECONDS)
             await asyncio.sleep(LOOK_SECONDS)
-            await self._ask_whether("running")
+            await self.conversation.refresh_or_assume("running")
         if self.status == "io-error":
-            raise StoreFailed(f"cannot go on: {self.critical_reason}", hint="it will by itself when the cause is gone")
+            raise StoreFailed(
+                f"cannot go on: {self.conversation.critical_reason}", hint="it will by itself when the cause is gone"
+            )
         self.tell("resumed")
         self.clock.bring_to_now("pause")
 
@@ -508,7 +395,7 @@ class Running:
     async def stop(self) -> None:
         """Power off, whatever the guest thinks of it; in every state. What the guest had flushed stays."""
         self._is_stopping = True
-        self._end = self._end or End.STOPPED
+        self.end = self.end or End.STOPPED
         self.tell("stopped", by="vmm")
         await self.quit(End.STOPPED)
 

@@ -21,8 +21,9 @@ from vmm.processes.rpc import Progress
 from vmm.store import saved
 from vmm.store.media import changed_drives
 from vmm.worker.adapter_hotplug import told_mtus
-from vmm.worker.running import LOOK_SECONDS, START_SECONDS, STOP_SECONDS, End, Running
-from vmm.worker.states import Verb
+from vmm.worker.conversation import LOOK_SECONDS, STOP_SECONDS
+from vmm.worker.running import START_SECONDS, Running
+from vmm.worker.states import End, Verb
 
 _FASTEST_BYTES = 1 << 36  # a second: no limit while memory is saved, the guest stands still
 

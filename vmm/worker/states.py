@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which state a running machine is in, and which verb each state allows, as tables.
+"""Which state a running machine is in, what a change of QEMU's status leads to, and which verb each state allows.
 
     starting --> running <--> paused          pause, resume; save from either
                  |  ^  `----> stopping        the guest was asked to shut down, or QEMU was told to quit
                  v  |
             paused-critical                   a disk failed: it continues by itself when the cause is gone
 
-Decides both from facts alone, so every combination can be tried. Must not know QEMU, tasks or files. Pure.
+Decides all of it from facts alone, as tables, so every combination can be tried. Must not know QEMU, tasks or files.
+Pure.
 """
 
 from __future__ import annotations
@@ -54,6 +55,54 @@ STATES: Final[tuple[tuple[str, Callable[[Facts], bool], MachineState], ...]] = (
 def state_of(facts: Facts) -> MachineState:
     """The state of a machine about which this is known."""
     return next(state for _, holds, state in STATES if holds(facts))
+
+
+class End(StrEnum):
+    """Why a machine ended."""
+
+    POWERED_OFF = "powered-off"  # by the guest
+    STOPPED = "stopped"  # by a verb, or a signal to QEMU
+    SAVED = "saved"
+    CRASHED = "crashed"
+
+
+class Effect(StrEnum):
+    """What the worker does when QEMU reports a status."""
+
+    FORGET_PAUSE = "forget that the user paused it"
+    POWERED_OFF = "end QEMU: the guest shut itself down"
+    CRASHED = "end QEMU: the guest cannot continue"
+    REPORT_FAILED_DISK = "report that it is paused because a disk failed"
+    RETRY = "try to continue until the disk works again"
+    REPORT_RESUMED = "report that it runs again, and set the guest's clock"
+
+
+@dataclass(frozen=True, slots=True)
+class StatusReport:
+    """QEMU's status, the one before it, and what decides whether anything is left to do about it."""
+
+    before: str
+    status: str
+    has_ended: bool = False
+    is_retrying: bool = False
+    is_paused_by_user: bool = False
+
+
+_LOST = ("internal-error", "guest-panicked")
+# Every row that holds has its effect, in this order.
+EFFECTS: Final[tuple[tuple[Callable[[StatusReport], bool], Effect], ...]] = (
+    (lambda one: one.status == "running", Effect.FORGET_PAUSE),
+    (lambda one: one.status == "shutdown" and not one.has_ended, Effect.POWERED_OFF),
+    (lambda one: one.status in _LOST and not one.has_ended, Effect.CRASHED),
+    (lambda one: one.status == "io-error" != one.before, Effect.REPORT_FAILED_DISK),
+    (lambda one: one.status == "io-error" and not (one.is_retrying or one.is_paused_by_user), Effect.RETRY),
+    (lambda one: one.before == "io-error" and one.status == "running", Effect.REPORT_RESUMED),
+)
+
+
+def effects_of(report: StatusReport) -> list[Effect]:
+    """What follows from this report of QEMU's."""
+    return [effect for holds, effect in EFFECTS if holds(report)]
 
 
 class Verb(StrEnum):

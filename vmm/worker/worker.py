@@ -2,8 +2,8 @@
 """The worker: one process for each running machine, from its start until it is off and everything is put away.
 
 Decides what the control socket offers, what happens after QEMU ends (recovery, or off), how the successor of a killed
-worker continues, and how the supervisor is watched. What a verb means for QEMU is decided in `running`,
-what it means for disks in `disk_hotplug`.
+worker continues, and what becomes of a machine that cannot be reached any more. What a verb means for QEMU is decided
+in `running`, what it means for disks in `disk_hotplug`.
 
     python -m vmm.worker.worker MACHINE-FOLDER RUNTIME-FOLDER [READY-DESCRIPTOR]
 
@@ -52,13 +52,13 @@ from vmm.worker.guest_services import GuestServices
 from vmm.worker.leaving import HOST_SECONDS, SIGNAL_SECONDS, Leaving
 from vmm.worker.live_merge import LiveMerges
 from vmm.worker.recovery import Recovery
-from vmm.worker.running import LOOK_SECONDS, End, Running
+from vmm.worker.running import Running
 from vmm.worker.saving import Saving
+from vmm.worker.states import End
+from vmm.worker.supervision import Supervision
 
 SHUTDOWN_SECONDS = 120.0  # for a guest to shut down, unless somebody says otherwise
 SERVER_END_SECONDS = 60.0
-SUPERVISOR_AGAIN_SECONDS = 1.0
-FOLDER_LOOK_SECONDS = 2.0
 MAX_RECOVERIES, RECOVERY_WINDOW_SECONDS = 3, 60.0  # a machine that crashes at once is not started for ever
 
 
@@ -80,8 +80,7 @@ class Worker:
         self._running = Running(self._spec, machine, runtime, self._note, self._tell)
         self._saving = Saving(self._running)
         self._leaving = Leaving(self._running, self._saving)
-        self._supervisor: SupervisorNote | None = None  # as it was last seen
-        self._folder = os.stat(runtime.folder)
+        self._supervision = Supervision(machine, runtime, self._tell, self._reachable_no_more)
         self._plugging = Plugging(self._running)
         self._backup = Backup(self._running)
         self._recovery = Recovery(self._running, self._backup)
@@ -126,7 +125,7 @@ class Worker:
         if is_leaving(self._runtime):
             self._leave_for_signal("a signal to the worker before")
         await self._control.start(bind_private(self._runtime.control))
-        watch = asyncio.gather(self._watch_supervisor(), self._watch_folder())
+        watch = asyncio.gather(*self._supervision.watches())
         switches = asyncio.create_task(self._wiring.watch())
         try:
             end = await self._first_end()
@@ -243,7 +242,7 @@ class Worker:
                 fold.spawn(self._machine, self._runtime)
 
     async def _end_server(self) -> None:
-        supervisor = SupervisorNote.read(self._runtime) or self._supervisor
+        supervisor = self._supervision.note()
         server = supervisor.server if supervisor is not None else None
         if server is None or not server.is_alive():
             return
@@ -254,51 +253,8 @@ class Worker:
         if not await asyncio.to_thread(server.wait, SERVER_END_SECONDS):
             await asyncio.to_thread(server.end, 1.0, SERVER_END_SIGNAL)
 
-    def _leave_for_signal(self, name: str) -> None:
-        """The host stops, or whoever started us goes: what the definition says for that."""
-        self._leaving.begin(name, SIGNAL_SECONDS, lambda: self._rest)
-
-    # -- the supervisor ----------------------------------------------------------------------------------------------
-
-    async def _watch_supervisor(self) -> None:
-        """Start another when it has died."""
-        loop = asyncio.get_running_loop()
-        while self._has_folder():
-            note = SupervisorNote.read(self._runtime)
-            pidfd = note.supervisor.open_pidfd() if note is not None and note.supervisor is not None else None
-            if pidfd is not None:
-                died = asyncio.Event()
-                loop.add_reader(pidfd, died.set)
-                try:
-                    await died.wait()
-                finally:
-                    loop.remove_reader(pidfd)
-                    os.close(pidfd)
-                self._tell("keeper-died")
-                if not self._has_folder():
-                    return
-            with contextlib.suppress(OSError):
-                pid = spawn_detached(
-                    python_command("vmm.processes.supervisor", self._machine.folder, self._runtime.folder),
-                    log_path=self._machine.log("keeper"),
-                    environment=python_environment(),
-                )
-                await self._wait_for_note(pid)
-            await asyncio.sleep(SUPERVISOR_AGAIN_SECONDS)
-
-    def _has_folder(self) -> bool:
-        with contextlib.suppress(OSError):
-            return os.path.samestat(os.stat(self._runtime.folder), self._folder)
-        return False
-
-    async def _watch_folder(self) -> None:
-        """When the runtime folder is gone nobody finds the machine any more: it is saved, or else powered off.
-
-        A user's last session takes /run/user/ID with it, and /tmp is tidied up.
-        """
-        while self._has_folder():
-            self._supervisor = SupervisorNote.read(self._runtime) or self._supervisor
-            await asyncio.sleep(FOLDER_LOOK_SECONDS)
+    async def _reachable_no_more(self) -> None:
+        """The runtime folder is gone, so no command finds the machine any more: it is saved, or else powered off."""
         self._tell("runtime-folder-gone", problem="nobody can reach the machine any more: it is saved")
         try:
             await self._saving.save(lambda document: None)
@@ -306,16 +262,9 @@ class Worker:
             self._tell("save-failed", problem=str(error))
             await self._running.stop()
 
-    async def _wait_for_note(self, pid: int) -> None:
-        """Until the new supervisor has written that it is there, or has ended."""
-        deadline = time.monotonic() + SUPERVISOR_AGAIN_SECONDS * 10
-        while time.monotonic() < deadline and ProcessRef.of(pid) is not None:
-            note = SupervisorNote.read(self._runtime)
-            if note is not None and note.supervisor is not None and note.supervisor.pid == pid:
-                return
-            await asyncio.sleep(LOOK_SECONDS)
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(pid, os.WNOHANG)
+    def _leave_for_signal(self, name: str) -> None:
+        """The host stops, or whoever started us goes: what the definition says for that."""
+        self._leaving.begin(name, SIGNAL_SECONDS, lambda: self._rest)
 
     # -- what the control socket offers --------------------------------------------------------------------------
 

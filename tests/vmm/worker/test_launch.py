@@ -18,16 +18,13 @@ from vmm.worker import launch
 
 @pytest.fixture
 def folder() -> Iterator[str]:
-    """A short path, in which sockets can be made, that everybody may pass through."""
+    """A short path, in which sockets can be made."""
     with tempfile.TemporaryDirectory(prefix="vmm-launch-") as path:
-        os.chmod(path, 0o711)
         yield path
 
 
-def test_qemus_user_may_pass_through_the_folder_of_its_devices(
-    folder: str, monkeypatch: pytest.MonkeyPatch, umask: None
-) -> None:
-    """The folder of device nodes is 0711 whatever the umask is, also if an earlier start left it otherwise."""
+def test_the_folder_for_device_nodes_is_private(folder: str, monkeypatch: pytest.MonkeyPatch, umask: None) -> None:
+    """The folder over which device nodes are mounted is 0700, whatever the umask is and an earlier start left."""
     monkeypatch.setattr(program, "find", lambda: "qemu")
     monkeypatch.setattr(launch, "privileged_command", lambda command, **rest: command)
     for _ in range(2):
@@ -37,5 +34,5 @@ def test_qemus_user_may_pass_through_the_folder_of_its_devices(
         )  # fmt: skip
         prepared.close()
         scratch = os.path.join(folder, "dev")
-        assert stat.S_IMODE(os.stat(scratch).st_mode) == 0o711
-        os.chmod(scratch, 0o700)
+        assert stat.S_IMODE(os.stat(scratch).st_mode) == 0o700
+        os.chmod(scratch, 0o711)

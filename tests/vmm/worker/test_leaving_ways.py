@@ -16,8 +16,9 @@ from vmm.model.paths import MachinePaths, RuntimePaths
 from vmm.model.spec import make_spec
 from vmm.store.state import WorkerNote, WorkerPhase
 from vmm.worker.leaving import Leaving
-from vmm.worker.running import End, Running
+from vmm.worker.running import Running
 from vmm.worker.saving import Saving
+from vmm.worker.states import End
 
 
 class Played:

@@ -51,9 +51,9 @@ def test_the_clock_is_set_when_the_guest_goes_on(
             lambda event, **details: None,
         )  # fmt: skip
         monkeypatch.setattr(running.clock, "bring_to_now", told.append)
-        monkeypatch.setattr(running, "_qmp", Monitor(*states))
-        monkeypatch.setattr(running, "_is_mending", True)
-        running.status = before
+        monkeypatch.setattr(running.conversation, "_qmp", Monitor(*states))
+        monkeypatch.setattr(running.conversation, "_is_retrying", True)
+        running.conversation.status = before
         await getattr(running, verb)()
 
     asyncio.run(scene())
@@ -68,8 +68,8 @@ def test_a_machine_is_known_to_be_paused_when_the_verb_ends(tmp_path: Path, monk
             make_spec(name="web"), MachinePaths(str(tmp_path)), RuntimePaths(str(tmp_path)),
             WorkerNote(phase=WorkerPhase.RUNNING), lambda event, **details: None,
         )  # fmt: skip
-        monkeypatch.setattr(running, "_qmp", Monitor("paused"))
-        running.status = "running"
+        monkeypatch.setattr(running.conversation, "_qmp", Monitor("paused"))
+        running.conversation.status = "running"
         await running.pause()
         return running.status
 
@@ -98,8 +98,8 @@ def test_a_verb_that_was_carried_out_does_not_fail(
             lambda event, **details: told.append(event),
         )  # fmt: skip
         monkeypatch.setattr(running.clock, "bring_to_now", lambda why: None)
-        monkeypatch.setattr(running, "_qmp", Dying())
-        running.status, running._is_known = before, True
+        monkeypatch.setattr(running.conversation, "_qmp", Dying())
+        running.conversation.status, running.conversation.is_known = before, True
         await getattr(running, verb)()
         assert told == [f"{verb}d"]
         return running.status

@@ -55,7 +55,7 @@ def test_the_status_waits_for_qemu(tmp_path: Path) -> None:
         asked = asyncio.create_task(machine.wait_known())
         await asyncio.sleep(0)
         assert not asked.done()
-        machine._qmp = cast(Qmp, FakeQmp("paused"))
+        machine.conversation._qmp = cast(Qmp, FakeQmp("paused"))
         await machine.refresh()
         await asked
         assert machine.state is MachineState.PAUSED

@@ -9,7 +9,18 @@ import pytest
 
 from vmm.model.errors import WrongState
 from vmm.store.state import MachineState, WorkerPhase
-from vmm.worker.states import ALLOWED, STATES, Facts, Verb, refuse, state_of
+from vmm.worker.states import (
+    ALLOWED,
+    EFFECTS,
+    STATES,
+    Effect,
+    Facts,
+    StatusReport,
+    Verb,
+    effects_of,
+    refuse,
+    state_of,
+)
 
 STATUSES = (
     "prelaunch",
@@ -20,6 +31,7 @@ STATUSES = (
     "postmigrate",
     "finish-migrate",
     "internal-error",
+    "guest-panicked",
 )
 EVERYTHING = [
     Facts(phase, status, is_known, is_ending, is_paused, operation)
@@ -44,7 +56,7 @@ def plain_state(one: Facts) -> MachineState:
 
 def test_every_combination_has_its_state() -> None:
     """All facts that there can be give the state that plain conditions give."""
-    assert len(EVERYTHING) == 576
+    assert len(EVERYTHING) == 648
     assert [one for one in EVERYTHING if state_of(one) is not plain_state(one)] == []
 
 
@@ -53,6 +65,37 @@ def test_every_row_decides_something() -> None:
     for number, (words, holds, _) in enumerate(STATES):
         earlier = [row[1] for row in STATES[:number]]
         assert any(holds(one) and not any(before(one) for before in earlier) for one in EVERYTHING), words
+
+
+REPORTS = [
+    StatusReport(before, status, has_ended, is_retrying, is_paused)
+    for before, status, has_ended, is_retrying, is_paused in itertools.product(
+        STATUSES, STATUSES, (True, False), (True, False), (True, False)
+    )
+]
+
+
+def plain_effects(one: StatusReport) -> list[Effect]:
+    """The same in plain conditions."""
+    found = [Effect.FORGET_PAUSE] if one.status == "running" else []
+    if one.status == "shutdown":
+        found += [] if one.has_ended else [Effect.POWERED_OFF]
+    elif one.status in ("internal-error", "guest-panicked") and not one.has_ended:
+        found.append(Effect.CRASHED)
+    elif one.status == "io-error":
+        found += [Effect.REPORT_FAILED_DISK] if one.before != "io-error" else []
+        found += [Effect.RETRY] if not one.is_retrying and not one.is_paused_by_user else []
+    elif one.before == "io-error" and one.status == "running":
+        found.append(Effect.REPORT_RESUMED)
+    return found
+
+
+def test_every_report_has_its_effects() -> None:
+    """Every change of QEMU's status leads to what plain conditions say, and every effect is reached."""
+    assert [one for one in REPORTS if effects_of(one) != plain_effects(one)] == []
+    assert (
+        {effect for one in REPORTS for effect in effects_of(one)} == {effect for _, effect in EFFECTS} == set(Effect)
+    )
 
 
 @pytest.mark.parametrize("verb", list(Verb), ids=lambda one: one.name)

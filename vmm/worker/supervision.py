@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a worker watches what other processes find its machine by: the supervisor, and the runtime folder.
+
+Decides when another supervisor is started, and when the folder counts as gone. What becomes of a machine without its
+runtime folder is decided in `worker`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+from vmm.host.proc import ProcessRef, python_command, python_environment, spawn_detached
+from vmm.model.paths import MachinePaths, RuntimePaths
+from vmm.store.state import SupervisorNote
+from vmm.worker.conversation import LOOK_SECONDS
+
+SUPERVISOR_AGAIN_SECONDS = 1.0
+FOLDER_LOOK_SECONDS = 2.0
+
+
+class Supervision:
+    """The supervisor and the runtime folder of one machine, as its worker sees them. For one event loop."""
+
+    def __init__(
+        self,
+        machine: MachinePaths,
+        runtime: RuntimePaths,
+        tell: Callable[..., None],
+        folder_gone: Callable[[], Awaitable[None]],
+    ) -> None:
+        """`folder_gone` is awaited once, if the runtime folder has been removed. Raises OSError if it is not there."""
+        self._machine = machine
+        self._runtime = runtime
+        self._tell = tell
+        self._folder_gone = folder_gone
+        self._folder = os.stat(runtime.folder)
+        self._last: SupervisorNote | None = None
+
+    def watches(self) -> tuple[Coroutine[Any, Any, None], ...]:
+        """What is to run for as long as the machine does."""
+        return self._watch_supervisor(), self._watch_folder()
+
+    def note(self) -> SupervisorNote | None:
+        """What the supervisor noted last, also if the folder that the note was in is gone."""
+        return SupervisorNote.read(self._runtime) or self._last
+
+    async def _watch_supervisor(self) -> None:
+        """Start another one when it has died."""
+        loop = asyncio.get_running_loop()
+        while self._has_folder():
+            note = SupervisorNote.read(self._runtime)
+            pidfd = note.supervisor.open_pidfd() if note is not None and note.supervisor is not None else None
+            if pidfd is not None:
+                died = asyncio.Event()
+                loop.add_reader(pidfd, died.set)
+                try:
+                    await died.wait()
+                finally:
+                    loop.remove_reader(pidfd)
+                    os.close(pidfd)
+                self._tell("keeper-died")
+                if not self._has_folder():
+                    return
+            with contextlib.suppress(OSError):
+                pid = spawn_detached(
+                    python_command("vmm.processes.supervisor", self._machine.folder, self._runtime.folder),
+                    log_path=self._machine.log("keeper"),
+                    environment=python_environment(),
+                )
+                await self._wait_for_note(pid)
+            await asyncio.sleep(SUPERVISOR_AGAIN_SECONDS)
+
+    async def _wait_for_note(self, pid: int) -> None:
+        """Until the new supervisor has written that it is there, or has ended."""
+        deadline = time.monotonic() + SUPERVISOR_AGAIN_SECONDS * 10
+        while time.monotonic() < deadline and ProcessRef.of(pid) is not None:
+            note = SupervisorNote.read(self._runtime)
+            if note is not None and note.supervisor is not None and note.supervisor.pid == pid:
+                return
+            await asyncio.sleep(LOOK_SECONDS)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)
+
+    def _has_folder(self) -> bool:
+        with contextlib.suppress(OSError):
+            return os.path.samestat(os.stat(self._runtime.folder), self._folder)
+        return False
+
+    async def _watch_folder(self) -> None:
+        """A user's last session takes /run/user/ID with it, and programs that tidy up /tmp take what is there."""
+        while self._has_folder():
+            self._last = self.note()
+            await asyncio.sleep(FOLDER_LOOK_SECONDS)
+        await self._folder_gone()
