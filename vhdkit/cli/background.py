@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A process of our own that continues when the command has returned.
+"""A background process that continues after the command has returned.
 
 Decides how it is detached from the terminal, and how the command learns that it is ready, or why it is not. Must not
-know what it does. The command has one thread, and the new process is a copy of it: open files stay open.
+know what the process does. The command has one thread, and the new process is a copy of it: open files stay open.
 """
 
 from __future__ import annotations
@@ -19,17 +19,19 @@ from vhdkit.descriptor import passing_on
 from vhdkit.serve.mount.host import Child, become_flusher
 from vhdkit.units import KIB
 
-Body: TypeAlias = Callable[[Callable[[], None]], int]  # gets what it calls when it is ready; returns an exit code
+Body: TypeAlias = Callable[
+    [Callable[[], None]], int
+]  # takes the function that it calls when it is ready; returns an exit code
 
 _MAX_SAID_BYTES = 64 * KIB
 _READY = b"+"
 
 
 def start(body: Body, *, talks: bool) -> Child:
-    """Run `body` in a process of its own; return when it called what it was given, or has ended.
+    """Run `body` in a background process; return when it reports that it is ready, or has ended.
 
-    The process stands alone: its own session, the root folder, no terminal. When it `talks`, what it writes to
-    standard error is seen even so, once it is ready.
+    The process is detached: its own session, the root folder, no terminal. If `talks` is set, its standard error
+    still goes to the command's once it is ready.
     """
     ready_end, child_ready = os.pipe()
     said_end, child_said = os.pipe()
@@ -48,7 +50,7 @@ def start(body: Body, *, talks: bool) -> Child:
     try:
         is_ready = os.read(ready_end, 1) == _READY
         said = b"" if is_ready else _rest(said_end)
-    except BaseException:  # Ctrl-C: nobody would know of it
+    except BaseException:  # Ctrl-C: leave no process that the user does not know of
         os.kill(pid, signal.SIGTERM)
         os.waitpid(pid, 0)
         raise
@@ -72,7 +74,7 @@ def _serve(body: Body, ready_fd: int, said_fd: int, talks: bool) -> NoReturn:
         os.setsid()
         os.chdir("/")
         for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(one, signal.SIG_DFL)  # libfuse takes them then, and ends in order
+            signal.signal(one, signal.SIG_DFL)  # libfuse then handles them and shuts down cleanly
         ignore_unmeant()
         nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         stderr = os.dup(2) if talks else nothing
@@ -91,4 +93,4 @@ def _serve(body: Body, ready_fd: int, said_fd: int, talks: bool) -> NoReturn:
     except BaseException as error:
         os.write(2, f"{type(error).__name__}: {error}\n".encode("utf-8", "replace"))
     finally:
-        os._exit(code)  # nothing of the command's own end: its buffers, its exit code
+        os._exit(code)  # skips what the command does at its end, such as flushing its buffers

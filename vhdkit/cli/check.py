@@ -16,7 +16,7 @@ from vhdkit import Finding, Severity
 from vhdkit.cli.common import PATH, Common, dry_run_option, epilog, image_options, progress_option
 from vhdkit.cli.output import count, finding_document, print_finding, print_json, print_text
 from vhdkit.cli.progress import progress_shown
-from vhdkit.cli.repair import repair_document, restore, tell_repair
+from vhdkit.cli.repair import print_repair, repair_document, restore
 from vhdkit.errors import printable
 
 EXIT_ERRORS = 3
@@ -36,20 +36,20 @@ _STATUS = {
         "vhdkit check leaf.avhd --repair --dry-run",
         "vhdkit check leaf.avhd --repair --undo leaf.undo",
         "vhdkit check leaf.avhd --restore leaf.undo",
-        codes="Exit code 0 when clean (notes do not count), 3 for errors, 4 for warnings only; after a repair, of what"
-        " is left.",
+        codes="Exit code 0 if clean (notes do not count), 3 for errors, 4 for warnings only; after a repair, for what"
+        " remains.",
     ),
 )
 @click.argument("image", type=PATH)
-@click.option("--repair", "wanted", is_flag=True, help="Put right what can be in IMAGE, then examine it again.")
-@click.option("--undo", metavar="FILE", type=PATH, help="With --repair: write a backup of every byte that changes.")
+@click.option("--repair", "wanted", is_flag=True, help="Repair what can be repaired in IMAGE, then check it again.")
+@click.option("--undo", metavar="FILE", type=PATH, help="With --repair: back up every byte that changes to FILE.")
 @click.option("--accept-data-loss", is_flag=True,
-              help="With --repair: clear blocks that cannot be where the table says, losing content.")  # fmt: skip
+              help="With --repair: clear impossible BAT entries; the content of their blocks is lost.")  # fmt: skip
 @click.option("--report", metavar="FILE", type=PATH,
-              help="Where lost ranges are listed; IMAGE.lost.json when not given.")  # fmt: skip
+              help="The list of lost ranges; IMAGE.lost.json by default.")  # fmt: skip
 @click.option("--writer-is-dead", is_flag=True,
-              help="With --repair: remove the mark of another program (0xC7, v_poison) that is dead.")  # fmt: skip
-@click.option("--restore", "undo_to_apply", metavar="FILE", type=PATH, help="Take a repair back with its backup.")
+              help="With --repair: remove the in-use mark (0xC7, v_poison) of a program that has died.")  # fmt: skip
+@click.option("--restore", "undo_to_apply", metavar="FILE", type=PATH, help="Undo a repair with its backup.")
 @dry_run_option
 @image_options()
 @progress_option
@@ -58,16 +58,16 @@ def check_command(
     context: click.Context, image: str, wanted: bool, undo: str | None, accept_data_loss: bool, report: str | None,
     writer_is_dead: bool, undo_to_apply: str | None, dry_run: bool, common: Common, progress: bool | None,
 ) -> None:  # fmt: skip
-    """Examine an image and its parents; without --repair or --restore nothing is changed.
+    """Check an image and its parents; without --repair or --restore nothing is changed.
 
-    Footers, header, BAT, bitmaps, locators, lost space, and whether the files of the chain belong together.
-    An error means that bytes are read wrong or not at all; a warning, that others may read them differently
+    Covers footers, header, BAT, bitmaps, locators, lost space, and whether the files of the chain belong together.
+    An error means that data is read wrong or not at all; a warning, that other programs may read it differently
     or that space is lost.
 
-    --repair changes IMAGE alone, all at once or, at a power cut, not at all. It mends footers, their checksums and
-    their geometry, the header's checksum, BAT entries that cannot be, blocks that lie over one another, a last block
-    that is cut short, bits behind the end of the disk, wrong bits of a batmap, the names of the parent (blank,
-    outside the file, behind the blocks, or leading elsewhere), lost space, and garbage or zeros behind the footer.
+    --repair changes IMAGE alone, and atomically: after a power cut all of it is done, or nothing. It repairs footers,
+    their checksums and their geometry, the header's checksum, impossible BAT entries, overlapping blocks, a truncated
+    last block, bits past the end of the disk, wrong bits of a batmap, the names of the parent (blank, outside the
+    file, after the blocks, or leading elsewhere), lost space, and garbage or zeros after the footer.
 
     \b
     With --json: {"path", "status": "clean" | "warnings" | "errors",
@@ -80,12 +80,12 @@ def check_command(
     given = [name for name, value in (("--undo", undo), ("--accept-data-loss", accept_data_loss), ("--report", report),
              ("--writer-is-dead", writer_is_dead), ("--dry-run", dry_run)) if value]  # fmt: skip
     if not wanted and given:
-        raise click.UsageError(f"{given[0]} goes with --repair")
+        raise click.UsageError(f"{given[0]} requires --repair")
     if wanted and undo_to_apply:
-        raise click.UsageError("--repair or --restore, not both")
+        raise click.UsageError("--repair and --restore cannot be combined")
     more: dict[str, Any] = {}
     if wanted:
-        with progress_shown(common, progress, "examining") as show:
+        with progress_shown(common, progress, "checking") as show:
             done = vhdkit.repair(
                 image, accept_data_loss=accept_data_loss, writer_is_dead=writer_is_dead, undo=undo, report=report,
                 options=common.options, dry_run=dry_run, progress=show,
@@ -93,11 +93,11 @@ def check_command(
         findings = list(done.findings)
         more["repair"] = repair_document(done, dry_run=dry_run)
         if not common.quiet and not common.json:
-            tell_repair(done, dry_run=dry_run)
+            print_repair(done, dry_run=dry_run)
     else:
         if undo_to_apply:
             more |= restore(image, undo_to_apply, common)
-        with progress_shown(common, progress, "examining") as show:
+        with progress_shown(common, progress, "checking") as show:
             findings = vhdkit.check(image, options=common.options, progress=show)
     worst = max((one.severity for one in findings), default=None)
     status, code = _STATUS[worst]
@@ -105,11 +105,11 @@ def check_command(
         documents = [finding_document(one) for one in findings]
         print_json({"path": image, "status": status, "findings": documents, **more})
     elif not common.quiet:
-        _tell(image, findings, status)
+        _print_result(image, findings, status)
     context.exit(code)
 
 
-def _tell(image: str, findings: list[Finding], status: str) -> None:
+def _print_result(image: str, findings: list[Finding], status: str) -> None:
     # A stable sort: within one severity the chain's order, leaf first, stays.
     for finding in sorted(findings, key=lambda one: -one.severity):
         print_finding(finding)

@@ -24,29 +24,29 @@ from vhdkit.units import DiskSize, parse_disk_size, parse_size
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
 BLOCK_SIZE_HELP = (
-    "Unit of allocation of a dynamic VHD, 512K to 256M; 2M when not given. XenServer's vhd-util reads others than 2M"
-    " wrongly."
+    "Unit of allocation of a dynamic VHD, 512K to 256M; default 2M. XenServer's vhd-util misreads any size other"
+    " than 2M."
 )
 STREAM = "-"  # standard input or output in place of a file
 
 
 @dataclass(frozen=True, slots=True)
 class Common:
-    """What the user said that every verb understands."""
+    """The options that all verbs share."""
 
     options: OpenOptions
     json: bool
     quiet: bool
     verbose: bool
-    said_parent_dirs: tuple[str, ...] = ()
+    given_parent_dirs: tuple[str, ...] = ()
     trusted: TrustedFolders = field(default_factory=lambda: TrustedFolders((), ()))
 
     def why_allowed(self, folder: str, image: str) -> str:
-        """Who says that parents of `image` may lie in this folder, which is one that the library allowed."""
+        """What allows parents of `image` in this folder: an option, a configuration file or the image's own place."""
         real = real_path(folder)
         if real == os.path.dirname(real_path(image)):
             return "the image's own folder"
-        if real in map(real_path, self.said_parent_dirs):
+        if real in map(real_path, self.given_parent_dirs):
             return "--allow-parent-dir"
         sources = [one.source for one in self.trusted.folders if real_path(one.path) == real]
         return sources[0] if sources else "the folder of the name it was called by"
@@ -69,7 +69,7 @@ def disk_size(text: str) -> DiskSize:
 
 
 class PathType(click.Path):
-    """The name of a file. Nothing is looked at here: the library says what is wrong with it."""
+    """The name of a file. The file system is not consulted here: the library reports what is wrong with a file."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """The name, which is not empty."""
@@ -77,7 +77,7 @@ class PathType(click.Path):
         if not text:
             self.fail("a file name cannot be empty", param, ctx)
         if "\0" in text:
-            raise InvalidArgument("is not a file name: it holds a zero byte", path=text)
+            raise InvalidArgument("is not a file name: it contains a NUL byte", path=text)
         return text
 
 
@@ -129,23 +129,23 @@ def image_options(*, leaf_format: bool = True) -> Callable[[Verb], Verb]:
 def _options(leaf_format: bool) -> list[Callable[[Any], Any]]:
     options = [
         click.option("--allow-parent-dir", metavar="DIR", type=_FOLDER, multiple=True,
-                     help="Parents may lie in DIR too, not only in the image's own folder. Repeatable;"
-                          " VHDKIT_PARENT_DIRS, or parent_dirs in ~/.config/vhdkit/config.toml or"
-                          " /etc/vhdkit/config.toml, does it for every command."),
+                     help="Allow parents in DIR, in addition to the image's own folder. Repeatable. To allow a"
+                          " folder for every command, set VHDKIT_PARENT_DIRS, or parent_dirs in"
+                          " ~/.config/vhdkit/config.toml or /etc/vhdkit/config.toml."),
         click.option("--allow-raw-parent", is_flag=True,
-                     help="Accept a raw parent: the image records no id to know it by."),
+                     help="Accept a raw parent, which has no id to verify."),
         click.option("--dynamic-bitmap", type=click.Choice(["spec", "ignore"]), default="spec", show_default=True,
-                     help="A clear bit in a dynamic disk's bitmap means zeros (spec), or bitmaps are ignored."),
+                     help="Read a clear bit in a dynamic disk's bitmap as zeros (spec), or ignore bitmaps."),
     ]  # fmt: skip
     if leaf_format:
         options.append(
             click.option("--format", "image_format", type=click.Choice([one.value for one in FormatName]),
-                         help="The format of the image, instead of detecting it.")
+                         help="The format of the image; detected by default.")
         )  # fmt: skip
     return [
         *options,
-        click.option("--json", is_flag=True, help="Print one JSON document; an error is a JSON object too."),
-        click.option("-q", "--quiet", is_flag=True, help="Leave out notes, summaries and progress."),
+        click.option("--json", is_flag=True, help="Print one JSON document; errors are JSON objects too."),
+        click.option("-q", "--quiet", is_flag=True, help="Print no notes, summaries or progress."),
         click.option("-v", "--verbose", is_flag=True, help="Print more; show where an internal error came from."),
     ]
 
@@ -160,19 +160,19 @@ def progress_option(verb: Verb) -> Verb:
 
 def dry_run_option(verb: Verb) -> Verb:
     """`--dry-run` for verbs that change files."""
-    return click.option("--dry-run", is_flag=True, help="Look at everything, say what would be done, change nothing.")(
-        verb
-    )
+    return click.option(
+        "--dry-run", is_flag=True, help="Check everything and print what would be done; change nothing."
+    )(verb)
 
 
 def print_aside(text: str) -> None:
-    """One line on standard error beside a verb's result: where nobody can be told, the verb goes on all the same."""
+    """Print one line on standard error, beside a verb's result. A closed standard error does not stop the verb."""
     with contextlib.suppress(OSError, ValueError):
         click.echo(printable(text), err=True)
 
 
 class VerbGroup(click.Group):
-    """A group whose help shows what each verb is for in a whole sentence; click cuts them off."""
+    """A group whose help shows what each verb is for in a whole sentence; click truncates them."""
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The list of verbs."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`compact`: a smaller file for the same disk."""
+"""`compact`: makes the file of an image smaller without changing its disk."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from vhdkit.units import format_size
     epilog=epilog("vhdkit compact disk.vhd", "vhdkit compact --dry-run disk.vhd"),
 )
 @click.argument("image", type=PATH)
-@click.option("--dry-run", is_flag=True, help="Only say what would be done.")
+@click.option("--dry-run", is_flag=True, help="Only print what would be done.")
 @image_options()
 @progress_option
 def compact_command(image: str, dry_run: bool, common: Common, progress: bool | None) -> None:
-    """Drop the blocks of IMAGE that hold nothing but zeros, close the gaps, and cut the file.
+    """Drop the blocks of IMAGE that hold only zeros, close the gaps, and truncate the file.
 
-    Zeros that hide data of a parent stay. In a fixed or raw image, whose file keeps its size, runs of zeros become
-    holes. The disk reads the same at every moment: Ctrl-C or a power cut loses nothing, and compacting again goes
-    on. An image that others stand on is compacted too; nobody may have it open. Have the guest write zeros over
-    what it has deleted before (fstrim, sdelete -z).
+    Zeros that hide a parent's data stay. In a fixed or raw image, whose file keeps its size, runs of zeros become
+    holes. The disk reads the same throughout: Ctrl-C or a power cut loses nothing, and compacting again continues.
+    An image with children can be compacted too, but no program may have it open. First let the guest discard or
+    zero what it has deleted (fstrim, sdelete -z).
 
     \b
     With --json: {"path", "file_size_before_bytes", "file_size_after_bytes",

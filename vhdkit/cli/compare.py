@@ -30,7 +30,7 @@ from vhdkit.units import SECTOR_SIZE, format_size
 def compare_command(context: click.Context, first: str, second: str, common: Common, progress: bool | None) -> None:
     """Compare the content of two images of any kinds, each with its parents.
 
-    Where one disk is longer, its rest is compared with zeros.
+    If the sizes differ, the rest of the longer disk is compared with zeros.
 
     \b
     With --json: {"same", "first_size_bytes", "second_size_bytes",
@@ -48,11 +48,11 @@ def compare_command(context: click.Context, first: str, second: str, common: Com
         }
         print_json(document)
     elif not common.quiet:
-        _tell(result, printable(first), printable(second))
+        _print_result(result, printable(first), printable(second))
     context.exit(0 if result.same_content else EXIT_FAILED)
 
 
-def _tell(result: Comparison, first: str, second: str) -> None:
+def _print_result(result: Comparison, first: str, second: str) -> None:
     if result.first_difference_bytes is None:
         print_text(("equal", "bold green"), f": {first} and {second} hold the same disk")
     else:

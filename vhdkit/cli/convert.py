@@ -21,7 +21,7 @@ from vhdkit.chain.verbs.convert import convert_chain
 from vhdkit.chain.verbs.stream import export_stream, import_stream, pass_stream
 from vhdkit.cli.common import BLOCK_SIZE_HELP, PATH, STREAM, Common, epilog, image_options, progress_option
 from vhdkit.cli.common import size as parsed_size
-from vhdkit.cli.naming import tell_other_name
+from vhdkit.cli.naming import note_other_name
 from vhdkit.cli.output import exact_size, note, print_json
 from vhdkit.cli.progress import progress_shown
 from vhdkit.errors import printable
@@ -40,7 +40,7 @@ _EXAMPLES = (
 
 @dataclass(frozen=True, slots=True)
 class _Conversion:
-    """What was asked for. A path of `-` is a pipe."""
+    """What the command line requests. A path of `-` is a pipe."""
 
     source: str
     destination: str
@@ -55,15 +55,15 @@ class _Conversion:
 @click.argument("source", metavar="SRC", type=PATH)
 @click.argument("destination", metavar="DST", type=PATH)
 @click.option("--to", "kind", type=click.Choice([one.value for one in DiskFormat]),
-              help="Kind of the new image. Needed, except with --azure.")  # fmt: skip
-@click.option("--azure", is_flag=True, help="A fixed VHD of whole MiB, as Azure wants it.")
+              help="Kind of the new image. Required unless --azure is given.")  # fmt: skip
+@click.option("--azure", is_flag=True, help="Make a fixed VHD of whole MiB, as Azure requires.")
 @click.option("--block-size", type=parsed_size, help=BLOCK_SIZE_HELP)
 @click.option(
     "--force",
     is_flag=True,
     help="Replace an existing file, unless it is in use, a parent, or in SRC's chain.",
 )
-@click.option("--no-sync", is_flag=True, help="Do not wait until the result is on the device.")
+@click.option("--no-sync", is_flag=True, help="Do not wait until the result is flushed to the device.")
 @image_options()
 @progress_option
 def convert_command(
@@ -72,28 +72,28 @@ def convert_command(
 ) -> None:  # fmt: skip
     """Write the content of SRC, with all its parents, to a new image DST.
 
-    Zeros become holes. DST appears whole or not at all. SRC or DST may be - for a pipe (raw and fixed; a dynamic
-    VHD can be made from a pipe, but not written to one). --format says what SRC is.
+    Zeros become holes. DST is created completely or not at all. SRC or DST may be - for a pipe (raw and fixed; a
+    dynamic VHD can be made from a pipe, but not written to one). --format gives the format of SRC.
 
     \b
     With --json: {"source", "destination", "format", "virtual_size_bytes",
                   "seconds", "bytes_per_second"}
     """
     if kind is None and not azure:
-        raise click.UsageError("say what to make with --to raw, --to fixed or --to dynamic")
+        raise click.UsageError("choose the kind of image with --to raw, --to fixed or --to dynamic")
     target = DiskFormat(kind or DiskFormat.FIXED)
     if block_size is not None and target is not DiskFormat.DYNAMIC:
         raise click.UsageError(f"a {target} image has no blocks: leave out --block-size")
     if destination == STREAM and common.json:
-        raise click.UsageError("standard output cannot be both the disk and the JSON document")
+        raise click.UsageError("standard output cannot take both the disk and the JSON document")
     job = _Conversion(source, destination, target, block_size or DEFAULT_BLOCK_SIZE, azure, force, not no_sync)
     begin = time.monotonic()
     size_bytes = _run(job, common, progress)
-    _tell(job, size_bytes, time.monotonic() - begin, common)
+    _print_result(job, size_bytes, time.monotonic() - begin, common)
 
 
 def _run(job: _Conversion, common: Common, wanted: bool | None) -> int:
-    """Do it; returns the virtual size of the result."""
+    """Convert; returns the virtual size of the result."""
     if job.source == STREAM:
         return _from_pipe(job, common, wanted)
     with vhdkit.open_disk(job.source, options=common.options) as disk:
@@ -116,7 +116,7 @@ def _run(job: _Conversion, common: Common, wanted: bool | None) -> int:
         if made != disk.size_bytes:
             note(
                 common,
-                f"rounded {disk.size_bytes} bytes up to {made} ({format_size(made)}): Azure takes whole MiB",
+                f"rounded {disk.size_bytes} bytes up to {made} ({format_size(made)}): Azure requires whole MiB",
             )
     return made
 
@@ -126,7 +126,7 @@ def _refuse_layers(output: Any, disk: vhdkit.Disk) -> None:
     try:
         identity = identity_of(output.fileno())
     except (OSError, ValueError):
-        return  # no file at all
+        return  # not a file
     for layer in disk.chain.layers:
         file = file_of(layer.store)
         if file is not None and file.identity == identity:
@@ -165,15 +165,15 @@ def _standard_output() -> Any:
     stream = getattr(sys.stdout, "buffer", None)
     if stream is None or sys.stdout.isatty():
         raise InvalidArgument(
-            "standard output is a terminal or closed: a disk is not written to it", hint="name a file, or pipe it"
+            "standard output is a terminal or closed: a disk cannot go there", hint="name a file, or use a pipe"
         )
     return stream
 
 
-def _tell(job: _Conversion, size_bytes: int, seconds: float, common: Common) -> None:
+def _print_result(job: _Conversion, size_bytes: int, seconds: float, common: Common) -> None:
     if job.destination == STREAM:
         return
-    tell_other_name(common, job.destination, raw=job.kind is DiskFormat.RAW)
+    note_other_name(common, job.destination, raw=job.kind is DiskFormat.RAW)
     speed = int(size_bytes / max(seconds, 0.001))
     if common.json:
         document = {

@@ -14,7 +14,7 @@ import vhdkit
 from vhdkit import DiskFormat, OpenOptions
 from vhdkit.cli.common import BLOCK_SIZE_HELP, PATH, Common, disk_size, epilog, image_options
 from vhdkit.cli.common import size as parsed_size
-from vhdkit.cli.naming import refuse_other_name, tell_other_name
+from vhdkit.cli.naming import note_other_name, refuse_other_name
 from vhdkit.cli.output import exact_size, note, note_rounding, print_json
 from vhdkit.errors import printable
 from vhdkit.folder import is_within, real_path
@@ -30,13 +30,13 @@ _EXAMPLES = (
 @click.command("create", epilog=epilog(*_EXAMPLES))
 @click.argument("path", type=PATH)
 @click.option("--size", type=disk_size,
-              help="Virtual size, such as 10G; whole sectors. A child may be larger than its parent.")  # fmt: skip
-@click.option("--parent", type=PATH, help="Make a differencing image on this parent, which is only read.")
+              help="Virtual size, such as 10G, in whole sectors. A child may be larger than its parent.")  # fmt: skip
+@click.option("--parent", type=PATH, help="Make a differencing image on this parent, which is not changed.")
 @click.option("--format", "disk_format", type=click.Choice([one.value for one in DiskFormat]),
-              help="Kind of the new image; dynamic when not given.")  # fmt: skip
+              help="Kind of the new image; default dynamic.")  # fmt: skip
 @click.option("--block-size", type=parsed_size, help=BLOCK_SIZE_HELP)
-@click.option("--preallocate", is_flag=True, help="Set the space of a fixed or raw image aside now.")
-@click.option("--azure", is_flag=True, help="A fixed VHD of whole MiB, as Azure wants it.")
+@click.option("--preallocate", is_flag=True, help="Allocate the whole space of a fixed or raw image now.")
+@click.option("--azure", is_flag=True, help="Make a fixed VHD of whole MiB, as Azure requires.")
 @click.option("--force", is_flag=True, help="Replace an existing file, unless it is in use or a parent.")
 @image_options(leaf_format=False)
 def create_command(
@@ -59,11 +59,11 @@ def create_command(
         )  # fmt: skip
         note_rounding(common, size)
         needed = needed_to_open(path, parent, common.options)
-        tell_other_name(common, path)
-        _tell(common, path, "differencing", made, parent, needed)
+        note_other_name(common, path)
+        _print_result(common, path, "differencing", made, parent, needed)
         return
     if size is None:
-        raise click.UsageError("say how large with --size (such as 10G), or name a --parent")
+        raise click.UsageError("give the size with --size (such as 10G), or a parent with --parent")
     if disk_format is None and not azure:
         refuse_other_name(path)
     kind = DiskFormat(disk_format or (DiskFormat.FIXED if azure else DiskFormat.DYNAMIC))
@@ -76,14 +76,16 @@ def create_command(
     if made != size:
         asked = size.asked or str(int(size))
         unit = " bytes" if asked.isdigit() else ""
-        note(common, f"rounded {asked}{unit} up to {made} bytes ({format_size(made)}): Azure takes whole MiB")
+        note(common, f"rounded {asked}{unit} up to {made} bytes ({format_size(made)}): Azure requires whole MiB")
     else:
         note_rounding(common, size)
-    tell_other_name(common, path, raw=kind is DiskFormat.RAW)
-    _tell(common, path, kind.value, made, None, [])
+    note_other_name(common, path, raw=kind is DiskFormat.RAW)
+    _print_result(common, path, kind.value, made, None, [])
 
 
-def _tell(common: Common, path: str, kind: str, size_bytes: int, parent: str | None, needed: list[list[str]]) -> None:
+def _print_result(
+    common: Common, path: str, kind: str, size_bytes: int, parent: str | None, needed: list[list[str]]
+) -> None:
     if common.json:
         document = {
             "path": path,
@@ -98,7 +100,7 @@ def _tell(common: Common, path: str, kind: str, size_bytes: int, parent: str | N
         on = "" if parent is None else f" on {printable(parent)}"
         click.echo(f"created {printable(path)}: {what}, {exact_size(size_bytes)}{on}")
     if needed:
-        note(common, "opening it needs " + " ".join(word for option in needed for word in option))
+        note(common, "opening it requires " + " ".join(word for option in needed for word in option))
 
 
 def needed_to_open(path: str, parent: str, options: OpenOptions) -> list[list[str]]:
@@ -109,7 +111,7 @@ def needed_to_open(path: str, parent: str, options: OpenOptions) -> list[list[st
         *(real_path(folder) for folder in options.parent_dirs),
         os.path.dirname(real_path(parent)),
     )
-    # The parent was opened with its own folder allowed; from the child on, that has to be said.
+    # Opening the parent allowed its own folder; opening the child does not.
     trusting = OpenOptions(
         parent_dirs=folders, allow_raw_parent=True, ignore_bitmaps=options.ignore_bitmaps, lock=False
     )

@@ -23,17 +23,17 @@ from vhdkit.errors import printable
 from vhdkit.serve.control.client import ControlClient
 from vhdkit.units import DiskSize, format_size
 
-_LOOK_SECONDS = 0.25  # between looks how far a merge is
+_LOOK_SECONDS = 0.25  # between requests for the progress of a merge
 
 
 @dataclass(frozen=True, slots=True)
 class _Server:
-    """Where it is, and how its answers are shown."""
+    """A running server, by the path of its control socket."""
 
     path: str
 
 
-# Each verb shows those that are its own.
+# The help of each verb shows its own.
 _EXAMPLES = (
     "vhdkit ctl /run/disk.ctl status",
     "vhdkit ctl /run/disk.ctl snapshot",
@@ -58,21 +58,21 @@ _EXAMPLES = (
 @click.argument("socket", type=PATH)
 @click.pass_context
 def ctl_command(context: click.Context, socket: str) -> None:
-    """Talk to the server that listens on SOCKET, the PATH of its --control.
+    """Control the server that listens on SOCKET, the PATH of its --control.
 
-    Exit codes are those of the error that the server met, and 1 where no server listens. With --json each verb prints
-    the server's answer as it is.
+    The exit code is that of the error that the server reports, and 1 if no server listens. With --json each verb
+    prints the server's answer unchanged.
     """
     context.obj = _Server(socket)
 
 
 def _verb(name: str, **settings: Any) -> Callable[[Callable[..., Any]], Any]:
-    """A verb of `ctl`: it gets the server, and says with --json what came back."""
+    """A verb of `ctl`: it gets the server, and with --json prints its answer."""
 
     def decorate(function: Callable[..., Any]) -> Any:
         for option in (
             click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors."),
-            click.option("--json", is_flag=True, help="Print the server's answer; an error is a JSON object too."),
+            click.option("--json", is_flag=True, help="Print the server's answer; errors are JSON objects too."),
         ):
             function = option(function)
         examples = [one for one in _EXAMPLES if one.split()[3] == name]
@@ -91,7 +91,7 @@ def _ask(server: _Server, method: str, *, as_json: bool, **params: object) -> An
 
 @_verb("status")
 def status_verb(server: _Server, json: bool, quiet: bool) -> None:
-    """What is served from which files, to whom, and how quickly."""
+    """Show the exports, their files, the clients and the counts of requests."""
     status = _ask(server, "status", as_json=json)
     if json or quiet:
         return
@@ -103,7 +103,7 @@ def status_verb(server: _Server, json: bool, quiet: bool) -> None:
     for export in status["exports"]:
         kind = "read-only" if export["read_only"] else "writable"
         if export["overlay"]:
-            kind += ", changes are thrown away at the end"
+            kind += ", changes are discarded at the end"
         print_text((f"{printable(export['name'])}", "bold"), f"  {format_size(export['size_bytes'])}, {kind}")
         rows = [
             [str(number), printable(layer["path"]), layer["kind"]] for number, layer in enumerate(export["layers"])
@@ -111,7 +111,7 @@ def status_verb(server: _Server, json: bool, quiet: bool) -> None:
         for line in columns(rows, "r"):
             print_text("  ", line)
     for one in clients:
-        where = "still choosing" if one["export"] is None else printable(one["export"])
+        where = "still negotiating" if one["export"] is None else printable(one["export"])
         tls = ", TLS" if one["tls"] else ""
         print_text(f"client {one['client']}: {where}, {printable(one['peer'])}{tls}, {one['connected_seconds']:.0f} s")
 
@@ -119,11 +119,11 @@ def status_verb(server: _Server, json: bool, quiet: bool) -> None:
 @_verb("snapshot")
 @click.argument("exports", metavar="[EXPORT[=NEW]]...", nargs=-1)
 def snapshot_verb(server: _Server, exports: tuple[str, ...], json: bool, quiet: bool) -> None:
-    """Freeze what is served while it is served, all exports or those named, all or none.
+    """Freeze all exports, or those named, while they are served; all of them or none.
 
-    Each leaf stays as it is at one moment, the same for all of them, and a new child takes what is written from then
-    on: NEW, or a name beside the leaf as `vhdkit snapshot` gives. Clients notice nothing. To serve the newest leaf
-    with the same command line again, start the server with --follow-leaf.
+    All leaves are frozen at the same moment, and later writes go to a new child of each: NEW, or a name beside the
+    leaf as `vhdkit snapshot` chooses it. Clients notice nothing. If the server is started with --follow-leaf, the same
+    command line serves the newest leaf again.
     """
     wanted: dict[str, str | None] = {}
     for word in exports:
@@ -139,15 +139,20 @@ def snapshot_verb(server: _Server, exports: tuple[str, ...], json: bool, quiet: 
     if not json and not quiet:
         for row in result["snapshots"]:
             print_text(
-                f"{printable(row['export'])}: froze {printable(row['frozen'])}, goes on in {printable(row['leaf'])}"
+                f"{printable(row['export'])}: froze {printable(row['frozen'])}, continues in {printable(row['leaf'])}"
             )
 
 
 @_verb("merge")
 @click.argument("export")
-@click.option("--layer", metavar="LAYER", type=PATH, help="The newest layer to be merged; the leaf when not given.")
-@click.option("--into", metavar="ANCESTOR", type=PATH, help="What it, and all in between, go into; its parent.")
-@click.option("--max-rate", metavar="SIZE", type=parsed_size, help="Copy at most so much a second, such as 50M.")
+@click.option("--layer", metavar="LAYER", type=PATH, help="The newest layer to merge; default the leaf.")
+@click.option(
+    "--into",
+    metavar="ANCESTOR",
+    type=PATH,
+    help="The layer to merge it, and all in between, into; default its parent.",
+)
+@click.option("--max-rate", metavar="SIZE", type=parsed_size, help="Copy at most this much a second, such as 50M.")
 @progress_option
 def merge_verb(
     server: _Server,
@@ -159,12 +164,12 @@ def merge_verb(
     json: bool,
     quiet: bool,
 ) -> None:
-    """Fold layers of EXPORT into one of them while clients go on reading and writing.
+    """Merge layers of EXPORT into one of them while clients keep reading and writing.
 
-    The merged files are removed, the ancestor keeps its name. With the leaf among them the server goes on in the
-    ancestor: the leaf is frozen, what was frozen is merged, again and again while that grows smaller, and clients wait
-    for the small rest only. Ctrl-C, or `cancel` from elsewhere, stops it; the disk then reads as before, and merging
-    again goes on where it stopped.
+    The merged files are removed; the ancestor keeps its name. If the leaf is merged too, the server continues in the
+    ancestor: it freezes the leaf, merges what was frozen, and repeats this as long as the amount shrinks, so that
+    clients wait only for a small remainder. Ctrl-C, or `cancel` from elsewhere, stops the merge; the disk then reads
+    as before, and merging again continues where it stopped.
     """
     common = Common(OpenOptions(), json, quiet, verbose=False)
     paths = {"layer": layer and os.path.abspath(layer), "into": into and os.path.abspath(into)}
@@ -206,7 +211,7 @@ def _show_merge(server: _Server, export: str, show: Progress) -> None:
 @_verb("cancel")
 @click.argument("export", required=False)
 def cancel_verb(server: _Server, export: str | None, json: bool, quiet: bool) -> None:
-    """Stop the merge of EXPORT, or of all; what it has copied is found again by the next one."""
+    """Stop the merge of EXPORT, or of all exports; the next merge reuses what was copied."""
     result = _ask(server, "cancel", as_json=json, export=export)
     if not json and not quiet:
         names = ", ".join(map(printable, result["exports"]))
@@ -216,34 +221,35 @@ def cancel_verb(server: _Server, export: str | None, json: bool, quiet: bool) ->
 @_verb("resize")
 @click.argument("export")
 @click.argument("size", type=disk_size)
-@click.option("--shrink", is_flag=True, help="SIZE may be smaller than the disk is now.")
-@click.option("--under-clients", is_flag=True, help="Shrink also while clients are connected to it.")
+@click.option("--shrink", is_flag=True, help="Allow SIZE to be smaller than the disk.")
+@click.option("--under-clients", is_flag=True, help="Shrink even while clients are connected.")
 def resize_verb(
     server: _Server, export: str, size: DiskSize, shrink: bool, under_clients: bool, json: bool, quiet: bool
 ) -> None:
-    """Give the disk of EXPORT another SIZE while it is served; what `vhdkit resize` refuses is refused here too.
+    """Change the size of the disk of EXPORT while it is served, with the limits of `vhdkit resize`.
 
-    A smaller size wants --shrink, and is refused while clients are connected, who would go on using what is cut off.
+    A smaller SIZE requires --shrink, and is refused while clients are connected, because they would
+    use what is cut off.
 
-    Clients that are connected keep the size that they were told, and see the new one when they connect anew:
-    `disconnect --export EXPORT` makes them.
+    Connected clients keep the old size, and see the new one when they reconnect: `disconnect --export EXPORT` makes
+    them do so.
     """
     flags = {name: True for name, given in (("shrink", shrink), ("under_clients", under_clients)) if given}
     result = _ask(server, "resize", as_json=json, export=export, size_bytes=size, **flags)
     if not json and not quiet:
         before, after = format_size(result["size_before_bytes"]), format_size(result["size_bytes"])
-        print_text(f"{printable(export)}: {before} -> {after}, for those who connect from now on")
+        print_text(f"{printable(export)}: {before} -> {after}, for clients that connect from now on")
         for text in [*([rounding(size)] if size.asked else []), *result["notes"]]:
             print_text(f"note: {printable(text)}")
 
 
 @_verb("set-read-only")
-@click.option("--export", help="This export; without it all of them.")
+@click.option("--export", help="Only this export; default all of them.")
 @click.option("--off", is_flag=True, help="Allow writing again.")
 def read_only_verb(server: _Server, export: str | None, off: bool, json: bool, quiet: bool) -> None:
-    """What was written is on the device when this returns, and from then on writing fails with EPERM.
+    """Flush what was written, then refuse writes with EPERM.
 
-    Connections go on. With --off they may write again; clients that came in between have to connect anew for it.
+    Connections stay open. With --off they may write again; clients that connected in between have to reconnect first.
     """
     result = _ask(server, "set-read-only", as_json=json, export=export, read_only=not off)
     if not json and not quiet:
@@ -253,14 +259,14 @@ def read_only_verb(server: _Server, export: str | None, off: bool, json: bool, q
 
 @_verb("add")
 @click.argument("export", metavar="NAME=IMAGE")
-@click.option("--read-only", is_flag=True, help="Nobody may write; the image is opened for reading.")
-@click.option("--follow-leaf", is_flag=True, help="Serve the newest image that stands on IMAGE.")
+@click.option("--read-only", is_flag=True, help="Refuse writes; the image is opened for reading.")
+@click.option("--follow-leaf", is_flag=True, help="Serve the newest descendant of IMAGE.")
 @click.option(
-    "--format", "image_format", type=click.Choice(["raw", "vhd"]), help="The format of IMAGE, instead of detecting it."
+    "--format", "image_format", type=click.Choice(["raw", "vhd"]), help="The format of IMAGE; detected by default."
 )
-@click.option("--allow-parent-dir", metavar="DIR", multiple=True, help="Parents may lie in DIR too. Repeatable.")
-@click.option("--allow-raw-parent", is_flag=True, help="Accept a raw parent: the image records no id to know it by.")
-@click.option("--description", metavar="TEXT", help="What clients that list the exports are told about it.")
+@click.option("--allow-parent-dir", metavar="DIR", multiple=True, help="Allow parents in DIR as well. Repeatable.")
+@click.option("--allow-raw-parent", is_flag=True, help="Accept a raw parent, which has no id to verify.")
+@click.option("--description", metavar="TEXT", help="A description for clients that list the exports.")
 def add_verb(
     server: _Server,
     export: str,
@@ -273,7 +279,7 @@ def add_verb(
     json: bool,
     quiet: bool,
 ) -> None:
-    """Serve one more image, as the export NAME."""
+    """Serve another image, as the export NAME."""
     name, sign, path = export.partition("=")
     if not sign or not path:
         raise click.UsageError(f"{printable(export)!r} is not NAME=IMAGE")
@@ -291,28 +297,28 @@ def add_verb(
 @click.argument("export")
 @click.option("--disconnect", is_flag=True, help="Disconnect its clients first; they cannot reconnect.")
 def remove_verb(server: _Server, export: str, disconnect: bool, json: bool, quiet: bool) -> None:
-    """Serve EXPORT no longer; refused while clients use it, unless --disconnect is given. It is flushed then."""
+    """Flush EXPORT and stop serving it; refused while clients use it, unless --disconnect is given."""
     _ask(server, "remove", as_json=json, export=export, **({"disconnect": True} if disconnect else {}))
     if not json and not quiet:
-        print_text(f"{printable(export)} is not served any more")
+        print_text(f"{printable(export)} is no longer served")
 
 
 @_verb("disconnect")
 @click.option("--export", help="All clients of this export.")
-@click.option("--client", type=int, help="The client of this number, as `status` lists it.")
+@click.option("--client", type=int, help="The client with this number, as `status` lists it.")
 def disconnect_verb(server: _Server, export: str | None, client: int | None, json: bool, quiet: bool) -> None:
-    """Hang up on clients, when what they have asked for is answered. They may come again."""
+    """Disconnect clients when their pending requests are answered. They may reconnect."""
     if (export is None) == (client is None):
-        raise click.UsageError("either --export NAME or --client NUMBER")
+        raise click.UsageError("give either --export NAME or --client NUMBER")
     whom: dict[str, object] = {"export": export} if client is None else {"client": client}
     result = _ask(server, "disconnect", as_json=json, **whom)
     if not json and not quiet:
-        print_text(f"hung up on {count(len(result['clients']), 'client')}")
+        print_text(f"disconnected {count(len(result['clients']), 'client')}")
 
 
 @_verb("shutdown")
 def shutdown_verb(server: _Server, json: bool, quiet: bool) -> None:
-    """End the server as SIGTERM does: what was asked for is answered, everything is flushed."""
+    """Stop the server as SIGTERM does: it answers pending requests and flushes everything."""
     _ask(server, "shutdown", as_json=json)
     if not json and not quiet:
-        print_text("the server is ending")
+        print_text("the server is shutting down")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`info`, `chain` and `dump`: what an image says about itself, what it stands on, and its raw structures.
+"""`info`, `chain` and `dump`: the metadata of an image, its parents, and its raw structures.
 
-Decides which facts are shown to people, and how they are worded. These verbs need neither a lock nor sound parents:
-they work on an image in use, and on one without its parent.
+Decides which facts are shown on the terminal, and how they are worded. These verbs need neither a lock nor sound
+parents: they work on an image in use, and on one without its parent.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from vhdkit.formats.probe import format_of
 from vhdkit.store import FileStore
 from vhdkit.units import format_size
 
-_INDENT, _MAX_INDENTS = "   ", 8  # a deeper tree goes straight down
+_INDENT, _MAX_INDENTS = "   ", 8  # a deeper tree is not indented further
 UNFINISHED = ("merge-unfinished", "merge-under-way", "change-unfinished", "change-under-way")
 _HOSTS = {"Wi2k": "Windows", "Mac": "Macintosh"}
 
@@ -142,10 +142,10 @@ def _parent_rows(facts: ImageInfo, parent: ParentInfo, common: Common) -> list[t
 @image_options()
 @click.pass_context
 def chain_command(context: click.Context, image: str, common: Common) -> None:
-    """Show an image and the parents it stands on, leaf first, and what each layer owns.
+    """Show an image and its parents, leaf first, and how much each layer owns.
 
-    "owns" is what a layer answers for in the disk as the leaf shows it; what lies behind newer data does not
-    count. A broken chain is shown as far as it goes.
+    "owns" counts what a layer provides to the disk as the leaf shows it; data that a newer layer hides does not
+    count. A broken chain is shown as far as it can be followed.
 
     \b
     With --json: {"layers": [{...as info..., "owned_bytes"}], "unowned_bytes",
@@ -168,7 +168,7 @@ def chain_command(context: click.Context, image: str, common: Common) -> None:
         _print_tree(facts, common)
     if facts.problem is not None:
         if not common.json:
-            # What is damaged is named in the problem; a missing parent is told of its child.
+            # The problem itself names a damaged file; for a missing parent it is the child that is named here.
             whose = "" if facts.damaged else f"{facts.layers[-1].image.path}: "
             print_aside(f"vhdkit: {whose}{facts.problem}")
         context.exit((CorruptImage if facts.damaged else ParentMissing).exit_code)
@@ -192,7 +192,7 @@ def _print_tree(facts: ChainInfo, common: Common) -> None:
         tree = _INDENT * min(len(facts.layers) - 1, _MAX_INDENTS) + branch
         rows.append(["?", f"{tree}{printable(lost.name or '(unnamed)')}", "not usable", "", "", ""])
     elif facts.unowned_bytes is not None:
-        rows.append(["", "zeros nobody owns", "", "", "", format_size(facts.unowned_bytes)])
+        rows.append(["", "unowned zeros", "", "", "", format_size(facts.unowned_bytes)])
     for index, line in enumerate(columns(rows, "rllrrl")):
         style = "dim" if index == 0 else "bold" if index == 1 else "red" if line.startswith("?") else ""
         print_text((line, style))
@@ -220,7 +220,7 @@ def _short(path: str, home: str) -> str:
 def dump_command(image: str, common: Common) -> None:
     """Show the raw structures of a VHD field by field with their offsets, even where they are damaged.
 
-    For looking into damaged files: both footers, the dynamic header, the parent locators, a batmap header.
+    Shows both footers, the dynamic header, the parent locators and a batmap header, to examine damaged files.
 
     \b
     With --json: [{"structure", "offset_bytes", "state",
@@ -232,7 +232,7 @@ def dump_command(image: str, common: Common) -> None:
             raise UnsupportedFormat(
                 "is a raw image: it has no structures to show",
                 path=image,
-                hint="if it is a damaged VHD, say --format vhd",
+                hint="if it is a damaged VHD, add --format vhd",
             )
         dumps = image_format.dump(store)
     if common.json:
@@ -245,10 +245,10 @@ def dump_command(image: str, common: Common) -> None:
 
 
 def _format_to_show(store: FileStore, format_name: FormatName | None) -> Format:
-    """The format that the file has, or is called by. Raises for other formats and empty files."""
+    """The format of the file, or the one that its name suggests. Raises for other formats and empty files."""
     try:
         return format_of(store, format_name)
-    except CorruptImage:  # called a VHD, and no footer left: just what this verb is for
+    except CorruptImage:  # the name of a VHD, but no footer left: this verb shows what there is
         called = formats.by_suffix(store.name)
         if called is None:
             raise

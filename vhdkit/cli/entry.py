@@ -3,8 +3,8 @@
 
 Decides what a Ctrl-C means while Python is still importing modules: the process ends without a traceback, because
 nothing has been done yet. Nothing else of vhdkit is imported before that is set up; once `main` runs, the verbs
-decide. Also that garbage is not collected until the verb is imported: imports leave none, and looking for it takes a
-twentieth of a start.
+decide. Also decides that garbage is not collected until the verb is imported: imports leave none, and looking for it
+takes a twentieth of the start-up time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import signal
 
 
 def end_quietly() -> None:
-    """A Ctrl-C ends the process until somebody says what it means. Whoever had it ignored (nohup) meant that."""
+    """Let Ctrl-C end the process until a handler is installed. If it is ignored (nohup), it stays ignored."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 

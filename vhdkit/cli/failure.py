@@ -40,7 +40,7 @@ _STOPPING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(BaseException):
-    """A signal asked us to stop. No `Exception`: nothing on the way out may take it for a failure to handle."""
+    """A signal asked us to stop. Not an `Exception`, so that no `except Exception` handles it as a failure."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -56,7 +56,7 @@ class Interrupted(BaseException):
 def stopped_by_signals() -> Iterator[None]:
     """Turn the first Ctrl-C, SIGTERM or SIGHUP into `Interrupted`, so that half-made files are removed.
 
-    Further ones wait for that: removing takes no time, and nothing must be left behind.
+    Further signals are ignored until then: the removal is short, and an interrupted one would leave files behind.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -67,7 +67,7 @@ def stopped_by_signals() -> Iterator[None]:
             signal.signal(one, signal.SIG_IGN)
         raise Interrupted(number)
 
-    # Whoever started us with a signal ignored (nohup) meant it.
+    # A signal that was ignored when we were started (nohup) stays ignored.
     before = {one: signal.getsignal(one) for one in _STOPPING_SIGNALS if signal.getsignal(one) != signal.SIG_IGN}
     for one in before:
         signal.signal(one, stop)
@@ -79,7 +79,7 @@ def stopped_by_signals() -> Iterator[None]:
 
 
 def report(error: BaseException, *, as_json: bool, verbose: bool) -> int:
-    """Say what went wrong on standard error; returns the exit code."""
+    """Report the error on standard error; returns the exit code."""
     if isinstance(error, VhdkitError):
         facts = _facts_of_library(error)
     elif isinstance(error, click.ClickException):
@@ -99,7 +99,7 @@ def report(error: BaseException, *, as_json: bool, verbose: bool) -> int:
             import traceback
 
             traceback.print_exception(error)
-    with contextlib.suppress(OSError):  # nobody can be told; the exit code still tells
+    with contextlib.suppress(OSError):  # no one can read it; the exit code still reports the failure
         click.echo(json_text({"error": facts}) if as_json else f"vhdkit: {facts['message']}", err=True)
     code: int = facts["exit_code"]
     return code
@@ -136,7 +136,7 @@ def _facts_of_usage(error: click.ClickException) -> dict[str, Any]:
 
 
 def _words_of_usage(error: click.ClickException) -> str:
-    """What is wrong with the words of a command line: click's sentence, without a programmer's names of numbers."""
+    """Click's message about a wrong command line, with "integer" and "float" in plain words."""
     words = printable(error.format_message())
     for theirs, ours in _WORDS_OF_NUMBERS.items():
         words = re.sub(theirs, ours, words)
@@ -144,13 +144,13 @@ def _words_of_usage(error: click.ClickException) -> str:
 
 
 def silence_standard_output() -> None:
-    """Nobody reads any more: let what is still buffered go nowhere instead of failing at exit."""
+    """The reader has gone: discard what is still buffered instead of failing at exit."""
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.close()
 
 
 def settle_standard_error() -> None:
-    """What standard error did not take goes nowhere: Python would try once more at exit, and end with code 120."""
+    """Discard what standard error did not accept; Python would try once more at exit, and end with code 120."""
     try:
         sys.stderr.flush()
     except (OSError, ValueError):

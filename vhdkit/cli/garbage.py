@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`gc`: the layers of a folder that nothing needs any more.
+"""`gc`: the unreferenced layers of a folder.
 
 Decides how they are listed, and that nothing is removed without `--delete`.
 """
@@ -25,32 +25,32 @@ from vhdkit.units import format_size
 @click.argument("directory", metavar="DIR", type=PATH)
 @click.argument("leaves", metavar="", nargs=-1, type=PATH)
 @click.option("--keep", metavar="LEAF...", multiple=True, required=True, type=PATH,
-              help="A leaf whose whole chain stays; more names may follow it.")  # fmt: skip
-@click.option("--delete", is_flag=True, help="Remove what is listed; without it nothing is.")
-@click.option("--dry-run", is_flag=True, help="List only, also with --delete.")
+              help="A leaf whose whole chain is kept; more names may follow.")  # fmt: skip
+@click.option("--delete", is_flag=True, help="Remove the listed files; without it nothing is removed.")
+@click.option("--dry-run", is_flag=True, help="Only list, even with --delete.")
 @image_options(leaf_format=False)
 def gc_command(
     directory: str, leaves: tuple[str, ...], keep: tuple[str, ...], delete: bool, dry_run: bool, common: Common
 ) -> None:
-    """List the images in DIR that no LEAF reaches, half-made files of dead programs and records of merges that are
+    """List images in DIR that no LEAF depends on, half-made files of dead programs and records of merges that are
     gone; remove them with --delete.
 
-    Name every leaf that is still needed: an image that stands alone counts as unreached, too. What is damaged, in
-    use, or has an unfinished merge or resize stays, with all its parents, and so does the parent of any image in DIR,
-    in the folders directly above and below it, and in those of --allow-parent-dir. Raw disks and other files are
-    never touched, and links are not followed.
+    Name every leaf that is still needed: an image without parents or children counts as unreferenced, too. An image
+    that is damaged, in use, or has an unfinished merge or resize is kept with all its parents, and so is the parent
+    of any image in DIR, in the folders directly above and below it, and in those of --allow-parent-dir. Raw disks and
+    other files are never touched, and links are not followed.
 
     \b
     With --json: {"directory", "items": [{"path", "size_bytes", "allocated_bytes",
       "kind": "image" | "part" | "record", "kept", "removed"}]}
-    where "kept" gives the reason if a file stays all the same.
+    where "kept" gives the reason if a file is kept.
     """
     delete = delete and not dry_run
     items = vhdkit.collect_garbage(directory, [*keep, *leaves], delete=delete, options=common.options)
     if common.json:
         print_json({"directory": directory, "items": [_document(one) for one in items]})
     elif not common.quiet:
-        _tell(items, delete=delete)
+        _print_result(items, delete=delete)
 
 
 def _document(item: GarbageItem) -> dict[str, object]:
@@ -64,7 +64,7 @@ def _document(item: GarbageItem) -> dict[str, object]:
     }
 
 
-def _tell(items: Sequence[GarbageItem], *, delete: bool) -> None:
+def _print_result(items: Sequence[GarbageItem], *, delete: bool) -> None:
     rows = [(_word(one, delete=delete), format_size(one.allocated_bytes), printable(one.path)) for one in items]
     for line, item in zip(columns(rows, "lrl") if rows else [], items, strict=True):
         print_text(line, f"  ({item.kept})" if item.kept else "")
@@ -75,10 +75,10 @@ def _tell(items: Sequence[GarbageItem], *, delete: bool) -> None:
     elif delete:
         print_text(f"removed {count(len(going), 'file')}, {size}")
     else:
-        print_text(f"{count(len(going), 'file')}, {size}, would be removed: say --delete")
+        print_text(f"{count(len(going), 'file')}, {size}, would be removed with --delete")
 
 
 def _word(item: GarbageItem, *, delete: bool) -> str:
     if item.kept is not None:
-        return "stays"
-    return "removed" if delete else "unreached"
+        return "kept"
+    return "removed" if delete else "unreferenced"

@@ -30,14 +30,14 @@ Examples:
 
 \b
 Exit codes:
-  0 fine                  4 check: warnings only
+  0 success               4 check: warnings only
   1 failed, or differs    5 image in use
   2 usage                 6 parent missing or refused
   3 image damaged         7 no space left
   130 interrupted (143 by SIGTERM)
 
 \b
-Shell completion (put the line into ~/.bashrc or ~/.zshrc to keep it):
+Shell completion (add the line to ~/.bashrc or ~/.zshrc to keep it):
   bash:  eval "$(_VHDKIT_COMPLETE=bash_source vhdkit)"
   zsh:   eval "$(_VHDKIT_COMPLETE=zsh_source vhdkit)"
   fish:  _VHDKIT_COMPLETE=fish_source vhdkit | source
@@ -46,38 +46,38 @@ VHDKIT_DEBUG=1 shows where an internal error came from, as --verbose does. NO_CO
 """
 
 
-# Verb -> the module it is in, and what it is for, in the order in which one meets them. A module is imported when its
-# verb is used: a server starts in less time, and `--help` loads none.
+# Verb -> its module and its purpose, in the order in which they are usually needed. A module is imported when its verb
+# is used: a server starts in less time, and `--help` loads none.
 _VERBS = {
     "create": ("create", "Create an image, or a child of one."),
-    "info": ("describe", "Kind, size, creator and parent of an image."),
-    "chain": ("describe", "The image and its parents, and what each owns."),
-    "check": ("check", "Examine an image and its parents, and repair it."),
-    "map": ("map", "Which layer owns which part of the disk."),
-    "convert": ("convert", "Between raw, fixed and dynamic, from whole chains."),
-    "compare": ("compare", "Do two images hold the same disk?"),
-    "snapshot": ("snapshot", "Freeze a leaf: what follows goes to a new child."),
-    "clone": ("snapshot", "Linked clones: children of one base."),
-    "merge": ("merge", "Fold layers of a chain into one."),
-    "rebase": ("rebase", "Repoint an image to its moved parent."),
+    "info": ("describe", "Show an image's metadata."),
+    "chain": ("describe", "Show an image, its parents and what each owns."),
+    "check": ("check", "Check an image and its parents, or repair it."),
+    "map": ("map", "Show which layer owns which part of the disk."),
+    "convert": ("convert", "Convert an image or chain to raw, fixed or dynamic."),
+    "compare": ("compare", "Compare the content of two images."),
+    "snapshot": ("snapshot", "Freeze a leaf; later writes go to a new child."),
+    "clone": ("snapshot", "Create linked clones: children of one base."),
+    "merge": ("merge", "Merge layers of a chain into one."),
+    "rebase": ("rebase", "Point an image to its moved parent."),
     "relocate": ("relocate", "Move a whole chain into another folder."),
-    "compact": ("compact", "A smaller file for the same disk."),
-    "resize": ("resize", "Another virtual size, larger or smaller."),
+    "compact": ("compact", "Make an image's file smaller."),
+    "resize": ("resize", "Change the virtual size of an image."),
     "serve": ("serve", "Serve images over NBD."),
-    "ctl": ("ctl", "Command a running server."),
+    "ctl": ("ctl", "Control a running server."),
     "mount": ("mount", "Mount an image as files, or the files in it."),
-    "umount": ("mount", "Take a mount away."),
-    "mounts": ("mount", "What is mounted."),
-    "gc": ("garbage", "Layers that nobody reaches any more."),
-    "dump": ("describe", "Raw structures, field by field."),
+    "umount": ("mount", "Unmount an image."),
+    "mounts": ("mount", "List mounted images."),
+    "gc": ("garbage", "Find unreferenced layers."),
+    "dump": ("describe", "Show an image's raw structures, field by field."),
 }
 
 
 class _Group(click.Group):
-    """A group whose end is ours: one line on standard error and an exit code, never a traceback."""
+    """A group that reports every failure as one line on standard error and an exit code, never as a traceback."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """The verbs in the order in which one meets them."""
+        """The verbs in the order of the table."""
         return list(_VERBS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
@@ -104,7 +104,7 @@ class _Group(click.Group):
             "0",
         )
         if sys.stdout is None:
-            sys.stdout = io.StringIO()  # closed by whoever started us: what is printed goes nowhere
+            sys.stdout = io.StringIO()  # closed by the parent process: the output is discarded
         if sys.stderr is None:
             sys.stderr = io.StringIO()
         if hasattr(sys.stdout, "reconfigure"):  # a name that the terminal cannot show must not stop us
@@ -116,7 +116,7 @@ class _Group(click.Group):
         except BrokenPipeError:
             silence_standard_output()
             code = EXIT_FAILED
-        except OSError as error:  # the library's own are VhdkitErrors: this is one of our streams
+        except OSError as error:  # the library raises VhdkitErrors, so this is one of our streams
             code = report(translate(error, "standard output", "write"), as_json=as_json, verbose=verbose)
             silence_standard_output()
         except SystemExit:
@@ -151,7 +151,7 @@ def _print_version(ctx: click.Context, param: click.Parameter, wanted: bool) -> 
 def main(context: click.Context) -> None:
     """Virtual hard disks: VHD, AVHD and raw images, alone and in chains.
 
-    A chain is an image and the parents it stands on, always listed leaf first. Sizes are written as 512, 64K, 10G
+    A chain is an image and all its parents, always listed leaf first. Sizes are written as 512, 64K, 10G
     or 1.5T. Every verb takes --json.
     """
     if context.invoked_subcommand is None:

@@ -24,7 +24,7 @@ from vhdkit.cli.common import PATH, Common, epilog, image_options, progress_opti
 from vhdkit.cli.output import console, is_unicode, print_text
 from vhdkit.cli.picture import MAX_CELLS, Drawing, as_png, as_svg, colour_of, draw, glyph_of
 from vhdkit.cli.progress import progress_shown
-from vhdkit.cli.tally import NOBODY, Tally, alike, tally
+from vhdkit.cli.tally import UNOWNED, Tally, alike, tally
 from vhdkit.errors import printable
 from vhdkit.folder import NewFile
 from vhdkit.jsontext import json_text
@@ -35,7 +35,7 @@ _SLICE_BYTES = 4 * GIB
 _MAX_SLICES = 4096  # of a raw file that claims exabytes
 _LABEL_WIDTH = 11
 _LEVELS, _ASCII_LEVELS = " ░▒▓█", " .:+#"
-_LEVEL_BOUNDS = (0.25, 0.5, 0.95)  # from which share on a lane shows the third, fourth and fifth level
+_LEVEL_BOUNDS = (0.25, 0.5, 0.95)  # the shares from which a lane shows the third, fourth and fifth level
 
 
 @click.command(
@@ -56,8 +56,8 @@ def map_command(
 ) -> None:  # fmt: skip
     """Show which layer owns which part of the disk, exact to the sector.
 
-    On a terminal a picture: every character is a piece of the disk and shows the number of the layer that owns
-    most of it, "·" for zeros; below, one lane per layer, leaf first, denser where it owns more.
+    The picture on a terminal: every character stands for a piece of the disk and shows the number of the layer that
+    owns most of it, or "·" for zeros; below, there is one lane per layer, leaf first, denser where it owns more.
 
     \b
     With --json: a list like qemu-img's, in order and without gaps, in bytes:
@@ -68,10 +68,10 @@ def map_command(
     out where there is none).
     """
     if common.json and extents:
-        raise click.UsageError("either --json or --extents")
+        raise click.UsageError("--json and --extents cannot be combined")
     with vhdkit.open_disk(image, options=common.options) as disk:
         names = [layer.store.name for layer in disk.chain.layers]
-        with progress_shown(common, progress, "looking") as show:
+        with progress_shown(common, progress, "scanning") as show:
             for path, write in ((svg, as_svg), (png, as_png)):
                 if path is not None:
                     _write_picture(disk, path, write, force, show)
@@ -83,7 +83,7 @@ def map_command(
         elif extents:
             _print_table(disk, names)
         elif svg is None and png is None:
-            with progress_shown(common, progress, "looking") as show:
+            with progress_shown(common, progress, "scanning") as show:
                 counted = _tally(disk, _terminal_cells() * _MAX_ROWS, show)
             _print_picture(counted, names)
 
@@ -93,7 +93,7 @@ def _tally(disk: Disk, max_cells: int, progress: Progress | None) -> Tally:
 
 
 def _slices(disk: Disk, progress: Progress | None) -> Iterator[Extent]:
-    """All runs, cut at slices of the disk so that progress can be told between them."""
+    """All runs, cut at slices of the disk so that progress can be reported between them."""
     slice_bytes = max(_SLICE_BYTES, round_up(disk.size_bytes // _MAX_SLICES, SECTOR_SIZE))
     for offset in range(0, disk.size_bytes, slice_bytes):
         yield from disk.extents(offset, min(slice_bytes, disk.size_bytes - offset), find_holes=True)
@@ -120,7 +120,7 @@ def _short(name: str) -> str:
 
 
 def entry(extent: Extent, names: list[str]) -> dict[str, Any]:
-    """One run for JSON, as `qemu-img map` says it, and the layer's file."""
+    """One run for JSON, in the form of `qemu-img map`, with the layer's file."""
     owned = extent.layer_index >= 0
     is_data = extent.kind is ExtentKind.DATA
     document: dict[str, Any] = {
@@ -194,7 +194,7 @@ def _grid(counted: Tally, row_cells: int) -> Iterator[Text]:
         looks = owners[first:last] * 2 + full[first:last]
         for start, stop in alike(looks):
             owner = int(owners[first + start])
-            if owner == NOBODY:
+            if owner == UNOWNED:
                 line.append(_dot() * (stop - start), "dim")
             else:
                 colour = colour_of(owner)

@@ -31,10 +31,10 @@ _EXAMPLES = (
 @click.command("merge", epilog=epilog(*_EXAMPLES))
 @click.argument("leaf", type=PATH)
 @click.option("--into", metavar="ANCESTOR", type=PATH,
-              help="The layer that takes the others in; the parent of LEAF when not given.")  # fmt: skip
-@click.option("--to", metavar="NEW", type=PATH, help="Write the result to a new file; the chain stays as it is.")
-@click.option("--relink", is_flag=True, help="Repoint the children of LEAF to the result.")
-@click.option("--resume", is_flag=True, help="Finish an interrupted merge. LEAF may be any image of it.")
+              help="The layer that the others are merged into; default the parent of LEAF.")  # fmt: skip
+@click.option("--to", metavar="NEW", type=PATH, help="Write the result to a new file; leave the chain unchanged.")
+@click.option("--relink", is_flag=True, help="Make the children of LEAF children of the result.")
+@click.option("--resume", is_flag=True, help="Finish an interrupted merge. LEAF may be any of its images.")
 @click.option("--dry-run", is_flag=True, help="Show what would be done, and do nothing.")
 @image_options(leaf_format=False)
 @progress_option
@@ -42,12 +42,12 @@ def merge_command(
     leaf: str, into: str | None, to: str | None, relink: bool, resume: bool, dry_run: bool, common: Common,
     progress: bool | None,
 ) -> None:  # fmt: skip
-    """Fold LEAF, and every layer between, into its ancestor in one pass.
+    """Merge LEAF, and every layer between, into its ancestor in one pass.
 
-    The ancestor then holds what LEAF held and has its size; LEAF and the layers between are removed. The merge
-    is exact to the sector, zeros included. No other image may stand on a file that changes.
+    The ancestor then has the content and size of LEAF; LEAF and the layers between are removed. The merge is exact
+    to the sector, zeros included. No other image may depend on a file that changes.
 
-    Ctrl-C, a full disk or a power cut leave LEAF as it was; --resume goes on from there.
+    After Ctrl-C, a full disk or a power cut LEAF reads as before; --resume continues from there.
 
     \b
     With --json: {"target", "merged", "removed", "relinked",
@@ -55,7 +55,7 @@ def merge_command(
       "seconds", "bytes_per_second", "left"}
     """
     if resume and (into or to or relink or dry_run):
-        raise click.UsageError("--resume goes on as the merge began: leave out the other options")
+        raise click.UsageError("--resume continues the merge as it was started: leave out the other options")
     begin = time.monotonic()
     try:
         with progress_shown(common, progress, "merging") as show:
@@ -67,23 +67,23 @@ def merge_command(
                     progress=show,
                 )  # fmt: skip
     except BaseException:
-        _tell_unfinished(leaf, common)
+        _note_unfinished(leaf, common)
         raise
     seconds = time.monotonic() - begin
     if common.json:
         print_json(_document(done, dry_run, seconds))
     elif not common.quiet or dry_run:
-        _tell(done, dry_run, seconds)
+        _print_result(done, dry_run, seconds)
 
 
-def _tell_unfinished(leaf: str, common: Common) -> None:
-    """After a failure: is there something to go on with?"""
+def _note_unfinished(leaf: str, common: Common) -> None:
+    """After a failure: note how to continue, if the merge can be continued."""
     try:
         unfinished = vhdkit.merge_under_way(leaf, options=common.options)
     except VhdkitError:
         return
     if unfinished is not None:
-        note(common, f"{leaf} reads as before; go on with `vhdkit merge {leaf} --resume`")
+        note(common, f"{leaf} reads as before; continue with `vhdkit merge {leaf} --resume`")
 
 
 def _document(done: vhdkit.Merge, dry_run: bool, seconds: float) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def _document(done: vhdkit.Merge, dry_run: bool, seconds: float) -> dict[str, An
     }
 
 
-def _tell(done: vhdkit.Merge, dry_run: bool, seconds: float) -> None:
+def _print_result(done: vhdkit.Merge, dry_run: bool, seconds: float) -> None:
     moved = f"{format_size(done.data_bytes)} of data, {format_size(done.zero_bytes)} of zeros"
     if dry_run:
         print_text(f"would merge {count(len(done.merged), 'layer')} into {printable(done.target)}: {moved}")
@@ -118,7 +118,7 @@ def _tell(done: vhdkit.Merge, dry_run: bool, seconds: float) -> None:
         f" {moved}, in {seconds:.1f} s ({speed}/s)"
     )
     for path in done.relinked:
-        print_text(f"{printable(path)} stands on it now")
+        print_text(f"{printable(path)} is now a child of it")
     for path in done.left:
         print_text(
             f"kept {printable(path)}: it has the name of a merged layer, but nothing proves that it is that layer"

@@ -66,9 +66,9 @@ class _Words:
 )
 @click.argument("image", type=PATH)
 @click.argument("mountpoint", type=PATH)
-@click.option("--rw", is_flag=True, help="Write to the image what is written there.")
+@click.option("--rw", is_flag=True, help="Allow writing; what is written goes to the image.")
 @click.option("--overlay", is_flag=True,
-              help="Allow writing, but leave the image as it is: changes are thrown away.")  # fmt: skip
+              help="Allow writing, but leave the image unchanged: changes are discarded.")  # fmt: skip
 @click.option("--keep-overlay", metavar="FILE", type=PATH,
               help="With --overlay: keep the changes as FILE, a new child of the image.")  # fmt: skip
 @click.option("--file", "as_file", is_flag=True,
@@ -76,8 +76,8 @@ class _Words:
 @click.option("--partition", metavar="N", type=click.IntRange(min=1), help="With --fs or --file: this partition.")
 @click.option("--fs", "file_system", is_flag=True,
               help="Mount the file system in it: as root by the kernel, else by fuse2fs or ntfs-3g.")  # fmt: skip
-@click.option("--allow-other", is_flag=True, help="Let other users look at it, too.")
-@click.option("--foreground", is_flag=True, help="Stay until it is unmounted, or until Ctrl-C unmounts it.")
+@click.option("--allow-other", is_flag=True, help="Let other users access it, too.")
+@click.option("--foreground", is_flag=True, help="Stay in the foreground until it is unmounted; Ctrl-C unmounts it.")
 @click.option("-o", "fstab", metavar="OPTIONS", multiple=True,
               help="As in /etc/fstab: rw, ro, overlay, fs, partition=N, allow_other and more.")  # fmt: skip
 @image_options()
@@ -91,8 +91,8 @@ def mount_command(common: Common, fstab: tuple[str, ...], **words: Any) -> None:
     layers/K-NAME.raw         the disk as it was at each layer, the newest first
     info.json                 sizes, layers, partitions and file systems
 
-    With --fs MOUNTPOINT shows the files in the disk's file system instead. The command returns when the mount can be
-    used; `vhdkit umount MOUNTPOINT` takes all of it away.
+    With --fs MOUNTPOINT shows the files in the disk's file system instead. The command returns when the mount is
+    ready; `vhdkit umount MOUNTPOINT` removes all of it.
 
     \b
     With --json: {"mountpoint", "base", "image", "size_bytes", "writable",
@@ -116,7 +116,7 @@ def mount_command(common: Common, fstab: tuple[str, ...], **words: Any) -> None:
         wished.allow_other, wished.foreground,
     )  # fmt: skip
     mounted = mount(wish, lambda body, talks: start(body, talks=talks))
-    _tell(mounted, wish, common)
+    _print_result(mounted, wish, common)
     if wished.foreground:
         with unmeant_ignored():
             _stay(mounted, common)
@@ -125,13 +125,13 @@ def mount_command(common: Common, fstab: tuple[str, ...], **words: Any) -> None:
 def _check(words: _Words) -> None:
     """Raise UsageError for options that exclude each other."""
     if words.rw and words.overlay:
-        raise click.UsageError("either --rw or --overlay")
+        raise click.UsageError("--rw and --overlay cannot be combined")
     if words.keep_overlay is not None and not words.overlay:
-        raise click.UsageError("--keep-overlay goes with --overlay")
+        raise click.UsageError("--keep-overlay requires --overlay")
     if words.as_file and words.file_system:
-        raise click.UsageError("either --file or --fs")
+        raise click.UsageError("--file and --fs cannot be combined")
     if words.partition is not None and not (words.as_file or words.file_system):
-        raise click.UsageError("--partition goes with --fs or --file; without these all partitions are shown")
+        raise click.UsageError("--partition requires --fs or --file; without these all partitions are shown")
 
 
 def _with_fstab(words: _Words, common: Common, text: str) -> tuple[_Words, Common]:
@@ -156,12 +156,12 @@ def _with_fstab(words: _Words, common: Common, text: str) -> tuple[_Words, Commo
         elif option and name not in _OF_MOUNT and not name.startswith(("x-", "X-", "comment")):
             raise click.UsageError(f"-o {option!r} is not an option of mount")
     if words.overlay:
-        words = replace(words, rw=False)  # mount(8) says rw unless the line says ro
+        words = replace(words, rw=False)  # mount(8) passes rw unless the line has ro
     return words, common
 
 
 def _log(common: Common, *, foreground: bool) -> None:
-    """What the server has to say later: on standard error where it is still seen, else in the system's log."""
+    """Send later messages of the server to standard error in the foreground, else to the system's log."""
     if foreground:
         logging.basicConfig(
             level=logging.INFO if common.verbose else logging.WARNING, format="vhdkit: %(message)s",
@@ -176,7 +176,7 @@ def _log(common: Common, *, foreground: bool) -> None:
         logging.basicConfig(handlers=[logging.NullHandler()], force=True)
 
 
-def _tell(mounted: Mounted, wish: MountRequest, common: Common) -> None:
+def _print_result(mounted: Mounted, wish: MountRequest, common: Common) -> None:
     for text in mounted.notes:
         note(common, text)
     if common.json:
@@ -196,9 +196,7 @@ def _tell(mounted: Mounted, wish: MountRequest, common: Common) -> None:
         )
     elif not common.quiet:
         overlay = wish.manner.overlay
-        kept = (
-            f", changes go to {wish.manner.keep_overlay}" if wish.manner.keep_overlay else ", changes are thrown away"
-        )
+        kept = f", changes go to {wish.manner.keep_overlay}" if wish.manner.keep_overlay else ", changes are discarded"
         access = ("writable" + (kept if overlay else "")) if mounted.writable else "read-only"
         what = f"{format_size(mounted.size_bytes)}, {access}"
         if mounted.file_system is not None:
@@ -208,7 +206,7 @@ def _tell(mounted: Mounted, wish: MountRequest, common: Common) -> None:
 
 
 def _stay(mounted: Mounted, common: Common) -> None:
-    """Until somebody unmounts it, or a signal says that we should."""
+    """Wait until it is unmounted, or unmount it when a signal arrives."""
     problem = None
     try:
         code = mounted.child.wait()
@@ -221,7 +219,7 @@ def _stay(mounted: Mounted, common: Common) -> None:
         code = mounted.child.wait()
     else:
         if code < 0 or mounted.base != mounted.mountpoint:
-            with contextlib.suppress(vhdkit.VhdkitError):  # what stands on it, and a mount without a server
+            with contextlib.suppress(vhdkit.VhdkitError):  # the file system in it, and a mount without a server
                 umount(mounted.mountpoint)
     if code < 0:
         raise vhdkit.IoFailed(f"the server was killed by signal {-code}", path=mounted.image)
@@ -232,18 +230,18 @@ def _stay(mounted: Mounted, common: Common) -> None:
 @click.command("umount", epilog=epilog("vhdkit umount /mnt/disk"))
 @click.argument("mountpoint", type=PATH)
 @click.option(
-    "--lazy", is_flag=True, help="Do not wait for programs that use it: it disappears when the last one is done."
+    "--lazy", is_flag=True, help="Do not wait for programs that use it: it is released when the last one closes it."
 )
 @click.option("--force", is_flag=True,
-              help="As root, for a mount that hangs: what waits for it fails, unwritten data is lost.")  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="An error is a JSON object, too.")
+              help="As root, for a mount that hangs: pending calls fail, unwritten data is lost.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document; errors are JSON objects too.")
 @click.option("-q", "--quiet", is_flag=True, help="Accepted for scripts: the command prints nothing anyway.")
 @click.option("-v", "--verbose", is_flag=True, help="Show where an internal error came from.")
 def umount_command(mountpoint: str, lazy: bool, force: bool, as_json: bool, quiet: bool, verbose: bool) -> None:
-    """Take away what `vhdkit mount` put at MOUNTPOINT, with all that belongs to it, in the right order.
+    """Unmount what `vhdkit mount` mounted at MOUNTPOINT, with all that belongs to it, in the right order.
 
-    Returns when everything that was written is in the image, on the device, and the image is closed. It also takes
-    away what a killed server left.
+    Returns when everything that was written is flushed to the image and the image is closed. It also cleans up
+    after a killed server.
     """
     problem = umount(mountpoint, lazy=lazy, force=force)
     if problem is not None:
@@ -256,11 +254,11 @@ def umount_command(mountpoint: str, lazy: bool, force: bool, as_json: bool, quie
 
 
 @click.command("mounts", epilog=epilog("vhdkit mounts", "vhdkit mounts --json"))
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document; an error is a JSON object too.")
-@click.option("-q", "--quiet", is_flag=True, help="The mount points alone.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document; errors are JSON objects too.")
+@click.option("-q", "--quiet", is_flag=True, help="Print only the mount points.")
 @click.option("-v", "--verbose", is_flag=True, help="Show where an internal error came from.")
 def mounts_command(as_json: bool, quiet: bool, verbose: bool) -> None:
-    """List what is mounted by vhdkit, oldest first. A mount whose server is gone is `dead`: umount takes it away.
+    """List what is mounted by vhdkit, oldest first. A mount whose server is gone is `dead`; umount removes it.
 
     \b
     With --json: {"mounts": [{"mountpoint", "base", "image", "writable",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of new images that suggest another format than the image has.
+"""Names of new images that suggest a format other than the image's.
 
 Decides which file name extension stands for which format. A VHD opens under any name, but people expect `disk.qcow2`
 to be QCOW2, and programs that go by names (a backup program, another hypervisor) fail later.
@@ -42,25 +42,25 @@ _FORMATS = {
 
 
 def refuse_other_name(path: str) -> None:
-    """Raise UsageError for a name that asks for another format than VHD, where nobody said which one is meant."""
+    """Raise UsageError for a name that suggests a format other than VHD. For use where no format was given."""
     called = _FORMATS.get(os.path.splitext(path)[1].lower())
     if called is None:
         return
     name = printable(path)
     if called is _RAW:
-        raise click.UsageError(f"{name} has the name of a raw disk: say --format raw, or --format dynamic for a VHD")
+        raise click.UsageError(f"{name} has the name of a raw disk: add --format raw, or --format dynamic for a VHD")
     raise click.UsageError(
-        f"{name} has the name of a {called}, which vhdkit does not make: call it .vhd, or say --format dynamic"
+        f"{name} has the name of a {called}, which vhdkit does not make: name it .vhd, or add --format dynamic"
         " for a VHD under this name"
     )
 
 
-def tell_other_name(common: Common, path: str, *, raw: bool = False) -> None:
+def note_other_name(common: Common, path: str, *, raw: bool = False) -> None:
     """Note that the new image, a VHD or a raw disk, has the name of something else."""
     called = _FORMATS.get(os.path.splitext(path)[1].lower())
     if raw:
         if formats.by_suffix(path) is not None:
-            note(common, f"{path} is a raw disk under the name of a VHD; opening it needs --format raw")
+            note(common, f"{path} is a raw disk under the name of a VHD; opening it requires --format raw")
         elif called not in (None, _RAW, "CD image"):
             note(common, f"{path} is a raw disk under the name of a {called}")
     elif called is not None:

@@ -88,13 +88,13 @@ def finding_document(finding: Finding) -> dict[str, Any]:
 
 
 def note(common: Common, text: str) -> None:
-    """Something worth knowing that is no error, on standard error."""
+    """Print a note, which is not an error, on standard error."""
     if not common.quiet and not common.json:
         print_aside(f"vhdkit: note: {text}")
 
 
 def note_rounding(common: Common, size: DiskSize | None) -> None:
-    """Say that a disk is larger than what was asked for, which was no whole number of sectors."""
+    """Note that a disk is larger than requested, because the request was not a whole number of sectors."""
     if size is not None and size.asked:
         note(common, rounding(size))
 

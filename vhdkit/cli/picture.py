@@ -15,7 +15,7 @@ from xml.sax.saxutils import escape
 
 import numpy as np
 
-from vhdkit.cli.tally import NOBODY, Tally, alike
+from vhdkit.cli.tally import UNOWNED, Tally, alike
 from vhdkit.errors import VhdkitError
 from vhdkit.units import KIB, format_size
 
@@ -48,7 +48,7 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """A line of text; `y` is its base line, `anchor` says which of its points is at `x`."""
+    """A line of text; `y` is its base line, `anchor` is the part of the text that is at `x`."""
 
     x: float
     y: float
@@ -73,7 +73,7 @@ def colour_of(layer: int) -> str:
 
 
 def glyph_of(layer: int) -> str:
-    """The layer's sign where there is one character: its number, then letters."""
+    """The layer as one character: its number, then letters."""
     return GLYPHS[layer] if layer < len(GLYPHS) else "+"
 
 
@@ -130,7 +130,7 @@ def _rows(tally: Tally, row_count: int) -> Iterator[Box | Words]:
         looks = owners[first:last] * 2 + full[first:last]
         for start, stop in alike(looks):
             owner = int(owners[first + start])
-            if owner == NOBODY:
+            if owner == UNOWNED:
                 continue
             x, width = _LEFT + start * _CELL_WIDTH, (stop - start) * _CELL_WIDTH
             solid = bool(full[first + start])
@@ -149,7 +149,7 @@ def _lane(tally: Tally, layer: int, name: str, top: int) -> Iterator[Box | Words
     base = top + 18 + _LANE_HEIGHT
     yield Box(_LEFT, top + 18, ROW_CELLS * _CELL_WIDTH, _LANE_HEIGHT, _EMPTY)
     share = tally.lane(layer, ROW_CELLS)
-    # Any data at all is worth two points of height: small changes are what one looks for.
+    # Any data at all gets two points of height: small changes are often what the reader looks for.
     heights = np.where(share > 0, np.maximum(np.round(share * _LANE_HEIGHT), 2), 0).astype(int)
     for start, stop in alike(heights):
         high = int(heights[start])

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The progress of long work: a bar with speed and remaining time on a terminal, plain lines elsewhere.
 
-Decides when anything is shown at all, and what is left out on a narrow terminal: it stays on one line. The
+Decides when anything is shown at all, and what is left out on a narrow terminal to stay on one line. The
 library calls back with (bytes done, bytes in all).
 """
 
@@ -26,7 +26,7 @@ _SHOW_EVERY_SECONDS = 0.1
 _LINE_EVERY_SECONDS = 2.0
 
 
-_WIDE, _USUAL, _NARROW = 104, 72, 40  # columns of a terminal from which on bar, total, and speed have room
+_WIDE, _USUAL, _NARROW = 104, 72, 40  # columns that a terminal needs to show the bar, the total, and the speed
 
 
 class _Amount(ProgressColumn):
@@ -53,7 +53,7 @@ class _Speed(ProgressColumn):
 
 
 class FittingBar(Bar):
-    """What fits into one line of the terminal, however it is resized meanwhile."""
+    """What fits on one line of the terminal, even if the terminal is resized."""
 
     def __init__(self, screen: Console, *, endless: bool) -> None:
         what, left = TextColumn("{task.description}", markup=False), TimeRemainingColumn()
@@ -81,7 +81,7 @@ def progress_shown(
 ) -> Iterator[Progress | None]:
     """Show progress while the block runs; gives the function to call, or None when nothing is to be shown.
 
-    `wanted` is the user's word, None when there was none. `endless` work does not know its end (a pipe).
+    `wanted` is the user's choice, None without one. `endless` work does not know its end (a pipe).
     """
     terminal = sys.stderr is not None and sys.stderr.isatty()
     if wanted is None:
@@ -120,7 +120,7 @@ def _by_lines(doing: str, endless: bool) -> Progress:
 
 
 def _now_and_then(seconds: float) -> Callable[[int, int], bool]:
-    """True once in a while, so that showing costs nothing."""
+    """A function that is true at most once in this time, so that showing costs little."""
     last = time.monotonic()
 
     def due(done_bytes: int, total_bytes: int) -> bool:

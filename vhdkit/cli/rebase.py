@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`rebase`: give an image another path to its parent, or another parent with the same content."""
+"""`rebase`: record a new path of an image's parent, or another parent with the same content."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from vhdkit.errors import printable
     ),
 )
 @click.argument("image", type=PATH)
-@click.option("--parent", required=True, metavar="PARENT", type=PATH, help="Where the parent lies now.")
+@click.option("--parent", required=True, metavar="PARENT", type=PATH, help="Where the parent is now.")
 @click.option("--unsafe-new-id", is_flag=True,
               help="Accept a PARENT with another id if the disk reads the same on it as on the old one.")  # fmt: skip
 @click.option("--accept-parent-id", metavar="ID",
-              help="Accept a PARENT of this other id without a comparison, where the old parent is gone.")  # fmt: skip
+              help="Accept a PARENT with this id without a comparison, if the old parent is gone.")  # fmt: skip
 @click.option("--accept-parent-size", metavar="SIZE", type=parsed_size,
-              help="With --accept-parent-id: accept that PARENT has this size, and not the image's.")  # fmt: skip
+              help="With --accept-parent-id: accept that PARENT has this size instead of the image's.")  # fmt: skip
 @dry_run_option
 @image_options(leaf_format=False)
 @progress_option
@@ -41,23 +41,23 @@ def rebase_command(
     common: Common,
     progress: bool | None,
 ) -> None:
-    """Write down where the parent of a differencing image is, after it was moved or renamed.
+    """Record where the parent of a differencing image is, after it was moved or renamed.
 
-    The parent must be the one the image was made on: its id is compared. Only the names of the parent change, the
-    relative and the absolute one together; the disk stays as it is.
+    The parent must be the one that the image was made on: its id is compared. Only the names of the parent change,
+    the relative and the absolute one together; the content of the disk stays the same.
 
     With --unsafe-new-id the parent may be another image, such as a converted copy: every sector that the image reads
     through its parent is compared between the old and the new one, and one difference is enough to refuse.
 
-    Where the old parent is gone there is nothing to compare with. --accept-parent-id ID, with the id that PARENT has
-    (`vhdkit info` shows it), then takes your word for it: if PARENT does not hold what the old parent held, the disk
-    is damaged. Only its size is compared, with the image's; --accept-parent-size SIZE accepts another one.
+    If the old parent is gone, there is nothing to compare with. --accept-parent-id ID, with the id of PARENT
+    (`vhdkit info` shows it), then skips the comparison at your own risk: if PARENT does not hold what the old parent
+    held, the disk is damaged. Only its size is compared with the image's; --accept-parent-size SIZE accepts another.
 
     \b
     With --json: {"path", "parent", "dry_run"}
     """
     if accept_parent_size is not None and accept_parent_id is None:
-        raise click.UsageError("--accept-parent-size goes with --accept-parent-id")
+        raise click.UsageError("--accept-parent-size requires --accept-parent-id")
     with progress_shown(common, progress, "comparing") as show:
         vhdkit.rebase(
             image,
@@ -72,6 +72,6 @@ def rebase_command(
     if common.json:
         print_json({"path": image, "parent": parent, "dry_run": dry_run})
     elif not common.quiet:
-        stands = "would stand" if dry_run else "now stands"
+        becomes = "would become" if dry_run else "is now"
         word = "" if accept_parent_id is None else f" (id {printable(accept_parent_id)}, nothing was compared)"
-        print_text(f"{printable(image)} {stands} on {printable(parent)}{word}")
+        print_text(f"{printable(image)} {becomes} a child of {printable(parent)}{word}")

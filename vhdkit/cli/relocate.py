@@ -22,11 +22,11 @@ from vhdkit.errors import printable
 @image_options(leaf_format=False)
 @progress_option
 def relocate_command(leaf: str, directory: str, dry_run: bool, common: Common, progress: bool | None) -> None:
-    """Move LEAF and all its parents into the folder DIR, which must exist; file names stay.
+    """Move LEAF and all its parents into the folder DIR, which must exist; file names stay the same.
 
-    On one file system nothing is copied; across file systems the data is copied and flushed before the old files go.
-    At every moment the chain opens, in its old place or in the new one. Refused while any layer is open, when a name
-    is taken in DIR, and when images that do not move stand on one of the layers.
+    Within one file system nothing is copied; across file systems the data is copied and flushed before the old files
+    are removed. The chain can be opened at any moment, in its old place or in the new one. Refused while any layer is
+    open, if a name is taken in DIR, and if an image that does not move depends on one of the layers.
 
     \b
     With --json: {"moves": [{"old", "new"}], "dry_run"}
@@ -38,5 +38,5 @@ def relocate_command(leaf: str, directory: str, dry_run: bool, common: Common, p
     elif not common.quiet:
         for one in moves:
             stays = one.old_path == one.new_path
-            did = "stays:" if stays else "would move" if dry_run else "moved"
+            did = "unchanged:" if stays else "would move" if dry_run else "moved"
             print_text(f"{did} {printable(one.old_path)}", "" if stays else f" to {printable(one.new_path)}")

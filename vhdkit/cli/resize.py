@@ -21,22 +21,22 @@ from vhdkit.units import DiskSize
 )
 @click.argument("image", type=PATH)
 @click.argument("size", type=disk_size)
-@click.option("--shrink", is_flag=True, help="SIZE may be smaller than the disk is now.")
-@click.option("--dry-run", is_flag=True, help="Only check, and say what would be done.")
+@click.option("--shrink", is_flag=True, help="Allow SIZE to be smaller than the disk.")
+@click.option("--dry-run", is_flag=True, help="Only check, and print what would be done.")
 @image_options()
 @progress_option
 def resize_command(
     image: str, size: DiskSize, shrink: bool, dry_run: bool, common: Common, progress: bool | None
 ) -> None:
-    """Give IMAGE, a fixed, dynamic or differencing VHD or a raw file, the virtual size SIZE.
+    """Change the virtual size of IMAGE, a fixed, dynamic or differencing VHD or a raw file, to SIZE.
 
-    SIZE is rounded up to whole sectors of 512 bytes, and the command says so.
+    SIZE is rounded up to whole sectors of 512 bytes, with a note.
 
-    What is added reads as zeros; partitions and file systems grow in the guest. A disk becomes smaller only with
-    --shrink, and even then nothing is cut off: not a partition, not a file system (or LVM, LUKS, swap) that lies on
-    the disk without a partition table, not its last byte that is not zero. Shrink those first, with their own tools.
-    An image that others stand on keeps its size, and a child does not become smaller than its parent. At any moment
-    the disk has its old size or its new one: after Ctrl-C, kill or a power cut, do it again.
+    What is added reads as zeros; grow partitions and file systems in the guest. A disk becomes smaller only with
+    --shrink, and even then nothing in use is cut off: no partition, no file system (or LVM, LUKS, swap) that lies on
+    the disk without a partition table, no byte that is not zero. Shrink those first, with their own tools. An image
+    with children keeps its size, and a child cannot become smaller than its parent. At any moment the disk has its old
+    size or its new one: after Ctrl-C, kill or a power cut, run the command again.
 
     \b
     With --json: {"path", "virtual_size_before_bytes", "virtual_size_after_bytes",

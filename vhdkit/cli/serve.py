@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`serve`: images and chains as NBD exports, until the server is told to end.
+"""`serve`: images and chains as NBD exports, until the server is stopped.
 
 Decides which options exclude each other, what is printed when the server is ready, and what a signal does: the first
-one ends it in order, a second one stops waiting for slow clients. Everything that was answered is flushed either way.
+one shuts it down cleanly, a second one stops waiting for slow clients. Everything that was answered is flushed either
+way.
 """
 
 from __future__ import annotations
@@ -83,29 +84,29 @@ class ServeOptions:
 @click.command(
     "serve",
     cls=EngineCommand,
-    epilog=epilog(*_EXAMPLES, codes="Ends with 0 after Ctrl-C or SIGTERM, when everything written is on the device."),
+    epilog=epilog(*_EXAMPLES, codes="Exit code 0 after Ctrl-C or SIGTERM, once everything written is flushed."),
 )
 @click.argument("image", nargs=-1, type=PATH)
 @click.option("--export", metavar="NAME=IMAGE", multiple=True, help="Serve IMAGE as the export NAME. Repeatable.")
 @click.option("--exports", metavar="FILE", type=PATH,
-              help="Serve what FILE lists, a JSON array of objects: name, path and, where wanted, description,"
-                   " read_only, follow_leaf, format, parent_dirs, allow_raw_parent. With --control it may"
+              help="Serve what FILE lists, a JSON array of objects with name, path and optionally description,"
+                   " read_only, follow_leaf, format, parent_dirs, allow_raw_parent. With --control the array may"
                    " be empty.")  # fmt: skip
 @click.option("--description", metavar="TEXT",
-              help="What clients that list the exports are told about IMAGE, instead of its kind, size and file name."
-                   " For one image.")  # fmt: skip
+              help="A description of IMAGE for clients that list the exports, instead of its kind, size and file"
+                   " name. For one image.")  # fmt: skip
 @click.option(
     "--socket",
     metavar="PATH",
     type=PATH,
-    help="Listen on a unix socket that only you may use. Without this and --listen: on one in a new folder.",
+    help="Listen on a unix socket that only you may use. Default, without --listen: one in a new folder.",
 )
-@click.option("--listen", metavar="HOST:PORT", help="Listen on TCP. Port 0 is any free one.")
-@click.option("--read-only", is_flag=True, help="Nobody may write; the images are opened for reading.")
+@click.option("--listen", metavar="HOST:PORT", help="Listen on TCP. Port 0 means any free port.")
+@click.option("--read-only", is_flag=True, help="Refuse writes; the images are opened for reading.")
 @click.option(
     "--overlay",
     is_flag=True,
-    help="Clients may write, but the images stay as they are: changes are thrown away at the end.",
+    help="Allow clients to write, but leave the images unchanged: changes are discarded at the end.",
 )
 @click.option(
     "--keep-overlay",
@@ -126,38 +127,36 @@ class ServeOptions:
     type=PATH,
     help="Offer TLS with the pre-shared keys in FILE, lines USER:HEX (Python 3.13 and newer).",
 )
-@click.option("--tls-required", is_flag=True, help="Refuse clients that do not encrypt.")
+@click.option("--tls-required", is_flag=True, help="Refuse clients that do not use TLS.")
 @click.option("--control", metavar="PATH", type=PATH,
-              help="Take commands of `vhdkit ctl` on this unix socket.")  # fmt: skip
+              help="Accept commands of `vhdkit ctl` on this unix socket.")  # fmt: skip
 @click.option("--control-owner", metavar="USER[:GROUP]",
-              help="Who may use the control socket instead of you (as root). That is much power: over every export"
-                   " (snapshot, merge, resize, remove), the clients and the server's end, and over files in the"
-                   " folders of --control-dir.")  # fmt: skip
+              help="The user who may use the control socket instead of you (as root). The socket controls every"
+                   " export (snapshot, merge, resize, remove), the clients, the server's shutdown, and files in"
+                   " the folders of --control-dir.")  # fmt: skip
 @click.option("--control-dir", metavar="DIR", type=PATH, multiple=True,
-              help="Where the control owner may have images opened (add) and new leaves made (snapshot EXPORT=NEW):"
-                   " in DIR and below. Nobody but root or you may be able to write to DIR. Repeatable.")  # fmt: skip
+              help="Let the control owner open images (add) and make new leaves (snapshot EXPORT=NEW) in DIR and"
+                   " below. Only root and you may have write access to DIR. Repeatable.")  # fmt: skip
 @click.option("--remember", metavar="DIR", type=PATH,
-              help="Note in DIR, a private folder in memory, what is not yet in the images: when this server is"
-                   " killed and started again, its clients have lost nothing.")  # fmt: skip
-@click.option(
-    "--follow-leaf", is_flag=True, help="Serve the newest image that stands on IMAGE, as a live snapshot left it."
-)
-@click.option("--insecure", is_flag=True, help="Listen for other machines although nothing is encrypted.")
+              help="Note in DIR, a private folder in memory, what is not yet in the images, so that clients lose"
+                   " nothing when the server is killed and started again.")  # fmt: skip
+@click.option("--follow-leaf", is_flag=True, help="Serve the newest descendant of IMAGE, as left by live snapshots.")
+@click.option("--insecure", is_flag=True, help="Listen for other machines even without encryption.")
 @click.option("--socket-owner", metavar="USER[:GROUP]",
-              help="Who may use the unix socket instead of you (as root): the clients, not --control.")  # fmt: skip
-@click.option("--exit-last", is_flag=True, help="End when the last client has gone.")
+              help="The user who may use the unix socket of the clients instead of you (as root).")  # fmt: skip
+@click.option("--exit-last", is_flag=True, help="Exit when the last client has disconnected.")
 @click.option("--pid-file", metavar="FILE", type=PATH, help="Write the server's process id to FILE when it is ready.")
-@click.option("--stats", is_flag=True, help="Show clients, requests and times on the terminal.")
+@click.option("--stats", is_flag=True, help="Show clients, requests and latencies on the terminal.")
 @click.option("--engine", type=click.Choice(["builtin", "nbdkit"]), default="builtin", show_default=True,
-              help="The server: our own, which is faster, or nbdkit with our plugin, for its filters. What follows "
-                   "-- is then for nbdkit.")  # fmt: skip
+              help="The server: the built-in one, which is faster, or nbdkit with our plugin, for its filters. "
+                   "Arguments after -- then go to nbdkit.")  # fmt: skip
 @image_options()
 def serve_command(common: Common, **words: Any) -> None:
     """Serve IMAGE, a chain's leaf or a single image, as an NBD export named after its file, until Ctrl-C or SIGTERM.
 
-    The first export is the default one. A client may use several connections: what one of them flushes is flushed
-    for all. The address is printed on standard output when clients can connect; sockets that a service manager passes
-    (LISTEN_FDS) are used as they are.
+    The first export is the default one. A client may use several connections: a flush on one of them flushes the
+    writes of all. The address is printed on standard output when clients can connect; sockets that a service manager
+    passes (LISTEN_FDS) are used as they are.
 
     \b
     With --json, when ready: {"pid", "uris": [...],
@@ -175,29 +174,29 @@ def serve_command(common: Common, **words: Any) -> None:
 def _check(wish: ServeOptions) -> None:
     """Raise UsageError for options that exclude each other."""
     if not wish.image and not wish.export and wish.exports is None:
-        raise click.UsageError("name an IMAGE to serve")
+        raise click.UsageError("give an IMAGE to serve")
     if wish.exports is not None and (wish.overlay or wish.read_only or wish.engine != "builtin"):
         raise click.UsageError(
-            "--exports says for each image how it is opened: leave out --read-only, --overlay and --engine"
+            "--exports states for each image how it is opened: leave out --read-only, --overlay and --engine"
         )
     if wish.description is not None and (wish.exports is not None or len(wish.image) + len(wish.export) != 1):
         raise click.UsageError('--description is for one image; in a file for --exports each may have a "description"')
     if wish.overlay and wish.read_only:
-        raise click.UsageError("either --read-only or --overlay")
+        raise click.UsageError("--read-only and --overlay cannot be combined")
     if is_activated() and (wish.socket or wish.listen):
         raise click.UsageError("sockets were passed by LISTEN_FDS: leave out --socket and --listen")
     if wish.keep_overlay is not None and (not wish.overlay or len(wish.image) + len(wish.export) != 1):
-        raise click.UsageError("--keep-overlay goes with --overlay and one image")
+        raise click.UsageError("--keep-overlay requires --overlay and one image")
     if wish.tls_certs and wish.tls_psk:
-        raise click.UsageError("either --tls-certs or --tls-psk")
+        raise click.UsageError("--tls-certs and --tls-psk cannot be combined")
     if wish.tls_required and not (wish.tls_certs or wish.tls_psk):
-        raise click.UsageError("--tls-required needs --tls-certs DIR")
+        raise click.UsageError("--tls-required requires --tls-certs DIR")
     if (wish.control_owner or wish.control_dir) and wish.control is None:
-        raise click.UsageError("--control-owner and --control-dir are about the socket of --control")
+        raise click.UsageError("--control-owner and --control-dir require --control")
     if wish.control_dir and not wish.control_owner:
-        raise click.UsageError("--control-dir is for a --control-owner: you yourself may name any file")
+        raise click.UsageError("--control-dir requires --control-owner: without it, any file may be named")
     if wish.socket_owner and wish.listen and not wish.socket:
-        raise click.UsageError("--socket-owner is about a unix socket, not about --listen")
+        raise click.UsageError("--socket-owner applies to a unix socket, not to --listen")
 
 
 def _log_to_stderr(common: Common) -> None:
@@ -223,7 +222,7 @@ def _wanted(wish: ServeOptions, common: Common) -> list[Wanted]:
 
 
 def _trusting(wanted: Wanted, common: Common) -> Wanted:
-    """What a file for --exports lists, with the folders that hold for every command."""
+    """A request from a file for --exports, with the folders that are allowed for every command."""
     assert wanted.manner is not None
     options = wanted.manner.options
     options = replace(
@@ -257,7 +256,7 @@ def _serve_builtin(wish: ServeOptions, common: Common) -> None:
         if wish.pid_file is not None:
             cleanup.enter_context(_pid_file(wish.pid_file))
         if not activated or common.json:
-            _tell_ready(exports, listeners, wish, common)
+            _print_ready(exports, listeners, wish, common)
         notify(READY)
         unserved.pop_all()  # from now on clients may have written to it
         if wish.stats:
@@ -269,16 +268,16 @@ def _serve_builtin(wish: ServeOptions, common: Common) -> None:
 
 
 def _notes_folder(wish: ServeOptions) -> str | None:
-    """Where changes of images are noted; those that are thrown away at the end need no notes. Raises NotFound."""
+    """Where changes of images are noted; changes that are discarded at the end need no notes. Raises NotFound."""
     if wish.remember is not None:
         if not is_folder(wish.remember):
-            raise vhdkit.NotFound("there is no such folder", path=wish.remember, hint="make it first")
+            raise vhdkit.NotFound("no such folder", path=wish.remember, hint="make it first")
         NewFile.check(os.path.join(wish.remember, "notes"))  # now, not with the first write
     return None if wish.overlay and wish.keep_overlay is None else wish.remember
 
 
 def _allow_descriptors() -> None:
-    """Each client takes a descriptor, and what is usual is less than the clients we can serve."""
+    """Raise the limit of descriptors: each client takes one, and the usual limit allows too few clients."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -293,7 +292,7 @@ def _tls(wish: ServeOptions) -> ssl.SSLContext | None:
 def _take_commands(
     wish: ServeOptions, common: Common, server: NbdServer, exports: list[ImageExport], cleanup: contextlib.ExitStack
 ) -> None:
-    """Have the control socket: ours, unless it was given to somebody, whose paths are confined then."""
+    """Open the control socket. If it is given to another user, that user's paths are confined."""
     assert wish.control is not None
     confined = Confinement(wish.control_dir)
     try:
@@ -310,15 +309,17 @@ def _take_commands(
 
 
 def _remove_quietly(path: str) -> None:
-    """Take back a child that nobody came to use."""
+    """Remove a child that no client could use."""
     with contextlib.suppress(vhdkit.VhdkitError):
         remove_file(path)
 
 
 def _serve_nbdkit(wish: ServeOptions, common: Common) -> None:
-    """Look whether all images can be served, which says best what is wrong with one; then leave them to nbdkit."""
+    """Open all images first, for better error messages than nbdkit's; then leave them to nbdkit."""
     if wish.control or wish.keep_overlay or wish.stats:
-        raise click.UsageError("--control, --keep-overlay and --stats are not for nbdkit: leave out --engine nbdkit")
+        raise click.UsageError(
+            "--control, --keep-overlay and --stats do not work with nbdkit: leave out --engine nbdkit"
+        )
     program = find_nbdkit()
     launch = NbdkitLaunch(
         (), common.options, wish.read_only, wish.overlay, wish.exit_last,
@@ -339,19 +340,19 @@ def _serve_nbdkit(wish: ServeOptions, common: Common) -> None:
             if wish.pid_file is not None:
                 cleanup.enter_context(_pid_file(wish.pid_file))
             if not activated or common.json:
-                _tell_ready(exports, listeners, wish, common)
+                _print_ready(exports, listeners, wish, common)
             notify(READY)
 
         run_nbdkit(program, replace(launch, exports=images), listeners.sockets, ready)
 
 
 def _close(export: ImageExport) -> None:
-    """Close what the server did not come to close."""
+    """Close an export that the server has not closed."""
     export.disk.close()
 
 
 def _listen(wish: ServeOptions, listeners: Listeners) -> bool:
-    """Have the sockets that were asked for; True when they were passed to us: whoever did so knows where they are."""
+    """Open the requested sockets. True when a service manager passed them, which then knows their addresses."""
     if listeners.add_activated():
         return True
     try:
@@ -368,7 +369,7 @@ def _listen(wish: ServeOptions, listeners: Listeners) -> bool:
 
 @contextlib.contextmanager
 def _stopped_in_order(server: NbdServer) -> Iterator[None]:
-    """Signals end the server from now on, not the program. They stay caught: the last flush is not cut short."""
+    """From now on signals stop the server, not the process. They stay caught, so that the last flush completes."""
     seen = 0
 
     def stop(number: int, frame: object) -> None:
@@ -381,7 +382,7 @@ def _stopped_in_order(server: NbdServer) -> Iterator[None]:
             server.loop.stop()
 
     for one in _STOPPING_SIGNALS:
-        if signal.getsignal(one) != signal.SIG_IGN:  # whoever started us with a signal ignored (nohup) meant it
+        if signal.getsignal(one) != signal.SIG_IGN:  # a signal that was ignored at our start (nohup) stays ignored
             signal.signal(one, stop)
     yield
 
@@ -394,7 +395,7 @@ def _is_pid_file(path: str) -> bool:
 
 @contextlib.contextmanager
 def _pid_file(path: str) -> Iterator[None]:
-    """A file with our number in it while the block runs."""
+    """Keep a file with our process id while the block runs."""
     text = f"{os.getpid()}\n".encode()
     if is_regular(path) and not _is_pid_file(path):
         raise vhdkit.AlreadyExists("exists and is not a pid file: it is not replaced", path=path)
@@ -403,12 +404,12 @@ def _pid_file(path: str) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(vhdkit.VhdkitError):
-            if read_whole(path, KIB) == text:  # else it is another's by now
+            if read_whole(path, KIB) == text:  # else another process has replaced it
                 remove_file(path)
 
 
-def _tell_ready(exports: list[ImageExport], listeners: Listeners, wish: ServeOptions, common: Common) -> None:
-    """Where clients find what."""
+def _print_ready(exports: list[ImageExport], listeners: Listeners, wish: ServeOptions, common: Common) -> None:
+    """Print the addresses of the exports."""
     secure = bool(wish.tls_certs or wish.tls_psk)
     addresses = [address.uri("", secure=secure) for address in listeners.addresses]
     uris = {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""nbdkit as the engine of `serve`: found, examined, started with our sockets, and watched until it ends.
+"""nbdkit as the engine of `serve`: found, checked, started with our sockets, and watched until it ends.
 
 Decides which nbdkit is used and how signals and the exit code are passed on. Its command line and environment are
 decided in `serve.nbdkit.command`.
@@ -60,14 +60,14 @@ def find_nbdkit() -> str:
     else:
         raise missing("it is not")
     try:
-        told = subprocess.run(
+        dumped = subprocess.run(
             [program, "python", "--dump-plugin"],
             stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=_DUMP_SECONDS,
             env=nbdkit_environment(program, os.environ),
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError) as error:
         raise IoFailed(f"cannot be run: {error}", path=program) from error
-    check_python(told.stdout, sys.version_info[:2])
+    check_python(dumped.stdout, sys.version_info[:2])
     return program
 
 
@@ -76,7 +76,7 @@ def run_nbdkit(
 ) -> None:
     """Serve until nbdkit ends, which it does when we get a signal; `ready` is called when clients are served.
 
-    Raises IoFailed when nbdkit fails. It has said why on standard error.
+    Raises IoFailed when nbdkit fails, after it has printed why on standard error.
     """
     with contextlib.closing(PrivateFolder()) as folder:
         pid_file = os.path.join(folder.path, "nbdkit.pid")
@@ -95,7 +95,7 @@ def run_nbdkit(
     if code < 0:
         raise IoFailed(f"nbdkit was ended by {signal.Signals(-code).name}")
     if code > 0:
-        raise IoFailed(f"nbdkit ended with exit code {code}; what it said is above")
+        raise IoFailed(f"nbdkit ended with exit code {code}; its message is above")
 
 
 class _Child:
@@ -104,30 +104,30 @@ class _Child:
     def __init__(self) -> None:
         self._pid = 0
         self._code: int | None = None
-        self._is_told = False
+        self._is_stopping = False
 
     def start(self, command: Sequence[str], environment: dict[str, str], sockets: Sequence[socket.socket]) -> None:
         """Start nbdkit with these listening sockets."""
         environment["LISTEN_FDS"] = str(len(sockets))
-        # First out of the way of the numbers that they are to have.
+        # Copy them first to numbers above those that they are to get.
         copies = [_copy_above(sock.fileno(), _FIRST_FD + len(sockets)) for sock in sockets]
         places = [(os.POSIX_SPAWN_DUP2, copy, _FIRST_FD + number) for number, copy in enumerate(copies)]
         words = [*_BECOME, *command]
         self._pid = os.posix_spawn(words[0], words, environment, file_actions=places, setsigdef=[signal.SIGPIPE])
         for copy in copies:
             os.close(copy)
-        if self._is_told:
+        if self._is_stopping:
             self.end()
 
     def end(self) -> None:
         """Ask it to answer what is in flight, flush and end."""
-        self._is_told = True
+        self._is_stopping = True
         if self._pid and self._code is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._pid, signal.SIGTERM)
 
     def has_ended(self) -> bool:
-        """Look, without waiting."""
+        """True when nbdkit has ended; does not wait."""
         if self._code is None:
             pid, status = os.waitpid(self._pid, os.WNOHANG)
             if pid:
@@ -159,7 +159,7 @@ def _ended_by_signals() -> Iterator[_Child]:
     """A child that the first of our signals ends, and that does not outlive the block."""
     child = _Child()
     for one in _SIGNALS:
-        if signal.getsignal(one) != signal.SIG_IGN:  # whoever started us with a signal ignored (nohup) meant it
+        if signal.getsignal(one) != signal.SIG_IGN:  # a signal that was ignored at our start (nohup) stays ignored
             signal.signal(one, lambda number, frame: child.end())
     try:
         yield child

@@ -13,7 +13,7 @@ import click
 import vhdkit
 from vhdkit.cli.common import PATH, Common, dry_run_option, epilog, image_options
 from vhdkit.cli.create import needed_to_open
-from vhdkit.cli.naming import tell_other_name
+from vhdkit.cli.naming import note_other_name
 from vhdkit.cli.output import note, print_json, print_text
 from vhdkit.errors import printable
 from vhdkit.folder import exists
@@ -28,26 +28,26 @@ from vhdkit.folder import exists
     ),
 )
 @click.argument("images", metavar="LEAF [NEW]", nargs=-1, required=True, type=PATH)
-@click.option("--many", is_flag=True, help="All disks of a set at once: LEAF or LEAF=NEW, any number, all or none.")
+@click.option("--many", is_flag=True, help="Freeze several disks at once, each LEAF or LEAF=NEW; all or none.")
 @dry_run_option
 @image_options(leaf_format=False)
 def snapshot_command(images: tuple[str, ...], many: bool, dry_run: bool, common: Common) -> None:
-    """Freeze LEAF: its content stays as it is now, and NEW, an empty child, takes what is written from now on.
+    """Freeze LEAF: its content no longer changes, and later writes go to NEW, an empty child.
 
-    Without NEW the child lies beside the leaf: disk.avhd for disk.vhd, disk-1.avhd for disk.avhd, the next free
-    number. Nobody may be writing to LEAF meanwhile.
+    Without NEW the child is made beside the leaf: disk.avhd for disk.vhd, disk-1.avhd for disk.avhd, with the next
+    free number. No program may be writing to LEAF at the time.
 
-    With --many the words are LEAF=NEW. Where a name itself holds a "=", the words are cut at the "=" whose left side
-    is a file that exists, the longest one.
+    With --many the arguments are LEAF=NEW. If a name itself contains "=", the argument is split after the longest
+    name that is an existing file.
 
     \b
     With --json: {"snapshots": [{"leaf", "new", "open_with"}], "dry_run"}
     """
     if not many and len(images) > 2:
-        raise click.UsageError("one LEAF and at most one NEW; for several disks say --many LEAF=NEW ...")
+        raise click.UsageError("give one LEAF and at most one NEW; for several disks use --many LEAF=NEW ...")
     pairs = [split_pair(word) for word in images] if many else [(images[0], images[1] if len(images) > 1 else None)]
     made = vhdkit.snapshot_many(pairs, options=common.options, dry_run=dry_run)
-    _tell([leaf for leaf, _ in pairs], made, "snapshots", common, dry_run)
+    _print_result([leaf for leaf, _ in pairs], made, "snapshots", common, dry_run)
 
 
 @click.command(
@@ -61,15 +61,15 @@ def snapshot_command(images: tuple[str, ...], many: bool, dry_run: bool, common:
 def clone_command(base: str, new: tuple[str, ...], dry_run: bool, common: Common) -> None:
     """Create empty children NEW of one BASE, all or none. BASE is only read, and must not change from now on.
 
-    vhdkit does not change it while a child stands on it. A child in another folder is written down beside BASE, in
-    .BASE.vhdkit-children, so that it is found from there; a child that you move away with mv, and programs
-    that know nothing of this, are not covered: make BASE read-only too (chmod a-w).
+    vhdkit does not change BASE while it has a child. A child in another folder is recorded beside BASE, in
+    .BASE.vhdkit-children, so that it is found from there. A child that you move with mv, and programs that
+    ignore this record, are not covered: also make BASE read-only (chmod a-w).
 
     \b
     With --json: {"clones": [{"leaf", "new", "open_with"}], "dry_run"}
     """
     made = vhdkit.clone(base, new, options=common.options, dry_run=dry_run)
-    _tell([base] * len(made), made, "clones", common, dry_run)
+    _print_result([base] * len(made), made, "clones", common, dry_run)
 
 
 def split_pair(word: str) -> tuple[str, str | None]:
@@ -85,8 +85,8 @@ def split_pair(word: str) -> tuple[str, str | None]:
     return leaf, new
 
 
-def _tell(parents: Sequence[str], made: Sequence[str], kind: str, common: Common, dry_run: bool) -> None:
-    """Say what was made, or would be."""
+def _print_result(parents: Sequence[str], made: Sequence[str], kind: str, common: Common, dry_run: bool) -> None:
+    """Report what was made, or would be."""
     needed = [
         [] if dry_run else needed_to_open(new, old, common.options) for old, new in zip(parents, made, strict=True)
     ]
@@ -101,6 +101,6 @@ def _tell(parents: Sequence[str], made: Sequence[str], kind: str, common: Common
         if not common.quiet:
             will = "would create" if dry_run else "created"
             print_text(f"{will} {printable(new)} on {printable(old)}, which is read-only from now on")
-        tell_other_name(common, new)
+        note_other_name(common, new)
         if with_:
-            note(common, f"opening {new} needs " + " ".join(with_))
+            note(common, f"opening {new} requires " + " ".join(with_))

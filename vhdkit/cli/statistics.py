@@ -19,9 +19,9 @@ _SECONDS = 1.0
 
 @contextlib.contextmanager
 def stats_shown(server: NbdServer) -> Iterator[None]:
-    """The line on standard error while the block runs, by a thread of its own: a slow terminal stops nobody.
+    """Show the line on standard error while the block runs, from a thread of its own: a slow terminal delays nothing.
 
-    Where standard error is no terminal there is none.
+    Nothing is shown if standard error is not a terminal.
     """
     if not sys.stderr.isatty():
         yield

@@ -2,7 +2,7 @@
 """Bold, dim and a few colours, for lines of text; without rich, which takes a sixth of the time of a short verb.
 
 Decides whether standard output shows styles, as rich decides it: on a terminal that is not dumb, or where FORCE_COLOR
-or TTY_COMPATIBLE asks for it; NO_COLOR leaves bold and dim. Must not know what is said.
+or TTY_COMPATIBLE asks for it; NO_COLOR leaves bold and dim. Must not know what is printed.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from vhdkit import Extent, ExtentKind
 from vhdkit.units import SECTOR_SIZE
 
-NOBODY = -1  # the owner of a cell that is all zeros
+UNOWNED = -1  # the owner of a cell that is all zeros
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +44,12 @@ class Tally:
         return int(self.data.shape[0])
 
     def data_bytes(self, layer: int) -> int:
-        """All data the layer answers for."""
+        """All data that the layer owns."""
         return int(self.data[layer].sum())
 
     def owners(self) -> NDArray[np.int64]:
-        """Per cell the layer with most data there, the one nearer to the leaf when equal; NOBODY for zeros."""
-        return np.where(self.data.any(axis=0), self.data.argmax(axis=0), NOBODY)
+        """Per cell the layer with most data there, the one nearer to the leaf when equal; UNOWNED for zeros."""
+        return np.where(self.data.any(axis=0), self.data.argmax(axis=0), UNOWNED)
 
     def fill(self) -> NDArray[np.float64]:
         """Per cell how much of it is data of any layer, 0 to 1."""

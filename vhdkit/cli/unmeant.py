@@ -25,13 +25,13 @@ UNMEANT_SIGNALS = (
 
 
 def ignore_unmeant() -> dict[int, object]:
-    """Ignore them in this process and the programs that it starts; what was done about each before."""
+    """Ignore these signals in this process and the programs that it starts; returns the previous handlers."""
     return {one: signal.signal(one, signal.SIG_IGN) for one in UNMEANT_SIGNALS}
 
 
 @contextlib.contextmanager
 def unmeant_ignored() -> Iterator[None]:
-    """While the block runs, on the main thread (elsewhere nothing can be done about signals), they are ignored."""
+    """Ignore these signals while the block runs. Outside the main thread, which alone sets handlers, do nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

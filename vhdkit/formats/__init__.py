@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image formats: each fulfils `formats.format.Format`, and its open images `image.Layer`.
 
-`FORMATS` is the only list of them, in the order in which a file is probed; raw takes what is left. Everything else
-here is a question about that list. Which format a file without a given one has, and what is refused, is decided in
-`formats.probe`.
+`FORMATS` is the only list of them, in the order in which a file is probed; raw comes last and accepts any file.
+The functions here look things up in that list. Which format a file without a given one has, and what is refused, is
+decided in `formats.probe`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FORMATS: tuple[Format, ...] = (VHD, RAW)
 
 
 def named(name: str) -> Format:
-    """The format of this name; there is one."""
+    """The format of this name, which must exist."""
     return next(one for one in FORMATS if one.name == name)
 
 
@@ -28,7 +28,7 @@ def of(layer: Layer) -> Format:
 
 
 def making(kind: str) -> Format:
-    """The format whose `create` makes this kind; there is one."""
+    """The format whose `create` makes this kind, which must exist."""
     return next(one for one in FORMATS if kind in one.kinds)
 
 
@@ -53,12 +53,12 @@ def probed(store: ReadStore) -> Format:
 
 
 def file_id(store: ReadStore) -> bytes | None:
-    """Which image it is, as records and undo logs name it; see `Format.file_id`."""
+    """The id by which records and undo logs name the image; see `Format.file_id`."""
     return next((found for one in FORMATS if (found := one.file_id(store)) is not None), None)
 
 
 def linkage_id(store: ReadStore) -> bytes | None:
-    """What children record of the image; see `Format.linkage_id`."""
+    """The id by which children name the image; see `Format.linkage_id`."""
     return next((found for one in FORMATS if (found := one.linkage_id(store)) is not None), None)
 
 
@@ -73,8 +73,8 @@ def is_torn(sector: bytes, before: bytes, after: bytes) -> bool:
 
 
 def reopened(layer: Layer, *, writable: bool, store: Store | None = None) -> Layer:
-    """The image as its file is now, through the same store, with the lock that it has, or through another `store`.
+    """Open the image again as its file is now, through the same store and its lock, or through another `store`.
 
-    Its format is never guessed: the guest of a raw disk may write anything. Nothing of the layer is unflushed.
+    The format is not probed again: the guest of a raw disk may write anything. The layer must have been flushed.
     """
     return of(layer).open(store or layer.store, writable=writable, ignore_bitmaps=layer.ignore_bitmaps)

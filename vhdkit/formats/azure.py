@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Azure asks of an image: a fixed VHD of whole MiB. Decides sizes only, and must not know how one is written."""
+"""What Azure requires of an image: a fixed VHD of whole MiB. Decides sizes only; must not know how one is written."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ AZURE_UNIT_BYTES = MIB
 
 
 def azure_size(size_bytes: int) -> int:
-    """The size Azure accepts: a whole number of MiB, never less than asked."""
+    """The size that Azure accepts: rounded up to a whole number of MiB, at least one."""
     return max(round_up(size_bytes, AZURE_UNIT_BYTES), AZURE_UNIT_BYTES)

@@ -3,7 +3,7 @@
 
 Decides how a change becomes a patch, and how much of a file a draft may change. Must not know images. Code that
 repairs a store repairs a draft instead. The result is examined, and then its `diff` is written into the file as one
-change, or discarded. How it reads is `patched`'s decision.
+change, or discarded. `patched` decides how it reads.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from vhdkit.units import KIB, MIB, SECTOR_SIZE, round_down, round_up
 
 MAX_DRAFT_BYTES = 48 * MIB  # of changed sectors in memory: the largest BAT is 16 MiB
 _MAX_SIZE = 1 << 62
-_PATCH_BYTES = 4 * KIB  # the longest patch of data: one that is partly written over later is copied
+_PATCH_BYTES = 4 * KIB  # the longest patch of data: one that is partly overwritten later is copied
 
 
 class DraftStore(PatchedStore):
-    """`base` as it would be: a `store.Store`. Changed sectors are held in memory; the base is only read."""
+    """`base` with pending changes: a `store.Store`. Changed sectors are held in memory; the base is only read."""
 
     def __init__(self, base: ReadStore) -> None:
         super().__init__(base, base.size(), Patches())
@@ -54,7 +54,7 @@ class DraftStore(PatchedStore):
             raise errors.NoSpace("the file would become too long", path=self.name)
 
     def punch(self, offset_bytes: int, size_bytes: int) -> None:
-        """See `Store.punch`: zeros, where there are none yet."""
+        """See `Store.punch`: writes zeros over everything that is not zero yet."""
         size_bytes = min(size_bytes, self._size - offset_bytes)
         for offset, size, is_data in list(self.data_runs(offset_bytes, max(size_bytes, 0))):
             for position in range(offset, offset + size, MIB) if is_data else ():
@@ -63,7 +63,7 @@ class DraftStore(PatchedStore):
                     self.pwrite(position, bytes(len(piece)))
 
     def reserve(self, offset_bytes: int, size_bytes: int) -> None:
-        """See `Store.reserve`: nothing is set aside yet."""
+        """See `Store.reserve`: only the size changes."""
         if size_bytes > 0:
             self._refuse_size(offset_bytes + size_bytes)
             self._size = max(self._size, offset_bytes + size_bytes)
@@ -73,7 +73,7 @@ class DraftStore(PatchedStore):
         copy_bytes(source, source_offset_bytes, self, offset_bytes, size_bytes)
 
     def truncate(self, size_bytes: int) -> None:
-        """See `Store.truncate`. What is cut off stays cut off when the draft grows over it again: zeros."""
+        """See `Store.truncate`. When the draft grows again, what was cut off reads as zeros."""
         self._refuse_size(size_bytes)
         if size_bytes < self._size:
             self._patches.lay(size_bytes, self._size, None)
@@ -83,4 +83,4 @@ class DraftStore(PatchedStore):
         """See `Store.sync`: there is nothing to wait for."""
 
     def close(self) -> None:
-        """See `Store.close`: the base stays open, it is not the draft's."""
+        """See `Store.close`: the base stays open, because the draft does not own it."""

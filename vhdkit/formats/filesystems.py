@@ -6,7 +6,7 @@ tools. Pure: gets a function that reads bytes. A guest wrote these bytes, so wha
 a kind, a label of bounded length, or None.
 
 Sources: the on-disk format documents of ext4 and XFS (Linux, Documentation/filesystems), btrfs (its wiki, On-disk
-Format), NTFS, FAT and exFAT (Microsoft), ISO 9660, and the headers by which LVM, LUKS, BitLocker and swap are known.
+Format), NTFS, FAT and exFAT (Microsoft), ISO 9660, and the headers that identify LVM, LUKS, BitLocker and swap.
 """
 
 from __future__ import annotations
@@ -28,18 +28,20 @@ _EXT_MAX_SHIFT, _EXFAT_MAX_SHIFT = 6, 12  # 64 KiB blocks, 4 KiB sectors: the fo
 _EXT4_ONLY = sum(1 << bit for bit in (6, 7, 9))  # extents, 64 bit, flexible groups
 _BTRFS_OFFSET, _BTRFS_MAGIC, _BTRFS_LABEL = 64 << 10, b"_BHRfS_M", 0x12B
 _ISO_OFFSET = 32 << 10
-_SWAP_PAGES = tuple(size * KIB for size in (4, 8, 16, 32, 64))  # by machine; the mark ends the first one
+_SWAP_PAGES = tuple(
+    size * KIB for size in (4, 8, 16, 32, 64)
+)  # page sizes of machines; the mark is at the end of the first page
 _SWAP_MARKS = (
     b"SWAPSPACE2",
     b"S1SUSPEND\0",
     b"S2SUSPEND\0",
     b"ULSUSPEND\0",
     b"LINHIB0001",
-)  # a system may sleep in it
+)  # the last four: a hibernated system
 _MD_MARK = b"\xfc\x4e\x2b\xa9\1\0\0\0"
 _SQUASHFS_PADDING = 4 * KIB
 _LABEL_BYTES = 256  # no format has more
-# (offset, mark, kind): what one look settles.
+# (offset, mark, kind): recognised by one mark near the start.
 _MARKS = (
     (0, b"XFSB", "xfs"),
     (0, b"hsqs", "squashfs"),
@@ -53,7 +55,7 @@ _MARKS = (
     *((sector * SECTOR_SIZE, b"LABELONE", "lvm") for sector in range(4)),
     (_SWAP_PAGES[0] - len(_SWAP_MARKS[0]), _SWAP_MARKS[0], "swap"),
 )
-# Looked for after all others: a maker of those may leave these marks where they were.
+# Checked after all others: programs that make those may leave these marks in place.
 _LATE_MARKS = (
     *((size - len(mark), mark, "swap") for size in _SWAP_PAGES for mark in _SWAP_MARKS),
     (0, _MD_MARK, "md"),
@@ -66,16 +68,16 @@ _LATE_MARKS = (
     (32 * KIB + 1, b"BEA01", "udf"),
     (64 * KIB + 52, b"ReIsEr", "reiserfs"),
 )
-# What holds other things than files; with what it takes to get at them.
+# Kinds that hold no files themselves, with the way to get at their content.
 CONTAINERS = {
-    "luks": "it is encrypted with LUKS: `cryptsetup open` reads it",
-    "bitlocker": "it is encrypted with BitLocker: `dislocker` or `cryptsetup bitlkOpen` read it",
-    "lvm": "it is a physical volume of LVM: `vgchange` finds the volumes on it",
-    "md": "it is a member of a Linux RAID: `mdadm --assemble` makes a disk of all members",
+    "luks": "it is encrypted with LUKS: open it with `cryptsetup open`",
+    "bitlocker": "it is encrypted with BitLocker: open it with `dislocker` or `cryptsetup bitlkOpen`",
+    "lvm": "it is a physical volume of LVM: activate the volumes on it with `vgchange`",
+    "md": "it is a member of a Linux RAID: assemble all members with `mdadm --assemble`",
     "swap": "it is swap space",
 }
 _IN_FIRST_SECTOR = {kind for offset, _, kind in _MARKS if offset < SECTOR_SIZE}
-# What makes a file system end earlier, by kind; for the others only a new, smaller disk helps.
+# What shrinks a file system, by kind; the content of the others must be copied to a new, smaller disk.
 _SHRINKERS = {
     "ext2": "resize2fs",
     "ext3": "resize2fs",
@@ -90,9 +92,9 @@ _SHRINKERS = {
 
 @dataclass(frozen=True, slots=True)
 class FileSystem:
-    """`kind` as Linux names it (ext4, xfs, ntfs, vfat...), `label` as its owner did, empty where there is none.
+    """`kind` as Linux names it (ext4, xfs, ntfs, vfat...); `label` is empty if there is none.
 
-    `needs_recovery`: it was not unmounted, and its journal holds changes (told for ext3 and ext4 only).
+    `needs_recovery`: it was not unmounted, and its journal holds changes (detected for ext3 and ext4 only).
     """
 
     kind: str
@@ -101,7 +103,7 @@ class FileSystem:
 
     @property
     def in_first_sector(self) -> bool:
-        """Its mark stands where a partition table would: where both seem to be there, either may be a leftover."""
+        """Its mark is in the sector of a partition table: if both seem to be present, either may be a leftover."""
         return self.kind in _IN_FIRST_SECTOR
 
 
@@ -152,9 +154,10 @@ def _text(raw: bytes) -> str:
 
 
 def end_of(read: ReadBytes, kind: str) -> int | None:
-    """The first byte behind a file system of `kind` that begins at offset 0, by its own superblock.
+    """The first byte after a file system of `kind` that begins at offset 0, by its own superblock.
 
-    None where it does not say, or says what cannot be: it may reach up to the end then. Raises what `read` raises.
+    None if the superblock does not give one, or an impossible one: it may then reach the end. Raises what `read`
+    raises.
     """
     finder = _ENDS.get(kind)
     raw = read(0, _BTRFS_OFFSET + _BTRFS_LABEL)
@@ -163,11 +166,11 @@ def end_of(read: ReadBytes, kind: str) -> int | None:
 
 
 def shrink_hint(kind: str) -> str:
-    """What makes room behind a file system of `kind`, in words."""
+    """A hint how to make room after a file system of `kind`."""
     tool = _SHRINKERS.get(kind)
     if tool is None:
-        return f"{kind} cannot be made smaller where it is: make a smaller disk and copy the files there"
-    return f"make it smaller first, where its own tools can see the disk: {tool} does that"
+        return f"{kind} cannot be shrunk in place: make a smaller disk and copy the files there"
+    return f"first shrink it with its own tools, where they can see the disk: {tool}"
 
 
 def _little(raw: bytes, place: int, size: int) -> int:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are not disks vhdkit can read, and that nobody wants to open as raw disks.
+"""Files that are no disks in a format that vhdkit reads, and are not meant as raw disks either.
 
 Decides by signatures at fixed places what a file is and what to do with it: images of other programs, compressed
 files, and archives in which disks are distributed. Opened as raw, each would be a disk of nonsense, and a write would
-destroy it. A file system without a partition table is not among them: many raw disks are just that.
+destroy it. A file system without a partition table is not among them: it is a common raw disk.
 
 Sources: RFC 1952 (gzip), RFC 8878 (zstd), the format documents of bzip2, xz, lz4, lzop, 7z and RAR, PKWARE's APPNOTE
 (zip), POSIX pax (tar), QEMU's and Proxmox VE's format documents (QCOW2, QED, Parallels, bochs, cloop, VMA), VMware's
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from vhdkit.units import SECTOR_SIZE
 
 _TAR_OFFSET, _TAR_MAGIC = 257, b"ustar"
-HEAD_BYTES = SECTOR_SIZE  # what `identify_foreign` has to see of a file
+HEAD_BYTES = SECTOR_SIZE  # what `identify_foreign` needs of a file
 _ZSTD_SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")  # a frame that some compressors put first
 _BZIP2 = re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)")
 
@@ -29,7 +29,7 @@ _IN_ARCHIVE = "the disks are files in it: unpack it first, {tool} {path}"
 
 @dataclass(frozen=True, slots=True)
 class Foreign:
-    """`name` completes "is ...", `hint` says what to do with the file; `{path}` stands for its path there."""
+    """`name` completes "is ...", `hint` is what to do with the file, with `{path}` for its path."""
 
     name: str
     hint: str
@@ -78,7 +78,7 @@ _MARKS: tuple[tuple[bytes, Foreign], ...] = (
 
 
 def identify_foreign(head: bytes) -> Foreign | None:
-    """What a file is that begins with `head` (its first 512 bytes), when it is none to be opened as a disk."""
+    """What the file that begins with `head` (its first 512 bytes) is, or None if it may be opened as a raw disk."""
     for mark, found in _MARKS:
         if head.startswith(mark):
             return found

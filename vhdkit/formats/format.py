@@ -79,7 +79,7 @@ class FieldValue:
 
 @dataclass(frozen=True, slots=True)
 class StructureDump:
-    """One structure as it stands in the file; `state` says what it is worth."""
+    """One structure as it is stored in the file; `state` says whether it is valid."""
 
     structure: str
     offset_bytes: int
@@ -97,10 +97,10 @@ class Consent:
 
 @dataclass(frozen=True, slots=True)
 class Fix:
-    """One thing that is put right, or would be: `needs` is the consent that is missing, None when it was done.
+    """One problem that is fixed, or would be: `needs` is the missing consent, None if it was fixed.
 
-    `lost` are the ranges of the disk, (offset, size) in bytes, whose content is dropped; `doubtful` those that show
-    something which may belong elsewhere.
+    `lost` are the ranges of the disk, (offset, size) in bytes, whose content is dropped; `doubtful` those whose
+    content may belong elsewhere.
     """
 
     code: str
@@ -112,10 +112,10 @@ class Fix:
 
 @dataclass(frozen=True, slots=True)
 class ResizePlan:
-    """How an image gets another virtual size; sizes in bytes.
+    """How to change an image's virtual size; sizes in bytes.
 
-    `writes`, (offset, bytes), and `file_size_bytes` are for an image whose change no order of writes makes safe: the
-    caller makes it under an undo log. With `writes` None, `Resizable.run` makes the change by itself.
+    `writes`, (offset, bytes), and `file_size_bytes` are for an image that cannot be changed safely by any order of
+    writes: the caller makes the change under an undo log. With `writes` None, `Resizable.run` makes the change itself.
     """
 
     size_bytes: int
@@ -127,24 +127,24 @@ class ResizePlan:
 
 
 class Resizable(Protocol):
-    """An open layer whose virtual size can change. One plan, then one run; the open layer is of no use afterwards."""
+    """An open layer whose virtual size can change. One plan, then one run; close the layer afterwards."""
 
     def check_size(self, size_bytes: int) -> None:
         """Raise InvalidArgument for a size that the image cannot have."""
         ...
 
     def spare_range(self) -> tuple[int, int]:
-        """(start, end) in the file of what lies behind the disk and would become a part of it; equal where nothing."""
+        """(start, end) in the file of what follows the disk and would become a part of it; equal if nothing does."""
         ...
 
     def plan(self, size_bytes: int) -> ResizePlan:
-        """What the change takes. Nothing changes yet. Raises NoSpace, InvalidArgument."""
+        """What the change requires. Nothing changes yet. Raises NoSpace, InvalidArgument."""
         ...
 
     def run(self, plan: ResizePlan, moved: Moved | None = None) -> None:
         """Make the change, durable when this returns: the disk has its old size, with every byte, or the new one.
 
-        The caller ensures that nothing of value lies behind a new, smaller end. Only for a plan without `writes`.
+        The caller ensures that nothing of value lies after a new, smaller end. Only for a plan without `writes`.
         Raises NoSpace, IoFailed, SyncFailed.
         """
         ...
@@ -152,7 +152,7 @@ class Resizable(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CompactPlan:
-    """What compacting would do: the blocks that go, how many others move, and where the file ends afterwards."""
+    """What compacting would do: the blocks to drop, how many others move, and where the file ends afterwards."""
 
     dropped: NDArray[np.int64]
     moved_block_count: int
@@ -168,7 +168,7 @@ class Compactable(Protocol):
         ...
 
     def visible_ranges(self, block_index: int) -> list[tuple[int, int]]:
-        """(first byte in the block, size) of what any program may show of an allocated block."""
+        """(first byte in the block, size) of the parts of an allocated block that any program may read."""
         ...
 
     def plan(self, dropped: NDArray[np.int64]) -> CompactPlan:
@@ -176,7 +176,7 @@ class Compactable(Protocol):
         ...
 
     def run(self, moved: Moved | None = None) -> None:
-        """Do what was planned, durable when this returns; after an interruption every block is whole.
+        """Carry out the plan, durable when this returns; after an interruption every block is whole.
 
         Raises NoSpace, IoFailed, SyncFailed.
         """
@@ -184,12 +184,12 @@ class Compactable(Protocol):
 
 
 class Format(Protocol):
-    """One image format. All methods may be called for any store; none keeps it, but the layer that `open` returns.
+    """One image format. All methods accept any store; only the layer that `open` returns keeps it.
 
-    `name` is what users say for it and what records store. `title` is what messages call an image of it. `suffixes`
-    are file suffixes in lower case, `kinds` what `create` can make. A child of such an image is of the format
-    `child_format` and by default has the suffix `child_suffix`. An image `is_plain` when it has no structures of its
-    own, so every file can be taken for one: it has no ids, and nothing in it can be checked, repaired or shown.
+    `name` is the name in options and records. `title` is what messages call an image of the format. `suffixes` are
+    file suffixes in lower case, `kinds` what `create` can make. A child of such an image is of the format
+    `child_format` and by default has the suffix `child_suffix`. A format `is_plain` when its images have no structures
+    of their own, so any file can be opened as one: it has no ids, and nothing in it can be checked, repaired or shown.
     """
 
     @property
@@ -214,23 +214,23 @@ class Format(Protocol):
         ...
 
     def refuse_name(self, store: ReadStore) -> None:
-        """Raise CorruptImage for a file that is called as one of these images, and that no format recognised."""
+        """Raise CorruptImage for a file with the name of such an image that no format recognised."""
         ...
 
     def facts(self, store: ReadStore) -> ImageFacts:
-        """What the file says about itself; a few reads. Raises CorruptImage, InvalidArgument, IoFailed."""
+        """The file's metadata, with a few reads. Raises CorruptImage, InvalidArgument, IoFailed."""
         ...
 
     def describe(self, store: ReadStore) -> tuple[ImageFacts, ImageDetails]:
-        """The facts, and what else is shown to people; may read whole tables. Raises as `facts` does."""
+        """The facts, and what else `info` shows; may read whole tables. Raises as `facts` does."""
         ...
 
     def file_id(self, store: ReadStore) -> bytes | None:
-        """Which file it is, `ID_BYTES` long: never changes as long as the image lives. None where nothing says it."""
+        """The identity of the file, `ID_BYTES` long, which never changes during its life; None without one."""
         ...
 
     def linkage_id(self, store: ReadStore) -> bytes | None:
-        """What children record of it, `ID_BYTES` long; None where nothing says it."""
+        """The id that children record of it, `ID_BYTES` long; None if it has none."""
         ...
 
     def renewed_id(self, layer: Layer) -> bytes | None:
@@ -244,23 +244,23 @@ class Format(Protocol):
         ...
 
     def parent_ids(self, store: ReadStore) -> frozenset[bytes]:
-        """The ids that the file may record for its parent, `NULL_ID` for a raw one; a quick look with few reads.
+        """The ids that the file may record for its parent, `NULL_ID` for a raw one, found with few reads.
 
-        Every id that `facts` could find is among them; empty for what has no parent. Raises IoFailed.
+        Every id that `facts` could find is among them; empty for an image without a parent. Raises IoFailed.
         """
         ...
 
     def claimed_parent(self, store: ReadStore) -> tuple[bytes | None, bool]:
-        """For a damaged image: the id that a structure names which is not to be believed, and whether it has any.
+        """For a damaged image: the parent id in a structure that cannot be trusted, and whether there is a structure.
 
-        Enough to keep what the image may need. (None, True) is an image that says it has no parent.
+        Enough to keep what the image may need. (None, True) is an image that claims to have no parent.
         """
         ...
 
     def may_be_changing(self, store: ReadStore, file_id: bytes, sizes_bytes: tuple[int, int]) -> bool:
         """False when the file cannot be the image `file_id` in the middle of a change between these file sizes.
 
-        For undo logs: False where the file is surely whole, and another image or of neither size.
+        For undo logs: False if the file is certainly whole, and is another image or has neither size.
         """
         ...
 
@@ -273,13 +273,13 @@ class Format(Protocol):
         ...
 
     def written_at(self, modified_ns: int) -> int:
-        """A file's time as a time stamp of this format, as some programs record it of a parent."""
+        """A file's modification time as a time stamp of this format, which some programs record of a parent."""
         ...
 
     # -- opening and making ---------------------------------------------------------------------------------------
 
     def open(self, store: Store, *, writable: bool = False, ignore_bitmaps: bool = False) -> Layer:
-        """The image, without its parents; a writable open may mend structures of which there is a second copy.
+        """The image, without its parents; a writable open may repair structures from their second copy.
 
         The layer takes over the store once it is returned. Raises CorruptImage, InvalidArgument, IoFailed.
         """
@@ -298,7 +298,7 @@ class Format(Protocol):
         ...
 
     def stream_end(self, kind: str, size_bytes: int) -> bytes | None:
-        """What follows the bytes of a disk that is written in one stream; None for a kind that cannot be."""
+        """What follows the bytes of a disk that is written as a stream; None for a kind that cannot be streamed."""
         ...
 
     def create_child(self, store: Store, size_bytes: int, parent: ParentRef, *, block_size_bytes: int) -> None:
@@ -306,45 +306,45 @@ class Format(Protocol):
         ...
 
     def relink(self, store: Store, parent: ParentRef) -> None:
-        """Let the child in `store`, which is held for writing, record another parent, or other names for it.
+        """Record another parent, or other names for it, in the child in `store`, which is held for writing.
 
         Raises InvalidArgument for names that cannot be stored, NoSpace, IoFailed, SyncFailed; the image then has its
         old names or its new ones.
         """
         ...
 
-    # -- looking after ------------------------------------------------------------------------------------------------
+    # -- maintenance --------------------------------------------------------------------------------------------------
 
     def check(
         self, store: ReadStore, *, ignore_bitmaps: bool = False, progress: Callable[[int, int], None] | None = None
     ) -> list[Finding]:
-        """Examine the file; whatever is wrong with it is a finding. Raises IoFailed."""
+        """Examine the file; every problem is a finding. Raises IoFailed."""
         ...
 
     def repair(self, draft: DraftStore, consent: Consent) -> list[Fix]:
-        """Change `draft` into what the image should be; returns what was done or could be. Raises IoFailed."""
+        """Repair the image in `draft`; returns what was fixed or could be. Raises IoFailed."""
         ...
 
     def settle(self, draft: DraftStore) -> list[Fix]:
-        """The last part of a repair, when the parent's names are right: put structures in their usual places."""
+        """The last part of a repair, once the parent's names are right: put structures in their usual places."""
         ...
 
     def dump(self, store: ReadStore) -> list[StructureDump]:
-        """Everything that could be a structure, as it stands in the file. Raises IoFailed."""
+        """Everything that could be a structure, as it is stored in the file. Raises IoFailed."""
         ...
 
     def refuse_foreign_writer(self, layer: Layer) -> None:
-        """Raise ImageInUse where the image has the mark of a program that writes to it without our locks."""
+        """Raise ImageInUse if the image has the mark of a program that writes to it without our locks."""
         ...
 
     def drop_unreferenced(self, layer: Layer) -> None:
-        """Give back what lies behind everything that the image refers to, as an interrupted merge leaves it."""
+        """Cut off what lies after everything that the image refers to, as left by an interrupted merge."""
         ...
 
     def resizable(self, layer: Layer) -> Resizable | None:
-        """How to give the open layer another size; None where that cannot be done."""
+        """How to resize the open layer; None if that is impossible."""
         ...
 
     def compactable(self, layer: Layer) -> Compactable | None:
-        """How to make the file of an open layer with blocks smaller; None where that cannot be done."""
+        """How to compact an open layer with blocks; None if that is impossible."""
         ...

@@ -25,7 +25,7 @@ class SyncGuard:
         self._store = store
         self.failure: errors.SyncFailed | None = None
         self.is_interrupted = False  # the failure is an interrupted write: what was written before it can be flushed
-        self._is_refused = False  # the failure is none of a flush: there is nothing that was not flushed
+        self._is_refused = False  # the failure is not one of a flush: everything was flushed
         self._has_ended = False
         self._has_lost = False
 
@@ -35,27 +35,27 @@ class SyncGuard:
             raise errors.SyncFailed(self.failure.problem, path=self.failure.path, hint=self.failure.hint)
 
     def interrupted(self) -> None:
-        """A write was left in the middle by something that is no error of ours, such as Ctrl-C."""
+        """A write was interrupted by an exception that is not ours, such as that of Ctrl-C."""
         if self.failure is None:
             self.is_interrupted = True
             self.failure = errors.SyncFailed(
-                "a write to this disk was interrupted, and it takes no more",
+                "a write to this disk was interrupted, so further writes are refused",
                 path=self._store.name,
-                hint="close the disk and open it again: what was written before is kept",
+                hint="close the disk and open it again: earlier writes are kept",
             )
 
     def refuse(self) -> None:
-        """The file was changed through another opening: nothing of this one may reach it. All of it was flushed."""
+        """The file was changed through another opening: this one, which was flushed, must not write any more."""
         if self.failure is None or self.is_interrupted:
             self.is_interrupted, self._is_refused = False, True
             self.failure = errors.SyncFailed(
-                "the image was changed through another opening of it",
+                "the image was changed through another open handle",
                 path=self._store.name,
                 hint="close the disk and open it again: everything that was flushed is there",
             )
 
     def sync(self) -> None:
-        """Sync the store. Raises SyncFailed, now and from now on, when that fails."""
+        """Sync the store. Raises SyncFailed if that fails, now and on every later call."""
         if not self.is_interrupted:
             self.check()
         try:
@@ -65,8 +65,9 @@ class SyncGuard:
             raise
 
     def finish(self, work: Callable[[], None]) -> None:
-        """At the image's end: `work` makes all of it durable. It is done again when an exception that is none of ours
-        strikes it. Calling this again says what was lost where even that did not succeed, and is fine otherwise.
+        """Make everything durable with `work` before the image is closed. If an exception that is not ours interrupts
+        `work`, it runs once more. If that fails too, the next call reports the loss; otherwise further calls do
+        nothing.
 
         Raises what `work` raises, and SyncFailed for an image whose flush had failed.
         """
@@ -93,7 +94,7 @@ class SyncGuard:
                 work()
                 self._has_lost = False
                 raise
-        except errors.VhdkitError:  # whoever closes is told
+        except errors.VhdkitError:  # the caller of `close` gets the error
             self._has_lost = False
             raise
         self._has_lost = False

@@ -2,7 +2,7 @@
 """Labels that are not in a file system's first bytes: that of NTFS is in the file $Volume, that of exFAT in the root
 folder.
 
-Decides where they are by what the boot sector says, without trusting it: whatever a guest wrote, a few reads of
+Decides by the boot sector where they are, without trusting it: whatever a guest wrote, a few reads of
 a few KiB lead to a label of bounded length or to an empty one. Pure: gets a function that reads bytes.
 
 Sources: the documentation of NTFS by the Linux-NTFS project (boot sector, file records, attributes $VOLUME_NAME), and
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from vhdkit.units import KIB, MIB, SECTOR_SIZE, is_power_of_two
 
 _MIN_RECORD_BYTES, _MAX_RECORD_BYTES = SECTOR_SIZE, 64 * KIB
-_MAX_UNIT_BYTES = 32 * MIB  # that a file system allocates in: no format has larger ones
+_MAX_UNIT_BYTES = 32 * MIB  # allocation unit of a file system: no format has larger ones
 _VOLUME_RECORD = 3  # $Volume is always the fourth file
 _VOLUME_NAME, _LAST_ATTRIBUTE = 0x60, 0xFFFFFFFF
 _MAX_NAME_BYTES = 256
@@ -26,7 +26,7 @@ _EXFAT_MAX_SHIFT = 25
 
 
 def ntfs_label(read: Callable[[int, int], bytes], boot: bytes) -> str:
-    """The label of an NTFS whose first sector is `boot`, empty where there is none. Raises what `read` raises."""
+    """The label of an NTFS whose first sector is `boot`, empty if there is none. Raises what `read` raises."""
     sector = _little(boot, 0x0B, 2)
     per_unit = boot[0x0D] if boot[0x0D] <= 0x80 else 1 << (0x100 - boot[0x0D])
     unit = sector * per_unit
@@ -50,7 +50,7 @@ def ntfs_label(read: Callable[[int, int], bytes], boot: bytes) -> str:
 
 
 def _fixed_up(raw: bytes, size: int) -> bytes:
-    """A file record with the last two bytes of each sector put back; nothing for what is no whole record."""
+    """A file record with the last two bytes of each sector restored; empty if the record is not whole."""
     record = bytearray(raw)
     place, count = _little(record, 4, 2), _little(record, 6, 2)
     if len(record) != size or not record.startswith(b"FILE") or count != size // SECTOR_SIZE + 1:
@@ -67,7 +67,7 @@ def _fixed_up(raw: bytes, size: int) -> bytes:
 
 
 def exfat_label(read: Callable[[int, int], bytes], boot: bytes) -> str:
-    """The label of an exFAT whose first sector is `boot`, empty where there is none. Raises what `read` raises."""
+    """The label of an exFAT whose first sector is `boot`, empty if there is none. Raises what `read` raises."""
     heap, root = _little(boot, 88, 4), _little(boot, 96, 4)
     sector_shift, unit_shift = boot[108], boot[108] + boot[109]
     if not (9 <= sector_shift <= unit_shift <= _EXFAT_MAX_SHIFT) or root < 2:
@@ -76,7 +76,7 @@ def exfat_label(read: Callable[[int, int], bytes], boot: bytes) -> str:
     folder = read((heap << sector_shift) + ((root - 2) << unit_shift), size)
     for position in range(0, len(folder) - _EXFAT_ENTRY + 1, _EXFAT_ENTRY):
         kind = folder[position]
-        if kind == 0:  # behind the last entry
+        if kind == 0:  # after the last entry
             return ""
         if kind == _EXFAT_LABEL:
             count = min(folder[position + 1], _EXFAT_MAX_CHARACTERS)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A layer whose sectors lie one after the other from byte 0 of its file: the body of raw and fixed images.
 
-Decides nothing about headers and footers; it only refuses to touch anything after the virtual size. What the image
-says about itself is given to it by its format.
+Decides nothing about headers and footers; it only refuses to touch anything after the virtual size. Its format passes
+it the image's facts.
 It owns every sector, so it can only be the base of a chain.
 """
 
@@ -59,7 +59,7 @@ class LinearImage:
         """See `Layer.extents`: holes of the file are ZERO."""
         position, end = sector_index, sector_index + sector_count
         for offset, size, is_data in self.store.data_runs(*_byte_range(sector_index, sector_count)):
-            # Holes begin and end where the file system likes; a sector with any data in it is data.
+            # Holes begin and end at any byte; a sector with any data in it is data.
             stop = offset + size
             stop_sector = min(covering_sectors(stop) if is_data else stop // SECTOR_SIZE, end)
             if stop_sector > position:

@@ -88,25 +88,25 @@ class Partition:
 
     @property
     def kind_name(self) -> str:
-        """The type in words, as people know it; the bare `kind` where it is a rare one."""
+        """The common name of the type; the bare `kind` for a rare one."""
         return KIND_NAMES.get(self.kind, self.kind)
 
     @property
     def is_extended(self) -> bool:
-        """True for the one that holds the logical partitions and nothing else."""
+        """True for the partition that only holds the logical partitions."""
         return self.kind in _EXTENDED_KINDS
 
     @property
     def end_bytes(self) -> int:
-        """The first byte behind it."""
+        """The first byte after it."""
         return self.offset_bytes + self.size_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class PartitionTable:
-    """What a disk's table says. `backup_ranges` are (offset, size) of a GPT's second header and its entries.
+    """The content of a disk's table. `backup_ranges` are (offset, size) of a GPT's second header and its entries.
 
-    They are told only where the first header and its entries are whole, so that nothing hangs on the second.
+    They are given only if the first header and its entries are whole, so that the second is not needed.
     """
 
     scheme: str  # "mbr" or "gpt"
@@ -147,7 +147,7 @@ def _mbr_entries(sector: bytes) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _is_boot_sector(sector: bytes) -> bool:
-    """True for a file system without a table: its boot code stands where entries would, with impossible marks."""
+    """True for a file system without a table: its boot code is in the place of the entries, with impossible marks."""
     marks = [sector[_TABLE_OFFSET + index * _MBR_ENTRY.size] for index in range(4)]
     return any(mark not in (0x00, 0x80) for mark in marks)
 
@@ -212,7 +212,7 @@ def _gpt_header(read: ReadBytes, sector_index: int) -> tuple[list[bytes], int, b
 
 
 def _backup_ranges(read: ReadBytes, sector_index: int, raw: bytes) -> tuple[tuple[int, int], ...]:
-    """Where the second header and its entries lie, when they are whole and say what the first ones say."""
+    """Where the second header and its entries lie, if they are whole and match the first ones."""
     header = _gpt_header(read, sector_index) if sector_index < 1 << 54 else None
     if header is None or header[2] != raw:
         return ()

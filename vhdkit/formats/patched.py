@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A file seen through patches: bytes of it are replaced in memory, and it may have another size.
 
-Decides how a patched file is read, where it has holes, and which writes would turn the file below into what is seen.
-Must not know why it is patched: a repair that is planned (`draft`), a change that is taken back (`undo`).
+Decides how a patched file is read, where it has holes, and which writes would turn the file below into the view.
+Must not know why it is patched: for a planned repair (`draft`) or to hide an unfinished change (`undo`).
 
     base      ────────────────────────────┤ its end
     patches      ▓▓▓▓        ░░░░░░░░░░░░░░░░     ▓ bytes, ░ zeros (no memory, whatever the length)
@@ -45,7 +45,7 @@ class Patches:
         self.held_bytes = 0  # of data in memory
 
     def lay(self, start: int, stop: int, data: bytes | None) -> None:
-        """Put `data`, or zeros for None, over the range, which is not empty; earlier patches show around it."""
+        """Put `data`, or zeros for None, over the range, which is not empty; earlier patches stay around it."""
         first, last = self._overlapped(start, stop)
         old = self._patches[first:last]
         new = [Patch(start, stop, data)]
@@ -58,7 +58,7 @@ class Patches:
         self.held_bytes += _data_bytes(new) - _data_bytes(old)
 
     def within(self, start: int, stop: int) -> list[Patch]:
-        """What the patches put in a range, cut to it."""
+        """The patches of a range, cut to it."""
         first, last = self._overlapped(start, stop)
         return [one.part(max(one.start, start), min(one.stop, stop)) for one in self._patches[first:last]]
 
@@ -81,8 +81,8 @@ def _data_bytes(patches: list[Patch]) -> int:
 class PatchedStore:
     """`base` with `patches` over it, and `size_bytes` long. See `store.ReadStore`.
 
-    What lies behind the end of the base, and in no patch, reads as zeros. Patches may reach behind the view's size,
-    which hides them. The base does not change meanwhile.
+    What lies past the end of the base, and in no patch, reads as zeros. Patches may reach past the view's size,
+    which hides them. The base must not change in the meantime.
     """
 
     def __init__(self, base: ReadStore, size_bytes: int, patches: Patches) -> None:
@@ -120,7 +120,7 @@ class PatchedStore:
                 piece[:] = bytes(stop - start) if patch.data is None else patch.data
 
     def try_pread_into(self, offset_bytes: int, buffer: memoryview) -> bool:
-        """See `ReadStore.try_pread_into`: never tried, because such a view is rare, and short-lived."""
+        """See `ReadStore.try_pread_into`: always False, because such a view is rare and short-lived."""
         return False
 
     def data_runs(self, offset_bytes: int, size_bytes: int) -> Iterator[tuple[int, int, bool]]:
@@ -136,11 +136,10 @@ class PatchedStore:
         self.base.close()
 
     def diff(self) -> list[tuple[int, bytes]]:
-        """(offset, bytes) of everything to write into the base, apart from each other, in order; then it gets the
-        view's size.
+        """(offset, bytes) of everything to write into the base, in order, not adjacent; then it gets the view's size.
 
-        Only what differs is among them. Behind a smaller size that is zeros over the data of the base, so that an undo
-        log holds it. Takes memory in proportion to it.
+        Only differences are among them. Past a smaller size, they are zeros over the data of the base, so that an undo
+        log saves that data. Takes memory in proportion to the result.
         """
         runs: list[tuple[int, bytearray]] = []
         cut_off = Patch(self._size, max(self._size, self.base.size()), None)
@@ -170,7 +169,7 @@ class PatchedStore:
             position = patch.stop
 
     def _changed(self, patch: Patch, data: bytes) -> Iterator[tuple[int, bytes]]:
-        """The sectors of a patch that differ from the base, which counts as zeros behind its end."""
+        """The sectors of a patch that differ from the base, which counts as zeros past its end."""
         before = self.base.pread(patch.start, len(data)).ljust(len(data), b"\0")
         for place in range(round_down(patch.start, SECTOR_SIZE), patch.stop, SECTOR_SIZE):
             low, high = max(place, patch.start), min(place + SECTOR_SIZE, patch.stop)
@@ -192,7 +191,7 @@ class ReadOnlyView(PatchedStore):
     """A patched file that an image is opened from: everything that would change it is refused. See `store.Store`."""
 
     def __init__(self, base: ReadStore, size_bytes: int, patches: Patches, why: str) -> None:
-        """`why` follows the name of the file in messages: why it may not be written to."""
+        """`why` follows the name of the file in messages: the reason why it is read-only."""
         super().__init__(base, size_bytes, patches)
         self._why = why
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which format a file has, and opening it in that format.
 
-Decides by the content of the file, not by its name, with one exception: a file called `.vhd` or `.avhd` without
+Decides by the content of the file, not by its name, with one exception: a file named `.vhd` or `.avhd` without
 any VHD footer is refused, never taken for a raw disk. The owner of a raw disk can write what looks like another
-format into it, so a caller who knows the format should name it. Which formats there are, and in which order they are
-probed, stands in `formats.FORMATS`.
+format into it, so a caller who knows the format should name it. `formats.FORMATS` lists the formats in the order in
+which they are probed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vhdkit.store import ReadStore, Store
 
 
 class FormatName(StrEnum):
-    """The families a file can be; which kind of VHD it is stands in its footer."""
+    """The formats that a file can have; which kind of VHD it is, its footer says."""
 
     RAW = "raw"
     VHD = "vhd"
@@ -35,9 +35,9 @@ class FormatName(StrEnum):
 
 
 def identify(store: ReadStore, *, by_name: bool = True) -> Format:
-    """The format of the file. Without `by_name` the file's name says nothing: it is not the one it came with.
+    """The format of the file. Without `by_name` the file's name is ignored, because it is not its original one.
 
-    Raises UnsupportedFormat for a known format vhdkit does not read and for what is compressed or an archive,
+    Raises UnsupportedFormat for a known format that vhdkit does not read and for compressed files and archives,
     CorruptImage for a `.vhd` or `.avhd` without a footer, InvalidArgument for an empty file.
     """
     if store.size() == 0:
@@ -51,7 +51,7 @@ def identify(store: ReadStore, *, by_name: bool = True) -> Format:
             f"is {foreign.name}; vhdkit reads VHD, AVHD and raw images",
             path=store.name,
             hint=foreign.hint.format(path=errors.quoted(store.name) if by_name else "FILE")
-            + "; if it is a raw disk that only begins like one, say --format raw",
+            + "; if it is a raw disk that only begins like one, add --format raw",
         )
     expected = formats.by_suffix(store.name) if by_name else None
     if expected is not None:

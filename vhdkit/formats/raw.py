@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Raw images: the bytes of the disk and nothing else, in a file or on a block device.
 
-As a `Format` it takes every file, so it is probed last, and it says nothing about one: no id, no parent.
+As a `Format` it accepts every file, so it is probed last, and knows nothing about it: no id, no parent.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _MAX_RAW_BYTES = 1 << 62  # the system counts a file's bytes in 63 bits
 
 
 def raw_facts(store: ReadStore) -> ImageFacts:
-    """A last part sector counts as a whole one that ends in zeros. Raises InvalidArgument for an empty file."""
+    """A partial last sector counts as a whole one that ends in zeros. Raises InvalidArgument for an empty file."""
     size = store.size()
     if size == 0:
         raise errors.InvalidArgument("is empty: not a disk image", path=store.name)
@@ -52,7 +52,7 @@ def check_raw_size(size_bytes: int) -> None:
             f"a raw disk is one or more whole {SECTOR_SIZE}-byte sectors, not {size_bytes} bytes"
         )
     if size_bytes > _MAX_RAW_BYTES:
-        raise errors.InvalidArgument(f"no file can be as long as a raw disk of {size_bytes} bytes")
+        raise errors.InvalidArgument(f"no file can be as large as a raw disk of {size_bytes} bytes")
 
 
 def create_raw(store: Store, size_bytes: int) -> None:
@@ -62,7 +62,7 @@ def create_raw(store: Store, size_bytes: int) -> None:
 
 
 def examine_raw(store: ReadStore) -> list[Finding]:
-    """What there is to say about a raw image."""
+    """The findings of a raw image."""
     size = store.size()
     if size == 0:
         return [Finding(Severity.ERROR, "empty", "is empty: not a disk image", store.name)]
@@ -73,7 +73,7 @@ def examine_raw(store: ReadStore) -> list[Finding]:
 
 
 class RawSizing:
-    """See `Resizable`: the file gets another length."""
+    """See `Resizable`: the length of the file changes."""
 
     def __init__(self, layer: Layer) -> None:
         self._store = layer.store
@@ -112,7 +112,7 @@ class RawFormat:
         return True
 
     def refuse_name(self, store: ReadStore) -> None:
-        """See `Format.refuse_name`: every name will do."""
+        """See `Format.refuse_name`: any name is possible."""
 
     def facts(self, store: ReadStore) -> ImageFacts:
         """See `Format.facts`."""
@@ -144,7 +144,7 @@ class RawFormat:
         return None, True
 
     def may_be_changing(self, store: ReadStore, file_id: bytes, sizes_bytes: tuple[int, int]) -> bool:
-        """See `Format.may_be_changing`: nothing in the file says that it is not."""
+        """See `Format.may_be_changing`: nothing in the file proves that it is not."""
         return True
 
     def is_torn(self, sector: bytes, before: bytes, after: bytes) -> bool:

@@ -61,7 +61,7 @@ def test_a_child_elsewhere_names_the_options_to_open_it() -> None:
     good("create", "base.vhd", "--size", "1M")
     assert run("create", "near.avhd", "--parent", "base.vhd").stderr == ""
     result = run("create", "far/leaf.avhd", "--parent", "near.avhd")
-    assert f"opening it needs --allow-parent-dir {os.getcwd()}" in result.stderr
+    assert f"opening it requires --allow-parent-dir {os.getcwd()}" in result.stderr
     options = document("create", "far/other.avhd", "--parent", "near.avhd")["open_with"]
     failure("map", "far/other.avhd", code=6)
     good("map", "far/other.avhd", *options)
@@ -166,7 +166,7 @@ def test_a_raw_disk_named_like_another_format_needs_no_option() -> None:
 def test_help_warns_about_other_block_sizes() -> None:
     """The help of --block-size names the program that reads such an image wrongly."""
     for verb in ("create", "convert"):
-        assert "vhd-util reads others than 2M wrongly" in " ".join(good(verb, "--help").split())
+        assert "vhd-util misreads any size other than 2M" in " ".join(good(verb, "--help").split())
 
 
 def test_force_is_suggested_only_where_it_helps() -> None:

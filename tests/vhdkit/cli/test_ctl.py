@@ -48,7 +48,7 @@ def test_session(folder: Path) -> None:
         assert stat.S_IMODE(os.stat("c").st_mode) == 0o600 and server.ready["control"] == "c"
         text = good("ctl", "c", "status")
         assert "leaf.avhd  8.0 MiB, writable" in text and "base.vhd" in text
-        assert good("ctl", "c", "snapshot", "leaf.avhd") == ("leaf.avhd: froze leaf.avhd, goes on in leaf-1.avhd\n")
+        assert good("ctl", "c", "snapshot", "leaf.avhd") == ("leaf.avhd: froze leaf.avhd, continues in leaf-1.avhd\n")
         rows = document("ctl", "c", "snapshot", "leaf.avhd=x y.avhd", "other.vhd")["snapshots"]
         assert [row["leaf"] for row in rows] == [str(folder / "x y.avhd"), "other.avhd"]
         assert "already exists" in failure("ctl", "c", "snapshot", "leaf.avhd=x y.avhd", code=1)
@@ -59,7 +59,7 @@ def test_session(folder: Path) -> None:
         assert "smaller than its parent" in failure("ctl", "c", "resize", "leaf.avhd", "1M", code=2)
         assert "leaf.avhd is read-only" in good("ctl", "c", "set-read-only", "--export", "leaf.avhd")
         assert "leaf.avhd is writable again" in good("ctl", "c", "set-read-only", "--export", "leaf.avhd", "--off")
-        assert good("ctl", "c", "disconnect", "--export", "leaf.avhd") == "hung up on 0 clients\n"
+        assert good("ctl", "c", "disconnect", "--export", "leaf.avhd") == "disconnected 0 clients\n"
         assert "no client 9" in failure("ctl", "c", "disconnect", "--client", "9", code=1)
         assert good("ctl", "c", "shutdown", "--quiet") == ""
         assert server.wait() == (0, "")
@@ -134,7 +134,7 @@ def test_exports_are_added_and_removed(folder: Path) -> None:
         assert "already" in failure("ctl", "c", "add", "system=base.vhd", "--read-only", code=2)
         assert "NAME=IMAGE" in failure("ctl", "c", "add", "leaf.avhd", code=2)
         assert "no" in failure("ctl", "c", "add", "x=absent.vhd", code=1)
-        assert good("ctl", "c", "remove", "system", "--disconnect") == "system is not served any more\n"
+        assert good("ctl", "c", "remove", "system", "--disconnect") == "system is no longer served\n"
         assert "no export" in failure("ctl", "c", "remove", "system", code=1)
         good("check", "leaf.avhd")
 

@@ -14,7 +14,7 @@ def test_gc_lists_first_and_removes_with_delete(folder: Path) -> None:
     content = make_chain()
     good("clone", "base.vhd", "one.avhd", "two.avhd")
     output = good("gc", ".", "--keep", "leaf.avhd", "two.avhd")
-    assert "one.avhd" in output and "two.avhd" not in output and "say --delete" in output
+    assert "one.avhd" in output and "two.avhd" not in output and "would be removed with --delete" in output
     output = good("gc", ".", "--keep", "leaf.avhd", "--keep", "two.avhd", "--delete")
     assert "removed 1 file" in output
     assert names(folder) == ["base.vhd", "leaf.avhd", "middle.avhd", "two.avhd"]

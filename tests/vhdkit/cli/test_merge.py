@@ -67,7 +67,7 @@ def test_children_are_repointed_with_relink() -> None:
     good("create", "child.avhd", "--parent", "leaf.avhd")
     output = failure("merge", "leaf.avhd", code=5)
     assert "child.avhd" in output and "--relink" in output
-    assert "child.avhd stands on it now" in good("merge", "leaf.avhd", "--relink")
+    assert "child.avhd is now a child of it" in good("merge", "leaf.avhd", "--relink")
     assert same("child.avhd", content) and "leaf.avhd" not in names(HERE)
 
 

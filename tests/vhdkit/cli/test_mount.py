@@ -29,10 +29,10 @@ NOBODY_UID = 65534
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (("--rw", "--overlay"), "either --rw or --overlay"),
-        (("--keep-overlay", "x"), "--keep-overlay goes with --overlay"),
-        (("--file", "--fs"), "either --file or --fs"),
-        (("--partition", "1"), "--partition goes with --fs or --file"),
+        (("--rw", "--overlay"), "--rw and --overlay cannot be combined"),
+        (("--keep-overlay", "x"), "--keep-overlay requires --overlay"),
+        (("--file", "--fs"), "--file and --fs cannot be combined"),
+        (("--partition", "1"), "--partition requires --fs or --file"),
         (("-o", "bogus"), "'bogus' is not an option of mount"),
         (("-o", "partition=x"), "'partition=x' is not an option"),
         (("--partition", "0", "--fs"), "--partition"),

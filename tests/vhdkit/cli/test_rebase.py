@@ -23,7 +23,7 @@ def test_the_suggested_command_repairs_the_chain() -> None:
     move_middle()
     assert "vhdkit rebase leaf.avhd --parent PARENT" in failure("map", "leaf.avhd", code=6)
     output = good("rebase", "leaf.avhd", "--parent", "moved/mid.avhd", "--allow-parent-dir", ".")
-    assert "leaf.avhd now stands on moved/mid.avhd" in output
+    assert "leaf.avhd is now a child of moved/mid.avhd" in output
     assert run("check", "leaf.avhd").exit_code == 0
     Path("flat.raw").write_bytes(content)
     assert "equal" in good("compare", "leaf.avhd", "flat.raw")
@@ -55,7 +55,7 @@ def test_a_converted_parent() -> None:
     good("convert", "middle.avhd", "whole.vhd", "--to", "fixed")
     assert "--unsafe-new-id" in failure("rebase", "leaf.avhd", "--parent", "whole.vhd", code=6)
     output = run("rebase", "leaf.avhd", "--parent", "whole.vhd", "--unsafe-new-id", "--progress")
-    assert output.exit_code == 0 and "leaf.avhd now stands on whole.vhd" in output.stdout
+    assert output.exit_code == 0 and "leaf.avhd is now a child of whole.vhd" in output.stdout
     Path("middle.avhd").unlink()
     Path("base.vhd").unlink()
     Path("flat.raw").write_bytes(content)
@@ -80,8 +80,8 @@ def test_a_lost_parent_can_be_replaced() -> None:
     assert "is not an id" in failure("rebase", "leaf.avhd", "--parent", "whole.vhd", "--accept-parent-id", "x", code=2)
     assert Path("leaf.avhd").read_bytes() == before
     words = ("rebase", "leaf.avhd", "--parent", "whole.vhd", "--accept-parent-id", str(found))
-    assert "would stand" in good(*words, "--dry-run") and Path("leaf.avhd").read_bytes() == before
-    assert f"now stands on whole.vhd (id {found}, nothing was compared)" in good(*words)
+    assert "would become" in good(*words, "--dry-run") and Path("leaf.avhd").read_bytes() == before
+    assert f"is now a child of whole.vhd (id {found}, nothing was compared)" in good(*words)
     Path("flat.raw").write_bytes(content)
     assert "equal" in good("compare", "leaf.avhd", "flat.raw")
 
@@ -101,6 +101,6 @@ def test_a_parent_of_another_size_must_be_confirmed() -> None:
     assert "has another size" in failure(*words, "--accept-parent-size", str(size + 512), code=6)
     assert Path("leaf.avhd").read_bytes() == before
     without = ("rebase", "leaf.avhd", "--parent", "larger.vhd", "--accept-parent-size", "512")
-    assert "goes with --accept-parent-id" in failure(*without, code=2)
+    assert "requires --accept-parent-id" in failure(*without, code=2)
     good(*words, "--accept-parent-size", str(size + MIB))
     assert [Path(one).name for one in vhdkit.chain_paths("leaf.avhd")] == ["leaf.avhd", "larger.vhd"]

@@ -20,7 +20,7 @@ def test_relocate_moves_and_reports(folder: Path) -> None:
     assert "clean" in good("check", "new place/leaf.avhd")
     Path("flat.raw").write_bytes(content)
     assert "equal" in good("compare", "new place/leaf.avhd", "flat.raw")
-    assert "stays: " in good("relocate", "new place/leaf.avhd", "new place")
+    assert "unchanged: " in good("relocate", "new place/leaf.avhd", "new place")
 
 
 def test_refusals(folder: Path) -> None:

@@ -45,7 +45,9 @@ def test_consent_is_required(folder: Path) -> None:
     damaged("a.vhd", entries={3: 0x7FFFFFFF})
     result = run("check", "a.vhd", "--repair")
     assert result.exit_code == 3
-    assert "not done: 1 blocks have impossible places" in result.stdout and "needs --accept-data-loss" in result.stdout
+    assert (
+        "not done: 1 blocks have impossible places" in result.stdout and "requires --accept-data-loss" in result.stdout
+    )
     repaired = document("check", "a.vhd", "--repair", "--accept-data-loss", "--report", "lost.json")
     lost = [{"offset_bytes": 3 * BLOCK, "size_bytes": BLOCK}]
     assert [one["lost"] for one in repaired["repair"]["fixes"] if one["code"] == "bat"] == [lost]
@@ -57,7 +59,7 @@ def test_consent_is_required(folder: Path) -> None:
 def test_repair_options_need_repair(words: list[str]) -> None:
     """They are refused without --repair."""
     damaged("a.vhd")
-    assert "goes with --repair" in failure("check", "a.vhd", *words, code=2)
+    assert "requires --repair" in failure("check", "a.vhd", *words, code=2)
 
 
 def test_refusals() -> None:

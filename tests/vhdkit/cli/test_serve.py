@@ -248,7 +248,7 @@ def test_follow_leaf() -> None:
 @pytest.mark.parametrize(
     ("words", "code", "text"),
     [
-        ([], 2, "name an IMAGE"),
+        ([], 2, "give an IMAGE"),
         (["gone.vhd"], 1, "gone.vhd"),
         (["a.vhd", "--socket", "no/where.sock"], 1, "no/where.sock"),
         (["a.vhd", "--socket", "x" * 200], 2, "107"),
@@ -272,7 +272,7 @@ def test_follow_leaf() -> None:
         (["a.vhd", "--remember", "no/where"], 1, "no such folder"),
         (["a.vhd", "--tls-required"], 2, "--tls-certs"),
         (["a.vhd", "--tls-certs", "nowhere"], 1, "server-cert.pem"),
-        (["a.vhd", "--tls-certs", ".", "--tls-psk", "k"], 2, "either"),
+        (["a.vhd", "--tls-certs", ".", "--tls-psk", "k"], 2, "cannot be combined"),
         (["a.vhd", "--pid-file", "."], 2, "folder"),
         (["a.vhd", "--pid-file", "a.vhd"], 1, "not a pid file"),
         (["a.vhd", "--pid-file", "b.vhd"], 1, "not a pid file"),

@@ -73,7 +73,7 @@ def test_a_child_of_a_raw_leaf_needs_an_option() -> None:
     result = document("snapshot", "disk.raw")
     assert result["snapshots"][0]["open_with"] == ["--allow-raw-parent"]
     assert (
-        "note: opening disk-1.avhd needs --allow-raw-parent"
+        "note: opening disk-1.avhd requires --allow-raw-parent"
         in run("snapshot", "disk.avhd", "--allow-raw-parent").stderr
     )
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vhdkit import Extent, ExtentKind
-from vhdkit.cli.tally import NOBODY, alike, cell_size, tally
+from vhdkit.cli.tally import UNOWNED, alike, cell_size, tally
 
 LAYERS = 3
 
@@ -24,7 +24,7 @@ def test_counts_agree_with_counting_sectors(owners: list[int], max_cells: int) -
         inside = owners[cell * per_cell : (cell + 1) * per_cell]
         counts = [inside.count(layer) for layer in range(LAYERS)]
         assert (counted.data[:, cell] == np.array(counts) * 512).all()
-        owner = counts.index(max(counts)) if any(counts) else NOBODY
+        owner = counts.index(max(counts)) if any(counts) else UNOWNED
         assert counted.owners()[cell] == owner
         assert counted.fill()[cell] == sum(counts) / len(inside)
     for layer in range(LAYERS):

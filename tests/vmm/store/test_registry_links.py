@@ -150,9 +150,9 @@ def test_hints_name_options_of_vmm() -> None:
     )
     assert "allow-raw-parent" in str(hint_of_vhdkit("if you trust it, say --allow-raw-parent"))
     assert hint_of_vhdkit("repair it (`vhdkit check --repair`)") == "repair it (`vhdkit check --repair`)"
-    assert hint_of_vhdkit("if it is a raw disk, say --format raw") is None
+    assert hint_of_vhdkit("if it is a raw disk, add --format raw") is None
     packed = "unpack it first: gunzip -k 'a disk.gz'"
-    assert hint_of_vhdkit(f"{packed}; if it is a raw disk that only begins like one, say --format raw") == packed
+    assert hint_of_vhdkit(f"{packed}; if it is a raw disk that only begins like one, add --format raw") == packed
     assert hint_of_vhdkit("move it away") == "move it away" and hint_of_vhdkit(None) is None
     found = 0
     for path in (ROOT / "vhdkit").rglob("*.py"):

@@ -71,7 +71,7 @@ class VhdFormat:
             path=store.name,
             structure=tail.structure,
             offset_bytes=tail.offset_bytes,
-            hint="the file is cut short or is not a VHD; if it is a raw disk, say --format raw",
+            hint="the file is cut short or is not a VHD; if it is a raw disk, add --format raw",
         )
 
     def facts(self, store: ReadStore) -> ImageFacts:
