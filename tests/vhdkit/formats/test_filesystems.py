@@ -107,7 +107,7 @@ def test_where_what_has_no_small_maker_ends(tmp_path: Path) -> None:
     assert end(large, "ext4") == 1 << 44
     for kind in ("luks", "bitlocker", "refs", "ext4", "xfs", "vfat", "ntfs", "swap", "btrfs"):
         assert end(bytes(128 * KIB), kind) is None
-    assert "resize2fs" in shrink_hint("ext4") and "cannot be made smaller" in shrink_hint("xfs")
+    assert "resize2fs" in shrink_hint("ext4") and "cannot be shrunk in place" in shrink_hint("xfs")
     image = tmp_path / "swap"
     image.write_bytes(bytes(MIB))
     for words in ([], ["-p", "65536"]):
