@@ -63,7 +63,7 @@ def test_every_fenced_block_says_what_it_is() -> None:
             assert block.language, f"{where}: say what this block is"
             if block.language in ("console", "console similar", "sh", "python"):
                 assert block.language == "python" or list(block.commands()), f"{where}: no command in it"
-            elif not block.text.startswith("3. What the newest layer"):  # the demo's own output (tests/test_demo.py)
+            elif not block.text.startswith("3. The newest layer's"):  # the demo's own output (tests/test_demo.py)
                 typed = [line for line in block.text.splitlines() if command.match(line) and "──" not in line]
                 assert not typed, f"{where}: commands in a block for reading: {typed}"
 
