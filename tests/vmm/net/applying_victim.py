@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Applies or takes back a switch and kills itself with SIGKILL at a chosen point; run in a network namespace.
+"""Applies or undoes a switch and kills itself with SIGKILL at a chosen point; run in a network namespace.
 
     python -m tests.vmm.net.applying_victim apply|undo|kill-apply|kill-undo SWITCH.json FOLDER [STRIDE]
 
 Points are counted over everything that changes the host or the journal, before and after each. `kill-apply` applies in
-a child that is killed at the first point, takes back, compares with the state from before, and so on with the next
-point (every STRIDE-th); `kill-undo` is killed while taking back. Prints how many points there were.
+a child that is killed at the first point, undoes, compares with the state from before, and so on with the next
+point (every STRIDE-th); `kill-undo` is killed while undoing. Prints how many points there were.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vmm.net.bridge import Kernel
 from vmm.net.dhcp import Dnsmasq
 from vmm.net.switch_spec import SwitchSpec
 
-# Everything that must be as before. Lifetimes run on, counters count, and names of groups are no state.
+# Everything that must be as before, except lifetimes, counters and names of groups, which are not part of the state.
 STATE = r"""
 ip -j addr | sed -E 's/"(valid|preferred)_life_time":[0-9]+//g'
 ip -4 route show table all; ip -6 route show table all | grep -v ^fe80 | sed -E 's/expires [0-9]+sec//'
@@ -36,14 +36,14 @@ true
 
 
 class Counter:
-    """Counts points, and kills this process at one."""
+    """Counts points, and kills this process at one of them."""
 
     def __init__(self) -> None:
         self.count = 0
         self.point = -1
 
     def wrapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, between two points."""
+        """The function, with a point before and after it."""
 
         def step(*arguments: Any, **named: Any) -> Any:
             self.passed()
@@ -64,7 +64,7 @@ COUNTER = Counter()
 
 
 def in_child(work: Callable[[], object], point: int) -> int:
-    """Do it in a child that is killed at that point; how the child ended."""
+    """Run the call in a child that is killed at that point; return how the child ended."""
     child = os.fork()
     if child == 0:
         COUNTER.count, COUNTER.point = 0, point
@@ -74,7 +74,7 @@ def in_child(work: Callable[[], object], point: int) -> int:
 
 
 def kill_everywhere(verb: str, one: Applying, stride: int) -> int:
-    """See the module's words; how many points there were."""
+    """See the module's docstring; returns how many points were reached."""
 
     def state() -> str:
         return subprocess.run(["sh", "-c", STATE], capture_output=True, text=True, check=True).stdout
@@ -94,7 +94,7 @@ def kill_everywhere(verb: str, one: Applying, stride: int) -> int:
 
 
 def count_everything() -> None:
-    """Everything that changes the host or the journal is a point."""
+    """Make a point of everything that changes the host or the journal."""
     for name in (
         "add_bridge", "remove_bridge", "set_up", "set_master", "add_address", "remove_address", "add_route",
     ):  # fmt: skip

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A naive 802.1Q bridge to compare the switch with: every frame is taken apart, every list searched from its start.
+"""A naive 802.1Q bridge to compare the switch with: it parses every frame completely and searches every list from its
+start.
 
-It shares no code with the switch: a frame is (destination, source, priority, VLAN it says, rest), and a port
-(what it sends untagged belongs to, set of VLANs it may tag).
+It shares no code with the switch: a frame is (destination, source, priority, VLAN of its tag, rest), and a port
+(VLAN of its untagged frames, set of VLANs that it may tag).
 """
 
 from __future__ import annotations
@@ -29,18 +30,18 @@ class ModelBridge:
     log: list[tuple[float, int, bytes, str]] = field(default_factory=list)
 
     def where(self, vlan: int, address: bytes, now: float) -> str | None:
-        """The port on which the address was last seen, unless that is too long ago."""
+        """The port on which the address was last seen, unless it has aged out."""
         for time, seen_vlan, seen, port in reversed(self.log):
             if (seen_vlan, seen) == (vlan, address) and port in self.ports:
                 return port if now - time <= self.ageing else None
         return None
 
     def forget(self, name: str) -> None:
-        """Nothing is known of this port any more."""
+        """Forget everything about this port."""
         self.log = [entry for entry in self.log if entry[3] != name]
 
     def forward(self, name: str, frame: bytes, now: float) -> list[tuple[str, bytes]]:
-        """Who gets the frame, in which form."""
+        """Which ports get the frame, and in which form."""
         port = self.ports[name]
         destination, source = frame[0:6], frame[6:12]
         priority, said, rest = None, 0, frame[12:]
@@ -76,7 +77,7 @@ class ModelBridge:
                 continue
             if vlan == settings.native:
                 if nested:
-                    return []  # the inner tag would be the frame's own
+                    return []  # the inner tag would become the frame's own
                 result.append((other, destination + source + rest))
             elif vlan in settings.tagged:
                 value = (priority or 0) * 4096 + vlan

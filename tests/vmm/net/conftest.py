@@ -12,6 +12,6 @@ import pytest
 
 @pytest.fixture
 def tmp_path() -> Iterator[Path]:
-    """A folder with a short name instead of pytest's: sockets lie in it, whose paths have at most 107 bytes."""
+    """A folder with a short name instead of pytest's: paths of the sockets in it have at most 107 bytes."""
     with tempfile.TemporaryDirectory(prefix="vn-", ignore_cleanup_errors=True) as folder:
         yield Path(folder)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a DHCP client sends, and how it reads what it gets; written apart from what it tests."""
+"""What a DHCP client sends, and how it reads the answers; written independently of the code under test."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def ask(
     station: bytes | None = None, destination: bytes = frames.BROADCAST, to: str = "255.255.255.255",
     vlan: int | None = None, relay: str = "0.0.0.0", operation: int = 1,
 ) -> bytes:  # fmt: skip
-    """The frame of a message; `station` is chaddr where it is not the sender."""
+    """The frame of a message; `station` is chaddr if it differs from the sender."""
     body = struct.pack(">BBBBIHH", operation, 1, 6, 0, 0x12345678, 0, flags) + socket.inet_aton(present)
     body += bytes(8) + socket.inet_aton(relay) + (station or mac).ljust(16, b"\0") + bytes(192) + b"\x63\x82\x53\x63"
     for code, value in {53: bytes([kind]), **(options or {})}.items():
@@ -34,7 +34,7 @@ def ask(
 
 @dataclass(frozen=True)
 class Answer:
-    """A server's frame."""
+    """A server's frame, parsed."""
 
     destination: bytes
     source: bytes
@@ -50,12 +50,12 @@ class Answer:
         return self.options[53][0]
 
     def address(self, code: int) -> str:
-        """An option that is an address."""
+        """An option that holds an address."""
         return socket.inet_ntoa(self.options[code])
 
 
 def read(frame: bytes) -> Answer:
-    """What the frame says; its lengths and checksums are right."""
+    """Parse the frame, and check its lengths and checksums."""
     assert frame[12:14] == b"\x08\x00"
     packet = frame[14:]
     assert len(packet) == struct.unpack(">H", packet[2:4])[0]

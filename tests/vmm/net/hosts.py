@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A network namespace as a host with switches of the bridge back end, and others as its guests and networks."""
+"""A network namespace that acts as a host with bridge switches, and other namespaces as its guests and networks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vmm.net.switch_spec import SwitchSpec
 
 
 class BridgeHost:
-    """A host without cards; `link` gives it one, `guest` plugs a guest into a bridge of its."""
+    """A host without cards; `link` adds a card, `guest` plugs a guest into one of its bridges."""
 
     def __init__(self, spaces: Namespaces, folder: Path) -> None:
         self.spaces = spaces
@@ -25,11 +25,12 @@ class BridgeHost:
         self.run("sysctl -qw net.ipv6.conf.all.accept_dad=0 net.ipv6.conf.default.accept_dad=0")
 
     def run(self, command: str, *, check: bool = True) -> str:
-        """What a shell command on the host writes."""
+        """Run a shell command on the host; return its output."""
         return self.spaces.run(self.here, command, check=check)
 
     def link(self, card: str, network: str, there: str) -> str:
-        """A card with a network behind it, whose router has the address `there`; the network's namespace."""
+        """Add a card with a network behind it, whose router has the address `there`; return the network's
+        namespace."""
         name = self.spaces.add(network)
         self.spaces.run(name, "sysctl -qw net.ipv6.conf.all.accept_dad=0 net.ipv6.conf.default.accept_dad=0")
         self.run(f"ip link add {card} type veth peer name far netns {name}")
@@ -38,7 +39,7 @@ class BridgeHost:
         return name
 
     def guest(self, spec: SwitchSpec, word: str, address: str, gateway: str | None = None) -> str:
-        """A guest with an address of the switch's network; its namespace."""
+        """Add a guest with an address of the switch's network; return its namespace."""
         name = self.spaces.add(word)
         self.run(f"ip link add tap-{word} type veth peer name eth0 netns {name}")
         self.run(f"ip link set tap-{word} master {spec.bridge_name}; ip link set tap-{word} up")
@@ -48,7 +49,8 @@ class BridgeHost:
         return name
 
     def guest_of_another(self, bridge: str, address: str, guest: str, gateway: str) -> str:
-        """A container of somebody else's: a bridge with the host's address, and one guest on it; its namespace."""
+        """Add another program's container: a bridge with the host's address, and one guest on it; return its
+        namespace."""
         name = self.spaces.add(bridge)
         self.run(f"ip link add {bridge} type bridge; ip addr add {address} dev {bridge}; ip link set {bridge} up")
         self.run(f"ip link add p-{bridge} type veth peer name eth0 netns {name}")
@@ -57,11 +59,11 @@ class BridgeHost:
         return name
 
     def ping(self, name: str, target: str, seconds: int = 5) -> bool:
-        """True when an answer comes within that time."""
+        """True if an answer arrives within that time."""
         return " 1 received" in self.spaces.run(name, f"ping -c 1 -w {seconds} {target}", check=False)
 
     def do(self, verb: str, spec: SwitchSpec) -> subprocess.CompletedProcess[str]:
-        """`apply` or `undo` the switch."""
+        """Run `apply` or `undo` for the switch."""
         path, folder = self.folder / f"{spec.name}.json", self.folder / "rt" / spec.name
         path.write_bytes(spec.to_json())
         folder.mkdir(parents=True, exist_ok=True)
@@ -69,7 +71,7 @@ class BridgeHost:
         return self.execute(command)
 
     def execute(self, command: list[str]) -> subprocess.CompletedProcess[str]:
-        """A program on the host."""
+        """Run a program on the host."""
         return subprocess.run(
             ["ip", "netns", "exec", self.here, *command],
             cwd=ROOT,
@@ -86,22 +88,22 @@ class BridgeHost:
             assert done.returncode == 0, done.stderr
 
     def undo(self, spec: SwitchSpec) -> None:
-        """Take a switch away."""
+        """Undo a switch."""
         done = self.do("undo", spec)
         assert done.returncode == 0, done.stderr
 
     def setting(self, name: str) -> str:
-        """A setting of the host's kernel."""
+        """The value of a kernel setting on the host."""
         return self.run(f"cat /proc/sys/{name}").strip()
 
     def mac(self, name: str) -> str:
-        """The address of an interface of the host's."""
+        """The MAC address of an interface of the host."""
         return str(json.loads(self.run(f"ip -j link show dev {name}"))[0]["address"])
 
 
 @contextlib.contextmanager
 def bridge_host(folder: Path) -> Iterator[BridgeHost]:
-    """A host; all of it is gone afterwards."""
+    """A host, which is removed completely afterwards."""
     require_root_and_namespaces()
     for tool in ("nft", "dnsmasq"):
         require_tool(tool)

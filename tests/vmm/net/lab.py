@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A `user` switch in a process of its own, with guests that are sockets of the test."""
+"""A `user` switch in its own process, whose guests are sockets of the test."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vmm.net.switch_process import SwitchProcess
 
 
 class SwitchLab:
-    """One switch; `close` ends it whatever happened."""
+    """One switch; `close` ends it, whatever happened."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="vmm-switch-"))
@@ -27,11 +27,11 @@ class SwitchLab:
         self.guests: dict[str, socket.socket] = {}
 
     def setup(self, name: str) -> PortSetup:
-        """The port's addresses."""
+        """The addresses of the port."""
         return PortSetup(name, str(self.folder / f"{name}.s"), str(self.folder / f"{name}.g"))
 
     def plug(self, name: str, **changes: object) -> socket.socket:
-        """A guest as QEMU is one: a bound socket that sends by path; its `plugged` port."""
+        """Plug in a guest like QEMU: a bound socket that sends to a path; return its port."""
         setup = replace(self.setup(name), **changes)  # type: ignore[arg-type]
         if name not in self.guests:
             guest = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -42,15 +42,15 @@ class SwitchLab:
         return self.guests[name]
 
     def send(self, name: str, frame: bytes) -> None:
-        """As QEMU sends."""
+        """Send frames as QEMU does."""
         self.guests[name].sendto(frame, self.setup(name).address)
 
     def wait_for_end(self) -> None:
-        """Until the process that was told to end has."""
+        """Wait until the process that was asked to end has ended."""
         wait_until(lambda: not self.backend.is_running(), "the switch ends")
 
     def close(self) -> None:
-        """End the switch and take everything away."""
+        """End the switch and remove everything."""
         try:
             self.backend.stop()
         finally:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real machines for network tests: made with the Manager in folders of the test, ended whatever happened."""
+"""Real machines for network tests: made with the Manager in the test's folders, and ended whatever happens."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _NEW_NET = 0x40000000  # CLONE_NEWNET
 
 
 class MachineLab:
-    """A home and a runtime folder, and the machines and switches in them."""
+    """A home and a runtime folder, with the machines and switches in them."""
 
     def __init__(self, monkeypatch: Any) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="vmm-lan-"))
@@ -38,13 +38,13 @@ class MachineLab:
         self.links: list[socket.socket] = []
 
     def start(self, name: str, *nics: dict[str, Any], **settings: Any) -> GuestShell:
-        """A Linux guest with these adapters, when it answers."""
+        """Start a Linux guest with these adapters, and wait until it answers."""
         self.define(name, *nics, **settings)
         self.manager.start(name)
         return self.shell(name)
 
     def define(self, name: str, *nics: dict[str, Any], **settings: Any) -> None:
-        """A machine that boots the Linux guest, unless told otherwise."""
+        """Define a machine that boots the Linux guest, unless the arguments say otherwise."""
         from tests.vmm.guests.linux import linux_guest
 
         guest = linux_guest()
@@ -59,7 +59,7 @@ class MachineLab:
         self.manager.create(name, adapters=nics, **(usual | settings))
 
     def shell(self, name: str) -> GuestShell:
-        """Commands in a running guest."""
+        """Run commands in a running guest."""
         link = open_console(registry.load(name).runtime.console, typing="shared", scrollback_bytes=0)[0]
         self.links.append(link)
         shell = GuestShell(link)
@@ -88,25 +88,25 @@ def address(shell: GuestShell, cidr: str, interface: str = "eth0") -> None:
 
 
 def ping(shell: GuestShell, target: str, seconds: int = 10) -> Result:
-    """One answer within that time is enough."""
+    """Ping; one answer within that time is enough."""
     return shell.run(f"ping -c 1 -w {seconds} {target}", seconds=seconds + 20)
 
 
 def lease(shell: GuestShell, interface: str = "eth0") -> str:
-    """Have a guest ask for an address by DHCP; what it got."""
+    """Have a guest request an address by DHCP; return the address."""
     script = "/usr/share/udhcpc/default.script"
     shell.check(f"ip link set {interface} up; udhcpc -i {interface} -s {script} -n -q -t 10", seconds=60)
     return shell.check(f"ip -4 -o addr show {interface} | awk '{{print $4}}'").partition("/")[0]
 
 
 class Namespaces:
-    """Network namespaces with names of their own, removed with all that is in them."""
+    """Network namespaces with unique names, removed with everything in them."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
 
     def add(self, word: str) -> str:
-        """A new one, with its loopback up."""
+        """Make a namespace, with its loopback up."""
         name = f"vmmt-{os.getpid()}-{word}"
         subprocess.run(["ip", "netns", "add", name], check=True)
         self.names.append(name)
@@ -114,7 +114,7 @@ class Namespaces:
         return name
 
     def run(self, name: str, command: str, *, check: bool = True, timeout: float = 60) -> str:
-        """What a shell command in it writes."""
+        """Run a shell command in it; return its output."""
         done = subprocess.run(
             ["ip", "netns", "exec", name, "sh", "-c", command],
             capture_output=True,
@@ -127,7 +127,7 @@ class Namespaces:
 
     @contextlib.contextmanager
     def inside(self, name: str) -> Iterator[None]:
-        """This thread is in it: sockets, and programs that it starts; /sys shows the outside as before."""
+        """Move this thread into it, for sockets and for programs that it starts; /sys still shows the outside."""
         libc = ctypes.CDLL(None, use_errno=True)
         with open("/proc/thread-self/ns/net", encoding="ascii") as outside:
             with open(f"/run/netns/{name}", encoding="ascii") as there:
@@ -138,7 +138,7 @@ class Namespaces:
                 assert libc.setns(outside.fileno(), _NEW_NET) == 0, os.strerror(ctypes.get_errno())
 
     def close(self) -> None:
-        """Kill what runs in them, and remove them."""
+        """Kill the processes in them, and remove them."""
         for name in self.names:
             pids = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=False)
             for pid in pids.stdout.split():

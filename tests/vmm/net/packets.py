@@ -16,7 +16,7 @@ def mac(number: int) -> bytes:
 def ethernet(
     destination: bytes, source: bytes, payload: bytes = b"payload", *, vlan: int | None = None, kind: int = 0x88B5
 ) -> bytes:
-    """A frame; with a tag when `vlan` is given (0 is a priority tag)."""
+    """A frame; it is tagged if `vlan` is given (0 makes a priority tag)."""
     middle = b"" if vlan is None else frames.tag(vlan)
     return destination + source + middle + kind.to_bytes(2, "big") + payload
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes and deletes a switch by the commands, which are killed at chosen points; run in a network namespace.
+"""Makes and deletes a switch with commands that are killed at chosen points; run in a network namespace.
 
     python -m tests.vmm.net.switch_victim create|delete STRIDE WORDS-OF-CREATE...
 
 Points are counted as in `applying_victim`, over the switch's own files too. After each kill the commands must work,
-say what is wrong, and end what was begun. Prints how many points there were, and how often something was unfinished.
+say what is wrong, and finish or undo what was begun. Prints how many points there were, and how often a switch was unfinished.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from vmm.net.host_side import HostSide
 
 
 def run(command: click.Command, *words: str) -> Result:
-    """A command's result; an error of vmm's own is in its `exception`."""
+    """Run a command and return its result; an error raised by vmm is in its `exception`."""
     done = CliRunner().invoke(command, list(words))
     assert done.exception is None or isinstance(done.exception, (errors.VmmError, SystemExit)), done.exception
     return done
@@ -45,13 +45,14 @@ def good(command: click.Command, *words: str) -> str:
 
 
 def look(name: str) -> bool:
-    """After a kill: what there is can be listed and shown, and what is unfinished is told; True when something is."""
+    """Check after a kill that switches can be listed and shown, and that an unfinished one is reported; True if one
+    is."""
     listed = [one["name"] for one in json.loads(good(switch.list_command, "--json"))]
     assert listed == switches.names()
     if name not in listed:
         return False
     lock = os.path.join(HostSide(switches.load(name)).folder, "change.lock")
-    becomes(lambda: not is_locked(lock))  # by what the killed one was just starting
+    becomes(lambda: not is_locked(lock))  # processes that the killed one was just starting
     shown = json.loads(good(switch.show_command, name, "--json"))
     is_unfinished = any(one["what"] == "unfinished" for one in shown["faults"])
     (check,) = doctor._check_switches()

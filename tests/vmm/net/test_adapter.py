@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What QEMU is told of an adapter, and how its port is called."""
+"""What QEMU gets for an adapter, and how its port is named."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ OWNER = Owner("01234567-89ab-cdef-0123-456789abcdef", "/run/vmm/0123456789ab", (
 MAC = "00:15:5d:00:00:01"
 
 
-def test_an_adapter_as_a_new_user_makes_it_has_a_storm_limit_on_both_back_ends() -> None:
-    """Of what a guest floods 1000 frames a second pass the `user` switch, and a bridge's rules say the same."""
+def test_default_adapter_has_a_storm_limit_on_both_back_ends() -> None:
+    """Of a guest's flood, 1000 frames a second pass the `user` switch, and a bridge's rules have the same limit."""
     made = make_adapter(id="nic-0", mac=MAC, **parse_nic("lab"))
     rules = adapter.rules_of(made)
     switch = Engine()
@@ -35,7 +35,7 @@ def test_an_adapter_as_a_new_user_makes_it_has_a_storm_limit_on_both_back_ends()
 
 
 def test_synthetic_and_legacy() -> None:
-    """Virtio without a boot ROM, several queues with two vectors each; rtl8139 boots from the network."""
+    """Virtio has no boot ROM, and several queues with two vectors each; rtl8139 boots from the network."""
     one = make_adapter(id="nic-0", mac=MAC, queues=4)
     assert adapter.device_of(one, 4) == {
         "driver": "virtio-net-pci",
@@ -51,7 +51,7 @@ def test_synthetic_and_legacy() -> None:
 
 
 def test_ports() -> None:
-    """Sockets in the machine's runtime folder, owned by QEMU's user; the port's name follows from ids."""
+    """Ports are sockets in the machine's runtime folder, owned by QEMU's user; their names are derived from ids."""
     setup = adapter.setup_of(make_adapter(id="nic-0", mac=MAC, bandwidth_bits_per_second=10**8, link_up=False), OWNER)
     assert (setup.name, setup.owner, setup.link_up) == ("0123456789ab.nic-0", 70000, False)
     assert (setup.address, setup.peer) == (
@@ -77,7 +77,8 @@ def test_rules() -> None:
 
 
 def test_data_paths_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which way frames go, how many queues, and the reason for not having more or faster ones."""
+    """The data path names the path of frames, the number of queues, and the reason for not having more or faster
+    ones."""
     one, many = make_adapter(id="nic-0"), make_adapter(id="nic-0", queues=4)
     assert adapter.data_path(one, "user").endswith("one queue")
     assert "only a bridge has several" in adapter.data_path(many, "user")
@@ -92,7 +93,7 @@ def test_data_paths_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_a_cable() -> None:
-    """An adapter on no switch is there, with nobody at its other side; two of them do not see each other."""
+    """An adapter without a switch exists with its other end unconnected; two of them do not see each other."""
     given: list[int] = []
 
     def give(ours: int) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real guests on a `user` switch, as a user would have them: machines, switch and adapters by the Manager."""
+"""Real guests on a `user` switch, as a user would set them up: machines, switch and adapters made by the Manager."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.kvm, pytest.mark.slow]
 
 @pytest.fixture
 def lab(monkeypatch: pytest.MonkeyPatch) -> Iterator[MachineLab]:
-    """Machines and switches of this test alone."""
+    """The machines and switches of this test."""
     require_linux_guest()
     one = MachineLab(monkeypatch)
     try:
@@ -42,14 +42,15 @@ def drops(lab: MachineLab, switch: str, machine: str, adapter: str = "nic-0") ->
 
 
 def fetched(shell: GuestShell, server: GuestShell, address: str) -> bool:
-    """True when 4 MB that `server` serves arrive whole over TCP."""
+    """True if the 4 MB that `server` serves arrive complete over TCP."""
     server.check("dd if=/dev/urandom of=/tmp/file bs=64k count=64 2>/dev/null; httpd -p 5000 -h /tmp")
     wanted = server.check("md5sum </tmp/file")
     return shell.check(f"wget -q -O - http://{address}:5000/file | md5sum", seconds=120) == wanted
 
 
 def test_three_guests_on_a_private_switch(lab: MachineLab) -> None:
-    """Ping and TCP; VLANs apart and joined by a trunk; a spoofed sender; the switch killed; a cable out and in."""
+    """Ping and TCP work; VLANs are apart, and joined by a trunk; a spoofed sender is dropped; the switch survives a
+    kill; the cable can be unplugged and plugged in."""
     switches.create(make_switch(name="lab"))
     for name, nic in (("one", {}), ("two", {}), ("three", {"trunk": [10, 20]})):
         lab.define(name, {"switch": "lab", **nic})
@@ -57,11 +58,11 @@ def test_three_guests_on_a_private_switch(lab: MachineLab) -> None:
     one, two, three = (lab.shell(name) for name in ("one", "two", "three"))
     for number, shell in enumerate((one, two, three), 1):
         address(shell, f"10.5.0.{number}/24")
-    # All without a VLAN, the trunk's untagged frames too.
+    # Without a VLAN all are together, and so are the trunk's untagged frames.
     assert ping(one, "10.5.0.2").exit_code == 0
     assert ping(three, "10.5.0.1").exit_code == 0
     assert fetched(one, two, "10.5.0.2")
-    # The switch is killed: the machines start it again, and the guests notice nothing but a pause.
+    # The switch is killed: the machines start it again, and the guests notice only a pause.
     status = HostSide(switches.load("lab")).user.status()
     assert status is not None
     two.check("(ping 10.5.0.1 >/tmp/pings 2>&1 &)")
@@ -73,7 +74,7 @@ def test_three_guests_on_a_private_switch(lab: MachineLab) -> None:
         "the switch is started again",
     )
     assert ping(one, "10.5.0.2").exit_code == 0
-    # VLANs: apart, and the trunk is in both.
+    # VLANs are apart, and the trunk belongs to both.
     lab.manager.change_adapter("one", "nic-0", vlan=10)
     lab.manager.change_adapter("two", "nic-0", vlan=20)
     assert ping(one, "10.5.0.2", 2).exit_code != 0
@@ -86,7 +87,7 @@ def test_three_guests_on_a_private_switch(lab: MachineLab) -> None:
     assert ping(three, "10.5.0.2").exit_code == 0
     lab.manager.change_adapter("two", "nic-0", vlan=10)
     assert ping(one, "10.5.0.2").exit_code == 0
-    # A guest that takes another address for its card is not heard, until it may.
+    # Frames of a guest that changes its card's address are dropped until spoofing is allowed.
     before = drops(lab, "lab", "one").get("spoofed", 0)
     one.check("ip link set eth0 down; ip link set eth0 address 02:00:00:00:00:77; ip link set eth0 up")
     assert ping(one, "10.5.0.2", 2).exit_code != 0
@@ -101,8 +102,9 @@ def test_three_guests_on_a_private_switch(lab: MachineLab) -> None:
     assert ping(two, "10.5.0.1").exit_code == 0
 
 
-def test_a_way_out_and_adapters_that_come_and_go(lab: MachineLab) -> None:
-    """An internal switch without root: DHCP, the host at the gateway, each other. A second adapter comes and goes."""
+def test_internal_switch_without_root_and_adapter_hotplug(lab: MachineLab) -> None:
+    """On an internal switch without root, guests get DHCP and reach the gateway and each other; a second adapter can
+    be added and removed."""
     switches.create(make_switch(name="nat", type="internal", address="10.77.200.1/24", dhcp_first="10.77.200.50"))
     switches.create(make_switch(name="b"))
     lab.define("one", {"switch": "nat"})
@@ -115,7 +117,7 @@ def test_a_way_out_and_adapters_that_come_and_go(lab: MachineLab) -> None:
     assert all(one.startswith("10.77.200.") for one in found)
     assert ping(one, found[1]).exit_code == 0
     assert ping(one, "10.77.200.1").exit_code == 0
-    # It is there for the guest, and in the definition, until it is taken away.
+    # The guest and the definition have it until it is removed.
     added = lab.manager.add_adapter("one", switch="b")
     assert added.id == "nic-1"
     wait_until(lambda: one.run("test -e /sys/class/net/eth1").exit_code == 0, "the guest has eth1", pause=0.2)
@@ -131,10 +133,11 @@ def test_a_way_out_and_adapters_that_come_and_go(lab: MachineLab) -> None:
     assert [one["name"] for one in ports] == [port_name(registry.load("two").spec.id, "nic-1")]
 
 
-def test_a_guest_keeps_its_mtu_with_its_memory(lab: MachineLab) -> None:
-    """Saved with an MTU and restored on a switch that tells another, or none, it goes on, with an event.
+def test_a_restored_guest_keeps_its_mtu(lab: MachineLab) -> None:
+    """A guest saved with an MTU and restored on a switch that announces another one, or none, continues, with an
+    event.
 
-    QEMU restores no adapter that told the guest its MTU into one that tells none. INV-ONE-MTU.
+    QEMU cannot restore an adapter that announced an MTU into one that announces none. INV-ONE-MTU.
     """
 
     def kept() -> list[tuple[object, object]]:
@@ -155,7 +158,7 @@ def test_a_guest_keeps_its_mtu_with_its_memory(lab: MachineLab) -> None:
     switches.set_mtu("lab", 4000)
     lab.manager.save("one")
     lab.manager.start("one")
-    assert len(kept()) == 2, "nothing differs"
+    assert len(kept()) == 2, "the MTUs are equal"
     lab.manager.stop("one")
     switches.set_mtu("lab", 2000)
     lab.manager.start("one")

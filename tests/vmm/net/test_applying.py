@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A switch on the bridge back end, in a network namespace: made, made again, taken back, killed anywhere."""
+"""A switch on the bridge back end, in a network namespace: made, made again, undone, killed at any point."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ pytestmark = [pytest.mark.netns]
 
 
 class Host:
-    """A namespace as a host: a card `up0` with addresses and routes, and the network behind it as another."""
+    """A namespace that acts as a host with a card `up0` with addresses and routes, and another one as the network
+    behind it."""
 
     def __init__(self, spaces: Namespaces, folder: Path) -> None:
         self.spaces = spaces
         self.folder = folder
         self.here, self.there = spaces.add("host"), spaces.add("lan")
-        for name in (self.here, self.there):  # else addresses change by themselves, a while after they were made
+        for name in (self.here, self.there):  # else addresses change by themselves a while after they were made
             spaces.run(name, "sysctl -qw net.ipv6.conf.all.accept_dad=0 net.ipv6.conf.default.accept_dad=0")
         spaces.run(self.here, f"ip link add up0 type veth peer name lan0 netns {self.there}")
         spaces.run(self.there, "ip addr add 10.9.0.254/24 dev lan0 && ip link set lan0 up")
@@ -37,7 +38,7 @@ class Host:
         spaces.run(self.here, "ip addr add 2001:db8::2/64 dev up0 nodad && ip link set up0 up")
         spaces.run(self.here, "ip addr add 10.9.2.2/24 valid_lft 3000 preferred_lft 3000 dev up0")
         spaces.run(self.there, "ip addr add 2001:db8::fe/64 dev lan0 nodad")
-        spaces.run(self.here, "sysctl -qw net.ipv6.conf.up0.accept_ra=0")  # as where a program listens to routers
+        spaces.run(self.here, "sysctl -qw net.ipv6.conf.up0.accept_ra=0")  # a program listens
         spaces.run(self.here, "ip addr add 2001:db8:7::2/128 dev up0 nodad valid_lft 3000 preferred_lft 2000")
         spaces.run(self.here, "ip route add default via 2001:db8::fe dev up0 proto ra metric 1024 expires 1800")
         spaces.run(self.here, "ip route add default via 10.9.0.254 metric 100 src 10.9.0.2")
@@ -55,14 +56,14 @@ class Host:
         return self.spaces.run(self.here, STATE)
 
     def command(self, verb: str, spec: switch_spec.SwitchSpec, *more: str) -> list[str]:
-        """The program that applies or takes back."""
+        """The program that applies or undoes."""
         path = self.folder / f"{spec.name}.json"
         path.write_bytes(spec.to_json())
         program = [sys.executable, "-m", "tests.vmm.net.applying_victim"]
         return ["ip", "netns", "exec", self.here, *program, verb, str(path), str(self.folder / "rt"), *more]
 
     def do(self, verb: str, spec: switch_spec.SwitchSpec, *more: str) -> subprocess.CompletedProcess[str]:
-        """Run it, warm."""
+        """Run it, forked from a process that has loaded it."""
         (program,) = warm(PYTHON)
         command = [program if word == sys.executable else word for word in self.command(verb, spec, *more)]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
@@ -89,8 +90,9 @@ ALL = {spec.name: spec for spec in (EXTERNAL, ALONE, INTERNAL, PRIVATE)}
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_there_and_back(host: Host, name: str) -> None:
-    """Applying twice is applying once, and taking back leads to exactly what was; twice is fine."""
+def test_apply_and_undo_are_idempotent_and_inverse(host: Host, name: str) -> None:
+    """Applying twice has the effect of applying once, and undoing restores the exact previous state; undoing twice is
+    allowed."""
     before = host.state()
     spec = ALL[name]
     assert host.do("apply", spec).returncode == 0
@@ -126,7 +128,8 @@ CARDS = {
 
 @pytest.mark.parametrize("card", CARDS)
 def test_cards_as_hosts_have_them(host: Host, card: str) -> None:
-    """Addresses and routes move to the bridge and back with all that belongs to them; the host keeps its network."""
+    """Addresses and routes move to the bridge and back with all their attributes; the host keeps its network
+    connection."""
     host.spaces.run(host.here, "ip -4 addr flush dev up0; ip addr flush dev up0 scope global")
     host.spaces.run(
         host.here, "ip route flush dev up0 table 77; ip -6 route flush default; ip -6 route flush root 2001:db8::/32"
@@ -147,7 +150,8 @@ def test_cards_as_hosts_have_them(host: Host, card: str) -> None:
 
 @pytest.mark.parametrize("first_away", [0, 1])
 def test_switches_that_share_a_setting(host: Host, first_away: int) -> None:
-    """Two with NAT need the card's forwarding: it stays while one is there, and is as before when both are gone."""
+    """Two switches with NAT need forwarding on the card: it stays while one of them exists, and is restored when both
+    are gone."""
     before = host.state()
     two = [
         switch_spec.make_switch(
@@ -172,7 +176,8 @@ def test_switches_that_share_a_setting(host: Host, first_away: int) -> None:
 
 
 def test_a_route_through_several_cards_is_refused(host: Host) -> None:
-    """Such a route cannot be moved, and would be lost with its card's addresses: nothing is touched."""
+    """Such a route cannot be moved, and would be lost with its card's addresses; the switch is refused and nothing is
+    changed."""
     host.spaces.run(host.here, "ip link add other type veth peer name other2")
     host.spaces.run(host.here, "ip link set other up && ip addr add 10.8.0.1/24 dev other")
     host.spaces.run(
@@ -186,7 +191,8 @@ def test_a_route_through_several_cards_is_refused(host: Host) -> None:
 
 
 def test_external_keeps_the_host_on_its_network(host: Host) -> None:
-    """Addresses and routes are the bridge's, with metrics, sources and tables, and the network answers through it."""
+    """Addresses and routes move to the bridge, with metrics, sources and tables, and the network answers through
+    it."""
     assert host.do("apply", EXTERNAL).returncode == 0
     bridge = EXTERNAL.bridge_name
     routes = host.spaces.run(host.here, "ip route show table all")
@@ -201,8 +207,9 @@ def test_external_keeps_the_host_on_its_network(host: Host) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("verb", "name", "stride"), [("kill-apply", "ext", 3), ("kill-apply", "int", 3),
                                                       ("kill-undo", "ext", 5), ("kill-undo", "int", 5)])  # fmt: skip
-def test_killed_anywhere_it_is_undone(host: Host, verb: str, name: str, stride: int) -> None:
-    """`INV-NET-UNDONE`: kill -9 before and after every change, while applying or taking back, then undo: as before."""
+def test_a_kill_at_any_point_can_be_undone(host: Host, verb: str, name: str, stride: int) -> None:
+    """`INV-NET-UNDONE`: after kill -9 before or after any change, while applying or undoing, an undo restores
+    everything."""
     if os.environ.get("HYPOTHESIS_PROFILE") == "long":
         stride = 1
     done = host.do(verb, ALL[name], str(stride))
@@ -211,12 +218,12 @@ def test_killed_anywhere_it_is_undone(host: Host, verb: str, name: str, stride: 
 
 
 @pytest.mark.parametrize(("gateway", "rule"), [("10.9.0.254", "drop"), ("2001:db8::fe", "meta protocol ip6 drop")])
-def test_a_gateway_that_stops_answering_brings_all_back(host: Host, gateway: str, rule: str) -> None:
-    """A network that refuses the bridge, or its IPv6: the error says so, and the host is as it was, on its network.
+def test_everything_is_undone_if_the_gateway_stops_answering(host: Host, gateway: str, rule: str) -> None:
+    """If the network does not accept the bridge, or its IPv6, the error says so, and the host is connected as before.
 
     INV-SIX-MOVES.
     """
-    # The network lets nothing but the first few frames of the card pass, as a port with a MAC limit would.
+    # The network passes only the first few frames of the card, as a port with a MAC limit would.
     host.spaces.run(
         host.there, "nft 'table netdev t { chain c { type filter hook ingress device lan0 priority 0; }; }'"
     )
@@ -253,8 +260,8 @@ def test_a_gateway_that_stops_answering_brings_all_back(host: Host, gateway: str
     host.spaces.run(host.here, "ping -c 1 -w 10 10.9.0.254")
 
 
-def test_a_foreign_interface_in_the_way_is_left_alone(host: Host) -> None:
-    """Somebody else's interface with the bridge's name is refused, and still there afterwards."""
+def test_a_foreign_interface_of_the_same_name_is_left_alone(host: Host) -> None:
+    """Another program's interface with the bridge's name leads to a refusal, and still exists afterwards."""
     host.spaces.run(host.here, f"ip link add {PRIVATE.bridge_name} type bridge")
     before = host.state()
     refused = host.do("apply", PRIVATE)
@@ -270,18 +277,18 @@ def test_a_foreign_interface_in_the_way_is_left_alone(host: Host) -> None:
     ],
 )
 def test_refusals_change_nothing(host: Host, settings: dict[str, object], words: str) -> None:
-    """What the host cannot have is said before anything is touched."""
+    """What the host cannot provide is refused before anything is touched."""
     spec = switch_spec.make_switch(name="no", backend="bridge", **settings)
     if "host_vlan" in settings and Path("/proc/config.gz").exists() is False:
-        pytest.skip("the kernel does not tell its configuration")
+        pytest.skip("the kernel's configuration cannot be read")
     before = host.state()
     refused = host.do("apply", spec)
     assert words in refused.stderr
     assert host.state() == before
 
 
-def test_journals_of_an_earlier_boot_are_worth_nothing(host: Host) -> None:
-    """After a reboot the kernel has forgotten all: nothing is undone, and the switch is made anew."""
+def test_journals_of_an_earlier_boot_are_ignored(host: Host) -> None:
+    """A reboot has undone everything in the kernel: the journal is not applied, and the switch is made again."""
     assert host.do("apply", PRIVATE).returncode == 0
     journal = host.folder / "rt" / "journal.json"
     document = json.loads(journal.read_text())

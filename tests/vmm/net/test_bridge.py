@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernel is asked for VLANs: few kernels of test machines have them, so the requests are looked at."""
+"""The requests to the kernel for VLANs; they are examined as such, because few kernels of test machines have VLANs."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from vmm.net import bridge, plan
 
 
 class Message(dict[str, Any]):
-    """An answer of the kernel's."""
+    """An answer of the kernel."""
 
     def get_attr(self, name: str) -> Any:
-        """As pyroute2's."""
+        """The attribute, as with pyroute2."""
         return self.get(name)
 
 
 class Netlink:
-    """A filtering bridge's port, as pyroute2 shows it; `asked` are its requests."""
+    """A port of a filtering bridge, as pyroute2 shows it; `asked` has its requests."""
 
     def __init__(self, *vlans: int) -> None:
         self.vlans = vlans
@@ -42,15 +42,15 @@ class Netlink:
 
 @pytest.fixture
 def kernel() -> bridge.Kernel:
-    """A conversation with nobody."""
+    """A conversation that reaches no kernel."""
     return bridge.Kernel.__new__(bridge.Kernel)
 
 
 OWN = 0x02 | 0x04  # PVID, and untagged on its way out
 
 
-def test_another_vlan_leaves_the_old_one_first(kernel: bridge.Kernel) -> None:
-    """From the bridge's own to 10, to 20, and back to none: a port is never left in one it had."""
+def test_changing_the_vlan_removes_the_old_one_first(kernel: bridge.Kernel) -> None:
+    """From the bridge's own VLAN to 10, to 20, and back to none: a port never stays in its previous VLAN."""
     for before, vlan, expected in (
         ((1,), 10, [("del", "1", None, None), ("add", 10, OWN, None)]),
         ((10,), 20, [("del", "10", None, None), ("add", 20, OWN, None)]),
@@ -63,7 +63,8 @@ def test_another_vlan_leaves_the_old_one_first(kernel: bridge.Kernel) -> None:
 
 
 def test_a_trunk_with_fewer_vlans(kernel: bridge.Kernel) -> None:
-    """Those that are gone are left, those that stay are told again: one of them may have been the native one."""
+    """Removed VLANs are deleted, the remaining ones are set again, because one of them may have been the native
+    VLAN."""
     kernel._netlink = netlink = Netlink(1, 10, 11, 12, 20)
     kernel.set_vlans("vt0", *plan.port_vlans(10, (10, 12, 13, 20)))
     assert netlink.asked == [
@@ -75,8 +76,8 @@ def test_a_trunk_with_fewer_vlans(kernel: bridge.Kernel) -> None:
     ]
 
 
-def test_the_hosts_adapter_is_the_bridge_itself(kernel: bridge.Kernel) -> None:
-    """Its VLAN is asked for with the flag that says so (`bridge vlan add dev BRIDGE vid 30 pvid untagged self`)."""
+def test_the_vlan_of_the_hosts_adapter_is_set_on_the_bridge(kernel: bridge.Kernel) -> None:
+    """The request for its VLAN has the flag `self` (`bridge vlan add dev BRIDGE vid 30 pvid untagged self`)."""
     kernel._netlink = netlink = Netlink(1)
     kernel.set_vlans("vmm0", 30, (), own=True)
     assert netlink.asked == [("del", "1", None, 2), ("add", 30, OWN, 2)]

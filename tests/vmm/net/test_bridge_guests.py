@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real guests on bridges, in network namespaces of the test, each a host of its own."""
+"""Real guests on bridges, in network namespaces of the test, each of which acts as a host."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class BridgeLab(MachineLab):
         )
 
     def vmm(self, *words: str, code: int = 0) -> str:
-        """The command line, on that host."""
+        """Run the command on that host; return its output."""
         done = subprocess.run(
             ["ip", "netns", "exec", self.here, *warm("vmm"), *words],
             capture_output=True,
@@ -63,7 +63,7 @@ class BridgeLab(MachineLab):
         return done.stdout + done.stderr
 
     def boot(self, name: str, *nics: str, **settings: object) -> GuestShell:
-        """Define a Linux guest here, start it there."""
+        """Define a Linux guest here, and start it there."""
         self.define(name, **settings)
         for nic in nics:
             self.vmm("nic", "add", name, nic)
@@ -87,7 +87,7 @@ class BridgeLab(MachineLab):
 
 @pytest.fixture
 def lab(monkeypatch: pytest.MonkeyPatch) -> Iterator[BridgeLab]:
-    """Machines, switches and namespaces of this test alone."""
+    """The machines, switches and namespaces of this test."""
     require_root_and_namespaces()
     require_linux_guest()
     for tool in ("nft", "dnsmasq"):
@@ -100,16 +100,17 @@ def lab(monkeypatch: pytest.MonkeyPatch) -> Iterator[BridgeLab]:
 
 
 def eventfds(name: str) -> int:
-    """How many QEMU has."""
+    """How many eventfds QEMU has open."""
     pid, found = processes_of(registry.load(name).runtime)["qemu"].pid, 0
     for one in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # closed just now
+        with contextlib.suppress(FileNotFoundError):  # closed in the meantime
             found += "eventfd" in os.readlink(one)
     return found
 
 
 def test_internal_and_private(lab: BridgeLab) -> None:
-    """Leases, fixed and not, names, the host both ways, NAT, several queues; a private bridge without the host."""
+    """Leases (fixed or not), names, the host in both directions, NAT and several queues work; a private bridge is
+    closed to the host."""
     before = lab.spaces.run(lab.here, "ip -j addr; ip route; nft -s list ruleset")
     lab.vmm("switch", "create", "nat", "--type", "internal", "--address", "10.77.5.1/24", "--nat")
     lab.vmm("switch", "create", "quiet", "--type", "private", "--backend", "bridge")
@@ -126,13 +127,13 @@ def test_internal_and_private(lab: BridgeLab) -> None:
     assert one.check("ls -d /sys/class/net/eth0/queues/rx-* | wc -l") == "2"
     assert "2 queues" in lab.vmm("nic", "show", "one", "nic-0")
     assert "10.77.5.10" in lab.vmm("switch", "show", "nat")
-    # The host, both ways, names, and the world behind it, which sees the host's address only.
+    # The host in both directions, names, and the outside world, which sees only the host's address.
     assert ping(one, "10.77.5.1").exit_code == 0
     lab.spaces.run(lab.here, "ping -c 1 -w 10 10.77.5.10")
     assert "10.77.5.10" in two.check("nslookup one.vmm.internal 10.77.5.1")
     assert ping(two, "10.9.0.254").exit_code == 0
-    assert eventfds("one") < 24, "every one is polled whenever the guest's network moves a frame"
-    # A private bridge: guests only.
+    assert eventfds("one") < 24, "each eventfd is polled for every frame of the guest"
+    # A private bridge connects guests only.
     address(one, "10.78.0.1/24", "eth1")
     address(two, "10.78.0.2/24", "eth1")
     assert ping(one, "10.78.0.2").exit_code == 0
@@ -140,12 +141,12 @@ def test_internal_and_private(lab: BridgeLab) -> None:
     lab.spaces.run(lab.here, f"ip addr add 10.78.0.9/24 dev vmm{bridge}")
     assert "0 received" in lab.spaces.run(lab.here, "ping -c 1 -w 2 10.78.0.1", check=False)
     assert ping(one, "10.78.0.9", 2).exit_code != 0
-    # Guards: another address for the card is not heard.
+    # Guards: frames with another address of the card are dropped.
     one.check("ip link set eth1 down; ip link set eth1 address 02:00:00:00:00:77; ip link set eth1 up")
     assert ping(one, "10.78.0.2", 2).exit_code != 0
     lab.vmm("nic", "set", "one", "nic-1", "spoofing=on")
     assert ping(one, "10.78.0.2").exit_code == 0
-    # VLANs are refused with the reason where the kernel has none.
+    # VLANs are refused with the reason if the kernel does not support them.
     if not os.path.exists(f"/sys/class/net/vmm{bridge}/bridge/vlan_filtering"):
         refusal = lab.vmm("nic", "set", "two", "nic-1", "vlan=5", code=8)
         assert "CONFIG_BRIDGE_VLAN_FILTERING" in refusal

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Internal switches on the bridge back end: guests reach each other and their gateway, whatever the host does."""
+"""Internal switches on the bridge back end: guests reach each other and their gateway, whatever happens on the
+host."""
 
 from __future__ import annotations
 
@@ -25,8 +26,8 @@ def host(tmp_path: Path) -> Iterator[BridgeHost]:
         yield made
 
 
-def test_guests_reach_each_other_where_iptables_sees_bridged_frames(host: BridgeHost) -> None:
-    """A network without NAT is closed to the outside, and not between its guests, with br_netfilter switched on.
+def test_guests_reach_each_other_with_br_netfilter(host: BridgeHost) -> None:
+    """With br_netfilter switched on, a network without NAT is closed to the outside but open between its guests.
 
     INV-GATEWAY-STAYS.
     """
@@ -43,8 +44,8 @@ def test_guests_reach_each_other_where_iptables_sees_bridged_frames(host: Bridge
     assert not host.ping(one, "10.9.0.254", 1)
 
 
-def test_the_bridge_keeps_its_address_while_guests_come_and_go(host: BridgeHost) -> None:
-    """A guest with the lowest address of all that leaves takes no gateway away: the address is the switch's own.
+def test_the_bridge_keeps_its_mac_address_while_guests_come_and_go(host: BridgeHost) -> None:
+    """When the guest with the lowest address leaves, the gateway's address stays the same: it belongs to the switch.
 
     INV-GATEWAY-STAYS.
     """
@@ -61,16 +62,17 @@ def test_the_bridge_keeps_its_address_while_guests_come_and_go(host: BridgeHost)
     assert host.ping(one, "10.77.8.1", 2)
 
 
-def test_each_switch_has_an_address_of_its_own() -> None:
-    """It follows from the switch's id, is the same after any restart, and is no address of another's pool."""
+def test_each_switch_has_its_own_mac_address() -> None:
+    """It is derived from the switch's id, is the same after a restart, and never belongs to another switch's pool."""
     again = CLOSED.model_copy(update={"name": "other"})
     other = make_switch(name="closed", type="internal", backend="bridge", address="10.77.8.1/24")
     assert again.bridge_mac == CLOSED.bridge_mac != other.bridge_mac
     assert CLOSED.bridge_mac.startswith("02:") and len(CLOSED.bridge_mac) == 17
 
 
-def test_nat_forwards_its_own_network_alone(host: BridgeHost) -> None:
-    """`INV-NAT-OWN-SOURCES`: a guest that makes up its address reaches nobody, and nobody sees that address."""
+def test_nat_forwards_only_its_own_network(host: BridgeHost) -> None:
+    """`INV-NAT-OWN-SOURCES`: packets of a guest with a made-up address are not forwarded, so that address is never
+    seen outside."""
     there = host.link("up0", "lan", "10.9.0.254/24")
     host.run("ip addr add 10.9.0.2/24 dev up0; ip route add default via 10.9.0.254")
     host.run("sysctl -qw net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.default.rp_filter=0")
@@ -80,5 +82,5 @@ def test_nat_forwards_its_own_network_alone(host: BridgeHost) -> None:
     host.spaces.run(there, "nft 'add rule ip t c ip saddr 10.99.0.5 counter'")
     host.spaces.run(guest, "ip addr add 10.99.0.5/32 dev eth0")
     host.spaces.run(guest, "ping -c 3 -i 0.01 -W 1 -I 10.99.0.5 10.9.0.254", check=False)
-    assert host.ping(guest, "10.9.0.254")  # and so the ones before would have come, too
+    assert host.ping(guest, "10.9.0.254")  # so the earlier ones would have arrived, too
     assert "counter packets 0 " in host.spaces.run(there, "nft list table ip t")

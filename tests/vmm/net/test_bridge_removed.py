@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A bridge that somebody removes under the machines on it."""
+"""A bridge that is removed while machines are on it."""
 
 from __future__ import annotations
 
@@ -29,31 +29,31 @@ def ip(words): subprocess.run(["ip", *words.split()], check=True)
 def connected(): return sum(one["connected"] for one in host.port_status())
 
 switches.create(make_switch(name="lab", backend="bridge"))
-host, told = HostSide(switches.load("lab")), []
+host, observed = HostSide(switches.load("lab")), []
 adapters = [make_adapter(id=f"nic-{n}", switch="lab", mac=f"02:00:00:00:00:0{n}") for n in range(3)]
 owners = [Owner(f"machine-{n}", "/nowhere") for n in range(3)]
 for adapter, owner in zip(adapters, owners):
     name = interface_name(owner.machine_id, adapter.id)
     ip(f"tuntap add {name} mode tap")
     host.bridge.plug_tap(name, setup_of(adapter, owner))
-told.append(connected())
+observed.append(connected())
 ip(f"link del {host.spec.bridge_name}")
-told.append(connected())
+observed.append(connected())
 first = join(adapters[0], owners[0], host.spec.id)
-told += [first.switch_id == host.spec.id, connected()]
+observed += [first.switch_id == host.spec.id, connected()]
 ip(f"link set {interface_name(owners[1].machine_id, 'nic-1')} nomaster")
-told.append(connected())
+observed.append(connected())
 second = join(adapters[1], owners[1], host.spec.id)
-told += [second.switch_id == host.spec.id, connected()]
+observed += [second.switch_id == host.spec.id, connected()]
 ip(f"link del {host.spec.bridge_name}")
 switches.delete("lab", force=False)
-print(json.dumps(told))
+print(json.dumps(observed))
 """
 
 
 @pytest.fixture
 def spaces() -> Iterator[Namespaces]:
-    """Namespaces of this test."""
+    """The namespaces of this test."""
     require_root_and_namespaces()
     require_tool("nft")
     one = Namespaces()
@@ -65,21 +65,22 @@ def spaces() -> Iterator[Namespaces]:
 
 @pytest.fixture
 def folder() -> Iterator[str]:
-    """A folder with a name short enough for sockets in it."""
+    """A folder whose name is short enough for sockets in it."""
     with tempfile.TemporaryDirectory(prefix="vmm-") as made:
         yield made
 
 
-def test_ports_are_told_as_they_are_and_come_back(spaces: Namespaces, folder: str) -> None:
-    """Without the bridge nobody is connected; the first machine that looks makes it again, with all taps in it.
+def test_ports_of_a_removed_bridge_are_reported_and_restored(spaces: Namespaces, folder: str) -> None:
+    """Without the bridge no port is reported as connected; the first machine that notices makes it again, with all
+    taps in it.
 
-    One tap that somebody took out comes back alone. A switch whose bridge is gone holds up no `delete`.
+    A single tap that was taken out is put back by itself. A switch whose bridge is gone can be deleted.
     """
     here = spaces.add("host")
-    told = subprocess.run(
+    observed = subprocess.run(
         ["ip", "netns", "exec", here, "env", f"VMM_HOME={folder}/h", f"VMM_RUNTIME={folder}/r",
          sys.executable, "-c", _STORY],
         cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
-    assert told.returncode == 0, told.stderr
-    assert json.loads(told.stdout) == [3, 0, True, 3, 2, True, 3]
+    assert observed.returncode == 0, observed.stderr
+    assert json.loads(observed.stdout) == [3, 0, True, 3, 2, True, 3]

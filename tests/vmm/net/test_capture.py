@@ -30,7 +30,7 @@ def read(stream: bytes, folder: Path, *fields: str) -> list[list[str]]:
 
 @pytest.mark.interop
 def test_tshark_reads_a_capture(tmp_path: Path) -> None:
-    """Addresses, VLANs, lengths, time to the nanosecond, and the port as the interface."""
+    """Addresses, VLANs, lengths, time to the nanosecond, and the port as the interface are all readable."""
     times = iter([1_700_000_000_123_456_789, 1_700_000_001_000_000_000])
     one = PacketCapture("vm1", clock=lambda: next(times))
     one.take("vm1", Direction.IN, packets.ethernet(TWO, ONE, bytes(47), vlan=10))
@@ -43,15 +43,15 @@ def test_tshark_reads_a_capture(tmp_path: Path) -> None:
 
 
 @pytest.mark.interop
-def test_long_frames_are_cut_and_say_so(tmp_path: Path) -> None:
-    """The length is the frame's, the bytes are as many as were asked for."""
+def test_long_frames_are_truncated(tmp_path: Path) -> None:
+    """The recorded length is the frame's, and the file has as many bytes as were requested."""
     one = PacketCapture(None, snap_bytes=64)
     one.take("p", Direction.IN, packets.ethernet(TWO, ONE, bytes(1000)))
     assert read(bytes(one.pending), tmp_path, "frame.len", "frame.cap_len") == [["1014", "64"]]
 
 
-def test_a_slow_reader_loses_frames_and_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing more is kept beyond the limit; when there is room again the stream says how many are missing."""
+def test_the_stream_says_how_many_frames_a_slow_reader_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frames beyond the limit are dropped; as soon as there is room again, the stream says how many are missing."""
     monkeypatch.setattr(capture, "MAX_BUFFER_BYTES", 1000)
     one = PacketCapture(None)
     frame = packets.ethernet(TWO, ONE, bytes(200))
@@ -66,7 +66,7 @@ def test_a_slow_reader_loses_frames_and_is_told(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_switchs_capture_has_each_frame_once() -> None:
-    """Frames on their way out are another port's on their way in."""
+    """Outgoing frames are not recorded again, because they came in at another port."""
     one = PacketCapture(None)
     one.take("a", Direction.IN, packets.ethernet(TWO, ONE))
     one.take("b", Direction.OUT, packets.ethernet(TWO, ONE))
@@ -74,7 +74,7 @@ def test_a_switchs_capture_has_each_frame_once() -> None:
 
 
 def test_blocks_are_whole() -> None:
-    """Each block's length stands at both of its ends, and blocks follow one another without gaps."""
+    """Each block has its length at both ends, and blocks follow one another without gaps."""
     one = PacketCapture(None)
     for size in range(20):
         one.take("p", Direction.IN, packets.ethernet(TWO, ONE, bytes(size)))

@@ -20,7 +20,7 @@ FRAME = packets.ethernet(packets.mac(2), packets.mac(1), bytes(950))
 
 
 def stream(count: int) -> bytes:
-    """What a switch sends of so many frames of two ports."""
+    """What a switch sends for so many frames of two ports."""
     one = PacketCapture(None)
     for number in range(count):
         one.take(f"p{number % 2}", Direction.IN, FRAME)
@@ -28,7 +28,7 @@ def stream(count: int) -> bytes:
 
 
 def packets_in(content: bytes) -> int:
-    """How many frames a file has; it consists of whole blocks, a section first."""
+    """How many frames a file has; it must consist of whole blocks, beginning with a section."""
     assert content[:4] == b"\x0a\x0d\x0d\x0a"
     at = found = 0
     while at < len(content):
@@ -41,7 +41,7 @@ def packets_in(content: bytes) -> int:
 
 
 def test_a_full_file_ends_the_capture(tmp_path: Path) -> None:
-    """It has at most that size, and whole frames; without a limit it takes all."""
+    """The file has at most that size, and only whole frames; without a limit it takes everything."""
     path = tmp_path / "c.pcapng"
     with CaptureFiles(str(path), max_bytes=64 << 10) as taken:
         assert not taken.write(stream(100))
@@ -56,7 +56,8 @@ def test_a_full_file_ends_the_capture(tmp_path: Path) -> None:
 
 @pytest.mark.interop
 def test_the_newest_files_are_kept(tmp_path: Path) -> None:
-    """Each can be read alone, with the names of all ports; the oldest is gone, and there were never more."""
+    """Each can be read alone, with the names of all ports; the oldest is removed, and there are never more than
+    requested."""
     with CaptureFiles(str(tmp_path / "c.pcapng"), max_bytes=64 << 10, max_files=3) as taken:
         for _ in range(5):
             content = stream(100)
@@ -72,7 +73,7 @@ def test_the_newest_files_are_kept(tmp_path: Path) -> None:
 
 @given(st.lists(st.integers(1, 900), max_size=20))
 def test_a_stream_is_cut_between_blocks(cuts: list[int]) -> None:
-    """However it arrives, what is written is whole at any moment."""
+    """However the stream arrives, the file has only whole blocks at any moment."""
     out, content, at = io.BytesIO(), stream(8), 0
     taken = CaptureFiles("-", stream=out)
     for size in [*cuts, len(content)]:
@@ -84,7 +85,7 @@ def test_a_stream_is_cut_between_blocks(cuts: list[int]) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 11, MAX_BLOCK_BYTES + 4, 0xFFFFFFFF])
-def test_what_is_no_pcapng_is_refused(size: int) -> None:
-    """A length that cannot be is an error, and no reason to wait or to keep bytes for ever."""
+def test_malformed_streams_are_refused(size: int) -> None:
+    """An impossible length is an error; it is not a reason to wait or to keep bytes for ever."""
     with pytest.raises(VmmError, match="a block of"):
         CaptureFiles("-", stream=io.BytesIO()).write(b"\x06\0\0\0" + size.to_bytes(4, "little"))

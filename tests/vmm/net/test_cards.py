@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An external switch knows its card by its address, whatever the kernel calls it, and can be given another."""
+"""An external switch knows its card by its MAC address, whatever its name is, and can be given another card."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAC, OTHER = "02:00:00:00:00:01", "02:00:00:00:00:02"
 
 
 def card(root: Path, name: str, address: str, *more: str, kind: str = "0") -> None:
-    """An interface as sysfs has it."""
+    """An interface, as in sysfs."""
     (root / name).mkdir()
     (root / name / "address").write_text(f"{address}\n")
     (root / name / "addr_assign_type").write_text(f"{kind}\n")
@@ -30,7 +30,7 @@ def card(root: Path, name: str, address: str, *more: str, kind: str = "0") -> No
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A host's cards."""
+    """The cards of a host."""
     monkeypatch.setattr(cards, "ROOT", str(tmp_path))
     return tmp_path
 
@@ -40,8 +40,8 @@ def lan(mac: str | None = MAC) -> SwitchSpec:
     return make_switch(name="lan", type="external", backend="bridge", uplink="eth0", uplink_mac=mac)
 
 
-def test_the_address_is_noted(root: Path) -> None:
-    """A card's own address is, one that was made up at this boot is not."""
+def test_only_permanent_addresses_are_recorded(root: Path) -> None:
+    """A card's own address is recorded; one that was made up at this boot is not."""
     card(root, "eth0", MAC)
     assert cards.with_address(lan(None)).uplink_mac == MAC
     (root / "eth0" / "addr_assign_type").write_text("1\n")
@@ -49,7 +49,8 @@ def test_the_address_is_noted(root: Path) -> None:
 
 
 def test_a_card_with_another_name(root: Path) -> None:
-    """It is found by its address, beside bridges and VLANs that have it, too; a switch of 0.1.0 goes by the name."""
+    """It is found by its address, even if bridges and VLANs have the same one; a switch made by 0.1.0 goes by the
+    name."""
     card(root, "enp3s0", MAC)
     card(root, "eth0", OTHER)
     card(root, "br0", MAC, "bridge")
@@ -58,8 +59,8 @@ def test_a_card_with_another_name(root: Path) -> None:
     assert cards.found(lan(None)).uplink == "eth0"
 
 
-def test_a_card_that_is_not_there(root: Path) -> None:
-    """It is said which one it was, and what helps: never is another one taken for it."""
+def test_a_missing_card(root: Path) -> None:
+    """The error names the missing card and what helps; another card is never used instead."""
     with pytest.raises(errors.Unsupported, match=rf"eth0 with the address {MAC}, and it is not there.*switch set lan"):
         cards.found(lan())
     card(root, "eth0", OTHER)
@@ -116,7 +117,7 @@ print("done")
 
 @pytest.fixture
 def host() -> Iterator[tuple[Namespaces, str]]:
-    """A namespace as a host with two cards, whose addresses are their own."""
+    """A namespace that acts as a host with two cards that have permanent addresses."""
     require_root_and_namespaces()
     require_tool("nft")
     spaces = Namespaces()
@@ -133,7 +134,8 @@ def host() -> Iterator[tuple[Namespaces, str]]:
 
 @pytest.mark.netns
 def test_a_switch_and_its_cards(host: tuple[Namespaces, str], tmp_path: Path) -> None:
-    """After names were swapped it is on its card; given another one it is on that, with the host's addresses."""
+    """After a swap of names the switch is on its card; given another card it is on that one, with the host's
+    addresses."""
     done = subprocess.run(
         ["ip", "netns", "exec", host[1], "env", f"VMM_HOME={tmp_path / 'home'}", "VMM_RUNTIME=" + f"/tmp/vc-{host[1]}",
          sys.executable, "-c", _SCENE], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120,

@@ -24,7 +24,7 @@ PLAIN = make_switch(
 
 
 def test_configuration() -> None:
-    """Bound to the bridge alone; the range, the fixed lease with its name; without NAT no router and no resolver."""
+    """Bound only to the bridge; the range, the fixed lease with its name; without NAT no router and no resolver."""
     lines = dhcp.configuration(PLAIN, "/leases").splitlines()
     assert {
         "bind-interfaces",
@@ -41,15 +41,15 @@ def test_configuration() -> None:
     assert "no-resolv" not in dhcp.configuration(nat, "/leases").splitlines()
 
 
-def test_dnsmasq_takes_it(tmp_path: Path) -> None:
-    """dnsmasq finds nothing wrong with it."""
+def test_dnsmasq_accepts_the_configuration(tmp_path: Path) -> None:
+    """dnsmasq finds no fault in it."""
     path = tmp_path / "dnsmasq.conf"
     path.write_text(dhcp.configuration(PLAIN, str(tmp_path / "leases")))
     subprocess.run([require_tool("dnsmasq"), "--test", f"--conf-file={path}"], check=True, capture_output=True)
 
 
 def test_leases_are_read(tmp_path: Path) -> None:
-    """Who has which address is in dnsmasq's file."""
+    """The addresses of clients are read from dnsmasq's file."""
     path = tmp_path / "leases"
     path.write_text("1700000000 00:15:5d:00:00:01 10.77.0.10 web *\n")
     (one,) = dhcp.Dnsmasq(PLAIN, str(tmp_path), str(path)).leases()
@@ -57,8 +57,8 @@ def test_leases_are_read(tmp_path: Path) -> None:
     assert dhcp.Dnsmasq(PLAIN, str(tmp_path), str(tmp_path / "none")).leases() == []
 
 
-def test_no_server_is_stopped_quietly(tmp_path: Path) -> None:
-    """Stopping what does not run is fine, also with a damaged note."""
+def test_stopping_without_a_server_is_not_an_error(tmp_path: Path) -> None:
+    """Stopping a server that does not run succeeds, even with a damaged note."""
     server = dhcp.Dnsmasq(PLAIN, str(tmp_path), str(tmp_path / "leases"))
     server.stop()
     (tmp_path / "dnsmasq.json").write_text("rubbish")
@@ -66,8 +66,9 @@ def test_no_server_is_stopped_quietly(tmp_path: Path) -> None:
     server.stop()
 
 
-def test_a_server_that_was_never_written_down_is_stopped(tmp_path: Path) -> None:
-    """Whoever started it was killed a moment later: it is known by its configuration, and no other server is."""
+def test_a_server_without_a_note_is_stopped(tmp_path: Path) -> None:
+    """A server whose starter was killed before it wrote the note is found by its configuration; no other server is
+    stopped."""
 
     def program(folder: str) -> subprocess.Popen[bytes]:
         words = ["-c", "import time; time.sleep(60)", f"--conf-file={folder}/dnsmasq.conf"]
@@ -86,6 +87,6 @@ def test_a_server_that_was_never_written_down_is_stopped(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("note", ['{"pid": 1, "start_ticks": 1}', '{"pid": 999999999, "start_ticks": 5}', "[]"])
 def test_numbers_of_other_processes_are_not_believed(tmp_path: Path, note: str) -> None:
-    """A note about a process that is not ours never leads to a signal."""
+    """A note with the number of a foreign process never leads to a signal."""
     (tmp_path / "dnsmasq.json").write_text(note)
     assert dhcp.Dnsmasq(PLAIN, str(tmp_path), str(tmp_path / "leases")).process() is None

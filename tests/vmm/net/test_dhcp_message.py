@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DHCP messages: what is read out of a frame, and the frames that answer."""
+"""DHCP messages: how a frame is read, and the frames of answers."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ ONE = packets.mac(1)
 DISCOVER = dhcp_client.ask(ONE, dhcp_client.DISCOVER, options={50: b"\x0a\0\x07\x09", 61: b"\x01id", 55: b"\x01\x03"})
 
 
-def test_a_question_is_read() -> None:
-    """Who asks, what, with which options; also with a tag before it, and with the name up to its first dot."""
+def test_a_request_is_read() -> None:
+    """Client, kind and options are read, also behind a tag; the name is read up to its first dot."""
     message = parse(DISCOVER)
     assert message is not None
     assert (message.kind, message.mac, message.sender, message.to) == (MessageType.DISCOVER, ONE, ONE, b"\xff" * 4)
@@ -47,8 +47,9 @@ def test_a_question_is_read() -> None:
         DISCOVER + bytes(dhcp_message.MAX_FRAME_BYTES),
     ],
 )
-def test_other_frames_are_no_questions(frame: bytes) -> None:
-    """Other protocols and ports, servers' messages, relays, fragments, what is too long."""
+def test_other_frames_are_not_requests(frame: bytes) -> None:
+    """Other protocols and ports, messages of servers, relays, fragments, and messages that are too long are
+    ignored."""
     assert parse(frame) is None
 
 
@@ -56,7 +57,7 @@ def test_other_frames_are_no_questions(frame: bytes) -> None:
     lambda cut: DISCOVER[: cut[0]] + cut[1] + DISCOVER[cut[0] + len(cut[1]) :]
 )))  # fmt: skip
 def test_any_bytes_are_read_within_their_length(frame: bytes) -> None:
-    """`INV-DHCP-BOUNDED`: a message or None, never an exception, and addresses of the right size."""
+    """`INV-DHCP-BOUNDED`: the result is a message or None, never an exception, and addresses have the right size."""
     message = parse(frame)
     if message is not None:
         assert {len(one) for one in (message.present, message.requested, message.server, message.to)} == {4}
@@ -66,8 +67,8 @@ def test_any_bytes_are_read_within_their_length(frame: bytes) -> None:
 
 
 @pytest.mark.parametrize("length", range(0, len(DISCOVER), 7))
-def test_cut_frames_are_read_within_their_length(length: int) -> None:
-    """A frame that ends anywhere gives a message with what is whole, or none."""
+def test_truncated_frames_are_read_within_their_length(length: int) -> None:
+    """A frame that ends anywhere gives a message with its complete parts, or none."""
     parse(DISCOVER[:length])
 
 
@@ -78,13 +79,14 @@ def test_cut_frames_are_read_within_their_length(length: int) -> None:
         (b"\xff", ""), (b"a" * 63, "a" * 63), (b"a" * 64, ""), (b"a\n1 02:00:00:00:00:09 10.0.0.9 x *", ""),
     ],
 )  # fmt: skip
-def test_names_are_labels(value: bytes, name: str) -> None:
-    """What is no label of DNS is no name: it goes into a file of lines and words."""
+def test_only_dns_labels_are_names(value: bytes, name: str) -> None:
+    """A name that is not a DNS label is dropped: names go into a file of lines and words."""
     assert dhcp_message.host_name(value) == name
 
 
-def test_where_an_answer_goes() -> None:
-    """To the new address; to everybody if it was asked for, and a NAK always; to the address that is in use."""
+def test_destination_of_answers() -> None:
+    """An answer goes to the new address, to all stations if that was requested or it is a NAK, or to the address that
+    is in use."""
 
     def sent(kind: MessageType, **settings: object) -> dhcp_client.Answer:
         question = parse(dhcp_client.ask(ONE, dhcp_client.REQUEST, **settings))  # type: ignore[arg-type]

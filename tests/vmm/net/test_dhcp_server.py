@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who gets which address from a `user` switch."""
+"""Which address a client of a `user` switch gets."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SMALL = DhcpSetup(
 
 
 def ask(server: DhcpServer, mac: bytes, kind: int, now: float = 0.0, **settings: Any) -> Answer | None:
-    """What the server says to a client's message."""
+    """The server's answer to a client's message."""
     own = settings.pop("own", frozenset())
     port = settings.pop("port", "")
     message = dhcp_message.parse(dhcp_client.ask(mac, kind, **settings))
@@ -53,12 +53,12 @@ def selected(server: DhcpServer, mac: bytes, now: float = 0.0, **settings: Any) 
 
 
 def wants(address: str) -> dict[int, bytes]:
-    """Option 50."""
+    """Option 50, the requested address."""
     return {50: socket.inet_aton(address)}
 
 
-def test_a_lease_and_what_comes_with_it() -> None:
-    """Mask, router, name server, domain, MTU, times; a fixed address comes with its name."""
+def test_a_lease_and_its_options() -> None:
+    """A lease has mask, router, name server, domain, MTU and times; a fixed address comes with its name."""
     server = DhcpServer(SETUP)
     address = selected(server, ONE)
     assert ipaddress.IPv4Address("10.0.7.128") <= ipaddress.IPv4Address(address) <= ipaddress.IPv4Address("10.0.7.254")
@@ -74,17 +74,17 @@ def test_a_lease_and_what_comes_with_it() -> None:
     named = ask(server, FIXED, REQUEST, options={**wants("10.0.7.10"), 55: bytes([12])})
     assert named is not None
     assert named.options[12] == b"web"
-    assert {1, 3, 6} & set(named.options) == set()  # it asked for the name alone
+    assert {1, 3, 6} & set(named.options) == set()  # it requested only the name
 
 
-def test_addresses_follow_from_the_mac() -> None:
-    """A server that lost its table gives the same ones again."""
+def test_addresses_are_derived_from_the_mac_address() -> None:
+    """A server that lost its table assigns the same addresses again."""
     first, again = DhcpServer(SETUP), DhcpServer(SETUP)
     assert [selected(first, packets.mac(n)) for n in range(20)] == [selected(again, packets.mac(n)) for n in range(20)]
 
 
 def test_renewing_rebinding_and_after_a_reboot() -> None:
-    """Each is an ACK for the client's own address, and a NAK for another's or one of another network."""
+    """Each gets an ACK for the client's own address, and a NAK for another client's or one of another network."""
     server = DhcpServer(SETUP)
     mine, other = selected(server, ONE), selected(server, TWO)
     for settings in ({"present": mine, "to": "10.0.7.1"}, {"present": mine}, {"options": wants(mine)}):
@@ -97,8 +97,8 @@ def test_renewing_rebinding_and_after_a_reboot() -> None:
         assert (answer.kind, answer.yours) == (NAK, "0.0.0.0")
 
 
-def test_a_server_that_lost_its_table_lets_clients_go_on() -> None:
-    """A renewal of a lease that it does not know any more is granted while nobody else has the address."""
+def test_a_server_that_lost_its_table_grants_renewals() -> None:
+    """A renewal of an unknown lease is granted if no other client has the address."""
     server = DhcpServer(SETUP)
     answer = ask(server, ONE, REQUEST, present="10.0.7.200")
     assert answer is not None
@@ -109,7 +109,7 @@ def test_a_server_that_lost_its_table_lets_clients_go_on() -> None:
 
 
 def test_a_client_that_chose_another_server_gets_nothing() -> None:
-    """And what was offered to it is free again."""
+    """The offer to it is free again."""
     server = DhcpServer(SETUP)
     offer = ask(server, ONE, DISCOVER)
     assert offer is not None
@@ -120,8 +120,9 @@ def test_a_client_that_chose_another_server_gets_nothing() -> None:
     assert taken.kind == ACK
 
 
-def test_release_decline_inform() -> None:
-    """A released address is kept for its client, a declined one is nobody's for a while, and INFORM leases nothing."""
+def test_release_decline_and_inform() -> None:
+    """A released address is kept for its client, a declined one is not assigned for a while, and INFORM leases
+    nothing."""
     server = DhcpServer(SETUP)
     mine = selected(server, ONE)
     assert ask(server, ONE, RELEASE, present=mine) is None
@@ -134,14 +135,15 @@ def test_release_decline_inform() -> None:
     later = ask(server, TWO, REQUEST, 5000 + dhcp_server.DECLINED_SECONDS, options=wants(mine))
     assert later is not None
     assert later.kind == ACK
-    told = ask(server, packets.mac(3), INFORM, present="10.0.7.50")
-    assert told is not None
-    assert (told.kind, told.yours, told.to, 51 in told.options) == (ACK, "0.0.0.0", "10.0.7.50", False)
+    answer = ask(server, packets.mac(3), INFORM, present="10.0.7.50")
+    assert answer is not None
+    assert (answer.kind, answer.yours, answer.to, 51 in answer.options) == (ACK, "0.0.0.0", "10.0.7.50", False)
     assert len(server.records) == 2
 
 
 def test_a_full_range_waits_for_leases_to_end() -> None:
-    """Nobody is offered an address that another has; the one that is free longest goes first."""
+    """A client is never offered an address that another one has; the address that has been free longest is assigned
+    first."""
     server = DhcpServer(SMALL)
     got = [selected(server, packets.mac(n), n) for n in (1, 2, 4)]
     assert sorted(got) == ["10.0.7.4", "10.0.7.5", "10.0.7.6"]
@@ -150,8 +152,8 @@ def test_a_full_range_waits_for_leases_to_end() -> None:
     assert selected(server, packets.mac(5), 3603.5) == got[0]
 
 
-def test_a_port_speaks_for_its_own_addresses_only() -> None:
-    """A guest can neither take nor give back another's lease; one that may send from any address has a limit."""
+def test_a_port_can_only_manage_its_own_addresses() -> None:
+    """A guest can neither take nor release another's lease; one that may send from any address has a limit."""
     server = DhcpServer(SETUP)
     mine = selected(server, ONE)
     evil = frozenset({TWO})
@@ -169,7 +171,7 @@ def test_a_port_speaks_for_its_own_addresses_only() -> None:
 
 
 def test_the_table_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`INV-DHCP-TABLE-BOUNDED`: one client more than there is room for gets nothing, until a lease has ended."""
+    """`INV-DHCP-TABLE-BOUNDED`: one client too many gets no lease until another lease has ended."""
     monkeypatch.setattr(dhcp_server, "MAX_RECORDS", 5)
     server = DhcpServer(SETUP)
     for number in range(10, 15):
@@ -181,8 +183,8 @@ def test_the_table_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert packets.mac(10) not in server.records
 
 
-def test_a_port_asks_only_so_often() -> None:
-    """Above its burst a port is not answered until time has passed; other ports are."""
+def test_requests_of_a_port_are_rate_limited() -> None:
+    """Above its burst a port gets no answers until time has passed; other ports do."""
     server = DhcpServer(SETUP)
     assert [server.takes("one", 0.0) for _ in range(dhcp_server.MESSAGES_BURST + 1)][-2:] == [True, False]
     assert server.takes("two", 0.0)
@@ -197,8 +199,8 @@ def test_a_port_asks_only_so_often() -> None:
         {"domain": "ä"}, {"domain": "a" * 256},
     ],
 )  # fmt: skip
-def test_settings_that_cannot_be(change: dict[str, Any]) -> None:
-    """Each is refused when it is told, and not when a client asks."""
+def test_impossible_settings_are_refused(change: dict[str, Any]) -> None:
+    """Each is refused when it is set, not when a client asks."""
     with pytest.raises(errors.InvalidSpec, match="not settings of a DHCP server"):
         DhcpSetup.from_document({**SETUP.to_document(), **change})
     assert DhcpSetup.from_document(SETUP.to_document()) == SETUP
@@ -208,8 +210,8 @@ STEP = st.one_of(
     st.tuples(
         st.sampled_from([DISCOVER, REQUEST, REQUEST, DECLINE, RELEASE, INFORM]),
         st.sampled_from([1, 2, 3, 9]),
-        st.integers(-1, 7),  # the address asked for; -1: none
-        st.integers(-1, 7),  # the one in use
+        st.integers(-1, 7),  # the requested address; -1: none
+        st.integers(-1, 7),  # the address in use
     ),
     st.just("select"), st.just("restart"), st.just("wait"), st.just("hour"),
 )  # fmt: skip
@@ -217,7 +219,7 @@ STEP = st.one_of(
 
 @given(st.lists(STEP, max_size=60))
 def test_no_two_clients_have_one_address(steps: list[Any]) -> None:
-    """`INV-DHCP-ONE-HOLDER`, `INV-DHCP-RANGE`: whatever they send, in any order, with restarts from what was kept."""
+    """`INV-DHCP-ONE-HOLDER`, `INV-DHCP-RANGE`: whatever they send, in any order, with restarts from the kept table."""
     server, now = DhcpServer(SMALL), 1000.0
     held: dict[str, tuple[bytes, float]] = {}  # address -> client, until
 
@@ -251,7 +253,7 @@ def test_no_two_clients_have_one_address(steps: list[Any]) -> None:
                 options = {} if requested < 0 else wants(f"10.0.7.{requested}")
                 in_use = "0.0.0.0" if present < 0 else f"10.0.7.{present}"
                 answer = ask(server, mac, kind, now, options=options, present=in_use)
-                if kind in (RELEASE, DECLINE, DISCOVER):  # the client itself gives up what it had
+                if kind in (RELEASE, DECLINE, DISCOVER):  # the client itself releases its lease
                     for address in [one for one, (holder, _) in held.items() if holder == mac]:
                         del held[address]
                 seen(mac, answer)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a helper that guests talk to can still see and do, with a shell in its place."""
+"""What a helper process that guests talk to can still see and do, with a shell in its place."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ USER = 61500
 
 
 def helper(place: Enclosure, script: str, **settings: object) -> subprocess.CompletedProcess[str]:
-    """A shell, enclosed."""
+    """A shell, enclosed like a helper process."""
     place.make()
     words = [require_tool("busybox"), "sh", "-c", script]
     command = place.command(words, **settings)  # type: ignore[arg-type]
@@ -28,7 +28,7 @@ def helper(place: Enclosure, script: str, **settings: object) -> subprocess.Comp
 
 @pytest.fixture
 def rooted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Enclosure:
-    """A place with a root of its own, on a host with a name server."""
+    """A place with its own root, on a host with a name server."""
     require_root()
     (tmp_path / "resolver").write_text("nameserver 192.0.2.1\n")
     monkeypatch.setattr(enclosing, "RESOLVER", str(tmp_path / "resolver"))
@@ -36,10 +36,10 @@ def rooted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Enclosure:
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077])
-def test_a_root_of_its_own(rooted: Enclosure, tmp_path: Path, umask: int) -> None:
-    """`INV-ENCLOSED`: it sees programs, its folder and what it was given, and changes nothing but its own.
+def test_the_helper_has_its_own_root(rooted: Enclosure, tmp_path: Path, umask: int) -> None:
+    """`INV-ENCLOSED`: it sees programs, its folder and what it was given, and can change only its own files.
 
-    Whatever the umask of its starter is: a machine's worker gives nothing to others.
+    The umask of its starter does not matter; that of a machine's worker gives other users no access.
     """
     (tmp_path / "secret").write_text("secret")
     (tmp_path / "leases").write_text("a lease\n")
@@ -65,11 +65,11 @@ def test_a_root_of_its_own(rooted: Enclosure, tmp_path: Path, umask: int) -> Non
     assert (tmp_path / "leases").read_text() == "more\n"
     assert (tmp_path / "own" / "mine").stat().st_uid == USER
     assert (tmp_path / "own" / "copy").read_text() == "nameserver 192.0.2.1\n"
-    assert list((tmp_path / "root").iterdir()) == []  # on the host there is nothing
+    assert list((tmp_path / "root").iterdir()) == []  # on the host these are empty
 
 
 def test_capabilities_and_rights(rooted: Enclosure) -> None:
-    """`INV-ENCLOSED`: it has the capabilities that were named and can gain none; without any it has none."""
+    """`INV-ENCLOSED`: it has only the capabilities that were named and can gain none."""
     for keep, mask in ((), 0), ((10, 13), 1 << 10 | 1 << 13):
         rooted.make()
         with subprocess.Popen(
@@ -81,7 +81,7 @@ def test_capabilities_and_rights(rooted: Enclosure) -> None:
             assert process.stdout is not None
             process.stdin.write(b"x" * 5000)
             process.stdin.flush()
-            assert os.read(process.stdout.fileno(), 1) == b"x"  # it is itself by now
+            assert os.read(process.stdout.fileno(), 1) == b"x"  # by now the helper itself runs
             facts = dict(line.split(":", 1) for line in Path(f"/proc/{process.pid}/status").read_text().splitlines())
             process.stdin.close()
         assert facts["Uid"].split() == facts["Gid"].split() == [str(USER)] * 4
@@ -90,8 +90,8 @@ def test_capabilities_and_rights(rooted: Enclosure) -> None:
         assert (facts["NoNewPrivs"].strip(), facts["Seccomp"].strip()) == ("1", "2")
 
 
-def test_without_root_files_are_denied(tmp_path: Path) -> None:
-    """`INV-ENCLOSED`: with Landlock it reads programs and its own folder, and no file of its user's."""
+def test_other_files_are_denied_without_root(tmp_path: Path) -> None:
+    """`INV-ENCLOSED`: with Landlock it can read programs and its own folder, and no other file of its user."""
     if enclosed._libc.syscall(444, None, 0, 1) < 1:
         not_available("needs Landlock in the kernel")
     (tmp_path / "secret").write_text("secret")
@@ -106,7 +106,7 @@ def test_without_root_files_are_denied(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("user", [None, USER])
 def test_it_ends_with_its_starter(tmp_path: Path, user: int | None) -> None:
-    """It hears of its starter's end, also of one that happened before it was there."""
+    """It ends when its starter ends, even if that happened before the helper was ready."""
     if user is not None:
         require_root()
     place = Enclosure(str(tmp_path / "own"), user, str(tmp_path / "root"))
@@ -128,8 +128,8 @@ def test_it_ends_with_its_starter(tmp_path: Path, user: int | None) -> None:
     assert subprocess.run(stranger, check=False, capture_output=True, timeout=30).returncode == 1
 
 
-def test_what_cannot_be_enclosed_is_told(rooted: Enclosure) -> None:
-    """Nothing is started, and the last words say why."""
+def test_a_failed_enclosure_is_reported(rooted: Enclosure) -> None:
+    """Nothing is started, and the output says why."""
     rooted.make()
     done = subprocess.run(rooted.command(["/usr/bin/no-such-program"]), capture_output=True, text=True, check=False)
     assert done.returncode == 1
@@ -137,8 +137,8 @@ def test_what_cannot_be_enclosed_is_told(rooted: Enclosure) -> None:
     assert enclosing.hint_for(done.stderr.strip()) is None
 
 
-def test_root_without_the_right_to_mount_is_told_what_helps(rooted: Enclosure) -> None:
-    """As in a container; it is not started unenclosed."""
+def test_without_the_right_to_mount_the_error_says_what_helps(rooted: Enclosure) -> None:
+    """As in a container; the helper is not started without its enclosure."""
     rooted.make()
     words = ["setpriv", "--bounding-set", "-sys_admin", *rooted.command([require_tool("busybox"), "echo", "started"])]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
@@ -146,8 +146,8 @@ def test_root_without_the_right_to_mount_is_told_what_helps(rooted: Enclosure) -
     assert "CAP_SYS_ADMIN" in str(enclosing.hint_for(done.stderr.strip()))
 
 
-def test_name_servers_are_shown_again(rooted: Enclosure, tmp_path: Path) -> None:
-    """A helper that put something in the way of its copy harms nobody."""
+def test_a_blocked_copy_of_the_name_servers_is_replaced(rooted: Enclosure, tmp_path: Path) -> None:
+    """A helper that puts another file in the place of its copy does not affect others."""
     rooted.make()
     copy = tmp_path / "own" / "resolv.conf"
     assert copy.read_text() == "nameserver 192.0.2.1\n"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernel enforces of a bridge's ports, between network namespaces that stand for guests."""
+"""How the kernel enforces the limits of a bridge's ports, between network namespaces that act as guests."""
 
 from __future__ import annotations
 
@@ -45,17 +45,17 @@ class Bridge:
         self.spaces.run(self.one, "ping -c 1 -w 10 10.5.0.2")
 
     def enforce(self, *ports: GuestPort) -> None:
-        """As the switch does."""
+        """Enforce the ports as the switch does."""
         with self.spaces.inside(self.here):
             enforcing.enforce(SPEC, ports)
 
     def drops(self) -> dict[str, dict[str, int]]:
-        """As the switch counts them."""
+        """The drops, as the switch counts them."""
         with self.spaces.inside(self.here):
             return enforcing.drops(SPEC)
 
     def send(self, *frames: bytes) -> None:
-        """Frames from the first guest's card."""
+        """Send frames from the first guest's card."""
         with self.spaces.inside(self.one):
             sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
         with sock:
@@ -64,7 +64,7 @@ class Bridge:
                 sock.send(frame)
 
     def received_bytes(self) -> int:
-        """What reached the second guest's card."""
+        """How many bytes reached the second guest's card."""
         said = json.loads(self.spaces.run(self.two, "ip -j -s link show eth0"))
         found: int = said[0]["stats64"]["rx"]["bytes"]
         return found
@@ -72,7 +72,7 @@ class Bridge:
 
 @pytest.fixture
 def bridge() -> Iterator[Bridge]:
-    """Namespaces of this test."""
+    """The namespaces of this test."""
     require_root_and_namespaces()
     require_tool("nft")
     one = Bridge()
@@ -93,7 +93,7 @@ while True:
 
 @pytest.mark.slow
 def test_a_bandwidth_limit_holds_from_the_first_moment(bridge: Bridge) -> None:
-    """A sender that floods gets no more than 5 % over its limit, idle before or not; what is lost is counted."""
+    """A sender that floods gets at most 5 % more than its limit, idle before or not; lost frames are counted."""
     bridge.enforce(GuestPort("vt0", ANY, RATE), GuestPort("vt1", ANY))
     before, start = bridge.received_bytes(), time.monotonic()
     flood = subprocess.Popen(["ip", "netns", "exec", bridge.one, sys.executable, "-c", _FLOOD])
@@ -110,8 +110,8 @@ def test_a_bandwidth_limit_holds_from_the_first_moment(bridge: Bridge) -> None:
     assert got * 8 / seconds <= 1.05 * RATE
 
 
-def test_a_limit_that_changes_and_goes(bridge: Bridge) -> None:
-    """Another rate is the queue's at once; without a limit, and after the switch, there is no queue."""
+def test_a_limit_is_changed_and_removed(bridge: Bridge) -> None:
+    """Another rate takes effect at once; without a limit, and after the switch is deleted, there is no queue."""
     bridge.enforce(GuestPort("vt0", ANY, RATE))
     assert "rate 8Mbit burst 10000b" in bridge.spaces.run(bridge.here, "tc qdisc show dev vb0")
     bridge.enforce(GuestPort("vt0", ANY, 64_000), GuestPort("vt1", ANY, 10 * RATE))
@@ -129,8 +129,8 @@ def test_a_limit_that_changes_and_goes(bridge: Bridge) -> None:
     assert bridge.spaces.run(bridge.here, "nft list ruleset") == ""
 
 
-def test_a_queue_whose_maker_was_killed_goes_with_the_switch(bridge: Bridge) -> None:
-    """Also one that does not say yet for whom it is, whether its tap is there or gone; nobody else's goes."""
+def test_a_queue_whose_maker_was_killed_is_removed_with_the_switch(bridge: Bridge) -> None:
+    """This includes a queue that has no owner yet, whether its tap exists or not; queues of other switches stay."""
     for name in ("vb0", "vb0123456789ab", "ifb7"):
         bridge.spaces.run(bridge.here, f"ip link add {name} type ifb")
     bridge.enforce(GuestPort("vt0", ANY, RATE))
@@ -140,8 +140,8 @@ def test_a_queue_whose_maker_was_killed_goes_with_the_switch(bridge: Bridge) -> 
     assert "ifb7" in links and "vb" not in links
 
 
-def test_a_queue_stays_when_its_tap_left_another_switch(bridge: Bridge) -> None:
-    """The switch that had the tap before takes away its own queues only."""
+def test_a_queue_stays_when_its_tap_has_moved_to_another_switch(bridge: Bridge) -> None:
+    """The switch that had the tap before removes only its own queues."""
     other = make_switch(name="y", type="external", uplink="e1", backend="bridge")
     bridge.enforce(GuestPort("vt0", ANY, RATE))
     with bridge.spaces.inside(bridge.here):
@@ -152,8 +152,8 @@ def test_a_queue_stays_when_its_tap_left_another_switch(bridge: Bridge) -> None:
     assert "vb0" not in bridge.spaces.run(bridge.here, "ip -br link show type ifb")
 
 
-def test_a_tap_that_is_gone_is_left_out(bridge: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A guest that ends while the rules of all are made keeps none of the others from having theirs."""
+def test_a_missing_tap_is_skipped(bridge: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest that ends while rules are loaded does not keep the other ports from getting theirs."""
     limited = GuestPort("vt0", ANY, RATE), GuestPort("vt1", ANY, RATE)
     bridge.enforce(*limited)
     load = nft.load
@@ -163,7 +163,7 @@ def test_a_tap_that_is_gone_is_left_out(bridge: Bridge, monkeypatch: pytest.Monk
         calls.append(ports)
         if len(calls) == 1:
             bridge.spaces.run(bridge.here, "ip link del vt0")
-            raise errors.VmmError("there is no vt0")  # as kernels before 6.16 say
+            raise errors.VmmError("there is no vt0")  # as reported by kernels before 6.16
         load(spec, ports, anew=anew)
 
     monkeypatch.setattr(nft, "load", end_meanwhile)
@@ -175,7 +175,7 @@ def test_a_tap_that_is_gone_is_left_out(bridge: Bridge, monkeypatch: pytest.Monk
 
 
 def test_a_change_at_a_port_leaves_counters_and_limits_alone(bridge: Bridge) -> None:
-    """`INV-LIMITS-KEPT`: the kernel's same objects with the same counts, whatever changes at ports beside them."""
+    """`INV-LIMITS-KEPT`: the kernel keeps the same objects with the same counts when other ports change."""
     stormy = PortRules(spoofing=True, storm_frames_per_second=10)
     bridge.enforce(GuestPort("vt0", stormy, RATE), GuestPort("vt1", ANY))
     tagged = packets.ethernet(packets.mac(2), packets.mac(1), bytes(50), vlan=5)
@@ -196,8 +196,9 @@ def test_a_change_at_a_port_leaves_counters_and_limits_alone(bridge: Bridge) -> 
     assert bridge.drops() == {"vt0": {"vlan": 7}}
 
 
-def test_rules_that_are_taken_away_while_a_port_changes(bridge: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`nft flush ruleset` between a look at the rules and the next ones is no error, and all of them are there."""
+def test_rules_are_flushed_while_a_port_changes(bridge: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`nft flush ruleset` between reading the rules and loading the new ones is not an error, and all rules are there
+    afterwards."""
     stormy = PortRules(spoofing=True, storm_frames_per_second=10)
     bridge.enforce(GuestPort("vt0", stormy), GuestPort("vt1", stormy))
     own, looks = nft._own, []
@@ -217,7 +218,7 @@ def test_rules_that_are_taken_away_while_a_port_changes(bridge: Bridge, monkeypa
 
 
 def test_every_reason_is_counted(bridge: Bridge) -> None:
-    """Spoofed senders, tags, guards and storms each have a number of their own, at the port that sent."""
+    """Drops for spoofing, tags, guards and storms are counted separately, at the port that sent."""
     me = packets.mac(1)
     rules = PortRules(frozenset({me}), dhcp_guard=True, router_guard=True, storm_frames_per_second=10)
     bridge.enforce(GuestPort("vt0", rules), GuestPort("vt1", ANY))
@@ -233,7 +234,7 @@ def test_every_reason_is_counted(bridge: Bridge) -> None:
 
 
 def test_a_kernel_without_queues_refuses_a_limit(bridge: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In words, with what to load; nothing is half limited."""
+    """The message says which module to load; no limit is set in part."""
 
     def refuse(*arguments: object) -> None:
         raise NetlinkError(95, "Operation not supported")

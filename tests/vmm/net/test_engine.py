@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The learning switch: against a naive 802.1Q bridge, and each guard by itself."""
+"""The learning switch: compared with a naive 802.1Q bridge, and each guard separately."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VLANS = [0, 1, 10, 20, 4095]
 
 @st.composite
 def rules(draw: Any) -> PortRules:
-    """Any rules with which the model can be compared."""
+    """Rules that the model can handle."""
     mode = draw(st.sampled_from(VlanMode))
     vlan = {VlanMode.UNTAGGED: 0}.get(mode, draw(st.sampled_from([1, 10, 20])))
     if mode is VlanMode.TRUNK:
@@ -85,7 +85,8 @@ def test_switch_is_a_learning_bridge(port_rules: list[PortRules], steps: list[tu
 
 
 def _check_cache(switch: Engine, name: str, frame: bytes, cached: object, now: float) -> None:
-    """What a mover of frames would have kept since the last change is still what is decided now."""
+    """Every decision that a frame mover could have cached since the last change is still what the engine decides
+    now."""
     port = switch.ports[name]
     if frames.is_malformed(frame[:16], len(frame)):
         return
@@ -126,7 +127,7 @@ ONE, TWO, THREE = STATIONS[:3]
 
 
 def test_learning_and_ageing() -> None:
-    """Unknown stations are flooded for, known ones get theirs alone, and silence for too long is forgotten."""
+    """Frames for unknown stations are flooded, for known ones sent only to them, and a silent station ages out."""
     switch = switch_with(a=PortRules(), b=PortRules(), c=PortRules())
     assert receivers(switch, "a", packets.ethernet(TWO, ONE)) == "bc"
     assert receivers(switch, "b", packets.ethernet(ONE, TWO)) == "a"
@@ -138,15 +139,15 @@ def test_learning_and_ageing() -> None:
 
 
 def test_stations_move() -> None:
-    """A station that is heard on another port is there from then on."""
+    """A station that sends from another port is expected there from then on."""
     switch = switch_with(a=PortRules(), b=PortRules(), c=PortRules())
     switch.forward("a", packets.ethernet(TWO, ONE), 0.0)
     switch.forward("b", packets.ethernet(TWO, ONE), 1.0)
     assert receivers(switch, "c", packets.ethernet(ONE, THREE), 2.0) == "b"
 
 
-def test_access_and_trunk() -> None:
-    """A tag is put on for the trunk, taken off for the access port, and the native VLAN has none."""
+def test_access_ports_and_trunks() -> None:
+    """A tag is added for the trunk and removed for the access port; the native VLAN has none."""
     switch = switch_with(
         access=PortRules(mode=VlanMode.ACCESS, vlan=10),
         trunk=PortRules(mode=VlanMode.TRUNK, vlan=20, allowed=frozenset({10, 20, 30})),
@@ -168,7 +169,7 @@ def test_access_and_trunk() -> None:
 
 @pytest.mark.parametrize("outer", [0, 10])
 def test_a_tag_within_a_tag_leads_into_no_other_vlan(outer: int) -> None:
-    """The outer tag is taken off on the way to VLAN 10's own ports: the inner one must not become the frame's."""
+    """The outer tag is removed on the way to VLAN 10's own ports: the inner one must not become the frame's tag."""
     switch = switch_with(
         sender=PortRules(mode=VlanMode.TRUNK, vlan=10, allowed=frozenset({10})),
         access=PortRules(mode=VlanMode.ACCESS, vlan=10),
@@ -196,7 +197,7 @@ def test_spoofed_senders_are_dropped_unless_allowed() -> None:
     assert receivers(switch, "a", packets.ethernet(TWO, THREE)) == "b"
 
 
-def test_guards_drop_servers_only() -> None:
+def test_guards_drop_only_servers() -> None:
     """A guarded port may be a client and talk to others, but not be a DHCP server or a router."""
     switch = switch_with(a=PortRules(dhcp_guard=True, router_guard=True), b=PortRules())
     assert receivers(switch, "a", packets.ethernet(TWO, ONE)) == "b"
@@ -206,8 +207,8 @@ def test_guards_drop_servers_only() -> None:
     assert receivers(switch, "b", packets.dhcp_offer(TWO)) == "a"
 
 
-def test_storms_are_limited_and_unicast_is_not() -> None:
-    """Flooded frames pass at the given rate; frames for a known station all pass."""
+def test_storms_are_limited_but_not_unicast() -> None:
+    """Flooded frames pass at the given rate; all frames for a known station pass."""
     switch = switch_with(a=PortRules(storm_frames_per_second=100), b=PortRules(), c=PortRules())
     flood, known = packets.ethernet(frames.BROADCAST, ONE), packets.ethernet(TWO, ONE)
     switch.forward("b", packets.ethernet(ONE, TWO), 0.0)
@@ -218,7 +219,7 @@ def test_storms_are_limited_and_unicast_is_not() -> None:
 
 
 def test_mirroring() -> None:
-    """What the source sends and receives is seen at the destination, once, and nothing else."""
+    """The destination sees what the source sends and receives, once, and nothing else."""
     switch = switch_with(
         a=PortRules(mirror_source=True), b=PortRules(), c=PortRules(), m=PortRules(mirror_destination=True)
     )
@@ -231,7 +232,7 @@ def test_mirroring() -> None:
 
 
 def test_a_link_that_is_down_carries_nothing() -> None:
-    """In neither direction, and what was learned there is gone."""
+    """No frame passes in either direction, and addresses learned there are forgotten."""
     switch = switch_with(a=PortRules(), b=PortRules(), c=PortRules())
     switch.forward("a", packets.ethernet(TWO, ONE), 0.0)
     switch.set_link("a", False)
@@ -242,7 +243,8 @@ def test_a_link_that_is_down_carries_nothing() -> None:
 
 
 def test_table_is_bounded() -> None:
-    """`INV-TABLE-BOUNDED`: one port's stations cannot fill the table; at its limit they are still flooded for."""
+    """`INV-TABLE-BOUNDED`: one port's stations cannot fill the table; beyond the limit, frames for them are still
+    flooded."""
     switch = switch_with(a=PortRules(), b=PortRules())
     for number in range(engine.MAX_PORT_ADDRESSES + 10):
         switch.forward("a", packets.ethernet(TWO, b"\x02\x01" + number.to_bytes(4, "big")), 0.0)
@@ -252,7 +254,7 @@ def test_table_is_bounded() -> None:
 
 
 def test_whole_table_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With all ports together there are MAX_ADDRESSES, and no more; room comes back with ageing."""
+    """All ports together have at most MAX_ADDRESSES; ageing makes room again."""
     monkeypatch.setattr(engine, "MAX_ADDRESSES", 3)
     switch = switch_with(a=PortRules(), b=PortRules())
     for number in range(5):
@@ -263,8 +265,8 @@ def test_whole_table_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(switch.addresses(1000.0)) == 1
 
 
-def test_counters_count_both_sides() -> None:
-    """Frames and bytes as the guest sent and gets them: a tag that is taken off is not counted."""
+def test_counters_count_both_directions() -> None:
+    """Frames and bytes are counted as the guest sends and gets them: a removed tag is not counted."""
     switch = switch_with(
         a=PortRules(mode=VlanMode.TRUNK, allowed=frozenset({10})), b=PortRules(mode=VlanMode.ACCESS, vlan=10)
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other programs' firewall rules that stand in a switch's way are found, and what is said to help does."""
+"""Firewall rules of other programs that block a switch are found, and the suggested commands help."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vmm.net import firewalls
 from vmm.net.firewalls import Ruleset
 from vmm.net.switch_spec import SwitchSpec, make_switch
 
-# The names of tests contain what follows from the id, and must be the same in every worker.
+# The names of tests contain values derived from the id, and must be the same in every worker.
 _ID = "01234567-0000-4000-8000-000000000000"
 NAT = make_switch(id=_ID, name="nat", type="internal", backend="bridge", address="10.77.9.1/24", nat=True, dhcp=False)
 LAN = make_switch(name="lan", type="external", backend="bridge", uplink="up0")
@@ -33,8 +33,8 @@ def host(tmp_path: Path) -> Iterator[BridgeHost]:
         yield made
 
 
-def told(host: BridgeHost, spec: SwitchSpec) -> list[list[str]]:
-    """What is said to stand in the way, and to help."""
+def warnings_of(host: BridgeHost, spec: SwitchSpec) -> list[list[str]]:
+    """The warnings: which rules block the switch, and what helps."""
     program = (
         "import json, sys\nfrom vmm.net import firewalls\nfrom vmm.net.switch_spec import SwitchSpec\n"
         "spec = SwitchSpec.model_validate_json(sys.argv[1])\n"
@@ -49,33 +49,34 @@ def told(host: BridgeHost, spec: SwitchSpec) -> list[list[str]]:
 
 @pytest.mark.netns
 @pytest.mark.parametrize("end", ["policy drop;", "policy accept; ct state invalid drop; counter reject;"])
-def test_what_helps_guests_of_a_closed_host(host: BridgeHost, end: str) -> None:
-    """Guests of a NAT switch reach nobody through a chain that ends in a drop, until the commands are typed that are
-    said to help: then nothing is said any more. INV-DROPS-REPORTED."""
-    assert told(host, NAT) == []
+def test_commands_that_open_a_closed_host_for_guests(host: BridgeHost, end: str) -> None:
+    """Guests of a NAT switch are cut off by a chain that ends in a drop, until the suggested commands are run: then
+    there is no warning any more. INV-DROPS-REPORTED."""
+    assert warnings_of(host, NAT) == []
     host.run(f"nft 'table inet other {{ chain across {{ type filter hook forward priority 0; {end} }}; }}'")
     host.run(f"nft 'table inet other {{ chain into {{ type filter hook input priority 0; {end} }}; }}'")
-    forwarding, asking = told(host, NAT)
+    forwarding, asking = warnings_of(host, NAT)
     assert forwarding[0].startswith("the chain inet other across forwards only what its rules name")
     assert asking[0].startswith("the chain inet other into lets in only what its rules name")
     host.apply(NAT)
-    assert told(host, NAT) == [forwarding, asking]
+    assert warnings_of(host, NAT) == [forwarding, asking]
     guest = host.guest(NAT, "one", "10.77.9.2/24", "10.77.9.1")
     assert not host.ping(guest, "10.9.0.254", 1) and not host.ping(guest, "10.77.9.1", 1)
     host.run(f"{forwarding[1]} && {asking[1]}")
     assert host.ping(guest, "10.9.0.254") and host.ping(guest, "10.77.9.1")
-    assert told(host, NAT) == []
+    assert warnings_of(host, NAT) == []
 
 
 @pytest.mark.netns
-def test_what_helps_rules_by_the_name_of_a_card(host: BridgeHost) -> None:
-    """A rule about the card that becomes a port matches nothing any more: said before, with the one to add."""
+def test_rules_with_the_name_of_a_card(host: BridgeHost) -> None:
+    """A rule about the card that becomes a port no longer matches; the warning comes beforehand and names the rule to
+    add."""
     there = host.spaces.names[1]
     host.run("nft 'table inet other { chain into { type filter hook input priority 0; policy drop; }; }'")
     host.run("nft 'add rule inet other into iifname \"up0\" icmp type echo-request accept'")
     host.run("nft 'add rule inet other into iifname != \"up0\" tcp dport 22 accept'")
     assert host.ping(there, "10.9.0.2")
-    ((words, remedy),) = told(host, LAN)
+    ((words, remedy),) = warnings_of(host, LAN)
     assert "a rule of inet other into is about up0" in words and "icmp type echo-request accept" in words
     host.apply(LAN)
     assert not host.ping(there, "10.9.0.2", 1)
@@ -84,8 +85,8 @@ def test_what_helps_rules_by_the_name_of_a_card(host: BridgeHost) -> None:
 
 
 @pytest.mark.netns
-def test_the_plan_says_it(host: BridgeHost, tmp_path: Path) -> None:
-    """`switch create --dry-run`, also with --json, and `switch show` of a switch that is there."""
+def test_the_plan_shows_the_warnings(host: BridgeHost, tmp_path: Path) -> None:
+    """`switch create --dry-run`, also with --json, shows them, and so does `switch show` of an existing switch."""
     host.run("nft 'table inet other { chain across { type filter hook forward priority 0; policy drop; }; }'")
     vmm = ["env", f"VMM_HOME={tmp_path / 'home'}", f"VMM_RUNTIME={tmp_path / 'rt'}", *warm("vmm")]
     create = [*vmm, "switch", "create", "nat", "--type", "internal", "--nat", "--no-dhcp"]
@@ -100,13 +101,13 @@ def test_the_plan_says_it(host: BridgeHost, tmp_path: Path) -> None:
 def chain(
     table: str, name: str, hook: str | None = None, policy: str = "accept", family: str = "ip"
 ) -> dict[str, Any]:
-    """A chain as nft tells it."""
+    """A chain, as nft prints it."""
     base = {} if hook is None else {"type": "filter", "hook": hook, "prio": 0, "policy": policy}
     return {"chain": {"family": family, "table": table, "name": name, "handle": 1, **base}}
 
 
 def rule(table: str, name: str, *expressions: dict[str, Any], family: str = "ip") -> dict[str, Any]:
-    """A rule as nft tells it."""
+    """A rule, as nft prints it."""
     return {"rule": {"family": family, "table": table, "chain": name, "handle": 9, "expr": list(expressions)}}
 
 
@@ -137,14 +138,15 @@ FIREWALLD = (
     ],
 )
 def test_each_firewall_has_its_own_command(objects: tuple[dict[str, Any], ...], words: str) -> None:
-    """Who made a rule has their own way of adding to it that lasts. INV-DROPS-REPORTED."""
+    """Each program has its own way of adding a permanent rule. INV-DROPS-REPORTED."""
     (found,) = firewalls.obstacles(NAT, Ruleset(objects))
     assert words in found.remedy
 
 
 @pytest.mark.parametrize("right", [NAT.bridge_name, "vmm*", {"set": ["eth9", NAT.bridge_name]}])
 def test_a_chain_that_knows_the_bridge_is_left_alone(right: Any) -> None:
-    """By its name, a pattern or in a set, in a chain that is jumped to, even one that jumps back."""
+    """The bridge may be known by name, by a pattern or in a set, in a chain that is jumped to, even one that jumps
+    back."""
     circle = rule("filter", "DOCKER-USER", {"jump": {"target": "FORWARD"}})
     opened = rule("filter", "DOCKER-USER", by_name("iifname", right), {"accept": None})
     assert firewalls.obstacles(NAT, Ruleset((*DOCKER, circle, opened))) == []
@@ -152,8 +154,8 @@ def test_a_chain_that_knows_the_bridge_is_left_alone(right: Any) -> None:
     assert len(firewalls.obstacles(NAT, Ruleset((*DOCKER, circle, dropped)))) == 1
 
 
-def test_who_is_not_concerned_is_told_nothing() -> None:
-    """A private switch forwards nothing; unless frames between guests are shown to chains that forward."""
+def test_switches_that_are_not_affected_get_no_warning() -> None:
+    """A private switch forwards nothing, so it is affected only if chains that forward see frames between guests."""
     assert firewalls.obstacles(PRIVATE, Ruleset(DOCKER)) == []
     assert firewalls.obstacles(LAN, Ruleset(DOCKER)) == []
     for spec in (PRIVATE, LAN):
@@ -164,7 +166,7 @@ def test_who_is_not_concerned_is_told_nothing() -> None:
 
 
 def test_iptables_legacy() -> None:
-    """Its rules are in no list of nft's: policies, and rules by the card, as its own command prints them."""
+    """nft does not list its rules: policies and rules about the card are read from the output of its own command."""
     lines = ("-P INPUT DROP", "-P FORWARD DROP", "-A INPUT -i up0 -p tcp -m tcp --dport 22 -j ACCEPT")
     assert [one.remedy.split(" -i ")[0] for one in firewalls.obstacles(NAT, Ruleset(legacy=lines))] == [
         "iptables-legacy -I INPUT",

@@ -15,34 +15,34 @@ SNAP = frames._SNAP[0]
 
 
 def wrapped(frame: bytes, *wrappers: bytes) -> bytes:
-    """The frame with these between its addresses and its type."""
+    """The frame with these headers between its addresses and its type."""
     return frame[:12] + b"".join(wrappers) + frame[12:]
 
 
 @pytest.mark.parametrize("text", ["00:15:5d:01:02:0a", "00-15-5D-01-02-0A", "00155d01020a"])
 def test_addresses_are_read_in_all_spellings(text: str) -> None:
-    """Colons, dashes or nothing between the digits, either case."""
+    """Colons, dashes or nothing between the digits, in upper or lower case."""
     assert frames.parse_mac(text) == ADDRESS
     assert frames.format_mac(ADDRESS) == "00:15:5d:01:02:0a"
 
 
 @pytest.mark.parametrize("text", ["", "00:15:5d:01:02", "00:15-5d:01:02:0a", "00:15:5d:01:02:0g", "0015:5d01020a"])
-def test_other_texts_are_no_addresses(text: str) -> None:
-    """What is no address is named in the error."""
+def test_other_texts_are_not_addresses(text: str) -> None:
+    """The error names the invalid text."""
     with pytest.raises(ValueError, match="not a MAC address"):
         frames.parse_mac(text)
 
 
 @given(st.integers(0, 4095), st.integers(0, 15))
 def test_tags_round_trip(vlan: int, priority: int) -> None:
-    """A tag says again what it was made from."""
+    """Reading a tag gives back what it was made from."""
     header = bytes(12) + frames.tag(vlan, priority)
     assert frames.has_tag(header)
     assert frames.tag_of(header) == (priority, vlan)
 
 
 def test_frame_sizes_at_the_limits() -> None:
-    """14 bytes are a frame, 13 are not; a tagged one has 18; the longest is MAX_FRAME_BYTES."""
+    """14 bytes are a frame, 13 are not; a tagged frame has at least 18; the longest has MAX_FRAME_BYTES."""
     plain = packets.ethernet(packets.mac(1), packets.mac(2), b"")
     tagged = packets.ethernet(packets.mac(1), packets.mac(2), b"", vlan=5)
     assert not frames.is_malformed(plain, 14)
@@ -62,7 +62,8 @@ def test_reserved_addresses() -> None:
 
 
 def test_dhcp_servers_are_recognised() -> None:
-    """By the port they send from: version 4 and 6, tagged or not, behind IP options; clients are not."""
+    """They are recognised by the port they send from, in versions 4 and 6, tagged or not, behind IP options; clients
+    are not."""
     me, all_ = packets.mac(1), frames.BROADCAST
     offer = packets.udp(67, 68)
     assert frames.is_dhcp_server(packets.dhcp_offer(me))
@@ -95,10 +96,10 @@ MORE, SIX_MORE = 0x2000, bytes([17, 0, 0, 1, 0, 0, 0, 9])
         (_four(1067, 67, b"\x01"), False),
         (_four(68, 67, b"\x01"), False),
         (_four(5000, 6000, b"\x02"), False),
-        (_four(1067, 67, b"", fragment=MORE), True),  # the message's kind is in the next one
+        (_four(1067, 67, b"", fragment=MORE), True),  # the message's kind is in the next fragment
         (_four(1067, 67, b"\x01" * 8, fragment=MORE), True),
         (_four(5000, 6000, b"\x02", fragment=MORE), False),
-        (_four(5000, 6000, b"", fragment=1), True),  # would say anew what stands behind the first 8 bytes
+        (_four(5000, 6000, b"", fragment=1), True),  # would overwrite what follows the first 8 bytes
         (_four(5000, 6000, b"", fragment=2), False),
         (_six(1067, 546, b"\x02"), True),
         *((_six(1067, 547, bytes([kind])), kind in (2, 7, 10, 13)) for kind in range(14)),
@@ -108,15 +109,16 @@ MORE, SIX_MORE = 0x2000, bytes([17, 0, 0, 1, 0, 0, 0, 9])
         (_six(5000, 6000, b"", bytes([17, 0, 0, 16, 0, 0, 0, 9])), False),
     ],
 )
-def test_dhcp_servers_are_known_by_what_they_say(frame: bytes, expected: bool) -> None:
-    """`INV-DHCP-GUARD`: by whom they answer and what, whatever port they send from, also in fragments."""
+def test_dhcp_servers_are_recognised_by_their_messages(frame: bytes, expected: bool) -> None:
+    """`INV-DHCP-GUARD`: they are recognised by recipients and content, whatever port they send from, also in
+    fragments."""
     assert frames.is_dhcp_server(frame) is expected
     for wrapper in (frames.tag(0), b"\x88\xa8\x00\x07", b"\x00\x40" + SNAP):
         assert frames.is_dhcp_server(wrapped(frame, wrapper)) is expected
 
 
 def test_routers_are_recognised() -> None:
-    """Advertisements and redirects of both versions, and not a neighbour's or an echo."""
+    """Advertisements and redirects of both versions are recognised; neighbour messages and echoes are not."""
     me, all_ = packets.mac(1), frames.BROADCAST
     assert frames.is_router(packets.router_advertisement(me))
     for protocol, kind, expected in ((1, 9, True), (1, 5, True), (1, 8, False)):
@@ -128,7 +130,8 @@ def test_routers_are_recognised() -> None:
 
 
 def test_routers_cannot_hide_behind_extension_headers() -> None:
-    """The known ways round such a guard (RFC 7113): options, a first fragment, too many headers, a cut chain."""
+    """The known ways to evade such a guard (RFC 7113) fail: options, a first fragment, too many headers, a truncated
+    chain."""
     me = packets.mac(1)
     options = bytes([58, 0]) + bytes(6)
     fragment = bytes([58, 0, 0, 1]) + bytes(4)
@@ -150,8 +153,9 @@ def test_routers_cannot_hide_behind_extension_headers() -> None:
         (frames.tag(0),) * 30,
     ],
 )
-def test_nobody_hides_behind_tags_and_snap(wrappers: tuple[bytes, ...]) -> None:
-    """Receivers take off any number of priority tags and SNAP headers, so the guards do; too many are an attempt."""
+def test_tags_and_snap_headers_hide_nothing(wrappers: tuple[bytes, ...]) -> None:
+    """Receivers remove any number of priority tags and SNAP headers, so the guards do, too; too many count as an
+    attempt."""
     me = packets.mac(1)
     assert frames.is_dhcp_server(wrapped(packets.dhcp_offer(me), *wrappers))
     assert frames.is_router(wrapped(packets.router_advertisement(me), *wrappers))
@@ -163,7 +167,8 @@ def test_nobody_hides_behind_tags_and_snap(wrappers: tuple[bytes, ...]) -> None:
 
 @pytest.mark.parametrize("options_bytes", [8, 192, 200, 208, 256])
 def test_dhcp_servers_cannot_hide_behind_extension_headers(options_bytes: int) -> None:
-    """Wherever the datagram begins: also behind what a guard is shown of the frame, and behind too many headers."""
+    """Wherever the datagram begins: also beyond the part of the frame that a guard is shown, and behind too many
+    headers."""
     me = packets.mac(1)
     options = bytes([17, options_bytes // 8 - 1]) + bytes(options_bytes - 2)
     offer = packets.ethernet(
@@ -176,7 +181,7 @@ def test_dhcp_servers_cannot_hide_behind_extension_headers(options_bytes: int) -
 
 
 @given(st.binary(max_size=300))
-def test_any_bytes_are_judged(frame: bytes) -> None:
+def test_any_bytes_get_a_decision(frame: bytes) -> None:
     """`INV-FRAME-BOUNDED`: random bytes get an answer, never an exception."""
     heads = (b"\x86\xdd\x60", b"\x08\x00\x45", frames.TPID, b"\x00\x40" + SNAP)
     for head in (b"", *(bytes(12) + one for one in heads)):

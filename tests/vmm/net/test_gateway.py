@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The way out of an internal switch without privileges."""
+"""The gateway of an internal switch without privileges."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ def lab(monkeypatch: pytest.MonkeyPatch) -> Iterator[SwitchLab]:
 
 
 def arp_request(station: bytes, target: str) -> bytes:
-    """Who has that address?"""
+    """An ARP request for that address."""
     head = struct.pack(">HHBBH", 1, 0x0800, 6, 4, 1)
     body = station + socket.inet_aton("10.0.7.9") + bytes(6) + socket.inet_aton(target)
     return packets.ethernet(b"\xff" * 6, station, head + body, kind=0x0806)
 
 
 def is_answered(lab: SwitchLab, guest: socket.socket) -> bool:
-    """True when the gateway answers within seconds."""
+    """True if the gateway answers within seconds."""
     guest.settimeout(0.5)
 
     def answers() -> bool:
         try:
             lab.send("a", arp_request(packets.mac(1), "10.0.7.1"))
             return guest.recv(2000)[12:14] == b"\x08\x06"
-        except (TimeoutError, ConnectionRefusedError):  # refused by a switch that is just being started
+        except (TimeoutError, ConnectionRefusedError):  # refused by a switch that is just starting
             return False
 
     return becomes(answers)
@@ -79,16 +79,17 @@ def test_the_gateway_answers_and_is_started_again(lab: SwitchLab) -> None:
 
 
 def answer(lab: SwitchLab, name: str, *questions: bytes) -> dhcp_client.Answer:
-    """What the switch says to the last of these."""
+    """The switch's answer to the last of these messages."""
     for question in questions:
         lab.send(name, question)
-        while (frame := lab.guests[name].recv(2000))[42:43] != b"\x02":  # others' broadcasts
+        while (frame := lab.guests[name].recv(2000))[42:43] != b"\x02":  # broadcasts of others
             continue
     return dhcp_client.read(frame)
 
 
-def test_the_switch_answers_dhcp_and_remembers(lab: SwitchLab) -> None:
-    """Leases, also fixed ones, outlive its process: nobody gets an address that another has. Its gateway is silent."""
+def test_dhcp_leases_outlive_the_switchs_process(lab: SwitchLab) -> None:
+    """Leases, also fixed ones, outlive the process: no client gets an address that another has. The gateway's own DHCP
+    is silent."""
     one, two = packets.mac(1), packets.mac(2)
     lab.plug("a", rules=PortRules(addresses=frozenset({one})))
     lab.plug("b", rules=PortRules(addresses=frozenset({two})))
@@ -118,22 +119,22 @@ def test_the_switch_answers_dhcp_and_remembers(lab: SwitchLab) -> None:
     assert (renewed.kind, renewed.yours) == (dhcp_client.ACK, "10.0.7.200")
 
 
-def test_without_dhcp_nobody_answers(lab: SwitchLab) -> None:
-    """The gateway's own DHCP cannot be switched off; what it says is dropped."""
+def test_without_dhcp_no_answer_passes(lab: SwitchLab) -> None:
+    """The gateway's own DHCP cannot be switched off; its answers are dropped."""
     guest = lab.plug("a")
-    # With the host's loopback open: else it would hear nothing that is sent to everybody.
+    # With the host's loopback open: otherwise the gateway would not get broadcasts at all.
     lab.backend.ask("set_gateway", gateway=asdict(replace(SETUP, host_loopback=True)), dhcp=None)
     assert is_answered(lab, guest)
     lab.send("a", dhcp_client.ask(packets.mac(1), dhcp_client.DISCOVER))
-    assert is_answered(lab, guest)  # what came before is through
+    assert is_answered(lab, guest)  # earlier frames have arrived
     status = lab.backend.status()
     assert status is not None
     (gateway,) = [one for one in status["ports"] if one["name"] == "gateway"]
     assert gateway["drops"]["dhcp-guard"] == 1
 
 
-def test_a_gateway_that_cannot_be_is_told(lab: SwitchLab) -> None:
-    """Its status says that it does not run, and why."""
+def test_a_gateway_that_cannot_start_is_reported(lab: SwitchLab) -> None:
+    """The switch's status says that it does not run, and why."""
     lab.backend.ensure_running()
     lab.backend.ask("set_gateway", gateway=asdict(replace(SETUP, first="10.0.7.1")), dhcp=None)
 
@@ -148,7 +149,7 @@ def test_a_gateway_that_cannot_be_is_told(lab: SwitchLab) -> None:
 
 
 def test_command() -> None:
-    """A QEMU without a machine, sandboxed; closed to the outside, and with ports, when asked for."""
+    """It is a QEMU without a machine, sandboxed; closed to the outside, and with forwarded ports, if requested."""
     words = gateway.command(SETUP, "/peer", "/switch")
     assert words[:3] == ["qemu-system-x86_64", "-machine", "none"]
     user = json.loads(words[words.index("-netdev") + 1])
@@ -169,6 +170,6 @@ def test_command() -> None:
     ],
 )  # fmt: skip
 def test_settings_cannot_smuggle_options(change: dict[str, Any]) -> None:
-    """What is no address, or holds a comma, never reaches QEMU's command line."""
+    """A text that is not an address, or contains a comma, never reaches QEMU's command line."""
     with pytest.raises(errors.InvalidSpec):
         GatewaySetup.from_document({**asdict(SETUP), **change})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A DHCP client that is not ours on an internal switch of the user back end: busybox's udhcpc, in a namespace."""
+"""A foreign DHCP client on an internal switch of the user back end: busybox's udhcpc, in a namespace."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MACS = {"one": "02:00:00:00:00:01", "two": "02:00:00:00:00:02"}
 
 
 class ClientLab(MachineLab):
-    """Hosts in namespaces, each with a card that a QEMU without a machine joins to the switch."""
+    """Hosts in namespaces, each with a card that a QEMU without a machine connects to the switch."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__(monkeypatch)
@@ -34,7 +34,7 @@ class ClientLab(MachineLab):
         self.processes: list[subprocess.Popen[str]] = []
 
     def plug(self, switch: str, name: str) -> str:
-        """A host on the switch; its namespace."""
+        """Plug a host into the switch; return its namespace."""
         space = self.spaces.add(name)
         self.spaces.run(space, f"ip tuntap add eth0 mode tap; ip link set eth0 address {MACS[name]} up")
         peer, address = (str(self.folder / f"{name}.{end}") for end in ("g", "s"))
@@ -49,7 +49,7 @@ class ClientLab(MachineLab):
         return space
 
     def client(self, space: str) -> subprocess.Popen[str]:
-        """udhcpc, which goes on after it got an address; what it says comes by standard error."""
+        """udhcpc, which keeps running after it got an address; it writes to standard error."""
         script = self.folder / "script"
         script.write_text(
             '#!/bin/sh\n[ "$1" = deconfig ] && ip addr flush dev eth0\n'
@@ -89,7 +89,7 @@ def lab(monkeypatch: pytest.MonkeyPatch) -> Iterator[ClientLab]:
 
 
 def said(process: subprocess.Popen[str], pattern: str) -> str:
-    """The line of what a client says that has this."""
+    """The line of a client's output that contains this."""
     assert process.stderr is not None
     heard = []
     while line := process.stderr.readline():
@@ -99,8 +99,9 @@ def said(process: subprocess.Popen[str], pattern: str) -> str:
     raise AssertionError("".join(heard))
 
 
-def test_a_client_of_another_hand(lab: ClientLab) -> None:
-    """It binds, reaches the gateway, renews by unicast, also from a switch that was restarted, and releases."""
+def test_udhcpc_uses_the_switchs_dhcp(lab: ClientLab) -> None:
+    """It gets an address, reaches the gateway, renews by unicast, also from a switch that was restarted, and
+    releases."""
     first, second = lab.plug("nat", "one"), lab.plug("nat", "two")
     one = lab.client(first)
     assert said(one, "^bound ") == "bound 10.0.7.4 10.0.7.1 10.0.7.2 3600"

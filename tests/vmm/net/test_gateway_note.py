@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a switch notes of its gateway is read by machines that trust none of it."""
+"""What a switch records about its gateway is read by machines that do not trust it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import pytest
 from vmm.net import gateway_note
 
 
-def test_a_note_is_there_until_it_is_removed(tmp_path: Path) -> None:
-    """With its reason, cut to a length for a log; removing none is fine, and so is a folder that is gone."""
+def test_a_note_exists_until_it_is_removed(tmp_path: Path) -> None:
+    """Its reason is cut to a length fit for a log; removing a note that does not exist, or whose folder is gone, is
+    allowed."""
     folder = str(tmp_path)
     gateway_note.leave(folder, "x" * 1000)
     assert gateway_note.is_there(folder) and gateway_note.read(folder) == "x" * 500
@@ -23,8 +24,8 @@ def test_a_note_is_there_until_it_is_removed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "7", "{}", '{"problem": 7}', '{"problem": ["x"]}'])
-def test_a_damaged_note_says_nothing(tmp_path: Path, content: str) -> None:
-    """As no note at all; a pipe in its place is not waited for."""
+def test_a_damaged_note_is_ignored(tmp_path: Path, content: str) -> None:
+    """It counts as no note; a pipe in its place does not block the reader."""
     path = tmp_path / "gateway.json"
     path.write_text(content)
     assert gateway_note.read(str(tmp_path)) is None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gateway's helper as a process: its rights, and whoever dies before or after it."""
+"""The gateway's helper as a process: its rights, and the deaths of the processes around it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def lab(monkeypatch: pytest.MonkeyPatch) -> Iterator[SwitchLab]:
 
 
 def facts(pid: int) -> dict[str, str]:
-    """What the kernel says of a process."""
+    """What the kernel says about a process."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
@@ -45,7 +45,8 @@ def children(pid: int) -> list[int]:
 
 
 def test_the_rights_of_roots_gateway(lab: SwitchLab) -> None:
-    """`INV-ENCLOSED`: a user of its own, no capability, no file; the switch that starts it has three capabilities."""
+    """`INV-ENCLOSED`: it has its own user, no capability and no file; the switch that starts it has three
+    capabilities."""
     require_root()
     guest = lab.plug("a")
     lab.backend.ask("set_gateway", gateway=asdict(SETUP))
@@ -64,7 +65,7 @@ def test_the_rights_of_roots_gateway(lab: SwitchLab) -> None:
 
 
 def test_a_switch_whose_starter_died_ends(lab: SwitchLab) -> None:
-    """So that the machines on it start both again; killed itself, it takes starter and helper with it."""
+    """The machines on it then start both again; if the switch is killed, starter and helper end with it."""
     require_root()
     guest = lab.plug("a")
     lab.backend.ask("set_gateway", gateway=asdict(SETUP))
@@ -86,11 +87,11 @@ def test_a_switch_whose_starter_died_ends(lab: SwitchLab) -> None:
     os.kill(again["pid"], signal.SIGKILL)
     for ref in refs:
         assert ref is None or ref.wait(20)
-    wait_until(lambda: not lab.backend.is_running(), "the switch ends")  # nobody holds its lock for it
+    wait_until(lambda: not lab.backend.is_running(), "the switch ends")  # its lock is free
 
 
 def test_without_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The helper starts, confined, in its folder, and is ended; twice is fine."""
+    """The helper starts, confined, in its folder, and is ended; ending it twice is allowed."""
     require_qemu()
     monkeypatch.setattr(gateway_process, "owner_of", lambda folder: None)
     with tempfile.TemporaryDirectory(prefix="vmm-gw-") as folder:
@@ -111,7 +112,7 @@ def test_without_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class NoStarter:
-    """Nothing that it starts runs, unless told."""
+    """A starter whose processes never run, unless set otherwise."""
 
     is_lost = False
 
@@ -120,20 +121,20 @@ class NoStarter:
         self.number: int | None = None
 
     def start(self, setup: GatewaySetup) -> None:
-        """One more try."""
+        """Count one more attempt."""
         self.tries += 1
         raise errors.Unsupported("it is not installed")
 
     def pid(self) -> int | None:
-        """As told."""
+        """The number that was set."""
         return self.number
 
     def stop(self) -> None:
-        """Nothing runs."""
+        """Stop nothing."""
 
 
 def test_a_gateway_that_never_starts_is_tried_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The switch does not spend its time on it: a try a minute in the end, and soon again after one that ran."""
+    """In the end there is one attempt a minute, and soon again after a gateway that ran."""
     clock = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     starter = NoStarter()
@@ -155,7 +156,8 @@ def test_a_gateway_that_never_starts_is_tried_rarely(monkeypatch: pytest.MonkeyP
 
 
 def test_a_gateway_that_does_not_run_leaves_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the reason, from its first failure until it takes frames again; not while it is only started."""
+    """The note has the reason, from the first failure until the gateway takes frames again; not while it is merely
+    starting."""
     clock = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     starter = NoStarter()
@@ -180,15 +182,15 @@ def test_a_gateway_that_does_not_run_leaves_a_note(tmp_path: Path, monkeypatch: 
 
 
 def test_low_ports_of_the_host_can_be_forwarded() -> None:
-    """A gateway that forwards one has the capability to bind it, and no other gateway has any."""
+    """A gateway that forwards a low port has the capability to bind it, and no other gateway has any."""
     forwards = ("tcp:127.0.0.1:2222-10.0.7.9:22",)
     assert gateway_process.capabilities_for(replace(SETUP, forwards=forwards)) == ()
     low = replace(SETUP, forwards=(*forwards, "tcp::80-10.0.7.9:8080"))
     assert gateway_process.capabilities_for(low) == (10,)
 
 
-def test_the_starter_takes_only_what_is_a_gateway(tmp_path: Path) -> None:
-    """A setup that cannot be is refused by the process that has root's rights; what is no request does nothing."""
+def test_the_starter_refuses_anything_but_a_gateway(tmp_path: Path) -> None:
+    """The process with root's rights refuses an impossible setup; data that is not a request has no effect."""
     require_root()
     starter = ForkedStarter(str(tmp_path / "sw-0123456789ab"), ())
     with pytest.raises(errors.InvalidSpec, match="not settings of a gateway"):
@@ -202,8 +204,8 @@ def test_the_starter_takes_only_what_is_a_gateway(tmp_path: Path) -> None:
     os.wait()
 
 
-def test_a_starter_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The switch, which moves no frame while it waits, does not wait for ever, and takes no late answer."""
+def test_the_switch_gives_up_a_starter_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The switch, which moves no frames while it waits, stops waiting after a while, and ignores a late answer."""
     require_root()
     monkeypatch.setattr(gateway_process, "_ANSWER_SECONDS", 0.2)
     before = set(children(os.getpid()))

@@ -15,7 +15,7 @@ ONE, TWO = "02:00:00:00:00:01", "02:00:00:00:00:02"
 
 
 def switch(backend: str, **settings: object) -> SwitchSpec:
-    """An internal one with a fixed address for TWO."""
+    """An internal switch with a fixed address for TWO."""
     leases = [{"mac": TWO, "address": "10.0.7.9", "name": "web"}]
     usual = {"name": "nat", "type": "internal", "address": "10.0.7.1/24", "leases": leases}
     return make_switch(backend=backend, **(usual | settings))
@@ -34,8 +34,9 @@ def switch(backend: str, **settings: object) -> SwitchSpec:
         ("10.0.7.200", "db has 10.0.7.200 now, for another 2 minutes at least"),
     ],
 )
-def test_addresses_that_nobody_can_be_given(backend: str, address: str, words: str) -> None:
-    """The network's, the broadcast's, the host's, one outside, one that is fixed for another or in use."""
+def test_addresses_that_no_guest_can_have(backend: str, address: str, words: str) -> None:
+    """The network's, the broadcast's, the host's, one outside, and one that is fixed for another guest or in use are
+    refused."""
     held: list[dict[str, Any]] = [
         {"mac": "02:00:00:00:00:07", "address": "10.0.7.200", "name": "db", "expires": 1100},
         {"mac": "02:00:00:00:00:08", "address": "10.0.7.201", "name": None, "expires": 999},
@@ -50,15 +51,15 @@ def test_addresses_that_nobody_can_be_given(backend: str, address: str, words: s
     assert [one.address for one in with_fixed(spec, TWO, "10.0.7.8", None, held, 1000).leases] == ["10.0.7.8"]
 
 
-def test_the_name_server_of_the_user_back_end_is_nobody_elses() -> None:
-    """The bridge back end's is the host's own address, so that one is free there."""
+def test_the_name_servers_address_of_the_user_back_end_is_reserved() -> None:
+    """The bridge back end's name server has the host's own address, so there it is free."""
     with pytest.raises(errors.InvalidSpec, match="the name server's"):
         with_fixed(switch("user"), ONE, "10.0.7.2", None, [], 0)
     assert len(with_fixed(switch("bridge"), ONE, "10.0.7.2", None, [], 0).leases) == 2
 
 
 def test_switches_that_give_out_no_addresses() -> None:
-    """Private ones, and those without DHCP; a fixed address that is not there cannot be taken away."""
+    """Private switches and those without DHCP; a fixed address that does not exist cannot be removed."""
     with pytest.raises(errors.InvalidSpec, match="is private: only an internal one"):
         with_fixed(make_switch(name="lab"), ONE, "10.0.7.9", None, [], 0)
     with pytest.raises(errors.InvalidSpec, match="--no-dhcp"):
@@ -80,7 +81,7 @@ def test_switches_that_give_out_no_addresses() -> None:
     ],
 )
 def test_ranges(backend: str, first: str, last: str, words: str | None) -> None:
-    """One with an address that nobody can have is refused, as is one without any; a low one is fine."""
+    """A range with an address that no guest can have, or without any address, is refused; a low one is accepted."""
     spec: Any = switch(backend, dhcp_first=first, dhcp_last=last)
     if words is None:
         refuse_range(spec)

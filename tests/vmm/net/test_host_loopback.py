@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guests that want to reach this host's loopback through the gateway of a `user` switch."""
+"""Guests that try to reach this host's loopback through the gateway of a `user` switch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vmm.net.switch_spec import make_switch
 
 SETUP = GatewaySetup("10.0.7.0/24", "10.0.7.1", "10.0.7.3", "10.0.7.4", forwards=("udp:127.0.0.1:99-10.0.7.9:53",))
 GUEST = "10.0.7.9"
-SECONDS = 120.0  # a QEMU starts, beside whatever else the machine does
+SECONDS = 120.0  # a QEMU starts, on a possibly busy machine
 SYN, ACK, SYN_ACK, FIN = 0x02, 0x10, 0x12, 0x01
 
 
@@ -44,7 +44,7 @@ def packet(target: str, protocol: int, payload: bytes, *, source: str = GUEST, f
 
 
 def tcp(target: str, port: int, flags: int = SYN, source: str = GUEST) -> bytes:
-    """A segment from port 4000 of a guest."""
+    """A TCP segment from a guest's port 4000."""
     segment = struct.pack(">HHIIBBHHH", 4000, port, 1, 0, 0x50, flags, 8192, 0, 0)
     pseudo = socket.inet_aton(source) + socket.inet_aton(target) + struct.pack(">BBH", 0, 6, len(segment))
     segment = segment[:16] + checksum(pseudo + segment).to_bytes(2, "big") + segment[18:]
@@ -87,11 +87,11 @@ PASSED = {
 
 @pytest.mark.parametrize("what", [*REFUSED, *PASSED])
 def test_what_reaches_the_hosts_loopback_is_refused(what: str) -> None:
-    """`INV-HOST-LOOPBACK`: by whatever address; what a guest needs of its gateway passes."""
+    """`INV-HOST-LOOPBACK`: under any address; what a guest needs from its gateway passes."""
     assert LoopbackFilter(SETUP).refuses((REFUSED | PASSED)[what]) is (what in REFUSED)
 
 
-def test_others_get_what_the_gateway_does_not() -> None:
+def test_guests_get_broadcasts_that_the_gateway_does_not() -> None:
     """A broadcast reaches the other guests, and is counted as dropped on its way to the host."""
     switch = Engine()
     for name in ("a", "b", "gateway"):
@@ -114,13 +114,13 @@ def lab(monkeypatch: pytest.MonkeyPatch) -> Iterator[SwitchLab]:
 
 
 def arp(target: str) -> bytes:
-    """A question of the guest's: who has that address?"""
+    """A guest's ARP request for that address."""
     body = struct.pack(">HHBBH", 1, 0x0800, 6, 4, 1) + packets.mac(1) + socket.inet_aton(GUEST)
     return packets.ethernet(frames.BROADCAST, packets.mac(1), body + bytes(6) + socket.inet_aton(target), kind=0x0806)
 
 
 def received(guest: socket.socket, kind: bytes) -> list[bytes]:
-    """What has come for a guest of that type."""
+    """The frames of that type that a guest has received."""
     found: list[bytes] = []
     guest.setblocking(False)
     while True:
@@ -133,7 +133,7 @@ def received(guest: socket.socket, kind: bytes) -> list[bytes]:
 
 
 def drops(lab: SwitchLab) -> int:
-    """Frames of the guest's that would have reached the host's loopback."""
+    """Dropped frames of the guest that would have reached the host's loopback."""
     status = lab.backend.status()
     assert status is not None
     return sum(int(port["drops"].get(Drop.LOOPBACK, 0)) for port in status["ports"] if port["name"] == "a")
@@ -141,7 +141,7 @@ def drops(lab: SwitchLab) -> int:
 
 @pytest.mark.parametrize("allowed", [False, True])
 def test_a_program_on_127_0_0_1(lab: SwitchLab, allowed: bool) -> None:
-    """`INV-HOST-LOOPBACK`: its port answers a guest's SYN only where that is switched on, at the gateway's address."""
+    """`INV-HOST-LOOPBACK`: its port answers a guest's SYN only if that is switched on, at the gateway's address."""
     setup = replace(SETUP, forwards=(), host_loopback=allowed)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -170,8 +170,8 @@ def test_a_program_on_127_0_0_1(lab: SwitchLab, allowed: bool) -> None:
             assert received(guest, b"\x08\x00") == []
 
 
-def test_only_where_there_is_such_a_gateway() -> None:
-    """A bridge never leads to 127.0.0.1, and a private switch leads nowhere: asking for it is refused."""
+def test_host_loopback_needs_a_user_gateway() -> None:
+    """A bridge never leads to 127.0.0.1, and a private switch has no gateway: the option is refused."""
     internal = {"name": "x", "type": "internal", "address": "10.77.0.1/24", "host_loopback": True}
     assert make_switch(**internal).gateway().host_loopback
     for settings in ({**internal, "backend": "bridge"}, {"name": "x", "host_loopback": True}):

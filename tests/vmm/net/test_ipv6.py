@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An external switch on a network of IPv6: addresses that a router or a DHCPv6 server gave move, and come back."""
+"""An external switch on an IPv6 network: addresses from a router or a DHCPv6 server move to the bridge and back."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.netns]
 
 LAN = make_switch(name="lan", type="external", backend="bridge", uplink="up0")
 ALONE = make_switch(name="alone", type="external", backend="bridge", uplink="up0", host=False)
-# A router's advertisement (RFC 4861, 4.2): itself for half an hour, one prefix on the link, to make addresses of.
+# A router's advertisement (RFC 4861, 4.2): itself for half an hour, one on-link prefix for address configuration.
 _ADVERTISE = """
 import socket, struct, sys
 valid, preferred = map(int, sys.argv[1:])
@@ -33,12 +33,12 @@ sock.sendto(words, ("ff02::1", 0, 0, socket.if_nametoindex("far")))
 
 
 class Six:
-    """A host whose card up0 has what a router and a DHCPv6 server gave it, and privacy addresses."""
+    """A host whose card up0 has addresses from a router and a DHCPv6 server, and privacy addresses."""
 
     def __init__(self, host: BridgeHost) -> None:
         self.host = host
         self.there = host.link("up0", "lan", "2001:db8:5::fe/64")
-        host.spaces.run(self.there, "sysctl -qw net.ipv6.conf.all.forwarding=1")  # or it says that it is no router
+        host.spaces.run(self.there, "sysctl -qw net.ipv6.conf.all.forwarding=1")  # else it says it is not a router
         host.run("sysctl -qw net.ipv6.conf.up0.use_tempaddr=2")
         self.wait(lambda: "fe80" in host.spaces.run(self.there, "ip -6 addr show dev far scope link"))
         self.wait(lambda: "fe80" in host.run("ip -6 addr show dev up0 scope link"))
@@ -48,11 +48,11 @@ class Six:
 
     @staticmethod
     def wait(ready: Callable[[], bool]) -> None:
-        """Until it is so."""
+        """Wait until the condition holds."""
         wait_until(ready, "the network is so", 30)
 
     def advertise(self, valid: int, preferred: int) -> None:
-        """Have the router speak."""
+        """Have the router send an advertisement."""
         command = f"{sys.executable} -c '{_ADVERTISE}' {valid} {preferred}"
         self.host.spaces.run(self.there, command)
 
@@ -73,9 +73,9 @@ def six(tmp_path: Path) -> Iterator[Six]:
         yield Six(made)
 
 
-def test_lent_addresses_move_with_their_lifetimes_and_come_back(six: Six) -> None:
-    """The router's, its private one and DHCPv6's are on the bridge, nothing of IPv6 is left on the card, the router
-    and a neighbour answer, advertisements renew; afterwards all is the card's again. INV-SIX-MOVES."""
+def test_leased_addresses_move_with_their_lifetimes_and_back(six: Six) -> None:
+    """The router's address, its privacy address and DHCPv6's are on the bridge, no IPv6 is left on the card, the
+    router and a neighbour answer, advertisements renew; afterwards the card has everything again. INV-SIX-MOVES."""
     before = six.addresses("up0")
     (ours,) = (name for name, one in before.items() if one.get("mngtmpaddr"))
     assert len(before) == 3 and six.default() == ["up0"]
@@ -105,8 +105,8 @@ def test_lent_addresses_move_with_their_lifetimes_and_come_back(six: Six) -> Non
     assert six.host.ping(six.host.here, "2001:db8:5::fe")
 
 
-def test_what_was_prolonged_on_the_bridge_ends_no_sooner_on_the_card(six: Six) -> None:
-    """A DHCP client that uses the bridge, as it is told to, renews leases there: the card gets them as renewed."""
+def test_leases_renewed_on_the_bridge_come_back_renewed(six: Six) -> None:
+    """A DHCP client that uses the bridge, as it should, renews leases there: the card gets them back as renewed."""
     six.host.run("ip addr add 10.9.9.2/24 dev up0 valid_lft 3000 preferred_lft 2000")
     six.host.apply(LAN)
     for one in ("2001:db8:5:1::77/128", "10.9.9.2/24"):
@@ -120,7 +120,7 @@ def test_what_was_prolonged_on_the_bridge_ends_no_sooner_on_the_card(six: Six) -
 
 
 def test_an_address_that_another_host_has_is_not_used_on_the_bridge(six: Six) -> None:
-    """Duplicate detection found it on the card, so it is looked for on the bridge, too. INV-SIX-MOVES."""
+    """Duplicate detection found the address on the card's link, so the bridge looks for it, too. INV-SIX-MOVES."""
     six.host.run("sysctl -qw net.ipv6.conf.up0.accept_dad=1; ip addr add 2001:db8:5::fe/64 dev up0")
     six.wait(lambda: "dadfailed" in six.host.run("ip -6 addr show dev up0"))
     assert six.host.do("apply", LAN).returncode == 0
@@ -140,7 +140,7 @@ def test_a_host_that_is_not_on_the_switch_has_no_ipv6_there(six: Six) -> None:
 
 
 def test_a_renamed_card_has_ipv6_again(six: Six) -> None:
-    """IPv6 is switched on where the card is by now."""
+    """IPv6 is switched on again at the card's new name."""
     before = set(six.addresses("up0"))
     six.host.apply(LAN)
     six.host.run("ip link set up0 down; ip link set up0 name up7; ip link set up7 up")
@@ -150,7 +150,7 @@ def test_a_renamed_card_has_ipv6_again(six: Six) -> None:
 
 
 def test_the_bridge_believes_routers_as_the_card_did(six: Six) -> None:
-    """A host that leaves advertisements to NetworkManager does so on the bridge."""
+    """A host that leaves advertisements to NetworkManager does so on the bridge, too."""
     six.host.run("sysctl -qw net.ipv6.conf.up0.accept_ra=0 net.ipv6.conf.up0.autoconf=0")
     six.host.apply(LAN)
     settings = {key: six.host.setting(f"net/ipv6/conf/{LAN.bridge_name}/{key}") for key in ("accept_ra", "autoconf")}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routers that guests pretend to be, and IPv6 on the bridges of all kinds of switches."""
+"""Guests that pretend to be routers, and IPv6 on the bridges of all kinds of switches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PRIVATE = make_switch(name="prv", type="private", backend="bridge")
 EXTERNAL = make_switch(name="ext", type="external", backend="bridge", uplink="up0")
 ALONE = make_switch(name="alone", type="external", backend="bridge", uplink="up0", host=False)
 
-SECONDS = 120.0  # programs start, beside whatever else the machine does
+SECONDS = 120.0  # programs start, on a possibly busy machine
 
 # A router for half an hour, with a network for addresses (RFC 4861, 4.2 and 4.6.2). The kernel adds the checksum.
 _ADVERTISE = """
@@ -41,7 +41,7 @@ def host(tmp_path: Path) -> Iterator[BridgeHost]:
 
 
 def advertise(host: BridgeHost, guest: str, interface: str) -> None:
-    """Once; it is sent when the interface has its own address."""
+    """Send one advertisement, as soon as the interface has its own address."""
     wait_until(
         lambda: "fe80::" in host.spaces.run(guest, f"ip -6 addr show dev {interface} -tentative"),
         "an address",
@@ -51,13 +51,13 @@ def advertise(host: BridgeHost, guest: str, interface: str) -> None:
 
 
 def heard(host: BridgeHost, interface: str) -> int:
-    """How many advertisements the host's IPv6 got at an interface."""
+    """How many advertisements the host's IPv6 received on an interface."""
     counters = host.run(f"cat /proc/net/dev_snmp6/{interface}")
     return sum(int(line.split()[1]) for line in counters.splitlines() if line.startswith("Icmp6InRouterAdv"))
 
 
 def learned(host: BridgeHost) -> str:
-    """Routes to everywhere, and addresses of the network that is advertised."""
+    """Default routes, and addresses of the advertised network."""
     return host.run("ip -6 route show default; ip -6 addr | grep 2001:db8:bad || true")
 
 
@@ -67,10 +67,10 @@ def setting(host: BridgeHost, spec: SwitchSpec, name: str) -> str:
 
 
 @pytest.mark.parametrize("spec", [INTERNAL, PRIVATE, ALONE], ids=lambda spec: str(spec.name))
-def test_no_guest_is_the_hosts_router(host: BridgeHost, spec: SwitchSpec) -> None:
-    """`INV-NO-GUEST-ROUTER`: its advertisements change nothing, not even when IPv6 is switched on everywhere.
+def test_a_guest_cannot_become_the_hosts_router(host: BridgeHost, spec: SwitchSpec) -> None:
+    """`INV-NO-GUEST-ROUTER`: its advertisements have no effect, even if IPv6 is switched on everywhere.
 
-    A switch that is made sure of again has it switched off again.
+    Checking the switch again switches IPv6 off again.
     """
     host.link("up0", "lan", "10.9.0.254/24")
     host.apply(spec)
@@ -92,8 +92,8 @@ def test_no_guest_is_the_hosts_router(host: BridgeHost, spec: SwitchSpec) -> Non
 
 
 @pytest.mark.parametrize("accepts", ["0", "2"])
-def test_the_host_hears_routers_on_an_external_switch_as_on_its_card(host: BridgeHost, accepts: str) -> None:
-    """The bridge has its card's IPv6 settings: whom it listened to, it listens to."""
+def test_an_external_switch_keeps_the_cards_ipv6_settings(host: BridgeHost, accepts: str) -> None:
+    """The host listens on the bridge to the routers to which it listened on the card."""
     there = host.link("up0", "lan", "10.9.0.254/24")
     host.run(f"sysctl -qw net.ipv6.conf.up0.forwarding=1 net.ipv6.conf.up0.accept_ra={accepts}")
     host.run("sysctl -qw net.ipv6.conf.up0.temp_valid_lft=4711")

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters whose switch goes and comes: disconnected in between, on it again then, and never two of one address."""
+"""Adapters whose switch is deleted and made again: disconnected in between, connected afterwards, and never two with
+one address."""
 
 from __future__ import annotations
 
@@ -35,12 +36,12 @@ MACHINE_ID = "01234567-89ab-cdef-0123-456789abcdef"
 
 
 def lives(port: Mapping[str, Any]) -> bool:
-    """Every guest here does."""
+    """Every guest of these tests is alive."""
     return True
 
 
 class Guest:
-    """What QEMU is for a switch: a bound socket."""
+    """What a switch sees of QEMU: a bound socket."""
 
     def __init__(self, folder: Path, machine_id: str, mac: str) -> None:
         self.owner = Owner(machine_id, str(folder / machine_id[:8]))
@@ -48,14 +49,14 @@ class Guest:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
 
     def start(self) -> None:
-        """Plug in, as a machine that starts does."""
+        """Plug in, as a starting machine does."""
         plug(self.adapter, self.owner, lambda ours: ours, lives=lives)
         self.socket.bind(setup_of(self.adapter, self.owner).peer)
 
 
 @pytest.fixture
 def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A home and a runtime folder of this test."""
+    """A home and a runtime folder for this test."""
     folder = Path(tempfile.mkdtemp(prefix="vmm-join-"))
     monkeypatch.setenv("VMM_HOME", str(folder / "home"))
     monkeypatch.setenv("VMM_RUNTIME", str(folder / "run"))
@@ -77,7 +78,7 @@ def guest(folder: Path) -> Iterator[Guest]:
         yield one
 
 
-def test_a_switch_that_goes_and_comes(guest: Guest) -> None:
+def test_an_adapter_joins_a_new_switch_of_the_same_name(guest: Guest) -> None:
     """Without its switch an adapter is disconnected, with the reason; it joins another one of that name."""
     first = switches.load("lab")
     assert join(guest.adapter, guest.owner, None) == Joined(first.id)
@@ -85,7 +86,7 @@ def test_a_switch_that_goes_and_comes(guest: Guest) -> None:
     switches.delete("lab", force=True)
     gone = join(guest.adapter, guest.owner, first.id)
     assert gone.switch_id is None and "there is no switch 'lab'" in str(gone.problem)
-    assert not HostSide(first).user.is_running(), "nobody brings a deleted switch back"
+    assert not HostSide(first).user.is_running(), "a deleted switch was made again"
     switches.create(make_switch(name="lab"))
     second = switches.load("lab")
     assert second.id != first.id and not is_plugged(guest.adapter, MACHINE_ID, HostSide(second))
@@ -94,7 +95,7 @@ def test_a_switch_that_goes_and_comes(guest: Guest) -> None:
 
 
 def test_a_switch_that_died(guest: Guest) -> None:
-    """A switch whose process ended is started again, and its guest is on it."""
+    """A switch whose process ended is started again, with its guest connected."""
     spec = switches.load("lab")
     HostSide(spec).user.stop()
     assert join(guest.adapter, guest.owner, spec.id) == Joined(spec.id, was_restarted=True)
@@ -102,7 +103,7 @@ def test_a_switch_that_died(guest: Guest) -> None:
 
 
 def test_a_switch_of_the_other_back_end(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine that has sockets cannot join a bridge before its next start, and is told so."""
+    """A machine with sockets cannot join a bridge before its next start, and the reason says so."""
     switches.delete("lab", force=True)
     monkeypatch.setattr(HostSide, "ensure", lambda self: None)
     monkeypatch.setattr(HostSide, "remove", lambda self, **given: [])
@@ -110,8 +111,9 @@ def test_a_switch_of_the_other_back_end(guest: Guest, monkeypatch: pytest.Monkey
     assert "another back end" in str(join(guest.adapter, guest.owner, None).problem)
 
 
-def test_one_address_twice(guest: Guest, folder: Path) -> None:
-    """A second guest with the address of one that is there is refused, when it starts and when it joins."""
+def test_a_second_guest_with_the_same_address_is_refused(guest: Guest, folder: Path) -> None:
+    """A second guest with an address that is in use on the switch is refused, both when it starts and when it
+    joins."""
     other = Guest(folder, "11111111-89ab-cdef-0123-456789abcdef", str(guest.adapter.mac))
     with other.socket:
         with pytest.raises(errors.InUse, match="also has the MAC address 02:00:00:00:00:01"):
@@ -125,7 +127,7 @@ def test_one_address_twice(guest: Guest, folder: Path) -> None:
 
 @pytest.mark.kvm
 def test_machines_on_a_switch(manager: Manager, tmp_path: Path) -> None:
-    """Deleting a switch names the machines on it; forced, a running one is disconnected, and joins the next one.
+    """Deleting a switch names the machines on it; if forced, a running one is disconnected, and joins the next switch.
 
     A second machine with the same address does not start.
     """
@@ -163,10 +165,11 @@ def test_machines_on_a_switch(manager: Manager, tmp_path: Path) -> None:
 
 
 @pytest.mark.kvm
-def test_a_machine_starts_without_its_switch(manager: Manager, tmp_path: Path) -> None:
-    """It starts disconnected and says so once, restored memory too; it joins the switch that comes."""
+def test_a_machine_can_start_without_its_switch(manager: Manager, tmp_path: Path) -> None:
+    """It starts disconnected and reports that once, also with restored memory; it joins the switch that is made
+    later."""
 
-    def told() -> list[str]:
+    def reports() -> list[str]:
         found = [str(one.name) for one in manager.events("small")]
         return [one for one in found if one in ("adapter-disconnected", "adapter-connected")]
 
@@ -177,7 +180,7 @@ def test_a_machine_starts_without_its_switch(manager: Manager, tmp_path: Path) -
         good("nic", "set", "small", "nic-0", "--switch", "lab")
         switches.delete("lab", force=True)
         assert good("start", "small") == f"small is running\nnic-0 is disconnected: {problem}\n"
-        assert told() == ["adapter-disconnected"]
+        assert reports() == ["adapter-disconnected"]
         (nic,) = document("nic", "list", "small")
         assert nic["connected"] is False
         assert problem in document("nic", "show", "small", "nic-0")["connection"]
@@ -185,7 +188,7 @@ def test_a_machine_starts_without_its_switch(manager: Manager, tmp_path: Path) -
         disconnected = [{"adapter": "nic-0", "switch": "lab", "problem": problem}]
         assert document("start", "small") == {"name": "small", "state": "running", "disconnected": disconnected}
         switches.create(make_switch(name="lab"))
-        wait_until(lambda: told() == ["adapter-disconnected"] * 2 + ["adapter-connected"], "the machine joins")
+        wait_until(lambda: reports() == ["adapter-disconnected"] * 2 + ["adapter-connected"], "the machine joins")
         assert document("nic", "show", "small", "nic-0")["connected"] is True
         good("save", "small")
         assert good("start", "small") == "small is running\n"
@@ -198,8 +201,8 @@ def test_a_machine_starts_without_its_switch(manager: Manager, tmp_path: Path) -
 @pytest.mark.kvm
 @pytest.mark.netns
 @pytest.mark.nightly
-def test_saved_on_a_bridge_that_is_gone(manager: Manager, tmp_path: Path) -> None:
-    """It is restored with its tap, which is what its memory fits, and joins the next bridge of that name."""
+def test_a_machine_saved_on_a_deleted_bridge_is_restored(manager: Manager, tmp_path: Path) -> None:
+    """It is restored with its tap, which its memory requires, and joins the next bridge of that name."""
     require_root_and_namespaces()
     require_tool("nft")
     with contextlib.closing(Namespaces()) as spaces:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A switch's DHCP server with its file."""
+"""A switch's DHCP server together with its file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vmm.net.kept_dhcp import KeptDhcp
 
 
 def said(kept: KeptDhcp, port: Port, mac: bytes, kind: int, address: str = "") -> dhcp_client.Answer | None:
-    """What the server says to a client at the port."""
+    """The server's answer to a client at the port."""
     options = {50: socket.inet_aton(address)} if address else {}
     message = dhcp_message.parse(dhcp_client.ask(mac, kind, options=options))
     assert message is not None
@@ -26,8 +26,8 @@ def said(kept: KeptDhcp, port: Port, mac: bytes, kind: int, address: str = "") -
     return dhcp_client.read(frame) if frame else None
 
 
-def test_a_lease_is_kept_before_it_is_told(tmp_path: Path) -> None:
-    """`INV-DHCP-ONE-HOLDER`: after a kill at any time the next server knows it; renewals write nothing."""
+def test_a_lease_is_saved_before_it_is_sent(tmp_path: Path) -> None:
+    """`INV-DHCP-ONE-HOLDER`: after a kill at any time the next server knows the lease; renewals write nothing."""
     path = tmp_path / "leases"
     kept, port = KeptDhcp(SETUP, str(path)), Port("one", PortRules())
     offer = said(kept, port, ONE, DISCOVER, "10.0.7.200")
@@ -45,8 +45,9 @@ def test_a_lease_is_kept_before_it_is_told(tmp_path: Path) -> None:
     assert refused.kind == dhcp_client.NAK
 
 
-def test_a_renewal_that_was_not_written_down_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`INV-DHCP-ONE-HOLDER`: the next server does not know of it, and gives nobody the address before it has ended."""
+def test_a_renewal_that_was_not_saved_is_respected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`INV-DHCP-ONE-HOLDER`: the next server does not know of it, and does not assign the address before it has
+    ended."""
     path, port, clock = str(tmp_path / "leases"), Port("one", PortRules()), [1_000_000.0]
     monkeypatch.setattr(time, "time", lambda: clock[0])
     kept = KeptDhcp(SETUP, path)
@@ -64,8 +65,8 @@ def test_a_renewal_that_was_not_written_down_holds(tmp_path: Path, monkeypatch: 
     assert given.kind == ACK
 
 
-def test_what_cannot_be_kept_is_not_told(tmp_path: Path) -> None:
-    """Where the file cannot be written nobody gets a new lease, also not the second time; who has one keeps it."""
+def test_a_lease_that_cannot_be_saved_is_not_sent(tmp_path: Path) -> None:
+    """If the file cannot be written, no client gets a new lease, not even on a retry; existing leases stay."""
     kept, port = KeptDhcp(SETUP, str(tmp_path / "leases")), Port("one", PortRules())
     first = said(kept, port, ONE, REQUEST, "10.0.7.200")
     assert first is not None
@@ -79,8 +80,8 @@ def test_what_cannot_be_kept_is_not_told(tmp_path: Path) -> None:
     assert said(kept, port, TWO, REQUEST, "10.0.7.201") is not None
 
 
-def test_ports_have_their_rules_and_their_limit(tmp_path: Path) -> None:
-    """A guest asks for its own addresses only, unless it may send from any; too many questions are counted."""
+def test_ports_have_rules_and_a_limit(tmp_path: Path) -> None:
+    """A guest can request only its own addresses, unless it may send from any; excess requests are counted."""
     kept = KeptDhcp(SETUP, str(tmp_path / "leases"))
     bound = Port("one", PortRules(addresses=frozenset({ONE})))
     assert said(kept, bound, TWO, DISCOVER) is None

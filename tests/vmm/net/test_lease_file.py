@@ -14,8 +14,8 @@ from vmm.net import lease_file
 from vmm.net.dhcp_server import DhcpServer
 
 
-def test_what_was_kept_is_found(tmp_path: Path) -> None:
-    """Leases with their names come back, in dnsmasq's form; what was only offered does not."""
+def test_saved_leases_are_read_back(tmp_path: Path) -> None:
+    """Leases are read back with their names, in dnsmasq's form; mere offers are not saved."""
     path = str(tmp_path / "leases")
     server = DhcpServer(SETUP)
     mine = selected(server, ONE, 1000.5)
@@ -32,8 +32,8 @@ def test_what_was_kept_is_found(tmp_path: Path) -> None:
     assert selected(again, TWO, 1001) == other
 
 
-def test_what_is_no_lease_is_passed_over(tmp_path: Path) -> None:
-    """Rubbish, links and a pipe are no leases; one that would end too late ends as one that is given now."""
+def test_lines_that_are_not_leases_are_skipped(tmp_path: Path) -> None:
+    """Garbage, links and a pipe are skipped; a lease that would end too late ends as if it were granted now."""
     path = tmp_path / "leases"
     assert lease_file.read(str(path)) == []
     path.write_bytes(

@@ -13,7 +13,7 @@ from vmm.net import frames, mac
 POOL = mac.pool_of_host("192.168.7.9", "")
 
 
-def test_the_pool_is_hyper_vs() -> None:
+def test_the_pool_is_that_of_hyper_v() -> None:
     """00-15-5D, the last two octets of the host's address, 00 to FF."""
     assert str(POOL) == "00-15-5D-07-09-00 to -FF"
     assert POOL.addresses()[0] == bytes.fromhex("00155d070900")
@@ -21,16 +21,16 @@ def test_the_pool_is_hyper_vs() -> None:
     assert len(set(POOL.addresses())) == mac.POOL_ADDRESSES
 
 
-def test_hosts_without_an_address_have_a_pool_of_their_own() -> None:
-    """The host's id decides, and decides the same again."""
+def test_hosts_without_an_address_have_their_own_pool() -> None:
+    """The pool is derived from the host's id, always in the same way."""
     one, again, other = (mac.pool_of_host(None, name) for name in ("a", "a", "b"))
     assert one == again != other
     assert one.prefix[:3] == mac.VENDOR
 
 
 @given(st.sets(st.sampled_from(POOL.addresses())))
-def test_what_is_picked_is_free(taken: set[bytes]) -> None:
-    """`INV-MAC-UNIQUE`: in the pool, not taken, and there is one as long as any is free."""
+def test_a_picked_address_is_free(taken: set[bytes]) -> None:
+    """`INV-MAC-UNIQUE`: it belongs to the pool and is not taken, and one is found as long as any is free."""
     if len(taken) == mac.POOL_ADDRESSES:
         with pytest.raises(errors.NoSpace):
             mac.pick(POOL, taken)
@@ -41,8 +41,8 @@ def test_what_is_picked_is_free(taken: set[bytes]) -> None:
 
 
 @given(st.lists(st.booleans(), max_size=600))
-def test_adapters_that_come_and_go_never_share(steps: list[bool]) -> None:
-    """Any sequence of adding and removing keeps addresses apart, and only the 257th at once is refused."""
+def test_added_and_removed_adapters_never_share_an_address(steps: list[bool]) -> None:
+    """Any sequence of adding and removing keeps addresses distinct, and only the 257th at once is refused."""
     taken: list[bytes] = []
     for adds in steps:
         if adds and len(taken) < mac.POOL_ADDRESSES:
@@ -52,14 +52,14 @@ def test_adapters_that_come_and_go_never_share(steps: list[bool]) -> None:
             taken.pop(0)
 
 
-def test_the_257th_address_is_an_error_with_a_way_out() -> None:
-    """Not at power-on, as in Hyper-V, but when the adapter is added, and with what to do."""
+def test_the_257th_address_is_an_error_with_a_hint() -> None:
+    """The error comes when the adapter is added, not at power-on as in Hyper-V, and says what to do."""
     with pytest.raises(errors.NoSpace, match=r"all 256 .* 00-15-5D-07-09-00 to -FF are taken .*mac="):
         mac.pick(POOL, POOL.addresses())
 
 
-def test_static_addresses_are_judged() -> None:
-    """Group addresses, zeros and nonsense are no adapter's; a taken one names its owner."""
+def test_static_addresses_are_checked() -> None:
+    """Group addresses, zeros and garbage are refused; the error for a taken address names its owner."""
     owners = {POOL.addresses()[3]: "adapter nic-0 of machine web"}
     assert mac.check_static("02-00-00-00-00-01", owners) == bytes.fromhex("020000000001")
     for text in ("01:00:5e:00:00:01", "00:00:00:00:00:00", "rubbish", frames.format_mac(frames.BROADCAST)):

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frames through real sockets: the receivers get what the engine says, and slow or absent ones harm nobody else."""
+"""Frames through real sockets: the receivers get what the engine decides, and slow or absent ones do not disturb
+others."""
 
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ class Lab:
             self.plug(f"p{number}", one)
 
     def plug(self, name: str, one: PortRules, *, connected: bool = True) -> None:
-        """A port with a guest at its other side; like QEMU, one that is not connected is a plain bound socket."""
+        """A port with a guest at its other end; like QEMU's, a socket that is not connected is just bound."""
         setup = PortSetup(name, str(self.folder / f"{name}.s"), str(self.folder / f"{name}.g"), one)
         guest = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         guest.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
@@ -51,7 +52,7 @@ class Lab:
             guest.connect(setup.address)
 
     def send(self, name: str, *sent: bytes, now: float = 0.0) -> None:
-        """Put these frames into a port, and let the switch move all of them."""
+        """Send these frames into a port, and let the switch move all of them."""
         for frame in sent:
             self.guests[name].sendto(frame, self.mover.sockets[name].setup.address) if not _peer(
                 self.guests[name]
@@ -60,7 +61,7 @@ class Lab:
             pass
 
     def received(self, name: str) -> list[bytes]:
-        """All that waits at a guest."""
+        """Everything that waits at a guest."""
         got = []
         while True:
             try:
@@ -69,7 +70,7 @@ class Lab:
                 return got
 
     def close(self) -> None:
-        """Take everything away."""
+        """Remove everything."""
         for name in list(self.mover.sockets):
             self.mover.remove(name)
         for guest in self.guests.values():
@@ -96,7 +97,9 @@ FRAMES = st.lists(any_frame().filter(len), max_size=100)
 
 
 @given(st.lists(rules(), min_size=2, max_size=3), st.lists(st.tuples(st.integers(0, 2), FRAMES), max_size=4))
-def test_moves_what_the_engine_says(port_rules: list[PortRules], rounds: list[tuple[int, list[bytes]]]) -> None:
+def test_moves_frames_as_the_engine_decides(
+    port_rules: list[PortRules], rounds: list[tuple[int, list[bytes]]]
+) -> None:
     """`INV-MOVER-IS-ENGINE`: batches of any frames reach the receivers of `Engine.forward`, each flow in order."""
     lab, model = Lab(*port_rules), Engine()
     try:
@@ -122,7 +125,7 @@ def test_moves_what_the_engine_says(port_rules: list[PortRules], rounds: list[tu
 
 @pytest.mark.parametrize("size", [frames.MAX_FRAME_BYTES, frames.MAX_FRAME_BYTES + 1, 60000])
 def test_longest_frames(lab: Lab, size: int) -> None:
-    """`INV-BATCH-BOUNDED`: a frame at the limit passes whole; a longer one is dropped as malformed."""
+    """`INV-BATCH-BOUNDED`: a frame at the limit passes unchanged; a longer one is dropped as malformed."""
     frame = packets.ethernet(TWO, ONE, bytes(size - 14))
     lab.send("p0", frame)
     fits = size <= frames.MAX_FRAME_BYTES
@@ -130,14 +133,14 @@ def test_longest_frames(lab: Lab, size: int) -> None:
     assert lab.mover.engine.ports["p0"].counters.drops[Drop.MALFORMED] == (not fits)
 
 
-def test_empty_datagrams_reach_nobody(lab: Lab) -> None:
-    """QEMU takes an empty datagram for the end of the network: none is ever passed on."""
+def test_empty_datagrams_are_dropped(lab: Lab) -> None:
+    """QEMU takes an empty datagram for the end of the network, so none is ever passed on."""
     lab.send("p0", b"", packets.ethernet(TWO, ONE), b"")
     assert lab.received("p1") == [packets.ethernet(TWO, ONE)]
 
 
-def test_only_its_own_sender_waits_for_a_slow_receiver(lab: Lab) -> None:
-    """`INV-FLOOD-FREE`: who floods, or is mirrored, is held up by nobody; who sends to a slow station waits for it."""
+def test_only_a_direct_sender_waits_for_a_slow_receiver(lab: Lab) -> None:
+    """`INV-FLOOD-FREE`: a sender that floods, or is mirrored, never waits; a sender to a slow station does."""
     lab.plug("slow", PortRules(mirror_destination=True), connected=False)
     lab.mover.change("p1", replace(lab.mover.sockets["p1"].setup, rules=PortRules(mirror_source=True)))
     slow = lab.mover.sockets["slow"]
@@ -157,14 +160,14 @@ def test_only_its_own_sender_waits_for_a_slow_receiver(lab: Lab) -> None:
         assert not fill(TWO)
     assert slow.is_congested(0.0)
     assert not fill(frames.BROADCAST)
-    assert not fill(THREE)  # nobody knows it
+    assert not fill(THREE)  # an unknown station
     lab.guests["slow"].sendto(packets.ethernet(ONE, THREE), slow.setup.address)
     lab.mover.pump(slow, 0.0)
     assert fill(THREE)
 
 
 def test_a_flood_is_kept_once(lab: Lab) -> None:
-    """However many receivers are behind: memory under a storm does not grow with the number of ports."""
+    """However many receivers are behind, memory under a storm does not grow with the number of ports."""
     for number in range(5):
         lab.plug(f"slow{number}", PortRules(), connected=False)
     lab.plug("tagged", PortRules(mode=VlanMode.TRUNK, allowed=frozenset({5})), connected=False)
@@ -177,8 +180,9 @@ def test_a_flood_is_kept_once(lab: Lab) -> None:
         assert len({id(one) for one in copies}) == 1
 
 
-def test_a_slow_receiver_gets_a_backlog_and_then_loses(lab: Lab) -> None:
-    """What a guest like QEMU does not take at once waits, up to the limit; others get all at once."""
+def test_a_slow_receiver_gets_a_backlog_and_then_loses_frames(lab: Lab) -> None:
+    """Frames that a guest like QEMU does not take at once wait, up to the limit; other guests get all of them at
+    once."""
     lab.plug("slow", PortRules(), connected=False)
     sent = [packets.ethernet(frames.BROADCAST, ONE, number.to_bytes(2, "big")) for number in range(700)]
     for first in range(0, 700, 50):
@@ -198,8 +202,8 @@ def test_a_slow_receiver_gets_a_backlog_and_then_loses(lab: Lab) -> None:
     assert lost > 0
 
 
-def test_a_guest_that_is_gone_is_left_alone_until_it_is_back(lab: Lab) -> None:
-    """Frames for it are dropped, its return at the same path is noticed, and the others go on."""
+def test_frames_for_a_missing_guest_are_dropped_until_it_returns(lab: Lab) -> None:
+    """Its return at the same path is noticed, and the other guests are not affected."""
     path = lab.mover.sockets["p1"].setup.peer
     lab.guests["p1"].close()
     lab.send("p0", packets.ethernet(frames.BROADCAST, ONE))
@@ -215,7 +219,7 @@ def test_a_guest_that_is_gone_is_left_alone_until_it_is_back(lab: Lab) -> None:
 
 
 def test_a_replaced_guest_is_noticed(lab: Lab) -> None:
-    """Another socket at the same path, while the old one still lives, is the guest from the next look on."""
+    """Another socket at the same path, while the old one still exists, becomes the guest at the next check."""
     path = lab.mover.sockets["p1"].setup.peer
     old = lab.guests["p1"]
     Path(path).unlink()
@@ -229,8 +233,8 @@ def test_a_replaced_guest_is_noticed(lab: Lab) -> None:
     old.close()
 
 
-def test_links_in_the_peers_place_are_not_followed(lab: Lab, tmp_path: Path) -> None:
-    """A guest's process that puts a link where its socket should be does not make us send elsewhere."""
+def test_links_in_place_of_the_guests_socket_are_not_followed(lab: Lab, tmp_path: Path) -> None:
+    """A guest's process that replaces its socket by a link cannot redirect our frames."""
     elsewhere = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     elsewhere.bind(str(tmp_path / "log"))
     elsewhere.setblocking(False)
@@ -244,16 +248,16 @@ def test_links_in_the_peers_place_are_not_followed(lab: Lab, tmp_path: Path) -> 
     elsewhere.close()
 
 
-def test_strangers_cannot_send_into_a_port(lab: Lab) -> None:
-    """The kernel refuses every sender but the port's guest."""
+def test_only_the_guest_can_send_into_its_port(lab: Lab) -> None:
+    """The kernel refuses every sender except the port's guest."""
     stranger = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     with pytest.raises(PermissionError):
         stranger.sendto(packets.ethernet(TWO, ONE), lab.mover.sockets["p0"].setup.address)
     stranger.close()
 
 
-def test_guards_look_into_batches(lab: Lab) -> None:
-    """Of one batch of one flow only what the guard is against is dropped."""
+def test_guards_examine_each_frame_of_a_batch(lab: Lab) -> None:
+    """In a batch of one flow, only the frames that the guard stops are dropped."""
     lab.mover.engine.set_rules("p0", PortRules(dhcp_guard=True))
     fine = packets.ethernet(frames.BROADCAST, ONE, packets.ipv4(17, packets.udp(68, 67)), kind=0x0800)
     lab.send("p0", fine, packets.dhcp_offer(ONE), fine)
@@ -263,10 +267,10 @@ def test_guards_look_into_batches(lab: Lab) -> None:
 
 @pytest.mark.parametrize("vlan", [None, 0])
 @pytest.mark.parametrize("is_learned", [True, False])
-def test_dhcp_clients_are_heard_by_the_switch(lab: Lab, vlan: int | None, is_learned: bool) -> None:
-    """Their frames never reach the gateway, to which all others go; `Engine.forward` says the same.
+def test_dhcp_requests_go_to_the_switch(lab: Lab, vlan: int | None, is_learned: bool) -> None:
+    """They never reach the gateway, which gets all other frames; `Engine.forward` decides the same.
 
-    Also just after a restart, when the switch does not know yet where the gateway is.
+    This holds also just after a restart, when the switch does not yet know where the gateway is.
     """
     mover = lab.mover
     mover.engine.set_dhcp(DhcpServer(SETUP), "p2")
@@ -297,8 +301,8 @@ def test_dhcp_clients_are_heard_by_the_switch(lab: Lab, vlan: int | None, is_lea
     assert got == [expected["p1"], expected["p2"]]
 
 
-def test_dhcp_of_a_vlan_is_not_the_switchs() -> None:
-    """Its server is for adapters without a VLAN; without one nothing is heard at all."""
+def test_dhcp_requests_in_a_vlan_are_not_the_switchs() -> None:
+    """Its server is for adapters without a VLAN; a switch without a server receives no requests at all."""
     lab = Lab(PortRules(mode=VlanMode.ACCESS, vlan=5), PortRules(mode=VlanMode.ACCESS, vlan=5), PortRules())
     question = dhcp_client.ask(ONE, dhcp_client.DISCOVER)
     lab.mover.engine.set_dhcp(DhcpServer(SETUP), "p2")
@@ -311,7 +315,7 @@ def test_dhcp_of_a_vlan_is_not_the_switchs() -> None:
 
 
 def test_a_gateways_dhcp_answers_are_dropped(lab: Lab) -> None:
-    """What its own server says to everybody reaches nobody; its other frames do, with one decision a flow."""
+    """Broadcasts of its own server are dropped; its other frames pass, with one decision per flow."""
     lab.mover.engine.set_rules("p2", PortRules(dhcp_guard=True))
     lab.mover.engine.set_dhcp(None, "p2")
     lab.send("p0", packets.ethernet(THREE, ONE))
@@ -323,8 +327,9 @@ def test_a_gateways_dhcp_answers_are_dropped(lab: Lab) -> None:
     assert not lab.mover.engine.decide(port, packets.ethernet(ONE, THREE), 0.0).inspect
 
 
-def test_the_switchs_own_frames(lab: Lab) -> None:
-    """They are sent, counted and captured as others are, and dropped where nobody is or nobody takes them."""
+def test_frames_sent_by_the_switch_itself(lab: Lab) -> None:
+    """They are sent, counted and captured like others, and dropped if the receiver is missing or does not take
+    them."""
     port, capture = lab.mover.engine.ports["p0"], PacketCapture("p0")
     lab.mover.add_capture(capture)
     frame = packets.ethernet(ONE, TWO)
@@ -346,8 +351,8 @@ def test_the_switchs_own_frames(lab: Lab) -> None:
     lab.mover.send_own(slow.port, frame, 0.0)
 
 
-def test_storm_limit_cuts_batches() -> None:
-    """The first frames of a burst pass, the rest of it is dropped, and time lets more pass."""
+def test_the_storm_limit_applies_within_batches() -> None:
+    """The first frames of a burst pass, the rest is dropped, and more pass with time."""
     lab = Lab(PortRules(storm_frames_per_second=100), PortRules())
     frame = packets.ethernet(frames.BROADCAST, ONE)
     lab.send("p0", *[frame] * 30)
@@ -357,8 +362,8 @@ def test_storm_limit_cuts_batches() -> None:
     lab.close()
 
 
-def test_made_up_headers_fill_no_table(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The table of flows is emptied when it is full, and frames still go where they should."""
+def test_made_up_headers_cannot_overfill_the_flow_table(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table of flows is emptied when it is full, and frames still arrive where they should."""
     monkeypatch.setattr("vmm.net.mover.MAX_FLOWS", 10)
     lab.send("p1", packets.ethernet(frames.BROADCAST, TWO))
     sent = [packets.ethernet(TWO, ONE, bytes(4), kind=0x9000 + number) for number in range(35)]
@@ -367,8 +372,9 @@ def test_made_up_headers_fill_no_table(lab: Lab, monkeypatch: pytest.MonkeyPatch
     assert lab.received("p1") == sent
 
 
-def test_captures_see_what_guests_see() -> None:
-    """A port's capture has both directions, frames out in the form in which they leave; the switch's each once."""
+def test_captures_show_what_guests_see() -> None:
+    """A port's capture has both directions, sent frames in the form in which they leave; the switch's capture has each
+    frame once."""
     lab = Lab(
         PortRules(mode=VlanMode.ACCESS, vlan=10),
         PortRules(mode=VlanMode.TRUNK, allowed=frozenset({10})),

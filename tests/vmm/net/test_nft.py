@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""nftables documents: each guard as a rule, and the kernel takes them."""
+"""nftables documents: each guard as a rule, and the kernel accepts them."""
 
 from __future__ import annotations
 
@@ -57,8 +57,9 @@ SWITCHES = {
 
 @pytest.mark.netns
 @pytest.mark.parametrize("name", SWITCHES)
-def test_the_kernel_takes_the_rules(space: tuple[Namespaces, str], name: str, tmp_path: Path) -> None:
-    """nft prints them as we mean them (the golden files); loading twice is loading once; nothing is left behind."""
+def test_the_kernel_accepts_the_rules(space: tuple[Namespaces, str], name: str, tmp_path: Path) -> None:
+    """nft prints them as intended (the golden files); loading twice has the effect of loading once; deleting leaves
+    nothing behind."""
     spaces, here = space
     spaces.run(here, "ip link add vt0 type veth peer name up0 && ip link add vb0 type ifb")
     document = tmp_path / "rules.json"
@@ -74,9 +75,9 @@ def test_the_kernel_takes_the_rules(space: tuple[Namespaces, str], name: str, tm
 
 
 def test_a_port_without_rules_has_only_its_vlan_rule() -> None:
-    """A port whose addresses nobody said may send from any; without a VLAN it neither sends nor gets tags."""
+    """A port without known addresses may send from any; without a VLAN it neither sends nor gets tags."""
     found = nft.port_chains(GuestPort("vt0", PortRules())).chains
-    assert [len(rules) for rules in found.values()] == [4, 3]  # and what stays on one link
+    assert [len(rules) for rules in found.values()] == [4, 3]  # and for link-local groups
     assert "8021q" in json.dumps(found["vt0.sending"])
     access = PortRules(mode=VlanMode.ACCESS, vlan=5)
     assert nft.port_chains(GuestPort("vt0", access)).chains == found
@@ -103,7 +104,7 @@ print(json.dumps(seen))
 
 
 def wrapped(frame: bytes, *wrappers: bytes) -> bytes:
-    """The frame with these between its addresses and its type."""
+    """The frame with these headers between its addresses and its type."""
     return frame[:12] + b"".join(wrappers) + frame[12:]
 
 
@@ -112,7 +113,7 @@ Listed = list[tuple[str, int, bytes]]
 
 
 def _guarded_frames() -> Listed:
-    """What guards drop, and what looks like it."""
+    """Frames that guards drop, and similar ones that pass."""
     dhcp, router = packets.dhcp_offer(packets.mac(0)), packets.router_advertisement(packets.mac(0))
     asking = packets.ethernet(
         frames.BROADCAST, packets.mac(0), packets.ipv4(17, packets.udp(68, 67, b"\x01" + bytes(19))), kind=0x0800
@@ -128,7 +129,7 @@ def _guarded_frames() -> Listed:
         return packets.ethernet(frames.BROADCAST, packets.mac(0), packet + bytes(20), kind=0x0800)
 
     first = bytes([17, 0, 0, 1, 0, 0, 0, 9])
-    fragment = bytes([60, 0, 0, 1, 0, 0, 0, 9])  # the first one, whose options end behind it
+    fragment = bytes([60, 0, 0, 1, 0, 0, 0, 9])  # the first one, whose options end beyond it
     found = {
         "dhcp": dhcp,
         "router": router,
@@ -164,7 +165,7 @@ def _guarded_frames() -> Listed:
 
 
 def _bridged(spaces: Namespaces, here: str) -> tuple[str, str]:
-    """Two namespaces at the ports vt0 and vt1 of a bridge; no frame but the test's is on it."""
+    """Two namespaces at the ports vt0 and vt1 of a bridge that carries only the test's frames."""
     one, other = spaces.add("one"), spaces.add("two")
     spaces.run(here, "ip link add br0 type bridge && ip link set br0 up")
     for number, name in enumerate((one, other)):
@@ -177,7 +178,7 @@ def _bridged(spaces: Namespaces, here: str) -> tuple[str, str]:
 
 
 def _passed(spaces: Namespaces, here: str, ends: tuple[str, str], rules: object, listed: Listed) -> set[str]:
-    """Which of the frames get from one end to the other under these rules."""
+    """Which of the frames pass from one end to the other under these rules."""
     spaces.run(here, f"nft -j -f - <<'END'\n{json.dumps(rules)}\nEND")
     last = packets.ethernet(frames.BROADCAST, packets.mac(255), bytes(50))
 
@@ -204,10 +205,10 @@ def _passed(spaces: Namespaces, here: str, ends: tuple[str, str], rules: object,
 
 @pytest.mark.netns
 @pytest.mark.parametrize("mode", [VlanMode.UNTAGGED, VlanMode.TRUNK])
-def test_guards_cannot_be_gone_round(space: tuple[Namespaces, str], mode: VlanMode) -> None:
-    """`INV-DHCP-GUARD`: the kernel's guards judge as the user switch's.
+def test_guards_cannot_be_evaded(space: tuple[Namespaces, str], mode: VlanMode) -> None:
+    """`INV-DHCP-GUARD`: the kernel's guards decide as the user switch's do.
 
-    Ports, tags, SNAP, fragments, long and cut chains of IPv6 headers hide no server and no router.
+    Ports, tags, SNAP, fragments, long and cut chains of IPv6 headers cannot hide a server or a router.
     """
     spaces, here = space
     ends = _bridged(spaces, here)
@@ -224,7 +225,7 @@ def test_guards_cannot_be_gone_round(space: tuple[Namespaces, str], mode: VlanMo
 
 
 def _tagged_frames() -> Listed:
-    """Frames with all kinds of tags, and to group addresses that stay on one link."""
+    """Frames with all kinds of tags, and frames to link-local group addresses."""
     plain = packets.ethernet(frames.BROADCAST, packets.mac(0), bytes(60))
     kinds = {"8100": frames.TPID, "88a8": b"\x88\xa8", "9100": b"\x91\x00"}
     found = {"plain": plain}
@@ -240,10 +241,10 @@ def _tagged_frames() -> Listed:
 
 @pytest.mark.netns
 @pytest.mark.parametrize("guarded", ["vt0", "vt1"])
-def test_an_untagged_adapter_has_no_tags_on_either_back_end(space: tuple[Namespaces, str], guarded: str) -> None:
-    """`INV-UNTAGGED-ONLY`: none of a kernel's three kinds passes, sent or received; a priority tag is none.
+def test_no_tags_pass_an_untagged_adapter_on_either_back_end(space: tuple[Namespaces, str], guarded: str) -> None:
+    """`INV-UNTAGGED-ONLY`: none of a kernel's three kinds passes, sent or received; a priority tag does not count.
 
-    What is for one link alone, such as a spanning tree's frames, leaves no guest.
+    Link-local frames, such as those of a spanning tree, do not leave a guest.
     """
     spaces, here = space
     ends, listed = _bridged(spaces, here), _tagged_frames()

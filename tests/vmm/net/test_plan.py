@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a switch is, and the steps that follow from it."""
+"""The settings of a switch, and the steps that follow from them."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ NO_IPV6 = "keep the host's IPv6 off vmm01234567, and ignore routers there"
 
 
 def words(settings: dict[str, Any], facts: HostFacts) -> list[str]:
-    """The steps, for people."""
+    """The steps, as shown to users."""
     return [step.words for step in plan.steps(make_switch(id=ID, name="x", backend="bridge", **settings), facts)]
 
 
 def test_private_steps() -> None:
-    """Rules first, then a bridge on which the host has no address."""
+    """First the rules, then a bridge on which the host has no address."""
     assert words({}, HostFacts()) == [
         "load the switch's nftables rules (table vmm_0123456789ab)",
         "make the bridge vmm01234567",
@@ -62,7 +62,7 @@ def test_internal_steps() -> None:
 
 
 def test_external_steps() -> None:
-    """The card's state is written down first; each address moves at once; ways to gateways come before gateways."""
+    """The card's state is recorded first; each address moves at once; routes to gateways come before the gateways."""
     facts = HostFacts(uplink=UPLINK)
     spec = make_switch(id=ID, name="x", type="external", backend="bridge", uplink="eth0")
     steps = plan.steps(spec, facts)
@@ -85,8 +85,8 @@ def test_external_steps() -> None:
 
 
 @pytest.mark.parametrize("address", ["10.0.0.129/25", "10.0.0.1/24", "10.1.0.1/8"])
-def test_a_network_of_the_hosts_is_refused(address: str) -> None:
-    """A network within this host's own would lead its own traffic to the guests; its neighbour is fine."""
+def test_a_network_of_the_host_is_refused(address: str) -> None:
+    """A network within one of the host's own would lead its traffic to the guests; an adjacent one is accepted."""
     spec = make_switch(name="x", type="internal", backend="bridge", address=address)
     (reason,) = plan.refusals(spec, HostFacts(networks=("127.0.0.1/8", "10.0.0.5/24")))
     assert "10.0.0.5/24" in reason
@@ -94,7 +94,7 @@ def test_a_network_of_the_hosts_is_refused(address: str) -> None:
 
 
 def test_the_hosts_vlan() -> None:
-    """Where bridges know VLANs the host's adapter is in its own before it is up, and the card carries all of them."""
+    """If bridges know VLANs, the host's adapter gets its VLAN before it is up, and the card carries all of them."""
     facts = HostFacts(uplink=UPLINK, has_vlan_filtering=True)
     spec = make_switch(id=ID, name="x", type="external", backend="bridge", uplink="eth0", host_vlan=30)
     assert plan.refusals(spec, facts) == []
@@ -122,14 +122,15 @@ def test_the_hosts_vlan() -> None:
 
 @given(st.sets(st.integers(1, 4094)))
 def test_ranges(numbers: set[int]) -> None:
-    """The words name each number once, and neighbours share a word."""
+    """The text names each number once, and consecutive ones as a range."""
     found = [[int(one) for one in word.split("-")] for word in plan.ranges(numbers)]
     assert [number for one in found for number in range(one[0], one[-1] + 1)] == sorted(numbers)
     assert all(later[0] > earlier[-1] + 1 for earlier, later in itertools.pairwise(found))
 
 
-def test_the_bridge_has_its_cards_ipv6() -> None:
-    """What differs on the card is set before the bridge is up, in one step; of a card like any other there is none."""
+def test_the_bridge_gets_its_cards_ipv6_settings() -> None:
+    """Settings of the card that differ from the default are set before the bridge is up, in one step; without any
+    there is no step."""
     spec = make_switch(id=ID, name="x", type="external", backend="bridge", uplink="eth0")
     card = replace(UPLINK, ipv6_settings=(("accept_ra", "2"),))
     steps = plan.steps(spec, HostFacts(uplink=card))
@@ -139,7 +140,7 @@ def test_the_bridge_has_its_cards_ipv6() -> None:
 
 
 def test_external_without_the_host() -> None:
-    """The host's addresses are taken away, and that is said beforehand."""
+    """The host's addresses are removed, and the plan says so."""
     spec = make_switch(id=ID, name="x", type="external", backend="bridge", uplink="eth0", host=False)
     kinds = [step.kind for step in plan.steps(spec, HostFacts(uplink=UPLINK))]
     assert kinds == ["rules", "bridge", "ipv6", "up", "keep", "quiet", "enslave", "drop-address", "drop-address"]
@@ -163,7 +164,7 @@ def test_external_without_the_host() -> None:
     ],
 )
 def test_cards_that_cannot_be_an_uplink(change: dict[str, Any], words: str) -> None:
-    """With the reason."""
+    """Each is refused with the reason."""
     from dataclasses import replace
 
     spec = make_switch(name="x", type="external", backend="bridge", uplink="eth0")
@@ -172,8 +173,8 @@ def test_cards_that_cannot_be_an_uplink(change: dict[str, Any], words: str) -> N
     assert plan.refusals(spec, HostFacts(uplink=UPLINK)) == []
 
 
-def test_a_default_network_lies_over_no_route() -> None:
-    """Where a VPN leads to all of 10.0.0.0/8 the default is elsewhere; one of one's own choice there is warned of."""
+def test_the_default_network_does_not_overlap_with_a_route() -> None:
+    """If a VPN has all of 10.0.0.0/8, the default is elsewhere; a chosen network there leads to a warning."""
     interface = switch_spec.free_network([ipaddress.IPv4Network("10.0.0.0/8")])
     assert str(interface) == "172.27.0.1/24"
     spec = make_switch(name="x", type="internal", backend="bridge", address="10.8.3.1/24")

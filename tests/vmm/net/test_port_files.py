@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Records of a bridge's ports: written, read, forgotten; a damaged one lets its guest send nothing."""
+"""Records of a bridge's ports: written, read, removed; a port with a damaged record lets its guest send nothing."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from vmm.net.engine import PortRules
 from vmm.net.ports import PortSetup
 
 SETUP = PortSetup("vm.nic-0", "/switch", "/guest", rules=PortRules(addresses=frozenset({b"abcdef"})))
-TAP = "lo"  # any interface that every host has
+TAP = "lo"  # an interface that every host has
 
 
-def test_a_port_is_recorded_until_it_is_forgotten(tmp_path: Path) -> None:
-    """Where its tap is there; a record of another tap is removed by the one who holds the lock."""
+def test_a_port_is_recorded_until_it_is_removed(tmp_path: Path) -> None:
+    """A record exists where the tap does; the record of another tap is removed by the holder of the lock."""
     folder = str(tmp_path / "ports")
     assert port_files.read_all(folder) == []
     port_files.write(folder, TAP, SETUP)
@@ -53,16 +53,16 @@ def test_a_port_is_recorded_until_it_is_forgotten(tmp_path: Path) -> None:
         ('{"interface": "lo", "port": {"vlan": 1e999}}', "vlan"),
     ],
 )
-def test_a_damaged_record_is_told(tmp_path: Path, content: str, words: str) -> None:
-    """It stands for a port of which nothing is known, with what is wrong."""
+def test_a_damaged_record_is_reported(tmp_path: Path, content: str, words: str) -> None:
+    """It stands for an unknown port, with what is wrong."""
     (tmp_path / "lo.json").write_text(content)
     (found,) = port_files.read_all(str(tmp_path))
     assert found.setup is None and words in found.problem
     assert not port_files.is_readable(str(tmp_path), TAP)
 
 
-def test_what_lies_in_the_folder_beside_records(tmp_path: Path) -> None:
-    """A folder, a pipe and a huge file are damaged records; what is not named like a record is passed over."""
+def test_other_files_in_the_folder_of_records(tmp_path: Path) -> None:
+    """A folder, a pipe and a huge file are damaged records; other names are skipped."""
     for name in ("README", "x y.json", ".lo.json", f"{'x' * 20}.json"):
         (tmp_path / name).write_text("{}")
     os.mkdir(tmp_path / "lo.json")
@@ -81,8 +81,8 @@ def test_what_lies_in_the_folder_beside_records(tmp_path: Path) -> None:
     assert port_files.read_all(str(tmp_path / "file")) == []
 
 
-def test_a_record_is_json(tmp_path: Path) -> None:
-    """As every version has written it."""
+def test_the_record_format_is_that_of_every_version(tmp_path: Path) -> None:
+    """It is JSON, as every version has written it."""
     port_files.write(str(tmp_path), TAP, SETUP)
     document = json.loads((tmp_path / "lo.json").read_text())
     assert set(document) == {"interface", "port"} and document["port"]["macs"] == ["61:62:63:64:65:66"]

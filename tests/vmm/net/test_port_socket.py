@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A port's socket in a folder that its guest's process may write to."""
+"""A port's socket in a folder that its guest's process can write to."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def opened(folder: Path, owner: int | None) -> PortSocket:
 
 
 def test_only_its_owner_may_send(folder: Path) -> None:
-    """The name is of mode 0600 from its first moment on."""
+    """The socket has mode 0600 from its first moment on."""
     usual = os.umask(0)
     try:
         sock = opened(folder, None)
@@ -45,10 +45,10 @@ def test_only_its_owner_may_send(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("swapped", ["link", "file", "another name"])
-def test_a_name_that_was_swapped_gives_nothing_away(
+def test_a_swapped_name_does_not_change_other_files(
     folder: Path, monkeypatch: pytest.MonkeyPatch, swapped: str
 ) -> None:
-    """A guest's process that puts something else there in between gets neither its mode nor its owner changed."""
+    """If a guest's process puts another file in its place, that file keeps its mode and its owner."""
     require_root()
     victim = folder / "victim"
     victim.write_text("secret")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a port is written down."""
+"""How a port is recorded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vmm.net.ports import PortSetup
 
 @given(rules(), st.integers(0, 10**9), st.none() | st.integers(0, 65535), st.booleans())
 def test_ports_round_trip(one: PortRules, rate: int, owner: int | None, up: bool) -> None:
-    """What was written is read again, whatever the rules."""
+    """A written port reads back the same, whatever its rules."""
     setup = PortSetup("p", "/a", "/b", one, rate, owner, up)
     assert ports.from_document(ports.to_document(setup)) == setup
 
@@ -44,7 +44,7 @@ def test_ports_round_trip(one: PortRules, rate: int, owner: int | None, up: bool
     ],
 )
 def test_wrong_ports_are_refused(change: dict[str, Any], words: str) -> None:
-    """With the setting that is wrong."""
+    """The error names the setting that is wrong."""
     document = {**ports.to_document(PortSetup("p", "/a", "/b")), **change}
     with pytest.raises(errors.InvalidSpec, match=words):
         ports.from_document(document)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that may hold anything are read in bounded time, and what is wrong with them is said in words."""
+"""Files with any content are read in bounded time, and their faults are reported in words."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ JUNK: dict[str, bytes] = {
 
 @pytest.mark.parametrize("content", list(JUNK.values()), ids=list(JUNK))
 def test_what_is_not_a_json_object_is_refused(tmp_path: Path, content: bytes) -> None:
-    """One kind of error, in words, whatever the content is."""
+    """The same kind of error, in words, whatever the content."""
     path = tmp_path / "x.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"it is not JSON|it does not hold a JSON object"):
@@ -30,7 +30,7 @@ def test_what_is_not_a_json_object_is_refused(tmp_path: Path, content: bytes) ->
 
 
 def test_what_is_not_a_file_is_refused_at_once(tmp_path: Path) -> None:
-    """A directory, a pipe that nothing writes to and a device are refused without waiting."""
+    """A directory, a pipe without a writer and a device are refused without waiting."""
     os.mkdir(tmp_path / "folder")
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "folder", tmp_path / "pipe", Path("/dev/zero")):
@@ -42,8 +42,8 @@ def test_what_is_not_a_file_is_refused_at_once(tmp_path: Path) -> None:
     assert records.read_tail(str(tmp_path / "missing"), 100) == ""
 
 
-def test_a_file_has_a_largest_size(tmp_path: Path) -> None:
-    """At the limit it is read, one byte more is refused; of a log the last part is read."""
+def test_files_have_a_maximum_size(tmp_path: Path) -> None:
+    """A file at the limit is read, one byte more is refused; of a log the last part is read."""
     path = tmp_path / "x"
     path.write_bytes(b"a" * 10)
     assert records.read_bytes(str(path), 10) == b"a" * 10

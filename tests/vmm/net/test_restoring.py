@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deleting an external switch ends, whatever became of its card, and says what it could not put back."""
+"""Deleting an external switch succeeds whatever happened to its card, and reports what could not be restored."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.netns]
 
 
 class Scene:
-    """A host with an external switch `lan` on the card up0, made by the command."""
+    """A host with an external switch `lan` on the card up0, made with the command."""
 
     def __init__(self, host: BridgeHost, folder: Path) -> None:
         self.host = host
@@ -30,7 +30,7 @@ class Scene:
         assert made.returncode == 0, made.stderr
 
     def vmm(self, *words: str) -> subprocess.CompletedProcess[str]:
-        """The command, on the host."""
+        """Run the command on the host."""
         return self.host.execute(["env", *self.environment, *warm("vmm"), *words])
 
     def bridge_is_there(self) -> bool:
@@ -46,7 +46,7 @@ def scene(tmp_path: Path) -> Iterator[Scene]:
 
 
 def test_a_card_that_was_renamed_gets_everything_back(scene: Scene) -> None:
-    """It is known by its number while this boot lasts: another card with its old name gets nothing. INV-NET-UNDONE."""
+    """The card is known by its number until a reboot: another card with its old name gets nothing. INV-NET-UNDONE."""
     scene.host.run("ip link set up0 down; ip link set up0 name up7; ip link set up7 up")
     scene.host.run("ip link add up0 type veth peer name far0")
     done = scene.vmm("switch", "delete", "lan")
@@ -57,8 +57,8 @@ def test_a_card_that_was_renamed_gets_everything_back(scene: Scene) -> None:
     assert not scene.bridge_is_there()
 
 
-def test_a_card_that_was_pulled_is_told_with_what_it_had(scene: Scene) -> None:
-    """The switch goes without --force; which addresses and routes went with the card is said, also as JSON."""
+def test_a_removed_card_is_reported_with_what_it_had(scene: Scene) -> None:
+    """The switch is deleted without --force; the lost addresses and routes are reported, also as JSON."""
     scene.host.run("ip link del up0")
     done = scene.vmm("switch", "delete", "lan", "--json")
     assert done.returncode == 0, done.stderr
@@ -69,8 +69,9 @@ def test_a_card_that_was_pulled_is_told_with_what_it_had(scene: Scene) -> None:
     assert scene.vmm("switch", "show", "lan").returncode != 0
 
 
-def test_what_resists_is_left_with_force_only(scene: Scene, tmp_path: Path) -> None:
-    """A route that the kernel refuses keeps the switch, with what helps; forced, it goes with the rest put back."""
+def test_a_refused_route_is_given_up_only_with_force(scene: Scene, tmp_path: Path) -> None:
+    """A route that the kernel refuses keeps the switch, with a hint; if forced, the rest is restored and the switch
+    deleted."""
     (journal,) = (tmp_path / "rt").glob("sw-*/journal.json")
     document = json.loads(journal.read_text())
     keep = next(one for one in document["done"] if one["kind"] == "keep")
@@ -88,7 +89,7 @@ def test_what_resists_is_left_with_force_only(scene: Scene, tmp_path: Path) -> N
 
 
 def age_journal(folder: Path, seconds: int) -> None:
-    """Have the card's state written down so many seconds earlier than it was."""
+    """Make the card's recorded state that many seconds older."""
     (journal,) = (folder / "rt").glob("sw-*/journal.json")
     document = json.loads(journal.read_text())
     next(one for one in document["done"] if one["kind"] == "keep")["before"]["at"] -= seconds
@@ -96,15 +97,15 @@ def age_journal(folder: Path, seconds: int) -> None:
 
 
 def make_again(scene: Scene, commands: str) -> None:
-    """The switch, of a card with other addresses and routes."""
+    """Make the switch again, with other addresses and routes on the card."""
     assert scene.vmm("switch", "delete", "lan").returncode == 0
     scene.host.run(f"ip addr flush dev up0; {commands}")
     made = scene.vmm("switch", "create", "lan", "--type", "external", "--nic", "up0", "--yes")
     assert made.returncode == 0, made.stderr
 
 
-def test_a_lease_that_ran_out_on_the_bridge_does_not_come_back(scene: Scene, tmp_path: Path) -> None:
-    """Nor do the routes that depended on it; while some of its time is left, all of it comes back."""
+def test_a_lease_that_expired_on_the_bridge_is_not_restored(scene: Scene, tmp_path: Path) -> None:
+    """Nor are the routes that depended on it; before it expires, everything is restored."""
     lease = "ip addr add 10.9.0.7/24 dev up0 valid_lft 3000 preferred_lft 3000; ip route add default via 10.9.0.254"
     make_again(scene, lease)
     age_journal(tmp_path, 2000)
@@ -121,8 +122,8 @@ def test_a_lease_that_ran_out_on_the_bridge_does_not_come_back(scene: Scene, tmp
     assert "up0" not in scene.host.run("ip route")
 
 
-def test_what_stands_beside_a_lease_that_ran_out_comes_back(scene: Scene, tmp_path: Path) -> None:
-    """The card's own address with its routes, but no route from the address that was lost."""
+def test_other_addresses_are_restored_beside_an_expired_lease(scene: Scene, tmp_path: Path) -> None:
+    """The card's own address is restored with its routes, but no route from the expired address."""
     make_again(
         scene,
         "ip addr add 10.9.0.2/24 dev up0; ip addr add 10.9.0.7/24 dev up0 valid_lft 3000 preferred_lft 3000;"
@@ -137,8 +138,8 @@ def test_what_stands_beside_a_lease_that_ran_out_comes_back(scene: Scene, tmp_pa
 
 
 @pytest.mark.parametrize("content", ["", '{"done": [7]}', '{"done": [{"kind": "keep", "before": {}}]}'])
-def test_a_damaged_journal_keeps_no_switch(scene: Scene, tmp_path: Path, content: str) -> None:
-    """Without --force it is an error that names it, not a traceback; with it the switch is gone."""
+def test_a_damaged_journal_does_not_keep_a_switch(scene: Scene, tmp_path: Path, content: str) -> None:
+    """Without --force there is an error that names it, not a traceback; with --force the switch is deleted."""
     (journal,) = (tmp_path / "rt").glob("sw-*/journal.json")
     if content.endswith("}]}"):
         content = json.dumps({**json.loads(journal.read_text()), **json.loads(content)})
@@ -152,8 +153,9 @@ def test_a_damaged_journal_keeps_no_switch(scene: Scene, tmp_path: Path, content
     assert scene.vmm("switch", "show", "lan").returncode != 0
 
 
-def test_one_that_resists_keeps_no_other_from_coming_back() -> None:
-    """Where nobody gives up the first error is raised; else each is noted, and the next one is tried."""
+def test_one_failed_step_does_not_keep_others_from_being_restored() -> None:
+    """Unless failures are given up, the first error is raised; otherwise each is recorded, and the next step is
+    tried."""
     with pytest.raises(errors.VmmError, match="refused"), Resisted().trying("do it"):
         raise errors.VmmError("refused")
     resisted = Resisted(give_up=True)

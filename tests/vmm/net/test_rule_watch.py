@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules of a bridge that others take away or change, and the watchers that bring them back."""
+"""Rules of a bridge that are removed or changed, and the watchers that restore them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vmm.net.switch_spec import make_switch
 
 LAB = make_switch(name="lab", type="internal", backend="bridge", address="10.77.9.1/24", nat=True, dhcp=False)
 TABLE = LAB.table_name
-SECONDS = 120.0  # two programs start, beside whatever else the machine does
+SECONDS = 120.0  # two programs start, on a possibly busy machine
 
 _MAKE = """
 import sys
@@ -63,13 +63,13 @@ _TRY = """
 import json, subprocess, sys
 from vmm.net import switches, watching
 from vmm.net.host_side import HostSide
-told = []
+observed = []
 host = HostSide(switches.load("lab"))
 def faults(): return [one.problem for one in watching.faults(host)]
 for command in sys.argv[1:]:
     subprocess.run(["sh", "-ec", command], check=True)
-    told.append([faults(), watching.put_right(host).mended, faults()])
-print(json.dumps(told))
+    observed.append([faults(), watching.put_right(host).mended, faults()])
+print(json.dumps(observed))
 """
 
 
@@ -95,7 +95,7 @@ class RuleHost:
         )
 
     def rules(self) -> str:
-        """All rules of the host, without what was counted."""
+        """All rules of the host, without counters."""
         return re.sub(r"packets \d+ bytes \d+", "", self.host.run("nft -s list ruleset"))
 
 
@@ -121,14 +121,14 @@ CHANGES = {
 
 
 @pytest.mark.netns
-def test_whatever_is_changed_is_found_and_put_right(lab: RuleHost) -> None:
-    """`INV-RULES-BACK`: tables, chains, rules and their order; what is as planned is not touched."""
+def test_every_change_is_found_and_repaired(lab: RuleHost) -> None:
+    """`INV-RULES-BACK`: tables, chains, rules and their order are restored; unchanged ones are not touched."""
     before = lab.rules()
     done = lab.execute(_TRY, "true", *(command.format(TABLE) for command in CHANGES))
     assert done.returncode == 0, done.stderr
-    nothing, *told = json.loads(done.stdout)
+    nothing, *observed = json.loads(done.stdout)
     assert nothing == [[], [], []]
-    for (command, words), (seen, restored, left) in zip(CHANGES.items(), told, strict=True):
+    for (command, words), (seen, restored, left) in zip(CHANGES.items(), observed, strict=True):
         assert any(words.format(TABLE) in one for one in seen), command
         assert restored == ["rules"], command
         assert left == [], command
@@ -136,7 +136,7 @@ def test_whatever_is_changed_is_found_and_put_right(lab: RuleHost) -> None:
 
 
 @pytest.mark.netns
-def test_what_differs_is_shown(lab: RuleHost) -> None:
+def test_differences_are_shown(lab: RuleHost) -> None:
     """`vmm switch show` and `vmm host doctor` compare the kernel with the plan."""
     done = lab.execute(_SHOW, f"nft delete table bridge {TABLE}")
     assert done.returncode == 0, done.stderr
@@ -149,8 +149,8 @@ def test_what_differs_is_shown(lab: RuleHost) -> None:
 
 
 @pytest.mark.netns
-def test_rules_of_others_are_no_difference(lab: RuleHost) -> None:
-    """Another program's tables come and go; the switch's are left as they are."""
+def test_rules_of_other_programs_are_ignored(lab: RuleHost) -> None:
+    """Changes to another program's tables do not cause the switch's rules to be loaded."""
     other = "nft 'table inet firewall { chain c { type filter hook input priority 0; }; }'"
     done = lab.execute(_TRY, other, "nft delete table inet firewall")
     assert json.loads(done.stdout) == [[[], [], []]] * 2
@@ -158,8 +158,8 @@ def test_rules_of_others_are_no_difference(lab: RuleHost) -> None:
 
 
 @pytest.mark.netns
-def test_two_watchers_of_which_one_is_killed(lab: RuleHost, tmp_path: Path) -> None:
-    """`INV-RULES-BACK`: one of them restores and tells it, and the one that is left goes on."""
+def test_the_remaining_watcher_restores_rules(lab: RuleHost, tmp_path: Path) -> None:
+    """`INV-RULES-BACK`: one of two watchers restores and reports; when it is killed, the other one does."""
     before = lab.rules()
     files = [tmp_path / f"watcher-{number}" for number in range(2)]
     watchers = []
@@ -168,29 +168,28 @@ def test_two_watchers_of_which_one_is_killed(lab: RuleHost, tmp_path: Path) -> N
             with path.open("w") as file:
                 watchers.append(subprocess.Popen(lab.command(_WATCH), cwd=ROOT, stdout=file))
 
-        def told() -> list[str]:
+        def reports() -> list[str]:
             return [line for path in files for line in path.read_text().splitlines() if line.startswith("[")]
 
         wait_until(lambda: all("ready" in path.read_text() for path in files), "two watchers", SECONDS)
         lab.host.run("nft flush ruleset")
-        wait_until(lambda: len(told()) == 1, "somebody who tells it", SECONDS)
+        wait_until(lambda: len(reports()) == 1, "a report", SECONDS)
         assert lab.rules() == before
         watchers[0].send_signal(signal.SIGKILL)
         watchers[0].wait()
         lab.host.run("nft flush ruleset")
-        wait_until(lambda: len(told()) == 2, "the other one", SECONDS)
+        wait_until(lambda: len(reports()) == 2, "the other one", SECONDS)
         assert lab.rules() == before
-        assert told() == ['["rules"]'] * 2
+        assert reports() == ['["rules"]'] * 2
     finally:
         for one in watchers:
             one.kill()
             one.wait()
 
 
-def test_rules_that_never_look_as_planned_are_not_loaded_for_ever(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A few times, and then once for each change that somebody makes; what can be read again is as before."""
+def test_rules_that_never_match_are_not_loaded_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are loaded a few times, and then once for each change; as soon as they are readable again, all is as
+    before."""
     state = {"generation": 7, "loaded": 0}
 
     def load(*arguments: object, anew: bool) -> None:

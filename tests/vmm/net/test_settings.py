@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings that several switches hold."""
+"""Kernel settings that several switches hold."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str
 
 
 @pytest.mark.parametrize("order", ["ab", "ba"])
-def test_the_last_one_puts_back(kernel: dict[str, str], tmp_path: Path, order: str) -> None:
-    """`INV-SETTING-HELD`: in whatever order they let go, and however often each says so."""
+def test_the_last_holder_restores(kernel: dict[str, str], tmp_path: Path, order: str) -> None:
+    """`INV-SETTING-HELD`: in whatever order they release it, and however often."""
     folder = str(tmp_path)
     for holder in "aab":
         settings.hold(folder, SETTING, "1", holder)
@@ -35,7 +35,7 @@ def test_the_last_one_puts_back(kernel: dict[str, str], tmp_path: Path, order: s
     assert kernel == {SETTING: "1"}
     settings.release(folder, SETTING, order[1])
     assert kernel == {SETTING: "0"}
-    kernel[SETTING] = "5"  # nobody's business any more
+    kernel[SETTING] = "5"  # no switch holds it any more
     settings.release(folder, SETTING, order[1])
     assert kernel == {SETTING: "5"}
 
@@ -43,7 +43,7 @@ def test_the_last_one_puts_back(kernel: dict[str, str], tmp_path: Path, order: s
 def test_killed_before_the_setting_is_written(
     kernel: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What it was before is known although the writer was killed; taking back and beginning again both work."""
+    """The original value is known although the writer was killed; both undoing and beginning again work."""
     folder = str(tmp_path)
 
     def killed(setting: str, value: str) -> None:
@@ -62,8 +62,8 @@ def test_killed_before_the_setting_is_written(
 FORWARDING = "net/ipv4/conf/{}/forwarding"
 
 
-def test_what_somebody_else_changed_since_stays(kernel: dict[str, str], tmp_path: Path) -> None:
-    """Another value than ours is somebody else's by now. `INV-SETTING-HELD`."""
+def test_a_value_changed_by_another_program_stays(kernel: dict[str, str], tmp_path: Path) -> None:
+    """A value other than ours was set by another program. `INV-SETTING-HELD`."""
     settings.hold(str(tmp_path), SETTING, "1", "a")
     kernel[SETTING] = "2"
     settings.release(str(tmp_path), SETTING, "a")
@@ -71,10 +71,10 @@ def test_what_somebody_else_changed_since_stays(kernel: dict[str, str], tmp_path
 
 
 @pytest.mark.parametrize(("before", "since", "left"), [("0", "1", "1"), ("0", "0", "0"), ("1", "1", "0")])
-def test_what_was_switched_on_everywhere_since_stays(
+def test_a_setting_switched_on_everywhere_since_stays(
     kernel: dict[str, str], tmp_path: Path, before: str, since: str, left: str
 ) -> None:
-    """Docker's `ip_forward` reaches the card, too: it stays. One that was an exception before is one again.
+    """Docker's `ip_forward` reaches the card, too, so it stays on. An earlier exception is one again.
 
     `INV-SETTING-HELD`.
     """
@@ -86,8 +86,9 @@ def test_what_was_switched_on_everywhere_since_stays(
     assert kernel[card] == left
 
 
-def test_interfaces_that_came_since_have_what_they_would_have(kernel: dict[str, str], tmp_path: Path) -> None:
-    """A new interface has our default: so it is not noted as its own by the next switch, and goes with the last.
+def test_new_interfaces_get_the_original_value(kernel: dict[str, str], tmp_path: Path) -> None:
+    """A new interface inherits our default: the next switch must not record that as its own value, and the last one
+    restores it.
 
     `INV-SETTING-HELD`.
     """
@@ -102,8 +103,10 @@ def test_interfaces_that_came_since_have_what_they_would_have(kernel: dict[str, 
     assert kernel == {SETTING: "0", everywhere: "0", default: "0", card: "1", new: "0", third: "0"}
 
 
-def test_an_earlier_boot_is_forgotten(kernel: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel has forgotten it, too: what is there now is what was before."""
+def test_records_of_an_earlier_boot_are_ignored(
+    kernel: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel has lost our values, too: its present value is the original one."""
     folder = str(tmp_path)
     settings.hold(folder, SETTING, "1", "a")
     monkeypatch.setattr(settings, "boot_id", lambda: "another")

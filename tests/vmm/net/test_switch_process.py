@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Asking a switch's process: what it may answer, and what happens when something else answers in its place."""
+"""Requests to a switch's process: what it may answer, and what happens if another program answers in its place."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Answering = Callable[[socket.socket], None]
 
 @contextlib.contextmanager
 def stand_in(answering: Answering) -> Iterator[SwitchProcess]:
-    """Something that takes one client where the process of switch `lab` would listen."""
+    """A program that accepts one client where the process of switch `lab` would listen."""
     with tempfile.TemporaryDirectory(prefix="vmm-sw-") as folder, socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"{folder}/control.sock")
         listener.listen()
@@ -38,25 +38,25 @@ def stand_in(answering: Answering) -> Iterator[SwitchProcess]:
             yield SwitchProcess(folder, "lab")
         finally:
             with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as unblocker:
-                unblocker.connect(f"{folder}/control.sock")  # a test that failed before it asked
+                unblocker.connect(f"{folder}/control.sock")  # a test that failed before it sent a request
             thread.join(60)
             assert not thread.is_alive()
 
 
 def sending(data: bytes) -> Answering:
-    """An answer of these bytes."""
+    """A stand-in that answers with these bytes."""
     return lambda client: client.sendall(data)
 
 
 @pytest.mark.parametrize("answer", [b"garbage\n", b"5\n", b"{}\n", b'{"id": 1, "error": 5}\n', b"[" * 9999 + b"\n"])
-def test_what_is_not_a_switch_is_named(answer: bytes) -> None:
-    """An answer that is not one is an error with the name of the switch, and no other exception."""
+def test_a_malformed_answer_names_the_switch(answer: bytes) -> None:
+    """A malformed answer is an error with the name of the switch, and never another exception."""
     with stand_in(sending(answer)) as backend, pytest.raises(errors.VmmError, match="for switch lab is not a switch"):
         backend.ask("status")
 
 
 def test_answers_are_bounded() -> None:
-    """Something that never ends its line is disconnected, and its bytes are not kept."""
+    """A stand-in that never ends its line is disconnected, and its bytes are not kept."""
     sent = 0
 
     def endless(client: socket.socket) -> None:
@@ -70,15 +70,15 @@ def test_answers_are_bounded() -> None:
     assert sent < 3 * MAX_ANSWER_BYTES
 
 
-def test_hanging_up_is_not_running() -> None:
-    """A switch that ends instead of answering is one that does not run, so it is started again."""
+def test_a_switch_that_hangs_up_counts_as_not_running() -> None:
+    """A switch that ends instead of answering counts as not running, so it is started again."""
     for answer in (b"", b'{"jsonrpc": "2.0", "id": 1,'):
         with stand_in(sending(answer)) as backend, pytest.raises(errors.WrongState, match="lab hung up"):
             backend.ask("status")
 
 
-def test_the_stream_after_the_answer_is_left() -> None:
-    """No byte of a capture is swallowed with the answer before it."""
+def test_the_stream_after_the_answer_is_not_consumed() -> None:
+    """Reading the answer consumes no byte of the capture after it."""
     with (
         stand_in(sending(jsonrpc.encode_result(1, {}) + b"\n\nstream")) as backend,
         backend.capture(None) as stream,

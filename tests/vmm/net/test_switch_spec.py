@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which settings make a switch, and what follows from them."""
+"""Which settings a switch has, and what follows from them."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from vmm.net.switch_spec import make_switch
         "sctp::80-:22",
     ],
 )
-def test_forwarded_ports_are_judged(word: str) -> None:
-    """What QEMU would not take is refused when the switch is made, not found out by its helper again and again."""
+def test_forwarded_ports_are_checked(word: str) -> None:
+    """What QEMU would refuse is refused when the switch is made, not at each start of its helper."""
     with pytest.raises(errors.InvalidSpec):
         make_switch(name="x", type="internal", address="10.77.0.1/24", forwards=(word,))
     good = make_switch(name="x", type="internal", address="10.77.0.1/24", forwards=("udp::53-:53",))
     assert good.forwards == ("udp::53-:53",)
 
 
-def test_a_lease_names_a_host() -> None:
-    """A name that is more than a name would be more than one line of dnsmasq's configuration."""
+def test_a_lease_has_a_host_name() -> None:
+    """Any other text could become more than one line of dnsmasq's configuration."""
     lease = {"mac": "00:15:5d:00:00:01", "address": "10.77.0.9", "name": "x\naddn-hosts=/a"}
     with pytest.raises(errors.InvalidSpec, match="name"):
         make_switch(name="x", type="internal", backend="bridge", address="10.77.0.1/24", leases=(lease,))
@@ -77,15 +77,15 @@ def test_a_lease_names_a_host() -> None:
         ),
     ],
 )  # fmt: skip
-def test_switches_that_cannot_be(settings: dict[str, Any], words: str) -> None:
-    """Each is refused with what is wrong with it."""
+def test_impossible_switches_are_refused(settings: dict[str, Any], words: str) -> None:
+    """The error says what is wrong."""
     with pytest.raises(errors.InvalidSpec, match=words):
         make_switch(**{"name": "x", **settings})
 
 
 @given(st.sets(st.integers(0, 255), max_size=255))
-def test_free_networks_are_free(taken: set[int]) -> None:
-    """The network for a new switch overlaps with none that is in use."""
+def test_a_new_network_is_free(taken: set[int]) -> None:
+    """The network for a new switch does not overlap with any network in use."""
     networks = [ipaddress.IPv4Network(f"10.77.{one}.0/24") for one in taken]
     interface = switch_spec.free_network(networks)
     assert not any(interface.network.overlaps(one) for one in networks)
@@ -93,13 +93,14 @@ def test_free_networks_are_free(taken: set[int]) -> None:
 
 
 def test_no_free_network() -> None:
-    """A host that has all of it gets an error with a way out."""
+    """If the host uses all networks, the error says what to do."""
     with pytest.raises(errors.NoSpace, match="--address"):
         switch_spec.free_network(switch_spec.DEFAULT_NETWORKS)
 
 
-def test_gateways_follow_from_the_switch() -> None:
-    """The user back end's way out: the host's address, a name server that is another; also of a /8 at once."""
+def test_the_gateway_is_derived_from_the_switch() -> None:
+    """For the user back end it is the host's address, with another one for the name server; also found at once in a
+    /8."""
     setup = make_switch(name="x", type="internal", address="10.0.0.1/24").gateway()
     assert (setup.network, setup.host, setup.name_server, setup.first) == (
         "10.0.0.0/24",
@@ -112,8 +113,8 @@ def test_gateways_follow_from_the_switch() -> None:
     assert make_switch(name="x", type="internal", address="10.0.0.1/8").gateway().network == "10.0.0.0/8"
 
 
-def test_the_user_back_ends_dhcp_follows_from_the_switch() -> None:
-    """The range with its end and the fixed addresses; nothing where there is to be no DHCP."""
+def test_the_user_back_ends_dhcp_is_derived_from_the_switch() -> None:
+    """It has the range with its end and the fixed addresses; it is empty if the switch has no DHCP."""
     lease = {"mac": "02:00:00:00:00:01", "address": "10.0.0.9", "name": "web"}
     settings = {
         "name": "x",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Switches as files: there whole or not at all, never deleted under a guest."""
+"""Switches as files: complete or absent, and never deleted under a guest."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from vmm.net.switch_spec import SwitchSpec, make_switch
 
 @pytest.fixture
 def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A home and a runtime folder of this test."""
+    """A home and a runtime folder for this test."""
     folder = Path(tempfile.mkdtemp(prefix="vmm-sw-"))
     monkeypatch.setenv("VMM_HOME", str(folder / "home"))
     monkeypatch.setenv("VMM_RUNTIME", str(folder / "run"))
@@ -40,8 +40,8 @@ def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def test_made_found_and_taken_away(home: Path) -> None:
-    """A switch runs when it is made, is found by its name, and leaves nothing when it is deleted."""
+def test_a_switch_is_made_found_and_deleted(home: Path) -> None:
+    """A new switch runs, is found by its name, and leaves nothing behind when it is deleted."""
     spec = make_switch(name="lab")
     switches.create(spec)
     assert switches.load("lab") == spec
@@ -53,16 +53,16 @@ def test_made_found_and_taken_away(home: Path) -> None:
     assert not any((home / "run").iterdir())
 
 
-def test_too_long_names_of_sockets_are_told_before(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A switch whose sockets could not be made is not there."""
+def test_too_long_socket_names_are_refused_beforehand(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A switch whose sockets could not be made is not made."""
     monkeypatch.setenv("VMM_RUNTIME", "/tmp/" + "r" * 90)
     with pytest.raises(errors.InvalidSpec, match=r"too long for sockets.*VMM_RUNTIME"):
         switches.create(make_switch(name="lab"))
     assert switches.names() == []
 
 
-def test_names_and_networks_are_taken_once(home: Path) -> None:
-    """A second switch of a name, and one whose network overlaps, are refused, and leave nothing."""
+def test_names_and_networks_are_unique(home: Path) -> None:
+    """A second switch with the same name, or with an overlapping network, is refused and leaves nothing."""
     switches.create(make_switch(name="lab"))
     with pytest.raises(errors.AlreadyExists, match="'lab'"):
         switches.create(make_switch(name="lab"))
@@ -75,8 +75,8 @@ def test_names_and_networks_are_taken_once(home: Path) -> None:
     assert switches.names() == ["lab", "one"]
 
 
-def test_what_cannot_be_made_leaves_nothing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A switch that the host cannot have is not there afterwards."""
+def test_a_failed_create_leaves_nothing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A switch that the host cannot provide does not exist afterwards."""
 
     def fails(self: HostSide) -> None:
         self.user.ensure_running()
@@ -92,8 +92,9 @@ def test_what_cannot_be_made_leaves_nothing(home: Path, monkeypatch: pytest.Monk
     assert [one.name for one in (home / "home" / "switches").iterdir()] == [".lock"]
 
 
-def test_a_gateway_that_does_not_start_is_told(home: Path) -> None:
-    """A switch whose gateway ends at once, here for a port that is taken, is not made, and the reason is told."""
+def test_create_fails_if_the_gateway_does_not_start(home: Path) -> None:
+    """If the gateway ends at once, here because a port is taken, the switch is not made, and the error has the
+    reason."""
     require_qemu()
     with socket.create_server(("127.0.0.1", 0)) as taken:
         forward = f"tcp:127.0.0.1:{taken.getsockname()[1]}-10.77.250.9:22"
@@ -104,8 +105,9 @@ def test_a_gateway_that_does_not_start_is_told(home: Path) -> None:
     assert not any((home / "run").iterdir())
 
 
-def test_dhcp_follows_the_switchs_file(home: Path) -> None:
-    """A low range has a gateway; a fixed address that is set later counts at once, and the gateway stays the same."""
+def test_changes_to_leases_take_effect_at_once(home: Path) -> None:
+    """A low range has a gateway; a fixed address that is set later takes effect at once, and the gateway stays the
+    same."""
     require_qemu()
     settings = {"dhcp_first": "10.77.250.1", "dhcp_last": "10.77.250.9"}
     switches.create(make_switch(name="nat", type="internal", address="10.77.250.1/24", **settings))
@@ -126,7 +128,7 @@ def test_dhcp_follows_the_switchs_file(home: Path) -> None:
 
 
 def test_a_switch_that_hangs_can_be_deleted(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes force, which the error names, and then a few seconds: the process is asked once, and killed."""
+    """It requires force, as the error says, and then a few seconds: the process is asked once, and killed."""
     switches.create(make_switch(name="lab"))
     user = HostSide(switches.load("lab")).user
     status = user.status()
@@ -143,13 +145,13 @@ def test_a_switch_that_hangs_can_be_deleted(home: Path, monkeypatch: pytest.Monk
     assert "--force" in str(caught.value.hint)
     start = time.monotonic()
     switches.delete("lab", force=True)
-    assert time.monotonic() - start < switch_process.ANSWER_SECONDS, "it was asked more than once"
+    assert time.monotonic() - start < switch_process.ANSWER_SECONDS, "the process was asked more than once"
     assert switches.names() == []
     assert not user.is_running()
 
 
-def test_what_could_not_be_put_back_can_be_deleted_later(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A switch that was made in part, and taken back in part, keeps its file: or nobody could take the rest back."""
+def test_a_partly_undone_switch_can_be_deleted_later(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A switch that was made in part, and undone in part, keeps its file, so that the rest can be undone later."""
     spec = make_switch(name="lab", backend="bridge")
 
     def fails(self: HostSide, **given: bool) -> None:
@@ -168,8 +170,8 @@ def test_what_could_not_be_put_back_can_be_deleted_later(home: Path, monkeypatch
     switches.delete("lab")
 
 
-def test_a_change_is_made_to_what_the_switch_is_by_then(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two fixed addresses at once are both there, and a switch made anew meanwhile is the one that is deleted.
+def test_a_change_applies_to_the_switch_as_it_is_by_then(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two fixed addresses set at once are both kept, and a switch made again meanwhile is the one that is deleted.
 
     INV-READ-UNDER-LOCK.
     """
@@ -208,7 +210,7 @@ def test_a_change_is_made_to_what_the_switch_is_by_then(home: Path, monkeypatch:
 
 
 def test_guests_keep_their_switch(home: Path) -> None:
-    """With somebody plugged in it is deleted only by force."""
+    """A switch with a guest plugged in is deleted only with force."""
     spec = make_switch(name="lab")
     switches.create(spec)
     guest = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -232,8 +234,8 @@ def test_guests_keep_their_switch(home: Path) -> None:
         (b"", "is not JSON"),
     ],
 )
-def test_damaged_files_are_named(home: Path, content: bytes, words: str) -> None:
-    """With the file and what is wrong; the others are still listed."""
+def test_damaged_files_are_reported(home: Path, content: bytes, words: str) -> None:
+    """The error names the file and what is wrong; the other switches are still listed."""
     switches.create(make_switch(name="good"))
     path = home / "home" / "switches" / "lab.json"
     path.write_bytes(content)
@@ -244,15 +246,15 @@ def test_damaged_files_are_named(home: Path, content: bytes, words: str) -> None
     path.unlink()
 
 
-@pytest.mark.parametrize("name", ["nobody", "../x", ".hidden"])
+@pytest.mark.parametrize("name", ["unknown", "../x", ".hidden"])
 def test_unknown_switches(home: Path, name: str) -> None:
-    """Named in the error, with those that there are; a name leads to no other folder."""
+    """The error lists the switches that exist; a name never leads to another folder."""
     with pytest.raises(errors.NotFound, match="there is no switch"):
         switches.load(name)
 
 
 def test_bridges_need_root(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bridge back end says so at once, and what to do instead."""
+    """The error says so at once, and what to do instead."""
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     with pytest.raises(errors.AccessDenied, match="--backend user"):
         HostSide(make_switch(name="x", backend="bridge")).backend.plan()

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vmm switch create` and `delete` with kill -9 at any moment: what is left is told, and the next command ends it."""
+"""`vmm switch create` and `delete` with kill -9 at any moment: leftovers are reported, and the next command cleans
+them up."""
 
 from __future__ import annotations
 
@@ -21,8 +22,8 @@ WORDS = {
 @pytest.mark.slow
 @pytest.mark.parametrize(("verb", "kind"), [("create", "external"), ("create", "internal"), ("delete", "external"),
                                             ("delete", "internal")])  # fmt: skip
-def test_killed_anywhere_the_next_command_ends_it(tmp_path: Path, verb: str, kind: str) -> None:
-    """`list`, `show` and `doctor` work and say so; `create` says what to do; `delete` leaves the host as it was."""
+def test_after_a_kill_at_any_point_the_next_command_cleans_up(tmp_path: Path, verb: str, kind: str) -> None:
+    """`list`, `show` and `doctor` work and report it; `create` says what to do; `delete` leaves the host as it was."""
     with bridge_host(tmp_path) as host:
         host.link("up0", "net", "10.9.0.254/24")
         host.run("ip addr add 10.9.0.2/24 dev up0; ip route add default via 10.9.0.254")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long frames may be: as the card has it or as it was set, on the bridge, its taps and the guests' adapters."""
+"""The MTU of the card, or the one that was set, on the bridge, its taps and the guests' adapters."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from vmm.net.switch_spec import make_switch
 
 
 class Scene:
-    """A host with a card of 1400 bytes, and the command on it."""
+    """A host with a card whose MTU is 1400, and the command on it."""
 
     def __init__(self, host: BridgeHost, folder: Path) -> None:
         self.host = host
@@ -37,7 +37,7 @@ class Scene:
         return self.host.execute(["env", *self.environment, *warm("vmm"), *words])
 
     def plug(self, switch: str, tap: str) -> None:
-        """A tap that stays, with the rules and the MTU of a port of the switch."""
+        """A permanent tap with the rules and the MTU of a port of the switch."""
         self.host.run(f"ip tuntap add {tap} mode tap")
         program = (
             "import sys\nfrom vmm.net import switches\nfrom vmm.net.host_side import HostSide\n"
@@ -60,8 +60,9 @@ def scene(tmp_path: Path) -> Iterator[Scene]:
 
 
 @pytest.mark.netns
-def test_bridge_and_taps_follow_the_card_and_what_is_set(scene: Scene) -> None:
-    """Made on a card of 1400 bytes, taps have them; what is set holds at once, and more than the card's is refused.
+def test_bridge_and_taps_have_the_cards_mtu_or_the_one_that_is_set(scene: Scene) -> None:
+    """Taps start with the card's MTU of 1400; a new setting takes effect at once, and one larger than the card's is
+    refused.
 
     INV-ONE-MTU.
     """
@@ -85,8 +86,9 @@ def test_bridge_and_taps_follow_the_card_and_what_is_set(scene: Scene) -> None:
     assert scene.vmm("switch", "delete", "lan", "--force").returncode == 0
 
 
-def test_what_a_switch_cannot_carry_is_refused() -> None:
-    """Less than IPv4 needs, more than the user switch or its gateway knows, more than the card."""
+def test_an_mtu_that_a_switch_cannot_carry_is_refused() -> None:
+    """Less than IPv4 needs, more than the user switch or its gateway supports, and more than the card's are
+    refused."""
     for settings in ({"mtu_bytes": 500}, {"mtu_bytes": 9217}):
         with pytest.raises(errors.InvalidSpec, match="mtu_bytes"):
             make_switch(name="x", **settings)
@@ -100,8 +102,9 @@ def test_what_a_switch_cannot_carry_is_refused() -> None:
     assert plan.steps(lower, HostFacts(uplink=card))[1].arguments["mtu_bytes"] == 1400
 
 
-def test_guests_are_told() -> None:
-    """A synthetic adapter has it as host_mtu, a legacy one hears of it by DHCP; a user switch says only what was set.
+def test_the_mtu_is_announced_to_guests() -> None:
+    """A synthetic adapter has it as host_mtu, a legacy one gets it by DHCP; a user switch announces only an MTU that
+    was set.
 
     INV-ONE-MTU.
     """

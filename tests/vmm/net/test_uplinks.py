@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interfaces that can be no card of a switch, as a kernel has them."""
+"""Interfaces that cannot be a switch's card, on a real kernel."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def here() -> Iterator[tuple[Namespaces, str]]:
 
 
 def test_each_kind_is_refused_before_anything_is_changed(here: tuple[Namespaces, str]) -> None:
-    """In words that say why: what the kernel refuses, and what it would take and then give no frames."""
+    """The reasons cover what the kernel refuses, and what it would accept without ever delivering frames."""
     spaces, name = here
 
     def reasons(uplink: str) -> list[str]:
@@ -55,8 +55,8 @@ def test_each_kind_is_refused_before_anything_is_changed(here: tuple[Namespaces,
         assert words in said
 
 
-def test_the_kernel_refuses_what_we_refuse(here: tuple[Namespaces, str]) -> None:
-    """Or the plan would be too strict; only a macvlan is taken, and hears nothing but what is for itself."""
+def test_the_kernel_refuses_the_same_interfaces(here: tuple[Namespaces, str]) -> None:
+    """Otherwise the plan would be too strict; the kernel accepts only a macvlan, which gets no frames but its own."""
     spaces, name = here
     spaces.run(name, "ip link add br1 type bridge")
     refused = [

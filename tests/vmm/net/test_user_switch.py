@@ -39,7 +39,7 @@ def lab(monkeypatch: pytest.MonkeyPatch) -> Iterator[SwitchLab]:
 
 
 def port_status(lab: SwitchLab, name: str) -> dict[str, object]:
-    """What the switch says about a port."""
+    """What the switch reports about a port."""
     status = lab.backend.status()
     assert status is not None
     found: dict[str, object] = next(one for one in status["ports"] if one["name"] == name)
@@ -47,7 +47,7 @@ def port_status(lab: SwitchLab, name: str) -> dict[str, object]:
 
 
 def test_two_guests_talk(lab: SwitchLab) -> None:
-    """The first port starts the switch; frames go both ways, are counted, and stations are known."""
+    """The first port starts the switch; frames pass both ways and are counted, and stations are known."""
     one, other = lab.plug("a"), lab.plug("b")
     lab.send("a", HELLO)
     assert other.recv(2000) == HELLO
@@ -59,8 +59,9 @@ def test_two_guests_talk(lab: SwitchLab) -> None:
     assert known == {(frames.format_mac(ONE), "a"), (frames.format_mac(TWO), "b")}
 
 
-def test_killed_under_traffic_it_comes_back_unnoticed(lab: SwitchLab) -> None:
-    """`INV-SWITCH-RESTART`: after kill -9 and a new start guests talk on, with the same rules, doing nothing."""
+def test_a_kill_under_traffic_goes_unnoticed(lab: SwitchLab) -> None:
+    """`INV-SWITCH-RESTART`: after kill -9 and a new start guests communicate as before, with the same rules, without
+    any action of theirs."""
     lab.plug("a", rules=PortRules(mode=VlanMode.ACCESS, vlan=5))
     other = lab.plug("b", rules=PortRules(mode=VlanMode.ACCESS, vlan=5))
     lab.plug("c")
@@ -75,11 +76,11 @@ def test_killed_under_traffic_it_comes_back_unnoticed(lab: SwitchLab) -> None:
             assert other.recv(2000) == HELLO
             got_after, got_before = got_after + killed, got_before + (not killed)
         except (OSError, TimeoutError):
-            assert killed, "a frame was lost without any reason"
+            assert killed, "a frame was lost for no reason"
         if got_before == 5 and not killed:
             os.kill(status["pid"], signal.SIGKILL)
             killed = True
-            other.settimeout(0.2)  # what is sent meanwhile is lost
+            other.settimeout(0.2)  # frames sent in the meantime are lost
         if killed:
             lab.backend.ensure_running()
     assert got_after == 5
@@ -87,8 +88,8 @@ def test_killed_under_traffic_it_comes_back_unnoticed(lab: SwitchLab) -> None:
     assert lab.backend.status() != status
 
 
-def test_a_switch_that_does_not_answer_is_ended(lab: SwitchLab, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever removes a switch is not refused because its process hangs: it is killed, and nothing of it stays."""
+def test_a_switch_that_does_not_answer_can_be_removed(lab: SwitchLab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Removing a switch whose process hangs succeeds: the process is killed, and leaves nothing."""
     lab.plug("a")
     status = lab.backend.status()
     assert status is not None
@@ -103,7 +104,7 @@ def test_a_switch_that_does_not_answer_is_ended(lab: SwitchLab, monkeypatch: pyt
 
 
 def test_without_its_gateway_it_starts_again(lab: SwitchLab, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guests talk among themselves where the gateway's program is gone after a restart; it is tried again later."""
+    """Guests still reach each other if the gateway's program is missing after a restart; it is tried again later."""
     require_qemu()
     lab.plug("a")
     other = lab.plug("b")
@@ -120,7 +121,7 @@ def test_without_its_gateway_it_starts_again(lab: SwitchLab, monkeypatch: pytest
 
 
 def test_many_starters_start_one(lab: SwitchLab) -> None:
-    """However many ask for the switch at once, there is one process, and all find it."""
+    """However many callers start the switch at once, one process runs, and all of them find it."""
     program = (
         "import sys; from vmm.net.switch_process import SwitchProcess\n"
         "print(SwitchProcess(sys.argv[1], 'lab').ensure('status')['pid'])"
@@ -135,7 +136,7 @@ def test_many_starters_start_one(lab: SwitchLab) -> None:
 
 
 def test_rules_change_while_it_runs(lab: SwitchLab) -> None:
-    """A port that is plugged again with other rules has them at once."""
+    """A port that is plugged in again with other rules has them at once."""
     lab.plug("a")
     other = lab.plug("b")
     lab.send("a", HELLO)
@@ -147,7 +148,7 @@ def test_rules_change_while_it_runs(lab: SwitchLab) -> None:
 
 
 def test_links_go_down_and_up(lab: SwitchLab) -> None:
-    """A link that is down loses frames and counts them; it is down after a restart, too."""
+    """A link that is down drops frames and counts them; it is still down after a restart."""
     lab.plug("a")
     other = lab.plug("b")
     lab.backend.ask("set_link", name="a", up=False)
@@ -166,7 +167,7 @@ def test_links_go_down_and_up(lab: SwitchLab) -> None:
 
 @pytest.mark.slow
 def test_bandwidth_limit_holds(lab: SwitchLab) -> None:
-    """A guest that sends as fast as it can gets its limit, within 15 %; a second of waiting does not count."""
+    """A guest that sends at full speed gets its limit, within 15 %; a second of waiting does not count."""
     lab.plug("a", rate_bits_per_second=8_000_000)
     other = lab.plug("b")
     sender = lab.guests["a"]
@@ -174,7 +175,7 @@ def test_bandwidth_limit_holds(lab: SwitchLab) -> None:
     frame = packets.ethernet(TWO, ONE, bytes(1486))
     started = first = 0.0
     received = 0
-    for _ in range(200):  # what the buffers hold passes first
+    for _ in range(200):  # the content of the buffers passes first
         try:
             lab.send("a", frame)
         except BlockingIOError:
@@ -200,8 +201,8 @@ def test_bandwidth_limit_holds(lab: SwitchLab) -> None:
 
 
 @pytest.mark.interop
-def test_captures_stream_to_whoever_asks(lab: SwitchLab, tmp_path: Path) -> None:
-    """Both directions of a port, until the reader leaves; then the switch has forgotten it."""
+def test_captures_stream_to_their_readers(lab: SwitchLab, tmp_path: Path) -> None:
+    """Both directions of a port are streamed until the reader disconnects; then the switch drops the capture."""
     one, other = lab.plug("a"), lab.plug("b")
     path = tmp_path / "c.pcapng"
     with lab.backend.capture("a") as stream, path.open("wb") as file:
@@ -222,7 +223,7 @@ def test_captures_stream_to_whoever_asks(lab: SwitchLab, tmp_path: Path) -> None
     )
     assert done.stdout.split() == [frames.format_mac(ONE), frames.format_mac(TWO)]
     wait_until(lambda: not (lab.backend.status() or {"capture_count": 0})["capture_count"], "the capture ends")
-    with pytest.raises(errors.NotFound, match="no port nobody"), lab.backend.capture("nobody"):
+    with pytest.raises(errors.NotFound, match="no port unknown"), lab.backend.capture("unknown"):
         pass
     with pytest.raises(errors.InvalidSpec), lab.backend.capture(None, 5):
         pass
@@ -243,7 +244,7 @@ def test_captures_stream_to_whoever_asks(lab: SwitchLab, tmp_path: Path) -> None
     ids=range(8),
 )
 def test_bad_requests_are_answered(lab: SwitchLab, line: bytes) -> None:
-    """With an error on one line; the switch goes on."""
+    """The answer is an error on one line, and the switch continues."""
     lab.backend.ensure("status")
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(10)
@@ -253,8 +254,8 @@ def test_bad_requests_are_answered(lab: SwitchLab, line: bytes) -> None:
     assert lab.backend.status() is not None
 
 
-def test_endless_lines_are_hung_up_on(lab: SwitchLab) -> None:
-    """A client that never ends its line loses its connection, not our memory."""
+def test_endless_lines_are_disconnected(lab: SwitchLab) -> None:
+    """A client that never ends its line loses its connection, and costs bounded memory."""
     lab.backend.ensure("status")
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(10)
@@ -266,7 +267,7 @@ def test_endless_lines_are_hung_up_on(lab: SwitchLab) -> None:
 
 
 def test_random_bytes_do_not_disturb_it(lab: SwitchLab) -> None:
-    """A guest that sends rubbish of every length is counted, and the others talk on."""
+    """A guest that sends garbage of every length is counted, and the others are not affected."""
     lab.plug("a")
     lab.plug("b")
     other = lab.plug("c")
@@ -293,7 +294,7 @@ def test_random_bytes_do_not_disturb_it(lab: SwitchLab) -> None:
     assert drops["malformed"]
 
 
-def test_it_ends_when_nobody_needs_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_it_ends_when_it_is_no_longer_needed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Without ports and clients the process ends by itself; with a port it stays."""
     monkeypatch.setattr(user_switch, "IDLE_SECONDS", 0.0)
     monkeypatch.setattr(user_switch, "TICK_SECONDS", 0.01)
@@ -305,8 +306,8 @@ def test_it_ends_when_nobody_needs_it(monkeypatch: pytest.MonkeyPatch, tmp_path:
     switch.close()
 
 
-def test_a_damaged_state_is_told_of_and_left(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Ports that cannot be taken up again are named in the log; the switch starts."""
+def test_damaged_ports_are_logged_and_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Ports that cannot be restored are named in the log; the switch starts."""
     (tmp_path / "ports.json").write_text('{"ports": [{"name": "x", "address": "/no/such/folder/s", "peer": "/p"}]}')
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(tmp_path / "control.sock"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What dies of a switch is seen, told and put right."""
+"""A process of a switch that died is noticed, reported and restarted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 from tests.support import require_root_and_namespaces, require_tool
 from tests.vmm.net.machines import Namespaces
 
-# Runs on a host of its own: a switch whose DHCP server is killed.
+# Runs on its own host: a switch whose DHCP server is killed.
 VICTIM = """
 import json, os, signal, sys
 from vmm.net import switches, watching
@@ -56,7 +56,7 @@ said["gone"] = [one for one in watching.faults(host)]
 print(json.dumps(said))
 """
 
-# Runs on a host of its own: a switch whose DHCP server can never be started again.
+# Runs on its own host: a switch whose DHCP server can never be started again.
 HOPELESS = """
 import json, signal, time
 from vmm.model import errors
@@ -95,7 +95,7 @@ print(json.dumps(said))
 
 @pytest.fixture
 def space(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A host of the test's own."""
+    """A host for this test."""
     require_root_and_namespaces()
     for tool in ("nft", "dnsmasq", "busybox"):
         require_tool(tool)
@@ -111,7 +111,8 @@ def space(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def test_a_dhcp_server_that_died_is_started_again(space: str) -> None:
-    """`INV-SWITCH-WATCHED`: it is shown, put right once, and serves clients again, enclosed as `INV-ENCLOSED` says."""
+    """`INV-SWITCH-WATCHED`: its death is shown, repaired once, and it serves clients again, enclosed as `INV-ENCLOSED`
+    says."""
     victim = subprocess.Popen(
         ["ip", "netns", "exec", space, sys.executable, "-c", VICTIM, "client"],
         stdin=subprocess.PIPE,
@@ -145,8 +146,9 @@ def test_a_dhcp_server_that_died_is_started_again(space: str) -> None:
                 stream.close()
 
 
-def test_a_dhcp_server_that_never_starts_is_tried_rarely_and_told_once(space: str) -> None:
-    """Each try waits longer than the last, up to a minute; what can start then does, but not on a deleted switch."""
+def test_a_dhcp_server_that_never_starts_is_tried_rarely_and_reported_once(space: str) -> None:
+    """Each attempt waits longer than the last, up to a minute; as soon as it can start, it does, but not on a deleted
+    switch."""
     done = subprocess.run(
         ["ip", "netns", "exec", space, sys.executable, "-c", HOPELESS],
         capture_output=True, text=True, check=True, timeout=120,
@@ -161,7 +163,7 @@ def test_a_dhcp_server_that_never_starts_is_tried_rarely_and_told_once(space: st
 
 
 def lease_of_a_client(space: str) -> str:
-    """The network of the address that busybox's client gets on the bridge; it asks at another end of a veth."""
+    """The network of the address that busybox's client gets on the bridge; it asks at the other end of a veth."""
     script = (
         "set -e; bridge=$(ls /sys/class/net | grep ^vmm); ip link add t0 type veth peer name g0;"
         "ip link set t0 master $bridge up; ip link set g0 up;"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What others do to the bridges of a real machine while it runs: seen by its worker, put right, and told."""
+"""Changes to the bridges of a real machine while it runs: noticed by its worker, repaired, and reported."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Scene:
         self.vmm("start", "small")
 
     def vmm(self, *words: str) -> str:
-        """What a command on that host writes."""
+        """Run a command on that host; return its output."""
         done = self.host.execute([sys.executable, "-m", "vmm", *words])
         assert done.returncode == 0, f"vmm {' '.join(words)}: {done.stdout}{done.stderr}"
         return done.stdout
@@ -49,26 +49,26 @@ class Scene:
             self.vmm("switch", "delete", name, "--force")
 
     def mended(self) -> list[tuple[object, object]]:
-        """(switch, what) of everything that the machine's worker put right."""
+        """(switch, what) of every repair by the machine's worker."""
         found = [one for one in self.manager.events("small") if one.name == "switch-mended"]
         return [(one.details["switch"], one.details["what"]) for one in found]
 
     def rules(self) -> list[str]:
-        """All lines of all rules, without what was counted; tables are listed in the order in which they came."""
+        """All lines of all rules, without counters, with the tables in the order of their creation."""
         return sorted(re.sub(r"packets \d+ bytes \d+", "", self.host.run("nft -s list ruleset")).splitlines())
 
     def dnsmasq(self) -> set[str]:
-        """The numbers of the host's dnsmasq processes."""
+        """The process numbers of the host's dnsmasq processes."""
         pids = subprocess.run(["ip", "netns", "pids", self.host.here], capture_output=True, text=True, check=True)
         found = set()
         for one in pids.stdout.split():
-            with contextlib.suppress(OSError):  # it has ended since it was listed
+            with contextlib.suppress(OSError):  # it ended after it was listed
                 if Path(f"/proc/{one}/comm").read_text() == "dnsmasq\n":
                     found.add(one)
         return found
 
     def faults(self, switch: str) -> list[str]:
-        """What `vmm switch show` says is wrong."""
+        """The faults that `vmm switch show` reports."""
         return [one["problem"] for one in json.loads(self.vmm("switch", "show", switch, "--json"))["faults"]]
 
 
@@ -83,8 +83,8 @@ def scene(manager: Manager, tmp_path: Path) -> Iterator[Scene]:
             made.close()
 
 
-def test_a_running_machine_puts_its_switches_right(scene: Scene) -> None:
-    """Rules that are flushed, a dnsmasq that is killed, a card that is taken out and given another MTU.
+def test_a_running_machine_repairs_its_switches(scene: Scene) -> None:
+    """It restores flushed rules, a killed dnsmasq, a card that was taken out, and follows a changed MTU.
 
     `INV-RULES-BACK`, `INV-SWITCH-WATCHED`, `INV-CARD-BACK`, `INV-ONE-MTU`.
     """
@@ -92,10 +92,10 @@ def test_a_running_machine_puts_its_switches_right(scene: Scene) -> None:
     assert "masquerade" in str(before) and scene.mended() == []
     scene.host.run("nft flush ruleset")
     wait_until(lambda: scene.rules() == before, "the rules are back")
-    wait_until(lambda: set(scene.mended()) == {("nat", "rules"), ("lan", "rules")}, "it is told")
+    wait_until(lambda: set(scene.mended()) == {("nat", "rules"), ("lan", "rules")}, "the repair is reported")
     scene.host.run(f"kill -9 {server}")
     wait_until(lambda: scene.dnsmasq() - {server}, "there is another dnsmasq")
-    wait_until(lambda: ("nat", "dhcp") in scene.mended(), "it is told")
+    wait_until(lambda: ("nat", "dhcp") in scene.mended(), "the repair is reported")
     scene.host.run("ip link set up0 nomaster")
     wait_until(lambda: ("lan", "card") in scene.mended(), "the card is back")
     assert "master vmm" in scene.host.run("ip link show up0")
@@ -106,10 +106,10 @@ def test_a_running_machine_puts_its_switches_right(scene: Scene) -> None:
     assert [one for one in scene.manager.events("small") if one.name == "switch-impaired"] == []
 
 
-def test_a_route_into_the_network_of_guests_is_told(scene: Scene) -> None:
+def test_a_route_into_the_guests_network_is_reported(scene: Scene) -> None:
     """A VPN that comes up later may take a part of the switch's network: `switch show` says so, and what to do.
 
-    One to other networks is no fault.
+    A route to other networks is not a fault.
     """
     scene.host.run("ip link add tun7 type veth peer name tun8; ip link set tun7 up")
     scene.host.run("ip route add 10.99.0.0/16 dev tun7")
@@ -121,8 +121,8 @@ def test_a_route_into_the_network_of_guests_is_told(scene: Scene) -> None:
     assert scene.faults("nat") == []
 
 
-def test_a_port_whose_record_is_damaged_is_plugged_in_again(scene: Scene) -> None:
-    """Its machine knows what it may do: record and rules come back, and the machine still watches its switch."""
+def test_a_port_with_a_damaged_record_is_restored(scene: Scene) -> None:
+    """Its machine knows the settings: it restores record and rules, and keeps watching its switch."""
     before = scene.rules()
     (port,) = json.loads(scene.vmm("switch", "ports", "nat", "--json"))
     (record,) = Path(paths.runtime_home()).glob(f"sw-*/ports/{port['interface']}.json")
