@@ -4,7 +4,8 @@
     python -m tests.vmm.net.switch_victim create|delete STRIDE WORDS-OF-CREATE...
 
 Points are counted as in `applying_victim`, over the switch's own files too. After each kill the commands must work,
-say what is wrong, and finish or undo what was begun. Prints how many points there were, and how often a switch was unfinished.
+say what is wrong, and finish or undo what was begun. Prints how many points there were, and how often a switch was
+unfinished.
 """
 
 from __future__ import annotations
