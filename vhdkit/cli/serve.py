@@ -29,7 +29,7 @@ from vhdkit.cli.serve_nbdkit import ARGUMENTS, EngineCommand, find_nbdkit, run_n
 from vhdkit.cli.unmeant import unmeant_ignored
 from vhdkit.errors import printable
 from vhdkit.folder import NewFile, is_folder, is_regular, read_whole, remove_file, write_whole
-from vhdkit.serve.control.confinement import Confinement
+from vhdkit.serve.control.confinement import confined_to
 from vhdkit.serve.control.operations import Operations
 from vhdkit.serve.control.server import Control
 from vhdkit.serve.nbd.listen import Listeners, is_activated, parse_address, parse_owner
@@ -294,7 +294,7 @@ def _take_commands(
 ) -> None:
     """Open the control socket. If it is given to another user, that user's paths are confined."""
     assert wish.control is not None
-    confined = Confinement(wish.control_dir)
+    confined = confined_to(wish.control_dir)
     try:
         owner = parse_owner(wish.control_owner) if wish.control_owner else None
     except ValueError as error:

@@ -73,11 +73,9 @@ class Witness:
     last one; when that was read. The first and the last by a clock of this boot.
     """
 
-    def __init__(self, path: str, store: FileStore) -> None:
-        """Raises AccessDenied, NoSpace, IoFailed."""
+    def __init__(self, words: SharedWords, store: FileStore) -> None:
         self._store = store
-        self._words = SharedWords(path, WITNESS_WORDS).words
-        self.ended(WRITER, 0)
+        self._words = words.words
 
     def began(self, who: int, begun_ns: int) -> None:
         """A change is being made since `begun_ns`."""
@@ -97,11 +95,12 @@ class Notes:
     Every change of the file is announced by `change_begins` and `change_ended`, noted or not.
     """
 
-    def __init__(self, store: FileStore, unique_id: bytes, folder: str) -> None:
+    def __init__(self, store: FileStore, unique_id: bytes, folder: str, boot: bytes) -> None:
+        """Use `begin`. `boot` is the present `boot_id`."""
         from secrets import token_bytes  # takes long, and only servers take notes
 
         self._store = store
-        self._about = (boot_id(), unique_id, *store.identity)
+        self._about = (boot, unique_id, *store.identity)
         self._folder = folder
         self._paths = note_paths(store, unique_id, folder)
         self._token = token_bytes(TOKEN_SIZE)
@@ -202,7 +201,8 @@ class Notes:
         self._flags = 0
         witness = None
         if not self._store.is_device and not self._store.is_remote():
-            witness = Witness(self._paths[2], self._store)
+            witness = Witness(SharedWords(self._paths[2], WITNESS_WORDS), self._store)
+            witness.ended(WRITER, 0)
             self._flags |= WITNESSED
         if self._store.set_label(LABEL, label_of(self._token, self._folder)):
             self._flags |= LABELLED
@@ -230,7 +230,7 @@ def begin(store: Store, unique_id: bytes | None) -> Notes | None:
     """Notes for an image that is being opened for writing; None where nobody wants them or none can be written."""
     if unique_id is None or not isinstance(store, FileStore) or store.notes_folder is None:
         return None
-    return Notes(store, unique_id, store.notes_folder)
+    return Notes(store, unique_id, store.notes_folder, boot_id())
 
 
 def disown(store: Store) -> None:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from vhdkit import errors
 from vhdkit.errors import CorruptImage
 from vhdkit.finding import Finding
-from vhdkit.formats import remember
+from vhdkit.formats.remember import Notes
 from vhdkit.formats.vhd import bitmap
 from vhdkit.formats.vhd.bat import Bat, BatInFile, FewFlags
 from vhdkit.formats.vhd.commit import Commit
@@ -28,7 +28,6 @@ from vhdkit.formats.vhd.facts import FORMAT_NAME, facts_of
 from vhdkit.formats.vhd.layout import BAT_ENTRY_SIZE
 from vhdkit.formats.vhd.metadata import Metadata
 from vhdkit.formats.vhd.places import block_data_end, end_of_structures, nominal_end
-from vhdkit.formats.vhd.room import end_of_room
 from vhdkit.image import Extent, ExtentKind, ImageFacts, Piece, copy_piece, merged_extents
 from vhdkit.store import Store
 from vhdkit.units import PAGE_SIZE, SECTOR_SIZE, sectors_to_bytes, whole_sectors
@@ -50,8 +49,10 @@ class DynamicImage:
         *,
         writable: bool = False,
         ignore_bitmaps: bool = False,
+        notes: Notes | None = None,
+        room_end_bytes: int | None = None,
     ) -> None:
-        """Use `open_dynamic`."""
+        """Use `open_dynamic`. `notes` and `room_end_bytes` are as for `Commit`, for a writable image."""
         assert metadata.header is not None
         self.store = store
         self.metadata = metadata
@@ -71,11 +72,7 @@ class DynamicImage:
         self._sectors_per_block = whole_sectors(self.block_size_bytes)
         self._bitmap_size = bitmap.bitmap_size(self.block_size_bytes)
         self._full: bytearray | FewFlags = bytearray(len(bat))  # 1: the block is known to be wholly owned
-        if writable:
-            remember.disown(store)
-        notes = remember.begin(store, self.unique_id) if writable else None
         self._noting = notes is not None
-        room_end = end_of_room(store) if writable else None
         free = max(nominal_end(metadata, bat), metadata.file_size_bytes)
         self._commit = Commit(
             store,
@@ -83,8 +80,8 @@ class DynamicImage:
             footer_raw=metadata.footer_raw,
             bitmap_size_bytes=self._bitmap_size,
             block_size_bytes=self.block_size_bytes,
-            free_bytes=free if room_end is None else end_of_structures(metadata, bat),
-            room_end_bytes=room_end,
+            free_bytes=free if room_end_bytes is None else end_of_structures(metadata, bat),
+            room_end_bytes=room_end_bytes,
             notes=notes,
         )
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from vhdkit.errors import CorruptImage
 from vhdkit.finding import finding_of
+from vhdkit.formats import remember
 from vhdkit.formats.vhd import bitmap, recall
 from vhdkit.formats.vhd.bat import Bat
 from vhdkit.formats.vhd.dynamic import DynamicImage
@@ -19,6 +20,7 @@ from vhdkit.formats.vhd.entries import check_blocks, used_sizes
 from vhdkit.formats.vhd.mend import mend
 from vhdkit.formats.vhd.metadata import Metadata, read_metadata
 from vhdkit.formats.vhd.places import block_data_end, nominal_end
+from vhdkit.formats.vhd.room import end_of_room
 from vhdkit.store import Store
 from vhdkit.units import SECTOR_SIZE
 
@@ -40,7 +42,17 @@ def open_dynamic(store: Store, *, writable: bool = False, ignore_bitmaps: bool =
         raise overlap
     if writable and mend(store, metadata, nominal_end(metadata, bat), cut_end=_cut_end(metadata, bat)):
         metadata = read_metadata(store)
-    image = DynamicImage(store, metadata, bat, writable=writable, ignore_bitmaps=ignore_bitmaps)
+    if writable:
+        remember.disown(store)
+    image = DynamicImage(
+        store,
+        metadata,
+        bat,
+        writable=writable,
+        ignore_bitmaps=ignore_bitmaps,
+        notes=remember.begin(store, metadata.footer.unique_id) if writable else None,
+        room_end_bytes=end_of_room(store) if writable else None,
+    )
     if overlap is not None:
         image.damage = overlap
         image.findings.append(finding_of(overlap, store.name))

@@ -10,7 +10,7 @@ control owner any user; so a folder counts only if no other user can replace any
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from vhdkit import errors
 from vhdkit.beneath import find_beneath
@@ -24,12 +24,10 @@ _HINT = "the server's own user can do this, or start the server with another --c
 class Confinement:
     """The allowed folders of one server. Returned paths are real: no component is a link."""
 
-    def __init__(self, folders: Sequence[str]) -> None:
-        """Raises NotFound, and AccessDenied for a folder that the control owner, or another user, could change."""
-        self._named = {os.path.abspath(folder): real_path(folder) for folder in folders}
+    def __init__(self, real_folders: Mapping[str, str]) -> None:
+        """Use `confined_to`. The folders' real paths, by the paths that were named."""
+        self._named = dict(real_folders)
         self._folders = list(self._named.values())
-        for folder, real in self._named.items():
-            self._require_guarded(real, folder)
 
     def image(self, path: str) -> str:
         """The real path of an image to serve. Raises AccessDenied, NotFound, InvalidArgument."""
@@ -42,7 +40,7 @@ class Confinement:
             raise errors.NotFound("is not there", path=path)
         if place.outcome is Outcome.SPECIAL:
             raise errors.InvalidArgument("is not a regular file", path=path)
-        self._require_guarded(os.path.dirname(place.path), path)
+        _require_guarded(os.path.dirname(place.path), path)
         return place.path
 
     def folder(self, path: str) -> str:
@@ -58,7 +56,7 @@ class Confinement:
             if place.outcome is Outcome.OUTSIDE:
                 raise self._outside(path)
             real = place.path
-        self._require_guarded(real, path)
+        _require_guarded(real, path)
         return real
 
     def new_file(self, path: str) -> str:
@@ -70,7 +68,7 @@ class Confinement:
 
     def beside(self, image: str) -> None:
         """Allow a new file, under a name that we choose, beside a served image, if that folder is guarded."""
-        self._require_guarded(os.path.dirname(real_path(image)), image)
+        _require_guarded(os.path.dirname(real_path(image)), image)
 
     def _absolute(self, path: str) -> str:
         if not os.path.isabs(path) or "\0" in path:
@@ -87,11 +85,23 @@ class Confinement:
             f"lies in no folder that the control owner may use ({named})", path=path, hint=_HINT
         )
 
-    def _require_guarded(self, real: str, path: str) -> None:
-        why = unguarded(real)
-        if why is not None:
-            raise errors.AccessDenied(
-                f"could be exchanged by somebody else while it is used: {why}",
-                path=path,
-                hint="let the folder and those above it belong to root or the server's user, writable to nobody else",
-            )
+
+def confined_to(folders: Sequence[str]) -> Confinement:
+    """The confinement to these folders.
+
+    Raises NotFound, and AccessDenied for a folder that the control owner, or another user, could change.
+    """
+    named = {os.path.abspath(folder): real_path(folder) for folder in folders}
+    for folder, real in named.items():
+        _require_guarded(real, folder)
+    return Confinement(named)
+
+
+def _require_guarded(real: str, path: str) -> None:
+    why = unguarded(real)
+    if why is not None:
+        raise errors.AccessDenied(
+            f"could be exchanged by somebody else while it is used: {why}",
+            path=path,
+            hint="let the folder and those above it belong to root or the server's user, writable to nobody else",
+        )

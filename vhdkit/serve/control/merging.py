@@ -47,38 +47,64 @@ class MergeWish:
     max_rate_bytes: int | None = None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ServedMergePlan:
+    """A merge of an export's layers: `merged`, the topmost first, go into `into`; all are paths of layers."""
+
+    export: ImageExport
+    merged: tuple[str, ...]
+    into: str
+    with_leaf: bool
+    max_rate_bytes: int | None
+
+
+def plan_served_merge(export: ImageExport, wish: MergeWish) -> ServedMergePlan:
+    """Which layers a request means.
+
+    Raises InvalidArgument for layers that do not exist, ReadOnly if the leaf is not open for writing here.
+    """
+    layers = export.disk.chain.layers
+    top = 1 if export.is_temporary else 0
+    first = _index_of(export, wish.layer, top) if wish.layer is not None else top
+    target = _index_of(export, wish.into, top) if wish.into is not None else first + 1
+    if target >= len(layers):
+        raise errors.InvalidArgument("has no parent: there is nothing to merge it into", path=_path(layers[first]))
+    if target <= first:
+        raise errors.InvalidArgument(
+            f"does not lie below {errors.printable(_path(layers[first]))}", path=_path(layers[target])
+        )
+    if not export.disk.chain.writable and not export.is_temporary:
+        raise errors.ReadOnly(
+            "is served for reading only; its layers are merged by `vhdkit merge`", path=export.image_path
+        )
+    if (first == 0 and export.is_temporary) or first < top:
+        raise errors.InvalidArgument("lies under a temporary overlay", path=export.image_path)
+    merged = tuple(_path(layer) for layer in layers[first:target])
+    return ServedMergePlan(export, merged, _path(layers[target]), first == 0, wish.max_rate_bytes)
+
+
+def _index_of(export: ImageExport, path: str, top: int = 0) -> int:
+    """Which layer of the export a path means. Raises InvalidArgument."""
+    layers = export.disk.chain.layers
+    for index, layer in enumerate(layers):
+        if index >= top and real_path(_path(layer)) == real_path(path):
+            return index
+    names = ", ".join(errors.printable(_path(layer)) for layer in layers[top:])
+    raise errors.InvalidArgument(f"is not a layer of export {export.name!r}; there are {names}", path=path)
+
+
 class ServedMerge:
     """One merge of one export, on a thread other than the loop's."""
 
-    def __init__(self, server: NbdServer, export: ImageExport, wish: MergeWish) -> None:
-        """Raises InvalidArgument for layers that do not exist, ReadOnly if the leaf is not open for writing here."""
+    def __init__(self, server: NbdServer, plan: ServedMergePlan) -> None:
         self._server = server
-        self._export = export
-        self._wish = wish
+        self._plan = plan
+        self._export = plan.export
         self._stop = threading.Event()
         self._done_bytes = self._total_bytes = 0
         self._passes = 0
         self._held_seconds = 0.0
         self._copied = 0
-        layers = export.disk.chain.layers
-        top = 1 if export.is_temporary else 0
-        first = self._index_of(wish.layer, top) if wish.layer is not None else top
-        target = self._index_of(wish.into, top) if wish.into is not None else first + 1
-        if target >= len(layers):
-            raise errors.InvalidArgument("has no parent: there is nothing to merge it into", path=_path(layers[first]))
-        if target <= first:
-            raise errors.InvalidArgument(
-                f"does not lie below {errors.printable(_path(layers[first]))}", path=_path(layers[target])
-            )
-        self._with_leaf = first == 0
-        if not export.disk.chain.writable and not export.is_temporary:
-            raise errors.ReadOnly(
-                "is served for reading only; its layers are merged by `vhdkit merge`", path=export.image_path
-            )
-        if (self._with_leaf and export.is_temporary) or first < top:
-            raise errors.InvalidArgument("lies under a temporary overlay", path=export.image_path)
-        self._merged = [_path(layer) for layer in layers[first:target]]
-        self._first, self._into = _path(layers[first]), _path(layers[target])
 
     # -- from the outside ---------------------------------------------------------------------------------------
 
@@ -89,8 +115,8 @@ class ServedMerge:
     def document(self) -> dict[str, Any]:
         """The progress."""
         return {
-            "layer": self._first,
-            "into": self._into,
+            "layer": self._plan.merged[0],
+            "into": self._plan.into,
             "pass": self._passes,
             "done_bytes": self._done_bytes,
             "total_bytes": self._total_bytes,
@@ -98,7 +124,7 @@ class ServedMerge:
 
     def run(self) -> dict[str, Any]:
         """Merge; returns what was done. Raises Cancelled, and ImageInUse if the leaf grows faster than the merge."""
-        if self._with_leaf:
+        if self._plan.with_leaf:
             self._converge()
             with live_merge(self._export.disk.chain, 0, 1, self._export.manner.options) as merging:
                 with self._server.hold([self._export]):
@@ -108,11 +134,11 @@ class ServedMerge:
                     self._held_seconds = max(self._held_seconds, time.monotonic() - began)
                 merging.done()
         else:
-            self._pass_over(self._index_of(self._first), self._index_of(self._into))
+            self._pass_over(_index_of(self._export, self._plan.merged[0]), _index_of(self._export, self._plan.into))
         return {
             "export": self._export.name,
-            "merged": self._merged,
-            "into": self._into,
+            "merged": list(self._plan.merged),
+            "into": self._plan.into,
             "leaf": self._export.image_path,
             "copied_bytes": self._copied,
             "passes": self._passes,
@@ -127,7 +153,7 @@ class ServedMerge:
         while True:
             layers = self._export.disk.chain.layers
             size = owned_bytes(layers[0])
-            on_target = self._index_of(self._into) == 1
+            on_target = _index_of(self._export, self._plan.into) == 1
             if on_target and size <= LAST_PASS_BYTES:
                 return
             if on_target and before is not None and (self._passes >= MAX_PASSES or size >= before):
@@ -140,7 +166,7 @@ class ServedMerge:
                 )
             before = size
             self._freeze()
-            self._pass_over(1, self._index_of(self._into))
+            self._pass_over(1, _index_of(self._export, self._plan.into))
 
     def _freeze(self) -> None:
         with freezing([(self._export.disk.chain, None)]) as prepared, self._server.hold([self._export]):
@@ -166,21 +192,13 @@ class ServedMerge:
         if problem is not None:
             raise problem
 
-    def _index_of(self, path: str, top: int = 0) -> int:
-        layers = self._export.disk.chain.layers
-        for index, layer in enumerate(layers):
-            if index >= top and real_path(_path(layer)) == real_path(path):
-                return index
-        names = ", ".join(errors.printable(_path(layer)) for layer in layers[top:])
-        raise errors.InvalidArgument(f"is not a layer of export {self._export.name!r}; there are {names}", path=path)
-
     # -- pace ---------------------------------------------------------------------------------------------------
 
     def look(self) -> None:
         """Raise Cancelled if the merge was cancelled or the server is ending."""
         if self._stop.is_set() or self._server.has_ended():
             raise errors.Cancelled(
-                f"the merge into {errors.printable(self._into)} was stopped: the disk reads as before",
+                f"the merge into {errors.printable(self._plan.into)} was stopped: the disk reads as before",
                 hint="merging again goes on where it stopped",
             )
 
@@ -191,7 +209,7 @@ class ServedMerge:
     @property
     def rate(self) -> int | None:
         """The most bytes per second, or None."""
-        return self._wish.max_rate_bytes
+        return self._plan.max_rate_bytes
 
 
 class _Pace:

@@ -23,7 +23,7 @@ from vhdkit.chain.verbs.resize import resize_open
 from vhdkit.disk import Disk
 from vhdkit.folder import real_path
 from vhdkit.serve.control.confinement import Confinement
-from vhdkit.serve.control.merging import MergeWish, ServedMerge
+from vhdkit.serve.control.merging import MergeWish, ServedMerge, plan_served_merge
 from vhdkit.serve.control.server import BadParams, Method, Params
 from vhdkit.serve.nbd.connection import Connection
 from vhdkit.serve.nbd.server import NbdServer
@@ -113,7 +113,7 @@ class Operations:
             export = self._find(name)
             self._forget_prepared()
             self._refuse_merging([export])
-            merging = ServedMerge(self._server, export, wish)
+            merging = ServedMerge(self._server, plan_served_merge(export, wish))
             self._merges[export.name] = merging
         try:
             with self._server.using():

@@ -27,7 +27,7 @@ from vhdkit.folder import real_path, remove_file
 from vhdkit.formats.filesystems import FileSystem
 from vhdkit.serve.mount import drivers, host, table
 from vhdkit.serve.mount import fuse as fuse_mount
-from vhdkit.serve.mount.tree import DISK_NAME, PARTITIONS, Model, MountTree, build_file, build_folder
+from vhdkit.serve.mount.tree import DISK_NAME, PARTITIONS, Model, MountTree, build_file, build_folder, model_of
 from vhdkit.serve.mount.unmounting import umount
 from vhdkit.serve.opening import ImageExport, Manner, Wanted, open_exports
 from vhdkit.sockets import PrivateFolder
@@ -89,7 +89,7 @@ def mount(wish: MountRequest, start: Start) -> Mounted:
         if wish.manner.keep_overlay is not None:
             undo.callback(_remove_quietly, wish.manner.keep_overlay)
         undo.callback(_let_go, export)
-        model = Model(export, time.time_ns())
+        model = model_of(export, time.time_ns())
         found = _wanted_file_system(wish, model) if wish.file_system else None
         base = mountpoint
         if found is not None:

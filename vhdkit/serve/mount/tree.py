@@ -21,8 +21,9 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, TypeAlias
 
 from vhdkit.chain.records.pending import file_of
@@ -189,43 +190,62 @@ def _walk(node: Node) -> Iterator[Node]:
             yield from _walk(one)
 
 
+@dataclass(frozen=True, slots=True)
+class DiskContents:
+    """What lies on a disk: its partition table and those partitions of it that lie on the disk; or, without a table,
+    what fills the whole disk.
+    """
+
+    table: PartitionTable | None
+    partitions: tuple[FoundPartition, ...]
+    whole: FileSystem | None
+
+
+def contents_of(disk: Disk) -> DiskContents:
+    """Find what lies on the disk. Raises IoFailed if the partition table cannot be read."""
+    table = read_partitions(partial(_read_within, disk), disk.size_bytes)
+    partitions = tuple(_partitions_on(disk, table)) if table else ()
+    return DiskContents(table, partitions, None if table else _identified(disk, 0, disk.size_bytes))
+
+
+def _read_within(disk: Disk, offset_bytes: int, size_bytes: int) -> bytes:
+    """Bytes of the disk, fewer at its end."""
+    size = min(size_bytes, disk.size_bytes - offset_bytes)
+    return disk.read(offset_bytes, size) if size > 0 else b""
+
+
+def _identified(disk: Disk, offset_bytes: int, size_bytes: int) -> FileSystem | None:
+    def read(place: int, size: int) -> bytes:
+        return _read_within(disk, offset_bytes + place, min(size, max(size_bytes - place, 0)))
+
+    try:
+        return identify(read)
+    except VhdkitError:  # a damaged part of the disk must not keep the rest from being shown
+        return None
+
+
+def _partitions_on(disk: Disk, table: PartitionTable) -> Iterator[FoundPartition]:
+    """Those that lie on the disk at least partly, each number once."""
+    seen: set[int] = set()
+    for one in table.partitions:
+        size = min(one.size_bytes, disk.size_bytes - one.offset_bytes)
+        if size > 0 and one.number not in seen:
+            seen.add(one.number)
+            yield FoundPartition(one, size, None if one.is_extended else _identified(disk, one.offset_bytes, size))
+
+
 class Model:
     """What an open image offers to show: the live disk, its partitions, its layers."""
 
-    def __init__(self, export: ImageExport, made_ns: int) -> None:
-        """`made_ns`: the present time. Raises IoFailed if the partition table cannot be read."""
+    def __init__(self, export: ImageExport, contents: DiskContents, made_ns: int, modified_at_ns: int) -> None:
+        """Use `model_of`. `made_ns` is the present time, `modified_at_ns` when the leaf was last modified."""
         self.export = export
         self.disk: Disk = export.disk
         self.writable = self.disk.writable
         self.made_ns = made_ns
-        self._live = LiveSource(self.disk, modified_ns(self.disk.chain.leaf, made_ns))
+        self._live = LiveSource(self.disk, modified_at_ns)
         self.skipped = 1 if export.is_temporary else 0  # the nameless layer is not worth showing
-        self.table = read_partitions(self._read, self.disk.size_bytes)
-        self.partitions = list(self._find_partitions(self.table))
-        self.whole = None if self.table else self._identify(0, self.disk.size_bytes)
-
-    def _read(self, offset_bytes: int, size_bytes: int) -> bytes:
-        size = min(size_bytes, self.disk.size_bytes - offset_bytes)
-        return self.disk.read(offset_bytes, size) if size > 0 else b""
-
-    def _identify(self, offset_bytes: int, size_bytes: int) -> FileSystem | None:
-        def read(place: int, size: int) -> bytes:
-            return self._read(offset_bytes + place, min(size, max(size_bytes - place, 0)))
-
-        try:
-            return identify(read)
-        except VhdkitError:  # a damaged part of the disk must not keep the rest from being shown
-            return None
-
-    def _find_partitions(self, table: PartitionTable | None) -> Iterator[FoundPartition]:
-        """Those that lie on the disk at least partly, each number once."""
-        seen: set[int] = set()
-        for one in table.partitions if table else ():
-            size = min(one.size_bytes, self.disk.size_bytes - one.offset_bytes)
-            if size > 0 and one.number not in seen:
-                seen.add(one.number)
-                found = None if one.is_extended else self._identify(one.offset_bytes, size)
-                yield FoundPartition(one, size, found)
+        self.table, self.partitions, self.whole = contents.table, contents.partitions, contents.whole
 
     def disk_view(self) -> View:
         """The whole disk."""
@@ -267,6 +287,11 @@ class Model:
         return found
 
 
+def model_of(export: ImageExport, made_ns: int) -> Model:
+    """The model of an export; `made_ns` is the present time. Raises IoFailed if the partition table cannot be read."""
+    return Model(export, contents_of(export.disk), made_ns, modified_ns(export.disk.chain.leaf, made_ns))
+
+
 def modified_ns(layer: Layer, otherwise_ns: int) -> int:
     """When the layer's file was last modified."""
     file = file_of(layer.store)
@@ -294,7 +319,7 @@ def build_file(model: Model, partition: int | None) -> MountTree:
     return MountTree(view, model.made_ns, model.disk)
 
 
-def _links(partitions: list[FoundPartition]) -> dict[str, dict[str, Node]]:
+def _links(partitions: Sequence[FoundPartition]) -> dict[str, dict[str, Node]]:
     folders: dict[str, dict[str, Node]] = {"by-label": {}, "by-uuid": {}, "by-type": {}}
     for one in partitions:
         link = Link(f"../{one.file_name}")

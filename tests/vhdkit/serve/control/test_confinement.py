@@ -10,7 +10,7 @@ import pytest
 
 from vhdkit import errors
 from vhdkit.guarded import unguarded
-from vhdkit.serve.control.confinement import Confinement
+from vhdkit.serve.control.confinement import confined_to
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def scene(tmp_path: Path) -> Path:
 
 def test_images_inside(scene: Path) -> None:
     """INV-CONTROL-CONFINED: by any spelling that ends in the folder, also when the folder was named by a link."""
-    confined = Confinement([str(scene.parent / "alias")])
+    confined = confined_to([str(scene.parent / "alias")])
     for path in ("a.vhd", "below/../a.vhd", "./a.vhd", "below/b.vhd", "in.vhd"):
         for room in (scene, scene.parent / "alias"):
             real = confined.image(os.path.join(room, path))
@@ -42,16 +42,16 @@ def test_images_inside(scene: Path) -> None:
 @pytest.mark.parametrize("path", ["out.vhd", "out/c.vhd", "../other/c.vhd", "../../etc/passwd", "..", ""])
 def test_images_outside(scene: Path, path: str) -> None:
     """INV-CONTROL-CONFINED: whatever leads out is refused, whether something is there or not."""
-    confined = Confinement([str(scene)])
+    confined = confined_to([str(scene)])
     with pytest.raises((errors.AccessDenied, errors.InvalidArgument)):
         confined.image(os.path.join(scene, path))
     with pytest.raises(errors.AccessDenied):
-        Confinement([]).image(str(scene / "a.vhd"))
+        confined_to([]).image(str(scene / "a.vhd"))
 
 
 def test_what_is_no_image(scene: Path) -> None:
     """A relative path, nothing, a folder, a pipe (which is not opened): typed errors."""
-    confined = Confinement([str(scene)])
+    confined = confined_to([str(scene)])
     for path in ("a.vhd", str(scene / "pipe"), str(scene / "below"), "/a\0b"):
         with pytest.raises(errors.InvalidArgument):
             confined.image(path)
@@ -62,7 +62,7 @@ def test_what_is_no_image(scene: Path) -> None:
 
 def test_new_files(scene: Path) -> None:
     """INV-CONTROL-CONFINED: a new file lies in a folder inside, links followed first."""
-    confined = Confinement([str(scene)])
+    confined = confined_to([str(scene)])
     assert confined.new_file(str(scene / "n.avhd")) == str(scene / "n.avhd")
     assert confined.new_file(str(scene / "below" / ".." / "below" / "n.avhd")) == str(scene / "below" / "n.avhd")
     for path in ("out/n.avhd", "../n.avhd", "below/../../n.avhd"):
@@ -78,7 +78,7 @@ def test_new_files(scene: Path) -> None:
 @pytest.mark.parametrize("mode", [0o775, 0o757, 0o1777])
 def test_folders_that_others_can_change(scene: Path, mode: int) -> None:
     """INV-CONTROL-CONFINED: where somebody else could exchange a file after it was looked at, none is taken."""
-    confined = Confinement([str(scene)])
+    confined = confined_to([str(scene)])
     (scene / "below").chmod(mode)
     with pytest.raises(errors.AccessDenied, match="can be written to by others"):
         confined.image(str(scene / "below" / "b.vhd"))
@@ -88,7 +88,7 @@ def test_folders_that_others_can_change(scene: Path, mode: int) -> None:
         confined.beside(str(scene / "below" / "b.vhd"))
     confined.beside(str(scene / "a.vhd"))
     with pytest.raises(errors.AccessDenied):
-        Confinement([str(scene / "below")])
+        confined_to([str(scene / "below")])
     scene.chmod(mode)
     is_sticky = mode == 0o1777  # others make files there and rename none of ours
     (scene / "below").chmod(0o755)
@@ -102,7 +102,7 @@ def test_folders_of_others(scene: Path) -> None:
     os.chown(scene, 65534, -1)
     assert f"{scene} belongs to user 65534" in (unguarded(str(scene / "below")) or "")
     with pytest.raises(errors.AccessDenied, match="belongs to user 65534"):
-        Confinement([str(scene / "below")])
+        confined_to([str(scene / "below")])
 
 
 def test_a_link_is_no_folder(scene: Path) -> None:

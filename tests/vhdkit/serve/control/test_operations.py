@@ -20,7 +20,7 @@ from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.verbs.check import check
 from vhdkit.chain.verbs.create import create_image
 from vhdkit.disk import open_disk
-from vhdkit.serve.control.confinement import Confinement
+from vhdkit.serve.control.confinement import confined_to
 from vhdkit.serve.control.operations import Operations
 from vhdkit.serve.control.server import BadParams
 from vhdkit.serve.nbd.server import NbdServer
@@ -319,7 +319,7 @@ def test_strangers_are_confined(tmp_path: Path) -> None:
     (inside / "alias.vhd").symlink_to("more.vhd")
     before = {path: path.stat() for path in outside.iterdir()}
     with bench_in(inside) as bench:
-        bench.methods = bench.operations.methods(Confinement([str(inside)]))
+        bench.methods = bench.operations.methods(confined_to([str(inside)]))
         refused: list[dict[str, object]] = [
             {"name": "x", "path": str(outside / "secret.vhd")},
             {"name": "x", "path": str(inside / "way" / "secret.vhd")},

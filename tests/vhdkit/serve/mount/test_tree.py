@@ -18,7 +18,17 @@ from hypothesis import strategies as st
 import vhdkit
 from tests.harness.stores import MemStore
 from tests.vhdkit.formats.test_partitions import mbr, write_gpt
-from vhdkit.serve.mount.tree import Folder, Link, Model, MountTree, Text, build_file, build_folder, safe_name
+from vhdkit.serve.mount.tree import (
+    Folder,
+    Link,
+    Model,
+    MountTree,
+    Text,
+    build_file,
+    build_folder,
+    model_of,
+    safe_name,
+)
 from vhdkit.serve.mount.view import View
 from vhdkit.serve.opening import Manner, Wanted, open_exports
 
@@ -42,7 +52,7 @@ def make(tmp_path: Path) -> Iterator[Make]:
             manner = Manner(vhdkit.OpenOptions(), read_only=read_only and not overlay, overlay=overlay)
             export = open_exports([Wanted(str(leaf), "disk")], manner)[0]
             stack.callback(export.disk.close)
-            return Model(export, NOW)
+            return model_of(export, NOW)
 
         yield model
 
