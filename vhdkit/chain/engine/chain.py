@@ -31,7 +31,9 @@ from vhdkit.chain.engine.hiding import zeros_to_write
 from vhdkit.chain.names.opening import limit_tables, open_layers
 from vhdkit.chain.names.options import OpenOptions
 from vhdkit.image import Extent, ExtentKind, Layer, merged_extents
+from vhdkit.local_volume import LOCAL
 from vhdkit.units import SECTOR_SIZE, covering_sectors, sectors_to_bytes, whole_sectors
+from vhdkit.volume import Volume
 
 Progress: TypeAlias = Callable[[int, int], None]  # called with (bytes done, bytes in all) during long work
 
@@ -63,9 +65,11 @@ class Chain:
         self._fine_shift = self._fine_mask.bit_length()
 
     @classmethod
-    def open(cls, path: AnyPath, *, writable: bool = False, options: OpenOptions | None = None) -> Chain:
+    def open(
+        cls, path: AnyPath, *, writable: bool = False, options: OpenOptions | None = None, volume: Volume = LOCAL
+    ) -> Chain:
         """Open a leaf and its parents. Raises what `opening.open_layers` raises."""
-        return cls(open_layers(path, writable=writable, options=options))
+        return cls(open_layers(path, writable=writable, options=options, volume=volume))
 
     # -- reading ------------------------------------------------------------------------------------------------
 
