@@ -49,12 +49,12 @@ def layer_of(store: MemStore, *, writable: bool = False) -> Layer:
     return open_layer(store, format_name=name, writable=writable)
 
 
-def content_of(stores: Sequence[MemStore]) -> bytes:
+def content_of(stores: Sequence[MemStore]) -> bytearray:
     """What the chain of these files, leaf first, reads as."""
     chain = Chain([layer_of(store) for store in stores])
     buffer = bytearray(chain.size_bytes)
     chain.read_into(0, memoryview(buffer))
-    return bytes(buffer)
+    return buffer
 
 
 def write_runs(store: MemStore, runs: Runs, rng: random.Random) -> MemStore:
@@ -301,7 +301,7 @@ class MergeRun:
             names = self.order[self.scene.index if moved else 0 :]
             self._compare(found, [name, *names], content, f"{seed}: {name}")
 
-    def _compare(self, found: Found, names: list[str], expected: bytes, seed: str) -> None:
+    def _compare(self, found: Found, names: list[str], expected: bytearray, seed: str) -> None:
         missing = [name for name in names if name not in found.files]
         if missing:
             raise Violation(f"INV-MERGE-PRESERVES: {missing} gone while still needed ({seed})")

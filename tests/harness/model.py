@@ -77,6 +77,8 @@ class SectorModel:
         """The sectors of `observed` that hold neither their current nor a possible older content."""
         expected = self.current[offset_bytes : offset_bytes + len(observed)]
         assert offset_bytes % SECTOR_SIZE == 0 and len(expected) == len(observed)
+        if observed == expected:
+            return []
         words = SECTOR_SIZE // 8
         found = np.frombuffer(observed, np.uint64).reshape(-1, words)
         differs = (found != np.frombuffer(expected, np.uint64).reshape(-1, words)).any(axis=1)

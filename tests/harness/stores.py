@@ -156,10 +156,26 @@ class MemStore:
             raise AssertionError(f"{self.name} may not change: INV-LEAF-ONLY-WRITES, INV-PARENT-READ-ONLY")
 
     def _load(self, offset: int, size: int) -> bytes:
-        first, get = offset // SECTOR_SIZE, self._sectors.get
-        raw = b"".join([get(index, ZERO_SECTOR) for index in range(first, covering_sectors(offset + size))])
-        skip = offset % SECTOR_SIZE
+        first, skip = divmod(offset, SECTOR_SIZE)
+        get = self._sectors.get
+        if skip + size <= SECTOR_SIZE:
+            return get(first, ZERO_SECTOR)[skip : skip + size]
+        stop = covering_sectors(offset + size)
+        if stop - first > len(self._sectors):
+            return self._load_holes(offset, size)
+        raw = b"".join([get(index, ZERO_SECTOR) for index in range(first, stop)])
         return raw if len(raw) == size else raw[skip : skip + size]
+
+    def _load_holes(self, offset: int, size: int) -> bytes:
+        """As `_load`, quick where the store has fewer sectors than the range."""
+        first, stop = offset // SECTOR_SIZE, covering_sectors(offset + size)
+        raw = bytearray((stop - first) * SECTOR_SIZE)
+        for index, sector in self._sectors.items():
+            if first <= index < stop:
+                at = (index - first) * SECTOR_SIZE
+                raw[at : at + SECTOR_SIZE] = sector
+        skip = offset % SECTOR_SIZE
+        return bytes(raw[skip : skip + size])
 
     def _change(self, offset: int, data: bytes) -> None:
         """Put `data` there, sector by sector; part sectors keep the rest of what they held."""
@@ -241,15 +257,20 @@ class CrashStore(MemStore):
         moment = rng.randint(first_operation, max(first_operation, self.operation_count))
         for index, versions in self._pending.items():
             landed = self._landed(rng, style, versions, moment)
-            if landed is not None:
+            if landed == ZERO_SECTOR:
+                sectors.pop(index, None)
+            elif landed is not None:
                 sectors[index] = landed
-        for index in [index for index in sectors if index * SECTOR_SIZE >= size]:
-            del sectors[index]
-        if size % SECTOR_SIZE and size // SECTOR_SIZE in sectors:
-            last = size // SECTOR_SIZE
-            sectors[last] = sectors[last][: size % SECTOR_SIZE].ljust(SECTOR_SIZE, b"\0")
-        found = {index: raw for index, raw in sectors.items() if raw != ZERO_SECTOR}
-        return MemStore(self.name, sectors=found, size_bytes=size)
+        if size < max(self._sizes):
+            for index in [index for index in sectors if index * SECTOR_SIZE >= size]:
+                del sectors[index]
+        last = size // SECTOR_SIZE
+        if size % SECTOR_SIZE and last in sectors:
+            raw = sectors[last][: size % SECTOR_SIZE].ljust(SECTOR_SIZE, b"\0")
+            sectors[last] = raw
+            if raw == ZERO_SECTOR:
+                del sectors[last]
+        return MemStore(self.name, sectors=sectors, size_bytes=size)
 
     def _size_after_cut(self, rng: random.Random, style: str) -> int:
         if style == "all" or rng.random() < 0.5:

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,20 @@ async def size_in(qmp: Qmp) -> int | None:
     return drive["inserted"]["image"]["virtual-size"] if "inserted" in drive else None
 
 
+@contextlib.contextmanager
+def guest_with_drive(folder: Path) -> Iterator[launch.Guest]:
+    """A running machine with an empty drive.
+
+    The real firmware resets the drive, which closes the tray at any moment; this one halts the processor.
+    """
+    firmware = folder / "firmware"
+    firmware.write_bytes(b"\xf4\xeb\xfd".ljust(16, b"\0").rjust(64 << 10, b"\0"))
+    words = ["-bios", str(firmware), "-device", "ide-cd,id=cd,bus=ide.0"]
+    with launch.running(require_qemu(), folder, *words) as guest:
+        launch.connect(guest.serial).close()
+        yield guest
+
+
 def test_media_come_and_go(tmp_path: Path) -> None:
     """An empty drive gets a medium, another one, and none; the tray closes on a medium, and nothing old is held."""
     small = make_iso(tmp_path / "small.iso", "small", size_bytes=128 << 10)
@@ -65,8 +81,7 @@ def test_media_come_and_go(tmp_path: Path) -> None:
         finally:
             await qmp.close()
 
-    with launch.running(require_qemu(), tmp_path, "-device", "ide-cd,id=cd,bus=ide.0") as guest:
-        launch.connect(guest.serial).close()
+    with guest_with_drive(tmp_path) as guest:
         asyncio.run(scene(str(guest.qmp)))
 
 
@@ -92,6 +107,5 @@ def test_a_medium_that_cannot_be_opened_changes_nothing(tmp_path: Path) -> None:
         finally:
             await qmp.close()
 
-    with launch.running(require_qemu(), tmp_path, "-device", "ide-cd,id=cd,bus=ide.0") as guest:
-        launch.connect(guest.serial).close()
+    with guest_with_drive(tmp_path) as guest:
         asyncio.run(scene(str(guest.qmp)))

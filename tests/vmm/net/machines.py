@@ -88,8 +88,10 @@ def address(shell: GuestShell, cidr: str, interface: str = "eth0") -> None:
 
 
 def ping(shell: GuestShell, target: str, seconds: int = 10) -> Result:
-    """Ping; one answer within that time is enough."""
-    return shell.run(f"ping -c 1 -w {seconds} {target}", seconds=seconds + 20)
+    """Ping; one answer within that time is enough, and a request that is lost is repeated."""
+    each = min(3, seconds)
+    tries = f"for i in $(seq {-(-seconds // each)}); do ping -c 1 -w {each} {target} && exit 0; done; exit 1"
+    return shell.run(f"({tries})", seconds=seconds + 20)
 
 
 def lease(shell: GuestShell, interface: str = "eth0") -> str:

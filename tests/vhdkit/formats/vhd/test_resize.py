@@ -74,7 +74,7 @@ def test_inv_resize_grows_with_zeros(seed: int, differencing: bool, batmap: bool
     for size in (len(scene.content) + SECTOR_SIZE, 12 * BLOCK, 140 * BLOCK - 5 * SECTOR_SIZE):
         grow(scene.layers, size)
         found = content_of(scene.store, scene.parents)
-        assert len(found) == size and found.startswith(scene.content) and not any(found[len(scene.content) :])
+        assert found == extended(scene.content, size)
     checked(scene, found)
 
 
