@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loop devices for tests: real block devices made of files, gone again however the test ends."""
+"""Loop devices for tests: real block devices backed by files, removed however the test ends."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MIB = 1 << 20
 
 @contextlib.contextmanager
 def loop_device(file: Path, *, size_bytes: int = 16 * MIB, read_only: bool = False) -> Iterator[str]:
-    """A loop device on a new file (or the one that is there): its path, for as long as the block lasts."""
+    """A loop device on a new (or existing) file; its path is valid for as long as the block lasts."""
     require_root()
     losetup = require_tool("losetup")
     if not file.exists():
@@ -29,5 +29,5 @@ def loop_device(file: Path, *, size_bytes: int = 16 * MIB, read_only: bool = Fal
     try:
         yield path
     finally:
-        # Where something still uses it, it goes when that ends.
+        # If the device is still in use, it is removed when that use ends.
         subprocess.run([losetup, "--detach", path], capture_output=True, check=False)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An iSCSI target for tests: tgt on the loopback interface, one LUN on a file, gone again however the test ends."""
+"""An iSCSI target for tests: tgt on the loopback interface, one LUN on a file, removed however the test ends."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ TARGET = "iqn.2001-04.com.example:store"
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A running target; `url` is its LUN's."""
+    """A running target; `url` is the URL of its LUN."""
 
     port: int
     control: int
     file: Path
     url: str
     account: tuple[str, str]
-    process: list[subprocess.Popen[bytes]]  # one, or none while it is away
+    process: list[subprocess.Popen[bytes]]  # the process, or None while the target is down
 
     def admin(self, *words: str) -> None:
-        """Give the target a command."""
+        """Send a command to the target."""
         run([require_tool("tgtadm"), "-C", str(self.control), "--lld", "iscsi", *words])
 
     def start(self) -> None:
-        """Start it, with its target and LUN."""
+        """Start the daemon, with its target and LUN."""
         command = [require_tool("setpriv"), "--pdeathsig", "KILL", require_tool("tgtd"), "-f", "-C", str(self.control)]
         command += ["--iscsi", f"portal=127.0.0.1:{self.port}"]
         with self.file.with_suffix(".log").open("ab") as log:
@@ -49,7 +49,7 @@ class Target:
         self.admin("--op", "bind", "--mode", "target", "--tid", "1", "-I", "ALL")
 
     def kill(self) -> None:
-        """Kill it at once; `start` brings it back."""
+        """Kill it at once; `start` starts it again."""
         while self.process:
             process = self.process.pop()
             process.kill()
@@ -61,7 +61,7 @@ class Target:
 
 @contextlib.contextmanager
 def iscsi_target(file: Path, *, size_bytes: int = 16 << 20, user: str = "", password: str = "") -> Iterator[Target]:
-    """A target with LUN 1 on a new file; with `user` it wants CHAP."""
+    """A target with LUN 1 on a new file; with `user` it requires CHAP."""
     require_root()  # its control socket is in /var/run
     require_tool("tgtadm")
     with file.open("wb") as new:
@@ -69,7 +69,7 @@ def iscsi_target(file: Path, *, size_bytes: int = 16 << 20, user: str = "", pass
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    control = os.getpid() % 30000 + 1  # one test process has one at a time
+    control = os.getpid() % 30000 + 1  # one test process at a time has one
     target = Target(port, control, file, f"iscsi://127.0.0.1:{port}/{TARGET}/1", (user, password), [])
     try:
         target.start()

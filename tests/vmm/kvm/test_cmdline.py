@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a definition to QEMU's words: one machine word by word, and rules that hold for all."""
+"""From a definition to QEMU's command line: one machine word by word, and rules that hold for all machines."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ ID = "01234567-89ab-cdef-0123-456789abcdef"
 
 
 def spec_of(**settings: Any) -> MachineSpec:
-    """A machine whose words do not change."""
+    """A machine whose command line never changes."""
     fixed = {"id": ID, "name": "web 1", "machine_type": "pc-i440fx-7.2", "cpu_model": "qemu64-v1"}
     return make_spec(**{**fixed, **settings})
 
 
 def facts_of(**settings: Any) -> StartFacts:
-    """What a host would add."""
+    """The facts that a host would add."""
     usual = {"accelerator": "tcg", "nbd_socket": "/r/nbd.sock", "sockets": Sockets(10, 11, 12, 13)}
     return StartFacts(**{**usual, **settings})
 
@@ -115,8 +115,8 @@ def full_machine() -> tuple[MachineSpec, StartFacts]:
     return spec, facts
 
 
-def test_word_by_word() -> None:
-    """Saved memory fits only into the same devices: a change here breaks machines that are saved."""
+def test_the_command_line_word_by_word() -> None:
+    """Saved memory fits only the same devices, so a change here makes existing saved machines unusable."""
     words = qemu_arguments(*full_machine())
     lines = [words[0]]
     for word in words[1:]:
@@ -124,16 +124,16 @@ def test_word_by_word() -> None:
     assert "\n".join(lines) == GOLDEN.strip()
 
 
-def test_a_clock_in_local_time() -> None:
-    """A machine whose clock shows local time, as Windows takes it, is told so; nothing else differs."""
+def test_a_machine_with_local_time() -> None:
+    """A machine whose hardware clock shows local time, as Windows expects, gets only that option in addition."""
     utc, local = (qemu_arguments(spec_of(rtc=rtc), facts_of()) for rtc in ("utc", "local"))
     assert [(one, other) for one, other in zip(utc, local, strict=True) if one != other] == [
         ("base=utc,driftfix=slew", "base=localtime,driftfix=slew")
     ]
 
 
-def test_real_qemu_takes_it() -> None:
-    """QEMU itself finds nothing wrong with the devices and their places."""
+def test_real_qemu_accepts_the_command_line() -> None:
+    """QEMU itself finds no fault in the devices and their places."""
     program = require_tool("qemu-system-x86_64")
     spec, facts = full_machine()
     words = qemu_arguments(spec, facts)
@@ -143,7 +143,7 @@ def test_real_qemu_takes_it() -> None:
             device = json.loads(value) if option == "-device" else {}
             device.pop("drive", None)
             if device.get("driver") in ("ide-hd", "scsi-hd", "virtio-blk-pci", "virtserialport", "virtio-net-pci"):
-                continue  # they need what this test does not give
+                continue  # they need what this test does not provide
             device.pop("chardev", None)
             if device.get("driver") != "isa-serial":
                 kept += [option, json.dumps(device) if device else value]
@@ -153,7 +153,7 @@ def test_real_qemu_takes_it() -> None:
 
 
 def test_channels_that_are_switched_off() -> None:
-    """Without their sockets there are no ports; without a screen there is none, and no VNC."""
+    """Without their sockets there are no ports; without a screen there is no display, and no VNC."""
     words = qemu_arguments(spec_of(screen=False), facts_of(sockets=Sockets(10, 11)))
     assert {"agent", "kvp", "screen"} & set(devices(words)) == set()
     assert "-vnc" not in words and words[words.index("-display") + 1] == "none"
@@ -185,7 +185,7 @@ def test_kernel_firmware_and_saved_state() -> None:
     ],
 )
 def test_boot_order(order: list[str], expected: list[str]) -> None:
-    """Kinds in the order that was asked for, IDE before virtio, never from SCSI."""
+    """Kinds appear in the requested order, IDE before virtio, and never SCSI."""
     disks = [
         {"id": "d", "path": "/d", "controller": "virtio"},
         {"id": "a", "path": "/a"},
@@ -198,8 +198,8 @@ def test_boot_order(order: list[str], expected: list[str]) -> None:
 
 
 @given(st.data())
-def test_every_disk_has_a_place_of_its_own(data: st.DataObject) -> None:
-    """No two devices share a slot or an address, whatever disks there are."""
+def test_every_disk_has_its_own_place(data: st.DataObject) -> None:
+    """Two devices never share a slot or an address, whatever the disks."""
     places = st.sampled_from([(kind, index, unit) for kind, (count, units) in UNITS.items() for index in range(count)
                               for unit in range(units)])  # fmt: skip
     chosen = data.draw(st.lists(places, unique=True, max_size=40))
@@ -226,8 +226,8 @@ def test_empty_drive() -> None:
     assert "drive" not in disk_device(make_disk(id="disk-0", kind="iso", path=None))
 
 
-def test_what_is_passed_through_is_a_disk_like_others() -> None:
-    """Its descriptors and the secret it refers to come before its node, and the guest's errors stop the machine."""
+def test_a_passed_through_device_is_a_disk_like_others() -> None:
+    """Its descriptors and its secret come before its node, and errors that the guest sees stop the machine."""
     lun = make_disk(id="disk-1", kind="pass-through", path="iscsi://h/t/1", controller="scsi")
     node = {"driver": "iscsi", "node-name": "disk-1"}
     medium = Medium(node, ((3, 17),), ({"qom-type": "secret", "id": "disk-1-password"},))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The console hub: watchers, who types, scroll-back, bounded logs, and what survives restarts."""
+"""The console hub: watchers, the typist, scroll-back, bounded logs, and what survives restarts."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ class Serial:
 
 
 class Watcher:
-    """Somebody at console.sock."""
+    """A client at console.sock."""
 
     def __init__(self, link: socket.socket, answer: dict[str, object]) -> None:
         self.link = link
         self.typing = answer["typing"]
 
     async def see(self, words: bytes) -> bytes:
-        """What comes up to these words."""
+        """Read until these words have appeared; return what was read."""
         loop = asyncio.get_running_loop()
         seen = b""
         async with asyncio.timeout(30):
@@ -82,7 +82,7 @@ class Watcher:
 
 
 class Scene:
-    """A hub with its guest, and those who watch."""
+    """A hub with its guest, and its watchers."""
 
     def __init__(self, folder: Path, log_bytes: int) -> None:
         self.folder = folder
@@ -120,7 +120,7 @@ async def scene_in(folder: Path, log_bytes: int) -> AsyncIterator[Scene]:
 
 
 def play(folder: Path, act: Callable[[Scene], Awaitable[None]], *, log_bytes: int = LOG_BYTES) -> None:
-    """Run an act with a hub and a guest."""
+    """Run a scene with a hub and a guest."""
 
     async def run() -> None:
         async with scene_in(folder, log_bytes) as scene:
@@ -130,7 +130,7 @@ def play(folder: Path, act: Callable[[Scene], Awaitable[None]], *, log_bytes: in
 
 
 def test_all_watch_and_one_types(tmp_path: Path) -> None:
-    """Everybody sees the same; the first types, the second only watches until the first has gone."""
+    """All clients see the same; the first one can type, the second only watches until the first has left."""
 
     async def act(scene: Scene) -> None:
         first, second = await scene.watch(), await scene.watch()
@@ -149,7 +149,8 @@ def test_all_watch_and_one_types(tmp_path: Path) -> None:
 
 
 def test_sharing_and_taking(tmp_path: Path) -> None:
-    """Those who share type together; one who takes ends it; one who never types does not even when alone."""
+    """Clients that share type together; taking over ends that; a client that only watches can never type, not even
+    alone."""
 
     async def act(scene: Scene) -> None:
         watching = await scene.watch("never")
@@ -171,7 +172,7 @@ def test_sharing_and_taking(tmp_path: Path) -> None:
 
 
 def test_scrollback(tmp_path: Path) -> None:
-    """One who comes later sees the end of what was said before, as much as he asks for."""
+    """A client that connects later sees the end of the earlier output, as much as it requests."""
 
     async def act(scene: Scene) -> None:
         first = await scene.watch()
@@ -185,8 +186,8 @@ def test_scrollback(tmp_path: Path) -> None:
     play(tmp_path, act)
 
 
-def test_survives_qemu(tmp_path: Path) -> None:
-    """When QEMU ends and starts again the watchers stay, and the log goes on."""
+def test_watchers_survive_a_restart_of_qemu(tmp_path: Path) -> None:
+    """When QEMU ends and starts again, the watchers stay connected, and the log continues."""
 
     async def act(scene: Scene) -> None:
         watcher = await scene.watch()
@@ -203,15 +204,15 @@ def test_survives_qemu(tmp_path: Path) -> None:
         await watcher.type(b"k")
         assert await scene.serial.hear(1) == b"k"
         await scene.hub.start()  # as for each start of QEMU; it is open already
-        assert await (await scene.watch()).see(b"life;") == b"second life;"  # of this life alone
+        assert await (await scene.watch()).see(b"life;") == b"second life;"  # only of this run
 
     play(tmp_path, act)
     text = read_log(str(tmp_path / "console.log"))
     assert re.fullmatch(rb"first life;\r\n\[vmm: started [-0-9: ]*\]\r\nsecond life;", text)
 
 
-def test_survives_the_worker(tmp_path: Path) -> None:
-    """A hub in a new worker finds the dead one's socket and log, and goes on with both."""
+def test_a_new_worker_takes_over_socket_and_log(tmp_path: Path) -> None:
+    """A hub in a new worker finds the dead one's socket and log, and continues with both."""
 
     async def act(scene: Scene) -> None:
         watcher = await scene.watch()
@@ -220,7 +221,7 @@ def test_survives_the_worker(tmp_path: Path) -> None:
 
     play(tmp_path, act)
     dead = socket.socket(socket.AF_UNIX)
-    dead.bind(str(tmp_path / "console"))  # as one that was killed leaves it
+    dead.bind(str(tmp_path / "console"))  # as a killed one leaves it
     dead.close()
     (tmp_path / "serial").unlink(missing_ok=True)
 
@@ -230,8 +231,8 @@ def test_survives_the_worker(tmp_path: Path) -> None:
     play(tmp_path, again)
 
 
-def test_closing_tells_the_watchers(tmp_path: Path) -> None:
-    """At the end the socket is gone before the watchers are hung up on, so that they do not try again."""
+def test_closing_removes_the_socket_first(tmp_path: Path) -> None:
+    """The socket is removed before the watchers are disconnected, so that they do not try again."""
 
     async def act(scene: Scene) -> None:
         watcher = await scene.watch()
@@ -247,8 +248,8 @@ def test_closing_tells_the_watchers(tmp_path: Path) -> None:
     play(tmp_path, act)
 
 
-def test_private(tmp_path: Path) -> None:
-    """Socket and log are for their owner alone."""
+def test_socket_and_log_are_private(tmp_path: Path) -> None:
+    """Socket and log are accessible only to their owner."""
 
     async def act(scene: Scene) -> None:
         await asyncio.sleep(0)
@@ -259,7 +260,7 @@ def test_private(tmp_path: Path) -> None:
 
 
 def test_log_is_bounded(tmp_path: Path) -> None:
-    """The log turns over at its limit, and scroll-back reaches over the turn."""
+    """The log is rotated at its limit, and scroll-back reaches across the rotation."""
 
     async def act(scene: Scene) -> None:
         watcher = await scene.watch()
@@ -274,8 +275,8 @@ def test_log_is_bounded(tmp_path: Path) -> None:
     assert text.endswith(b"%0100d" % 38 + b"%0100d" % 39) and len(text) == sum(sizes)
 
 
-def test_log_takes_one_large_piece(tmp_path: Path) -> None:
-    """A piece larger than the log leaves its end there, and the log within its limit."""
+def test_one_large_piece_keeps_the_log_within_its_limit(tmp_path: Path) -> None:
+    """Of a piece larger than the log, only its end is kept."""
     log = ConsoleLog(str(tmp_path / "log"), max_bytes=10)
     log.append(b"a" * 8)
     log.append(b"0123456789abcdef")
@@ -284,8 +285,8 @@ def test_log_takes_one_large_piece(tmp_path: Path) -> None:
     assert (tmp_path / "log").stat().st_size == 10
 
 
-def test_log_that_cannot_be(tmp_path: Path) -> None:
-    """A log in no folder, or behind a link that somebody put there, is an error that names it."""
+def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:
+    """A log in a missing folder, or behind a symbolic link, is an error that names it."""
     with pytest.raises(NotFound, match="nowhere"):
         ConsoleLog(str(tmp_path / "nowhere" / "console.log"))
     (tmp_path / "link").symlink_to("/etc/hostname")
@@ -294,8 +295,8 @@ def test_log_that_cannot_be(tmp_path: Path) -> None:
     assert read_log(str(tmp_path / "none")) == b""
 
 
-def test_full_disk_stops_nothing(tmp_path: Path) -> None:
-    """When the log cannot be written the watchers still see everything."""
+def test_a_full_disk_does_not_stop_the_console(tmp_path: Path) -> None:
+    """If the log cannot be written, the watchers still see everything."""
     if not os.path.exists("/dev/full"):
         pytest.skip("needs /dev/full")
 
@@ -311,8 +312,8 @@ def test_full_disk_stops_nothing(tmp_path: Path) -> None:
     play(tmp_path, act)
 
 
-def test_slow_watcher_holds_up_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One who does not read misses output, and is told; the others get it all, and the log."""
+def test_a_slow_watcher_does_not_delay_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that does not read misses output, and is informed; the others and the log get everything."""
     monkeypatch.setattr(console, "BEHIND_BYTES", 1000)
 
     async def act(scene: Scene) -> None:
@@ -331,8 +332,8 @@ def test_slow_watcher_holds_up_nobody(tmp_path: Path, monkeypatch: pytest.Monkey
     play(tmp_path, act)
 
 
-def test_guest_that_takes_no_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A guest that never reads costs no memory without bound, and its output still comes."""
+def test_a_guest_that_does_not_read_its_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest that never reads costs bounded memory, and its output still arrives."""
     monkeypatch.setattr(console, "UNREAD_SECONDS", 0.05)
 
     async def act(scene: Scene) -> None:
@@ -352,7 +353,7 @@ def test_guest_that_takes_no_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     [b"{}x\n", b"[]\n", b'{"type": "loudly"}\n', b'{"scrollback": -1}\n', b"\xff\n", b"[" * 9999 + b"\n"],
 )
 def test_bad_requests(tmp_path: Path, request_line: bytes) -> None:
-    """A request that is none is answered with an error, and the hub lives on."""
+    """A malformed request is answered with an error, and the hub keeps running."""
 
     async def act(scene: Scene) -> None:
         reader, writer = await asyncio.open_unix_connection(str(tmp_path / "console"))
@@ -366,7 +367,7 @@ def test_bad_requests(tmp_path: Path, request_line: bytes) -> None:
 
 
 def test_too_many_watchers(tmp_path: Path) -> None:
-    """One more than may watch is refused, and comes in when somebody has gone."""
+    """One client over the limit is refused, and accepted after another one has left."""
 
     async def act(scene: Scene) -> None:
         watchers = [await scene.watch() for _ in range(MAX_WATCHERS)]

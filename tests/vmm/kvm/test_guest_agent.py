@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guest agent: services and their switches, time-outs, guests that lie, and that nothing stays frozen."""
+"""The guest agent: services and their switches, time-outs, malformed answers, and that a guest never stays frozen."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Answer = Callable[[str, dict[str, Any]], Any]
 
 
 class FakeGuest:
-    """The other end of the port: answers with what `answers` has for a command; None is no answer."""
+    """The other end of the port: answers a command with what `answers` has for it; None means no answer."""
 
     def __init__(self, answers: dict[str, Any]) -> None:
         self.answers = answers
@@ -35,7 +35,7 @@ class FakeGuest:
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError):
             while piece := await reader.read(4096):
-                request = json.loads(piece)  # one question at a time, and no new line after it
+                request = json.loads(piece)  # one request at a time, and no further line after it
                 command, arguments = request["execute"], request.get("arguments", {})
                 self.asked.append(command)
                 answer = arguments["id"] if command == "guest-sync" else self.answers.get(command)
@@ -68,8 +68,8 @@ async def agent_of(
         server.close()
 
 
-def test_nobody_there(tmp_path: Path) -> None:
-    """Before the guest opened its port every question fails at once and says what to install."""
+def test_a_guest_without_an_agent(tmp_path: Path) -> None:
+    """Before the guest has opened its port, every request fails at once and says what to install."""
 
     async def scene() -> None:
         agent = GuestAgent(str(tmp_path / "agent.sock"), IntegrationSpec(), machine="web")
@@ -93,7 +93,7 @@ def test_nobody_there(tmp_path: Path) -> None:
     ],
 )
 def test_a_service_that_is_off_is_refused(tmp_path: Path, service: str, ask: Callable[[GuestAgent], Any]) -> None:
-    """A service that is switched off is refused by name, and the guest never hears of it."""
+    """The error names the service, and no request reaches the guest."""
 
     async def scene() -> None:
         async with agent_of(tmp_path, {}, **{service: False}) as (agent, fake):
@@ -104,7 +104,7 @@ def test_a_service_that_is_off_is_refused(tmp_path: Path, service: str, ask: Cal
     asyncio.run(scene())
 
 
-def test_a_guest_that_lies(tmp_path: Path) -> None:
+def test_malformed_answers(tmp_path: Path) -> None:
     """Answers of any shape become bounded texts, never an error of Python's."""
     addresses = [{"ip-address": "10.0.0.5", "prefix": 24}, {"ip-address": "x" * 999, "prefix": "no"}, 7, {}] * 20
     interfaces = [{"name": "eth0", "hardware-address": 5, "ip-addresses": addresses}, 1, {"name": ["a"]}] * 99
@@ -129,8 +129,8 @@ def test_a_guest_that_lies(tmp_path: Path) -> None:
     asyncio.run(scene())
 
 
-def test_a_line_without_an_end(tmp_path: Path) -> None:
-    """A guest that never stops talking is hung up on, and asked again the next time."""
+def test_a_line_without_an_end_is_cut_off(tmp_path: Path) -> None:
+    """A guest that sends without end is disconnected, and can be asked again later."""
 
     async def scene() -> None:
         async with agent_of(tmp_path, {"guest-ping": "x" * (12 << 20)}) as (agent, fake):
@@ -142,8 +142,8 @@ def test_a_line_without_an_end(tmp_path: Path) -> None:
     asyncio.run(scene())
 
 
-def test_a_silent_guest_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An agent that does not answer is a TimedOut with the machine's name; the next question finds it well again."""
+def test_a_silent_guest_times_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An agent that does not answer is a TimedOut with the machine's name; the next request succeeds."""
     monkeypatch.setattr(guest_agent, "ANSWER_SECONDS", 0.2)
     ask_kwdefaults = GuestAgent._ask.__kwdefaults__
     assert ask_kwdefaults is not None
@@ -162,8 +162,8 @@ def test_a_silent_guest_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     asyncio.run(scene())
 
 
-def test_shutdown_needs_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A guest that obeys does not answer, which is well; one that refuses is told so."""
+def test_shutdown_does_not_need_an_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest that obeys does not answer, which counts as success; a refusal is reported."""
     monkeypatch.setattr(guest_agent, "SHUTDOWN_ANSWER_SECONDS", 0.2)
 
     async def scene() -> None:
@@ -178,7 +178,7 @@ def test_shutdown_needs_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 class FreezingGuest(dict[str, Any]):
-    """Answers of a guest that can freeze, and whether it is frozen."""
+    """Answers of a guest that can be frozen, and whether it is."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -193,8 +193,8 @@ class FreezingGuest(dict[str, Any]):
         return 2
 
 
-def test_frozen_block_always_thaws(tmp_path: Path) -> None:
-    """Inside the block the guest is frozen; after it, and after an error in it, it is not."""
+def test_leaving_the_block_always_thaws(tmp_path: Path) -> None:
+    """Inside the block the guest is frozen; after it, even after an error in it, it is not."""
     guest = FreezingGuest()
 
     async def scene() -> None:
@@ -212,8 +212,9 @@ def test_frozen_block_always_thaws(tmp_path: Path) -> None:
     asyncio.run(scene())
 
 
-def test_frozen_too_long_thaws_and_says_so(tmp_path: Path) -> None:
-    """When the time is over the guest thaws while the block still works, and the block's end is an error."""
+def test_a_freeze_that_lasts_too_long_is_an_error(tmp_path: Path) -> None:
+    """When the time is over the guest is thawed although the block still runs, and leaving the block raises an
+    error."""
     guest = FreezingGuest()
 
     async def scene() -> None:
@@ -227,8 +228,8 @@ def test_frozen_too_long_thaws_and_says_so(tmp_path: Path) -> None:
     asyncio.run(scene())
 
 
-def test_cancelled_and_closed_thaw(tmp_path: Path) -> None:
-    """A cancelled block and an agent that is closed leave nothing frozen."""
+def test_cancelling_and_closing_thaw(tmp_path: Path) -> None:
+    """A cancelled block and a closed agent leave nothing frozen."""
     guest = FreezingGuest()
 
     async def scene() -> None:
@@ -251,7 +252,7 @@ def test_cancelled_and_closed_thaw(tmp_path: Path) -> None:
     asyncio.run(scene())
 
 
-def test_freeze_that_comes_late_thaws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_late_freeze_is_thawed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A guest that freezes after we gave up waiting is thawed all the same."""
     monkeypatch.setattr(guest_agent, "FREEZE_ANSWER_SECONDS", 0.1)
     guest = FreezingGuest()
@@ -271,7 +272,7 @@ def test_freeze_that_comes_late_thaws(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 class QueueingGuest:
-    """An agent that can be stopped for a while: what it is asked meanwhile it does later, in its order."""
+    """An agent that can be stopped for a while: it carries out later, in order, what it was asked in the meantime."""
 
     def __init__(self) -> None:
         self.is_frozen = False
@@ -309,8 +310,8 @@ class QueueingGuest:
     stops_after_ping = False
 
 
-def test_a_freeze_whose_time_is_over(tmp_path: Path) -> None:
-    """INV-THAWED: who freezes for a time and thaws later is told once that it was too late, and may freeze again."""
+def test_a_freeze_whose_time_is_over_is_reported_once(tmp_path: Path) -> None:
+    """INV-THAWED: a caller that thaws after the time was over gets one error for that, and can freeze again."""
     guest = FreezingGuest()
 
     async def scene() -> None:
@@ -323,7 +324,7 @@ def test_a_freeze_whose_time_is_over(tmp_path: Path) -> None:
             assert await agent.thaw() == 2
             with pytest.raises(TimedOut, match="before the work was done"):
                 async with agent.frozen():
-                    await agent.thaw()  # by another command
+                    await agent.thaw()  # with another command
                     await agent.freeze()
             assert guest.is_frozen  # for that one
             assert await agent.thaw() == 2
@@ -336,8 +337,8 @@ def test_a_freeze_whose_time_is_over(tmp_path: Path) -> None:
     asyncio.run(scene())
 
 
-def test_a_freeze_whose_end_finds_the_agent_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """INV-THAWED: a guest that is silent when its time is over thaws when it is back, though nobody waits for that."""
+def test_an_agent_that_is_silent_at_the_end_of_a_freeze(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """INV-THAWED: such a guest is thawed when its agent is back, although no caller waits for that."""
     for name in ("THAW_TRY_SECONDS", "THAW_AGAIN_SECONDS", "THAW_GIVE_UP_SECONDS"):
         monkeypatch.setattr(guest_agent, name, 0.05)
     guest = FreezingGuest()
@@ -348,7 +349,7 @@ def test_a_freeze_whose_end_finds_the_agent_silent(tmp_path: Path, monkeypatch: 
         async with agent_of(tmp_path, guest, heartbeat=False, key_value=False) as (agent, fake):
             await agent.freeze(max_seconds=0.02)
             running = asyncio.create_task(agent.run())
-            # The timer gives up before.
+            # The timer gives up first.
             await until(lambda: fake.asked.count("guest-fsfreeze-thaw") >= 5, "it is asked to thaw again and again")
             guest["guest-fsfreeze-thaw"] = thaw
             await until(lambda: not guest.is_frozen, "the guest thaws")
@@ -358,10 +359,11 @@ def test_a_freeze_whose_end_finds_the_agent_silent(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("same_worker", [True, False], ids=["the worker", "the next worker"])
-def test_an_agent_that_freezes_long_after_is_thawed(
+def test_an_agent_that_freezes_long_after_the_request(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same_worker: bool
 ) -> None:
-    """INV-THAWED: an agent that was stopped when it should freeze, and does so after everybody gave up, is thawed."""
+    """INV-THAWED: an agent that was stopped when it should freeze, and does so after all callers gave up, is
+    thawed."""
     monkeypatch.setattr(guest_agent, "FREEZE_ANSWER_SECONDS", 0.1)
     monkeypatch.setattr(guest_agent, "THAW_TRY_SECONDS", 0.1)
     monkeypatch.setattr(guest_agent, "THAW_AGAIN_SECONDS", 0.02)
@@ -394,7 +396,7 @@ def test_an_agent_that_freezes_long_after_is_thawed(
             await agent.close()
             agent = agent_now(is_owed=notes[-1])
             running = asyncio.create_task(agent.run())
-            await asyncio.sleep(0.3)  # it finds a silent guest first
+            await asyncio.sleep(0.3)  # it first finds a silent guest
         assert events == []
         guest.goes_on.set()
         await until(lambda: not notes[-1] and not guest.is_frozen, "the guest thaws, and nothing is owed")
@@ -408,7 +410,7 @@ def test_an_agent_that_freezes_long_after_is_thawed(
 
 
 def test_a_silent_agent_is_not_asked_to_freeze(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """INV-THAWED: an agent that does not answer a ping hears of no freeze that it could carry out later."""
+    """INV-THAWED: an agent that does not answer a ping gets no freeze request that it could carry out later."""
     ask_kwdefaults = GuestAgent._ask.__kwdefaults__
     assert ask_kwdefaults is not None
     monkeypatch.setitem(ask_kwdefaults, "seconds", 0.1)
@@ -424,15 +426,15 @@ def test_a_silent_agent_is_not_asked_to_freeze(tmp_path: Path, monkeypatch: pyte
     asyncio.run(scene())
 
 
-def test_a_question_takes_no_longer_than_it_says(tmp_path: Path) -> None:
-    """Connecting, synchronising and the answer share one deadline, so a freeze is not given up after three times."""
+def test_a_request_keeps_to_its_deadline(tmp_path: Path) -> None:
+    """Connecting, synchronising and the answer share one deadline, so a freeze does not take three times as long."""
 
     async def scene() -> None:
         async with agent_of(tmp_path, {}) as (agent, fake):
             slow = fake.serve
 
             async def late(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-                await asyncio.sleep(0.6)  # most of the time that the question may take
+                await asyncio.sleep(0.6)  # most of the time that the request may take
                 await slow(reader, writer)
 
             server = await asyncio.start_unix_server(late, tmp_path / "late.sock")
@@ -446,8 +448,8 @@ def test_a_question_takes_no_longer_than_it_says(tmp_path: Path) -> None:
     asyncio.run(scene())
 
 
-def test_a_new_worker_thaws_what_it_finds_frozen(tmp_path: Path) -> None:
-    """A guest that an earlier worker left frozen thaws at the first contact."""
+def test_a_new_worker_thaws_a_frozen_guest(tmp_path: Path) -> None:
+    """A guest that an earlier worker left frozen is thawed at the first contact."""
     guest = FreezingGuest()
     guest.is_frozen = True
 
@@ -461,7 +463,8 @@ def test_a_new_worker_thaws_what_it_finds_frozen(tmp_path: Path) -> None:
 
 
 async def thawed_when_it_goes_on(path: str, shell: GuestShell, monkeypatch: pytest.MonkeyPatch) -> None:
-    """INV-THAWED: an agent that is stopped between its ping and the freeze, and goes on when all have given up."""
+    """INV-THAWED: an agent that is stopped between its ping and the freeze, and continues after all callers gave
+    up."""
     agent = GuestAgent(path, IntegrationSpec(heartbeat=False, key_value=False))
     agent.port_changed(True)
     ask = agent._ask
@@ -487,7 +490,7 @@ async def thawed_when_it_goes_on(path: str, shell: GuestShell, monkeypatch: pyte
 
 @pytest.mark.kvm
 def test_real_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """qemu's own agent in a Linux guest: system, addresses, time, freezing that stops writes, shutdown."""
+    """QEMU's own agent in a Linux guest: system, addresses, time, a freeze that stops writes, shutdown."""
     built = require_linux_guest()
     words = [
         "-kernel", str(built.kernel), "-initrd", str(built.initrd), "-append", built.append,
@@ -516,7 +519,7 @@ def test_real_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             await agent.set_time()
             async with agent.frozen() as count:
                 assert count >= 1
-                # The write waits for the thaw, in the guest's own background.
+                # The write waits for the thaw, in the background of the guest.
                 shell.send("(echo new >/mnt/file; sync; echo done >/run/done) &")
                 assert shell.run("sleep 0.5; cat /run/done").exit_code != 0
             await agent.close()

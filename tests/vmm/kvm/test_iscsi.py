@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LUNs: what a URL may say, when one is refused, and QEMU's own initiator against a real target."""
+"""LUNs: valid URLs, refusals, and QEMU's own initiator against a real target."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ IQN = "iqn.2001-04.com.example:store"
         (f"iscsi://me@san/{IQN}/1?password-file=/etc/p", Lun("san:3260", IQN, 1, "me", "/etc/p")),
     ],
 )
-def test_urls(url: str, lun: Lun) -> None:
-    """Portal, target, LUN and user are read from the URL, with the protocol's own port where none stands there."""
+def test_valid_urls(url: str, lun: Lun) -> None:
+    """Portal, target, LUN and user are read from the URL, with the protocol's default port if it has none."""
     assert iscsi.is_url(url) and iscsi.parse(url) == lun
 
 
@@ -67,15 +67,15 @@ def test_urls(url: str, lun: Lun) -> None:
         (f"iscsi://san/{IQN}/1#x", "go together"),
     ],
 )
-def test_urls_that_cannot_be(url: str, says: str) -> None:
-    """Each way in which a URL is wrong is said, with how one looks."""
+def test_malformed_urls(url: str, says: str) -> None:
+    """Each error says what is wrong, and shows a correct URL."""
     with pytest.raises(InvalidSpec, match=says):
         iscsi.parse(url)
 
 
 @pytest.mark.parametrize("url", [f"iscsi://me:geheim@san/{IQN}/1", f"iscsi://me%25geheim@san/{IQN}/1"])
-def test_password_is_not_taken_and_not_shown(url: str) -> None:
-    """A password in the URL is refused, and not repeated in the refusal."""
+def test_a_password_in_the_url_is_refused_and_not_shown(url: str) -> None:
+    """A password in the URL is refused, and not repeated in the error."""
     with pytest.raises(InvalidSpec, match="password-file") as caught:
         iscsi.parse(url)
     assert "geheim" not in str(caught.value)
@@ -83,7 +83,7 @@ def test_password_is_not_taken_and_not_shown(url: str) -> None:
 
 @given(st.text(alphabet=string.printable, max_size=80))
 def test_any_text_is_read_or_refused(text: str) -> None:
-    """Whatever follows the scheme is a LUN whose identity names its target, or an InvalidSpec."""
+    """Any text after the scheme is a LUN whose identity names its target, or an InvalidSpec."""
     try:
         lun = iscsi.parse("iscsi://" + text)
     except InvalidSpec:
@@ -91,8 +91,8 @@ def test_any_text_is_read_or_refused(text: str) -> None:
     assert lun.target in lun.identity and lun.portal.rsplit(":", 1)[1].isdigit()
 
 
-def test_identity_is_the_same_by_every_portal() -> None:
-    """Two ways to one LUN are one LUN; another LUN of the target is another."""
+def test_the_identity_does_not_depend_on_the_portal() -> None:
+    """Two paths to one LUN have the same identity; another LUN of the target has another."""
     by_name, by_address = iscsi.parse(f"iscsi://san/{IQN}/1"), iscsi.parse(f"iscsi://10.0.0.7:9/{IQN}/1")
     assert by_name.identity == by_address.identity != iscsi.parse(f"iscsi://san/{IQN}/2").identity
     (reason,) = iscsi.refusals(by_name, identities={by_address.identity: "web"})
@@ -100,8 +100,8 @@ def test_identity_is_the_same_by_every_portal() -> None:
     assert iscsi.refusals(by_name, identities={f"iscsi={IQN},lun=2": "web"}) == []
 
 
-def test_lun_of_the_host_itself(tmp_path: Path) -> None:
-    """A LUN that the host's own initiator has as a disk is refused with that disk's name."""
+def test_a_lun_that_the_host_uses_is_refused(tmp_path: Path) -> None:
+    """If the host's own initiator has the LUN as a disk, the error names that disk."""
     host = FakeHost(tmp_path)
     host.disk("sdb", "iscsi")
     session = tmp_path / "sys/class/iscsi_session/session1"
@@ -114,18 +114,18 @@ def test_lun_of_the_host_itself(tmp_path: Path) -> None:
     assert iscsi.refusals(iscsi.parse(f"iscsi://san/{IQN}/2"), identities={}, sessions=sessions) == []
 
 
-def test_host_without_initiator(tmp_path: Path) -> None:
+def test_a_host_without_an_initiator(tmp_path: Path) -> None:
     """A host without the kernel's initiator has no sessions."""
     assert iscsi.host_sessions(root=str(tmp_path)) == []
 
 
-def test_names_of_initiators() -> None:
-    """Each machine is an initiator of its own."""
+def test_each_machine_has_its_own_initiator() -> None:
+    """The initiator's name is derived from the machine's id."""
     assert iscsi.initiator_name("ABC-1") == "iqn.2008-11.org.linux-kvm:abc-1" != iscsi.initiator_name("abc-2")
 
 
 def qemu_io(blockdev: dict[str, object], *commands: str, secret: str = "") -> str:
-    """Let QEMU's own initiator do something with a LUN."""
+    """Have QEMU's own initiator access a LUN."""
     words = [word for command in commands for word in ("-c", command)]
     objects = ["--object", secret] if secret else []
     return run([require_tool("qemu-io"), *objects, *words, "json:" + json.dumps(blockdev)]).stdout
@@ -145,8 +145,8 @@ def test_qemu_reaches_the_lun(tmp_path: Path) -> None:
 
 
 @pytest.mark.interop
-def test_qemu_knows_the_password(tmp_path: Path) -> None:
-    """A target that wants to know who is there gets the user, and the password out of the file."""
+def test_qemu_authenticates_with_the_password(tmp_path: Path) -> None:
+    """A target that requires authentication gets the user, and the password from the file."""
     password = tmp_path / "password"
     password.write_text("twelve-letters")
     with iscsi_target(tmp_path / "lun", user="me", password="twelve-letters") as target:

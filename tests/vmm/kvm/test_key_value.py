@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The key-value exchange: pools and limits, guests that misbehave, and a real guest."""
+"""The key-value exchange: pools and limits, misbehaving guests, and a real guest."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from vmm.model.errors import AgentUnavailable, InvalidSpec, NotFound, VmmError
 
 
 class Port:
-    """QEMU's end of the port, and a guest behind it."""
+    """QEMU's end of the port, and a guest on it."""
 
     def __init__(self) -> None:
         self.reader: asyncio.StreamReader
@@ -36,20 +36,20 @@ class Port:
         self.connected.set()
 
     async def read(self) -> dict[str, Any]:
-        """The next message of the host."""
+        """The host's next message."""
         async with asyncio.timeout(30):
             message: dict[str, Any] = json.loads(await self.reader.readline())
         return message
 
     async def ask(self, message: object, *, raw: bytes | None = None) -> dict[str, Any]:
-        """Send a message (or raw bytes); the host's next."""
+        """Send a message (or raw bytes); return the host's next one."""
         self.writer.write(raw if raw is not None else json.dumps(message).encode() + b"\n")
         return await self.read()
 
 
 @contextlib.asynccontextmanager
 async def channel_of(folder: Path) -> AsyncIterator[tuple[KeyValueChannel, KeyValueStore, Port]]:
-    """A channel, its store, and a guest whose port is connected and has heard the host's hello."""
+    """A channel, its store, and a guest whose port is connected and has received the host's hello."""
     port = Port()
     server = await asyncio.start_unix_server(port.serve, folder / "kvp.sock")
     store = KeyValueStore(str(folder / "items.json"))
@@ -67,8 +67,8 @@ async def channel_of(folder: Path) -> AsyncIterator[tuple[KeyValueChannel, KeyVa
         server.close()
 
 
-def test_store_is_kept(tmp_path: Path) -> None:
-    """What was saved is there again, in both pools, whatever the text."""
+def test_the_store_is_kept(tmp_path: Path) -> None:
+    """Saved items can be read again, in both pools, whatever the text."""
     path = str(tmp_path / "items.json")
     store = KeyValueStore(path)
     store.set("host", "name", 'line\n"quoted" \\ üñí 日本 \t')
@@ -83,7 +83,7 @@ def test_store_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"host": 1}', b'{"host": {}}', b"\xff", b"[" * 100000])
-def test_damaged_store(tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_store(tmp_path: Path, content: bytes) -> None:
     """A damaged file is an error that names it."""
     (tmp_path / "items.json").write_bytes(content)
     with pytest.raises(VmmError, match="damaged"):
@@ -91,7 +91,7 @@ def test_damaged_store(tmp_path: Path, content: bytes) -> None:
 
 
 def test_limits(tmp_path: Path) -> None:
-    """Each limit holds at its value and refuses one more."""
+    """Each limit allows its value and refuses one more."""
     store = KeyValueStore(str(tmp_path / "items.json"))
     store.set("host", "k" * MAX_KEY_BYTES, "v" * MAX_VALUE_BYTES)
     for key, value in ("k" * (MAX_KEY_BYTES + 1), ""), ("k", "v" * (MAX_VALUE_BYTES + 1)), ("ü" * 300, ""):
@@ -109,12 +109,12 @@ def test_limits(tmp_path: Path) -> None:
     store.set("host", "key0", "replacing is fine")
 
 
-def test_switched_off(tmp_path: Path) -> None:
-    """A channel that is off refuses, and never connects."""
+def test_a_channel_that_is_switched_off(tmp_path: Path) -> None:
+    """It refuses requests, and never connects."""
 
     async def scene() -> None:
         store = KeyValueStore(str(tmp_path / "items.json"))
-        channel = KeyValueChannel(str(tmp_path / "nobody"), store, is_on=False, machine="web")
+        channel = KeyValueChannel(str(tmp_path / "missing"), store, is_on=False, machine="web")
         await channel.run()
         with pytest.raises(AgentUnavailable, match=r"web.*key-value"):
             await channel.set("k", "v")
@@ -123,14 +123,14 @@ def test_switched_off(tmp_path: Path) -> None:
 
 
 def test_both_directions(tmp_path: Path) -> None:
-    """The guest sets, gets, lists and deletes; the host's changes reach it and are acknowledged."""
+    """The guest sets, gets, lists and deletes items; the host's changes reach it and are acknowledged."""
 
     async def scene() -> None:
         async with channel_of(tmp_path) as (channel, store, port):
-            assert await channel.set("early", "told at hello") is False
+            assert await channel.set("early", "sent at hello") is False
             assert not channel.is_present
             said = await port.ask({"op": "hello"})
-            assert (said["op"], said["key"], said["value"]) == ("set", "early", "told at hello")
+            assert (said["op"], said["key"], said["value"]) == ("set", "early", "sent at hello")
             assert channel.is_present
             telling = asyncio.create_task(channel.set("colour", "blue"))
             said = await port.read()
@@ -155,13 +155,13 @@ def test_both_directions(tmp_path: Path) -> None:
             ):  # fmt: skip
                 answer = await port.ask(wrong)
                 assert (answer["id"], answer["ok"]) == (5, False) and answer["error"]
-            assert store.items("host") == {"colour": "blue", "early": "told at hello"}
+            assert store.items("host") == {"colour": "blue", "early": "sent at hello"}
 
     asyncio.run(scene())
 
 
-def test_guest_that_does_not_acknowledge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An item that the guest does not take is kept, and the host is told that it was not taken."""
+def test_a_guest_that_does_not_acknowledge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An item that the guest does not acknowledge is kept, and the caller learns that it was not acknowledged."""
     monkeypatch.setattr(key_value, "ACKNOWLEDGE_SECONDS", 0.1)
 
     async def scene() -> None:
@@ -171,15 +171,15 @@ def test_guest_that_does_not_acknowledge(tmp_path: Path, monkeypatch: pytest.Mon
             assert await channel.set("k", "v") is False
             assert store.get("host", "k") == "v"
             waiting = asyncio.create_task(channel.set("k", "w"))
-            await asyncio.sleep(0.01)  # it waits for the acknowledgement now
-            channel.port_changed(False)  # nobody waits for a guest that is gone
+            await asyncio.sleep(0.01)  # now it waits for the acknowledgement
+            channel.port_changed(False)  # no wait for a guest that is gone
             assert await waiting is False and not channel.is_present
 
     asyncio.run(scene())
 
 
-def test_rubbish(tmp_path: Path) -> None:
-    """Lines that are no message, too long or without an end are refused, and the conversation goes on."""
+def test_malformed_lines(tmp_path: Path) -> None:
+    """Lines that are not messages, too long or without an end are refused, and the conversation continues."""
 
     async def scene() -> None:
         async with channel_of(tmp_path) as (_, store, port):
@@ -194,7 +194,7 @@ def test_rubbish(tmp_path: Path) -> None:
 
 @given(st.lists(st.binary(max_size=200), max_size=8))
 def test_any_bytes(lines: list[bytes]) -> None:
-    """Whatever a line holds, it is answered with a message or ignored, never an error of Python's."""
+    """Any line is answered with a message or ignored; it never causes an error of Python's."""
 
     class Sink:
         def __init__(self) -> None:
@@ -213,8 +213,8 @@ def test_any_bytes(lines: list[bytes]) -> None:
         assert isinstance(json.loads(answer), dict)
 
 
-def test_comes_back(tmp_path: Path) -> None:
-    """When QEMU goes and comes back the channel connects again, and what the guest set was saved."""
+def test_the_channel_connects_again(tmp_path: Path) -> None:
+    """When QEMU is restarted, the channel connects again, and the guest's items are kept."""
 
     async def scene() -> None:
         async with channel_of(tmp_path) as (_, _, port):
@@ -231,7 +231,7 @@ def test_comes_back(tmp_path: Path) -> None:
 
 @pytest.mark.kvm
 def test_real_guest(tmp_path: Path) -> None:
-    """A shell script in a Linux guest exchanges items both ways over the virtio port."""
+    """A shell script in a Linux guest exchanges items in both directions over the virtio port."""
     built = require_linux_guest()
     words = [
         "-kernel", str(built.kernel), "-initrd", str(built.initrd), "-append", built.append,

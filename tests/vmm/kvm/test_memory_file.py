@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is taken for a machine's memory, and that a capture without one is not said to be taken."""
+"""Which files count as a machine's memory, and that a capture without one is not reported as taken."""
 
 from __future__ import annotations
 
@@ -30,8 +30,10 @@ WHOLE = memory_file.HEADER + bytes(1000)
         (WHOLE, len(WHOLE), 2000, "wrote 2000"),
     ],
 )
-def test_what_is_a_memory_file(tmp_path: Path, content: bytes, size: int, memory: int, words: str | None) -> None:
-    """INV-MEMORY-WHOLE: an empty, a foreign and a short file are none, each with its reason."""
+def test_only_complete_memory_files_are_accepted(
+    tmp_path: Path, content: bytes, size: int, memory: int, words: str | None
+) -> None:
+    """INV-MEMORY-WHOLE: an empty, a foreign and a short file are refused, each with its reason."""
     (tmp_path / "memory").write_bytes(content)
     descriptor = os.open(tmp_path / "memory", os.O_RDONLY)
     try:
@@ -45,7 +47,7 @@ def test_what_is_a_memory_file(tmp_path: Path, content: bytes, size: int, memory
 
 
 class WrittenElsewhere:
-    """A monitor that has written all of the memory, only not into our file."""
+    """A monitor that has written all of the memory, but not into our file."""
 
     async def execute(self, command: str, **arguments: object) -> Any:
         if command == "query-migrate":
@@ -53,7 +55,7 @@ class WrittenElsewhere:
         return {"status": "running"}
 
 
-def test_memory_that_went_elsewhere_is_no_capture(tmp_path: Path) -> None:
+def test_memory_written_to_another_file_is_an_error(tmp_path: Path) -> None:
     """INV-MEMORY-WHOLE: a capture that QEMU completed into another file is an error, not a snapshot."""
     qmp = cast(Qmp, WrittenElsewhere())
 

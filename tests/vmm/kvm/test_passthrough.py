@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Giving devices away: every refusal from made-up hosts, and the claim on real loop devices."""
+"""Giving devices to machines: every refusal on made-up hosts, and the claim on real loop devices."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from vmm.model.spec import make_disk, make_spec
 
 @pytest.fixture
 def host(tmp_path: Path) -> FakeHost:
-    """A host with one disk, sda, that nobody uses."""
+    """A host with one unused disk, sda."""
     host = FakeHost(tmp_path / "root")
     host.disk("sda", "ata", device__wwid="naa.1")
     return host
 
 
 def reasons(host: FakeHost, name: str, *, read_only: bool = False, given: Given | None = None) -> list[str]:
-    """Why a device of a made-up host must not be given away."""
+    """Why a device of a made-up host must not be given to a machine."""
     view = host.view
     facts = passthrough.facts_of(view.device(name), view)
     return [str(one) for one in passthrough.refusals(facts, read_only=read_only, given=given)]
@@ -40,8 +40,8 @@ def reasons(host: FakeHost, name: str, *, read_only: bool = False, given: Given 
 # -- refusals -----------------------------------------------------------------------------------------------------
 
 
-def test_unused_disk_may_be_given(host: FakeHost) -> None:
-    """A disk with an identity that nobody uses, and a partition of it, are not refused."""
+def test_an_unused_disk_is_accepted(host: FakeHost) -> None:
+    """An unused disk with an identity, and a partition of it, are not refused."""
     host.partition("sda", 1)
     assert reasons(host, "sda") == [] and reasons(host, "sda1") == []
 
@@ -66,7 +66,7 @@ def test_swap(host: FakeHost) -> None:
 
 
 def test_part_of_a_volume(host: FakeHost) -> None:
-    """What a volume or a RAID is made of is refused by the volume's name; the volume itself is not."""
+    """The members of a volume or a RAID are refused with the volume's name; the volume itself is not."""
     host.partition("sda", 1)
     host.mapped("dm-0", "vg-data", "LVM-1", ["sda1"])
     assert reasons(host, "sda") == ["its partition /dev/sda1 is part of /dev/mapper/vg-data"]
@@ -74,7 +74,8 @@ def test_part_of_a_volume(host: FakeHost) -> None:
 
 
 def test_path_of_a_multipath_disk(host: FakeHost) -> None:
-    """One path of a LUN is refused for the multipath device, although both paths have one identity."""
+    """A single path of a LUN is refused with the name of the multipath device, although both paths have one
+    identity."""
     for name, place in (("sdb", "fc"), ("sdc", "iscsi")):
         host.disk(name, place, device__wwid="naa.6")
     host.mapped("dm-0", "mpatha", "mpath-36", ["sdb", "sdc"])
@@ -83,13 +84,13 @@ def test_path_of_a_multipath_disk(host: FakeHost) -> None:
 
 
 def test_two_disks_that_look_alike(host: FakeHost) -> None:
-    """Where two devices have one identity (two paths without multipath), neither is given away."""
+    """If two devices have one identity (two paths without multipath), neither is accepted."""
     host.disk("sdb", "fc", device__wwid="naa.1")
     assert reasons(host, "sda") == ["has the same identity as /dev/sdb and could be taken for it"]
 
 
 def test_no_identity(host: FakeHost) -> None:
-    """A disk that could not be known again is refused."""
+    """A disk that could not be identified again is refused."""
     host.disk("vda", "virtio")
     assert reasons(host, "vda") == [passthrough.NO_IDENTITY]
 
@@ -104,7 +105,7 @@ def test_no_identity(host: FakeHost) -> None:
         ("sdc", "usb", {"device/wwid": "naa.2", "ro": "1"}, 100, "write-protected"),
     ],
 )
-def test_what_is_no_disk_to_give(
+def test_devices_that_are_not_usable_disks(
     host: FakeHost, name: str, place: str, files: dict[str, str], sectors: int, says: str
 ) -> None:
     """Drives, memory, empty and write-protected devices are refused, each with one reason."""
@@ -113,13 +114,13 @@ def test_what_is_no_disk_to_give(
     assert says in reason
 
 
-def test_write_protected_disk_read_only(host: FakeHost) -> None:
-    """A write-protected disk may be given for reading."""
+def test_a_write_protected_disk_is_accepted_read_only(host: FakeHost) -> None:
+    """A write-protected disk may be given to a machine for reading."""
     host.disk("sdc", "usb", device__wwid="naa.2", ro="1")
     assert reasons(host, "sdc", read_only=True) == []
 
 
-def test_given_to_another_machine(host: FakeHost) -> None:
+def test_a_device_belongs_to_one_machine(host: FakeHost) -> None:
     """A device, its partitions and its whole disk belong to one machine at a time."""
     host.partition("sda", 1)
     host.partition("sda", 2)
@@ -132,7 +133,7 @@ def test_given_to_another_machine(host: FakeHost) -> None:
 
 
 def test_loop_device_of_a_machines_disk(host: FakeHost, tmp_path: Path) -> None:
-    """A loop device on a file that is a machine's disk is refused, by whichever name the machine knows the file."""
+    """A loop device on a file that is a machine's disk is refused, whatever name the machine has for the file."""
     file = tmp_path / "disk.vhd"
     file.write_text("")
     (tmp_path / "link").symlink_to(file)
@@ -143,8 +144,8 @@ def test_loop_device_of_a_machines_disk(host: FakeHost, tmp_path: Path) -> None:
     assert reasons(host, "loop0", given=passthrough.given_of([web], except_id=web.id)) == []
 
 
-def test_what_machines_have() -> None:
-    """Devices count by the identity that is written down, LUNs by their URL too, images by their path."""
+def test_what_counts_as_a_machines_device() -> None:
+    """Devices count by their recorded identity, LUNs also by their URL, images by their path."""
     url = "iscsi://san/iqn.2001-04.com.example:store/1"
     disks = [
         make_disk(id="disk-0", path="/images/a.vhd"),
@@ -157,8 +158,8 @@ def test_what_machines_have() -> None:
     assert given.identities == {"wwn=naa.1": "web", "iscsi=iqn.2001-04.com.example:store,lun=1": "web"}
 
 
-def test_all_reasons_at_once(host: FakeHost) -> None:
-    """All that stands against a device is said together, and being in use decides the kind of the error."""
+def test_all_reasons_are_reported_together(host: FakeHost) -> None:
+    """All reasons against a device are reported together; if it is in use, that decides the kind of the error."""
     host.disk("sdb", "usb", ro="1")
     host.mount(host.view.device("sdb").number, "/dev/sdb", "/media")
     view = host.view
@@ -176,7 +177,7 @@ def test_all_reasons_at_once(host: FakeHost) -> None:
 
 @contextlib.contextmanager
 def mounted(device: str, point: Path) -> Iterator[None]:
-    """The device's new ext4 mounted for as long as the block lasts."""
+    """The device's new ext4 file system, mounted for as long as the block lasts."""
     run([require_tool("mkfs.ext4"), "-q", device])
     point.mkdir()
     run([require_tool("mount"), device, point])
@@ -187,7 +188,7 @@ def mounted(device: str, point: Path) -> Iterator[None]:
 
 
 def fails(*command: str) -> str:
-    """What a command says that must not succeed."""
+    """The output of a command that must fail."""
     done = subprocess.run(
         [require_tool(command[0]), *command[1:]], capture_output=True, text=True, timeout=60, check=False
     )
@@ -196,15 +197,15 @@ def fails(*command: str) -> str:
 
 
 def assert_untouchable(device: str, point: Path) -> None:
-    """Making a file system, wiping signatures, mounting and swapping (to what is swap space) are all refused."""
+    """Making a file system, wiping signatures, mounting and swapping (to swap space) are all refused."""
     assert "in use" in fails("mkfs.ext4", "-q", device)
     assert "busy" in fails("wipefs", "--all", device)
     assert "busy" in fails("mount", "-t", "ext4", device, str(point))
     assert "busy" in fails("swapon", device)
 
 
-def test_claim_keeps_everybody_out(tmp_path: Path) -> None:
-    """A claimed device can be written by us and made a file system on, wiped, mounted or swapped to by nobody."""
+def test_a_claim_keeps_other_programs_out(tmp_path: Path) -> None:
+    """We can write to a claimed device; other programs cannot format, wipe, mount or swap to it."""
     with loop_device(tmp_path / "file") as device:
         run([require_tool("mkswap"), device])
         with passthrough.claim(device) as claim:
@@ -217,7 +218,7 @@ def test_claim_keeps_everybody_out(tmp_path: Path) -> None:
 
 
 def test_mounted_device_is_refused(tmp_path: Path) -> None:
-    """A mounted device is refused by name of its mount point, before and without opening it."""
+    """The error names the mount point, both before and after the device was opened."""
     with loop_device(tmp_path / "file") as device, mounted(device, tmp_path / "mnt"):
         with pytest.raises(InUse, match=f"is mounted at {tmp_path}/mnt"):
             passthrough.claim(device)
@@ -237,8 +238,8 @@ def test_swap_device_is_refused(tmp_path: Path) -> None:
             run([require_tool("swapoff"), device])
 
 
-def test_use_that_no_table_shows(tmp_path: Path) -> None:
-    """The kernel has the last word: a claim of another program is found although no table shows it."""
+def test_a_use_that_no_table_shows_is_found(tmp_path: Path) -> None:
+    """The kernel decides: a claim of another program is found although no table shows it."""
     with loop_device(tmp_path / "file") as device:
         other = os.open(device, os.O_RDONLY | os.O_EXCL)
         try:
@@ -249,8 +250,8 @@ def test_use_that_no_table_shows(tmp_path: Path) -> None:
         passthrough.claim(device).close()
 
 
-def test_another_disk_under_the_name(tmp_path: Path) -> None:
-    """INV-DEVICE-IDENTITY: when the name leads to another device, the one with the identity is taken."""
+def test_a_device_is_found_by_its_identity(tmp_path: Path) -> None:
+    """INV-DEVICE-IDENTITY: if the name leads to another device, the one with the identity is used."""
     with loop_device(tmp_path / "one") as one, loop_device(tmp_path / "two") as two:
         identity = block.find(one).identity
         with passthrough.claim(two, identity=identity) as claim:
@@ -260,14 +261,14 @@ def test_another_disk_under_the_name(tmp_path: Path) -> None:
 
 
 def test_two_loop_devices_on_one_file(tmp_path: Path) -> None:
-    """Two devices with the same bytes are refused: a claim on one would not keep others off the bytes."""
+    """Two devices with the same bytes are refused: a claim on one would not protect the bytes of the other."""
     file = tmp_path / "file"
     with loop_device(file) as one, loop_device(file) as twin, pytest.raises(Refused, match=twin):
         passthrough.claim(one)
 
 
-def test_read_only_device(tmp_path: Path) -> None:
-    """A write-protected device is given for reading only."""
+def test_a_write_protected_device(tmp_path: Path) -> None:
+    """A write-protected device can be claimed only for reading."""
     with loop_device(tmp_path / "file", read_only=True) as device:
         with pytest.raises(Refused, match="write-protected"):
             passthrough.claim(device)
@@ -275,8 +276,8 @@ def test_read_only_device(tmp_path: Path) -> None:
             os.write(claim.fd, bytes(4096))
 
 
-def test_what_is_no_device(tmp_path: Path) -> None:
-    """A file, a folder, /dev/null and nothing at all are refused by what they are."""
+def test_paths_that_are_not_devices(tmp_path: Path) -> None:
+    """A file, a folder, /dev/null and a missing path are refused, and the error says what they are."""
     file = tmp_path / "file"
     file.write_bytes(b"")
     for path in (str(file), str(tmp_path), "/dev/null"):
@@ -287,7 +288,7 @@ def test_what_is_no_device(tmp_path: Path) -> None:
 
 
 def test_without_rights(tmp_path: Path) -> None:
-    """Who may not open the device is told what gives the right."""
+    """If the user may not open the device, the error says how to get the right."""
     with loop_device(tmp_path / "file") as device:
         child = os.fork()
         if child == 0:
@@ -319,7 +320,7 @@ def test_no_descriptor_is_left(tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def qemu_with(claim: passthrough.Claim) -> Iterator[subprocess.Popen[bytes]]:
-    """A QEMU of the user nobody, sandboxed, whose paused guest has the device on its SCSI bus."""
+    """A sandboxed QEMU with the user nobody, whose paused guest has the device on its SCSI bus."""
     options = ",".join(
         f"{key}={str(value).lower() if isinstance(value, bool) else value}"
         for key, value in flat(passthrough.blockdev_of("pt0", 7, read_only=claim.read_only)).items()
@@ -343,7 +344,7 @@ def qemu_with(claim: passthrough.Claim) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def flat(document: dict[str, object], prefix: str = "") -> dict[str, object]:
-    """A nested description as QEMU's command line spells it."""
+    """A nested description, spelt as on QEMU's command line."""
     result: dict[str, object] = {}
     for key, value in document.items():
         if isinstance(value, dict):
@@ -355,7 +356,8 @@ def flat(document: dict[str, object], prefix: str = "") -> dict[str, object]:
 
 @pytest.mark.kvm
 def test_qemu_without_rights_keeps_the_claim(tmp_path: Path) -> None:
-    """INV-DEVICE-CLAIMED: an unprivileged QEMU uses the device, and the claim holds without us until QEMU is dead."""
+    """INV-DEVICE-CLAIMED: an unprivileged QEMU uses the device, and the claim lasts without us until QEMU has
+    ended."""
     require_root()
     with loop_device(tmp_path / "file") as device:
         run([require_tool("mkswap"), device])
@@ -371,7 +373,7 @@ def test_qemu_without_rights_keeps_the_claim(tmp_path: Path) -> None:
 
 @pytest.mark.kvm
 def test_qemu_reads_only(tmp_path: Path) -> None:
-    """A device that was claimed for reading is taken by QEMU as a read-only disk."""
+    """QEMU uses a device that was claimed for reading as a read-only disk."""
     with loop_device(tmp_path / "file") as device:
         run([require_tool("mkswap"), device])
         with passthrough.claim(device, read_only=True) as claim, qemu_with(claim):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The monitor's client, against a played QEMU and a real one."""
+"""The monitor's client, with a scripted QEMU and a real one."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def folder() -> Iterator[Path]:
 
 
 async def requests(reader: asyncio.StreamReader) -> AsyncIterator[dict[str, Any]]:
-    """What is asked; the messages are JSON values one after the other, not lines."""
+    """The requests received; the messages are consecutive JSON values, not lines."""
     text = ""
     while piece := await reader.read(4096):
         text += piece.decode()
@@ -51,7 +51,8 @@ async def requests(reader: asyncio.StreamReader) -> AsyncIterator[dict[str, Any]
 
 @contextlib.asynccontextmanager
 async def played(path: Path, answer: Answer, *, greets: bool = True) -> AsyncIterator[None]:
-    """Somebody at the socket who answers each request with what `answer` says, and hangs up after {"end": ...}."""
+    """A server at the socket that answers each request with the result of `answer`, and hangs up after {"end":
+    ...}."""
     writers = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -82,12 +83,12 @@ async def played(path: Path, answer: Answer, *, greets: bool = True) -> AsyncIte
 
 
 def run(scene: Callable[[], Awaitable[None]]) -> None:
-    """Play a scene, in bounded time."""
+    """Run a scene, in bounded time."""
     asyncio.run(asyncio.wait_for(scene(), 30))
 
 
 def test_result_and_argument_names(folder: Path) -> None:
-    """A command's result comes back, and an argument `fdset_id` is sent as `fdset-id`."""
+    """The result is returned, and an argument `fdset_id` is sent as `fdset-id`."""
     seen = []
 
     def answer(request: dict[str, Any]) -> list[dict[str, Any]]:
@@ -106,7 +107,7 @@ def test_result_and_argument_names(folder: Path) -> None:
 
 
 def test_refusal_is_qemu_failed_and_names_the_log(folder: Path) -> None:
-    """QEMU's own words are in the log, and the connection is usable afterwards."""
+    """QEMU's own words are in the log, and the connection can be used afterwards."""
 
     def answer(request: dict[str, Any]) -> list[dict[str, Any]]:
         if request["execute"] == "cont":
@@ -125,7 +126,7 @@ def test_refusal_is_qemu_failed_and_names_the_log(folder: Path) -> None:
 
 
 def test_no_answer_is_timed_out_and_ends_the_connection(folder: Path) -> None:
-    """After a time-out nothing can be asked any more: a late answer would be taken for another's."""
+    """After a time-out every request fails: a late answer would be mistaken for another request's."""
 
     async def scene() -> None:
         async with played(folder / "q", lambda request: []):
@@ -140,13 +141,13 @@ def test_no_answer_is_timed_out_and_ends_the_connection(folder: Path) -> None:
 
 
 def test_events_come_in_order_and_end_with_the_connection(folder: Path) -> None:
-    """Everything QEMU told before it hung up is read, then the iteration ends."""
+    """Every event sent before QEMU hung up is delivered, then the iteration ends."""
 
     def answer(request: dict[str, Any]) -> list[dict[str, Any]]:
-        told: list[dict[str, Any]] = [
+        events: list[dict[str, Any]] = [
             {"event": name, "data": {}, "timestamp": {}} for name in ("STOP", "RESUME", "SHUTDOWN")
         ]
-        return [*told, {"return": {}}, {"end": True}]
+        return [*events, {"return": {}}, {"end": True}]
 
     async def scene() -> None:
         async with played(folder / "q", answer):
@@ -160,7 +161,7 @@ def test_events_come_in_order_and_end_with_the_connection(folder: Path) -> None:
 
 
 def test_hanging_up_in_the_middle_of_a_command(folder: Path) -> None:
-    """A QEMU that dies instead of answering is QemuFailed for all who wait, and says during what."""
+    """If QEMU dies instead of answering, all waiting callers get QemuFailed, with the command."""
 
     def answer(request: dict[str, Any]) -> list[dict[str, Any]]:
         return [{"end": True}] if request["execute"] == "stop" else []
@@ -177,8 +178,8 @@ def test_hanging_up_in_the_middle_of_a_command(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("text", [b"", b"garbage\n", b'{"no": "greeting"}\n', b"\xff\xfe\n"])
-def test_who_does_not_greet_is_no_qemu(folder: Path, text: bytes) -> None:
-    """Hanging up, garbage and other protocols are one clear error, not a traceback of the client's."""
+def test_a_server_without_a_greeting_is_not_a_qemu(folder: Path, text: bytes) -> None:
+    """Hanging up, garbage and other protocols lead to one clear error, not a traceback of the client."""
 
     async def scene() -> None:
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -194,8 +195,8 @@ def test_who_does_not_greet_is_no_qemu(folder: Path, text: bytes) -> None:
     run(scene)
 
 
-def test_nobody_listens(folder: Path) -> None:
-    """No socket, and a socket that nobody listens on, are QemuFailed with the path."""
+def test_a_socket_without_a_server(folder: Path) -> None:
+    """A missing socket, and one without a listener, are QemuFailed with the path."""
 
     async def scene() -> None:
         with pytest.raises(QemuFailed, match="No such file") as caught:
@@ -206,7 +207,7 @@ def test_nobody_listens(folder: Path) -> None:
 
 
 def test_silence_is_timed_out(folder: Path) -> None:
-    """Who accepts and says nothing does not keep us waiting."""
+    """If the server accepts and sends nothing, the client stops waiting."""
 
     async def scene() -> None:
         async with played(folder / "q", lambda request: [], greets=False):
@@ -217,7 +218,7 @@ def test_silence_is_timed_out(folder: Path) -> None:
 
 
 def test_agent_is_synchronised_first(folder: Path) -> None:
-    """The agent has no greeting; it is asked to repeat a number, then commands work."""
+    """The agent has no greeting; it is asked to repeat a number first, then commands work."""
 
     def answer(request: dict[str, Any]) -> list[dict[str, Any]]:
         if request["execute"] == "guest-sync":
@@ -234,7 +235,7 @@ def test_agent_is_synchronised_first(folder: Path) -> None:
 
 
 def test_silent_and_lying_agents_are_unavailable(folder: Path) -> None:
-    """A channel on which nobody answers, or somebody answers wrongly, is AgentUnavailable."""
+    """A channel without answers, or with wrong ones, is AgentUnavailable."""
 
     async def scene() -> None:
         async with played(folder / "a", lambda request: [], greets=False):
@@ -248,9 +249,9 @@ def test_silent_and_lying_agents_are_unavailable(folder: Path) -> None:
 
 
 def keep_descriptors(listener: socket.socket, names: dict[str, int]) -> None:
-    """A monitor that treats descriptors as QEMU does: the newest one that came is the one that is named.
+    """A monitor that treats descriptors as QEMU does: a name is given to the newest one that arrived.
 
-    It reads slowly, so that whoever does not wait is read together with the next. `names`: name -> inode.
+    It reads slowly, so that a caller that does not wait is read together with the next one. `names`: name -> inode.
     """
     link, _ = listener.accept()
     newest: int | None = None
@@ -258,7 +259,7 @@ def keep_descriptors(listener: socket.socket, names: dict[str, int]) -> None:
     with link:
         link.sendall(json.dumps(GREETING).encode() + b"\n")
         while True:
-            time.sleep(0.005)  # slow, see above
+            time.sleep(0.005)  # slow, as said above
             piece, ancillary, _, _ = link.recvmsg(4096, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
             if not piece:
                 break
@@ -284,7 +285,8 @@ def keep_descriptors(listener: socket.socket, names: dict[str, int]) -> None:
 
 
 def test_descriptors_of_several_tasks_get_their_own_names(folder: Path) -> None:
-    """INV-DESCRIPTOR-NAMED: memory, a picture and an adapter at once: each descriptor has the name it was sent for."""
+    """INV-DESCRIPTOR-NAMED: with memory, a picture and an adapter at once, each descriptor has the name it was sent
+    for."""
     names: dict[str, int] = {}
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(folder / "q"))
@@ -300,7 +302,7 @@ def test_descriptors_of_several_tasks_get_their_own_names(folder: Path) -> None:
             abandoned = asyncio.create_task(qmp.send_descriptor("abandoned", files.enter_context(
                 (folder / "abandoned").open("wb")).fileno()))  # fmt: skip
             await asyncio.sleep(0)  # it begins
-            abandoned.cancel()  # whoever asked is gone, and the next one waits all the same
+            abandoned.cancel()  # the caller is gone, and the next one still waits its turn
             await asyncio.gather(
                 *(qmp.send_descriptor(name, file.fileno()) for name, file in wanted.items()),
                 *(qmp.add_descriptor_to_set(int(number), file.fileno()) for number, file in sets.items()),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QEMU's complaints, as they were seen, in words for people."""
+"""Known error messages of QEMU, translated for users."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ from vmm.kvm.said import in_our_words, reason_of
         ("Bus 'ide.0' does not support hotplugging", "nothing can be plugged in or out there while the machine runs"),
     ],
 )
-def test_known_complaints(words: str, meaning: str) -> None:
-    """Each says what it means, and about which disk."""
+def test_known_messages(words: str, meaning: str) -> None:
+    """The translation says what the message means, and which disk it is about."""
     found = in_our_words(words)
     assert found is not None and found[0] == meaning
 
 
-def test_an_unknown_complaint() -> None:
-    """It is not repeated: whoever reports it names the log."""
+def test_an_unknown_message() -> None:
+    """It is not repeated: the caller's error refers to the log."""
     assert in_our_words("Assertion 0 != 1 failed in virtio_frobnicate") is None
     assert reason_of({}) == "QEMU could not write all of it"
     assert "frobnicate" not in reason_of({"error-desc": "cannot frobnicate"})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of screens, of real machines: BIOS text, UEFI, none at all."""
+"""Pictures of the screens of real machines: BIOS text, UEFI, none at all."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OVMF = Path("/usr/share/OVMF")
 
 
 def take(guest: launch.Guest) -> Picture:
-    """A picture of the guest's screen, taken twice on one connection."""
+    """A picture of the guest's screen, made twice on one connection."""
 
     async def scene() -> bytes:
         qmp = await Qmp.connect(str(guest.qmp))
@@ -51,7 +51,7 @@ def test_bios_text(tmp_path: Path) -> None:
 
 
 def test_uefi(tmp_path: Path) -> None:
-    """UEFI firmware draws its screen, which is a picture with more than one colour."""
+    """The screen drawn by UEFI firmware is a picture with more than one colour."""
     code = OVMF / "OVMF_CODE.fd"
     if not code.exists():
         not_available("needs UEFI firmware: run script/setup, or install Debian's package ovmf")
@@ -61,14 +61,14 @@ def test_uefi(tmp_path: Path) -> None:
         "-drive", f"if=pflash,format=raw,file={tmp_path}/vars.fd",
     ]  # fmt: skip
     with launch.running(require_qemu(), tmp_path, *words, memory="96") as guest:
-        launch.connect(guest.serial).close()  # (the firmware would wait for one who listens and does not read)
-        wait_until(lambda: take(guest).colour_count >= 3, "the firmware draws", pause=0.2)  # text mode before
+        launch.connect(guest.serial).close()  # (the firmware would wait for a client that connects and does not read)
+        wait_until(lambda: take(guest).colour_count >= 3, "the firmware draws", pause=0.2)  # text mode at first
         picture = take(guest)
     assert picture.width >= 640 and picture.height >= 400
 
 
 def test_no_screen(tmp_path: Path) -> None:
-    """A machine without a screen has no picture, and QEMU's descriptors are as before."""
+    """The request fails, and QEMU's descriptors are as before."""
     with launch.running(require_qemu(), tmp_path) as guest, launch.connect(guest.serial):
 
         async def scene() -> None:
@@ -82,13 +82,13 @@ def test_no_screen(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"P6 1 1 255", b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"])
-def test_not_a_picture(data: bytes) -> None:
-    """A picture that is not whole is none."""
+def test_an_incomplete_picture(data: bytes) -> None:
+    """An incomplete picture is refused."""
     assert not is_png(data)
 
 
 def test_viewers() -> None:
-    """The best viewer that is there is told where the screen is, in its own way."""
+    """The best installed viewer is started with the address of the screen in its own syntax."""
     assert viewer_command("/run/x/vnc.sock", {}) is None
     assert viewer_command("/x", {"vncviewer": "/bin/vncviewer"}) == ["/bin/vncviewer", "/x"]
     both = {"vncviewer": "/bin/vncviewer", "remote-viewer": "/bin/remote-viewer"}

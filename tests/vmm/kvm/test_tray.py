@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A drive of a bare QEMU gets another medium, as QEMU itself tells it."""
+"""Media are changed in a drive of a bare QEMU, and QEMU itself is asked about the result."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.kvm
 
 
 async def put_in(qmp: Qmp, path: Path | None) -> None:
-    """This medium into the drive, as the worker does it."""
+    """Put this medium into the drive, as the worker does."""
     await tray.open_tray(qmp, "cd", force=False)
     if path is None:
         await tray.change_medium(qmp, "cd", None)
@@ -38,7 +38,7 @@ async def put_in(qmp: Qmp, path: Path | None) -> None:
 
 
 async def size_in(qmp: Qmp) -> int | None:
-    """The size of what is in the drive, as QEMU has it."""
+    """The size of the medium in the drive, according to QEMU."""
     (drive,) = (one for one in await qmp.execute("query-block") if one.get("qdev") == "cd")
     return drive["inserted"]["image"]["virtual-size"] if "inserted" in drive else None
 
@@ -57,8 +57,8 @@ def guest_with_drive(folder: Path) -> Iterator[launch.Guest]:
         yield guest
 
 
-def test_media_come_and_go(tmp_path: Path) -> None:
-    """An empty drive gets a medium, another one, and none; the tray closes on a medium, and nothing old is held."""
+def test_media_are_inserted_changed_and_ejected(tmp_path: Path) -> None:
+    """An empty drive gets a medium, another one, and none; the tray closes on a medium, and old media are released."""
     small = make_iso(tmp_path / "small.iso", "small", size_bytes=128 << 10)
     large = make_iso(tmp_path / "large.iso", "large", size_bytes=256 << 10)
 
@@ -86,7 +86,7 @@ def test_media_come_and_go(tmp_path: Path) -> None:
 
 
 def test_a_medium_that_cannot_be_opened_changes_nothing(tmp_path: Path) -> None:
-    """Where QEMU cannot open the new medium the old one is in the drive as before, and no descriptor is left."""
+    """If QEMU cannot open the new medium, the old one is in the drive as before, and no descriptor is left."""
     image = make_iso(tmp_path / "small.iso", "small", size_bytes=128 << 10)
 
     async def scene(path: str) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The trial on /dev/kvm: the real device does what the trial asks, and anything else is told, never raised."""
+"""The trial on /dev/kvm: the real device does what the trial requests, and any failure is reported, never raised."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ needs_kvm = pytest.mark.kvm
 
 
 def require_kvm() -> None:
-    """End the test where /dev/kvm may not be used."""
+    """Skip the test if /dev/kvm may not be used."""
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         not_available("needs read and write access to /dev/kvm")
 
 
 @needs_kvm
 def test_real_mode_guest_runs() -> None:
-    """KVM runs the real-mode guest, and every step of the others is accounted for exactly once."""
+    """KVM runs the real-mode guest, and every other step is accounted for exactly once."""
     require_kvm()
     outcome = trial.run_trial()
     assert outcome.refused is None and outcome.real_mode is None
@@ -43,8 +43,8 @@ def test_real_mode_guest_runs() -> None:
         ("e655f4", "a wrong result"),
     ],
 )
-def test_guest_that_goes_wrong_is_seen(code: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step that reports wrongly, traps, or halts without a report is a failure with its reason."""
+def test_a_failing_guest_is_detected(code: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that reports a wrong result, traps, or halts without a report is a failure with its reason."""
     require_kvm()
     step = trial_guest.GuestStep("real mode", "", bytes.fromhex(code))
     whole = trial_guest.memory_image(step)
@@ -56,21 +56,21 @@ def test_guest_that_goes_wrong_is_seen(code: str, says: str, monkeypatch: pytest
     assert trial.run_trial().real_mode == says
 
 
-def test_device_that_is_not_there(tmp_path: Path) -> None:
-    """A missing device is told with the system's word."""
+def test_a_missing_device(tmp_path: Path) -> None:
+    """It is reported with the system's message."""
     outcome = trial.run_trial(str(tmp_path / "kvm"))
     assert outcome.refused == os.strerror(2) and outcome.real_mode is not None
 
 
 @pytest.mark.parametrize("device", ["/dev/null", "/dev/zero"])
-def test_device_that_is_something_else(device: str) -> None:
-    """A device that is no KVM refuses the first request."""
+def test_a_device_that_is_not_kvm(device: str) -> None:
+    """It refuses the first request."""
     refused = trial.run_trial(device).refused
     assert refused is not None and "refused" in refused
 
 
 def test_no_descriptor_is_left() -> None:
-    """Whatever happens, the trial closes what it opened."""
+    """Whatever happens, the trial closes everything that it opened."""
     before = set(os.listdir("/proc/self/fd"))
     trial.run_trial()
     trial.run_trial("/dev/null")
@@ -78,6 +78,6 @@ def test_no_descriptor_is_left() -> None:
 
 
 def test_outcome_survives_json() -> None:
-    """The line that the process prints is the outcome."""
+    """The line that the process prints can be read back as the outcome."""
     outcome = trial.TrialResult(None, None, ["SSE2"], {"a": "b"}, ["c"], 7)
     assert trial.TrialResult(**json.loads(outcome.to_json())) == outcome

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The trial guests: their machine code is what their source says, and a whole processor does every step.
+"""The trial guests: their machine code matches their source, and a complete processor carries out every step.
 
-QEMU's translator is that whole processor: on a machine whose KVM fails at a step, this proves that the step is right.
+QEMU's translator is that complete processor: if KVM fails at a step, this proves that the step itself is right.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ALL_CODE = (
     guest.BREAKPOINT_HANDLER,
     guest.PAGE_FAULT_HANDLER,
 )
-# Loads the rest of the disk to where the trial puts it and enters long mode as the trial does.
+# Loads the rest of the disk to the place that the trial uses, and enters long mode as the trial does.
 BOOT_SECTOR = f"""
 .intel_syntax noprefix
 .code16
@@ -81,7 +81,7 @@ inside:
 
 
 def assembled(source: str, folder: Path, *, origin: int = 0) -> bytes:
-    """What the GNU assembler makes of a source in Intel's syntax."""
+    """The GNU assembler's output for a source in Intel's syntax."""
     text, made, linked, code = (folder / name for name in ("step.s", "step.o", "step.elf", "step.bin"))
     text.write_text(".intel_syntax noprefix\n" + source + "\n")
     run([require_tool("as"), "-o", made, text])
@@ -92,15 +92,15 @@ def assembled(source: str, folder: Path, *, origin: int = 0) -> bytes:
 
 @pytest.mark.parametrize("step", ALL_CODE, ids=lambda step: step.name)
 def test_code_is_its_source(step: guest.GuestStep, tmp_path: Path) -> None:
-    """The bytes of each step are what an assembler makes of the text beside them."""
+    """The bytes of each step are the assembler's output for the text beside them."""
     bits = 16 if step is guest.REAL_STEP else 64
     assert assembled(f".code{bits}\n{step.source}", tmp_path) == step.code
 
 
 @pytest.mark.kvm
 @pytest.mark.parametrize("step", guest.LONG_STEPS, ids=lambda step: step.name)
-def test_whole_processor_does_every_step(step: guest.GuestStep, tmp_path: Path) -> None:
-    """Each long-mode step reports that it is done, and nothing else, on a processor without faults."""
+def test_a_complete_processor_carries_out_every_step(step: guest.GuestStep, tmp_path: Path) -> None:
+    """On a processor without faults, each long-mode step reports that it is done, and nothing else."""
     memory = bytearray(guest.memory_image(step))
     sector = assembled(BOOT_SECTOR.replace(".intel_syntax noprefix", ""), tmp_path, origin=0x7C00)
     assert len(sector) <= 510
@@ -127,7 +127,7 @@ def test_whole_processor_does_every_step(step: guest.GuestStep, tmp_path: Path) 
 
 
 def test_steps_follow_the_features() -> None:
-    """A step whose processor feature is not offered is left out, and only such a step."""
+    """A step is left out if, and only if, its processor feature is not offered."""
     assert guest.steps_for(frozenset({"cx16", "xsave"})) == guest.LONG_STEPS
     names = {step.name for step in guest.LONG_STEPS} - {step.name for step in guest.steps_for(frozenset())}
     assert names == {"CMPXCHG16B", "XSAVE and XRSTOR"}
@@ -135,7 +135,7 @@ def test_steps_follow_the_features() -> None:
 
 @pytest.mark.parametrize("step", (guest.REAL_STEP, *guest.LONG_STEPS), ids=lambda step: step.name)
 def test_parts_of_the_memory_do_not_overlap(step: guest.GuestStep) -> None:
-    """Page tables, descriptors, handlers, program and variables keep apart, and all of it fits."""
+    """Page tables, descriptors, handlers, program and variables do not overlap, and all of them fit."""
     memory = guest.memory_image(step)
     assert len(memory) == guest.MEMORY_BYTES
     program = step.code + b"\xe6\xe0\xf4"

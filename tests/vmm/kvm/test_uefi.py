@@ -11,7 +11,7 @@ from vmm.kvm import uefi
 
 
 def test_both_files_are_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Code without an empty store for variables is of no use: the next place is looked at."""
+    """Code without an empty variable store is not usable: the search continues at the next place."""
     places = [(str(tmp_path / f"code{number}"), str(tmp_path / f"vars{number}")) for number in range(3)]
     monkeypatch.setattr(uefi, "PLACES", tuple(places))
     assert uefi.find() is None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters on QEMU's bus and in the order of booting, and their links."""
+"""Adapters: their places on QEMU's bus and in the boot order, and their links."""
 
 from __future__ import annotations
 
@@ -33,8 +33,9 @@ from vmm.worker.running import Running
 from vmm.worker.states import Verb, refuse
 
 
-def test_places_on_the_bus_follow_from_ids() -> None:
-    """An adapter keeps its place when others come and go; one with a name of its own has its number's."""
+def test_places_on_the_bus_are_derived_from_ids() -> None:
+    """An adapter keeps its place when others are added and removed; one with a custom name has the place of its
+    number."""
     spec = make_spec(name="x", adapters=[make_adapter(id=name) for name in ("nic-0", "nic-7", "mine")])
     slots = [wiring.slot_of(adapter, spec) for adapter in spec.adapters]
     assert slots == [20, 27, 22]
@@ -43,7 +44,7 @@ def test_places_on_the_bus_follow_from_ids() -> None:
 
 
 def test_only_legacy_adapters_are_booted_from() -> None:
-    """They get their number in the order of booting; a synthetic one cannot boot."""
+    """They get their number in the boot order; a synthetic adapter cannot boot."""
     spec = make_spec(
         name="x", boot_order=["network"], adapters=[make_adapter(id="nic-0"), make_adapter(id="nic-1", kind="legacy")]
     )
@@ -55,13 +56,13 @@ def test_only_legacy_adapters_are_booted_from() -> None:
 
 @dataclass
 class Folder:
-    """Where a machine runs."""
+    """The folder of a running machine."""
 
     folder: str
 
 
-class Told:
-    """A running machine, as far as the wiring tells it and its QEMU something."""
+class FakeRunning:
+    """As much of a running machine as adapter hot plugging uses; records events and monitor commands."""
 
     state: MachineState
     identity: None
@@ -89,15 +90,15 @@ class Told:
         refuse(verb, self.state)
 
     def tell(self, event: str, **details: object) -> None:
-        """An event."""
+        """Record an event."""
         self.events.append({"event": event, **details})
 
 
 def test_every_link_is_set_after_a_start() -> None:
-    """Up too: memory that was saved while an adapter was disconnected says that its link is down."""
+    """Also to up: memory that was saved while an adapter was disconnected has its link down."""
     adapters = [make_adapter(id="nic-0", switch="lab"), make_adapter(id="nic-1", link_up=False, switch="lab")]
     adapters.append(make_adapter(id="nic-2", switch="gone"))
-    running = Told(make_spec(name="x", adapters=adapters))
+    running = FakeRunning(make_spec(name="x", adapters=adapters))
     wires = wiring.Wiring(cast(Running, running))
     wires._joined["nic-2"] = Joined(None, "there is no switch")
     asyncio.run(wires.set_links())
@@ -107,13 +108,13 @@ def test_every_link_is_set_after_a_start() -> None:
     assert running.events == [{"event": "adapter-disconnected", **found}]
 
 
-def test_what_was_done_about_a_switch_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was put right is an event, and so is what cannot be, with the reason."""
+def test_repairs_of_a_switch_are_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A repair is an event, and so is a failed one, with the reason."""
     adapter = make_adapter(id="nic-0", switch="lab")
     found = Joined("1", mended=("rules",), failed=(Fault("dhcp", "it does not start"),))
     monkeypatch.setattr(joining, "join", lambda *settings: found)
     monkeypatch.setattr(joining, "end_descriptor", lambda adapter: None)
-    running = Told(make_spec(name="x", adapters=[adapter]))
+    running = FakeRunning(make_spec(name="x", adapters=[adapter]))
     running.identity, running.runtime = None, Folder("/nowhere")
     wires = wiring.Wiring(cast(Running, running))
     wires._joined["nic-0"] = Joined("1")
@@ -124,13 +125,14 @@ def test_what_was_done_about_a_switch_is_told(monkeypatch: pytest.MonkeyPatch) -
     ]
 
 
-def test_a_gateway_that_does_not_run_is_an_event_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One when it ends and one when it is back, however often two adapters of the machine are looked at meanwhile."""
+def test_a_gateway_that_does_not_run_is_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One event when it ends and one when it is back, however often two adapters of the machine are checked in
+    between."""
     adapters = [make_adapter(id=f"nic-{n}", switch="nat") for n in range(2)]
     problem: list[str | None] = [None]
     monkeypatch.setattr(joining, "join", lambda *settings: Joined("1", gateway_problem=problem[0]))
     monkeypatch.setattr(joining, "end_descriptor", lambda adapter: None)
-    running = Told(make_spec(name="x", adapters=adapters))
+    running = FakeRunning(make_spec(name="x", adapters=adapters))
     running.identity, running.runtime = None, Folder("/nowhere")
     wires = wiring.Wiring(cast(Running, running))
     wires._joined = {one.id: Joined("1") for one in adapters}
@@ -147,10 +149,10 @@ def test_a_gateway_that_does_not_run_is_an_event_once(monkeypatch: pytest.Monkey
 def test_a_disconnected_adapter_can_be_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_known: bool
 ) -> None:
-    """Its link and its rules are kept for the next switch; a link that leads nowhere does not come up."""
+    """Its link and its rules are kept for the next switch; the link stays down while there is no switch."""
     monkeypatch.setenv("VMM_HOME", str(tmp_path / "home"))
     adapter = make_adapter(id="nic-0", switch="gone", link_up=False)
-    running = Told(make_spec(name="x", adapters=[adapter]))
+    running = FakeRunning(make_spec(name="x", adapters=[adapter]))
     running.state, running.identity, running.runtime = MachineState.RUNNING, None, Folder(str(tmp_path))
     wires = wiring.Wiring(cast(Running, running))
     wires._joined["nic-0"] = Joined(None, "there is no switch") if is_known else Joined("1")
@@ -163,18 +165,18 @@ def test_a_disconnected_adapter_can_be_changed(
     assert running.events == [{"event": "adapter-changed", "adapter": "nic-0"}]
 
 
-def test_the_back_end_of_an_adapter_that_is_added_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine that is saved with it can be restored on the same data path when its switch is gone by then."""
-    running = Told(make_spec(name="x"))
+def test_the_back_end_of_an_added_adapter_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a machine that is saved with it can be restored on the same data path if its switch is gone by then."""
+    running = FakeRunning(make_spec(name="x"))
     running.state, running.identity, running.runtime = MachineState.RUNNING, None, Folder(str(tmp_path))
     running.machine = MachinePaths(str(tmp_path))
     wires = wiring.Wiring(cast(Running, running))
 
-    async def told(*args: object) -> None:
+    async def instructed(*args: object) -> None:
         return None
 
     monkeypatch.setattr(wiring, "plugged_in", lambda *args: Plugged({"id": "w"}, {"driver": "d"}, "", "bridge"))
-    monkeypatch.setattr(wires, "_tell_qemu", told)
+    monkeypatch.setattr(wires, "_tell_qemu", instructed)
     monkeypatch.setattr(wires, "_write_down", lambda spec: None)
     adapter = make_adapter(id="nic-3", switch="lab").model_dump(mode="json")
     asyncio.run(wires._add({"adapter": adapter}, lambda document: None))
@@ -182,12 +184,14 @@ def test_the_back_end_of_an_adapter_that_is_added_is_noted(tmp_path: Path, monke
 
 
 def test_a_switch_that_dies_is_started_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`INV-SWITCH-NOTICED`: its end wakes the machine's worker, whose next look is a day off."""
+    """`INV-SWITCH-NOTICED`: its end wakes the machine's worker, whose next regular check is a day away."""
     folder = Path(tempfile.mkdtemp(prefix="vmm-wires-"))
     monkeypatch.setenv("VMM_HOME", str(folder / "home"))
     monkeypatch.setenv("VMM_RUNTIME", str(folder / "run"))
     monkeypatch.setattr(wiring, "WATCH_SECONDS", 86400.0)
-    running = Told(make_spec(name="x", adapters=[make_adapter(id="nic-0", switch="lab", mac="02:00:00:00:00:01")]))
+    running = FakeRunning(
+        make_spec(name="x", adapters=[make_adapter(id="nic-0", switch="lab", mac="02:00:00:00:00:01")])
+    )
     running.state, running.identity, running.runtime = MachineState.RUNNING, None, Folder(str(folder / "m"))
     (folder / "m" / "nic-0").mkdir(parents=True)
     switches.create(make_switch(name="lab"))
@@ -200,10 +204,10 @@ def test_a_switch_that_dies_is_started_again_at_once(monkeypatch: pytest.MonkeyP
         wires = wiring.Wiring(cast(Running, running))
 
         def is_watched() -> bool:
-            wires._woken.set()  # its process may not have said its number yet
+            wires._woken.set()  # its process may not have reported its number yet
             return bool(wires._ends)
 
-        wires._woken.set()  # the first look
+        wires._woken.set()  # the first check
         watching = asyncio.create_task(wires.watch())
         for _ in range(2):
             await until(is_watched, "the switch's process is watched")

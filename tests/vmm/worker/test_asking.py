@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When a guest is asked again to shut itself down."""
+"""When a guest is asked again to shut down."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ MIB = 1 << 20
 
 
 class Guest:
-    """A guest that obeys when it is ready; what it was asked, and how the machine that it is in looks."""
+    """A guest that obeys when it is ready; it records the requests, and how the machine looks."""
 
     def __init__(self, *, obeys: Callable[[list[str]], bool], booted_seconds_ago: float = 0.0) -> None:
         self.asked: list[str] = []
-        self.told: list[str] = []
+        self.ways: list[str] = []
         self.is_open = False
         self._obeys = obeys
         self._age = booted_seconds_ago
@@ -36,13 +36,13 @@ class Guest:
             self.exited.set()
 
     async def shutdown(self) -> None:
-        """As the agent does it."""
+        """Shut down, as the agent does."""
         if not self.is_open:
             raise AgentUnavailable("no guest agent has answered yet")
         self._hear("agent")
 
     async def execute(self, command: str) -> None:
-        """As QEMU does it."""
+        """Handle a command, as QEMU does."""
         assert command == "system_powerdown"
         self._hear("button")
 
@@ -52,7 +52,7 @@ class Guest:
             Machine,
             SimpleNamespace(
                 agent=self, qmp=self, exited=self.exited, boot_age_seconds=lambda: self._age,
-                tell=lambda event, **details: self.told.append(details["by"]),
+                tell=lambda event, **details: self.ways.append(details["by"]),
             ),
         )  # fmt: skip
 
@@ -62,15 +62,15 @@ def ask(guest: Guest, timeout_seconds: float = 30.0) -> None:
     asyncio.run(ask_until_off(guest.running(), timeout_seconds, again_seconds=0.01))
 
 
-def test_a_button_that_nobody_heard_is_pressed_again() -> None:
-    """While a guest is young the button is pressed until it obeys; the event is told once."""
+def test_an_unnoticed_button_is_pressed_again() -> None:
+    """While a guest is young, the button is pressed until the guest obeys; there is one event."""
     guest = Guest(obeys=lambda asked: len(asked) == 3)
     ask(guest)
-    assert (guest.asked, guest.told) == (["button"] * 3, ["power button"])
+    assert (guest.asked, guest.ways) == (["button"] * 3, ["power button"])
 
 
-def test_an_agent_that_comes_is_asked() -> None:
-    """A guest whose agent comes after the button was pressed is asked by it at once, an old guest too."""
+def test_an_agent_that_starts_later_is_asked() -> None:
+    """A guest whose agent starts after the button was pressed is asked through it at once, even an old guest."""
     guest = Guest(obeys=lambda asked: asked[-1] == "agent", booted_seconds_ago=10_000.0)
 
     async def scene() -> None:
@@ -81,11 +81,11 @@ def test_an_agent_that_comes_is_asked() -> None:
         await asking
 
     asyncio.run(scene())
-    assert (guest.asked, guest.told) == (["button", "agent"], ["power button", "agent"])
+    assert (guest.asked, guest.ways) == (["button", "agent"], ["power button", "agent"])
 
 
-def test_an_old_guest_hears_the_button_once() -> None:
-    """What has run for long heard it: pressing again might mean something else to it."""
+def test_the_button_is_pressed_once_for_an_old_guest() -> None:
+    """A guest that has run for long has noticed it: pressing it again could have another effect."""
     guest = Guest(obeys=lambda asked: False, booted_seconds_ago=10_000.0)
     with pytest.raises(TimeoutError):
         ask(guest, 0.5)
@@ -93,8 +93,8 @@ def test_an_old_guest_hears_the_button_once() -> None:
 
 
 @pytest.mark.kvm
-def test_a_linux_that_has_just_begun_to_boot(manager: Manager) -> None:
-    """`shutdown` right after `start`, of a guest without an agent, is heard when the guest is there to hear it."""
+def test_shutdown_of_a_linux_that_is_still_booting(manager: Manager) -> None:
+    """`shutdown` right after `start`, of a guest without an agent, takes effect when the guest is ready for it."""
     guest = require_linux_guest()
     manager.create(
         "linux", memory_bytes=int(linux.MEMORY) * MIB, accelerator="tcg", kernel=str(guest.kernel),
@@ -102,5 +102,5 @@ def test_a_linux_that_has_just_begun_to_boot(manager: Manager) -> None:
     )  # fmt: skip
     manager.start("linux")
     manager.shutdown("linux", timeout_seconds=120)
-    told = [one for one in manager.events("linux") if one.name in ("shutdown-requested", "powered-off")]
-    assert [one.details["by"] for one in told] == ["power button", "guest-shutdown"]
+    reported = [one for one in manager.events("linux") if one.name in ("shutdown-requested", "powered-off")]
+    assert [one.details["by"] for one in reported] == ["power button", "guest-shutdown"]

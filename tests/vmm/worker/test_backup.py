@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies of all disks at one moment, and nothing of the snapshot left behind."""
+"""Copies of all disks at one moment; nothing of the snapshot is left behind."""
 
 from __future__ import annotations
 
@@ -36,17 +36,18 @@ pytestmark = pytest.mark.kvm
 
 
 def events(manager: Manager, kind: str) -> list[dict[str, Any]]:
-    """What the machine's events of that kind say, the oldest first."""
+    """The texts of the machine's events of that kind, the oldest first."""
     return [dict(one.details) for one in manager.events("small") if one.name == kind]
 
 
 def files_of(folder: Path) -> list[str]:
-    """Images that lie there."""
+    """The images in that folder."""
     return sorted(path.name for path in folder.iterdir() if path.suffix in (".vhd", ".avhd"))
 
 
-def test_of_a_running_machine(manager: Manager, tmp_path: Path) -> None:
-    """The copy boots by itself and has what the guest wrote before; the machine runs on, on its own image alone."""
+def test_backup_of_a_running_machine(manager: Manager, tmp_path: Path) -> None:
+    """The copy boots by itself and has everything that the guest wrote before; the machine keeps running, with only
+    its own image."""
     leaf = make_machine(manager, tmp_path)
     second = make_disk(tmp_path, "second")
     manager.add_disk("small", DiskRequest(str(second), controller="virtio"))
@@ -70,15 +71,15 @@ def test_of_a_running_machine(manager: Manager, tmp_path: Path) -> None:
     wait_counting(manager, "twin")
 
 
-def test_of_a_machine_that_is_off(manager: Manager, tmp_path: Path) -> None:
-    """The copy reads as the chain does, and says that its file systems are in order."""
+def test_backup_of_a_machine_that_is_off(manager: Manager, tmp_path: Path) -> None:
+    """The copy reads like the chain, and is marked as having consistent file systems."""
     leaf = make_machine(manager, tmp_path)
     assert manager.backup("small", str(tmp_path / "copy")).consistent is True
     assert vhdkit.compare(leaf, tmp_path / "copy" / "disk-0.vhd").same_content
 
 
-def test_refused(manager: Manager, tmp_path: Path) -> None:
-    """A folder that is there, one in no folder, devices: refused before anything is done."""
+def test_backups_that_are_refused(manager: Manager, tmp_path: Path) -> None:
+    """An existing folder, one whose parent is missing, and devices are refused before anything is done."""
     make_machine(manager, tmp_path)
     with pytest.raises(AlreadyExists, match="name a new folder"):
         manager.backup("small", str(tmp_path))
@@ -90,8 +91,9 @@ def test_refused(manager: Manager, tmp_path: Path) -> None:
         disk_copies.disks_to_copy(device)
 
 
-def test_uefi_variables_are_in_it(manager: Manager, tmp_path: Path) -> None:
-    """What a UEFI machine boots is in its variables, so they are copied; one that has never run has none."""
+def test_a_backup_includes_uefi_variables(manager: Manager, tmp_path: Path) -> None:
+    """A UEFI machine's boot entries are in its variables, so they are copied; a machine that has never run has
+    none."""
     make_machine(manager, tmp_path, firmware="uefi")
     assert not os.path.exists(manager.backup("small", str(tmp_path / "none")).folder + "/uefi-vars.fd")
     variables = Path(MachineRef.of("small").machine.uefi_variables)
@@ -101,8 +103,10 @@ def test_uefi_variables_are_in_it(manager: Manager, tmp_path: Path) -> None:
     assert copy.read_bytes() == b"boot this" and copy.stat().st_mode & 0o777 == 0o600
 
 
-def test_interrupted_while_it_is_off(manager: Manager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C ends the copying of a machine that is off: it says so, an event too, and nothing is left."""
+def test_interrupting_the_backup_of_a_machine_that_is_off(
+    manager: Manager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C ends the copying: the message and an event say so, and nothing is left."""
     make_machine(manager, tmp_path)
 
     async def interrupted(*words: object) -> None:
@@ -116,8 +120,10 @@ def test_interrupted_while_it_is_off(manager: Manager, tmp_path: Path, monkeypat
     assert not list(tmp_path.glob("copy*"))
 
 
-def test_interrupted_while_it_runs(manager: Manager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C ends the command and not the backup of a running machine: it says so, and an event tells the end."""
+def test_interrupting_the_backup_of_a_running_machine(
+    manager: Manager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C ends the command but not the backup: the message says so, and an event reports the end."""
     make_machine(manager, tmp_path)
     manager.start("small")
     listen = ControlClient._next_message
@@ -136,8 +142,8 @@ def test_interrupted_while_it_runs(manager: Manager, tmp_path: Path, monkeypatch
     manager.stop("small")
 
 
-def test_folder_in_the_way_is_kept(manager: Manager, tmp_path: Path) -> None:
-    """A folder that is called like an unfinished backup may be somebody's: it is named and left alone."""
+def test_a_folder_with_the_name_of_the_unfinished_backup_is_kept(manager: Manager, tmp_path: Path) -> None:
+    """A folder with that name may belong to another program: the error names it, and it is not touched."""
     make_machine(manager, tmp_path)
     precious = tmp_path / "copy.part" / "precious"
     precious.parent.mkdir()
@@ -147,8 +153,8 @@ def test_folder_in_the_way_is_kept(manager: Manager, tmp_path: Path) -> None:
     assert precious.read_text() == "x" and not (tmp_path / "copy").exists()
 
 
-def test_failed_copy_leaves_nothing(manager: Manager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When copying fails the snapshot is merged away all the same, and no half copy stays."""
+def test_a_failed_copy_leaves_nothing(manager: Manager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If copying fails, the snapshot is merged all the same, and no partial copy is left."""
     make_machine(manager, tmp_path)
     manager.start("small")
     wait_counting(manager)
@@ -164,8 +170,8 @@ def test_failed_copy_leaves_nothing(manager: Manager, tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("victims", [("worker",), ("keeper", "worker", "server", "qemu")], ids="+".join)
-def test_killed_while_it_copies(manager: Manager, tmp_path: Path, victims: tuple[str, ...]) -> None:
-    """Who comes next merges the snapshot away; what was written to it meanwhile is in the machine's own image."""
+def test_a_backup_that_is_killed_while_it_copies(manager: Manager, tmp_path: Path, victims: tuple[str, ...]) -> None:
+    """The next command merges the snapshot; what was written to it in the meantime is in the machine's own image."""
     leaf = make_disk(tmp_path, "small", BootOptions(print_every=4, write_every=4))
     manager.create("small", disks=[DiskRequest(str(leaf))], memory_bytes=16 * MIB, accelerator="tcg")
     manager.start("small")
@@ -194,8 +200,8 @@ def test_killed_while_it_copies(manager: Manager, tmp_path: Path, victims: tuple
     assert vhdkit.check(leaf) == []
 
 
-def test_damaged_note(manager: Manager, tmp_path: Path) -> None:
-    """A note that says nothing is an error that names it."""
+def test_a_damaged_note_of_a_backup(manager: Manager, tmp_path: Path) -> None:
+    """A note with unusable content is an error that names it."""
     make_machine(manager, tmp_path)
     place = MachineRef.of("small").machine
     Path(note_path(place)).write_text("[")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Snapshots of machines that run, with a guest that counts in memory and writes what it counted to its disk."""
+"""Snapshots of running machines, with a guest that counts in memory and writes its counter to its disk."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ pytestmark = pytest.mark.kvm
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
-    """Where the disks lie; a merge that still runs afterwards is ended."""
+    """The folder of the disks; a merge that still runs afterwards is ended."""
     yield tmp_path
     for machine in registry.load_all()[0]:
         if (merging := read_merging(machine.paths)) is not None:
@@ -59,7 +59,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 def guest(
     manager: Manager, folder: Path, *, disks: int = 1, start: bool = True, **settings: object
 ) -> MachineSnapshots:
-    """A machine that writes its counter to its first disk each second tick, running."""
+    """A running machine that writes its counter to its first disk at every second tick."""
     wishes = [DiskRequest(str(make_disk(folder, "small", BootOptions(print_every=2, write_every=2))))]
     wishes += [DiskRequest(str(make_disk(folder, f"more-{number}")), controller="scsi") for number in range(1, disks)]
     chosen: dict[str, object] = {
@@ -76,14 +76,14 @@ def guest(
 
 
 def count(manager: Manager) -> int:
-    """What the guest counted to, asked now: it is in its memory alone."""
+    """The guest's present counter, which is only in its memory."""
     before = len(console(manager))
 
     def answers() -> list[str]:
         return re.findall(r"count (\d+)\r?\n", console(manager)[before:])
 
     def answers_to_a_key() -> list[str]:
-        press(manager, "c")  # again: a guest that is still booting hears nothing
+        press(manager, "c")  # again: a guest that is still booting ignores keys
         return answers() if becomes(answers, 1) else []
 
     said = wait_until(answers_to_a_key, lambda: f"it answers: {console(manager)[-200:]!r}", SECONDS)
@@ -98,15 +98,16 @@ def disk_count(machines: Machines, path: str) -> int:
 
 @pytest.fixture
 def machines(folder: Path) -> Machines:
-    """For hashes of disks."""
+    """The machine of the test, for hashes of disks."""
     return Machines(folder)
 
 
 @pytest.mark.parametrize("mode", ["background", "switchover", "stop"])
-def test_memory_and_disks_of_one_moment_come_back(
+def test_memory_and_disks_of_one_moment_are_restored(
     manager: Manager, folder: Path, machines: Machines, mode: str
 ) -> None:
-    """Applied and started, the guest goes on counting from the snapshot's moment, on the disk of that moment."""
+    """After applying and starting, the guest continues counting from the snapshot's moment, on the disk of that
+    moment."""
     small = guest(manager, folder, disks=2)
     before = count(manager)
     snapshot = small.create("moment", mode=mode)
@@ -114,7 +115,7 @@ def test_memory_and_disks_of_one_moment_come_back(
     assert snapshot.mode == mode and snapshot.memory_bytes and snapshot.pause_seconds is not None
     states = machines.of_snapshot("small", "moment")
     wait_until(lambda: count(manager) > after + 12, "it counts on")
-    assert machines.of_snapshot("small", "moment") == states, "what was frozen is not written any more"
+    assert machines.of_snapshot("small", "moment") == states, "a frozen image was written to"
     on_disk = disk_count(machines, snapshot.disks["disk-0"])
     assert before - 3 <= on_disk <= after
     late = count(manager)
@@ -123,13 +124,14 @@ def test_memory_and_disks_of_one_moment_come_back(
     assert len(applied.tidied.removed) == 2
     manager.start("small")
     again = count(manager)
-    assert before <= again < late, "it goes on from the snapshot, not from the end"
+    assert before <= again < late, "it did not continue from the snapshot"
     wait_until(lambda: count(manager) > again, "it counts on")
     assert machines.of_snapshot("small", "moment") == states
 
 
 def test_pictures_beside_snapshots(manager: Manager, folder: Path) -> None:
-    """INV-DESCRIPTOR-NAMED: with pictures of the screen all the while each snapshot has its memory, a whole one."""
+    """INV-DESCRIPTOR-NAMED: while pictures of the screen are taken all the time, each snapshot has its complete
+    memory."""
     small = guest(manager, folder, screen=True)
     ended = threading.Event()
     pictures: list[bytes] = []
@@ -158,7 +160,7 @@ def test_pictures_beside_snapshots(manager: Manager, folder: Path) -> None:
     assert count(manager) < late
 
 
-def test_memory_of_a_kvm_guest_comes_back(manager: Manager, folder: Path, machines: Machines) -> None:
+def test_memory_of_a_kvm_guest_is_restored(manager: Manager, folder: Path, machines: Machines) -> None:
     """Under KVM, too, counter and disk are those of the snapshot's moment."""
     require_kvm()
     small = guest(manager, folder, accelerator="kvm")
@@ -176,13 +178,13 @@ def test_memory_of_a_kvm_guest_comes_back(manager: Manager, folder: Path, machin
     assert disk_count(machines, str(registry.load("small").spec.disks[0].path)) == on_disk
     manager.start("small")
     again = count(manager)
-    assert before <= again < late, "it goes on from the snapshot, not from the end"
+    assert before <= again < late, "it did not continue from the snapshot"
     wait_until(lambda: count(manager) > again, "it counts on")
     assert machines.of_snapshot("small", "moment") == states
 
 
-def test_paused_and_saved(manager: Manager, folder: Path, machines: Machines) -> None:
-    """A paused machine stays paused, twice; a saved one stays saved; each comes back as it was."""
+def test_snapshots_of_paused_and_saved_machines(manager: Manager, folder: Path, machines: Machines) -> None:
+    """A paused machine stays paused, twice; a saved one stays saved; each is restored as it was."""
     small = guest(manager, folder)
     manager.pause("small")
     first, second = small.create("first"), small.create("second")
@@ -210,7 +212,8 @@ def test_paused_and_saved(manager: Manager, folder: Path, machines: Machines) ->
 
 
 def test_ten_in_a_row_with_branches_and_deletes(manager: Manager, folder: Path, machines: Machines) -> None:
-    """Ten snapshots, while it runs and over resets; deleted in every position, running and off: all others stay."""
+    """Ten snapshots, while it runs and across resets; deleted in every position, running and off: all others stay as
+    they were."""
     small = guest(manager, folder)
     for number in range(6):
         small.create(str(number))
@@ -222,7 +225,7 @@ def test_ten_in_a_row_with_branches_and_deletes(manager: Manager, folder: Path, 
     for number in range(6, 10):
         small.create(str(number))
     states = {one: disks for one, disks in machines.states("small").items() if one}
-    for name in ("9", "0", "3", "7"):  # before now, the first, in a branch, in the middle
+    for name in ("9", "0", "3", "7"):  # the one before now, the first, one in a branch, one in the middle
         del states[small.delete(name).snapshots[0].id]
         assert {one: machines.of_snapshot("small", one) for one in states} == states
     count(manager)
@@ -239,8 +242,8 @@ def test_ten_in_a_row_with_branches_and_deletes(manager: Manager, folder: Path, 
 
 
 def test_a_long_chain(manager: Manager, folder: Path, machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A guest on many images, at night 64, reads and writes right, is captured and comes back; a page costs one read
-    of one file."""
+    """A guest on many images, 64 in the nightly run, reads and writes correctly, is captured and restored; a page
+    costs one read of one file."""
     small, pages = guest(manager, folder, start=False), daily_or_nightly(22, 62)
     small.set_limit(pages + 2)
     for number in range(pages):
@@ -274,12 +277,13 @@ def test_a_long_chain(manager: Manager, folder: Path, machines: Machines, monkey
 
 
 def leaf_of_small() -> str:
-    """The image that takes the machine's writes."""
+    """The image that the machine writes to."""
     return str(registry.load("small").spec.disks[0].path)
 
 
 def check_cost_of_depth(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once the map knows a disk, a page is at most one read of one file, whatever stands below; no bitmap is read."""
+    """Once the map knows a disk, a page costs at most one read of one file, however many layers are below; no bitmap
+    is read."""
     calls: list[str] = []
 
     def counted(kind: type, name: str) -> None:
@@ -304,7 +308,7 @@ def check_cost_of_depth(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_start_during_a_merge(manager: Manager, folder: Path, machines: Machines) -> None:
-    """A start stops the merge in the background, which goes on when the machine is off again."""
+    """A start stops the merge in the background, which continues when the machine is off again."""
     small = guest(manager, folder)
     small.create("a")
     small.create("b")
@@ -314,7 +318,7 @@ def test_start_during_a_merge(manager: Manager, folder: Path, machines: Machines
     assert small.merges_due() == 1
     for _ in range(2):
         manager.stop("small")
-        time.sleep(0.3)  # the merge begins meanwhile, or not yet
+        time.sleep(0.3)  # by then the merge begins, or has not begun yet
         manager.start("small")  # whatever the merge is doing
         assert count(manager) >= 0
     manager.stop("small")
@@ -326,19 +330,19 @@ def test_start_during_a_merge(manager: Manager, folder: Path, machines: Machines
 
 
 def test_live_merge(manager: Manager, folder: Path, machines: Machines) -> None:
-    """Middle layers and the one written to are merged while the guest runs; snapshots and guest do not notice."""
+    """Middle layers and the one written to are merged while the guest runs; snapshots and guest are not affected."""
     small = guest(manager, folder)
     for name in ("a", "b", "c"):
         small.create(name)
         after = count(manager)
         wait_until(lambda after=after: count(manager) > after + 2, "it writes")  # type: ignore[misc]
     kept = machines.of_snapshot("small", "a")
-    small.delete("b")  # c's image goes into b's, below the one written to
+    small.delete("b")  # c's image goes into b's, below the one that is written to
     done = small.merge_live()
     assert [one.problem for one in done] == [None], done
     assert small.merges_due() == 0 and machines.of_snapshot("small", "a") == kept
     count(manager)
-    small.delete("c")  # now the one written to goes into it
+    small.delete("c")  # now the one that is written to is merged into it
     [row] = small.merge_live(max_rate_bytes=50 << 20)
     assert row.held_seconds is not None and row.held_seconds < 30
     spec = registry.load("small").spec
@@ -360,8 +364,8 @@ def test_live_merge(manager: Manager, folder: Path, machines: Machines) -> None:
     count(manager)
 
 
-def test_no_room_for_the_memory(manager: Manager, folder: Path) -> None:
-    """Where the memory does not fit nothing is touched, and the guest goes on."""
+def test_no_space_for_the_memory(manager: Manager, folder: Path) -> None:
+    """If the memory does not fit, nothing is touched, and the guest continues."""
     if os.geteuid() != 0:
         not_available("needs root, to mount a small file system")
     place = folder / "small-fs"
@@ -382,22 +386,22 @@ def test_no_room_for_the_memory(manager: Manager, folder: Path) -> None:
         subprocess.run(["umount", "--lazy", place], check=True)
 
 
-def test_without_the_right_the_way_is_another(manager: Manager, folder: Path) -> None:
-    """Without userfaultfd memory is captured otherwise, and asking for the background says what is missing."""
+def test_capture_without_userfaultfd(manager: Manager, folder: Path) -> None:
+    """Without userfaultfd another mode is used, and requesting background capture says what is missing."""
     if Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() == "1":
-        pytest.skip("this host lets everybody use userfaultfd")
+        pytest.skip("this host lets every program use userfaultfd")
     small = guest(manager, folder, background_capture=False)
     with pytest.raises(Unsupported, match="background"):
         small.create("a", mode="background")
     assert small.tree().journal is None
     assert small.create("b").mode == "switchover"
-    manager.save("small")  # as ever
+    manager.save("small")  # as before
     manager.start("small")
     assert count(manager) > 0
 
 
-def test_what_is_refused_while_it_runs(manager: Manager, folder: Path) -> None:
-    """Each in its state, with nothing left behind."""
+def test_snapshots_that_are_refused_while_the_machine_runs(manager: Manager, folder: Path) -> None:
+    """Each refusal matches the state, and leaves nothing behind."""
     small = guest(manager, folder)
     with pytest.raises(VmmError, match="agent"):
         small.create("a", consistent=True)  # this guest has no agent
@@ -413,8 +417,9 @@ def test_what_is_refused_while_it_runs(manager: Manager, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["worker", "server", "qemu"])
-def test_killed_at_any_moment(manager: Manager, folder: Path, machines: Machines, part: str) -> None:
-    """Worker, disks' server or QEMU killed while a snapshot is taken: it is whole or it is not, and the rest lives."""
+def test_kills_while_a_snapshot_is_taken(manager: Manager, folder: Path, machines: Machines, part: str) -> None:
+    """If the worker, the disk server or QEMU is killed, the snapshot is either complete or absent, and the others keep
+    running."""
     small = guest(manager, folder, memory_bytes=64 * MIB)
     for number in range(daily_or_nightly(2, 4)):
         states = {one: disks for one, disks in machines.states("small").items() if one}
@@ -447,7 +452,7 @@ def test_killed_at_any_moment(manager: Manager, folder: Path, machines: Machines
             if (tree.snapshots)
             else set()
         )
-        assert folders == set(tree.snapshots), "nothing of a snapshot that is none is left"
+        assert folders == set(tree.snapshots), "files of a snapshot that was not taken are left"
     newest = small.create("at last")
     small.apply(newest.id, discard_current=True)
     manager.start("small")
@@ -455,7 +460,7 @@ def test_killed_at_any_moment(manager: Manager, folder: Path, machines: Machines
 
 
 def settled(small: MachineSnapshots) -> bool:
-    """True when no journal is left, and nobody is at work on the snapshots."""
+    """True when no journal is left, and no process works on the snapshots."""
     try:
         small.set_limit(50)
     except InUse:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When a guest's clock is set, and what is told when it cannot be."""
+"""When a guest's clock is set, and what is reported if that fails."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from vmm.worker.clock import GuestClock
 
 
 class Machine:
-    """A machine whose agent answers from the given try on."""
+    """A machine whose agent answers from the given attempt on."""
 
     def __init__(self, *, answers_at: int, is_on: bool = True, state: MachineState = MachineState.RUNNING) -> None:
         self.tries = 0
-        self.told: list[tuple[str, str]] = []
+        self.events: list[tuple[str, str]] = []
         self._answers_at = answers_at
         self.spec = SimpleNamespace(integration=SimpleNamespace(time_sync=is_on))
         self.agent = self
@@ -30,22 +30,22 @@ class Machine:
         self.tasks: list[asyncio.Task[None]] = []
 
     async def set_time(self) -> None:
-        """As the agent does it."""
+        """Set the time, as the agent does."""
         self.tries += 1
         if self.tries < self._answers_at:
             raise AgentUnavailable("no guest agent has answered yet")
 
     def tell(self, event: str, *, after: str, problem: str) -> None:
-        """An event."""
-        self.told.append((event, after))
+        """Record an event."""
+        self.events.append((event, after))
 
     def in_background(self, work: Coroutine[Any, Any, None]) -> None:
-        """As the machine does it."""
+        """Run a task, as the machine does."""
         self.tasks.append(asyncio.ensure_future(work))
 
 
 def set_clock(machine: Machine, *afters: str) -> None:
-    """Bring it to now after each of these, and wait."""
+    """Set the clock after each of these, and wait for it."""
 
     async def scene() -> None:
         guest_clock = GuestClock(cast(clock.Machine, machine))
@@ -58,20 +58,20 @@ def set_clock(machine: Machine, *afters: str) -> None:
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Times that a test can wait for."""
+    """Short times, so that the test need not wait long."""
     monkeypatch.setattr(clock, "TRY_SECONDS", 0.05)
     monkeypatch.setattr(clock, "_AGAIN_SECONDS", 0.001)
 
 
-def test_it_is_set_when_the_agent_is_there() -> None:
-    """An agent that needs a moment is asked until it answers, by one asker; nothing is told of what went well."""
+def test_the_clock_is_set_as_soon_as_the_agent_answers() -> None:
+    """An agent that needs a moment is asked until it answers, by one task; success is not reported."""
     machine = Machine(answers_at=3)
     set_clock(machine, "pause", "pause")
-    assert (machine.tries, machine.told) == (3, [])
+    assert (machine.tries, machine.events) == (3, [])
 
 
-def test_a_pause_while_it_is_set() -> None:
-    """A guest that stood still between the look at our clock and its answer got an old time: it is set once more."""
+def test_a_pause_while_the_clock_is_set() -> None:
+    """A guest that was paused between our reading of the time and its answer got an old time: it is set once more."""
     machine = Machine(answers_at=1)
 
     async def scene() -> None:
@@ -88,25 +88,25 @@ def test_a_pause_while_it_is_set() -> None:
         await asyncio.gather(*machine.tasks)
 
     asyncio.run(scene())
-    assert (machine.tries, machine.told) == (2, [])
+    assert (machine.tries, machine.events) == (2, [])
 
 
-def test_what_cannot_be_set_is_an_event() -> None:
-    """Without an agent an event says after what the clock was not set."""
+def test_a_clock_that_cannot_be_set_is_an_event() -> None:
+    """Without an agent, the event says after which operation the clock was not set."""
     machine = Machine(answers_at=1 << 30)
     set_clock(machine, "paused-critical")
-    assert machine.told == [("clock-not-set", "paused-critical")]
+    assert machine.events == [("clock-not-set", "paused-critical")]
 
 
-def test_a_service_that_is_off_is_left_alone() -> None:
-    """Whoever switched time synchronization off has no clock set, and is told nothing."""
+def test_no_clock_is_set_if_the_service_is_off() -> None:
+    """If time synchronization is switched off, the clock is not set, and no event is recorded."""
     machine = Machine(answers_at=1, is_on=False)
     set_clock(machine, "pause")
-    assert (machine.tries, machine.told) == (0, [])
+    assert (machine.tries, machine.events) == (0, [])
 
 
-def test_a_guest_that_is_paused_again_waits() -> None:
-    """A guest that stands still again has its clock set when it goes on: nothing is told now."""
+def test_the_clock_of_a_guest_that_is_paused_again() -> None:
+    """It is set when the guest continues: nothing is reported yet."""
     machine = Machine(answers_at=1 << 30, state=MachineState.PAUSED)
     set_clock(machine, "pause")
-    assert (machine.tries, machine.told) == (1, [])
+    assert (machine.tries, machine.events) == (1, [])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Disks that come, go and grow under a running Linux, and the server of the disks killed while it writes."""
+"""Disks that are added, removed and grown under a running Linux, and the disk server killed while it writes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vmm.model.errors import InUse, InvalidSpec, NotFound, StoreFailed, VmmError
 pytestmark = pytest.mark.kvm
 MIB = 1 << 20
 NAME = "linux"
-# A disk's name in the guest, by its serial; waits for it to come.
+# A disk's name in the guest, found by its serial; waits for it to appear.
 FIND = (
     "for n in $(seq 100); do for d in /sys/block/*; do "
     "grep -qs {0} $d/serial $d/device/vpd_pg80 && basename $d && exit; done; usleep 50000; done; exit 1"
@@ -27,7 +27,7 @@ FIND = (
 
 
 def start_linux(manager: Manager, *wishes: DiskRequest) -> GuestShell:
-    """A running Linux with these disks; its shell."""
+    """Start a Linux with these disks; return its shell."""
     guest = require_linux_guest()
     manager.create(
         NAME, memory_bytes=int(linux.MEMORY) * MIB, accelerator="tcg", kernel=str(guest.kernel),
@@ -47,8 +47,8 @@ def child_of_new_base(folder: Path, name: str, size_bytes: int) -> Path:
     return folder / f"{name}.avhd"
 
 
-def test_added_grown_and_removed_under_linux(manager: Manager, tmp_path: Path) -> None:
-    """On SCSI a disk comes, is written to, grows with the guest watching, and goes; all that was written is there."""
+def test_disks_are_added_grown_and_removed_under_linux(manager: Manager, tmp_path: Path) -> None:
+    """A SCSI disk is added, written to, grown while the guest watches, and removed; everything written is there."""
     leaf = child_of_new_base(tmp_path, "data", 32 * MIB)
     with start_linux(manager) as shell:
         added = manager.add_disk(NAME, DiskRequest(str(leaf), serial="HOTPLUG"))
@@ -75,11 +75,11 @@ def test_added_grown_and_removed_under_linux(manager: Manager, tmp_path: Path) -
         assert manager.disks(NAME) == ()
         manager.add_disk(NAME, DiskRequest(str(leaf)))
     manager.stop(NAME)
-    assert [one.code for one in vhdkit.check(leaf)] == ["chain-size"]  # it is larger than its parent, as was wished
+    assert [one.code for one in vhdkit.check(leaf)] == ["chain-size"]  # larger than its parent, as requested
 
 
 def test_a_virtio_disk_grows_under_linux(manager: Manager, tmp_path: Path) -> None:
-    """A virtio disk of a running guest grows, the guest sees it at once, and what it writes behind is in the chain."""
+    """The guest sees the new size at once, and what it writes beyond the old end is in the chain."""
     leaf = child_of_new_base(tmp_path, "data", 32 * MIB)
     with start_linux(manager, DiskRequest(str(leaf), controller="virtio", serial="GROWS")) as shell:
         device = shell.check(FIND.format("GROWS"))
@@ -100,7 +100,7 @@ def test_a_virtio_disk_grows_under_linux(manager: Manager, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("controller", ["scsi", "virtio"])
 def test_server_killed_while_the_guest_writes(manager: Manager, tmp_path: Path, controller: str) -> None:
-    """kill -9 of the disks' server, three times under O_DIRECT writes: the guest reads back what it wrote."""
+    """After three kills of the disk server under O_DIRECT writes, the guest reads back what it wrote."""
     leaf = child_of_new_base(tmp_path, "data", 64 * MIB)
     with start_linux(manager, DiskRequest(str(leaf), controller=controller, serial="DATA")) as shell:  # type: ignore[arg-type]
         device = shell.check(FIND.format("DATA"))
@@ -118,12 +118,12 @@ def test_server_killed_while_the_guest_writes(manager: Manager, tmp_path: Path, 
     manager.stop(NAME)
     with vhdkit.open_disk(leaf) as disk:
         assert hashlib.sha256(disk.read(0, 4 * MIB)).hexdigest() == wanted.split()[0]
-    # A block whose write was not answered yet when the server was killed was begun again elsewhere.
+    # A block whose write had not been answered when the server was killed was begun again elsewhere.
     assert [one for one in vhdkit.check(leaf) if one.code != "leaked-space"] == []
 
 
-def test_what_a_running_machine_refuses(manager: Manager, tmp_path: Path) -> None:
-    """Everything that cannot be done to a running machine's disks is refused with the way out; nothing changes."""
+def test_changes_that_a_running_machine_refuses(manager: Manager, tmp_path: Path) -> None:
+    """The refusal says what to do instead; nothing changes."""
     leaf = make_machine(manager, tmp_path)
     other = child_of_new_base(tmp_path, "other", 8 * MIB)
     manager.start("small")
@@ -158,7 +158,7 @@ def test_what_a_running_machine_refuses(manager: Manager, tmp_path: Path) -> Non
 
 
 def test_disks_of_a_machine_that_is_off(manager: Manager, tmp_path: Path) -> None:
-    """Added anywhere, resized, removed by image; what is wrong with one is shown beside it."""
+    """They can be added anywhere, resized, and removed by image; the list shows what is wrong with a disk."""
     leaf = make_machine(manager, tmp_path)
     other = child_of_new_base(tmp_path, "other", 8 * MIB)
     assert manager.add_disk("small", DiskRequest(str(other), controller="virtio")).place == "virtio0:0"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A change of a medium that fails, or whose worker dies, before the drive lost its medium: the guest keeps it."""
+"""A change of a medium that fails, or whose worker dies, before the drive is empty: the guest keeps the old medium."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from vmm.worker.states import Verb, refuse
 
 
 class Drive:
-    """A monitor of a QEMU with one drive, and all of a running machine that is needed to change its medium."""
+    """The monitor of a QEMU with one drive, and as much of a running machine as a change of media uses."""
 
     state = MachineState.RUNNING
 
@@ -39,11 +39,11 @@ class Drive:
         Path(self.machine.definition).write_bytes(self.spec.to_json())
         self.runtime = SimpleNamespace(running=str(folder / "running.json"))
         self.media: dict[str, str | None] = {}
-        self.told: list[str] = []
+        self.events: list[str] = []
         self.qmp = self
 
     async def execute(self, command: str, **arguments: Any) -> Any:
-        """As QEMU answers."""
+        """Answer as QEMU does."""
         if command == "query-block":
             return [{"qdev": "disk-0", "tray_open": self.is_open, "inserted": {"node-name": "medium.0"}}]
         self.asked.append(command)
@@ -58,27 +58,27 @@ class Drive:
         self.note.operation = None
 
     def write_note(self) -> None:
-        """Nobody follows."""
+        """Write no note: no process follows."""
 
     def need(self, verb: Verb) -> None:
-        """It runs, which allows every verb about disks."""
+        """Nothing: the machine runs, so every verb about disks is allowed."""
         refuse(verb, self.state)
 
     def redefine(self, spec: MachineSpec) -> None:
-        """As of a running machine: the file comes first."""
+        """As for a running machine: the file comes first."""
         write_whole(self.runtime.running, spec.to_json(), durable=False)
         self.spec = spec
 
     async def wait_reachable(self) -> None:
-        """It is."""
+        """Nothing: it is reachable."""
 
     def tell(self, event: str, **details: object) -> None:
-        """An event."""
-        self.told.append(event)
+        """Record an event."""
+        self.events.append(event)
 
 
-def test_a_full_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A change that cannot be written down leaves the medium in a closed drive."""
+def test_a_full_file_system_keeps_the_medium(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change that cannot be recorded leaves the medium in a closed drive."""
     drive = Drive(tmp_path)
     one = Plugging(cast(Running, drive))
 
@@ -91,12 +91,12 @@ def test_a_full_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         asyncio.run(one._change({"disk": "disk-0", "path": str(tmp_path / "two.iso")}, lambda _: None))
     assert drive.asked == ["blockdev-open-tray", "blockdev-close-tray"]
     assert drive.spec.disks[0].path == str(tmp_path / "one.iso")
-    assert (drive.note.details, drive.told) == ({}, [])
+    assert (drive.note.details, drive.events) == ({}, [])
 
 
 @pytest.mark.parametrize("was_open", [False, True])
-def test_a_worker_killed_before_it_wrote_anything_down(tmp_path: Path, *, was_open: bool) -> None:
-    """Whoever follows it closes the tray, where it was opened, and takes no medium from the guest."""
+def test_a_worker_killed_before_it_recorded_the_change(tmp_path: Path, *, was_open: bool) -> None:
+    """Its successor closes the tray if it was opened, and the guest keeps its medium."""
     drive = Drive(tmp_path)
     drive.is_open = was_open
     drive.note.operation = CHANGE_MEDIUM
@@ -104,11 +104,11 @@ def test_a_worker_killed_before_it_wrote_anything_down(tmp_path: Path, *, was_op
     os.unlink(tmp_path / "one.iso")  # what is open stays
     asyncio.run(Plugging(cast(Running, drive)).finish_interrupted())
     assert (drive.asked, drive.is_open) == (["blockdev-close-tray"], False)
-    assert (drive.note.operation, drive.note.details, drive.told) == (None, {}, [])
+    assert (drive.note.operation, drive.note.details, drive.events) == (None, {}, [])
 
 
-def test_a_worker_killed_and_the_new_medium_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was written down and can no more be done is taken back: the definition says what the guest has."""
+def test_a_worker_killed_and_the_new_medium_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recorded change that can no longer be made is undone: the definition names what the guest has."""
     drive = Drive(tmp_path)
     two = make_spec(
         **{**drive.spec.model_dump(), "disks": [{**drive.spec.disks[0].model_dump(), "path": "/gone.iso"}]}
@@ -121,5 +121,5 @@ def test_a_worker_killed_and_the_new_medium_gone(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(registry, "update", lambda _, change: stored.append(change(two).disks[0].path))
     monkeypatch.setattr(plugging, "holding", lambda *_: contextlib.nullcontext())
     asyncio.run(Plugging(cast(Running, drive)).finish_interrupted())
-    assert (stored, drive.is_open, drive.told) == ([str(tmp_path / "one.iso")], False, ["medium-not-changed"])
+    assert (stored, drive.is_open, drive.events) == ([str(tmp_path / "one.iso")], False, ["medium-not-changed"])
     assert drive.spec.disks[0].path == str(tmp_path / "one.iso")

@@ -18,7 +18,7 @@ from vmm.worker import launch
 
 @pytest.fixture
 def folder() -> Iterator[str]:
-    """A short path, in which sockets can be made."""
+    """A short path, in which sockets can be made, that every user may pass through."""
     with tempfile.TemporaryDirectory(prefix="vmm-launch-") as path:
         yield path
 

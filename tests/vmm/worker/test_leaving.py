@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Machines whose processes are told to end, as when a login's scope ends or a host stops without systemd.
+"""Machines whose processes get signals to end, as when a login session ends or a host stops without systemd.
 
-The guest counts aloud: one that was saved goes on from where it was, one that was cut off would begin anew.
+The guest prints its counter: a saved one continues where it was, one that was cut off would begin again.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ SETS = [(part,) for part in HEARING] + [("keeper", "worker", "server", "qemu")]
 
 
 def tell(parts: tuple[str, ...], *numbers: int) -> None:
-    """Send these signals to these parts, to all of them before any can act on it."""
+    """Send these signals to these processes, to all of them before any can react."""
     living = processes()
     for part, number in itertools.product(parts, numbers):
         os.kill(living[part].pid, number)
 
 
 def wait_gone() -> None:
-    """Return when nothing of the machine is left."""
+    """Wait until no process of the machine is left."""
     wait_until(lambda: not os.path.exists(MachineRef.of("small").runtime.folder), "all is put away", 90)
     assert processes() == {}
 
@@ -59,8 +59,9 @@ def happened(manager: Manager) -> list[str]:
 
 
 @pytest.mark.parametrize("parts", SETS, ids="+".join)
-def test_the_guest_is_saved(manager: Manager, tmp_path: Path, parts: tuple[str, ...]) -> None:
-    """INV-STOP-ACTION: SIGTERM to supervisor, worker, disks' server and QEMU together, or to a first one, saves."""
+def test_sigterm_saves_the_guest(manager: Manager, tmp_path: Path, parts: tuple[str, ...]) -> None:
+    """INV-STOP-ACTION: SIGTERM to supervisor, worker, disk server and QEMU together, or to one of them first,
+    saves."""
     leaf = make_machine(manager, tmp_path)
     manager.start("small")
     wait_counting(manager)
@@ -78,8 +79,8 @@ def test_the_guest_is_saved(manager: Manager, tmp_path: Path, parts: tuple[str, 
     assert wait_counting(manager) > before and console(manager).count("BOOT-OK") == 1
 
 
-def test_signals_that_other_parts_do_not_hear(manager: Manager, tmp_path: Path) -> None:
-    """INV-STOP-ACTION: SIGTERM and SIGHUP to QEMU and the disks' server alone change nothing."""
+def test_signals_to_qemu_and_disk_server_are_ignored(manager: Manager, tmp_path: Path) -> None:
+    """INV-STOP-ACTION: SIGTERM and SIGHUP to QEMU and the disk server alone change nothing."""
     make_machine(manager, tmp_path)
     manager.start("small")
     wait_counting(manager)
@@ -91,8 +92,8 @@ def test_signals_that_other_parts_do_not_hear(manager: Manager, tmp_path: Path) 
     manager.stop("small")
 
 
-def test_a_machine_that_is_to_be_turned_off(manager: Manager, tmp_path: Path) -> None:
-    """INV-STOP-ACTION: with the action turn-off it is powered off by us, its disks flushed; HUP is heard as TERM."""
+def test_the_stop_action_turn_off(manager: Manager, tmp_path: Path) -> None:
+    """INV-STOP-ACTION: the machine is powered off by us, its disks flushed; SIGHUP counts as SIGTERM."""
     leaf = make_machine(manager, tmp_path, automatic={"stop": "turn-off"})
     manager.start("small")
     wait_counting(manager)
@@ -104,13 +105,13 @@ def test_a_machine_that_is_to_be_turned_off(manager: Manager, tmp_path: Path) ->
     assert vhdkit.check(leaf) == []
 
 
-def test_a_worker_that_is_killed_while_it_leaves(manager: Manager, tmp_path: Path) -> None:
-    """INV-STOP-ACTION: when the worker is killed after the signal, the next one carries the stop action out."""
+def test_a_worker_killed_while_it_stops_the_machine(manager: Manager, tmp_path: Path) -> None:
+    """INV-STOP-ACTION: if the worker is killed after the signal, the next one carries out the stop action."""
     make_machine(manager, tmp_path)
     manager.start("small")
     wait_counting(manager)
     old = processes()["worker"]
-    os.kill(old.pid, signal.SIGSTOP)  # it hears nothing before it is killed
+    os.kill(old.pid, signal.SIGSTOP)  # it cannot act before it is killed
     os.kill(processes()["keeper"].pid, signal.SIGTERM)
     wait_until(lambda: os.path.exists(MachineRef.of("small").runtime.leaving), "the supervisor has heard it")
     os.kill(old.pid, signal.SIGKILL)
@@ -120,7 +121,7 @@ def test_a_worker_that_is_killed_while_it_leaves(manager: Manager, tmp_path: Pat
 
 
 def test_the_hosts_command_and_the_signal_at_once(manager: Manager, tmp_path: Path) -> None:
-    """INV-STOP-ACTION: ExecStop beside the signals joins them: the machine is saved once, and nothing cuts it off."""
+    """INV-STOP-ACTION: ExecStop joins the signals: the machine is saved once, and the guest is not cut off."""
     make_machine(manager, tmp_path)
     manager.start("small")
     wait_counting(manager)
@@ -132,8 +133,8 @@ def test_the_hosts_command_and_the_signal_at_once(manager: Manager, tmp_path: Pa
     assert happened(manager).count("host-stopping") == 1 and happened(manager).count("saved") == 1
 
 
-def test_the_units_own_lines(manager: Manager, tmp_path: Path) -> None:
-    """INV-STOP-ACTION: what the systemd unit calls starts and saves machines, beside systemd's signals."""
+def test_the_commands_of_the_systemd_unit(manager: Manager, tmp_path: Path) -> None:
+    """INV-STOP-ACTION: what the systemd unit calls starts and saves machines, alongside systemd's signals."""
     make_machine(manager, tmp_path, automatic={"start": "always"})
     text = autostart.unit_text("system", [sys.executable, "-P", "-m", "vmm"], autostart.kept_environment())
     lines = dict(line.split("=", 1) for line in text.splitlines() if line.startswith(("ExecStart", "ExecStop")))
@@ -152,7 +153,7 @@ def test_the_units_own_lines(manager: Manager, tmp_path: Path) -> None:
 
 
 def test_a_paused_machine_is_saved_paused(manager: Manager, tmp_path: Path) -> None:
-    """INV-STOP-ACTION: a machine that stands still is saved as it stands."""
+    """INV-STOP-ACTION: a paused machine is saved as paused."""
     make_machine(manager, tmp_path)
     manager.start("small")
     wait_counting(manager)
@@ -165,8 +166,8 @@ def test_a_paused_machine_is_saved_paused(manager: Manager, tmp_path: Path) -> N
     wait_state(manager, MachineState.PAUSED)
 
 
-def test_a_live_merge_gives_way(manager: Manager, tmp_path: Path) -> None:
-    """INV-STOP-ACTION: a live merge that would take an hour is given up, the machine is saved, and nothing is lost."""
+def test_a_live_merge_is_stopped_to_save_the_machine(manager: Manager, tmp_path: Path) -> None:
+    """INV-STOP-ACTION: a live merge that would take an hour is stopped, the machine is saved, and nothing is lost."""
     make_machine(manager, tmp_path)
     snapshots = manager.snapshots("small")
     snapshots.create("a")

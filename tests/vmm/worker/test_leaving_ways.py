@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which way follows one that fails when a host stops, and how much time each may take; with a played machine."""
+"""What is tried next if a step of stopping fails, and how much time each step has; with a scripted machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vmm.worker.states import End
 
 
 class Played:
-    """A machine that only says what is done with it, and fails where it is told to."""
+    """A machine that only records what is done with it, and fails where instructed."""
 
     def __init__(self, folder: Path, action: str, failing: dict[str, Any]) -> None:
         (folder / "run").mkdir()
@@ -72,14 +72,14 @@ class Played:
 def leave(
     folder: Path, action: str, failing: dict[str, Any], before: Callable[[Played], None] = lambda played: None
 ) -> tuple[str, Played]:
-    """(what was said to be done, the machine)."""
+    """(the recorded steps, the machine)."""
 
     async def scene() -> tuple[str, Played]:
         played = Played(folder, action, failing)
         before(played)
         leaving = Leaving(cast(Running, played), cast(Saving, played))
         first = leaving.begin("SIGTERM", 14.0)
-        assert leaving.begin("vmm", 600.0) is first  # whoever asks next joins
+        assert leaving.begin("vmm", 600.0) is first  # later callers join
         return await first, played
 
     return asyncio.run(scene())
@@ -97,8 +97,11 @@ def leave(
         ("shut-down", {"shut-down": WrongState("is paused")}, "turned off", ["shut-down", "turn-off"]),
     ],
 )  # fmt: skip
-def test_ways(tmp_path: Path, action: str, failing: dict[str, Any], word: str, did: list[str]) -> None:
-    """INV-STOP-ACTION: what cannot be saved is shut down, what does not shut down is turned off, all in the time."""
+def test_the_order_of_stop_actions(
+    tmp_path: Path, action: str, failing: dict[str, Any], word: str, did: list[str]
+) -> None:
+    """INV-STOP-ACTION: if saving fails the machine is shut down, if that fails it is turned off, all within the
+    time."""
     done, played = leave(tmp_path, action, failing)
     assert (done, played.did) == (word, did)
     assert played.given.get("save", 0) <= 8.4 and played.given.get("shut-down", 0) <= 4.0
@@ -106,7 +109,7 @@ def test_ways(tmp_path: Path, action: str, failing: dict[str, Any], word: str, d
     assert played.is_leaving
 
 
-def test_another_operation_is_waited_for_and_then_not(tmp_path: Path) -> None:
+def test_another_operation_is_waited_for_only_for_a_while(tmp_path: Path) -> None:
     """INV-STOP-ACTION: a snapshot that does not end in time does not keep the machine from stopping."""
 
     def busy(played: Played) -> None:
@@ -119,8 +122,8 @@ def test_another_operation_is_waited_for_and_then_not(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("operation", ["snapshot-merge", "backup"])
-def test_what_can_be_done_another_time_gives_way(tmp_path: Path, operation: str) -> None:
-    """INV-STOP-ACTION: a merge or a backup that takes hours is given up, and the machine is saved at once."""
+def test_merges_and_backups_are_stopped(tmp_path: Path, operation: str) -> None:
+    """INV-STOP-ACTION: a merge or a backup that takes hours is stopped, and the machine is saved at once."""
 
     def busy(played: Played) -> None:
         played.note.operation = operation
@@ -130,8 +133,8 @@ def test_what_can_be_done_another_time_gives_way(tmp_path: Path, operation: str)
     assert (done, played.did) == ("saved", ["save"]) and time.monotonic() - began < 2
 
 
-def test_an_operation_that_takes_longer_is_waited_for(tmp_path: Path) -> None:
-    """INV-STOP-ACTION: as long as there is time to save, the end of another operation is waited for."""
+def test_an_operation_is_waited_for_while_there_is_time(tmp_path: Path) -> None:
+    """INV-STOP-ACTION: as long as there is time left to save, the end of another operation is waited for."""
 
     def busy(played: Played) -> None:
         asyncio.get_running_loop().call_later(0.3, played.failing.clear)
@@ -140,13 +143,13 @@ def test_an_operation_that_takes_longer_is_waited_for(tmp_path: Path) -> None:
     assert done == "saved" and set(played.did) == {"save"} and len(played.did) > 1
 
 
-def test_an_error_that_is_none_of_ours(tmp_path: Path) -> None:
-    """INV-STOP-ACTION: whatever goes wrong on one way, the next one is tried."""
+def test_an_unexpected_error(tmp_path: Path) -> None:
+    """INV-STOP-ACTION: whatever goes wrong in one step, the next one is tried."""
     done, played = leave(tmp_path, "save", {"save": OSError(5, "broken")}, lambda played: None)
     assert (done, played.did) == ("shut down", ["save", "shut-down"])
 
 
-def test_a_machine_that_has_ended_by_itself(tmp_path: Path) -> None:
-    """INV-STOP-ACTION: nothing is done to a machine whose QEMU has ended meanwhile."""
+def test_a_machine_whose_qemu_has_ended(tmp_path: Path) -> None:
+    """INV-STOP-ACTION: nothing is done to a machine whose QEMU has ended in the meantime."""
     done, played = leave(tmp_path, "save", {}, lambda played: played.exited.set())
     assert (done, played.did) == ("shut down", [])

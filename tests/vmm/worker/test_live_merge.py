@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Linux guest that writes and checks what it wrote, through snapshots, live merges, a cancel, and killed workers."""
+"""A Linux guest that writes and checks what it wrote, through snapshots, live merges, a cancelled one, and killed
+workers."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ from vmm.store.state import MachineState
 
 pytestmark = pytest.mark.kvm
 
-# Writes pages of known content to random places with fsync, and reads each back past the cache; ends with a bad word.
+# Writes pages of known content at random places with fsync, and reads each back past the cache; a bad one is reported.
 _VERIFY = """
 n=0
 while [ ! -e /run/stop ]; do
@@ -44,7 +45,7 @@ done
 
 @pytest.fixture
 def shell_of(manager: Manager, tmp_path: Path) -> Iterator[Callable[[], GuestShell]]:
-    """A Linux machine "small" with a disk of its own, running; gives shells in it."""
+    """A running Linux machine "small" with its own disk; gives shells in it."""
     guest = require_linux_guest()
     vhdkit.create_image(tmp_path / "disk.vhd", 16 * MIB, block_size_bytes=512 << 10)
     manager.create(
@@ -72,19 +73,19 @@ def shell(name: str) -> GuestShell:
 
 
 def rounds(guest: GuestShell) -> int:
-    """How far the writer is; fails when it lost something."""
-    assert guest.run("cat /run/lost").exit_code != 0, "the guest read something else than it had written"
+    """The number of rounds that the writer has done; fails if it lost something."""
+    assert guest.run("cat /run/lost").exit_code != 0, "the guest did not read what it had written"
     return int(guest.check("cat /run/done 2>/dev/null || echo 0"))
 
 
 def goes_on(guest: GuestShell) -> None:
-    """The writer writes."""
+    """Wait until the writer has written more."""
     before = rounds(guest)
     wait_until(lambda: rounds(guest) > before + 1, "the guest writes on")
 
 
-def test_a_writing_guest_notices_nothing(manager: Manager, shell_of: Callable[[], GuestShell], tmp_path: Path) -> None:
-    """Snapshots (one with frozen file systems), live merges, a cancelled one, and a worker killed in one."""
+def test_a_writing_guest_is_not_affected(manager: Manager, shell_of: Callable[[], GuestShell], tmp_path: Path) -> None:
+    """By snapshots (one with frozen file systems), live merges, a cancelled one, and a worker killed during one."""
     guest, machines, small = shell_of(), Machines(tmp_path), manager.snapshots("small")
     guest.check(f"cat >/run/verify <<'END'\n{_VERIFY}\nEND\n(sh /run/verify &)".replace("\n\n", "\n"))
     goes_on(guest)
@@ -129,7 +130,7 @@ def test_a_writing_guest_notices_nothing(manager: Manager, shell_of: Callable[[]
     goes_on(guest)
 
     def followed() -> bool:
-        small.cancel_merge()  # where the server is still at it
+        small.cancel_merge()  # if the server is still working on it
         return load_tree(registry.load("small").paths).journal is None
 
     wait_until(followed, "the new worker followed it", 60)

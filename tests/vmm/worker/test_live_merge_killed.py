@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The disks' server, QEMU, or everything killed while images are merged under a guest that writes to them."""
+"""The disk server, QEMU, or everything is killed while images are merged under a guest that writes to them."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from vmm.store.state import MachineState
 pytestmark = pytest.mark.kvm
 
 _GUEST_SECTORS = (WRITE_LBA, COUNT_LBA)
-_RATE = 400_000  # bytes a second: a merge takes some seconds, the kill finds it at work
+_RATE = 400_000  # bytes a second: a merge takes some seconds, so the kill hits it in progress
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
-    """Where the disks lie; a merge that still runs afterwards is ended."""
+    """The folder of the disks; a merge that still runs afterwards is ended."""
     yield tmp_path
     for machine in registry.load_all()[0]:
         if (merging := read_merging(machine.paths)) is not None:
@@ -47,9 +47,10 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 
 def grown(manager: Manager, folder: Path) -> tuple[MachineSnapshots, bytes]:
-    """A machine that counts on its disk, running, with snapshots a, b, c, d and data in each layer; what it must read.
+    """A running machine that counts on its disk, with snapshots a, b, c, d and data in each layer; and what it must
+    read.
 
-    The guest's own sectors are left out of that.
+    The sectors that the guest itself writes to are left out.
     """
     require_boot_sector_guest()
     leaf = make_disk(folder, "small", BootOptions(print_every=2, write_every=1))
@@ -74,7 +75,7 @@ def now_path() -> str:
 
 
 def content(path: str) -> bytes:
-    """What a disk reads as, without the sectors that the guest writes to."""
+    """The content of a disk, without the sectors that the guest writes to."""
     with vhdkit.open_disk(path, options=vhdkit.OpenOptions(lock=False)) as disk:
         data = bytearray(disk.read(0, disk.size_bytes))
     for sector in _GUEST_SECTORS:
@@ -83,12 +84,14 @@ def content(path: str) -> bytes:
 
 
 def merging_live(small: MachineSnapshots) -> threading.Thread:
-    """A live merge that has begun to copy, on a thread."""
+    """A live merge that has begun to copy, in a thread."""
     copied = threading.Event()
 
     def merge() -> None:
         with contextlib.suppress(VmmError):
-            small.merge_live(max_rate_bytes=_RATE, progress=lambda told: copied.set() if told.get("done") else None)
+            small.merge_live(
+                max_rate_bytes=_RATE, progress=lambda progress: copied.set() if progress.get("done") else None
+            )
 
     merging = threading.Thread(target=merge)
     merging.start()
@@ -99,13 +102,13 @@ def merging_live(small: MachineSnapshots) -> threading.Thread:
 
 
 def merging_live_elsewhere(small: MachineSnapshots) -> int:
-    """The same in a process of its own, which can be killed, too; its number."""
+    """The same in another process, which can be killed, too; its number."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
 
-        def tell(told: dict[str, Any]) -> None:
-            if told.get("done"):
+        def tell(progress: dict[str, Any]) -> None:
+            if progress.get("done"):
                 os.write(writing, b"x")
 
         with contextlib.suppress(BaseException):
@@ -113,7 +116,7 @@ def merging_live_elsewhere(small: MachineSnapshots) -> int:
         os._exit(0)
     os.close(writing)
     try:
-        assert os.read(reading, 1), "it copies"
+        assert os.read(reading, 1), "it is copying"
     finally:
         os.close(reading)
     assert isinstance(load_tree(registry.load("small").paths).journal, MergeLive)
@@ -121,7 +124,7 @@ def merging_live_elsewhere(small: MachineSnapshots) -> int:
 
 
 def check_whole(small: MachineSnapshots, machines: Machines, kept: dict[str, dict[str, str]], expected: bytes) -> None:
-    """With the machine off: all that is due is merged, every state reads as it did, nothing is left lying about."""
+    """With the machine off: all due merges are done, every state reads as before, and no files are left over."""
     assert content(now_path()) == expected
     assert {one: machines.of_snapshot("small", one) for one in kept} == kept
     wait_until(lambda: is_merged(small), "the merge that the stop has begun is done, and so is ours")
@@ -129,7 +132,7 @@ def check_whole(small: MachineSnapshots, machines: Machines, kept: dict[str, dic
     assert {one: machines.of_snapshot("small", one) for one in kept} == kept
     tree = small.tree()
     known = {os.path.basename(one) for one in (*tree.images, *tree.frozen(), now_path())} | {"small.vhd", "small.avhd"}
-    assert machines.images() <= known, "an image is left that nobody knows"
+    assert machines.images() <= known, "an unknown image is left"
     records = [one for one in os.listdir(machines.folder) if "vhdkit-merge" in one]
     assert not records, records
     for path in (*tree.images, now_path()):
@@ -137,7 +140,7 @@ def check_whole(small: MachineSnapshots, machines: Machines, kept: dict[str, dic
 
 
 def is_merged(small: MachineSnapshots) -> bool:
-    """Merge what is due; False while somebody else is at it."""
+    """Merge what is due; False while another process works on it."""
     try:
         small.merge()
     except InUse:
@@ -160,8 +163,8 @@ def put_away(manager: Manager) -> None:
         pytest.param("qemu", "cd", id="qemu-leaf"),
     ],
 )
-def test_one_killed_in_a_live_merge(manager: Manager, folder: Path, part: str, doomed: str) -> None:
-    """The guest goes on, or can be started; no state has changed; the next merge finishes; nothing is left over."""
+def test_one_process_is_killed_in_a_live_merge(manager: Manager, folder: Path, part: str, doomed: str) -> None:
+    """The guest continues, or can be started; no state has changed; the next merge finishes; nothing is left over."""
     small, expected = grown(manager, folder)
     machines = Machines(folder)
     for name in doomed:
@@ -189,13 +192,14 @@ def test_one_killed_in_a_live_merge(manager: Manager, folder: Path, part: str, d
     wait_until(lambda: count(manager) > late + 2, "it counts on")
     manager.stop("small")
     put_away(manager)
-    assert disk_count(machines, now_path()) >= late, "what it wrote after the merge is there"
+    assert disk_count(machines, now_path()) >= late, "what it wrote after the merge is lost"
     check_whole(small, machines, kept, expected)
 
 
 @pytest.mark.parametrize("doomed", ["bc", "cd"], ids=["middle", "leaf"])
-def test_everything_killed_in_a_live_merge(manager: Manager, folder: Path, doomed: str) -> None:
-    """As after a power cut: the next command finds the disk's newest image, with what the guest wrote during it."""
+def test_all_processes_are_killed_in_a_live_merge(manager: Manager, folder: Path, doomed: str) -> None:
+    """As after a power cut, the next command finds the disk's newest image, with what the guest wrote during the
+    merge."""
     small, expected = grown(manager, folder)
     machines = Machines(folder)
     for name in doomed:
@@ -216,7 +220,7 @@ def test_everything_killed_in_a_live_merge(manager: Manager, folder: Path, doome
     assert isinstance(tree.journal, MergeLive)
     if doomed == "cd":
         assert vhdkit.find_children([before_merge])[before_merge], "the merge had put a new leaf on the disk's image"
-    small.delete("d" if doomed == "bc" else "b")  # any command settles it
+    small.delete("d" if doomed == "bc" else "b")  # any command finishes it
     kept.pop("d" if doomed == "bc" else "b")
     tree = small.tree()
     assert tree.journal is None and not vhdkit.find_children([now_path()])[now_path()]

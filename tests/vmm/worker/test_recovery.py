@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Worker, or worker and QEMU, killed in a live snapshot, another command at once: no write of the guest is lost."""
+"""The worker, or worker and QEMU, are killed in a live snapshot, with another command at once: no write of the guest
+is lost."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.kvm
 
 
 def cut_after_the_pivot(small: MachineSnapshots, victims: tuple[str, ...]) -> str:
-    """Kill these, and the command, once the guest writes to its new leaf; that leaf."""
+    """Kill these, and the command, once the guest writes to its new leaf; return that leaf."""
     child = os.fork()
     if child == 0:
         with contextlib.suppress(BaseException):
@@ -45,14 +46,17 @@ def cut_after_the_pivot(small: MachineSnapshots, victims: tuple[str, ...]) -> st
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     journal = load_tree(paths).journal
-    assert isinstance(journal, CreateLive), "it was cut"
+    assert isinstance(journal, CreateLive), "the snapshot was interrupted"
     return journal.pivots[0].child
 
 
 @pytest.mark.parametrize("recovery", ["none", "restart"])
 @pytest.mark.parametrize("victims", [("worker",), ("worker", "qemu")], ids="+".join)
-def test_delete_right_after_a_cut(manager: Manager, tmp_path: Path, victims: tuple[str, ...], recovery: str) -> None:
-    """INV-ONE-JOURNAL: `snapshot delete` has the cut snapshot settled first; the newest leaf stays the disk."""
+def test_delete_right_after_an_interrupted_snapshot(
+    manager: Manager, tmp_path: Path, victims: tuple[str, ...], recovery: str
+) -> None:
+    """INV-ONE-JOURNAL: `snapshot delete` has the interrupted snapshot finished or undone first; the newest leaf stays
+    the disk."""
     automatic = {"recovery": recovery} if recovery != "none" else {}
     small = guest(manager, tmp_path, memory_bytes=256 * MIB, automatic=automatic)
     small.create("a")

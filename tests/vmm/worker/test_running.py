@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a running machine does when it is told to, and when its disks fail. The guest counts aloud in its memory."""
+"""What a running machine does on request, and when its disks fail. The guest counts in its memory and prints the
+counter."""
 
 from __future__ import annotations
 
@@ -37,14 +38,14 @@ from vmm.store.state import MachineState
 pytestmark = pytest.mark.kvm
 
 
-def told(manager: Manager, name: str = "small") -> list[str]:
+def event_names(manager: Manager, name: str = "small") -> list[str]:
     """The names of all events."""
     return [event.name for event in manager.events(name)]
 
 
 @contextlib.contextmanager
 def small_file_system(folder: Path, size_bytes: int) -> Iterator[Path]:
-    """A file system of that size in memory, for a disk to be full."""
+    """A file system of that size in memory, so that a disk can fill up."""
     if os.geteuid() != 0:
         not_available("needs root, to mount a small file system")
     folder.mkdir()
@@ -56,7 +57,7 @@ def small_file_system(folder: Path, size_bytes: int) -> Iterator[Path]:
 
 
 def fill(folder: Path) -> Path:
-    """A file that takes all the room there is left."""
+    """A file that takes all the space that is left."""
     filler = folder / "filler"
     with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
@@ -65,7 +66,7 @@ def fill(folder: Path) -> Path:
 
 
 def test_pause_and_resume(manager: Manager, tmp_path: Path) -> None:
-    """A paused guest does not count; resumed, it goes on from there. Both are refused in the wrong state."""
+    """A paused guest does not count; resumed, it continues. Each is refused in the wrong state."""
     make_machine(manager, tmp_path)
     with pytest.raises(WrongState, match="is off: cannot pause"):
         manager.pause("small")
@@ -97,7 +98,7 @@ def test_reset(manager: Manager, tmp_path: Path) -> None:
 
 
 def test_shutdown_by_the_power_button(manager: Manager, tmp_path: Path) -> None:
-    """A guest without an agent is asked by the power button, and all is free when the verb returns."""
+    """A guest without an agent is asked through the power button, and everything is free when the verb returns."""
     leaf = make_machine(manager, tmp_path)
     manager.start("small")
     wait_counting(manager)
@@ -107,8 +108,8 @@ def test_shutdown_by_the_power_button(manager: Manager, tmp_path: Path) -> None:
     vhdkit.open_disk(leaf, writable=True).close()
 
 
-def test_guest_that_does_not_shut_down(manager: Manager, tmp_path: Path) -> None:
-    """Time-out with the way out in it; the machine runs on, and can be stopped."""
+def test_a_guest_that_does_not_shut_down(manager: Manager, tmp_path: Path) -> None:
+    """The time-out says what to do; the machine keeps running, and can be stopped."""
     leaf = make_disk(tmp_path, "deaf", BootOptions(print_every=4, power_button=False))
     manager.create("deaf", disks=[DiskRequest(str(leaf))], memory_bytes=16 * MIB, accelerator="tcg")
     manager.start("deaf")
@@ -121,19 +122,19 @@ def test_guest_that_does_not_shut_down(manager: Manager, tmp_path: Path) -> None
     assert manager.state("deaf") is MachineState.OFF
 
 
-def test_guest_powers_off(manager: Manager, tmp_path: Path) -> None:
-    """A guest that powers itself off leaves a machine that is off, by itself, and no recovery is thought of."""
+def test_a_guest_that_powers_itself_off(manager: Manager, tmp_path: Path) -> None:
+    """The machine is off then, without any command and without automatic recovery."""
     make_machine(manager, tmp_path, automatic={"recovery": "restart"})
     manager.start("small")
     wait_counting(manager)
     press(manager, "p")
     wait_until(lambda: not os.path.exists(MachineRef.of("small").runtime.folder), "all is put away")
     assert manager.state("small") is MachineState.OFF
-    assert "powered-off" in told(manager) and "qemu-died" not in told(manager)
+    assert "powered-off" in event_names(manager) and "qemu-died" not in event_names(manager)
 
 
 def test_save_and_start(manager: Manager, tmp_path: Path) -> None:
-    """The counter in memory goes on where it was saved; nothing runs meanwhile, and the state is used up once."""
+    """The counter continues where it was saved; no process runs in between, and the state is used only once."""
     make_machine(manager, tmp_path)
     manager.start("small")
     wait_counting(manager)
@@ -153,7 +154,7 @@ def test_save_and_start(manager: Manager, tmp_path: Path) -> None:
 
 
 def test_saved_while_paused(manager: Manager, tmp_path: Path) -> None:
-    """A machine that was paused when it was saved is paused when it is started."""
+    """A machine that was paused when it was saved is paused after its start."""
     make_machine(manager, tmp_path)
     manager.start("small")
     wait_counting(manager)
@@ -167,8 +168,9 @@ def test_saved_while_paused(manager: Manager, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil", ["cut", "byte", "description", "disk"])
-def test_saved_state_that_does_not_fit(manager: Manager, tmp_path: Path, spoil: str) -> None:
-    """Damaged memory, a damaged description, a disk that was written to: refused, kept, and there is a way out."""
+def test_a_saved_state_that_does_not_match(manager: Manager, tmp_path: Path, spoil: str) -> None:
+    """Damaged memory, a damaged description, a disk that was written to: refused and kept, with what to do about
+    it."""
     leaf = make_machine(manager, tmp_path)
     manager.start("small")
     wait_counting(manager)
@@ -196,8 +198,8 @@ def test_saved_state_that_does_not_fit(manager: Manager, tmp_path: Path, spoil: 
     wait_until(lambda: console(manager).count("BOOT-OK") == 2, "it boots anew")
 
 
-def test_no_room_to_save(manager: Manager, tmp_path: Path) -> None:
-    """Where memory does not fit the machine goes on at once, as if nobody had asked."""
+def test_no_space_to_save(manager: Manager, tmp_path: Path) -> None:
+    """If the memory does not fit, the machine continues at once, as if it had not been asked."""
     with small_file_system(tmp_path / "full", 24 * MIB) as folder:
         leaf = make_disk(tmp_path, "small", BootOptions(print_every=4))
         manager.create(
@@ -213,8 +215,8 @@ def test_no_room_to_save(manager: Manager, tmp_path: Path) -> None:
         manager.stop("small")
 
 
-def test_full_file_system(manager: Manager, tmp_path: Path) -> None:
-    """A disk that is full pauses the machine, says why, and lets it go on by itself when there is room again."""
+def test_a_full_file_system(manager: Manager, tmp_path: Path) -> None:
+    """A full disk pauses the machine, is reported, and lets it continue by itself when there is space again."""
     with small_file_system(tmp_path / "full", 10 * MIB) as folder:
         base = make_disk(tmp_path).with_suffix(".vhd")
         leaf = folder / "leaf.avhd"
@@ -225,24 +227,24 @@ def test_full_file_system(manager: Manager, tmp_path: Path) -> None:
         manager.start("small")
         wait_state(manager, MachineState.CRITICAL)
         assert "WRITE-OK" not in console(manager)
-        wait_until(lambda: "full" in (manager.show("small").reason or ""), "the reason is told")
+        wait_until(lambda: "full" in (manager.show("small").reason or ""), "the reason is reported")
         with pytest.raises(WrongState, match="is paused-critical: cannot save"):
             manager.save("small")
         filler.unlink()
         wait_state(manager, MachineState.RUNNING)
         wait_counting(manager)
         assert "WRITE-OK" in console(manager) and "DISK-ERROR" not in console(manager)
-        assert told(manager).count("paused-critical") >= 1
+        assert event_names(manager).count("paused-critical") >= 1
         manager.stop("small")
 
 
-def test_dead_disk_server(manager: Manager, tmp_path: Path) -> None:
-    """While the server of the disks is away the machine is paused-critical, and goes on when it is back."""
+def test_a_dead_disk_server(manager: Manager, tmp_path: Path) -> None:
+    """While the disk server is down the machine is paused-critical, and continues when the server is back."""
     make_machine(manager, tmp_path)
     manager.start("small")
     wait_counting(manager)
     living = processes()
-    living["keeper"].send(signal.SIGSTOP)  # else it would be back at once
+    living["keeper"].send(signal.SIGSTOP)  # otherwise it would be back at once
     living["server"].kill()
     press(manager, "w")
     wait_state(manager, MachineState.CRITICAL)
@@ -253,8 +255,8 @@ def test_dead_disk_server(manager: Manager, tmp_path: Path) -> None:
     assert "DISK-ERROR" not in console(manager)
 
 
-def test_critical_machines_obey(manager: Manager, tmp_path: Path) -> None:
-    """A machine whose disks do not work can be paused for good, and be stopped."""
+def test_paused_critical_machines_can_be_paused_and_stopped(manager: Manager, tmp_path: Path) -> None:
+    """A machine whose disks do not work can be paused by the user, and be stopped."""
     make_machine(manager, tmp_path)
     manager.start("small")
     wait_counting(manager)
@@ -271,7 +273,7 @@ def test_critical_machines_obey(manager: Manager, tmp_path: Path) -> None:
 
 
 def test_privileges(manager: Manager, tmp_path: Path) -> None:
-    """QEMU has no capabilities, cannot gain any, is filtered, and as root is a user of the machine's own."""
+    """QEMU has no capabilities, cannot gain any, is filtered, and under root runs as the machine's own user."""
     make_machine(manager, tmp_path)
     manager.start("small")
     status = Path(f"/proc/{processes()['qemu'].pid}/status").read_text()
@@ -279,7 +281,7 @@ def test_privileges(manager: Manager, tmp_path: Path) -> None:
     for kind in ("CapInh", "CapPrm", "CapEff", "CapAmb"):
         assert int(facts[kind][0], 16) == 0, kind
     assert facts["NoNewPrivs"] == ["1"] and facts["Seccomp"] == ["2"]
-    assert int(facts["Seccomp_filters"][0]) >= 2  # its own and ours (INV-CONFINED)
+    assert int(facts["Seccomp_filters"][0]) >= 2  # QEMU's own filter and ours (INV-CONFINED)
     assert int(facts["SigBlk"][0], 16) >> (signal.SIGTERM - 1) & 1  # INV-STOP-ACTION
     if os.geteuid() == 0:
         assert int(facts["CapBnd"][0], 16) == 0
@@ -287,8 +289,8 @@ def test_privileges(manager: Manager, tmp_path: Path) -> None:
         assert facts["Groups"] == []
 
 
-def test_no_socket_is_for_others(manager: Manager, tmp_path: Path) -> None:
-    """Nobody but the owner, and QEMU's user where it must, may use a socket, read a file or enter a folder."""
+def test_sockets_and_files_are_private(manager: Manager, tmp_path: Path) -> None:
+    """Only the owner, and QEMU's user where necessary, can use a socket, read a file or enter a folder."""
     make_machine(manager, tmp_path)
     manager.start("small")
     place = MachineRef.of("small")
@@ -302,7 +304,8 @@ def test_no_socket_is_for_others(manager: Manager, tmp_path: Path) -> None:
 
 
 def test_one_command_at_a_time(manager: Manager, tmp_path: Path) -> None:
-    """Of two that start a machine at once one wins, and the other is told so; nothing is left of it."""
+    """Of two commands that start a machine at once one succeeds, and the other one is refused; it leaves nothing
+    behind."""
     make_machine(manager, tmp_path)
     command = [sys.executable, "-m", "vmm", "start", "small"]
     started = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
@@ -315,7 +318,7 @@ def test_one_command_at_a_time(manager: Manager, tmp_path: Path) -> None:
 
 
 def save_when_idle(manager: Manager, name: str) -> None:
-    """Save as soon as no other operation is under way."""
+    """Save as soon as no other operation is in progress."""
 
     def is_saved() -> bool:
         try:
@@ -327,8 +330,8 @@ def save_when_idle(manager: Manager, name: str) -> None:
     becomes(is_saved)
 
 
-def test_busy_with_saving(manager: Manager, tmp_path: Path) -> None:
-    """While one saves, another operation is refused, except to stop."""
+def test_other_operations_are_refused_while_saving(manager: Manager, tmp_path: Path) -> None:
+    """While the machine is being saved, another operation is refused, except for a stop."""
     make_machine(manager, tmp_path)
     manager.start("small")
     wait_counting(manager)
@@ -344,14 +347,14 @@ def test_busy_with_saving(manager: Manager, tmp_path: Path) -> None:
         except (InUse, WrongState):
             pass
         except Exception:
-            break  # it ended under our hands
-        time.sleep(0.05)  # a moment in which the child may come in between
+            break  # it ended in the meantime
+        time.sleep(0.05)  # a moment for the child to begin
     os.waitpid(child, 0)
     assert manager.state("small") is MachineState.SAVED
 
 
 def test_eight_machines(manager: Manager, tmp_path: Path) -> None:
-    """Eight at once start, run and stop, and nothing is left."""
+    """Eight machines started at once run and stop, and nothing is left."""
     names = [f"m{number}" for number in range(8)]
     for name in names:
         make_machine(manager, tmp_path, name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is done and known when a machine pauses and goes on."""
+"""What is done and recorded when a machine pauses and continues."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vmm.worker.running import Running
 
 
 class Monitor:
-    """QEMU's monitor, as far as it is asked here."""
+    """As much of QEMU's monitor as these tests use."""
 
     is_connected = True
 
@@ -38,11 +38,11 @@ class Monitor:
         ("io-error", "refresh", ["io-error"], []),
     ],
 )
-def test_the_clock_is_set_when_the_guest_goes_on(
+def test_the_clock_is_set_when_the_guest_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str, verb: str, states: list[str], after: list[str]
 ) -> None:
-    """A guest that stood still, for its user or for a failed disk, has its clock set when it goes on."""
-    told: list[str] = []
+    """A guest that was paused, by its user or because of a failed disk, has its clock set when it continues."""
+    set_after: list[str] = []
 
     async def scene() -> None:
         note = WorkerNote(phase=WorkerPhase.RUNNING, details={"paused": before == "paused"})
@@ -50,18 +50,19 @@ def test_the_clock_is_set_when_the_guest_goes_on(
             make_spec(name="web"), MachinePaths(str(tmp_path)), RuntimePaths(str(tmp_path)), note,
             lambda event, **details: None,
         )  # fmt: skip
-        monkeypatch.setattr(running.clock, "bring_to_now", told.append)
+        monkeypatch.setattr(running.clock, "bring_to_now", set_after.append)
         monkeypatch.setattr(running.conversation, "_qmp", Monitor(*states))
         monkeypatch.setattr(running.conversation, "_is_retrying", True)
         running.conversation.status = before
         await getattr(running, verb)()
 
     asyncio.run(scene())
-    assert told == after
+    assert set_after == after
 
 
-def test_a_machine_is_known_to_be_paused_when_the_verb_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """INV-STOP-ACTION: QEMU is asked, not waited for: what is saved at once is saved as it stands."""
+def test_the_state_is_paused_when_the_verb_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """INV-STOP-ACTION: QEMU is queried instead of waiting for its event, so a save right afterwards saves it as
+    paused."""
 
     async def scene() -> str:
         running = Running(
@@ -79,10 +80,10 @@ def test_a_machine_is_known_to_be_paused_when_the_verb_ends(tmp_path: Path, monk
 @pytest.mark.parametrize(
     ("before", "verb", "after"), [("running", "pause", "paused"), ("paused", "resume", "running")]
 )
-def test_a_verb_that_was_carried_out_does_not_fail(
+def test_a_verb_succeeds_if_qemu_dies_after_carrying_it_out(
     before: str, verb: str, after: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """QEMU that dies between doing what it was told and being asked once more has done it."""
+    """QEMU may die between carrying out the command and answering the query after it."""
 
     class Dying(Monitor):
         async def execute(self, command: str, **arguments: object) -> dict[str, Any]:
@@ -92,16 +93,16 @@ def test_a_verb_that_was_carried_out_does_not_fail(
 
     async def scene() -> str:
         note = WorkerNote(phase=WorkerPhase.RUNNING, details={"paused": before == "paused"})
-        told: list[str] = []
+        recorded: list[str] = []
         running = Running(
             make_spec(name="web"), MachinePaths(str(tmp_path)), RuntimePaths(str(tmp_path)), note,
-            lambda event, **details: told.append(event),
+            lambda event, **details: recorded.append(event),
         )  # fmt: skip
         monkeypatch.setattr(running.clock, "bring_to_now", lambda why: None)
         monkeypatch.setattr(running.conversation, "_qmp", Dying())
         running.conversation.status, running.conversation.is_known = before, True
         await getattr(running, verb)()
-        assert told == [f"{verb}d"]
+        assert recorded == [f"{verb}d"]
         return running.status
 
     assert asyncio.run(scene()) == after

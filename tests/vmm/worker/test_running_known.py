@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a worker says of a machine that it has just taken over, before QEMU has told it anything."""
+"""What a worker reports about a machine that it has just taken over, before QEMU has answered."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class FakeQmp:
 
 
 def taken_over(folder: Path, **details: object) -> Running:
-    """A worker's view of a machine whose QEMU lives, at its start."""
+    """A worker's view of a machine whose QEMU lives, when the worker starts."""
     note = WorkerNote(qemu=ProcessRef.of_self(), phase=WorkerPhase.RUNNING)
     note.details.update(details)
     return Running(
@@ -42,13 +42,13 @@ def taken_over(folder: Path, **details: object) -> Running:
 
 
 @pytest.mark.parametrize(("details", "state"), [({}, "running"), ({"paused": True}, "paused")])
-def test_a_machine_that_was_taken_over(tmp_path: Path, details: dict[str, object], state: str) -> None:
-    """It runs, unless somebody had paused it: that it was not asked yet is no state."""
+def test_the_state_of_a_machine_that_was_taken_over(tmp_path: Path, details: dict[str, object], state: str) -> None:
+    """It is running, unless it had been paused: an unanswered query is not a state of its own."""
     assert taken_over(tmp_path, **details).state is MachineState(state)
 
 
 def test_the_status_waits_for_qemu(tmp_path: Path) -> None:
-    """Whoever asks is answered when QEMU has said how the machine is, and what it said."""
+    """Callers get their answer when QEMU has reported the machine's status, and that status."""
 
     async def ask() -> None:
         machine = taken_over(tmp_path)
@@ -63,8 +63,8 @@ def test_the_status_waits_for_qemu(tmp_path: Path) -> None:
     asyncio.run(ask())
 
 
-def test_a_qemu_that_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is not waited for longer than those who ask wait, and not at all when it has ended."""
+def test_a_qemu_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is waited for no longer than its callers wait, and not at all once it has ended."""
     monkeypatch.setattr(running, "KNOWN_SECONDS", 0.0)
     machine = taken_over(tmp_path)
     asyncio.run(machine.wait_known())

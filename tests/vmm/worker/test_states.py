@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The state of a running machine follows from facts by a table, and so does what each state allows."""
+"""A table derives the state of a running machine from facts, and another one what each state allows."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ EVERYTHING = [
 
 
 def plain_state(one: Facts) -> MachineState:
-    """The same in plain conditions."""
+    """The same, written as plain conditions."""
     if one.phase is WorkerPhase.STARTING:
         return MachineState.STARTING
     if one.is_ending or one.phase is WorkerPhase.ENDED:
@@ -54,14 +54,14 @@ def plain_state(one: Facts) -> MachineState:
     return MachineState.CRITICAL if one.status == "io-error" else MachineState.PAUSED
 
 
-def test_every_combination_has_its_state() -> None:
-    """All facts that there can be give the state that plain conditions give."""
+def test_every_combination_of_facts_has_its_state() -> None:
+    """Every possible combination of facts gives the state that the plain conditions give."""
     assert len(EVERYTHING) == 648
     assert [one for one in EVERYTHING if state_of(one) is not plain_state(one)] == []
 
 
-def test_every_row_decides_something() -> None:
-    """No row of the table is hidden by those before it."""
+def test_every_row_is_used() -> None:
+    """No row of the table is hidden by the rows before it."""
     for number, (words, holds, _) in enumerate(STATES):
         earlier = [row[1] for row in STATES[:number]]
         assert any(holds(one) and not any(before(one) for before in earlier) for one in EVERYTHING), words
@@ -76,7 +76,7 @@ REPORTS = [
 
 
 def plain_effects(one: StatusReport) -> list[Effect]:
-    """The same in plain conditions."""
+    """The same, written as plain conditions."""
     found = [Effect.FORGET_PAUSE] if one.status == "running" else []
     if one.status == "shutdown":
         found += [] if one.has_ended else [Effect.POWERED_OFF]
@@ -91,7 +91,7 @@ def plain_effects(one: StatusReport) -> list[Effect]:
 
 
 def test_every_report_has_its_effects() -> None:
-    """Every change of QEMU's status leads to what plain conditions say, and every effect is reached."""
+    """Every change of QEMU's status leads to what the plain conditions say, and every effect occurs."""
     assert [one for one in REPORTS if effects_of(one) != plain_effects(one)] == []
     assert (
         {effect for one in REPORTS for effect in effects_of(one)} == {effect for _, effect in EFFECTS} == set(Effect)
@@ -100,7 +100,7 @@ def test_every_report_has_its_effects() -> None:
 
 @pytest.mark.parametrize("verb", list(Verb), ids=lambda one: one.name)
 def test_what_a_state_allows(verb: Verb) -> None:
-    """A verb passes in the states that allow it; in each other one the error names the state."""
+    """A verb is allowed in the states listed for it; in every other one the error names the state."""
     assert ALLOWED[verb]
     for state in MachineState:
         if state in ALLOWED[verb]:
@@ -111,6 +111,6 @@ def test_what_a_state_allows(verb: Verb) -> None:
 
 
 @pytest.mark.parametrize("state", [MachineState.OFF, MachineState.SAVED, MachineState.STARTING, MachineState.STOPPING])
-def test_nothing_is_done_to_a_machine_that_comes_or_goes(state: MachineState) -> None:
-    """While it starts or ends, and when it is off, no verb of a running machine is allowed."""
+def test_no_verb_is_allowed_while_a_machine_starts_or_ends(state: MachineState) -> None:
+    """While it starts or ends, and when it is off, the verbs of a running machine are refused."""
     assert [verb for verb, states in ALLOWED.items() if state in states] == []

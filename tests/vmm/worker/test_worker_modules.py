@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The names under which processes of vmm 0.1.0, which outlive an upgrade, start a machine's other processes again."""
+"""The module names with which processes of vmm 0.1.0, which outlive an upgrade, start a machine's other processes
+again."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ def places(tmp_path: Path) -> tuple[MachinePaths, RuntimePaths]:
 
 
 def run(module: str, machine: MachinePaths, runtime: RuntimePaths) -> None:
-    """Start the module as a process of 0.1.0 does, and wait for its end."""
+    """Run the module as a process of 0.1.0 does, and wait for its end."""
     command = python_command(module, machine.folder, runtime.folder)
     subprocess.run(command, env={"PATH": "/usr/bin:/bin", **python_environment()}, timeout=60, check=True)
 
