@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters in definitions: addresses from the host's pool, one each, also when many ask at once."""
+"""Adapters in definitions: unique addresses from the host's pool, also with concurrent requests."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from vmm.store import registry
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home of this test."""
+    """A home for this test."""
     monkeypatch.setenv("VMM_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("VMM_RUNTIME", str(tmp_path / "run"))
     return tmp_path / "home"
 
 
 def test_the_pool_stays_when_the_hosts_address_changes(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is written down when it is first wanted."""
+    """The pool is recorded when it is first used."""
     monkeypatch.setattr(adapters, "_first_address", lambda: "192.168.3.4")
     first = adapters.host_pool()
     assert str(first) == "00-15-5D-03-04-00 to -FF"
@@ -37,14 +37,14 @@ def test_the_pool_stays_when_the_hosts_address_changes(home: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("word", ["nic-0", "00:15:5d:00:00:0a", "00-15-5D-00-00-0A", "00155d00000a"])
-def test_an_adapter_is_found_by_its_address(home: Path, word: str) -> None:
-    """In any spelling, as addresses are taken in."""
+def test_an_adapter_is_found_by_its_mac_address(home: Path, word: str) -> None:
+    """In any of the accepted spellings of an address."""
     registry.add(make_spec(name="web"))
     Manager().add_adapter("web", switch=None, mac="00:15:5d:00:00:0a")
     assert adapters.find(registry.load("web"), word).id == "nic-0"
 
 
-def test_many_at_once_get_different_addresses(home: Path) -> None:
+def test_concurrent_requests_get_different_addresses(home: Path) -> None:
     """Machines that get adapters at the same time never share an address."""
     names = [f"m{number}" for number in range(4)]
     for name in names:
@@ -57,7 +57,7 @@ def test_many_at_once_get_different_addresses(home: Path) -> None:
 
 
 def test_adapters_are_found_changed_and_removed(home: Path) -> None:
-    """By id or address; an address that another has is refused, its own is fine."""
+    """By id or address; an address of another adapter is refused, the adapter's own is accepted."""
     for name in ("one", "two"):
         registry.add(make_spec(name=name))
     first, second = Manager().add_adapter("one"), Manager().add_adapter("two", mac="02:00:00:00:00:01")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Machines that start and stop with their host: who does, in which order, and what follows a way that fails."""
+"""Machines that start and stop with their host: which ones, in which order, and what follows a failure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vmm.store.state import MachineState, note_running
 
 
 class Played(Manager):
-    """A manager whose machines only say what is done with them."""
+    """A manager whose machines only record what is done with them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,28 +34,28 @@ class Played(Manager):
             note_running(registry.load(name).paths, False)
 
     def state(self, name: str) -> MachineState:
-        """What it was put into, or off."""
+        """The state that the test has set, or off."""
         return self.states.get(name, MachineState.OFF)
 
     def start(self, name: str, **more: Any) -> MachineState:
-        """Only noted."""
+        """Record it."""
         self._do("start", name, MachineState.RUNNING)
         return MachineState.RUNNING
 
     def stop_with_host(self, name: str, **more: Any) -> str:
-        """Only noted; the machine runs again with the host."""
+        """Record it; the machine runs again with the host."""
         self._do("leave", name, MachineState.SAVED)
         note_running(registry.load(name).paths, True)
         return "saved"
 
     def stop(self, name: str, **more: Any) -> None:
-        """Only noted."""
+        """Record it."""
         self._do("stop", name, MachineState.OFF)
 
 
 @pytest.fixture
 def manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Played:
-    """A home without machines, and a manager who plays."""
+    """A home without machines, and a scripted manager."""
     monkeypatch.setenv("VMM_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("VMM_RUNTIME", str(tmp_path / "run"))
     return Played()
@@ -66,8 +66,8 @@ def add(name: str, **actions: object) -> registry.Machine:
     return registry.add(make_spec(name=name, automatic=actions))
 
 
-def test_who_starts_with_the_host(manager: Played) -> None:
-    """Always, never, or only when it ran when the host stopped; one that runs already is left alone."""
+def test_which_machines_start_with_the_host(manager: Played) -> None:
+    """Always, never, or only if it ran when the host stopped; a machine that runs already is left alone."""
     add("always", start="always")
     add("never", start="nothing")
     add("was-off")
@@ -81,7 +81,7 @@ def test_who_starts_with_the_host(manager: Played) -> None:
 
 
 def test_delays_count_from_the_beginning(manager: Played) -> None:
-    """The shortest delay comes first, equal ones by name, and each waits only for what is left of its own."""
+    """The shortest delay comes first, equal ones by name, and each waits only for the rest of its own delay."""
     add("c", start="always", start_delay_seconds=20)
     add("b", start="always")
     add("a", start="always", start_delay_seconds=10)
@@ -91,8 +91,8 @@ def test_delays_count_from_the_beginning(manager: Played) -> None:
     assert waits[0] == 0 and 9 < waits[1] <= 10 and 19 < waits[2] <= 20
 
 
-def test_one_failure_is_no_others(manager: Played, tmp_path: Path) -> None:
-    """A machine that does not start, or cannot be read, is told and keeps no other from starting."""
+def test_one_failure_does_not_affect_others(manager: Played, tmp_path: Path) -> None:
+    """A machine that does not start, or cannot be read, is reported, and the others are started."""
     add("bad", start="always")
     add("good", start="always")
     broken = add("broken", start="always")
@@ -103,8 +103,8 @@ def test_one_failure_is_no_others(manager: Played, tmp_path: Path) -> None:
     assert outcomes["bad"].done == outcomes["broken"].done == "failed"
 
 
-def test_machines_that_run_stop(manager: Played) -> None:
-    """Each by its worker; those that do not run are not touched, and one that fails is told."""
+def test_running_machines_are_stopped(manager: Played) -> None:
+    """Each is stopped by its worker; machines that are off are not touched, and a failure is reported."""
     for name in ("a", "b", "stuck"):
         add(name)
         manager.states[name] = MachineState.RUNNING
@@ -116,8 +116,8 @@ def test_machines_that_run_stop(manager: Played) -> None:
     assert sorted(manager.did) == ["leave a", "leave b", "leave stuck", "leave stuck"]
 
 
-def test_stopped_by_the_host_starts_again(manager: Played) -> None:
-    """What ran when the host stopped runs again when it starts; what its user stopped does not."""
+def test_machines_stopped_by_the_host_start_again(manager: Played) -> None:
+    """A machine that ran when the host stopped runs again when it starts; one that its user stopped does not."""
     for name in ("by-host", "by-user"):
         add(name)
         manager.start(name)
@@ -129,8 +129,8 @@ def test_stopped_by_the_host_starts_again(manager: Played) -> None:
     assert manager.did == ["start by-host"]
 
 
-def test_what_is_changed_during_the_delay_counts(manager: Played) -> None:
-    """A machine that waits for its delay is started by what its definition says when its time has come."""
+def test_changes_during_the_delay_take_effect(manager: Played) -> None:
+    """A machine that waits for its delay is started with the definition that it has at the end of the delay."""
     add("late", start="always", start_delay_seconds=30)
 
     def sleep(seconds: float) -> None:

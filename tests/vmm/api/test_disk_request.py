@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What somebody wishes for as a disk, and what the machine gets or is refused."""
+"""The disks that a user requests, and what the machine gets or refuses."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ MIB = 1 << 20
 
 @pytest.fixture
 def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MachineSpec:
-    """A machine without disks, in a home of its own."""
+    """A machine without disks, in a home for this test."""
     monkeypatch.setenv("VMM_HOME", str(tmp_path / "home"))
     return make_spec(name="web")
 
 
-def test_an_iso_image_is_no_hard_disk_unless_that_is_said(spec: MachineSpec, tmp_path: Path) -> None:
-    """An ISO image given as a disk is refused with the way to give it; format=raw is a hard disk all the same."""
+def test_an_iso_image_as_a_disk_needs_format_raw(spec: MachineSpec, tmp_path: Path) -> None:
+    """An ISO image given as a disk is refused with the option to use; with format=raw it is a hard disk."""
     image = make_iso(tmp_path / "system.iso", "installer")
     with pytest.raises(InvalidSpec, match="file system of a CD") as refused:
         disk_of(DiskRequest(str(image)), spec)
@@ -47,7 +47,7 @@ def test_an_iso_image_inside_a_vhd_is_a_disk(spec: MachineSpec, tmp_path: Path) 
 
 
 def test_a_read_only_disk_is_never_on_ide(spec: MachineSpec, tmp_path: Path) -> None:
-    """A read-only disk on IDE is refused; without a word it goes to virtio or, as a further one, SCSI."""
+    """A read-only disk on IDE is refused; by default it goes to virtio or, as a further one, to SCSI."""
     for name in ("one", "two"):
         vhdkit.create_image(tmp_path / f"{name}.vhd", 4 * MIB)
     with pytest.raises(InvalidSpec, match="no read-only disk on IDE"):
@@ -59,7 +59,7 @@ def test_a_read_only_disk_is_never_on_ide(spec: MachineSpec, tmp_path: Path) -> 
 
 
 def test_an_empty_drive(spec: MachineSpec) -> None:
-    """A drive without a medium is one; a disk without an image is none."""
+    """A drive may be without a medium; a disk without an image is refused."""
     drive = disk_of(DiskRequest(None, kind="iso"), spec)
     assert (drive.kind, drive.path, drive.place) == ("iso", None, "ide0:0")
     with pytest.raises(InvalidSpec, match="may be empty"):
@@ -67,8 +67,8 @@ def test_an_empty_drive(spec: MachineSpec) -> None:
 
 
 @pytest.mark.kvm
-def test_a_definition_with_one_from_elsewhere(manager: Manager, tmp_path: Path) -> None:
-    """A definition that has a read-only disk on IDE, of an older version or another host, says so when it starts."""
+def test_a_definition_with_a_read_only_disk_on_ide(manager: Manager, tmp_path: Path) -> None:
+    """A definition that an older version or another host made leads to an error when the machine starts."""
     make_machine(manager, tmp_path)
     definition = Path(registry.load("small").paths.definition)
     definition.write_text(definition.read_text().replace('"read_only": false', '"read_only": true'))
@@ -78,8 +78,9 @@ def test_a_definition_with_one_from_elsewhere(manager: Manager, tmp_path: Path) 
 
 
 @pytest.mark.kvm
-def test_what_is_accepted_starts(manager: Manager, tmp_path: Path) -> None:
-    """Read-only disks where they were put, an empty drive and a block device as a CD: the machine starts with them."""
+def test_accepted_disks_can_start(manager: Manager, tmp_path: Path) -> None:
+    """With read-only disks where they were requested, an empty drive and a block device as a CD, the machine
+    starts."""
     make_machine(manager, tmp_path)
     vhdkit.create_image(tmp_path / "data.vhd", 4 * MIB)
     vhdkit.create_image(tmp_path / "more.vhd", 4 * MIB)
@@ -93,8 +94,8 @@ def test_what_is_accepted_starts(manager: Manager, tmp_path: Path) -> None:
         manager.stop("small")
 
 
-def test_trusted_folders_are_written_down(spec: MachineSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the folders that the user trusts for good, those in which parents lie go into the definition, no others."""
+def test_trusted_folders_are_recorded(spec: MachineSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the folders that the user trusts permanently, only those that contain parents go into the definition."""
     bases, other, leaves = (tmp_path / name for name in ("bases", "other", "leaves"))
     for folder in (bases, other, leaves):
         folder.mkdir()

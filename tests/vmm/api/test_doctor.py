@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is missing is found, with what stops working and what helps; what is there is not complained about."""
+"""Missing parts are found, with what stops working and what helps; parts that are present are not reported."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from vmm.model.errors import Unsupported
 
 @pytest.fixture(autouse=True)
 def places(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A home and a runtime folder of their own."""
+    """A home and a runtime folder for this test."""
     monkeypatch.setenv("VMM_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("VMM_RUNTIME", str(tmp_path / "run"))
     return tmp_path
 
 
 def only(examiner: str, key: str) -> Check:
-    """The check of that key out of one examiner."""
+    """The check with that key, from one examiner."""
     find: Callable[[], object] = getattr(doctor, f"_check_{examiner}")
     checks: list[Check] = list(find())  # type: ignore[call-overload]
     return next(check for check in checks if check.key == key)
@@ -42,8 +42,8 @@ def no_programs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(kernel, "program_path", lambda: str(empty))
 
 
-def test_every_check_is_whole() -> None:
-    """On any host each check has a key of its own, and what is not well says what stops working and what helps."""
+def test_every_check_is_complete() -> None:
+    """On any host each check has a unique key, and a failed one says what stops working and what helps."""
     checks = doctor.examine()
     assert len({check.key for check in checks}) == len(checks)
     for check in checks:
@@ -53,13 +53,13 @@ def test_every_check_is_whole() -> None:
 
 
 def test_examining_makes_no_folders(places: Path) -> None:
-    """A look at the host makes neither the home nor the runtime folder."""
+    """Examining the host creates neither the home nor the runtime folder."""
     doctor.examine()
     assert sorted(one.name for one in places.iterdir()) == []
 
 
-def test_host_without_programs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Without QEMU and the rest nothing fails: everything is said, and no machine can run."""
+def test_a_host_without_programs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without QEMU and the others no check fails with an exception: everything is reported, and no machine can run."""
     no_programs(monkeypatch, tmp_path)
     checks = doctor.examine()
     missing = {check.key for check in checks if check.state is State.MISSING}
@@ -69,8 +69,8 @@ def test_host_without_programs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert "qemu-system-x86" in (qemu.remedy or "") and qemu.without == "no machine can be started"
 
 
-def test_ability_needs_only_what_is_needed() -> None:
-    """What some machines need does not keep others from running."""
+def test_optional_parts_do_not_keep_machines_from_running() -> None:
+    """A part that only some machines need does not keep others from running."""
     optional = Check("a", "a", State.MISSING, "-", "b", "c")
     limited = Check("b", "b", State.LIMITED, "-", "b", "c", needed=True)
     needed = Check("c", "c", State.MISSING, "-", "b", "c", needed=True)
@@ -78,7 +78,7 @@ def test_ability_needs_only_what_is_needed() -> None:
 
 
 def test_old_qemu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A QEMU that is too old is as good as none; the oldest that will do is well."""
+    """A QEMU that is too old counts as missing; the oldest supported one is accepted."""
     monkeypatch.setattr(program, "find", lambda: "/usr/bin/qemu")
     for version, state in (("6.2.0", State.MISSING), ("7.2.0", State.OK), ("10.0.2", State.OK)):
         monkeypatch.setattr(program, "inspect", lambda path, v=version: program.Program(path, v, ("tcg",)))
@@ -86,7 +86,8 @@ def test_old_qemu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_acceleration(monkeypatch: pytest.MonkeyPatch) -> None:
-    """KVM is well, a KVM for boot sectors is limited, none is missing, and no accelerator at all stops everything."""
+    """KVM is good, a KVM for boot sectors only is limited, no KVM is a fault, and without any accelerator no machine
+    can run."""
     cases = (
         (Accelerator("kvm", "ran"), State.OK),
         (Accelerator("tcg", "ran", f"KVM is not used: {accel.KERNEL_WORDS} it fails", "do"), State.LIMITED),
@@ -115,7 +116,7 @@ def test_acceleration(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_capture(problem: str | None, way: Way, state: State, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Saving memory while the guest runs: by which right, and what that right would be worth to others."""
+    """Saving memory while the guest runs: which right allows it, and what that right would allow other programs."""
     monkeypatch.setattr(kernel, "write_protecting_userfaultfd", lambda: problem)
     monkeypatch.setattr(userfault, "best_way", lambda: way)
     check = only("capture", "capture")
@@ -123,7 +124,8 @@ def test_capture(problem: str | None, way: Way, state: State, words: str, monkey
 
 
 def test_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without bridges there are no VLANs on them either; a missing tool and a missing kernel part differ."""
+    """Without bridges there are no VLANs on them either; a missing tool and a missing part of the kernel are
+    distinguished."""
     monkeypatch.setattr(kernel, "device", lambda path: f"{path}: No such file or directory")
     monkeypatch.setattr(kernel, "bridge", lambda: "there is no command ip")
     monkeypatch.setattr(kernel, "bridge_guards", lambda: "Operation not supported")
@@ -144,13 +146,13 @@ def test_network(monkeypatch: pytest.MonkeyPatch) -> None:
         (None, "the usual"),
     ],
 )
-def test_what_helps_fits_the_cause(problem: str | None, helps: str) -> None:
-    """A missing command needs its package, a closed device a right, anything else the usual step."""
+def test_the_remedy_matches_the_cause(problem: str | None, helps: str) -> None:
+    """A missing command needs its package, an inaccessible device a right, anything else the usual step."""
     assert helps in doctor._helps_with(problem, "the usual", "the right")
 
 
 def test_folders(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A home below a file cannot be made; one below a folder of ours can."""
+    """A home below a file cannot be made; one below our own folder can."""
     assert only("folders", "home").state is State.OK
     (places / "file").write_text("")
     monkeypatch.setenv("VMM_HOME", str(places / "file" / "home"))
@@ -159,7 +161,7 @@ def test_folders(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_iscsi(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """QEMU's module for iSCSI is seen where it is, and missed where it is not."""
+    """QEMU's module for iSCSI is found if it is installed, and reported if it is not."""
     require_tool("qemu-img")
     assert only("iscsi", "iscsi").state is State.OK
     tool = tmp_path / "qemu-img"
@@ -171,7 +173,7 @@ def test_iscsi(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_cache_only_where_it_is_private(places: Path) -> None:
-    """What the trial saw is kept in a runtime folder that is there and ours, and nowhere else."""
+    """The outcome of the trial is kept only in an existing runtime folder that belongs to us."""
     assert doctor.cache_folder() is None
     (places / "run").symlink_to("/tmp")
     assert doctor.cache_folder() is None

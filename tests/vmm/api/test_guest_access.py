@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The inside of running machines, with real workers and real guests: disks, console, screen, agent, exchange."""
+"""The inside of running machines, with real workers and guests: disks, console, screen, agent, data exchange."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MIB = 1 << 20
 
 
 def boot_machine(manager: Manager, folder: Path, options: BootOptions | None = None, **settings: Any) -> Path:
-    """The machine `web`: the boot-sector guest in a child of a base image; the child's path."""
+    """The machine `web`: the boot-sector guest in a child of a base image; returns the child's path."""
     require_boot_sector_guest()
     base, leaf = folder / "base.vhd", folder / "leaf.avhd"
     vhdkit.create_image(base, 16 * MIB)
@@ -55,7 +55,7 @@ def linux_machine(manager: Manager, *, is_started: bool = True, **settings: Any)
 
 
 def shell_of(manager: Manager) -> GuestShell:
-    """The Linux guest's shell, through the console's hub."""
+    """The Linux guest's shell, over the console's hub."""
     console = manager.guest("web").open_console()
     link, may_type = console.link, console.may_type
     assert may_type
@@ -65,12 +65,12 @@ def shell_of(manager: Manager) -> GuestShell:
 
 
 def wait_off(manager: Manager) -> None:
-    """Until the machine is off by itself."""
+    """Wait until the machine is off by itself."""
     wait_until(lambda: manager.state("web") is MachineState.OFF, "the machine ends", SECONDS)
 
 
 def hash_of(path: Path) -> str:
-    """Of a file's bytes."""
+    """The hash of a file's bytes."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -78,7 +78,8 @@ def hash_of(path: Path) -> str:
 
 
 def test_boots_from_a_chain_and_writes_to_its_leaf(manager: Manager, tmp_path: Path) -> None:
-    """Linux boots from a differencing chain; what it fsyncs is in the leaf at the end, the layers below untouched."""
+    """Linux boots from a differencing chain; at the end, what it has synced is in the leaf, and the layers below are
+    unchanged."""
     require_linux_guest()
     require_tool("mke2fs")
     raw, base, middle, leaf = (tmp_path / name for name in ("d.raw", "base.vhd", "middle.avhd", "leaf.avhd"))
@@ -98,7 +99,7 @@ def test_boots_from_a_chain_and_writes_to_its_leaf(manager: Manager, tmp_path: P
         shell.check("mount $(findfs LABEL=guest) /mnt")
         shell.check(f"echo {base64.b64encode(content).decode()} | base64 -d >/mnt/file && sync /mnt/file")
         assert shell.check("sha256sum </mnt/file").split()[0] == hashlib.sha256(content).hexdigest()
-        # Not a clean end: what was synced must be there all the same.
+        # Not a clean end: synced data must be there all the same.
     manager.stop("web")
     assert (hash_of(base), hash_of(middle)) == before
     with vhdkit.open_disk(leaf) as disk:
@@ -110,7 +111,7 @@ def test_boots_from_a_chain_and_writes_to_its_leaf(manager: Manager, tmp_path: P
 
 
 def test_every_controller_writes_with_fsync(manager: Manager, tmp_path: Path) -> None:
-    """Chains on IDE, SCSI and virtio, found by their serials: synced writes and discards are in the right leaf."""
+    """Chains on IDE, SCSI and virtio are found by their serials; synced writes and discards are in the right leaf."""
     disks = {}
     for controller in ("ide", "scsi", "virtio"):
         base, leaf = tmp_path / f"{controller}.vhd", tmp_path / f"{controller}.avhd"
@@ -124,7 +125,7 @@ def test_every_controller_writes_with_fsync(manager: Manager, tmp_path: Path) ->
     linux_machine(manager, disks=wishes)
     with shell_of(manager) as shell:
         for controller in disks:
-            # virtio disks tell their serial in sysfs, SCSI and IDE disks in a page of their own.
+            # virtio disks show their serial in sysfs, SCSI and IDE disks in their own pages.
             device = shell.check(
                 f"for d in /sys/block/[sv]d*; do cat $d/serial $d/device/vpd_pg80 2>/dev/null | "
                 f"grep -qa SERIAL{controller} && echo /dev/${{d##*/}}; done; true"
@@ -139,8 +140,8 @@ def test_every_controller_writes_with_fsync(manager: Manager, tmp_path: Path) ->
             assert disk.read(1024, 64).startswith(f"written on {controller}".encode())
 
 
-def test_saved_memory_goes_on_counting(manager: Manager, tmp_path: Path) -> None:
-    """A counter in memory goes on after save and start, from where it was, and the disk's writes are there."""
+def test_a_saved_guest_continues(manager: Manager, tmp_path: Path) -> None:
+    """After save and start a counter in memory continues where it was, and the disk's writes are there."""
     leaf = boot_machine(manager, tmp_path)
     before = hash_of(tmp_path / "base.vhd")
     manager.start("web")
@@ -160,11 +161,11 @@ def test_saved_memory_goes_on_counting(manager: Manager, tmp_path: Path) -> None
         assert counted <= again < counted + 1000
         assert _count(link) >= again
     manager.stop("web")
-    assert manager.guest("web").console_log().count(b"BOOT-OK") == 1, "it booted again instead of going on"
+    assert manager.guest("web").console_log().count(b"BOOT-OK") == 1, "it booted again instead of continuing"
 
 
 def _count(link: socket.socket) -> int:
-    """What the boot-sector guest says its counter is."""
+    """The counter that the boot-sector guest reports."""
     link.sendall(b"c")
     said = read_until(link, b"count ").rpartition(b"count ")[2]
     while not said.endswith(b"\r\n"):
@@ -176,14 +177,14 @@ def _count(link: socket.socket) -> int:
 
 
 def test_agent(manager: Manager) -> None:
-    """`show` tells heartbeat, system and addresses; frozen file systems thaw; the agent shuts the guest down."""
+    """`show` has heartbeat, system and addresses; frozen file systems thaw; the agent shuts the guest down."""
     linux_machine(manager)
     guest = manager.guest("web")
     with shell_of(manager) as shell:
         wait_until(lambda: manager.show("web").heartbeat == "ok", "it has a heartbeat", SECONDS, pause=0.1)
         assert guest.ping().state == "ok"
-        told = manager.show("web", guest=True).guest
-        assert told is not None and told.os is not None and told.os.name == "vmm test guest"
+        inside = manager.show("web", guest=True).guest
+        assert inside is not None and inside.os is not None and inside.os.name == "vmm test guest"
         system = guest.info().os
         assert system is not None and system.host_name == "vmm-guest"
         guest.set_time()
@@ -205,8 +206,8 @@ def test_agent(manager: Manager) -> None:
     assert event.details["by"] == "agent"
 
 
-def test_services_that_are_off(manager: Manager) -> None:
-    """What is switched off for a machine is refused, and its guest does not even see the channel."""
+def test_services_that_are_switched_off(manager: Manager) -> None:
+    """A service that is switched off is refused, and the guest does not even see its channel."""
     off = {"heartbeat": False, "shutdown": False, "time_sync": False, "key_value": False, "backup": False}
     linux_machine(manager, integration=off)
     guest = manager.guest("web")
@@ -216,13 +217,13 @@ def test_services_that_are_off(manager: Manager) -> None:
         for ask in guest.ping, guest.info, guest.freeze, guest.set_time, guest.items:
             with pytest.raises(AgentUnavailable, match="switched off"):
                 ask()
-    manager.shutdown("web", timeout_seconds=SECONDS)  # by the power button
+    manager.shutdown("web", timeout_seconds=SECONDS)  # through the power button
     (event,) = [event for event in manager.events("web") if event.name == "shutdown-requested"]
     assert event.details["by"] == "power button"
 
 
 def test_exchange(manager: Manager) -> None:
-    """Items set while the machine is off reach the guest; items go both ways, and survive the machine's end."""
+    """Items set while the machine is off reach the guest; items pass both ways, and survive the machine's end."""
     linux_machine(manager, is_started=False)
     guest = manager.guest("web")
     assert guest.items() == {"guest": {}, "host": {}}
@@ -231,7 +232,7 @@ def test_exchange(manager: Manager) -> None:
     assert guest.delete_item("gone") is False
     manager.start("web")
     with shell_of(manager) as shell:
-        shell.check("kvp set role database")  # answered after the items that the guest was told first
+        shell.check("kvp set role database")  # answered after the items that the guest received first
         assert shell.check("cat /run/kvp/host/while") == "off"
         assert shell.run("cat /run/kvp/host/gone").exit_code != 0
         assert guest.get_item("role") == ExchangedItem("database", "guest")
@@ -247,7 +248,8 @@ def test_exchange(manager: Manager) -> None:
 
 
 def test_console_survives_the_worker(manager: Manager, tmp_path: Path) -> None:
-    """After the worker was killed the console is there again, with what was said before, and keys reach the guest."""
+    """After the worker was killed the console is available again, with its earlier output, and keys reach the
+    guest."""
     boot_machine(manager, tmp_path)
     manager.start("web")
     guest = manager.guest("web")
@@ -271,8 +273,8 @@ def test_console_survives_the_worker(manager: Manager, tmp_path: Path) -> None:
     assert guest.console_log().endswith(b"key k\r\n")
 
 
-def test_nothing_is_lost_at_the_start(manager: Manager, tmp_path: Path) -> None:
-    """The console has the guest's words from the very first byte, however quick it was."""
+def test_the_console_misses_nothing_at_the_start(manager: Manager, tmp_path: Path) -> None:
+    """The console has the guest's output from the very first byte, however fast it was."""
     boot_machine(manager, tmp_path, BootOptions(power_off_at_once=True))
     manager.start("web")
     wait_off(manager)
@@ -283,7 +285,7 @@ def test_nothing_is_lost_at_the_start(manager: Manager, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("firmware", ["bios", "uefi"])
 def test_screen(manager: Manager, tmp_path: Path, firmware: str) -> None:
-    """A picture of the screen, from a QEMU that may open no file: BIOS text, or what UEFI drew."""
+    """A picture of the screen from a QEMU that may not open files: BIOS text, or what UEFI drew."""
     if firmware == "uefi" and not Path("/usr/share/OVMF").is_dir():
         require_tool("ovmf")
     boot_machine(manager, tmp_path, firmware=firmware)
@@ -303,7 +305,7 @@ def test_screen(manager: Manager, tmp_path: Path, firmware: str) -> None:
 
 
 def test_no_screen(manager: Manager, tmp_path: Path) -> None:
-    """A machine without a screen says so, and runs well."""
+    """A machine without a screen reports that, and runs normally."""
     boot_machine(manager, tmp_path, screen=False)
     manager.start("web")
     with pytest.raises(WrongState, match="no screen"):

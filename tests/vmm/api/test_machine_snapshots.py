@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Snapshots of machines that are off: taken, gone back to, deleted, merged; and what is refused."""
+"""Snapshots of machines that are off: taken, applied, deleted, merged; and what is refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vmm.store.snapshots.tree import read_tree
 
 
 def test_create_apply_and_branch(machines: Machines) -> None:
-    """What was written since is gone after going back, the snapshot stays, and the next one begins a branch."""
+    """Applying a snapshot discards later writes, the snapshot stays, and the next one begins a branch."""
     web = machines.create(disks=2)
     first = web.create("first", notes="clean")
     at_first = machines.now("web")
@@ -38,8 +38,8 @@ def test_create_apply_and_branch(machines: Machines) -> None:
     assert machines.now("web") == at_second
 
 
-def test_configuration_comes_back(machines: Machines) -> None:
-    """Memory, processors and disks are the snapshot's again; name, id and folders stay the machine's."""
+def test_applying_restores_the_configuration(machines: Machines) -> None:
+    """Memory, processors and disks are the snapshot's again; name, id and folders stay those of the machine."""
     web = machines.create(disks=1)
     web.create("small")
     manager = vmm.Manager()
@@ -59,7 +59,8 @@ def test_configuration_comes_back(machines: Machines) -> None:
 
 
 def test_delete_in_every_position(machines: Machines) -> None:
-    """Leaf: the image goes at once. One on it: merged when off. Two on it: it stays, hidden, until one goes."""
+    """The image of a leaf is removed at once; one with one child is merged when off; one with two stays hidden until
+    one of them is deleted."""
     web = machines.create()
     for name in ("a", "b", "c"):
         web.create(name)
@@ -74,7 +75,7 @@ def test_delete_in_every_position(machines: Machines) -> None:
     del states[ids["b"]]
     assert machines.states("web") == states
     before = machines.images()
-    deleted = web.delete("c")  # a leaf: its own image goes, and then b's has one on it
+    deleted = web.delete("c")  # a leaf: its own image is removed, and then b's has one child
     web.merge()
     del states[ids["c"]]
     assert machines.states("web") == states and len(machines.images()) < len(before)
@@ -86,7 +87,7 @@ def test_delete_in_every_position(machines: Machines) -> None:
 
 
 def test_delete_subtree(machines: Machines) -> None:
-    """A snapshot and all that came of it go, the present state stays."""
+    """A snapshot and all its descendants are deleted, the present state stays."""
     web = machines.create(disks=2)
     for name in ("a", "b", "c"):
         web.create(name)
@@ -100,7 +101,7 @@ def test_delete_subtree(machines: Machines) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_random_histories_keep_every_disk(machines: Machines, seed: int) -> None:
-    """Whatever is done in whichever order, every snapshot and the present state read what they read before."""
+    """Whatever is done in whichever order, every snapshot and the present state read as before."""
     choose = random.Random(seed)
     web = machines.create(disks=2)
     states = machines.states("web")
@@ -144,7 +145,7 @@ def test_linked_clones_keep_their_base(machines: Machines) -> None:
 
 
 def test_a_clone_of_a_snapshot_keeps_its_image(machines: Machines) -> None:
-    """What another machine, or anybody, has put on a snapshot's image is not merged away or removed."""
+    """If another machine, or another program, made an image on a snapshot's image, that is not merged or removed."""
     web = machines.create()
     web.create("a")
     machines.write("web", 4096, b"x" * 512)
@@ -162,8 +163,8 @@ def test_a_clone_of_a_snapshot_keeps_its_image(machines: Machines) -> None:
     assert Path(image).exists() and web.hidden()
 
 
-def test_raw_disk_gets_its_snapshots_back(machines: Machines) -> None:
-    """A raw image can be frozen, and the last merge gives the raw image back, as a raw one."""
+def test_snapshots_of_a_raw_disk_are_merged_into_it(machines: Machines) -> None:
+    """A raw image can be frozen, and the last merge restores the raw image, as a raw one."""
     raw = machines.folder / "disk.raw"
     raw.write_bytes(bytes(1 << 20))
     web = machines.create(disks=[raw])
@@ -179,8 +180,8 @@ def test_raw_disk_gets_its_snapshots_back(machines: Machines) -> None:
     assert machines.now("web") == now and raw.read_bytes().startswith(b"conectix")
 
 
-def test_what_is_refused(machines: Machines) -> None:
-    """Each with its reason, and nothing has changed."""
+def test_refused_snapshot_verbs(machines: Machines) -> None:
+    """Each is refused with its reason, and nothing changes."""
     web = machines.create()
     with pytest.raises(NotFound, match="has no snapshots"):
         web.find("x")
@@ -205,15 +206,15 @@ def test_what_is_refused(machines: Machines) -> None:
     with pytest.raises(WrongState):
         web.merge_live()
     with pytest.raises(NotFound, match="no machine"):
-        vmm.Manager().snapshots("nobody")
+        vmm.Manager().snapshots("unknown")
     web.set_limit(1)
     with pytest.raises(Refused, match="may have 1"):
         web.create("b")
     assert list(web.tree().snapshots) == [a.id] and len(machines.images()) == 2
 
 
-def test_missing_image_is_named(machines: Machines) -> None:
-    """A snapshot whose image somebody removed is not applied, and the file is named."""
+def test_a_missing_image_is_named(machines: Machines) -> None:
+    """A snapshot whose image was removed is not applied, and the error names the file."""
     web = machines.create()
     a = web.create("a")
     now = vmm.Manager().show("web").spec
@@ -223,8 +224,8 @@ def test_missing_image_is_named(machines: Machines) -> None:
     assert vmm.Manager().show("web").spec == now
 
 
-def test_image_in_use_is_not_frozen(machines: Machines) -> None:
-    """A disk that another program writes to is refused, with nothing made."""
+def test_an_image_in_use_is_not_frozen(machines: Machines) -> None:
+    """A disk that another program writes to is refused, and nothing is made."""
     web = machines.create(disks=2)
     with vhdkit.open_disk(machines.folder / "web-1.vhd", writable=True), pytest.raises(InUse):
         web.create("a")
@@ -232,7 +233,7 @@ def test_image_in_use_is_not_frozen(machines: Machines) -> None:
 
 
 def test_names_and_notes(machines: Machines) -> None:
-    """Names and notes can be changed; a name that is not given is the time, and never taken twice."""
+    """Names and notes can be changed; the default name is the time, and names are unique."""
     web = machines.create()
     first, second = web.create(), web.create()
     assert first.name != second.name
@@ -244,8 +245,8 @@ def test_names_and_notes(machines: Machines) -> None:
     web.rename("first", "first")
 
 
-def test_damaged_tree_stops_everything(machines: Machines) -> None:
-    """Where the tree cannot be read nothing is guessed, nothing removed, and the machine does not start."""
+def test_a_damaged_tree_stops_everything(machines: Machines) -> None:
+    """If the tree cannot be read, nothing is guessed or removed, and the machine does not start."""
     web = machines.create()
     web.create("a")
     home = machines.folder / "home" / "machines" / "web"
@@ -256,8 +257,9 @@ def test_damaged_tree_stops_everything(machines: Machines) -> None:
     assert len(machines.images()) == 2
 
 
-def test_machine_is_deleted_with_its_snapshots(machines: Machines) -> None:
-    """A machine with snapshots goes only on purpose; then nothing of them is left behind, and no user's image goes."""
+def test_a_machine_is_deleted_with_its_snapshots(machines: Machines) -> None:
+    """Deleting a machine with snapshots requires an option; then nothing of them is left, and the user's images
+    stay."""
     web = machines.create()
     web.create("a")
     with pytest.raises(WrongState, match="snapshots"):
@@ -265,7 +267,7 @@ def test_machine_is_deleted_with_its_snapshots(machines: Machines) -> None:
     folder = Path(folder_of_the_only(web))
     vmm.Manager().delete("web", with_snapshots=True)
     assert not folder.exists()
-    assert len(machines.images()) == 2, "what the machine wrote last stays, as its disk does"
+    assert len(machines.images()) == 2, "the machine's last writes are lost"
     other = machines.create("other")
     other.create("a")
     vmm.Manager().delete("other", with_snapshots=True, with_disks=True)
@@ -273,13 +275,13 @@ def test_machine_is_deleted_with_its_snapshots(machines: Machines) -> None:
 
 
 def folder_of_the_only(snapshots: vmm.MachineSnapshots) -> str:
-    """The folder of a machine's only snapshot."""
+    """The folder of the machine's only snapshot."""
     [one] = snapshots.tree().snapshots.values()
     return one.folder
 
 
-def test_tree_outlives_its_machine_name(machines: Machines) -> None:
-    """A tree that is stored reads back as it was."""
+def test_a_stored_tree_reads_back(machines: Machines) -> None:
+    """A stored tree reads back unchanged, whatever the machine's name is."""
     web = machines.create(disks=2)
     web.create("a")
     tree = web.tree()
@@ -287,7 +289,7 @@ def test_tree_outlives_its_machine_name(machines: Machines) -> None:
 
 
 def test_passed_through_disks_have_no_snapshots(machines: Machines) -> None:
-    """A machine with a device of the host has content that no layer of ours could keep, and is refused."""
+    """A machine with a device of the host is refused, because no layer of ours could keep the device's content."""
     web = machines.create()
     device = DiskSpec(id="disk-9", kind="pass-through", path="/dev/null", controller="scsi")
     with registry.changing("web") as machine:
@@ -298,7 +300,7 @@ def test_passed_through_disks_have_no_snapshots(machines: Machines) -> None:
 
 
 def test_a_guest_that_writes_a_footer_into_its_raw_disk(machines: Machines) -> None:
-    """A raw disk stays raw: with a VHD's footer at its end it can be frozen, gone back to and merged as before."""
+    """With a VHD footer at its end a raw disk stays raw: it can be frozen, restored and merged as before."""
     path = machines.folder / "raw.img"
     vhdkit.create_image(machines.folder / "fixed.vhd", DISK_BYTES, disk_format=vhdkit.DiskFormat.FIXED)
     path.write_bytes(bytes(DISK_BYTES))

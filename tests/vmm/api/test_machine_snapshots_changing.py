@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every verb that changes a machine, while somebody else changes it first: the verb acts on what it is by then.
+"""Every verb that changes a machine, while another process changes it first: the verb acts on the newer state.
 
-Somebody else is what the worker of a running machine does when the command that asked for a snapshot was interrupted:
-while the next command waits for a lock, the disk gets a new leaf, and the definition and the tree say so.
+The other process stands for the worker of a running machine whose `snapshot create` was interrupted:
+while the next command waits for a lock, the disk gets a new leaf, and the definition and the tree record that.
 INV-READ-UNDER-LOCK.
 """
 
@@ -32,27 +32,27 @@ from vmm.snapshots.background_merge import Fold
 from vmm.store import registry
 from vmm.store.snapshots.store import load_tree, tree_path
 
-NOTES = "written by somebody else"
+NOTES = "written by another process"
 Verb = Callable[[Path], object]
 
 
 def manager() -> vmm.Manager:
-    """All machines."""
+    """The manager of all machines."""
     return vmm.Manager()
 
 
 def snapshots() -> MachineSnapshots:
-    """Those of the machine."""
+    """The snapshots of the machine."""
     return manager().snapshots("web")
 
 
 def fold(folder: Path) -> None:
-    """The merges that are due."""
+    """Do the due merges."""
     machine = registry.load("web")
     Fold(machine.paths, machine.runtime).run()
 
 
-# Verbs that change a machine or copy its disks, by their names, and a call of each.
+# The verbs that change a machine or copy its disks, by their names, each with a call.
 CHANGING: dict[str, Verb] = {
     "Manager.set": lambda folder: manager().set("web", cpu_count=2),
     "Manager.add_disk": lambda folder: manager().add_disk("web", vmm.DiskRequest(str(folder / "more.vhd"))),
@@ -80,7 +80,7 @@ CHANGING: dict[str, Verb] = {
     "export": lambda folder: export("web", str(folder / "exported")),
     "Fold.run": fold,
 }
-# Those that only look or make another machine, and those that a running machine's worker carries out.
+# The verbs that only read or make another machine, and those that a running machine's worker carries out.
 LOOKING = (
     "Manager.names machines show state events follow_events log_path snapshots create plan_delete disks guest",
     "MachineSnapshots.tree find merging merges_due hidden sizes size_of_now",
@@ -112,7 +112,8 @@ def listed(lines: tuple[str, ...]) -> set[str]:
 
 
 def test_every_verb_is_listed() -> None:
-    """A new verb is put into one of the lists above: into that of those tried here, if it changes anything."""
+    """A new verb must be put into one of the lists above: into that of the verbs tried here, if it changes
+    anything."""
     verbs = {
         f"{one.__name__}.{name}"
         for one in (vmm.Manager, MachineSnapshots, GuestAccess)
@@ -123,8 +124,8 @@ def test_every_verb_is_listed() -> None:
     assert verbs == known | listed(LOOKING) | listed(ASKING) | set(ELSEWHERE)
 
 
-def test_definitions_are_written_in_one_room() -> None:
-    """Nobody writes a machine's definition past the registry, which reads it again first. INV-READ-UNDER-LOCK."""
+def test_only_the_registry_writes_definitions() -> None:
+    """A machine's definition is written only by the registry, which reads it again first. INV-READ-UNDER-LOCK."""
     writing = re.compile(r"write_whole\([^()]*(paths|machine|where)\.definition")
     assert writing.search("write_whole(machine.paths.definition, x)")
     root = Path(vmm.__file__).parent
@@ -153,13 +154,13 @@ def web(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> Machines:
 
 
 def no_supervisor(place: MachineRef, ready: int | None = None) -> None:
-    """The start ends where a supervisor would begin, by the definition that the machine would run with."""
+    """A start ends where a supervisor would begin, with the definition that the machine would run with."""
     disk, *_ = json.loads(Path(place.runtime.running).read_text())["disks"]
     raise QemuFailed(f"would run with {os.path.basename(disk['path'])}")
 
 
-def moved_by_somebody_else() -> str:
-    """A snapshot is finished: the first disk has a new leaf, in which the guest's writes are. Returns its path."""
+def moved_by_another_process() -> str:
+    """Finish a snapshot: the first disk gets a new leaf with the guest's writes. Returns its path."""
     machine = registry.load("web")
     tree = load_tree(machine.paths)
     frozen = str(machine.spec.disks[0].path)
@@ -175,14 +176,14 @@ def moved_by_somebody_else() -> str:
 
 
 def is_there(path: str) -> bool:
-    """True when an image has the guest's writes."""
+    """True if an image has the guest's writes."""
     with vhdkit.open_disk(path) as disk:
         return disk.read(8192, 5) == b"since"
 
 
 @pytest.mark.parametrize("name", CHANGING)
-def test_acts_on_what_is_there_when_it_has_the_lock(web: Machines, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The verb loses neither what was written down while it waited, nor the image that came. INV-READ-UNDER-LOCK."""
+def test_verbs_act_on_the_state_under_the_lock(web: Machines, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The verb loses neither what was written while it waited, nor the new image. INV-READ-UNDER-LOCK."""
     awaited = MACHINE_LOCK if name in TAKES_NO_TREE_LOCK else TREE_LOCK
     leaves: list[str] = []
     take = Lock.try_take
@@ -190,7 +191,7 @@ def test_acts_on_what_is_there_when_it_has_the_lock(web: Machines, name: str, mo
     def take_late(self: Lock) -> bool:
         taken = take(self)
         if taken and os.path.basename(self.path) == awaited and not leaves:
-            leaves.append(moved_by_somebody_else())
+            leaves.append(moved_by_another_process())
         return taken
 
     if name == "Manager.discard_saved":
@@ -212,7 +213,7 @@ def test_acts_on_what_is_there_when_it_has_the_lock(web: Machines, name: str, mo
         return
     assert machine.spec.notes == NOTES and is_there(disk)
     if name in ("MachineSnapshots.merge", "Fold.run"):
-        assert not os.path.exists(leaf)  # it went into its parent, on which no snapshot is
+        assert not os.path.exists(leaf)  # it was merged into its parent, which no snapshot froze
     elif name == "MachineSnapshots.create":
         assert tree.find("new").disks["disk-0"] == leaf and is_there(leaf)
     else:
@@ -226,9 +227,9 @@ def test_acts_on_what_is_there_when_it_has_the_lock(web: Machines, name: str, mo
 
 
 def test_a_definition_that_was_read_too_early_is_not_saved(web: Machines) -> None:
-    """Saving what was decided by another definition is refused; a change of one setting keeps all others."""
+    """Saving a decision made from another definition is refused; a change of one setting keeps all others."""
     with registry.changing("web") as machine:
-        leaf = moved_by_somebody_else()
+        leaf = moved_by_another_process()
         with pytest.raises(InUse, match="changed by somebody else"):
             registry.save(machine, machine.spec.changed(cpu_count=3))
         registry.update(machine.lock, lambda spec: spec.changed(cpu_count=4))
@@ -236,8 +237,8 @@ def test_a_definition_that_was_read_too_early_is_not_saved(web: Machines) -> Non
     assert (spec.notes, spec.cpu_count, spec.disks[0].path) == (NOTES, 4, leaf)
 
 
-def test_a_lock_that_was_given_back_loads_nothing(web: Machines) -> None:
-    """The proof that a lock is held ends with the lock."""
+def test_a_released_lock_loads_nothing(web: Machines) -> None:
+    """The proof that a lock is held is valid only while it is held."""
     with registry.changing("web") as machine:
         registry.load_for_change(machine.lock)
     with pytest.raises(AssertionError, match="while its lock is held"):

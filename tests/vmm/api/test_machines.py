@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The port of a machine: read after its lock was taken, one answer for every state, and workers are not believed."""
+"""The port of a machine: read after its lock was taken, one answer for every state, and workers are not trusted."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ INSIDE: dict[str, Callable[[OpenMachine], object]] = {
 
 
 class Worker:
-    """A worker that answers everything with one document, and notes what it was asked."""
+    """A worker that gives the same answer to everything, and records its requests."""
 
     def __init__(self, answer: object) -> None:
         self.answer = answer
@@ -62,8 +62,8 @@ def running(place: MachineRef, answer: object) -> tuple[RunningMachine, Worker]:
     return RunningMachine(place, cast(ControlClient, worker), None), worker
 
 
-def test_it_is_read_after_its_lock_was_taken(machines: Machines) -> None:
-    """What another command changed while the lock was waited for is seen."""
+def test_the_definition_is_read_under_the_lock(machines: Machines) -> None:
+    """A change that another command made while the lock was waited for is seen."""
     machines.create()
     seen: list[str] = []
 
@@ -80,8 +80,8 @@ def test_it_is_read_after_its_lock_was_taken(machines: Machines) -> None:
 
 
 @pytest.mark.parametrize("doing", LIFE)
-def test_a_machine_that_is_off_says_its_state(machines: Machines, doing: str) -> None:
-    """What needs a machine that runs names the state in which it is instead."""
+def test_refusals_name_the_state_of_a_machine_that_is_off(machines: Machines, doing: str) -> None:
+    """Verbs that need a running machine name the state that it is in."""
     machines.create()
     with api.reach("web") as machine:
         assert not machine.is_running and machine.status().state is MachineState.OFF
@@ -90,8 +90,8 @@ def test_a_machine_that_is_off_says_its_state(machines: Machines, doing: str) ->
 
 
 @pytest.mark.parametrize("verb", INSIDE)
-def test_no_guest_in_a_machine_that_is_off(machines: Machines, verb: str) -> None:
-    """What needs a guest says how to start one."""
+def test_verbs_for_guests_of_a_machine_that_is_off(machines: Machines, verb: str) -> None:
+    """The error says how to start it."""
     machines.create()
     with api.reach("web") as machine:
         assert machine.guest_summary() is None
@@ -100,7 +100,7 @@ def test_no_guest_in_a_machine_that_is_off(machines: Machines, verb: str) -> Non
 
 
 def test_items_of_a_machine_that_is_off(machines: Machines) -> None:
-    """They are read without its lock and set under it, in the file that its next worker reads."""
+    """They are read without the lock and set under it, in the file that the next worker reads."""
     machines.create()
     with api.open("web") as machine:
         assert machine.set_item("role", "front end") is False
@@ -111,8 +111,8 @@ def test_items_of_a_machine_that_is_off(machines: Machines) -> None:
             machine.delete_item("role")
 
 
-def test_a_machine_that_was_only_reached_is_not_changed(machines: Machines) -> None:
-    """A change needs the lock, whichever it is."""
+def test_a_machine_opened_without_its_lock_cannot_be_changed(machines: Machines) -> None:
+    """Every change requires the lock."""
     machines.create()
     with api.reach("web") as machine:
         for change in (
@@ -126,8 +126,8 @@ def test_a_machine_that_was_only_reached_is_not_changed(machines: Machines) -> N
                 change()
 
 
-def test_only_a_machine_that_is_off_is_opened_as_one(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that runs is refused with its state and what helps."""
+def test_only_a_stopped_machine_is_opened_as_stopped(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A running one is refused with its state and what helps."""
     machines.create()
     with api.open_stopped("web", "do that") as machine:
         assert machine.name == "web"
@@ -153,8 +153,8 @@ class Connected(Worker):
         pass
 
 
-def test_answers_become_values(machines: Machines) -> None:
-    """What a worker says is a value of a known type."""
+def test_answers_become_typed_values(machines: Machines) -> None:
+    """A worker's answer is a value of a known type."""
     machines.create()
     place = MachineRef.of("web")
     assert running(place, {"state": "ok", "seen_seconds_ago": 0.5})[0].ping() == Heartbeat("ok", 0.5)
@@ -175,8 +175,8 @@ def test_answers_become_values(machines: Machines) -> None:
 @pytest.mark.parametrize(
     "answer", [None, {}, [], "text", {"os": 7, "interfaces": 7}, {"interfaces": [{}], "os": None}]
 )
-def test_answers_that_cannot_be_understood(machines: Machines, answer: object) -> None:
-    """A worker of another version is an error with a hint, never a traceback."""
+def test_malformed_answers_of_a_worker(machines: Machines, answer: object) -> None:
+    """The answer of a worker of another version is an error with a hint, never a traceback."""
     machines.create()
     place = MachineRef.of("web")
     for ask in (RunningMachine.guest_info, RunningMachine.ping, RunningMachine.thaw, RunningMachine.items):
@@ -184,8 +184,8 @@ def test_answers_that_cannot_be_understood(machines: Machines, answer: object) -
             ask(running(place, answer)[0])
 
 
-def test_the_port_takes_and_gives_values() -> None:
-    """No method of the port has a parameter or result that only this host could hold: it could go over a wire."""
+def test_the_port_uses_only_plain_values() -> None:
+    """Parameters and results of every method could be sent over a network: none depends on this host."""
     local = (
         "Changing",
         "Held",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A copied machine becomes one of its own: nothing of its original's changes, and nothing is lost."""
+"""A copied machine becomes an independent one: nothing of its original changes, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from vmm.store.snapshots.store import has_tree, load_tree
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home of the test's own."""
+    """A home for this test."""
     monkeypatch.setenv("VMM_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("VMM_RUNTIME", str(tmp_path / "run"))
     return tmp_path
 
 
 def test_disks_of_the_original_are_taken_out(home: Path) -> None:
-    """A disk that both name stays the original's; MAC addresses are new; the original's files do not change."""
+    """A disk that both name stays with the original; MAC addresses are new; the original's files do not change."""
     add("web", home / "a.vhd")
     Manager().add_adapter("web")
     copied()
@@ -48,8 +48,8 @@ def test_disks_of_the_original_are_taken_out(home: Path) -> None:
         Manager().new_id("copy")
 
 
-def test_images_that_were_copied_along_are_the_copys_own(home: Path) -> None:
-    """An image in the machine's folder was copied with it: the copy gets the copied one, with all that it holds."""
+def test_images_copied_with_the_folder_belong_to_the_copy(home: Path) -> None:
+    """An image in the machine's folder was copied with it: the copy gets that image, with its content."""
     web = add("web")
     image = Path(web.paths.folder) / "disks" / "a.vhd"
     image.parent.mkdir()
@@ -66,8 +66,9 @@ def test_images_that_were_copied_along_are_the_copys_own(home: Path) -> None:
     assert image.exists()
 
 
-def test_snapshots_and_memory_are_put_aside(home: Path) -> None:
-    """The copied tree is the original's: the copy has none, and what was copied of it lies in a folder of its own."""
+def test_snapshots_and_memory_are_set_aside(home: Path) -> None:
+    """The copied tree belongs to the original: the copy has none, and its copied files are moved to a separate
+    folder."""
     add("web", home / "a.vhd")
     Manager().snapshots("web").create("one")
     web = registry.load("web")
@@ -84,8 +85,8 @@ def test_snapshots_and_memory_are_put_aside(home: Path) -> None:
     assert os.path.isdir(one.folder) and all(map(os.path.exists, one.disks.values()))
 
 
-def test_killed_anywhere_it_is_a_copy_or_a_machine(home: Path) -> None:
-    """Cut short it is a copy still, and doing it again finishes it; the original never changes."""
+def test_after_a_kill_it_is_a_copy_or_a_machine(home: Path) -> None:
+    """If it is interrupted it is still a copy, and doing it again finishes it; the original never changes."""
     add("web", home / "a.vhd")
     Manager().snapshots("web").create("one")
     folder = copied()
@@ -106,7 +107,7 @@ def test_killed_anywhere_it_is_a_copy_or_a_machine(home: Path) -> None:
 
 
 def test_on_the_command_line(home: Path) -> None:
-    """The refusal's hint works, and says what became of the disks; list says what is a copy."""
+    """The hint in the refusal works, and says what happened to the disks; list says which machine is a copy."""
     add("web", home / "a.vhd")
     copied()
     run = CliRunner()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this host can never give a machine is refused when it is asked for, and the machine stays as it was."""
+"""A setting that this host can never provide is refused when it is requested, and the machine stays as it was."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from vmm.model.errors import InvalidSpec, NotFound
 MIB = 1 << 20
 
 
-def test_at_the_door(manager: Manager, tmp_path: Path) -> None:
-    """Too much memory, an unknown processor model and machine type: no machine is made, and none is changed."""
+def test_impossible_settings_are_refused_at_once(manager: Manager, tmp_path: Path) -> None:
+    """With too much memory, an unknown processor model or machine type, no machine is made or changed."""
     memory = host_memory_bytes()
     assert memory is not None
     too_much = (memory // MIB + 1) * MIB
@@ -38,8 +38,8 @@ def test_at_the_door(manager: Manager, tmp_path: Path) -> None:
     manager.set("web", notes="fine")
 
 
-def test_what_qemu_lists() -> None:
-    """Names of models and machine types, in the form before and since QEMU 10; neither headings nor flags."""
+def test_reading_qemus_lists() -> None:
+    """Names of models and machine types are read in the forms before and since QEMU 10, without headings and flags."""
     old = "Available CPUs:\nx86 486  (alias)\nx86 host   all\n\nRecognized CPUID flags:\n  3dnow abm\n"
     new = "Available CPUs:\n  486            (alias)\n  host     all\n\nRecognized CPUID flags:\n  3dnow abm\n"
     assert models_in(old) == models_in(new) == {"486", "host"}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Machines that lost sight of their newest image, as vmm 0.1.0 could leave them: it is found, shown and taken on."""
+"""Machines whose definition lost track of their newest image, as with vmm 0.1.0: it is found, shown and adopted."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def leaf_of() -> str:
 
 
 def name_in_definition(path: str) -> None:
-    """The definition names another image, as after a kill of 0.1.0."""
+    """Name another image in the definition, as after a kill of 0.1.0."""
     definition = Path(registry.load("web").paths.definition)
     document = json.loads(definition.read_text())
     document["disks"][0]["path"] = path
@@ -39,7 +39,8 @@ def name_in_definition(path: str) -> None:
 
 
 def orphaned(machines: Machines, *, known: bool = False) -> tuple[str, str, dict[str, str]]:
-    """A machine whose definition names the image that its snapshot froze: (that, the newest, what it must read)."""
+    """A machine whose definition names the image that its snapshot froze: (that image, the newest, the expected
+    content)."""
     machines.create().create("a")
     newest = leaf_of()
     machines.write("web", 8192, b"written last" * 40)
@@ -55,8 +56,8 @@ def orphaned(machines: Machines, *, known: bool = False) -> tuple[str, str, dict
 
 
 @pytest.mark.parametrize("known", [False, True])
-def test_newest_is_taken_on(machines: Machines, known: bool) -> None:
-    """The image on top of the one that the definition names is shown first, then taken on; no state changes."""
+def test_the_newest_image_is_adopted(machines: Machines, known: bool) -> None:
+    """The image on top of the one that the definition names is shown first, then adopted; no state changes."""
     frozen, newest, expected = orphaned(machines, known=known)
     kept = machines.of_snapshot("web", "a")
     before = machines.images()
@@ -71,8 +72,8 @@ def test_newest_is_taken_on(machines: Machines, known: bool) -> None:
     assert machines.now("web") == expected and machines.images() == {"web-0.vhd"}
 
 
-def test_two_of_them_are_not_guessed_at(machines: Machines) -> None:
-    """Where two images lead away nothing is done before somebody says which one it is."""
+def test_two_candidates_are_not_guessed_at(machines: Machines) -> None:
+    """If there are two newest images, nothing is done before the user names one."""
     frozen, newest, expected = orphaned(machines)
     other = child_path(frozen)
     vhdkit.create_child(other, frozen)
@@ -84,8 +85,8 @@ def test_two_of_them_are_not_guessed_at(machines: Machines) -> None:
     assert leaf_of() == newest and machines.now("web") == expected and os.path.exists(other)
 
 
-def test_what_others_use_is_not_taken(machines: Machines) -> None:
-    """An image of another machine's, or one that nobody of ours named, is not taken on by itself."""
+def test_images_of_others_are_not_adopted(machines: Machines) -> None:
+    """An image of another machine, or one that no machine names, is not adopted automatically."""
     machines.create()
     base = leaf_of()
     clone = machines.folder / "clone.avhd"
@@ -99,7 +100,8 @@ def test_what_others_use_is_not_taken(machines: Machines) -> None:
 
 
 def test_a_kept_image_gets_a_new_leaf(machines: Machines) -> None:
-    """A definition that names what a snapshot keeps, with nothing on top, gets a new leaf; the snapshot stays."""
+    """If the definition names an image that a snapshot keeps, with nothing on top, it gets a new leaf; the snapshot
+    stays."""
     frozen, newest, _ = orphaned(machines)
     os.unlink(newest)
     kept = machines.of_snapshot("web", "a")
@@ -110,7 +112,7 @@ def test_a_kept_image_gets_a_new_leaf(machines: Machines) -> None:
 
 
 def test_a_missing_image_is_given_up_only_when_asked(machines: Machines) -> None:
-    """A missing newest image is named; only --give-up-missing goes on from what is below it."""
+    """The error names a missing newest image; only --give-up-missing continues from the one below it."""
     machines.create().create("a")
     kept, newest = machines.of_snapshot("web", "a"), leaf_of()
     (machines.folder / "away").mkdir()
@@ -124,8 +126,8 @@ def test_a_missing_image_is_given_up_only_when_asked(machines: Machines) -> None
     assert machines.of_snapshot("web", "a") == kept
 
 
-def test_what_cannot_be_settled(machines: Machines) -> None:
-    """A live snapshot that was cut short and whose newest image is lost stops every command but this one."""
+def test_an_interrupted_snapshot_that_cannot_be_finished(machines: Machines) -> None:
+    """After an interrupted live snapshot whose newest image is lost, every command but this one is refused."""
     machines.create()
     frozen = leaf_of()
     with holding(registry.load("web").paths, "web") as held:
@@ -150,8 +152,9 @@ OLDER: dict[str, Callable[[Machines], object]] = {
 
 @pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("verb", OLDER)
-def test_the_older_image_does_not_pass_for_the_present(machines: Machines, verb: str, known: bool) -> None:
-    """While a newer image stands on the one that the definition names, it is neither copied nor frozen once more."""
+def test_an_older_image_is_not_taken_for_the_present_state(machines: Machines, verb: str, known: bool) -> None:
+    """While a newer image exists on top of the one that the definition names, that is neither copied nor frozen
+    again."""
     frozen, newest, expected = orphaned(machines, known=known)
     with pytest.raises(Refused, match="may hold what was written last") as refused:
         OLDER[verb](machines)
@@ -182,7 +185,7 @@ def test_a_newer_image_survives_deletions(machines: Machines) -> None:
 
 
 def test_a_damaged_tree_can_be_moved_away(machines: Machines) -> None:
-    """What the refusal says works: without the damaged list the newest image is found, and none is gone."""
+    """The way that the refusal names works: without the damaged list the newest image is found, and all are kept."""
     frozen, newest, expected = orphaned(machines, known=True)
     tree_path = Path(registry.load("web").paths.folder, "snapshots.json")
     tree_path.write_text('{"x":')
@@ -197,7 +200,7 @@ def test_a_damaged_tree_can_be_moved_away(machines: Machines) -> None:
 
 
 def test_command_line(machines: Machines) -> None:
-    """It shows what was found; without --yes and a terminal nothing is done."""
+    """It shows the findings; without --yes and a terminal nothing is done."""
     frozen, newest, _ = orphaned(machines)
     assert f"{newest} is taken on" in good("repair", "web", "--dry-run") and leaf_of() == frozen
     result = run("repair", "web")
@@ -207,14 +210,14 @@ def test_command_line(machines: Machines) -> None:
     assert document("repair", "web") == []
 
 
-def test_no_hint_leads_away_from_it(machines: Machines) -> None:
-    """Who opens the image below is sent to `vmm repair`, and never told to move or delete the newest one."""
+def test_hints_lead_to_repair(machines: Machines) -> None:
+    """The error for the image below refers to `vmm repair`, and never advises moving or deleting the newest one."""
     frozen, _, _ = orphaned(machines)
     with pytest.raises(vhdkit.HasChildren) as refused:
         vhdkit.open_disk(frozen, writable=True)
     hints = [str(refused.value.hint), str(store_error(refused.value).hint)]
     assert not any(word in hint for hint in hints for word in ("move", "delete", "remove")), hints
     assert "vmm repair" in hints[1]
-    with pytest.raises(VmmError) as told:
+    with pytest.raises(VmmError) as caught:
         manager.add_disk("web", vmm.DiskRequest(frozen, controller="scsi"))
-    assert not any(word in str(told.value.hint) for word in ("move", "delete", "remove"))
+    assert not any(word in str(caught.value.hint) for word in ("move", "delete", "remove"))

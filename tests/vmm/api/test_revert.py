@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recovery action `revert`: a guest whose QEMU is killed goes on from its snapshot, memory and disk, by itself."""
+"""The recovery action `revert`: a guest whose QEMU is killed continues from its snapshot, memory and disk, by
+itself."""
 
 from __future__ import annotations
 
@@ -23,20 +24,20 @@ pytestmark = pytest.mark.kvm
 
 
 def actions(manager: Manager) -> list[tuple[object, object]]:
-    """What was done about crashes: (event, action or problem)."""
+    """The reactions to crashes: (event, action or problem)."""
     events = [one for one in manager.events("small") if one.name.startswith("recovery")]
     return [(one.name, one.details.get("action") or one.details.get("problem")) for one in events]
 
 
 def kill_qemu() -> int:
-    """kill -9 of QEMU; its process id."""
+    """kill -9 of QEMU; returns its process id."""
     pid = processes()["qemu"].pid
     os.kill(pid, signal.SIGKILL)
     return pid
 
 
-def test_back_to_the_snapshot_and_on(manager: Manager, folder: Path) -> None:
-    """The counter in memory is the snapshot's again and goes on; what was written since is gone."""
+def test_the_machine_continues_from_its_snapshot(manager: Manager, folder: Path) -> None:
+    """The counter in memory is the snapshot's again and continues; later writes are gone."""
     small = guest(manager, folder, automatic={"recovery": "revert"})
     small.create("moment")
     frozen = count(manager)
@@ -49,15 +50,15 @@ def test_back_to_the_snapshot_and_on(manager: Manager, folder: Path) -> None:
 
 
 def test_without_a_snapshot_it_is_off(manager: Manager, folder: Path) -> None:
-    """There is nothing to go back to: said, and the machine is off."""
+    """If there is no snapshot to return to, that is reported, and the machine is off."""
     guest(manager, folder, automatic={"recovery": "revert"})
     kill_qemu()
-    wait_until(lambda: actions(manager), "it is told")
+    wait_until(lambda: actions(manager), "the event")
     assert actions(manager) == [("recovery-given-up", "there is no snapshot to go back to")]
     wait_state(manager, MachineState.OFF)
 
 
-def test_not_for_ever(manager: Manager, folder: Path) -> None:
+def test_repeated_crashes_end_the_recovery(manager: Manager, folder: Path) -> None:
     """A machine that crashed a few times in a row stays off."""
     small = guest(manager, folder, start=False, automatic={"recovery": "revert"})
     small.create("moment")

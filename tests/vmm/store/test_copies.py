@@ -34,14 +34,14 @@ _ID = "0" * 8 + "-0000" * 3 + "-" + "0" * 12
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home of the test's own."""
+    """A home for this test."""
     monkeypatch.setenv("VMM_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("VMM_RUNTIME", str(tmp_path / "run"))
     return tmp_path
 
 
 def add(name: str = "web", *images: Path) -> registry.Machine:
-    """A machine with these images, which are made."""
+    """Add a machine with these images, which are made."""
     for image in images:
         vhdkit.create_image(image, 1 << 20)
     disks = [{"id": f"disk-{n}", "path": str(image), "unit": n} for n, image in enumerate(images)]
@@ -49,7 +49,7 @@ def add(name: str = "web", *images: Path) -> registry.Machine:
 
 
 def copied(name: str = "web", to: str = "copy", *, renamed: bool = False) -> Path:
-    """Its folder, copied; with the copy's name written into it or not."""
+    """A copy of its folder; with the copy's name in its definition or not."""
     machine = registry.load(name)
     folder = Path(machine.paths.folder).with_name(to)
     shutil.copytree(machine.paths.folder, folder, symlinks=True)
@@ -66,7 +66,7 @@ def running(machine: registry.Machine) -> Iterator[None]:
     words = [sys.executable, "-c", program, "vmm.processes.supervisor", machine.paths.folder]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         try:
-            assert process.stdout is not None and process.stdout.readline() == b"\n"  # its words are set
+            assert process.stdout is not None and process.stdout.readline() == b"\n"  # its command line is set
             os.makedirs(machine.runtime.folder)
             SupervisorNote(supervisor=ProcessRef.of(process.pid)).write(machine.runtime)
             yield
@@ -75,8 +75,8 @@ def running(machine: registry.Machine) -> Iterator[None]:
 
 
 def test_a_list_reads_each_definition_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Listing many machines looks for copies in each definition a few times, not once for every machine; a copy is
-    found all the same."""
+    """Listing many machines looks for copies in each definition a few times, not once per machine; a copy is still
+    found."""
     count = 12
     for number in range(count):
         add(f"web{number}")
@@ -93,16 +93,17 @@ def test_a_list_reads_each_definition_a_few_times(monkeypatch: pytest.MonkeyPatc
     assert len(opened) <= 5 * (count + 1)
 
 
-def test_the_copy_is_the_one_with_anothers_name() -> None:
-    """A copied folder has the original's name in its definition; the original is the original still."""
+def test_the_copy_has_the_originals_name_in_its_definition() -> None:
+    """A copied folder is recognised by the name in its definition; the original stays the original."""
     add()
     assert original_of("web") is None
     copied()
     assert (original_of("web"), original_of("copy"), original_of("absent")) == (None, "web", None)
 
 
-def test_the_one_that_runs_is_the_original() -> None:
-    """Where both have their names in their definitions, the processes say whose the id is; else it is neither's."""
+def test_the_running_one_is_the_original() -> None:
+    """If both definitions have the right names, the processes decide which machine has the id; without any, neither
+    has."""
     web = add()
     copied(renamed=True)
     assert (original_of("web"), original_of("copy")) == ("copy", "web")
@@ -110,8 +111,8 @@ def test_the_one_that_runs_is_the_original() -> None:
         assert (original_of("web"), original_of("copy")) == (None, "web")
 
 
-def test_an_original_that_was_renamed_is_found_by_its_processes() -> None:
-    """The folder's name may not be the one in the definition: who runs is asked first."""
+def test_a_renamed_original_is_found_by_its_processes() -> None:
+    """The folder's name may differ from the one in the definition: the running processes are considered first."""
     folder = Path(add().paths.folder)
     folder.rename(folder.with_name("site"))
     copied("site", "web")
@@ -120,8 +121,8 @@ def test_an_original_that_was_renamed_is_found_by_its_processes() -> None:
         assert (original_of("site"), original_of("web")) == (None, "site")
 
 
-def test_no_second_machine_of_an_id_is_added(home: Path) -> None:
-    """Two imports of one folder at once, say, are one machine."""
+def test_an_id_is_added_only_once(home: Path) -> None:
+    """For example, two concurrent imports of one folder give one machine."""
     spec = add().spec
     with pytest.raises(AlreadyExists, match="same id as the machine web"):
         registry.add(spec.changed(name="db"))
@@ -167,7 +168,7 @@ VERBS: dict[str, Callable[[Path], object]] = {
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """What lies in the folder and below it."""
+    """All files in the folder and below it."""
     found = {str(one.relative_to(folder)): one.read_bytes() for one in folder.rglob("*") if one.is_file()}
     return {name: content for name, content in found.items() if not name.endswith("lock")}
 
@@ -192,8 +193,8 @@ def test_every_verb_refuses_a_copy(home: Path) -> None:
         assert files_of(home) == before, name
 
 
-def test_the_original_is_used_as_before(home: Path) -> None:
-    """A copy beside it is no reason to refuse anything of the original, but what both name is not removed."""
+def test_the_original_can_be_used_as_before(home: Path) -> None:
+    """A copy beside it never leads to a refusal for the original, but images that both name are not removed."""
     add("web", home / "a.vhd")
     copied()
     manager = Manager()
@@ -201,11 +202,11 @@ def test_the_original_is_used_as_before(home: Path) -> None:
     assert manager.show("web").copy_of is None and registry.load("web").spec.cpu_count == 3
     plan = manager.delete("web", with_disks=True)
     assert plan.disks == () and (home / "a.vhd").exists()
-    assert original_of("copy") is None, "it is the only one now"
+    assert original_of("copy") is None, "the original is the only machine left"
 
 
 def test_a_copy_is_shown_as_a_copy(home: Path) -> None:
-    """List and show say whose copy it is, and never that it runs."""
+    """List and show name the original of the copy, and never report the copy as running."""
     web = add()
     copied()
     with running(web):
@@ -215,8 +216,8 @@ def test_a_copy_is_shown_as_a_copy(home: Path) -> None:
         assert [one.copy_of for one in Manager().machines() if one.name == "copy"] == ["web"]
 
 
-def test_a_running_guest_is_not_reached_by_its_copy(manager: Manager, tmp_path: Path) -> None:
-    """Neither stopped nor saved nor looked at: the guest counts on. With an id of its own the copy is a machine."""
+def test_a_copy_does_not_reach_the_running_guest(manager: Manager, tmp_path: Path) -> None:
+    """It can neither stop nor save nor query it: the guest keeps counting. With its own id the copy is a machine."""
     leaf = make_machine(manager, tmp_path)
     manager.start("small")
     wait_counting(manager)

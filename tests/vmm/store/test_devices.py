@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Machines with devices and LUNs of their own: a guest boots from one and writes to it, and nobody else can."""
+"""Machines with devices and LUNs: a guest boots from one and writes to it, and no other program can."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def bootable(path: Path, *, write_every: int = 0) -> Path:
 
 
 def given(path: str, **more: Any) -> DiskRequest:
-    """A wish for a device or LUN."""
+    """A request for a device or LUN."""
     return DiskRequest(path, kind="pass-through", **more)
 
 
 @pytest.mark.parametrize(("controller", "accelerator"), [("ide", "tcg"), ("virtio", "tcg"), ("virtio", "kvm")])
 def test_guest_boots_from_a_device(controller: str, accelerator: str, manager: Manager, tmp_path: Path) -> None:
-    """The guest boots from the device and its writes are on it; meanwhile the host can do nothing to it."""
+    """The guest boots from the device and its writes are on it; in the meantime the host can do nothing to it."""
     if accelerator == "kvm":
         require_kvm()
     file = bootable(tmp_path / "device.raw")
@@ -73,7 +73,7 @@ def test_guest_boots_from_a_device(controller: str, accelerator: str, manager: M
 
 
 def assert_untouchable_but_swap(device: str, point: Path) -> None:
-    """As `assert_untouchable`, for a device that is no swap space."""
+    """Like `assert_untouchable`, for a device that is not swap space."""
     try:
         assert_untouchable(device, point)
     except AssertionError as error:
@@ -97,7 +97,7 @@ def test_claim_outlives_the_worker(manager: Manager, tmp_path: Path) -> None:
 
 
 def test_device_of_another_machine(manager: Manager, tmp_path: Path) -> None:
-    """A device belongs to one machine, also while that is off; when it was taken away another can have it."""
+    """A device belongs to one machine, even while that is off; after it was removed another machine can have it."""
     make_disk(tmp_path, "one")
     with loop_device(tmp_path / "device.raw") as device:
         manager.create(
@@ -110,7 +110,7 @@ def test_device_of_another_machine(manager: Manager, tmp_path: Path) -> None:
         manager.create("two", disks=[given(device)], **TINY)
 
 
-def test_file_behind_a_device_is_a_disk(manager: Manager, tmp_path: Path) -> None:
+def test_a_loop_device_on_another_machines_image(manager: Manager, tmp_path: Path) -> None:
     """A loop device on an image of another machine is refused."""
     leaf = make_disk(tmp_path, "one")
     manager.create("one", disks=[DiskRequest(str(leaf))], **TINY)
@@ -118,8 +118,8 @@ def test_file_behind_a_device_is_a_disk(manager: Manager, tmp_path: Path) -> Non
         manager.create("two", disks=[given(device)], **TINY)
 
 
-def test_hard_link_behind_a_device_is_the_same_disk(manager: Manager, tmp_path: Path) -> None:
-    """A loop device on another name of a machine's image is that image: given as a device, and as an image, too."""
+def test_a_loop_device_on_a_hard_link_is_the_same_image(manager: Manager, tmp_path: Path) -> None:
+    """A loop device on another name of a machine's image is that image: it is refused as a device and as an image."""
     leaf = make_disk(tmp_path, "one")
     manager.create("one", disks=[DiskRequest(str(leaf))], **TINY)
     other_name = tmp_path / "elsewhere" / "data.raw"
@@ -128,15 +128,15 @@ def test_hard_link_behind_a_device_is_the_same_disk(manager: Manager, tmp_path: 
     with loop_device(other_name) as device:
         with pytest.raises(InUse, match="a disk of the machine one"):
             manager.create("two", disks=[given(device)], **TINY)
-        other_name.unlink()  # the device holds it all the same
+        other_name.unlink()  # the device still holds it
         with pytest.raises(InUse, match="a disk of the machine one"):
             manager.create("two", disks=[given(device)], **TINY)
     assert manager.names() == ["one"]
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["another", "itself"])
-def test_layer_below_a_disk_behind_a_device(manager: Manager, tmp_path: Path, own: bool) -> None:
-    """A loop device on a parent of a machine's disk is given to no machine, by whichever of the parent's names."""
+def test_a_loop_device_on_a_parent_of_a_disk(manager: Manager, tmp_path: Path, own: bool) -> None:
+    """A loop device on a parent of a machine's disk is refused, under each of the parent's names."""
     leaf = make_disk(tmp_path, "one")
     manager.create("one", disks=[DiskRequest(str(leaf))], **TINY)
     other_name = tmp_path / "elsewhere.raw"
@@ -149,8 +149,8 @@ def test_layer_below_a_disk_behind_a_device(manager: Manager, tmp_path: Path, ow
     assert manager.names() == ["one"] and len(manager.disks("one")) == 1
 
 
-def test_image_of_a_file_that_is_given_as_a_device(manager: Manager, tmp_path: Path) -> None:
-    """A file behind a device that a machine has is no other machine's image, by whichever of its names."""
+def test_a_file_behind_a_passed_through_device_is_not_an_image(manager: Manager, tmp_path: Path) -> None:
+    """A file behind a machine's device cannot be another machine's image, under any of its names."""
     file = tmp_path / "data.raw"
     with loop_device(file) as device:
         manager.create("one", disks=[given(device)], **TINY)
@@ -159,8 +159,8 @@ def test_image_of_a_file_that_is_given_as_a_device(manager: Manager, tmp_path: P
             manager.create("two", disks=[DiskRequest(str(tmp_path / "other.raw"))], **TINY)
 
 
-def test_what_cannot_be_given(manager: Manager, tmp_path: Path) -> None:
-    """A file, a folder, /dev/null, nothing, and URLs that are none: refused when the machine is defined."""
+def test_paths_that_cannot_be_passed_through(manager: Manager, tmp_path: Path) -> None:
+    """A file, a folder, /dev/null, a missing path and malformed URLs are refused when the machine is defined."""
     (tmp_path / "file").write_bytes(bytes(4096))
     for path in (str(tmp_path / "file"), str(tmp_path), "/dev/null", "iscsi://san/x", "iscsi://san/iqn.2001-04.a:b/x"):
         with pytest.raises(InvalidSpec):
@@ -170,8 +170,8 @@ def test_what_cannot_be_given(manager: Manager, tmp_path: Path) -> None:
     assert manager.names() == []
 
 
-def test_device_that_is_in_use_at_start(manager: Manager, tmp_path: Path) -> None:
-    """What was free when the machine was defined may be in use when it starts: then it does not, and says why."""
+def test_a_device_that_is_in_use_at_the_start(manager: Manager, tmp_path: Path) -> None:
+    """A device that was free when the machine was defined may be in use at its start: the start fails and says why."""
     with loop_device(bootable(tmp_path / "device.raw")) as device:
         manager.create("small", disks=[given(device)], **TINY)
         holder = os.open(device, os.O_RDONLY | os.O_EXCL)
@@ -187,8 +187,8 @@ def test_device_that_is_in_use_at_start(manager: Manager, tmp_path: Path) -> Non
         manager.start("small")
 
 
-def test_device_under_another_name(manager: Manager, tmp_path: Path) -> None:
-    """INV-DEVICE-IDENTITY: the device has another number after a while; the machine finds it, and no other."""
+def test_a_device_under_another_name(manager: Manager, tmp_path: Path) -> None:
+    """INV-DEVICE-IDENTITY: the device has another number later; the machine finds it, and no other device."""
     file = bootable(tmp_path / "device.raw")
     with loop_device(file) as first:
         manager.create("small", disks=[given(first)], **TINY)
@@ -199,8 +199,8 @@ def test_device_under_another_name(manager: Manager, tmp_path: Path) -> None:
     assert not any((tmp_path / "other.raw").read_bytes())
 
 
-def test_plugged_in_and_out_while_it_runs(manager: Manager, tmp_path: Path) -> None:
-    """A device comes on SCSI to a running machine and is claimed; unplugged, it is the host's again."""
+def test_a_device_is_plugged_in_and_out_of_a_running_machine(manager: Manager, tmp_path: Path) -> None:
+    """A device is added to a running machine on SCSI and claimed; unplugged, it belongs to the host again."""
     leaf = make_disk(tmp_path)
     manager.create("small", disks=[DiskRequest(str(leaf))], **TINY)
     manager.start("small")
@@ -218,8 +218,8 @@ def test_plugged_in_and_out_while_it_runs(manager: Manager, tmp_path: Path) -> N
     manager.stop("small")
 
 
-def test_failed_plug_in_leaves_nothing(manager: Manager, tmp_path: Path) -> None:
-    """A place that QEMU does not have: the device is not claimed any more, and the machine has no such disk."""
+def test_a_failed_plug_in_leaves_nothing(manager: Manager, tmp_path: Path) -> None:
+    """With a place that QEMU does not have, the device is released, and the machine has no such disk."""
     leaf = make_disk(tmp_path)
     manager.create("small", disks=[DiskRequest(str(leaf))], **TINY)
     manager.start("small")
@@ -231,8 +231,8 @@ def test_failed_plug_in_leaves_nothing(manager: Manager, tmp_path: Path) -> None
     manager.stop("small")
 
 
-def test_read_only_device(manager: Manager, tmp_path: Path) -> None:
-    """A guest that has a device for reading cannot write to it."""
+def test_a_read_only_device(manager: Manager, tmp_path: Path) -> None:
+    """A guest with a read-only device cannot write to it."""
     file = bootable(tmp_path / "device.raw")
     before = file.read_bytes()
     with loop_device(file) as device:
@@ -244,7 +244,7 @@ def test_read_only_device(manager: Manager, tmp_path: Path) -> None:
 
 
 def test_saved_memory_and_a_device(manager: Manager, tmp_path: Path) -> None:
-    """Saved memory is restored with the device as it was, and refused when the host wrote to it meanwhile."""
+    """Saved memory is restored if the device is unchanged, and refused if the host wrote to it in the meantime."""
     with loop_device(bootable(tmp_path / "device.raw")) as device:
         manager.create("small", disks=[given(device)], **TINY)
         manager.start("small")
@@ -266,7 +266,7 @@ def test_saved_memory_and_a_device(manager: Manager, tmp_path: Path) -> None:
 
 
 def test_guest_boots_from_a_lun(manager: Manager, tmp_path: Path) -> None:
-    """The guest boots from a LUN, and what it wrote is in the target's file; nobody else gets that LUN."""
+    """The guest boots from a LUN, and its writes are in the target's file; no other machine gets that LUN."""
     with iscsi_target(tmp_path / "lun") as target:
         bootable(target.file)
         manager.create("small", disks=[given(target.url)], **TINY)
@@ -282,7 +282,7 @@ def test_guest_boots_from_a_lun(manager: Manager, tmp_path: Path) -> None:
 
 
 def test_saved_memory_and_a_lun(manager: Manager, tmp_path: Path) -> None:
-    """Saved memory is restored with the LUN as it was, and refused when another host wrote to it meanwhile."""
+    """Saved memory is restored if the LUN is unchanged, and refused if another host wrote to it in the meantime."""
     require_tool("qemu-io")
     with iscsi_target(tmp_path / "lun") as target:
         bootable(target.file)
@@ -303,8 +303,9 @@ def test_saved_memory_and_a_lun(manager: Manager, tmp_path: Path) -> None:
         assert not [one for one in manager.events("small") if one.name == "saved-disk-not-compared"]
 
 
-def test_password_of_a_lun(manager: Manager, tmp_path: Path) -> None:
-    """QEMU logs in with the password of the file, which is on no command line; a wrong or open one is refused."""
+def test_the_password_of_a_lun(manager: Manager, tmp_path: Path) -> None:
+    """QEMU logs in with the password from the file, which is on no command line; a wrong one is refused, and so is a
+    file that others can read."""
     require_root()
     secret = tmp_path / "password"
     secret.write_text("twelve-letters\n")
@@ -332,8 +333,8 @@ def test_password_of_a_lun(manager: Manager, tmp_path: Path) -> None:
         manager.start("small")
 
 
-def test_target_that_goes_away(manager: Manager, tmp_path: Path) -> None:
-    """While the target is away the guest waits for it, sees no error, and goes on where it was when it is back."""
+def test_a_target_that_goes_away(manager: Manager, tmp_path: Path) -> None:
+    """While the target is down the guest waits for it, sees no error, and continues where it was when it is back."""
     with iscsi_target(tmp_path / "lun") as target:
         bootable(target.file, write_every=4)
         manager.create("small", disks=[given(target.url)], **TINY)
@@ -348,18 +349,18 @@ def test_target_that_goes_away(manager: Manager, tmp_path: Path) -> None:
 
 
 def wait_standing_still(manager: Manager) -> None:
-    """Return when the guest, which writes what it counts, has not counted on for two seconds."""
+    """Wait until the guest, which writes its counter, has not continued for two seconds."""
     seen, since = last_tick(manager), time.monotonic()
     deadline = since + 60
     while time.monotonic() - since < 2:
-        assert time.monotonic() < deadline, "the guest goes on without its disk"
+        assert time.monotonic() < deadline, "the guest continues without its disk"
         time.sleep(0.1)  # it must have counted nothing for two seconds
         if last_tick(manager) != seen:
             seen, since = last_tick(manager), time.monotonic()
 
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"x" * 256])
-def test_files_that_hold_no_password(content: bytes, tmp_path: Path) -> None:
+def test_files_without_a_password(content: bytes, tmp_path: Path) -> None:
     """An empty first line and one that is too long are refused."""
     path = tmp_path / "password"
     path.write_bytes(content)
@@ -368,16 +369,16 @@ def test_files_that_hold_no_password(content: bytes, tmp_path: Path) -> None:
         devices.read_password(str(path))
 
 
-def test_password_file_that_is_not_there(tmp_path: Path) -> None:
-    """A missing file and a folder are told by their names."""
+def test_a_missing_password_file(tmp_path: Path) -> None:
+    """The error names the missing file, or the folder in its place."""
     with pytest.raises(NotFound):
         devices.read_password(str(tmp_path / "none"))
     with pytest.raises((AccessDenied, VmmError)):
         devices.read_password(str(tmp_path))
 
 
-def test_longest_password(tmp_path: Path) -> None:
-    """A password of the greatest length, and one with a line end of another system, are read."""
+def test_the_longest_password(tmp_path: Path) -> None:
+    """A password of the maximum length, and one with another system's line end, are read."""
     path = tmp_path / "password"
     path.touch(0o600)
     for content, password in ((b"x" * 255, b"x" * 255), (b"abc\r\nsecond line", b"abc")):
@@ -385,8 +386,9 @@ def test_longest_password(tmp_path: Path) -> None:
         assert devices.read_password(str(path)) == password
 
 
-def test_no_snapshot_of_what_is_passed_through() -> None:
-    """Machines with a device or LUN are refused what needs a layer of ours under every disk; others are not."""
+def test_no_snapshots_with_passed_through_disks() -> None:
+    """Machines with a device or LUN are refused the verbs that need a layer of ours under every disk; other machines
+    are not."""
     chain = disk_spec(id="disk-0", path="/images/a.vhd")
     device = disk_spec(id="disk-1", kind="pass-through", path="/dev/sdb", unit=1)
     devices.refuse_passed_through(make_spec(name="web", disks=[chain]), "a snapshot")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images of all machines are known to each other: what another machine stands on is not changed, wherever it lies."""
+"""vmm knows the images of all machines: the parent of another machine's image is not changed, wherever that lies."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from vmm.store.snapshots.store import tree_path
 
 @pytest.fixture
 def gold(machines: Machines) -> Path:
-    """A machine "gold" on an image that was cloned into folders of their own, of which "b" is a machine's."""
+    """A machine "gold" on an image that was cloned into several folders; the clone in "b" is a machine's disk."""
     for folder in ("gold", "vms/a", "vms/b"):
         (machines.folder / folder).mkdir(parents=True)
     image = machines.disk("gold/g.vhd")
@@ -35,7 +35,7 @@ def gold(machines: Machines) -> Path:
     vmm.Manager().create(
         "b", disks=[vmm.DiskRequest(str(machines.folder / "vms/b/b.avhd"), parent_dirs=parent)], memory_bytes=16 << 20
     )
-    # what was written down beside the image may be lost, as by a copy: the machines are known all the same
+    # the mark beside the image may be lost, for example in a copy: vmm knows the machines all the same
     for record in image.parent.glob(".*"):
         record.unlink()
     return image
@@ -47,7 +47,7 @@ def content(path: Path) -> str:
 
 
 def refusals(machines: Machines, gold: Path) -> None:
-    """Everything that would change the image is refused, by the name of what stands on it, and changes nothing."""
+    """Every change of the image is refused, with the name of its child, and changes nothing."""
     before = content(gold)
     manager = vmm.Manager()
     with pytest.raises(InUse, match=r"is the parent of .*b\.avhd"):
@@ -68,7 +68,7 @@ def refusals(machines: Machines, gold: Path) -> None:
     assert content(gold) == before
 
 
-def test_a_clone_in_a_folder_of_its_own(machines: Machines, gold: Path) -> None:
+def test_a_clone_in_another_folder(machines: Machines, gold: Path) -> None:
     """INV-PARENT-READ-ONLY: `start`, `disk resize`, `disk add`, `create` and `delete --with-disks` know b's clone."""
     b = machines.now("b")
     refusals(machines, gold)
@@ -95,7 +95,7 @@ def test_a_clone_in_a_folder_of_its_own(machines: Machines, gold: Path) -> None:
 
 
 def test_start_is_refused(machines: Machines, gold: Path) -> None:
-    """INV-PARENT-READ-ONLY: the machine on the base does not start; with a leaf of its own, by a snapshot, it may."""
+    """INV-PARENT-READ-ONLY: the machine on the base does not start; with its own leaf, made by a snapshot, it does."""
     require_tool("qemu-system-x86_64")
     program.find()
     before = content(gold)
@@ -119,9 +119,8 @@ def test_start_is_refused(machines: Machines, gold: Path) -> None:
 
 @pytest.mark.parametrize("where", ["snapshot", "read-only in a snapshot", "backup", "unreadable"])
 def test_wherever_the_clone_is_named(machines: Machines, gold: Path, where: str) -> None:
-    """INV-PARENT-READ-ONLY: in a snapshot, in its definition alone, in the note of a backup; what cannot be read may
-    name any image.
-    """
+    """INV-PARENT-READ-ONLY: in a snapshot, only in its definition, or in the note of a backup; an unreadable file may
+    name any image."""
     b = registry.load("b")
     clone = machines.folder / "vms/b/b.avhd"
     if where == "snapshot":
@@ -150,8 +149,8 @@ def test_wherever_the_clone_is_named(machines: Machines, gold: Path, where: str)
     assert plan.disks == () and "cannot be read" in plan.kept[0].reason
 
 
-def test_copies_of_a_chain_do_not_bind_each_other(machines: Machines, gold: Path) -> None:
-    """A machine whose images are copies of another's, with the same ids, stands on its own copy of the base."""
+def test_copies_of_a_chain_are_independent(machines: Machines, gold: Path) -> None:
+    """A machine whose images are copies of another's, with the same ids, depends on its own copy of the base."""
     vmm.Manager().delete("b")
     folder = machines.folder / "copies"
     folder.mkdir()
@@ -164,8 +163,8 @@ def test_copies_of_a_chain_do_not_bind_each_other(machines: Machines, gold: Path
     assert vmm.Manager().delete("gold", with_disks=True).disks == (str(gold),) and not gold.exists()
 
 
-def test_a_clone_made_meanwhile(machines: Machines, gold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An image that somebody came to stand on after the deletion was planned stays, and that is said."""
+def test_a_clone_made_after_the_plan(machines: Machines, gold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image that got a child after the deletion was planned stays, and that is reported."""
     vmm.Manager().delete("b")
     shutil.rmtree(machines.folder / "vms")
     remove = registry.remove
@@ -183,7 +182,7 @@ def test_a_clone_made_meanwhile(machines: Machines, gold: Path, monkeypatch: pyt
 
 
 def test_marks_are_left(machines: Machines, gold: Path) -> None:
-    """A clone leaves its mark at its parent when a machine gets it, so that vhdkit alone protects that, too."""
+    """A clone gets a mark at its parent when a machine gets it, so that vhdkit alone protects the parent, too."""
     parent = (str(gold.parent),)
     clone = machines.folder / "vms/a/a.avhd"
     manager = vmm.Manager()

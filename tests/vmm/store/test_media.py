@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a medium is known by, and which medium a guest that goes on may find in its drive."""
+"""How a medium is identified, and which medium a guest that continues may find in its drive."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def with_medium(path: Path | None, **settings: object) -> MachineSpec:
     return make_spec(name="web", disks=[drive], **settings)
 
 
-def test_the_content_counts_and_not_the_name(tmp_path: Path) -> None:
-    """An image that was moved or copied is the same medium; another content under the same name is not."""
+def test_a_medium_is_identified_by_its_content(tmp_path: Path) -> None:
+    """An image that was moved or copied is the same medium; other content under the same name is not."""
     image = make_iso(tmp_path / "one.iso", "first")
     known = look_at_medium(str(image))
     image.rename(tmp_path / "moved.iso")
@@ -33,8 +33,8 @@ def test_the_content_counts_and_not_the_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("where", [0, MIB - 1, 3 * MIB, 64 * MIB - 1])
-def test_large_media_are_told_apart_by_samples(tmp_path: Path, where: int) -> None:
-    """Of a large image the beginning, the end and pieces between count, and its size."""
+def test_large_media_are_identified_by_samples(tmp_path: Path, where: int) -> None:
+    """Of a large image, the beginning, the end and samples between them count, and its size."""
     image = tmp_path / "large.iso"
     with image.open("wb") as file:
         file.truncate(64 * MIB)
@@ -50,7 +50,7 @@ def test_large_media_are_told_apart_by_samples(tmp_path: Path, where: int) -> No
 
 
 def test_which_medium_a_saved_guest_may_find(tmp_path: Path) -> None:
-    """The one it had, wherever it lies now; another one or none only where the user put it there."""
+    """The one that it had, wherever it lies now; another one or none only if the user put it there."""
     image = make_iso(tmp_path / "one.iso", "first")
     then = media_of(with_medium(image))
     image.rename(tmp_path / "moved.iso")
@@ -72,8 +72,9 @@ def test_which_medium_a_saved_guest_may_find(tmp_path: Path) -> None:
     assert changed_drives(empty, then, {"cd": None}, {"cd": None}) == ["cd"]
 
 
-def test_what_nobody_wrote_down_is_not_compared(tmp_path: Path) -> None:
-    """Memory that 0.1.0 saved says nothing of media: what is there is taken, what the user put in is told."""
+def test_unrecorded_media_are_not_compared(tmp_path: Path) -> None:
+    """Memory saved by 0.1.0 has no record of media: the present one is accepted, and a change by the user is
+    reported."""
     spec = with_medium(make_iso(tmp_path / "one.iso", "first"))
     refuse_other_media(spec, None, {})
     assert changed_drives(spec, None, {}, media_of(spec)) == []
@@ -84,8 +85,9 @@ def test_what_nobody_wrote_down_is_not_compared(tmp_path: Path) -> None:
     ("missing", "way"),
     [("one.iso", "vmm disk change web cd FILE"), ("kernel", "--kernel ''"), ("initrd", "--initrd ''")],
 )
-def test_what_is_missing_is_said_with_the_way_on(tmp_path: Path, missing: str, way: str) -> None:
-    """A lost medium, kernel or initrd names the command that puts another in or goes without; memory stays."""
+def test_errors_for_missing_media_say_what_to_do(tmp_path: Path, missing: str, way: str) -> None:
+    """For a lost medium, kernel or initrd the error has the command that replaces it or goes without; the memory
+    stays."""
     for name in ("one.iso", "kernel", "initrd"):
         make_iso(tmp_path / name, name)
     spec = with_medium(tmp_path / "one.iso", kernel=str(tmp_path / "kernel"), initrd=str(tmp_path / "initrd"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Media that change in a machine: off, running, saved, in snapshots, under a guest that has locked its drive."""
+"""Media that are changed in a machine: off, running, saved, in snapshots, under a guest that has locked its drive."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from vmm.store.state import MachineState, WorkerNote
 
 pytestmark = pytest.mark.kvm
 MIB = 1 << 20
-# What the guest reads from its drive, without what it kept of an older medium.
+# What the guest reads from its drive, without what it has cached of an older medium.
 CACHED = "dd if=/dev/sr0 bs=2048 count=1 2>/dev/null | tr -d '\\0'"
 READ = "blockdev --flushbufs /dev/sr0; dd if=/dev/sr0 bs=2048 count=1 iflag=direct 2>/dev/null | tr -d '\\0'"
 
@@ -37,12 +37,12 @@ def medium_of(manager: Manager, name: str, drive: str) -> str | None:
 
 
 def events(manager: Manager, name: str, event: str) -> list[str | None]:
-    """The media of events of that kind, the oldest first."""
+    """The media in events of that kind, the oldest first."""
     return [one.details.get("path") for one in manager.events(name) if one.name == event]
 
 
-def test_while_it_is_off(manager: Manager, tmp_path: Path) -> None:
-    """A drive gets a medium and loses it, and stays the same drive; disks and what is no medium are refused."""
+def test_media_are_changed_while_the_machine_is_off(manager: Manager, tmp_path: Path) -> None:
+    """A drive gets a medium and loses it, and stays the same drive; disks and files that are not media are refused."""
     leaf = make_machine(manager, tmp_path)
     one = make_iso(tmp_path / "one.iso", "first")
     before = document("disk", "add", "small", "--cdrom")
@@ -71,8 +71,8 @@ def test_while_it_is_off(manager: Manager, tmp_path: Path) -> None:
     assert events(manager, "small", "medium-changed")[:2] == [str(one), None]
 
 
-def test_a_worker_killed_while_it_changes(manager: Manager, tmp_path: Path) -> None:
-    """Whoever follows a worker that had written the new medium down puts it in, and the machine has one truth."""
+def test_a_worker_killed_while_it_changes_a_medium(manager: Manager, tmp_path: Path) -> None:
+    """If the worker had recorded the new medium, its successor inserts it, and QEMU and the definition agree."""
     make_machine(manager, tmp_path)
     manager.add_disk("small", DiskRequest(str(make_iso(tmp_path / "one.iso", "first")), kind="iso"))
     manager.start("small")
@@ -80,10 +80,10 @@ def test_a_worker_killed_while_it_changes(manager: Manager, tmp_path: Path) -> N
     place = MachineRef.of("small")
     make_iso(tmp_path / "two.iso", "second")
     whole = processes()
-    for number in (signal.SIGSTOP, signal.SIGKILL):  # at once: each of them would start the other again
+    for number in (signal.SIGSTOP, signal.SIGKILL):  # both at once: each of them would start the other again
         for name in ("keeper", "worker"):
             os.kill(whole[name].pid, number)
-    stored = Path(place.machine.definition)  # as it was cut off: this is written first, and QEMU is not told yet
+    stored = Path(place.machine.definition)  # recorded first, before QEMU is asked
     stored.write_text(stored.read_text().replace("one.iso", "two.iso"))
     note = WorkerNote.read(place.runtime)
     assert note is not None
@@ -104,7 +104,7 @@ def media_of_qemu() -> str:
 
 
 def start_linux(manager: Manager, folder: Path, medium: Path) -> GuestShell:
-    """A running Linux with a medium in its drive `disk-0`, kernel and initrd being files of this folder."""
+    """A running Linux with a medium in its drive `disk-0`; its kernel and initrd are files of this folder."""
     guest = require_linux_guest()
     for name, source in (("kernel", guest.kernel), ("initrd", guest.initrd)):
         (folder / name).write_bytes(source.read_bytes())
@@ -123,10 +123,11 @@ def shell_of(manager: Manager) -> GuestShell:
     return shell
 
 
-def test_under_linux(manager: Manager, tmp_path: Path) -> None:
-    """Linux reads each medium that is put in, none after --eject, and one that it holds locked goes only by force.
+def test_media_are_changed_under_linux(manager: Manager, tmp_path: Path) -> None:
+    """Linux reads each medium that is inserted, and none after --eject; one that it has locked is removed only by
+    force.
 
-    Snapshots know the medium of their moment, and applying one brings it back.
+    A snapshot records the medium, and applying it restores that medium.
     """
     one = make_iso(tmp_path / "one.iso", "first", size_bytes=256 << 10)
     two = make_iso(tmp_path / "two.iso", "second", size_bytes=512 << 10)
@@ -161,10 +162,10 @@ def test_under_linux(manager: Manager, tmp_path: Path) -> None:
     manager.stop("linux")
 
 
-def test_a_saved_linux_whose_files_are_gone(manager: Manager, tmp_path: Path) -> None:
-    """A saved guest goes on without the kernel and initrd that it was started with, and with another medium.
+def test_a_saved_linux_whose_files_are_missing(manager: Manager, tmp_path: Path) -> None:
+    """A saved guest continues without the kernel and initrd that it was started with, and with another medium.
 
-    Until that is said it is refused with the way on, and its memory stays. The guest finds that the medium changed.
+    Until that is requested, the start is refused with a hint, and the memory stays. The guest notices the new medium.
     """
     one = make_iso(tmp_path / "one.iso", "first")
     two = make_iso(tmp_path / "two.iso", "second", size_bytes=512 << 10)
@@ -178,7 +179,7 @@ def test_a_saved_linux_whose_files_are_gone(manager: Manager, tmp_path: Path) ->
 
     assert "vmm disk change linux disk-0" in failure("start", "linux", code=6)
     with pytest.raises(NotFound):
-        manager.start("linux", discard_saved=True)  # it could not start anew either
+        manager.start("linux", discard_saved=True)  # a fresh start would be refused as well
     assert manager.state("linux") is MachineState.SAVED
     good("disk", "change", "linux", "disk-0", two)
     assert "--kernel ''" in failure("start", "linux", code=6)
@@ -187,7 +188,7 @@ def test_a_saved_linux_whose_files_are_gone(manager: Manager, tmp_path: Path) ->
     manager.start("linux")
     with shell_of(manager) as shell:
         assert shell.check("cat /tmp/here") == "kept"
-        # As of a real drive the first look finds that the old medium is gone, the next one the new one.
+        # As with a real drive, the first read finds that the old medium is gone, the next one finds the new one.
         shell.run("dd if=/dev/sr0 of=/dev/null bs=2048 count=1")
         assert shell.check(CACHED) == "second"
     assert events(manager, "linux", "medium-changed") == [str(two), str(two)]
@@ -210,8 +211,8 @@ def pvh_kernel() -> bytes:
     return (head + code + note).ljust(8192, b"\0")
 
 
-def test_saved_memory_whose_pvh_kernel_is_gone(manager: Manager, tmp_path: Path) -> None:
-    """The guest goes on without it; started anew, it could not."""
+def test_saved_memory_whose_pvh_kernel_is_missing(manager: Manager, tmp_path: Path) -> None:
+    """The guest continues without it; a fresh start is refused."""
     kernel = tmp_path / "kernel"
     kernel.write_bytes(pvh_kernel())
     manager.create("small", memory_bytes=32 * MIB, accelerator="tcg", kernel=str(kernel), screen=False)
@@ -229,8 +230,8 @@ def test_saved_memory_whose_pvh_kernel_is_gone(manager: Manager, tmp_path: Path)
     manager.stop("small")
 
 
-def test_a_snapshot_with_memory_whose_medium_is_gone(manager: Manager, tmp_path: Path) -> None:
-    """It is applied, kept saved while the medium is missing, and goes on with an empty drive when that is said."""
+def test_a_snapshot_with_memory_whose_medium_is_missing(manager: Manager, tmp_path: Path) -> None:
+    """Applied, the machine stays saved while the medium is missing, and continues with an empty drive on request."""
     make_machine(manager, tmp_path)
     one = make_iso(tmp_path / "one.iso", "first")
     manager.add_disk("small", DiskRequest(str(one), kind="iso"))
@@ -242,11 +243,11 @@ def test_a_snapshot_with_memory_whose_medium_is_gone(manager: Manager, tmp_path:
     assert manager.snapshots("small").apply(snapshot.id, discard_current=True).state == "saved"
     with pytest.raises(Refused, match="the saved memory stays"):
         manager.start("small")
-    manager.change_medium("small", "disk-1", str(moved))  # the same medium under another name: nothing to tell
+    manager.change_medium("small", "disk-1", str(moved))  # the same medium under another name: no notification
     manager.start("small")
     wait_counting(manager)
-    told = events(manager, "small", "medium-changed")
-    assert told == [str(moved)]
+    changed = events(manager, "small", "medium-changed")
+    assert changed == [str(moved)]
     manager.save("small")
     make_iso(moved, "another one under that name")
     with pytest.raises(Refused, match="the guest had another medium in disk-1"):
@@ -254,6 +255,6 @@ def test_a_snapshot_with_memory_whose_medium_is_gone(manager: Manager, tmp_path:
     manager.change_medium("small", "disk-1", None)
     manager.start("small")
     wait_counting(manager)
-    assert events(manager, "small", "medium-changed") == [*told, None, None]
+    assert events(manager, "small", "medium-changed") == [*changed, None, None]
     assert console(manager).count("BOOT-OK") == 1
     manager.stop("small")

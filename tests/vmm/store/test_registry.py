@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Machines as files: whole or not at all, one command at a time, one writer for each image."""
+"""Machines as files: complete or absent, one command at a time, one writer for each image."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vmm.store import registry
 
 @pytest.fixture(autouse=True)
 def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home of the test's own."""
+    """A home for this test."""
     monkeypatch.setenv("VMM_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("VMM_RUNTIME", "/tmp/vmm-test-run")
     return tmp_path / "home"
@@ -28,8 +28,8 @@ def spec(name: str, *images: Path, **settings: object) -> MachineSpec:
     return make_spec(name=name, disks=disks)
 
 
-def test_added_found_saved_and_removed(own_home: Path) -> None:
-    """A machine is there until it is removed, with what was last saved."""
+def test_a_machine_is_added_found_saved_and_removed(own_home: Path) -> None:
+    """A machine exists until it is removed, with the definition that was last saved."""
     assert registry.names() == []
     machine = registry.add(spec("web"))
     assert registry.names() == ["web"] and registry.load("web").spec == machine.spec
@@ -41,8 +41,8 @@ def test_added_found_saved_and_removed(own_home: Path) -> None:
     assert registry.names() == [] and os.listdir(own_home / "machines") == []
 
 
-def test_name_that_is_taken_or_in_the_way(own_home: Path) -> None:
-    """No machine replaces another, or a folder that is none of ours."""
+def test_a_name_that_is_taken(own_home: Path) -> None:
+    """A machine never replaces another one, or a foreign folder."""
     registry.add(spec("web"))
     with pytest.raises(AlreadyExists, match="of that name"):
         registry.add(spec("web"))
@@ -52,16 +52,16 @@ def test_name_that_is_taken_or_in_the_way(own_home: Path) -> None:
     assert not list((own_home / "machines").glob(".*"))
 
 
-def test_too_long_names_of_sockets_are_told_before(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine whose sockets could not be made is not defined, and nothing is left of it."""
+def test_too_long_socket_names_are_refused_beforehand(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine whose sockets could not be made is not defined, and nothing of it is left."""
     monkeypatch.setenv("VMM_RUNTIME", "/tmp/" + "r" * 90)
     with pytest.raises(InvalidSpec, match=r"too long for sockets.*VMM_RUNTIME"):
         registry.add(spec("web"))
     assert registry.names() == [] and not own_home.exists()
 
 
-def test_a_folder_elsewhere(tmp_path: Path, own_home: Path) -> None:
-    """A machine may lie elsewhere: a link leads there, and goes with it; a lost folder is told as that."""
+def test_a_machine_in_another_folder(tmp_path: Path, own_home: Path) -> None:
+    """A link leads to it, and is removed with it; a lost folder is reported as such."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     machine = registry.add(spec("web"), folder=str(elsewhere))
@@ -76,8 +76,8 @@ def test_a_folder_elsewhere(tmp_path: Path, own_home: Path) -> None:
     assert os.listdir(elsewhere) == [] and registry.names() == []
 
 
-def test_renamed(own_home: Path) -> None:
-    """The folder and the definition have the new name; a taken name is refused; a rename cut short is completed."""
+def test_renaming(own_home: Path) -> None:
+    """The folder and the definition have the new name; a taken name is refused; an interrupted rename is completed."""
     registry.add(spec("web"))
     registry.add(spec("db"))
     with registry.changing("web") as machine:
@@ -90,7 +90,7 @@ def test_renamed(own_home: Path) -> None:
 
 
 def test_one_command_at_a_time() -> None:
-    """While one changes a machine another is refused; afterwards it may."""
+    """While one command changes a machine another is refused; afterwards it is allowed."""
     registry.add(spec("web"))
     with registry.changing("web"), pytest.raises(InUse, match="another vmm command"), registry.changing("web"):
         pass
@@ -99,8 +99,8 @@ def test_one_command_at_a_time() -> None:
 
 
 @pytest.mark.parametrize("name", ["", "..", "../web", "a/b", ".hidden", "absent", "a\0b", "a\nb"])
-def test_names_that_are_not_there(name: str) -> None:
-    """No text leads out of the registry; it is a machine that is not there, in one line."""
+def test_unknown_names(name: str) -> None:
+    """No text leads out of the registry; it is an unknown machine, reported in one line."""
     with pytest.raises(NotFound, match="there is no machine") as caught:
         registry.load(name)
     assert "\n" not in str(caught.value)
@@ -117,7 +117,8 @@ def test_damaged_definitions_are_listed(own_home: Path) -> None:
 
 
 def test_one_writer_for_each_image(tmp_path: Path) -> None:
-    """An image of another machine's is refused by whatever name, unless both only read it; changes are looked at."""
+    """Another machine's image is refused, under any of its names, unless both only read it; changes are checked,
+    too."""
     image, other = tmp_path / "a.vhd", tmp_path / "b.vhd"
     image.write_bytes(b"")
     other.write_bytes(b"")

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are given by symbolic links: followed once, at the door; what 0.1.0 wrote down, when it is read."""
+"""Files that are given as symbolic links: resolved once, when they are given; those recorded by 0.1.0, when they are
+read."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ def linked(machines: Machines) -> Path:
 
 
 def write_links(machines: Machines, name: str, names: dict[Path, Path]) -> None:
-    """Let all that was written down about a machine name the links, as 0.1.0 did."""
+    """Make all records of a machine name the links, as 0.1.0 did."""
     machine = registry.load(name)
     for path in (machine.paths.definition, tree_path(machine.paths)):
         if Path(path).exists():
@@ -41,8 +42,8 @@ def write_links(machines: Machines, name: str, names: dict[Path, Path]) -> None:
             Path(path).write_text(text)
 
 
-def test_followed_once_at_the_door(machines: Machines, linked: Path) -> None:
-    """Disks, ISO images, kernel, initrd, parents' folders and folders are stored by their real paths."""
+def test_links_are_resolved_when_they_are_given(machines: Machines, linked: Path) -> None:
+    """Disks, ISO images, kernel, initrd, parents' folders and folders are stored with their real paths."""
     for name in ("k", "i", "x.iso"):
         (machines.folder / "store" / name).write_bytes(b"x" * 4096)
         (machines.folder / "links" / name).symlink_to(machines.folder / "store" / name)
@@ -67,7 +68,7 @@ def test_followed_once_at_the_door(machines: Machines, linked: Path) -> None:
 
 @pytest.mark.parametrize("is_old", [False, True])
 def test_snapshots_of_a_linked_disk(machines: Machines, linked: Path, is_old: bool) -> None:
-    """The new leaf lies beside the image, where it finds what it stands on; all verbs go on from there."""
+    """The new leaf lies beside the image, where it finds its parent; all verbs work from there."""
     web = machines.create("web", [linked])
     real = machines.folder / "store" / "a.vhd"
     if is_old:
@@ -80,7 +81,7 @@ def test_snapshots_of_a_linked_disk(machines: Machines, linked: Path, is_old: bo
         assert str(linked) in Path(tree_path(registry.load("web").paths)).read_text()
     (leaf,) = [disk.path for disk in registry.load("web").spec.disks]
     assert leaf is not None and Path(leaf).parent == machines.folder / "store"
-    vhdkit.open_disk(leaf, writable=True).close()  # by the default rules, as the disks' server does
+    vhdkit.open_disk(leaf, writable=True).close()  # by the default rules, as with the disk server
     assert list((machines.folder / "links").iterdir()) == [linked]
     tree = load_tree(registry.load("web").paths)
     assert set(tree.images) == {str(real), leaf} and tree.images[leaf].parent == str(real)
@@ -93,8 +94,8 @@ def test_snapshots_of_a_linked_disk(machines: Machines, linked: Path, is_old: bo
     assert vmm.Manager().delete("web", with_disks=True).disks == (str(real),) and not real.exists()
 
 
-def test_no_image_is_removed_and_kept(machines: Machines, linked: Path) -> None:
-    """What a deletion removes and what it keeps have nothing in common, whatever name a file has."""
+def test_no_image_is_listed_as_removed_and_kept(machines: Machines, linked: Path) -> None:
+    """Removed and kept images of a deletion never overlap, whatever names a file has."""
     web = machines.create("web", [linked])
     web.create("a")
     real = machines.folder / "store" / "a.vhd"
@@ -108,13 +109,13 @@ def test_no_image_is_removed_and_kept(machines: Machines, linked: Path) -> None:
         assert not kept & {str(Path(path).resolve()) for path in plan.disks}
         assert str(real) not in plan.disks
     assert plan.disks == (leaf,)
-    with vhdkit.open_disk(str(leaf), writable=True):  # somebody uses it
+    with vhdkit.open_disk(str(leaf), writable=True):  # another machine uses it
         plan = manager.plan_delete("web", with_disks=True, with_snapshots=True)
         assert plan.disks == () and [one.path for one in plan.kept] == [leaf]
 
 
 def test_a_home_behind_a_link(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A home that is reached by a link holds machines as any other does; they are no links in it."""
+    """A home that is reached through a link works like any other; its machines do not count as links."""
     (machines.folder / "home").mkdir(0o700)
     (machines.folder / "way").symlink_to(machines.folder / "home")
     monkeypatch.setenv("VMM_HOME", str(machines.folder / "way"))
@@ -129,7 +130,7 @@ def test_a_home_behind_a_link(machines: Machines, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_saved_state_of_a_linked_disk(machines: Machines, linked: Path) -> None:
-    """Memory that was saved with the link written down still belongs to the machine."""
+    """Memory that was saved with the link on record still belongs to the machine."""
     from vmm.store import saved
 
     machines.create("web", [linked])
@@ -143,7 +144,7 @@ def test_a_saved_state_of_a_linked_disk(machines: Machines, linked: Path) -> Non
 
 
 def test_hints_name_options_of_vmm() -> None:
-    """What vhdkit says to do next is said in vmm's words, or not at all where it is an option of vhdkit's alone."""
+    """Hints of vhdkit are passed on in vmm's words, or left out if they name an option that only vhdkit has."""
     assert hint_of_vhdkit("if you trust it, say --allow-parent-dir '/a b'") == (
         "if you trust it, add the disk as IMAGE,parent-dir='/a b' "
         "(first: vmm disk remove, where the machine has it already)"

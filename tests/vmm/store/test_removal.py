@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What keeps an image from being removed: whoever names it, and whoever has it open. INV-REMOVED-UNUSED."""
+"""What keeps an image from being removed: every record that names it, and every process that has it open.
+INV-REMOVED-UNUSED."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ _ID = "0" * 8 + "-0000" * 3 + "-" + "0" * 12
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home of the test's own, and an image in it."""
+    """A home for this test, and an image in it."""
     monkeypatch.setenv("VMM_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("VMM_RUNTIME", str(tmp_path / "run"))
     vhdkit.create_image(tmp_path / "a.vhd", 1 << 20)
@@ -53,7 +54,7 @@ def with_disk(name: str, path: Path, **settings: object) -> MachineSpec:
 
 
 def write_tree(machine: Machine, tree: Tree) -> None:
-    """The tree is the machine's."""
+    """Make the tree the machine's."""
     Path(tree_path(machine.paths)).write_bytes(tree.to_json())
 
 
@@ -77,20 +78,20 @@ def by_hard_link(path: Path) -> None:
 
 
 def by_link(path: Path) -> None:
-    """Another machine's disk, by a symbolic link."""
+    """Another machine's disk, through a symbolic link."""
     path.with_name("link.vhd").symlink_to(path)
     registry.add(with_disk("db", path.with_name("link.vhd")))
 
 
 def by_own_definition(path: Path) -> None:
-    """The machine's own disk, whatever the caller read before."""
+    """The machine's own disk, whatever the caller read earlier."""
     with registry.standing_still():
         machine = registry.load("web")
         Path(machine.paths.definition).write_bytes(with_disk("web", path).changed(id=machine.spec.id).to_json())
 
 
 def by_running_definition(path: Path) -> None:
-    """The definition that a machine runs with, of which the stored one knows nothing yet."""
+    """The definition that a machine runs with, while the stored one does not name the image yet."""
     machine = registry.load("web")
     os.makedirs(machine.runtime.folder)
     Path(machine.runtime.running).write_bytes(with_disk("web", path).to_json())
@@ -102,23 +103,23 @@ def by_own_snapshot(path: Path) -> None:
 
 
 def by_snapshot(path: Path) -> None:
-    """A snapshot of another machine's."""
+    """A snapshot of another machine."""
     write_tree(registry.add(make_spec(name="db")), Tree({_ID: snapshot_on(path)}, _ID, {}))
 
 
 def by_journal(path: Path) -> None:
-    """What another machine is in the middle of."""
+    """An operation of another machine that is in progress."""
     write_tree(registry.add(make_spec(name="db")), Tree(journal=MergeOff("/x.vhd", (str(path),))))
 
 
 def by_backup(path: Path) -> None:
-    """A backup under way, whose child takes the machine's writes."""
+    """A backup in progress, whose child takes the machine's writes."""
     note = {"disk-0": {"frozen": "/x.vhd", "child": str(path)}}
     Path(registry.load("web").paths.folder, "backup.json").write_text(json.dumps(note))
 
 
 def by_damaged_machine(path: Path) -> None:
-    """A machine that cannot be read, whose file has the image's name in it."""
+    """A machine that cannot be read, whose file contains the image's name."""
     Path(registry.add(with_disk("db", path)).paths.definition).write_text('{"disks": "/x/a.vhd"')
 
 
@@ -127,8 +128,8 @@ def by_damaged_machine(path: Path) -> None:
     [by_definition, by_hard_link, by_link, by_own_definition, by_running_definition, by_own_snapshot, by_snapshot,
      by_journal, by_backup, by_damaged_machine],
 )  # fmt: skip
-def test_named(folder: Path, lock: HeldLock, needed: Callable[[Path], None]) -> None:
-    """What anything names stays, and it is said who needs it. INV-REMOVED-UNUSED."""
+def test_an_image_with_a_name_in_a_record_stays(folder: Path, lock: HeldLock, needed: Callable[[Path], None]) -> None:
+    """An image that any record names stays, and the error says which one. INV-REMOVED-UNUSED."""
     image = folder / "a.vhd"
     needed(image)
     with pytest.raises(InUse, match=r"is not removed: .*(db|web)"):
@@ -136,10 +137,9 @@ def test_named(folder: Path, lock: HeldLock, needed: Callable[[Path], None]) -> 
     assert image.exists()
 
 
-def test_free(folder: Path, lock: HeldLock) -> None:
-    """An image that nothing names goes, though the tree remembers it, and another machine is damaged elsewhere;
-    one that is gone is fine.
-    """
+def test_an_unnamed_image_is_removed(folder: Path, lock: HeldLock) -> None:
+    """An image that nothing names is removed, although the tree remembers it, and another machine elsewhere is
+    damaged; a missing one is accepted."""
     image = folder / "a.vhd"
     write_tree(registry.load("web"), Tree(images={str(image): Image(None, ours=True)}))
     Path(registry.add(make_spec(name="db")).paths.definition).write_text("{")
@@ -148,8 +148,8 @@ def test_free(folder: Path, lock: HeldLock) -> None:
     remove_image(str(image), lock)
 
 
-def test_open_in_this_process(folder: Path, lock: HeldLock) -> None:
-    """An image that is served or mounted stays, also where locks are off."""
+def test_an_image_open_in_this_process_stays(folder: Path, lock: HeldLock) -> None:
+    """An image that is served or mounted stays, even where locks are off."""
     image = folder / "a.vhd"
     for options in (vhdkit.OpenOptions(), vhdkit.OpenOptions(lock=False)):
         with vhdkit.open_disk(image, writable=True, options=options):
@@ -160,8 +160,8 @@ def test_open_in_this_process(folder: Path, lock: HeldLock) -> None:
     assert not image.exists()
 
 
-def test_open_in_another_process(folder: Path, lock: HeldLock) -> None:
-    """The process is named, by whatever name of the file it was opened."""
+def test_an_image_open_in_another_process_stays(folder: Path, lock: HeldLock) -> None:
+    """The error names the process, under whatever name it opened the file."""
     image = folder / "a.vhd"
     os.link(image, folder / "other.vhd")
     code = "import sys; f = open(sys.argv[1]); print('open', flush=True); sys.stdin.read()"
@@ -177,10 +177,10 @@ def test_open_in_another_process(folder: Path, lock: HeldLock) -> None:
     assert image.exists()
 
 
-def test_locked_by_a_process_that_cannot_be_seen(
+def test_an_image_locked_by_a_hidden_process_stays(
     folder: Path, lock: HeldLock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A lock as QEMU's is enough: another user's descriptors are not to be seen."""
+    """A lock like QEMU's is enough: another user's descriptors cannot be listed."""
     image = folder / "a.vhd"
     monkeypatch.setattr("vmm.store.removal._pids", list)
     descriptor = os.open(image, os.O_RDWR | os.O_CLOEXEC)
@@ -195,8 +195,8 @@ def test_locked_by_a_process_that_cannot_be_seen(
     assert not image.exists()
 
 
-def test_folder_of_anothers_snapshot(folder: Path, lock: HeldLock) -> None:
-    """A folder in which another machine's snapshot or disk lies is refused; the machine's own is not."""
+def test_a_folder_with_another_machines_snapshot(folder: Path, lock: HeldLock) -> None:
+    """A folder that contains another machine's snapshot or disk is refused; the machine's own is accepted."""
     by_own_snapshot(folder / "a.vhd")
     refuse_needed_folder(str(folder / "snaps" / _ID), lock)
     shutil.copytree(registry.load("web").paths.folder, folder / "home" / "machines" / "db")
@@ -204,8 +204,9 @@ def test_folder_of_anothers_snapshot(folder: Path, lock: HeldLock) -> None:
         refuse_needed_folder(str(folder / "snaps" / _ID), lock)
 
 
-def test_under_a_loop_device(folder: Path, lock: HeldLock) -> None:
-    """INV-REMOVED-UNUSED: a loop device made on another name of the image, which is gone by now, keeps the image."""
+def test_an_image_under_a_loop_device_stays(folder: Path, lock: HeldLock) -> None:
+    """INV-REMOVED-UNUSED: a loop device made on another name of the image, which has since been removed, keeps the
+    image."""
     other_name = folder / "other.vhd"
     os.link(folder / "a.vhd", other_name)
     with loop_device(other_name) as device:

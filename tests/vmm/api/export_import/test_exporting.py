@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Machines exported to folders and imported from them, and folders that are not what they should be."""
+"""Machines exported to folders and imported from them, and folders that are not valid exports."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from vmm.store.media import media_of
 
 @pytest.fixture
 def out(machines: Machines) -> Iterator[Path]:
-    """Where exports go: a place that can be moved."""
+    """The place for exports, which can be moved."""
     yield machines.folder / "out"
 
 
 def built(machines: Machines) -> dict[str | None, dict[str, str]]:
-    """A machine on a shared base, with a branch; what its states read as."""
+    """A machine on a shared base, with a branch; and the content of its states."""
     base = machines.disk("base.vhd")
     (machines.folder / "own").mkdir()
     vhdkit.clone(base, [machines.folder / "one.avhd"])
@@ -47,7 +47,7 @@ def built(machines: Machines) -> dict[str | None, dict[str, str]]:
 
 
 def test_whole_machine_as_a_copy(machines: Machines, out: Path) -> None:
-    """The copy has every state of the original, files and an id of its own, and needs nothing of the export."""
+    """The copy has every state of the original, its own files and id, and needs nothing from the export."""
     states = built(machines)
     done = export("web", str(out))
     assert (done.images, done.snapshots) == (7, 2)
@@ -65,7 +65,7 @@ def test_whole_machine_as_a_copy(machines: Machines, out: Path) -> None:
     machines.merge("copy")
     assert machines.states("copy") == states
     assert {Path(path).name for path in images_of(copy).values()} and not snapshots.tree().images
-    # and the original does not mind that a copy of its images is on this host
+    # and copies of its images on this host do not affect the original
     original = vmm.Manager().snapshots("web")
     for name in ("b", "a"):
         original.delete(name)
@@ -73,8 +73,8 @@ def test_whole_machine_as_a_copy(machines: Machines, out: Path) -> None:
     assert original.merges_due() == 0 and not original.tree().images
 
 
-def test_in_place_with_the_old_id(machines: Machines, out: Path) -> None:
-    """Registered where it lies the machine is the same one, with its id; not beside the original."""
+def test_registering_in_place_keeps_the_id(machines: Machines, out: Path) -> None:
+    """A machine registered where it lies is the same one, with its id; beside the original that is refused."""
     states = built(machines)
     export("web", str(out))
     elsewhere = machines.folder / "moved"
@@ -93,7 +93,7 @@ def test_in_place_with_the_old_id(machines: Machines, out: Path) -> None:
 
 
 def test_flat_and_one_snapshot(machines: Machines, out: Path) -> None:
-    """Flat is one image a disk; a snapshot alone becomes a machine that is what it was then."""
+    """A flat export has one image per disk; a single exported snapshot becomes a machine in the state of that time."""
     states = built(machines)
     b = vmm.Manager().snapshots("web").find("b").id
     for number, (snapshot, flat) in enumerate(((None, True), ("b", True), ("b", False))):
@@ -106,8 +106,8 @@ def test_flat_and_one_snapshot(machines: Machines, out: Path) -> None:
     assert machines.states("web") == states
 
 
-def test_a_folder_in_the_way_stays(machines: Machines, out: Path) -> None:
-    """A folder that has the name under which an export is made is the user's: it is named and left as it is."""
+def test_a_folder_with_the_temporary_name_of_an_export_is_kept(machines: Machines, out: Path) -> None:
+    """Such a folder is the user's: the error names it, and it is left as it is."""
     machines.create()
     part = Path(f"{out}.part")
     part.mkdir()
@@ -117,8 +117,8 @@ def test_a_folder_in_the_way_stays(machines: Machines, out: Path) -> None:
     assert refused.value.path == str(part) and (part / "thesis").read_text() == "precious" and not out.exists()
 
 
-def test_folders_that_are_none(machines: Machines, out: Path) -> None:
-    """Whatever is wrong with a folder is said, by file, and no machine and no file comes of it."""
+def test_folders_that_are_not_exports(machines: Machines, out: Path) -> None:
+    """The error says what is wrong and in which file, and neither a machine nor a file is made."""
     with pytest.raises(NotFound, match=r"no vmm-export\.json"):
         import_machine(str(out))
     with pytest.raises(NotFound, match=r"no vmm-export\.json"):
@@ -167,8 +167,8 @@ def test_folders_that_are_none(machines: Machines, out: Path) -> None:
     import_machine(str(out), name="copy")
 
 
-def test_saved_memory_goes_along(machines: Machines, out: Path) -> None:
-    """A saved machine is saved where it arrives, for the machine that it is there."""
+def test_saved_memory_is_exported(machines: Machines, out: Path) -> None:
+    """A saved machine arrives as saved, and its memory fits the machine that was imported."""
     web = machines.create()
     saved = machines.folder / "home" / "machines" / "web" / "saved"
     saved.mkdir()
@@ -190,8 +190,8 @@ def test_saved_memory_goes_along(machines: Machines, out: Path) -> None:
     assert manager.snapshots("copy").apply("a", discard_current=True).state == "saved"
 
 
-def test_progress_is_told_in_bytes(machines: Machines, out: Path) -> None:
-    """Export and import tell how many bytes of all are copied: of images, snapshots and media."""
+def test_progress_is_reported_in_bytes(machines: Machines, out: Path) -> None:
+    """Export and import report how many bytes are copied, of images, snapshots and media together."""
     make_iso(machines.folder / "one.iso", "first")
     web = machines.create()
     vmm.Manager().add_disk("web", vmm.DiskRequest(str(machines.folder / "one.iso"), kind="iso"))
@@ -200,14 +200,14 @@ def test_progress_is_told_in_bytes(machines: Machines, out: Path) -> None:
     imported: list[dict[str, Any]] = []
     export("web", str(out), progress=exported.append)
     import_machine(str(out), name="copy", progress=imported.append)
-    for told in (exported, imported):
-        assert "copying images" in {one["step"] for one in told}
-        done, totals = [one["done"] for one in told], {one["total"] for one in told}
+    for reports in (exported, imported):
+        assert "copying images" in {one["step"] for one in reports}
+        done, totals = [one["done"] for one in reports], {one["total"] for one in reports}
         assert done == sorted(done) and min(totals) > 256 << 10 and done[0] == 0
 
 
-def test_saved_memory_arrives_without_its_medium_and_kernel(machines: Machines, out: Path) -> None:
-    """What was left out of an import by the user's word is accepted for its memory: the guest is told, and goes on."""
+def test_saved_memory_without_its_medium_and_kernel(machines: Machines, out: Path) -> None:
+    """What the user left out of an import is not required by its memory: the guest is notified, and continues."""
     image, kernel = make_iso(machines.folder / "one.iso", "first"), make_iso(machines.folder / "vmlinuz", "kernel")
     machines.create(kernel=str(kernel))
     vmm.Manager().add_disk("web", vmm.DiskRequest(str(image), kind="iso"))
@@ -233,8 +233,9 @@ def test_saved_memory_arrives_without_its_medium_and_kernel(machines: Machines, 
         saved.open_saved_memory(web.paths, web.spec, "7.2.0")
 
 
-def test_a_copy_has_mac_addresses_of_its_own(machines: Machines, out: Path) -> None:
-    """Out of the host's pool, none twice; files that are registered in place, and saved memory, keep the old ones."""
+def test_a_copy_has_its_own_mac_addresses(machines: Machines, out: Path) -> None:
+    """They come from the host's pool and are unique; files registered in place, and saved memory, keep the old
+    ones."""
     machines.create()
     manager = vmm.Manager()
     for _ in range(2):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Machines exported while a change to one of their images is unfinished, or under way."""
+"""Machines exported while a change to one of their images is unfinished or in progress."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vmm.model.errors import VmmError
 
 
 def half_changed(path: str) -> None:
-    """As a program leaves an image that was killed in the middle of a change: the log lies beside it."""
+    """Leave an image as a program does that is killed in the middle of a change: the log lies beside it."""
     with FileStore.open(path, writable=True) as store:
         size = store.size()
         log = plan_change(store, image_id(store), [(size - 512 - 1024, b"!" * 512)], None)
@@ -39,7 +39,7 @@ def pair(machines: Machines) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize("which", [0, 1], ids=["base", "leaf"])
 def test_a_half_changed_image_is_not_copied(machines: Machines, pair: tuple[Path, Path], which: int) -> None:
-    """The undo log stays behind: the copy would be damaged. What the hint says takes the change back."""
+    """Without its undo log the copy would be damaged. The command in the hint undoes the change."""
     states = machines.states("web")
     half_changed(str(pair[which]))
     assert machines.states("web") == states
@@ -54,7 +54,7 @@ def test_a_half_changed_image_is_not_copied(machines: Machines, pair: tuple[Path
 
 
 def test_a_half_changed_image_is_not_imported(machines: Machines, pair: tuple[Path, Path]) -> None:
-    """In an export likewise, where somebody changed an image of it."""
+    """An export whose image was being changed is refused in the same way."""
     states = machines.states("web")
     export("web", str(machines.folder / "out"))
     half_changed(str(machines.folder / "out/disks/base.vhd"))
@@ -66,7 +66,7 @@ def test_a_half_changed_image_is_not_imported(machines: Machines, pair: tuple[Pa
 
 
 def test_an_image_that_is_written_to_is_not_copied(machines: Machines, pair: tuple[Path, Path]) -> None:
-    """Another program has the disk open for writing: the copy would hold some of its writes and not others."""
+    """If another program has the disk open for writing, the copy would have only some of its writes."""
     options = vhdkit.OpenOptions(parent_dirs=(str(machines.folder),))
     with vhdkit.open_disk(pair[1], writable=True, options=options), pytest.raises(VmmError):
         export("web", str(machines.folder / "out"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a stranger's definition may have: every setting is decided; what reaches outside waits for the user's word."""
+"""What a stranger's definition may contain: every setting is decided; one that reaches outside requires consent."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from vmm.api.export_import.foreign import ALLOWANCES, DECISIONS, Allowance, Consent, judge
 from vmm.model.spec import MachineSpec, make_spec
 
-# A value for every setting that is confined or asked: what it reaches for, and the option that the refusal must name.
+# A value for each setting that is confined or requires consent: what it refers to, and the option in the refusal.
 REACHING: dict[str, tuple[dict[str, Any], str]] = {
     "MachineSpec.kernel": ({"kernel": "/boot/vmlinuz"}, "--map /boot/vmlinuz=NEW"),
     "MachineSpec.initrd": ({"kernel": "/own/kernel", "initrd": "/etc/shadow"}, "--map /etc/shadow=NEW"),
@@ -49,7 +49,7 @@ def undecided(kind: type[BaseModel]) -> set[str]:
 
 
 def test_every_setting_is_decided() -> None:
-    """INV-IMPORT-CONFINED: who adds a setting decides whether an import may have it; this fails until then."""
+    """INV-IMPORT-CONFINED: a new setting makes this fail until it is decided whether an import may have it."""
     assert undecided(MachineSpec) == set()
 
     class Wider(MachineSpec):
@@ -63,8 +63,9 @@ def test_every_setting_is_decided() -> None:
 
 
 @pytest.mark.parametrize("setting", REACHING)
-def test_what_reaches_outside_is_refused(setting: str) -> None:
-    """Each such setting, alone, with the option that would allow it; with that option it is taken and said."""
+def test_settings_that_reach_outside_are_refused(setting: str) -> None:
+    """Each such setting is refused with the option that would allow it; with that option it is accepted and
+    reported."""
     settings, option = REACHING[setting]
     spec = make_spec(name="web", **settings)
     inside = {"/own/kernel": "/import/media/kernel"}
@@ -83,15 +84,16 @@ def test_what_reaches_outside_is_refused(setting: str) -> None:
         assert old not in judged.spec.model_dump_json() and "/mine" in judged.spec.model_dump_json()
 
 
-def test_a_setting_nobody_decided_about_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also at run time."""
+def test_an_undecided_setting_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused at run time, too."""
     decided = {name: one for name, one in DECISIONS[MachineSpec].items() if name != "append"}
     monkeypatch.setitem(cast(dict[Any, Any], DECISIONS), MachineSpec, decided)
     assert "the setting append" in judge(make_spec(name="a"), images={}, inside={}, consent=Consent()).refused
 
 
-def test_left_out(tmp_path: object) -> None:
-    """With an empty name a drive is empty, a disk is gone, a kernel takes its initrd along, a folder is the host's."""
+def test_settings_that_are_left_out(tmp_path: object) -> None:
+    """With an empty name a drive is empty, a disk is left out, a kernel goes together with its initrd, a folder is the
+    host's default."""
     disks = [
         {"id": "disk-0", "path": "/a/one.vhd", "format": "vhd", "parent_dirs": ["/etc"]},
         {"id": "disk-1", "path": "/dev/sdb", "kind": "pass-through", "unit": 1, "identity": "wwn=1"},
@@ -111,8 +113,8 @@ def test_left_out(tmp_path: object) -> None:
     assert found.adapters[0].switch is None
 
 
-def test_a_device_is_never_the_folders_own() -> None:
-    """A passed-through device that has the path of a file of the import waits for the user's word all the same."""
+def test_a_device_never_belongs_to_the_folder() -> None:
+    """A passed-through device that has the path of a file of the import requires consent all the same."""
     disk = {"id": "disk-0", "path": "/import/media/x", "kind": "pass-through", "controller": "scsi"}
     ide = {"id": "disk-1", "path": "/import/disks/a.vhd", "format": "vhd"}
     judged = judge(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders of strangers: nothing of this host becomes a machine's unless its user says so, and nothing is lost."""
+"""Folders from strangers: an imported machine gets nothing of this host without consent, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from vmm.store.snapshots.store import load_tree
 
 @pytest.fixture
 def out(machines: Machines) -> Path:
-    """An export of a machine with one disk and a snapshot, from a host where all of it is gone."""
+    """An export of a machine with one disk and a snapshot; the machine itself has been removed from this host."""
     machines.create("web").create("a")
     export("web", str(machines.folder / "out"))
     vmm.Manager().delete("web", with_disks=True, with_snapshots=True)
@@ -40,7 +40,7 @@ def out(machines: Machines) -> Path:
 
 
 def changed(out: Path, change: Callable[[dict[str, Any]], None], *, snapshot: bool = False) -> None:
-    """Forge the definition, or the one of its snapshot."""
+    """Forge the definition, or the snapshot's."""
     manifest = json.loads((out / MANIFEST).read_text())
     path = next((out / "snapshots").glob("*/*.json"))
     document = json.loads(path.read_text()) if snapshot else manifest["definition"]
@@ -52,7 +52,7 @@ def changed(out: Path, change: Callable[[dict[str, Any]], None], *, snapshot: bo
 
 
 def nothing_made(machines: Machines) -> bool:
-    """True when a refused import left nothing."""
+    """True if a refused import left nothing."""
     home = machines.folder / "home"
     left = [*(home / "machines").iterdir(), *(home / "disks").glob("*"), *(home / "snapshots").glob("*/*")]
     return not left
@@ -60,8 +60,9 @@ def nothing_made(machines: Machines) -> bool:
 
 @pytest.mark.parametrize("snapshot", [False, True])
 @pytest.mark.parametrize("register", [False, True])
-def test_reaching_for_files_of_the_host(machines: Machines, out: Path, snapshot: bool, register: bool) -> None:
-    """INV-IMPORT-CONFINED: all of it is listed with the options that allow it; with these it is announced and made."""
+def test_references_to_files_of_the_host(machines: Machines, out: Path, snapshot: bool, register: bool) -> None:
+    """INV-IMPORT-CONFINED: all of them are listed with the options that allow them; with these they are reported and
+    accepted."""
     secret = machines.folder / "secret.iso"
     secret.write_bytes(b"x" * 4096)
     link = machines.folder / "link.iso"
@@ -100,7 +101,7 @@ def test_reaching_for_files_of_the_host(machines: Machines, out: Path, snapshot:
 
 
 def test_disks_outside(machines: Machines, out: Path) -> None:
-    """A raw disk, a VHD and a parent outside of the folder are refused, also those of a snapshot."""
+    """A raw disk, a VHD and a parent outside the folder are refused, also those of a snapshot."""
     host = machines.disk("host.vhd")
     before = host.read_bytes()
     keep = (out / MANIFEST).read_bytes()
@@ -126,8 +127,9 @@ def test_disks_outside(machines: Machines, out: Path) -> None:
     assert nothing_made(machines) and host.read_bytes() == before
 
 
-def test_records_are_no_part_of_an_import(machines: Machines, out: Path) -> None:
-    """A record of vhdkit's beside an image is refused where it is named, and left behind where it is not."""
+def test_records_are_not_imported(machines: Machines, out: Path) -> None:
+    """A definition that names one of vhdkit's records is refused; a record that lies beside an image is left
+    behind."""
     image = next((out / "disks").iterdir())
     record = out / "disks" / f".{image.name}.vhdkit-merge"
     record.write_text("{}")
@@ -140,8 +142,8 @@ def test_records_are_no_part_of_an_import(machines: Machines, out: Path) -> None
         import_machine(str(out), name="two")
 
 
-def test_changed_between_look_and_copy(machines: Machines, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """INV-IMPORT-CONFINED: what was looked at is what is made, whatever is put in its place meanwhile."""
+def test_files_swapped_between_check_and_copy(machines: Machines, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """INV-IMPORT-CONFINED: the checked files are the ones that are imported, whatever is put in their place."""
     host = machines.disk("host.vhd")
     image = max((out / "disks").iterdir(), key=lambda path: path.stat().st_size)
     definition = next((out / "snapshots").glob("*/*.json"))
@@ -175,8 +177,8 @@ def test_changed_between_look_and_copy(machines: Machines, out: Path, monkeypatc
     assert not (machines.folder / "home" / "disks" / "two").exists()
 
 
-def test_media_come_along(machines: Machines) -> None:
-    """Kernel, initrd and ISO images are in the folder, also those of snapshots; everything is ours alone to read."""
+def test_media_are_exported(machines: Machines) -> None:
+    """Kernel, initrd and ISO images are in the folder, also those of snapshots; only we can read any of it."""
     for name in ("tools.iso", "vmlinuz", "initrd", "old.iso"):
         (machines.folder / name).write_bytes(name.encode() * 1000)
     old = os.umask(0)
@@ -212,7 +214,7 @@ def test_media_come_along(machines: Machines) -> None:
         manager.snapshots(name).apply("a", discard_current=True)
 
 
-def test_registered_files_are_ours_alone(machines: Machines, out: Path) -> None:
+def test_files_that_others_can_change_are_not_registered(machines: Machines, out: Path) -> None:
     """A folder that others can write to, or an image with a second name, is not used where it lies; a copy is made."""
     (out / "disks").chmod(0o777)
     with pytest.raises(Refused, match="other users"):
@@ -226,14 +228,16 @@ def test_registered_files_are_ours_alone(machines: Machines, out: Path) -> None:
     import_machine(str(out), name="copy")
 
 
-def test_who_is_late_takes_nothing_away(machines: Machines, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two imports of one name the second fails, and the first one's disks stay."""
+def test_of_two_imports_the_second_fails_without_damage(
+    machines: Machines, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two imports with one name the second fails, and the disks of the first one stay."""
     states = []
     number = os.getpid() + 1
 
     def other_first(arrival: Any, disks: str) -> None:
         check_chains(arrival, disks)
-        if disks.endswith(".part"):  # ours is copied, and has no name yet
+        if disks.endswith(".part"):  # our copies are complete, and have no names yet
             monkeypatch.setattr(importing, "check_chains", check_chains)
             monkeypatch.setattr(os, "getpid", lambda: number)
             import_machine(str(out))
@@ -246,8 +250,9 @@ def test_who_is_late_takes_nothing_away(machines: Machines, out: Path, monkeypat
     assert all(os.path.exists(path) for path in images_of(registry.load("web").spec).values())
 
 
-def test_the_empty_folder_of_a_deleted_machine_is_not_in_the_way(machines: Machines, out: Path) -> None:
-    """Imported, deleted and imported again under the same name; a folder that holds anything is left alone."""
+def test_the_empty_folder_of_a_deleted_machine_is_reused(machines: Machines, out: Path) -> None:
+    """A machine can be imported, deleted and imported again under the same name; a folder with content is left
+    alone."""
     for _ in range(2):
         import_machine(str(out), name="again")
         vmm.Manager().delete("again", with_disks=True, with_snapshots=True)
@@ -258,7 +263,7 @@ def test_the_empty_folder_of_a_deleted_machine_is_not_in_the_way(machines: Machi
 
 
 def test_a_damaged_tree_is_a_damaged_export(out: Path) -> None:
-    """The hint is not that for the tree of a machine, which there is none of yet."""
+    """The hint is not the one for a machine's tree, because the machine does not exist yet."""
     manifest = json.loads((out / MANIFEST).read_text())
     manifest["tree"]["snapshots"][0]["folder"] = 1
     (out / MANIFEST).write_text(json.dumps(manifest))
@@ -267,8 +272,8 @@ def test_a_damaged_tree_is_a_damaged_export(out: Path) -> None:
     assert caught.value.hint is None
 
 
-def test_whole_or_not_at_all(machines: Machines, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine is never seen without its snapshots: what fails between the two leaves nothing."""
+def test_an_import_is_complete_or_absent(machines: Machines, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine is never visible without its snapshots: a failure between the two steps leaves nothing."""
 
     def fail(*words: Any, **more: Any) -> None:
         raise OSError(5, "Input/output error")
@@ -279,8 +284,8 @@ def test_whole_or_not_at_all(machines: Machines, out: Path, monkeypatch: pytest.
     assert nothing_made(machines)
 
 
-def test_an_id_that_leads_to_another_machine(machines: Machines, out: Path) -> None:
-    """An id that shares its runtime folder with one that is there is not taken."""
+def test_an_id_that_shares_a_runtime_folder(machines: Machines, out: Path) -> None:
+    """An id whose runtime folder is that of an existing machine is refused."""
     other = machines.create("other")
     del other
     spec = registry.load("other").spec
@@ -290,7 +295,7 @@ def test_an_id_that_leads_to_another_machine(machines: Machines, out: Path) -> N
 
 
 def test_any_manifest(machines: Machines, out: Path) -> None:
-    """INV-IMPORT-CONFINED: whatever stands in a manifest or a definition, it is refused in words, or confined."""
+    """INV-IMPORT-CONFINED: whatever a manifest or a definition says, it is refused with a message, or confined."""
     chance = random.Random(0)
     nasty: list[Any] = [
         None,

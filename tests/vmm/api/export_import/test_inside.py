@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of a foreign folder: only regular ones, only of that folder, also while somebody swaps them."""
+"""Files of a foreign folder: only regular ones, and only from that folder, even while they are being swapped."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vmm.model.errors import InvalidSpec, NotFound, Refused, VmmError
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with one file, beside a secret."""
+    """A folder with one file, next to a secret."""
     made = tmp_path / "import"
     (made / "disks").mkdir(parents=True)
     (made / "disks" / "good").write_bytes(b"good")
@@ -24,10 +24,9 @@ def folder(tmp_path: Path) -> Path:
     return made
 
 
-def test_whatever_is_no_file_of_the_folder(folder: Path) -> None:
+def test_names_that_are_not_files_of_the_folder(folder: Path) -> None:
     """Links, folders, pipes, sockets, devices and names that lead out are refused; none of them is opened or waited
-    for.
-    """
+    for."""
     disks = folder / "disks"
     (disks / "link").symlink_to("../../secret")
     (disks / "inner").symlink_to("good")
@@ -53,7 +52,7 @@ def test_whatever_is_no_file_of_the_folder(folder: Path) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="makes devices and files of another user")
 def test_devices_and_other_names_of_foreign_files(folder: Path) -> None:
-    """A device is not opened; nor is a file of another user's that has a second name in the folder."""
+    """A device is not opened, nor is a file of another user that has a second name in the folder."""
     os.mknod(folder / "null", 0o20600, os.makedev(1, 3))
     os.link(folder.parent / "secret", folder / "disks" / "hard")
     for path in (folder, folder / "disks", folder / "disks" / "good"):
@@ -66,8 +65,8 @@ def test_devices_and_other_names_of_foreign_files(folder: Path) -> None:
         assert inside.read("disks/good", 9) == b"good"
 
 
-def test_swapped_between_check_and_use(folder: Path, tmp_path: Path) -> None:
-    """INV-IMPORT-CONFINED: while file and folder are swapped for links again and again, nothing foreign is read."""
+def test_files_swapped_between_check_and_use(folder: Path, tmp_path: Path) -> None:
+    """INV-IMPORT-CONFINED: while file and folder are repeatedly swapped for links, no foreign file is read."""
     stop = threading.Event()
     disks = folder / "disks"
     (tmp_path / "good").write_bytes(b"secret")  # where the folder's link leads
@@ -112,7 +111,7 @@ def test_swapped_between_check_and_use(folder: Path, tmp_path: Path) -> None:
 
 
 def test_files_that_others_can_change(folder: Path) -> None:
-    """What is used where it lies belongs to us, and so does every folder on the way to it."""
+    """A file that is used where it lies must belong to us, and so must every folder on the way to it."""
     with Inside(str(folder)) as inside:
         inside.refuse_strangers(["disks/good"])
         os.chmod(folder / "disks", 0o777)

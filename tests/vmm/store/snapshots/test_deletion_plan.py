@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The delete rule: its cases, and random histories against a naive model that keeps whole disks."""
+"""The rule for deletions: its cases, and random histories against a naive model that keeps whole disks."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ SECTORS = 6
 
 
 def images(**parents: str | None) -> dict[str, Image]:
-    """Images by name: name -> parent; "base" is the user's own."""
+    """Images by name: name -> parent; "base" belongs to the user."""
     return {name: Image(parent, ours=name != "base") for name, parent in parents.items()}
 
 
-def test_none_removed_one_merged_two_kept() -> None:
-    """An image without dependants goes, one with one takes it in, one with two stays."""
+def test_the_number_of_children_decides() -> None:
+    """An image without children is removed, into one with one child that child is merged, one with two stays."""
     files = images(base=None, a="base", b="a", c="a", d="c", e="d", f="base")
     judged = plan(files, frozen=["base", "b"], live=["e"])
     assert judged == Plan(("f",), (LayerMerge("c", ("e", "d")),), {"a": "2 images stand on it"})
 
 
-def test_whole_branch_goes_children_first() -> None:
-    """What stands on nothing needed goes from its leaves on."""
+def test_a_branch_is_removed_children_first() -> None:
+    """Images on which nothing that is needed depends are removed, beginning with the leaves."""
     files = images(base=None, a="base", b="a", c="b", d="base")
     assert plan(files, frozen=["base"], live=["d"]).unlink == ("c", "b", "a")
 
 
-def test_first_image_is_merged_into_the_users_own() -> None:
-    """When the snapshot of the user's own image is deleted, what stands on it alone goes into it."""
+def test_the_first_image_is_merged_into_the_users_image() -> None:
+    """When the snapshot of the user's image is deleted, its only child is merged into it."""
     assert plan(images(base=None, a="base"), frozen=[], live=["a"]).merges == (LayerMerge("base", ("a",)),)
 
 
-def test_users_own_image_is_never_removed() -> None:
-    """A user's image that nobody needs is forgotten, not removed; the one written to, too."""
+def test_a_users_image_is_never_removed() -> None:
+    """A user's image that is no longer needed is forgotten, not removed, even if it was the one written to."""
     files = images(base=None)
     assert plan(files, frozen=[], live=[]) == Plan(forget=("base",))
     assert plan(files, frozen=[], live=["base"]) == Plan(forget=("base",))
     assert plan(files, frozen=["base"], live=["base"]) == Plan()
 
 
-def test_foreign_dependants_count() -> None:
-    """A linked clone that somebody made keeps an image from being removed, merged into, and merged away."""
+def test_foreign_children_count() -> None:
+    """A linked clone made by another program keeps an image from being removed, merged into, or merged away."""
     files = images(base=None, a="base", b="a")
     assert "a" in plan(files, frozen=["base"], live=["b"], foreign={"a": ["clone"]}).kept
     assert plan(files, frozen=["base"], live=["base"], foreign={"b": ["clone"]}).unlink == ()
@@ -54,8 +54,8 @@ def test_foreign_dependants_count() -> None:
     assert merged_away.merges == () and "a" in merged_away.kept
 
 
-def test_what_another_machine_uses_stays() -> None:
-    """An image that another machine has as a disk is neither changed nor removed nor merged away."""
+def test_images_of_another_machine_stay() -> None:
+    """An image that is a disk of another machine is neither changed nor removed nor merged."""
     files = images(base=None, a="base", b="a")
     assert plan(files, frozen=["base"], live=["b"], held=["a"]) == Plan()
     assert plan(files, frozen=["base"], live=["base"], held=["b"]).unlink == ()
@@ -63,7 +63,7 @@ def test_what_another_machine_uses_stays() -> None:
 
 
 class Model:
-    """A machine of one disk: images with their own sectors, and beside them every state's whole disk."""
+    """A machine with one disk: images with their sectors, and for every state the whole disk."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
@@ -73,11 +73,11 @@ class Model:
         self.live = "base"
         self.expected: dict[str, list[int]] = {}  # by snapshot
         self.expected_now = [0] * SECTORS
-        self.clones: dict[str, list[int]] = {}  # foreign images, and what they read
+        self.clones: dict[str, list[int]] = {}  # foreign images, and their content
         self.count = 0
 
     def read(self, path: str | None) -> list[int]:
-        """The whole disk as an image shows it."""
+        """The whole disk, as an image shows it."""
         disk = [-1] * SECTORS
         while path is not None:
             for sector, value in self.sectors[path].items():
@@ -87,12 +87,12 @@ class Model:
         return disk
 
     def name(self, kind: str) -> str:
-        """A name that was never used."""
+        """A name that was never used before."""
         self.count += 1
         return f"/{kind}{self.count}"
 
     def new(self, parent: str, kind: str) -> str:
-        """An empty image on another."""
+        """A new empty image on another one."""
         path = self.name(kind)
         self.parents[path], self.sectors[path] = parent, {}
         return path
@@ -114,7 +114,7 @@ class Model:
         self.expected[snapshot.id] = list(self.expected_now)
 
     def apply(self) -> None:
-        """Back to some snapshot."""
+        """Apply some snapshot."""
         snapshot = self.random.choice(list(self.tree.snapshots.values()))
         child = self.new(snapshot.disks["d"], "a")
         self.tree.grow(snapshot.disks["d"], child, "vhd")
@@ -122,7 +122,7 @@ class Model:
         self.expected_now = list(self.expected[snapshot.id])
 
     def delete(self, *, subtree: bool) -> None:
-        """Some snapshot goes, or all that came of it, too."""
+        """Delete some snapshot, or with all its descendants."""
         snapshot = self.random.choice(list(self.tree.snapshots.values()))
         gone = self.tree.subtree(snapshot.id) if subtree else [snapshot]
         self.tree.remove(gone)
@@ -130,23 +130,23 @@ class Model:
             del self.expected[one.id]
 
     def clone(self) -> None:
-        """Somebody makes an image on one of ours; then the machine does not write to that any more."""
+        """Make a foreign image on one of ours, which the machine does not write to any more."""
         path = self.random.choice([one for one in self.parents if one != self.live])
         clone = self.new(path, "clone")
         self.sectors[clone][0] = self.count
         self.clones[clone] = self.read(clone)
 
     def judge(self) -> Plan:
-        """What the rule says now."""
+        """The plan that the rule gives now."""
         foreign = {path: [one for one in self.clones if self.parents[one] == path] for path in self.tree.images}
         return plan(self.tree.images, frozen=self.tree.frozen(), live=[self.live], foreign=foreign)
 
     def carry_out(self, *, merge: bool) -> None:
-        """Do what the rule says, merges only where the machine is off."""
+        """Carry out the plan, with merges only if the machine is off."""
         judged = self.judge()
         for path in judged.unlink:
-            assert path.startswith("/a"), "only images of the machine's own are removed"
-            assert path not in self.parents.values(), "nothing stands on what is removed"
+            assert path.startswith("/a"), "an image that is not the machine's was removed"
+            assert path not in self.parents.values(), "an image with children was removed"
             del self.parents[path], self.sectors[path]
             self.tree.forget(path)
         for one in judged.merges if merge else ():
@@ -155,7 +155,8 @@ class Model:
             self.tree.forget(path)
 
     def merge(self, one: LayerMerge) -> None:
-        """As vhdkit's merge: sectors go down, children of the newest are repointed, the layers go."""
+        """Merge as vhdkit does: sectors move down, children of the newest layer get another parent, the layers are
+        removed."""
         for layer in reversed(one.layers):
             assert layer.startswith("/a")
             self.sectors[one.target] |= self.sectors[layer]
@@ -169,7 +170,7 @@ class Model:
         self.tree.merged(one.target, one.layers)
 
     def check(self) -> None:
-        """Everything reads as it did, and nothing is known of that is not there."""
+        """Everything reads as before, and no image is recorded that does not exist."""
         assert self.read(self.live) == self.expected_now
         for snapshot in self.tree.snapshots.values():
             assert self.read(snapshot.disks["d"]) == self.expected[snapshot.id]
@@ -185,7 +186,8 @@ _STEPS = st.sampled_from(["write", "create", "apply", "delete", "subtree", "clon
 
 @given(st.lists(_STEPS, max_size=40), st.integers(0, 1 << 30))
 def test_random_histories_keep_every_state(steps: list[str], seed: int) -> None:
-    """INV-DELETE-RULE: whatever comes and goes, every snapshot, the present state and every clone read as they did."""
+    """INV-DELETE-RULE: whatever is created or deleted, every snapshot, the present state and every clone read as
+    before."""
     model = Model(seed)
     for step in steps:
         if step in ("apply", "delete", "subtree") and not model.tree.snapshots:
@@ -204,11 +206,11 @@ def test_random_histories_keep_every_state(steps: list[str], seed: int) -> None:
     model.carry_out(merge=True)
     model.check()
     judged = model.judge()
-    assert not judged.unlink and not judged.merges, "one time is enough"
+    assert not judged.unlink and not judged.merges, "a second run had something to do"
     for path in judged.kept:
         family = [one for one, parent in model.parents.items() if parent == path]
         assert (
             len(family) >= 2
             or set(family) & set(model.clones)
             or set(model.clones) & {one for one, parent in model.parents.items() if parent in family}
-        ), "what stays hidden has two dependants or a foreign one"
+        ), "a hidden image has fewer than two children, and none is foreign"

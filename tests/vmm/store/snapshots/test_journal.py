@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is written down before an operation on snapshots: read back, believed only in its shape, and with one owner."""
+"""The record before an operation on snapshots: read back, believed only in its exact shape, and with one owner."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ JOURNALS: list[Journal] = [
 
 
 @pytest.mark.parametrize("journal", JOURNALS, ids=lambda one: type(one).__name__)
-def test_read_back(journal: Journal) -> None:
-    """Every kind reads back as it was, through JSON, and can be named to people."""
+def test_journals_read_back(journal: Journal) -> None:
+    """Every kind reads back unchanged, through JSON, and has a description for users."""
     assert read_journal(json.loads(json.dumps(journal_document(journal))), FILE) == journal
     assert words_of(journal)
 
 
-def test_what_0_1_0_wrote() -> None:
-    """The documents of vmm 0.1.0 mean what they meant."""
+def test_journals_of_0_1_0() -> None:
+    """The documents of vmm 0.1.0 have their old meaning."""
     rows = [["disk-0", "/disks/web.vhd", "/disks/web_0123abcd.avhd", "vhd"]]
     prepare = {"phase": "prepare", "folder": FOLDER, "children": rows}
     assert read_journal({"op": "create", **prepare, "live": False}, FILE) == CreateOff(FOLDER, (PIVOT,))
@@ -123,8 +123,8 @@ def _row(*changed: object) -> list[list[object]]:
         _spoilt(JOURNALS[8], layers=None),
     ],
 )
-def test_anything_else_is_damaged(document: object) -> None:
-    """A journal of another shape, or that names foreign files, is damaged; it is said so with the file's name."""
+def test_other_documents_are_damaged(document: object) -> None:
+    """A journal of another shape, or one that names foreign files, is damaged; the error has the file's name."""
     with pytest.raises(VmmError, match="damaged"):
         read_journal(document, FILE)
     content = json.dumps(
@@ -135,8 +135,8 @@ def test_anything_else_is_damaged(document: object) -> None:
     assert failure.value.path == "/m/snapshots.json"
 
 
-def test_one_owner(machines: Machines) -> None:
-    """INV-ONE-JOURNAL: nothing begins, and nothing is tidied, while another operation's journal stands."""
+def test_a_journal_has_one_owner(machines: Machines) -> None:
+    """INV-ONE-JOURNAL: no operation and no clean-up begins while another operation's journal exists."""
     machines.create().create("a")
     paths = registry.load("web").paths
     with holding(paths, "web") as held:
@@ -155,8 +155,8 @@ def test_one_owner(machines: Machines) -> None:
     assert load_tree(paths).journal == Delete(())
 
 
-def test_a_note_of_a_merge_names_who_merges(machines: Machines) -> None:
-    """A note in which another process is named is not believed: nobody is sent a signal for it."""
+def test_a_note_of_a_merge_identifies_its_process(machines: Machines) -> None:
+    """A note whose process number belongs to another process is not believed, so that process gets no signal."""
     machines.create().create("a")
     paths = registry.load("web").paths
     start = int(Path(f"/proc/{os.getpid()}/stat").read_text().rpartition(")")[2].split()[19])

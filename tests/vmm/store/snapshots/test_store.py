@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A machine's turn while a merge in the background is at work on it."""
+"""The lock of a machine's snapshots while a merge in the background works on them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vmm.store.snapshots.store import Merging, holding, machine_turn, read_mergi
 
 
 def test_a_verb_waits_for_a_step_of_the_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A command waits while a merge has the machine's lock, however long that takes; without a merge it is told."""
+    """A command waits while a merge has the machine's lock, however long that takes; without a merge it is refused."""
     monkeypatch.setattr(store, "BUSY_SECONDS", 0.0)
     machine = MachinePaths(str(tmp_path))
     looked, done = threading.Event(), threading.Event()
@@ -51,8 +51,8 @@ def test_a_verb_waits_for_a_step_of_the_merge(tmp_path: Path, monkeypatch: pytes
     assert done.is_set()
 
 
-def test_names_and_notes_beside_a_merge(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small change of the tree stops the merge that runs in the background, and has it go on afterwards."""
+def test_small_changes_during_a_merge(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small change of the tree stops the merge in the background, which continues afterwards."""
     web = machines.create()
     web.create("one")
     paths = registry.load("web").paths

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tree as a value: found, walked, cut, written down and read; and documents that are none."""
+"""The tree as a value: searched, walked, cut, written and read; and documents that are not trees."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def grown() -> Tree:
 
 
 def names(snapshots: list[Snapshot]) -> list[str]:
-    """What they are called."""
+    """The names of the snapshots."""
     return [one.name for one in snapshots]
 
 
-def test_found_by_name_and_id() -> None:
-    """By name, by id, by the beginning of an id that only one has."""
+def test_snapshots_are_found_by_name_and_id() -> None:
+    """By name, by id, or by the beginning of an id if it is unique."""
     tree = grown()
     a = tree.find("a")
     assert tree.find(a.id) is a and tree.find(a.id[:8].upper()) is a
@@ -41,8 +41,8 @@ def test_found_by_name_and_id() -> None:
             tree.find(word)
 
 
-def test_walked_and_cut() -> None:
-    """A subtree is parents first; what came of a snapshot that goes stands on its parent, and so does now."""
+def test_walking_and_cutting_the_tree() -> None:
+    """A subtree lists parents first; children of a removed snapshot, and now, move to its parent."""
     tree = grown()
     a, b, d = (tree.find(name) for name in ("a", "b", "d"))
     assert names(tree.subtree(a.id)) == ["a", "b", "d", "c"] and names(tree.children(None)) == ["a"]
@@ -54,15 +54,15 @@ def test_walked_and_cut() -> None:
     assert not tree.snapshots and tree.now is None
 
 
-def test_written_and_read() -> None:
-    """What was written reads back as it was."""
+def test_a_tree_reads_back() -> None:
+    """A written tree reads back unchanged."""
     tree = grown()
     tree.journal = Delete((f"/somewhere/{uuid.uuid4()}",))
     assert read_tree(tree.to_json(), "x") == tree
 
 
-def test_merge_renames() -> None:
-    """What was frozen in the merged image is in the target from then on, and so is what stood on it."""
+def test_a_merge_renames_images() -> None:
+    """What the merged image had frozen is in the target from then on, and its children are the target's."""
     tree = Tree(images={"/t": Image(None, ours=False), "/m": Image("/t", ours=True), "/n": Image("/m", ours=True),
                         "/o": Image("/n", ours=True)})  # fmt: skip
     tree.add(Snapshot(str(uuid.uuid4()), "a", 0.0, None, "/s", {"disk-0": "/n"}, "off"))
@@ -90,7 +90,7 @@ def _spoil(path: tuple[Any, ...], value: object) -> bytes:
         b"\xff",
         b"[" * 100_000,
         _spoil(("schema_version",), 2),
-        _spoil(("now",), "nobody"),
+        _spoil(("now",), "unknown"),
         _spoil(("limit",), "many"),
         _spoil(("journal",), 7),
         _spoil(("images", "/a"), 7),
@@ -102,7 +102,7 @@ def _spoil(path: tuple[Any, ...], value: object) -> bytes:
         _spoil(("snapshots", 0, "disks"), {"disk-0": "relative"}),
         _spoil(("snapshots", 0, "taken_in"), "dreaming"),
         _spoil(("snapshots", 0, "folder"), "x\0"),
-        _spoil(("snapshots", 0, "folder"), "/home/somebody"),
+        _spoil(("snapshots", 0, "folder"), "/home/user"),
         _spoil(("snapshots", 0, "folder"), f"/s/../etc/{uuid.UUID(int=1 << 100)}"),
         _spoil(("snapshots", 0, "mode"), 7),
         _spoil(("snapshots", 0, "disks"), 7),
@@ -113,8 +113,8 @@ def _spoil(path: tuple[Any, ...], value: object) -> bytes:
         _spoil(("snapshots", 0, "parent"), str(uuid.UUID(int=2 << 100))),
     ],
 )
-def test_what_is_no_tree(content: bytes) -> None:
-    """Anything else is refused, with the file's name, and nothing is guessed."""
+def test_documents_that_are_not_trees(content: bytes) -> None:
+    """They are refused with the file's name, and nothing is guessed."""
     with pytest.raises(VmmError) as failure:
         read_tree(content, "/home/x/snapshots.json")
     assert failure.value.path == "/home/x/snapshots.json"
