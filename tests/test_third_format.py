@@ -18,6 +18,8 @@ from hypothesis.stateful import initialize, precondition, rule, run_state_machin
 
 import vhdkit
 from tests.conformance import BLOCK_SIZE, CHECKS, Subject
+from tests.harness.folder_power import FolderPower, files_of, fill, repeatable
+from tests.harness.killing import killings
 from tests.harness.model import SectorModel
 from tests.harness.power import PowerRun, Scene, faults_of, open_mem, scribble
 from tests.harness.sparse_format import SPARSE, SparseLayer
@@ -25,6 +27,7 @@ from tests.harness.stores import MemStore
 from tests.nbd_client import serving
 from tests.vhdkit.test_disk_machine import MAX_DEPTH, DiskMachine
 from vhdkit import formats
+from vhdkit.chain.engine.chain import Chain
 from vhdkit.chain.verbs.live import freezing
 from vhdkit.chain.verbs.live_merge import live_merge
 from vhdkit.disk import Disk
@@ -32,7 +35,7 @@ from vhdkit.formats.format import CreateRequest
 from vhdkit.formats.probe import open_layer
 from vhdkit.image import ParentRef
 from vhdkit.serve.opening import Manner, Wanted, open_exports
-from vhdkit.store import Store
+from vhdkit.store import FileStore, Store
 from vhdkit.units import MIB, PAGE_SIZE, SECTOR_SIZE, whole_sectors
 
 SIZE = 3 * BLOCK_SIZE + 5 * PAGE_SIZE
@@ -354,6 +357,201 @@ def test_snapshot_and_merge_while_the_disk_is_open(chain: list[Path], tmp_path: 
     newest = leaf.with_name("disk-2.asparse")
     assert content(newest)[MIB : MIB + 8] == b"midleaf!"
     write(newest, {MIB + 7: b"\0"})
+
+
+# -- an id that changes with the first write of a session -------------------------------------------------------
+
+
+def ids_of(path: Path) -> tuple[bytes | None, bytes | None, tuple[bytes, ...]]:
+    """(file id, linkage id, ids recorded for the parent) of an image."""
+    with FileStore.open(path) as store:
+        facts = SPARSE.facts(store)
+    return facts.file_id, facts.linkage_id, facts.parent.linkage_ids if facts.parent is not None else ()
+
+
+def test_the_linkage_id_changes_once_in_a_session(tmp_path: Path) -> None:
+    """Reading leaves it, the first write changes it, later writes do not; the file's own id stays."""
+    path = made(tmp_path)
+    first = ids_of(path)
+    content(path)
+    vhdkit.open_disk(path, writable=True).close()
+    assert ids_of(path) == first
+    with vhdkit.open_disk(path, writable=True) as disk:
+        disk.write(0, b"a" * PAGE_SIZE)
+        second = ids_of(path)
+        disk.write(0, b"b" * PAGE_SIZE)
+        disk.write(MIB, b"b" * PAGE_SIZE)
+    assert ids_of(path) == second and second[0] == first[0] and second[1] != first[1]
+
+
+def test_a_merge_renews_the_id_of_its_target(chain: list[Path]) -> None:
+    """The target has another id, which its children record after the merge; the base is not written to."""
+    leaf, middle, path = chain
+    others = [leaf.with_name(f"{name}.asparse") for name in ("one", "two")]
+    vhdkit.clone(leaf, others)
+    expected, before, base = content(leaf), ids_of(middle), ids_of(path)
+    vhdkit.merge(leaf, relink_children=True)
+    assert ids_of(middle)[0] == before[0] and ids_of(middle)[1] != before[1] and ids_of(path) == base
+    for other in others:
+        assert ids_of(other)[2] == (ids_of(middle)[1],) and content(other) == expected
+        assert vhdkit.check(other) == []
+        other.unlink()
+
+
+def _links_hold(leaf: Path, target: Path, expected: bytes) -> None:
+    """The leaf, or if it is gone its merge's target, and each child of it read as before."""
+    for path in (leaf if leaf.exists() else target, *leaf.parent.glob("child*")):
+        assert content(path) == expected, path
+
+
+@pytest.mark.parametrize("into", [1, 2])
+@pytest.mark.parametrize("relink", [False, True])
+def test_every_cut_of_a_merge_leaves_every_link_true(tmp_path: Path, into: int, relink: bool) -> None:
+    """INV-MERGE-PRESERVES: wherever the power is cut in a merge whose target gets another id, every image finds its
+    parent and reads as before; the merge is then resumed, cut again, and resumed to its end."""
+    folder, names = tmp_path / "work", ["leaf.asparse", "middle.asparse", "disk.sparse"]
+    leaf, target = folder / names[0], folder / names[into]
+    folder.mkdir()
+    with repeatable("made"):
+        write_chain(folder, names, relink=relink)
+        start = files_of(folder)
+    expected = content(leaf)
+
+    def merged() -> None:
+        vhdkit.merge(leaf, into=target, relink_children=relink)
+
+    def resumed() -> None:
+        if vhdkit.merge_under_way(target) is not None:
+            vhdkit.resume_merge(target)
+
+    first = FolderPower(folder, f"merge {into}")
+    with repeatable("merge"):
+        first.run(merged)
+    assert first.cuts and not leaf.exists()
+    assert files_of(folder).keys() == {*names[into:], *(name for name in start if name.startswith("child"))}
+    for number, cut in enumerate(first.cuts):
+        fill(folder, cut.files)
+        _links_hold(leaf, target, expected)
+        again = FolderPower(folder, f"resume {number}")
+        with repeatable(f"resume {number}"):
+            again.run(resumed)
+        _links_hold(leaf, target, expected)
+        for found in random.Random(number).sample(again.cuts, min(2, len(again.cuts))):
+            fill(folder, found.files)
+            _links_hold(leaf, target, expected)
+            resumed()
+            _links_hold(leaf, target, expected)
+            assert leaf.exists() or vhdkit.merge_under_way(target) is None
+
+
+def write_chain(folder: Path, names: list[str], *, relink: bool) -> None:
+    """A chain of these names, leaf first, each with words of its own; with `relink` the leaf has two children."""
+    size = 16 * PAGE_SIZE
+    vhdkit.create_image(folder / names[-1], size, disk_format="sparse")
+    for number in reversed(range(len(names))):
+        if number < len(names) - 1:
+            vhdkit.create_child(folder / names[number], folder / names[number + 1])
+        words = {number * PAGE_SIZE: b"word", (number + 5) * PAGE_SIZE + 77: bytes([number + 1]) * PAGE_SIZE}
+        write(folder / names[number], words)
+    if relink:
+        for number in range(2):
+            vhdkit.create_child(folder / f"child{number}.asparse", folder / names[0])
+
+
+@pytest.mark.parametrize("verb", ["merge_in_place", "live_merge"])
+def test_a_merge_that_does_not_announce_the_id_is_caught(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Self-test: if the layer above did not record the new id first, the tests of cuts and kills would fail."""
+    monkeypatch.setattr(f"vhdkit.chain.verbs.{verb}.accept_renewed_id", lambda child, target: None)
+    with pytest.raises(vhdkit.ParentError):
+        if verb == "live_merge":
+            test_every_kill_of_a_live_merge_leaves_every_link_true(tmp_path, 1)
+        else:
+            test_every_cut_of_a_merge_leaves_every_link_true(tmp_path, 1, False)
+
+
+def test_a_link_with_the_id_from_before_the_merge_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Self-test: children that record the id that the target had before it was filled do not find it."""
+    monkeypatch.setattr("vhdkit.chain.verbs.merge_in_place._target_now", lambda plan: plan.target.facts)
+    with pytest.raises(vhdkit.ParentError):
+        test_every_cut_of_a_merge_leaves_every_link_true(tmp_path, 1, True)
+
+
+@pytest.mark.parametrize("written", ["never", "before", "prepared"])
+def test_a_leaf_that_is_frozen_while_it_is_written_to(tmp_path: Path, written: str) -> None:
+    """Its child finds it whether the id changed before the child was made, after that, or not at all; and a child in
+    another folder leaves a mark that protects it."""
+    path, place = made(tmp_path), tmp_path / "place"
+    place.mkdir()
+    before = ids_of(path)
+    disk = vhdkit.open_disk(path, writable=True)
+    if written == "before":
+        disk.write(0, b"new")
+    with freezing([(disk.chain, str(place / "child.asparse"))]) as prepared:
+        if written == "prepared":
+            disk.write(0, b"new")
+        (grown,) = prepared.freeze()
+        prepared.done()
+    Disk(grown).close()
+    assert (ids_of(path)[1] == before[1]) == (written == "never")
+    assert ids_of(path)[1] in ids_of(place / "child.asparse")[2]
+    options = vhdkit.OpenOptions(parent_dirs=(str(tmp_path),))
+    with vhdkit.open_disk(place / "child.asparse", options=options) as opened:
+        assert opened.read(0, 4) == (b"base" if written == "never" else b"newe")
+    assert [one.code for one in vhdkit.check(place / "child.asparse", options=options)] == []
+    with pytest.raises(vhdkit.HasChildren):
+        vhdkit.open_disk(path, writable=True)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_every_kill_of_a_live_merge_leaves_every_link_true(tmp_path: Path, first: int) -> None:
+    """INV-MERGE-PRESERVES: a server that dies anywhere in a live merge leaves a chain in which every image finds its
+    parent; what the leaf had flushed is there, and the merge is resumed."""
+    folder, names = tmp_path / "work", ["leaf.asparse", "middle.asparse", "disk.sparse"]
+    leaf, target = folder / names[0], folder / names[first + 1]
+    folder.mkdir()
+    write_chain(folder, names, relink=False)
+    start, expected = files_of(folder), content(leaf)
+
+    def work() -> None:
+        chain = Chain.open(leaf, writable=True)
+        with live_merge(chain, first, first + 1) as merging:
+            merging.copy()
+            chain, problem = merging.exchange()
+            assert problem is None
+            merging.done()
+        chain.close()
+
+    count = 0
+    for _ in killings(work):
+        count += 1
+        _links_hold(leaf, target, expected)
+        if vhdkit.merge_under_way(target) is not None:
+            vhdkit.resume_merge(target)
+            _links_hold(leaf, target, expected)
+        fill(folder, start)
+    assert count > 10
+
+
+def test_a_live_merge_that_is_stopped_leaves_a_leaf_that_takes_writes(tmp_path: Path) -> None:
+    """The leaf records both ids of its parent while it is open; afterwards it is written to as before."""
+    names = ["leaf.asparse", "middle.asparse", "disk.sparse"]
+    write_chain(tmp_path, names, relink=False)
+    disk = vhdkit.open_disk(tmp_path / names[0], writable=True)
+    disk.write(9 * PAGE_SIZE, b"!")
+
+    def stop(done: int, total: int) -> None:
+        raise vhdkit.Cancelled("enough")
+
+    with pytest.raises(vhdkit.Cancelled), live_merge(disk.chain, 0, 1) as merging:
+        merging.copy(stop)
+    disk.write(9 * PAGE_SIZE, b"?!")
+    expected = disk.read(0, disk.size_bytes)
+    disk.close()
+    assert content(tmp_path / names[0]) == expected
+    vhdkit.merge(tmp_path / names[0])
+    assert content(tmp_path / names[1]) == expected
 
 
 def test_serve(chain: list[Path]) -> None:

@@ -5,21 +5,22 @@
     | slot | slot | table of u32 ... | pages of 4096 bytes ...
 
 A slot holds a header; the valid one with the higher turn counts, and only the other one is ever written. A table entry
-is the page of a sector in the file, 0 for one without space. Its ids are its own rule: children record the hash of the
-file's id, so the id of the file and the id in its children are never the same.
+is the page of a sector in the file, 0 for one without space. Its ids are its own rule: children do not record the id
+of the file but another one, which changes with the first write of each session. A child may record several.
 
+    first write of a session: header with the new id -> sync
     new page: data -> sync -> table -> sync        in a page that exists: in place, so nothing is ever used again
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import struct
 import threading
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +40,6 @@ from vhdkit.formats.format import (
 )
 from vhdkit.formats.guard import SyncGuard
 from vhdkit.image import (
-    ID_BYTES,
     Extent,
     ExtentKind,
     ImageFacts,
@@ -55,34 +55,54 @@ from vhdkit.store import ReadStore, Store
 from vhdkit.units import PAGE_SIZE, round_up, sectors_to_bytes, whole_sectors
 
 NAME = "sparse"
-_HEADER = struct.Struct(">8sIQQ16sH")  # magic, CRC of the rest of the slot, turn, size, file id, length of the parent
+_HEADER = struct.Struct(
+    ">8sIQQ16s16sH"
+)  # magic, CRC of the rest, turn, size, file id, linkage id, length of the parent
 _MAGIC = b"SPARSE-1"
 _TABLE = 2 * PAGE_SIZE
 _PER_PAGE = whole_sectors(PAGE_SIZE)
 
 
-def _slot(turn: int, size: int, file_id: bytes, parent: bytes) -> bytes:
-    rest = _HEADER.pack(_MAGIC, 0, turn, size, file_id, len(parent))[12:] + parent
-    if len(rest) > PAGE_SIZE - 12:
-        raise errors.InvalidArgument("the names of the parent are too long to be stored")
-    rest = rest.ljust(PAGE_SIZE - 12, b"\0")
-    return _MAGIC + zlib.crc32(rest).to_bytes(4, "big") + rest
+@dataclass(frozen=True, order=True)
+class _Header:
+    turn: int
+    size_bytes: int
+    file_id: bytes
+    linkage_id: bytes
+    parent: bytes
+
+    def slot(self) -> bytes:
+        """The bytes of a slot."""
+        fields = (self.turn, self.size_bytes, self.file_id, self.linkage_id, len(self.parent))
+        rest = _HEADER.pack(_MAGIC, 0, *fields)[12:] + self.parent
+        if len(rest) > PAGE_SIZE - 12:
+            raise errors.InvalidArgument("the names of the parent are too long to be stored")
+        rest = rest.ljust(PAGE_SIZE - 12, b"\0")
+        return _MAGIC + zlib.crc32(rest).to_bytes(4, "big") + rest
 
 
-def _read(store: ReadStore) -> tuple[int, int, bytes, bytes] | None:
-    """(turn, size, file id, parent) of the header that counts, None where there is none."""
+def _read(store: ReadStore) -> _Header | None:
+    """The header that counts, None where there is none."""
     found = []
     for place in (0, PAGE_SIZE):
         raw = store.pread(place, PAGE_SIZE)
         if raw.startswith(_MAGIC) and zlib.crc32(raw[12:]) == int.from_bytes(raw[8:12], "big"):
-            _, _, turn, size, file_id, length = _HEADER.unpack_from(raw)
-            found.append((turn, size, file_id, raw[_HEADER.size : _HEADER.size + length]))
+            *_, turn, size, file_id, linkage_id, length = _HEADER.unpack_from(raw)
+            found.append(_Header(turn, size, file_id, linkage_id, raw[_HEADER.size : _HEADER.size + length]))
     return max(found, default=None)
+
+
+def _switch(store: Store, **changes: bytes) -> None:
+    """Write a header with these changes into the slot that does not count; the caller syncs."""
+    header = _read(store)
+    assert header is not None
+    slot = replace(header, turn=header.turn + 1, **changes).slot()  # type: ignore[arg-type]
+    store.pwrite(header.turn % 2 * PAGE_SIZE, slot)
 
 
 def _parent_document(parent: ParentRef) -> bytes:
     names = [[one.structure, one.text, one.dialect] for one in parent.names]
-    return json.dumps([parent.linkage_id.hex(), parent.timestamp, names]).encode()
+    return json.dumps([[one.hex() for one in parent.linkage_ids], parent.timestamp, names]).encode()
 
 
 def _data_start(size_bytes: int) -> int:
@@ -110,6 +130,17 @@ class SparseLayer:
         self._next = max(round_up(store.size(), PAGE_SIZE), _data_start(self.size_bytes))
         self._dirty: set[int] = set()
         self._guard, self._lock = SyncGuard(store), threading.Lock()
+        self.next_id = uuid.uuid4().bytes if writable else None  # until the first write of this session
+
+    def _ready(self) -> None:
+        """Before each write of content: the first one gives the image another linkage id, durably."""
+        assert self.writable
+        self._guard.check()
+        with self._lock:
+            if self.next_id is not None:
+                _switch(self.store, linkage_id=self.next_id)
+                self._guard.sync()
+                self.unique_id, self.next_id = self.next_id, None
 
     def allocated_blocks(self) -> NDArray[np.bool_]:
         """See `Layer`."""
@@ -140,7 +171,7 @@ class SparseLayer:
     def _blocks(self, sector_index: int, sector_count: int) -> range:
         assert self.writable and sector_index % _PER_PAGE == 0 and sector_count % _PER_PAGE == 0
         assert sectors_to_bytes(sector_index + sector_count) <= self.size_bytes
-        self._guard.check()
+        self._ready()
         return range(sector_index // _PER_PAGE, (sector_index + sector_count) // _PER_PAGE)
 
     def _put(self, block: int, data: memoryview) -> bool:
@@ -164,7 +195,7 @@ class SparseLayer:
 
     def write_in_place(self, store_offset_bytes: int, data: memoryview) -> None:
         """See `Layer`."""
-        self._guard.check()
+        self._ready()
         self.store.pwrite(store_offset_bytes, data)
 
     def write_zeroes(self, sector_index: int, sector_count: int) -> bool:
@@ -179,7 +210,7 @@ class SparseLayer:
 
     def copy_in(self, pieces: Sequence[Piece]) -> None:
         """See `Layer`: all pieces are of one block, of which they may be parts."""
-        self._guard.check()
+        self._ready()
         block = pieces[0].sector_index // _PER_PAGE
         if self.block_offset(block) < 0:
             if self.unowned is ExtentKind.ZERO and all(piece.source is None for piece in pieces):
@@ -260,14 +291,13 @@ class SparseFormat:
     def facts(self, store: ReadStore) -> ImageFacts:
         """See `Format`."""
         header = _read(store)
-        if header is None or store.size() < _data_start(header[1]):
+        if header is None or store.size() < _data_start(header.size_bytes):
             raise CorruptImage(CorruptReason.HEADER_CHECKSUM, "has no whole header and table", path=store.name)
-        _, size, file_id, raw = header
-        parent = None
-        if raw:
-            linkage, timestamp, names = json.loads(raw)
+        size, parent = header.size_bytes, None
+        if header.parent:
+            linkage_ids, timestamp, names = json.loads(header.parent)
             told = tuple(ParentName(structure, text, NameDialect(dialect)) for structure, text, dialect in names)
-            parent = ParentRef((bytes.fromhex(linkage),), timestamp, told)
+            parent = ParentRef(tuple(bytes.fromhex(one) for one in linkage_ids), timestamp, told)
         return ImageFacts(
             store.name,
             NAME,
@@ -277,8 +307,8 @@ class SparseFormat:
             size,
             PAGE_SIZE,
             PAGE_SIZE,
-            file_id,
-            hashlib.sha256(file_id).digest()[:ID_BYTES],
+            header.file_id,
+            header.linkage_id,
             parent=parent,
         )
 
@@ -291,22 +321,24 @@ class SparseFormat:
     def file_id(self, store: ReadStore) -> bytes | None:
         """See `Format`."""
         header = _read(store)
-        return None if header is None else header[2]
+        return None if header is None else header.file_id
 
     def linkage_id(self, store: ReadStore) -> bytes | None:
         """See `Format`."""
-        return None if _read(store) is None else self.facts(store).linkage_id
+        header = _read(store)
+        return None if header is None else header.linkage_id
 
     def renewed_id(self, layer: Layer) -> bytes | None:
         """See `Format`."""
-        return None
+        assert isinstance(layer, SparseLayer)
+        return layer.next_id
 
     def parent_ids(self, store: ReadStore) -> frozenset[bytes]:
         """See `Format`."""
         header = _read(store)
-        return (
-            frozenset() if header is None or not header[3] else frozenset((bytes.fromhex(json.loads(header[3])[0]),))
-        )
+        if header is None or not header.parent:
+            return frozenset()
+        return frozenset(bytes.fromhex(one) for one in json.loads(header.parent)[0])
 
     def claimed_parent(self, store: ReadStore) -> tuple[bytes | None, bool]:
         """See `Format`."""
@@ -342,7 +374,7 @@ class SparseFormat:
 
     def _make(self, store: Store, size_bytes: int, parent: bytes) -> None:
         store.truncate(_data_start(size_bytes))
-        store.pwrite(0, _slot(1, size_bytes, uuid.uuid4().bytes, parent))
+        store.pwrite(0, _Header(1, size_bytes, uuid.uuid4().bytes, uuid.uuid4().bytes, parent).slot())
 
     def stream_end(self, kind: str, size_bytes: int) -> bytes | None:
         """See `Format`."""
@@ -354,10 +386,7 @@ class SparseFormat:
 
     def relink(self, store: Store, parent: ParentRef) -> None:
         """See `Format`: the slot that does not count is written."""
-        header = _read(store)
-        assert header is not None
-        turn, size, file_id, _ = header
-        store.pwrite(turn % 2 * PAGE_SIZE, _slot(turn + 1, size, file_id, _parent_document(parent)))
+        _switch(store, parent=_parent_document(parent))
         store.sync()
 
     def check(

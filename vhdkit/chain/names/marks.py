@@ -128,7 +128,7 @@ def _damaged(path: str, problem: str) -> errors.InvalidArgument:
 @contextlib.contextmanager
 def marked(children: Sequence[tuple[str, Store, str]]) -> Iterator[None]:
     """Leave marks for children, (path, the new image, its parent's path), around the block that names them."""
-    marks = [(parent, mark) for path, image, parent in children if (mark := _mark_of(path, image, parent)) is not None]
+    marks = [(parent, mark) for path, image, parent in children for mark in _marks_of(path, image, parent)]
     left = [(parent, mark) for parent, mark in marks if _leave(parent, mark) is None]
     try:
         yield
@@ -145,21 +145,22 @@ def mark_child(path: str, image: Store, parent_path: str, parent_id: bytes | Non
 
     `parent_id` is the id that it is about to record for its parent.
     """
-    mark = _mark_of(path, image, parent_path, parent_id)
-    return None if mark is None else _leave(parent_path, mark)
+    problems = [_leave(parent_path, mark) for mark in _marks_of(path, image, parent_path, parent_id)]
+    return next((one for one in problems if one is not None), None)
 
 
-def _mark_of(path: str, image: Store, parent_path: str, parent_id: bytes | None = None) -> Mark | None:
-    """The mark that the child needs; None if it lies beside its parent."""
+def _marks_of(path: str, image: Store, parent_path: str, parent_id: bytes | None = None) -> list[Mark]:
+    """The marks that the child needs: one for each id that it records for its parent; none if it lies beside that."""
     real = real_path(path)
     folder = os.path.dirname(real)
     if folder == os.path.dirname(real_path(parent_path)):
-        return None
+        return []
+    ids: tuple[bytes, ...] = () if parent_id is None else (parent_id,)
     if parent_id is None:
         parent = formats.probed(image).facts(image).parent
         assert parent is not None
-        parent_id = parent.linkage_id
-    return Mark(real, id_of(image), parent_id, LOCAL.trail_of(folder))
+        ids = parent.linkage_ids or (parent.linkage_id,)
+    return [Mark(real, id_of(image), one, LOCAL.trail_of(folder)) for one in ids]
 
 
 def _leave(parent_path: str, mark: Mark) -> str | None:

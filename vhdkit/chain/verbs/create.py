@@ -201,7 +201,7 @@ def write_child(
         block_size_bytes = parent.block_size_bytes or DEFAULT_BLOCK_SIZE
     link = link_to(child, parent)
     formats.for_children_of(parent).create_child(store, size_bytes, link, block_size_bytes=block_size_bytes)
-    record_parent(store, parent.store, linkage_of(parent))
+    record_parent(store, parent.store, link.linkage_id)
 
 
 def linkage_of(layer: Layer) -> bytes:

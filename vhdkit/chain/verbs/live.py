@@ -176,7 +176,8 @@ class Freezing:
         """Call when the new chains are in use: the children stay, and the old leaves' locks become a reader's."""
         self.is_kept = True
         for chain, child in zip(self.plan.chains, self.children, strict=True):
-            record_parent(child.store, chain.leaf.store, chain.leaf.unique_id or NULL_ID)
+            recorded = child.facts.parent
+            record_parent(child.store, chain.leaf.store, NULL_ID if recorded is None else recorded.linkage_id)
             file = pending.file_of(chain.leaf.store)
             if file is not None:
                 file.become_reader()

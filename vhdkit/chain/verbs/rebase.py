@@ -26,6 +26,7 @@ from vhdkit.chain.names.parents import (
     find_by_id,
     find_parent,
     format_id,
+    parent_of,
     recorded_parent_id,
     unique_id,
 )
@@ -316,7 +317,7 @@ def _recorded_parent(facts: ImageFacts, folders: tuple[str, ...], options: OpenO
         with find_parent(facts, folders, options) as store:
             return store.name, parent_id
     except errors.ParentError:
-        renamed = find_by_id(parent_id, folders)
+        renamed = [path for one in parent_of(facts).linkage_ids or (parent_id,) for path in find_by_id(one, folders)]
         if not renamed:
             raise
         return renamed[0], parent_id
