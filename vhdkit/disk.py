@@ -286,8 +286,8 @@ class Disk:
 
     @property
     def layer_ids(self) -> tuple[str | None, ...]:
-        """The unique id of each layer as a string, leaf first; None for a raw layer."""
-        ids = (layer.unique_id for layer in self.chain.layers)
+        """The id of each layer's file as a string, leaf first; None for a raw layer. See `image_id`."""
+        ids = (layer.facts.file_id for layer in self.chain.layers)
         return tuple(None if one is None else str(uuid.UUID(bytes=one)) for one in ids)
 
     @property

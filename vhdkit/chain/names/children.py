@@ -26,9 +26,9 @@ from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.names.parents import (
     allowed_folders,
     find_parent,
+    linkage_id_of,
     names_lead_to,
     parent_of,
-    unique_id,
 )
 from vhdkit.chain.records import pending
 from vhdkit.errors import printable, quoted
@@ -105,7 +105,7 @@ def refuse_with_children(
     `danger` says what would happen to the child, `hint` what to do; the child at `apart_from` does not count. With
     `tidy`, for callers that hold the writer's lock, marks that are no longer valid are dropped.
     """
-    (parent,) = _searched([(unique_id(store), store.name)], options, (), LOCAL)
+    (parent,) = _searched([(linkage_id_of(store), store.name)], options, (), LOCAL)
     own = None if apart_from is None else LOCAL.real(apart_from)
     children = [one for one in parent.children.values() if one.path != own]
     if children:
@@ -155,7 +155,7 @@ def mark_findings(store: VolumeFile, options: OpenOptions, volume: Volume = LOCA
     """Findings about the marks beside an image that are worth reporting."""
     if store.is_device or not volume.exists(marks.record_path(store.name, volume)):
         return ()
-    parent = _Parent(volume.real(store.name), unique_id(store, volume), store.identity)
+    parent = _Parent(volume.real(store.name), linkage_id_of(store, volume), store.identity)
     _Search([parent], options, volume).look_at_marks(parent)
     found, seen = [], [one for one in parent.children.values() if one.problem is None]
     if seen:
@@ -186,7 +186,7 @@ def drop_stale_marks(path: str, options: OpenOptions | None = None) -> None:
     """Drop the marks beside an image that are no longer valid; the caller holds it as a writer."""
     if LOCAL.exists(marks.record_path(path)):
         with LOCAL.open(path) as store:
-            (parent,) = _searched([(unique_id(store), path)], options or OpenOptions(), (), LOCAL)
+            (parent,) = _searched([(linkage_id_of(store), path)], options or OpenOptions(), (), LOCAL)
         if parent.dropped or not (parent.kept or parent.children):
             tidy_marks(path, parent.kept)
 
@@ -348,12 +348,11 @@ class _Search:
             parent.children[path] = Dependent(path, error.problem, error.hint)
             return
         parent.dropped += not is_of_here
-        parent.marked = len(found)
-        for mark in found:
-            if mark.parent_id == parent.linkage_id and self._holds(mark, parent):
-                parent.kept.append(mark)
-            else:
-                parent.dropped += 1
+        parent.marked = len({mark.path for mark in found})
+        held = {mark.path for mark in found if mark.parent_id == parent.linkage_id and self._holds(mark, parent)}
+        # A child that accepts several ids of its parent has a mark for each: the parent may get another one of them.
+        parent.kept += [mark for mark in found if mark.path in held]
+        parent.dropped += len(found) - len(parent.kept)
 
     def _holds(self, mark: Mark, parent: _Parent) -> bool:
         """Examine the child that a mark names; False if it does not stand on the image any more."""

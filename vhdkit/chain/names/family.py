@@ -18,7 +18,7 @@ from vhdkit.chain.names.children import find_children_of, folders_of_children, s
 from vhdkit.chain.names.marks import mark_child
 from vhdkit.chain.names.opening import open_layers
 from vhdkit.chain.names.options import OpenOptions
-from vhdkit.chain.names.parents import format_id, unique_id
+from vhdkit.chain.names.parents import format_id, linkage_id_of
 from vhdkit.chain.records import pending
 from vhdkit.errors import InvalidArgument, quoted
 from vhdkit.finding import Finding, Severity
@@ -65,12 +65,14 @@ def chain_held(path: AnyPath, *, options: OpenOptions | None = None) -> Iterator
 
 @checked
 def image_id(path: AnyPath) -> str | None:
-    """The unique id of an image, 8-4-4-4-12, by which its children and records refer to it; None if it has none.
+    """The id of an image's file, 8-4-4-4-12, by which records refer to it; None if it has none.
+
+    It stays the same as long as the image exists. What children record of their parent is another id in some formats.
 
     Raises NotFound and what reading the image raises.
     """
     with FileStore.open(path) as store:
-        found = unique_id(store)
+        found = pending.id_of(pending.view(store))
     return None if found == NULL_ID else format_id(found)
 
 
@@ -114,7 +116,7 @@ def find_children(
     places = [os.fsdecode(folder) for folder in folders]
     for name in names:
         with FileStore.open(name) as store:
-            parents.append((unique_id(store), real_path(name)))
+            parents.append((linkage_id_of(store), real_path(name)))
         places += folders_of_children(name, ())
     if everywhere:
         images = [(unique_id, name) for (unique_id, _), name in zip(parents, names, strict=True)]

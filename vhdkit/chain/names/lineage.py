@@ -22,11 +22,11 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from vhdkit import errors, formats
-from vhdkit.chain.names.parents import parent_format, parent_of, recorded_parent_id
+from vhdkit.chain.names.parents import parent_format, parent_of
 from vhdkit.chain.records.pending import file_of, view
 from vhdkit.errors import printable, quoted
 from vhdkit.finding import Finding, Severity, left_by_repair
-from vhdkit.image import ID_BYTES, ImageFacts
+from vhdkit.image import ID_BYTES, ImageFacts, ParentRef
 from vhdkit.store import FileStore, Store
 from vhdkit.xattrs import drop_attribute, read_attribute, write_attribute
 
@@ -107,8 +107,8 @@ def record_parents(path: str, parent_path: str, parent_id: bytes) -> None:
         record_parent(child, parent, parent_id)
 
 
-def was_written_since(child: Store, parent: Store, parent_id: bytes) -> bool:
-    """True if the parent was written to after the child, which records this id, was made; False if unknown."""
+def was_written_since(child: Store, parent: Store, recorded: ParentRef) -> bool:
+    """True if the parent was written to after the child, which records this of it, was made; False if unknown."""
     image, base = file_of(child), file_of(parent)
     if image is None or base is None:
         return False
@@ -117,7 +117,8 @@ def was_written_since(child: Store, parent: Store, parent_id: bytes) -> bool:
         return False
     version, noted_id, generation = _AT_CHILD.unpack_from(raw)
     noted, state = _State(*_STATE.unpack_from(raw, _AT_CHILD.size)), _state_of(base)
-    if version != _VERSION or noted_id != parent_id or noted == state or noted.inode != state.inode:
+    is_about_it = version == _VERSION and noted_id in (recorded.linkage_ids or (recorded.linkage_id,))
+    if not is_about_it or noted == state or noted.inode != state.inode:
         return False
     if generation != _NO_GENERATION and _generation_of(base) in ((generation, state), (generation, _CHANGING)):
         return False
@@ -150,7 +151,7 @@ def same_content(path: str) -> Iterator[None]:
 
 def finding_of(child: Store, facts: ImageFacts, parent: Store) -> Finding | None:
     """The warning about a parent that was written to after its child was made."""
-    if not was_written_since(child, parent, recorded_parent_id(facts)):
+    if not was_written_since(child, parent, parent_of(facts)):
         return None
     message = left_by_repair(
         f"its parent {printable(parent.name)} was written after this image was made, so what is read through it may"

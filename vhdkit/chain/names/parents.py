@@ -14,7 +14,7 @@ from __future__ import annotations
 import ntpath
 import os
 import shlex
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from vhdkit import errors, formats
@@ -124,7 +124,7 @@ def _try(candidate: str, child: ImageFacts, folders: tuple[str, ...], search: _S
     return None
 
 
-def unique_id(store: VolumeFile, volume: Volume = LOCAL) -> bytes:
+def linkage_id_of(store: VolumeFile, volume: Volume = LOCAL) -> bytes:
     """The linkage id, by which children know the image; `NULL_ID` for a raw image."""
     return formats.linkage_id(pending.view(store, volume)) or NULL_ID
 
@@ -257,20 +257,25 @@ def format_id(unique_id_bytes: bytes) -> str:
 
 
 def find_by_id(
-    wanted_id: bytes, folders: Sequence[str], *, apart_from: Hashable | None = None, volume: Volume = LOCAL
+    linkage_ids: Collection[bytes],
+    folders: Sequence[str],
+    *,
+    apart_from: Hashable | None = None,
+    volume: Volume = LOCAL,
 ) -> list[str]:
-    """Paths of the files directly in `folders` that are the image with this id, under any name.
+    """Paths of the files directly in `folders` that are the image with one of these ids, under any name.
 
     Several results are copies, and it is unknown which one is meant. Hard links count once. A null id matches none.
     """
     found: dict[Hashable, str] = {}
-    if wanted_id == NULL_ID:
+    wanted = frozenset(linkage_ids) - {NULL_ID}
+    if not wanted:
         return []
     for folder in dict.fromkeys(volume.real(folder) for folder in folders):
         for path in volume.siblings(folder):
             try:
                 with volume.open_regular(path, follow_links=False) as store:
-                    if store.identity != apart_from and unique_id(store, volume) == wanted_id:
+                    if store.identity != apart_from and linkage_id_of(store, volume) in wanted:
                         found.setdefault(store.identity, path)
             except errors.VhdkitError:
                 continue

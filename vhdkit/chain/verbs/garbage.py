@@ -42,6 +42,7 @@ from vhdkit.folder import (
     unlink,
 )
 from vhdkit.image import NULL_ID, ParentRef
+from vhdkit.local_volume import LOCAL
 from vhdkit.named import leads_to
 from vhdkit.store import FileStore
 from vhdkit.unfinished import parts
@@ -75,7 +76,7 @@ class _Node:
     identity: tuple[int, int]
     size_bytes: int
     allocated_bytes: int
-    unique_id: bytes = NULL_ID
+    linkage_id: bytes = NULL_ID
     parent_ids: frozenset[bytes] = frozenset()
     parent_names: frozenset[str] = frozenset()
     knows_parent: bool = True
@@ -88,7 +89,7 @@ class _Node:
             return False
         if NULL_ID in self.parent_ids:
             return os.path.basename(other.path).casefold() in self.parent_names
-        return other.unique_id in self.parent_ids
+        return other.linkage_id in self.parent_ids
 
 
 @dataclass(slots=True)
@@ -153,9 +154,9 @@ def _reached(leaves: Sequence[str], place: str, options: OpenOptions) -> set[tup
 def _scanned(place: str, kept: tuple[str, ...], options: OpenOptions) -> _Scan:
     near = [os.path.dirname(place), *subfolders(place), *(real_path(folder) for folder in options.parent_dirs)]
     scan = _Scan(place, tuple(one for one in dict.fromkeys(near) if one != place), kept, options)
-    for path in regular_files(place):
+    for path in LOCAL.siblings(place):
         try:
-            with FileStore.open(path, follow_links=False) as store:
+            with LOCAL.open_regular(path, follow_links=False) as store:
                 node = _node(store)
         except errors.VhdkitError as error:
             node = _Node(
@@ -186,7 +187,7 @@ def _node(store: FileStore) -> _Node | None:
         claimed, node.knows_parent = image_format.claimed_parent(view)
         node.parent_ids = frozenset() if claimed is None else frozenset((claimed,))
         return node
-    node.unique_id = facts.linkage_id or NULL_ID
+    node.linkage_id = facts.linkage_id or NULL_ID
     if facts.parent is not None:
         node.parent_ids = frozenset(facts.parent.linkage_ids or (NULL_ID,))
         node.parent_names = _names(facts.parent)
@@ -227,8 +228,8 @@ def _doomed(scan: _Scan, reached: set[tuple[int, int]]) -> list[_Node]:
 
 def _standing_on(scan: _Scan, nodes: Sequence[_Node]) -> Iterator[tuple[_Node, list[Dependent]]]:
     """Everything found to stand on these images."""
-    known = [node for node in nodes if node.unique_id != NULL_ID]
-    images = [(node.unique_id, node.path) for node in known]
+    known = [node for node in nodes if node.linkage_id != NULL_ID]
+    images = [(node.linkage_id, node.path) for node in known]
     yield from zip(known, standing_on(images, scan.options, folders=scan.neighbours), strict=True)
 
 

@@ -27,7 +27,7 @@ from vhdkit.chain.engine.chain import Progress
 from vhdkit.chain.names.children import drop_stale_marks, standing_on
 from vhdkit.chain.names.opening import open_layers
 from vhdkit.chain.names.options import OpenOptions
-from vhdkit.chain.names.parents import allowed_folders, unique_id
+from vhdkit.chain.names.parents import allowed_folders, linkage_id_of
 from vhdkit.chain.records import pending
 from vhdkit.chain.records.intent import (
     DamagedRecord,
@@ -249,7 +249,7 @@ def _remove_rest(intent: Intent, options: OpenOptions) -> Merge:
                 left.append(one.path)
         folders = (*places, *map(os.path.dirname, rest))
         going = [one for one in intent.sources if one.path in rest]
-        families = standing_on([(unique_id(rest[one.path]), one.path) for one in going], options, folders=folders)
+        families = standing_on([(linkage_id_of(rest[one.path]), one.path) for one in going], options, folders=folders)
         for one, family in zip(going, families, strict=True):
             if _id_of(rest[one.path]) != one.unique_id:
                 raise errors.Replaced("was replaced while it was looked at", path=one.path)
@@ -279,7 +279,7 @@ def linkage_of_named(one: Named) -> bytes:
     try:
         with FileStore.open(one.path, follow_links=False) as store:
             if _id_of(store) == one.unique_id:
-                return unique_id(store)
+                return linkage_id_of(store)
     except (errors.NotFound, errors.InvalidArgument):
         pass
     return one.unique_id

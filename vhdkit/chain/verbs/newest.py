@@ -18,7 +18,7 @@ from vhdkit.arguments import AnyPath
 from vhdkit.chain.names.children import find_children, folders_of_children
 from vhdkit.chain.names.opening import MAX_CHAIN_DEPTH
 from vhdkit.chain.names.options import OpenOptions
-from vhdkit.chain.names.parents import allowed_folders, unique_id
+from vhdkit.chain.names.parents import allowed_folders, linkage_id_of
 from vhdkit.chain.records.intent import Intent, Phase, intent_of, intents_about
 from vhdkit.chain.verbs.merge_recovery import is_there, linkage_of_named, stands_on
 from vhdkit.folder import is_regular, real_path
@@ -69,7 +69,7 @@ def _followers(path: str, options: OpenOptions) -> list[str]:
     """The images that stand on this one, or on one that was merged into it and still exists."""
     folders = folders_of_children(path, options.parent_dirs)
     with FileStore.open(path) as store:
-        found = find_children(unique_id(store), folders, apart_from=store.identity, raw_parent=real_path(path))
+        found = find_children(linkage_id_of(store), folders, apart_from=store.identity, raw_parent=real_path(path))
     intent = intent_of(path, allowed_folders(path, options.parent_dirs))
     if intent is None or intent.phase is Phase.COPY:
         return found

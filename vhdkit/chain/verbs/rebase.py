@@ -26,9 +26,9 @@ from vhdkit.chain.names.parents import (
     find_by_id,
     find_parent,
     format_id,
+    linkage_id_of,
     parent_of,
     recorded_parent_id,
-    unique_id,
 )
 from vhdkit.chain.records import pending
 from vhdkit.chain.records.intent import Named, intents_about, refuse_sources
@@ -231,7 +231,7 @@ def _id_of(store: FileStore, parent_path: str) -> bytes:
     with FileStore.open(parent_path) as parent:
         if parent.identity == store.identity:
             raise errors.InvalidArgument("cannot be its own parent", path=store.name)
-        return unique_id(parent)
+        return linkage_id_of(parent)
 
 
 @contextlib.contextmanager
@@ -317,7 +317,7 @@ def _recorded_parent(facts: ImageFacts, folders: tuple[str, ...], options: OpenO
         with find_parent(facts, folders, options) as store:
             return store.name, parent_id
     except errors.ParentError:
-        renamed = [path for one in parent_of(facts).linkage_ids or (parent_id,) for path in find_by_id(one, folders)]
+        renamed = find_by_id(parent_of(facts).linkage_ids, folders)
         if not renamed:
             raise
         return renamed[0], parent_id

@@ -29,7 +29,7 @@ from vhdkit.chain.names.lineage import record_parents, was_written_since
 from vhdkit.chain.names.marks import forget, other_records
 from vhdkit.chain.names.opening import open_layers
 from vhdkit.chain.names.options import OpenOptions
-from vhdkit.chain.names.parents import bare_names, parent_of, recorded_parent_id
+from vhdkit.chain.names.parents import bare_names, parent_of
 from vhdkit.chain.records import pending
 from vhdkit.chain.records.intent import intents_about
 from vhdkit.chain.verbs.create import names_of
@@ -45,6 +45,7 @@ from vhdkit.folder import (
     unlink,
 )
 from vhdkit.image import NULL_ID, ImageFacts
+from vhdkit.local_volume import LOCAL
 from vhdkit.store import FileStore, Store
 from vhdkit.units import MIB
 
@@ -159,7 +160,7 @@ def _check(moves: Sequence[Move], stores: Sequence[FileStore], options: OpenOpti
 
 
 def _identity(path: str) -> tuple[int, int]:
-    with FileStore.open(path, follow_links=False) as store:
+    with LOCAL.open_regular(path, follow_links=False) as store:
         return store.identity
 
 
@@ -171,9 +172,9 @@ def _unwritten(stores: Sequence[FileStore]) -> list[tuple[int, bytes]]:
     """(index, id of its parent) of the children whose parent was not written to after they were made."""
     found = []
     for index, (child, parent) in enumerate(itertools.pairwise(stores)):
-        parent_id = recorded_parent_id(_facts_of(child))
-        if not was_written_since(child, parent, parent_id):
-            found.append((index, parent_id))
+        recorded = parent_of(_facts_of(child))
+        if not was_written_since(child, parent, recorded):
+            found.append((index, recorded.linkage_id))
     return found
 
 
@@ -251,6 +252,7 @@ def _relink(store: Store, path: str, parent_path: str) -> None:
     facts = _facts_of(store)
     parent = parent_of(facts)
     names = names_of(path, parent_path, parent.linkage_id, parent.timestamp)
+    names = replace(names, linkage_ids=parent.linkage_ids)
     formats.named(facts.format_name).relink(store, names)
 
 

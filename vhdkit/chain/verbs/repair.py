@@ -225,8 +225,7 @@ def _repoint(image_format: Format, draft: DraftStore, store: FileStore, options:
         except errors.ParentError:
             if facts.parent.raw_allowed:
                 return []
-            ids = facts.parent.linkage_ids
-            parents = [path for one in ids for path in find_by_id(one, folders, apart_from=store.identity)]
+            parents = find_by_id(facts.parent.linkage_ids, folders, apart_from=store.identity)
             if len(parents) > 1:
                 names = ", ".join(printable(one) for one in parents[:4])
                 return [Fix("parent-names", f"several files are its parent by their id: {names}", "vhdkit rebase")]
@@ -236,9 +235,10 @@ def _repoint(image_format: Format, draft: DraftStore, store: FileStore, options:
         if leads_to(facts, parent, folders) and facts.parent.is_whole:
             return []
         ref = names_of(real_path(store.name), parent, facts.parent.linkage_id, facts.parent.timestamp)
-        for one in (facts.parent.linkage_ids or (facts.parent.linkage_id,)) if store.writable else ():
-            mark_child(store.name, draft, parent, one)
-        image_format.relink(draft, replace(ref, linkage_ids=facts.parent.linkage_ids))
+        ref = replace(ref, linkage_ids=facts.parent.linkage_ids)
+        if store.writable:
+            mark_child(store.name, draft, parent)
+        image_format.relink(draft, ref)
     except (errors.CorruptImage, errors.ImageInUse):  # other damage was not repaired
         return []
     how = ", found by its id" if parents else ""

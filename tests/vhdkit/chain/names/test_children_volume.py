@@ -17,7 +17,7 @@ from vhdkit.chain.names import marks
 from vhdkit.chain.names.children import find_children, mark_findings, standing_on
 from vhdkit.chain.names.marks import Mark
 from vhdkit.chain.names.options import OpenOptions
-from vhdkit.chain.names.parents import find_by_id, unique_id
+from vhdkit.chain.names.parents import find_by_id, linkage_id_of
 from vhdkit.chain.records import pending
 from vhdkit.formats.undo import apply_change, encode, plan_change
 from vhdkit.local_volume import LOCAL
@@ -61,12 +61,12 @@ def test_children_are_those_that_the_file_system_has(tmp_path: Path, seed: int) 
         images = []
         for place in places:
             with volume.open(place) as store:
-                images.append((unique_id(store, volume), place))
+                images.append((linkage_id_of(store, volume), place))
         folders = [root, f"{root}/a/b"]
         return (
             standing_on(images, options, volume=volume),
             [find_children(linkage_id, folders, raw_parent=place, volume=volume) for linkage_id, place in images],
-            [find_by_id(linkage_id, folders, volume=volume) for linkage_id, _ in images],
+            [find_by_id([linkage_id], folders, volume=volume) for linkage_id, _ in images],
         )
 
     with without_files():
@@ -85,7 +85,7 @@ def test_some_children_are_found_in_memory() -> None:
         image(volume, place, "/srv/base.vhd")
     image(volume, "/srv/four.vhd", "/srv/one.vhd")
     with without_files():
-        base_id = unique_id(volume.open("/srv/base.vhd"), volume)
+        base_id = linkage_id_of(volume.open("/srv/base.vhd"), volume)
         options = OpenOptions(known_images=["/far/three.vhd"], parent_dirs=["/srv"])
         (found,) = standing_on([(base_id, "/srv/base.vhd")], options, volume=volume)
         beside_it = find_children(base_id, ["/srv"], volume=volume)
@@ -112,7 +112,7 @@ def test_child_whose_change_did_not_finish_is_found_by_its_undo_log(tmp_path: Pa
         families = []
         for name in ("old", "new"):
             with volume.open(f"{root}/{name}.vhd") as parent:
-                families.append(find_children(unique_id(parent, volume), [root], volume=volume))
+                families.append(find_children(linkage_id_of(parent, volume), [root], volume=volume))
         return families
 
     with without_files():
@@ -138,7 +138,7 @@ def test_marked_child_is_found_where_its_mark_leads(tmp_path: Path, history: str
 
     def searched(volume: Volume) -> object:
         with volume.open(base) as store:
-            images = [(unique_id(store, volume), base)]
+            images = [(linkage_id_of(store, volume), base)]
             return standing_on(images, OpenOptions(), volume=volume), mark_findings(store, OpenOptions(), volume)
 
     with without_files():

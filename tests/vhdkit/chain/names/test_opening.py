@@ -18,7 +18,7 @@ from vhdkit import errors
 from vhdkit.chain.names.children import find_children
 from vhdkit.chain.names.opening import MAX_CHAIN_DEPTH, open_layers
 from vhdkit.chain.names.options import OpenOptions
-from vhdkit.chain.names.parents import unique_id
+from vhdkit.chain.names.parents import linkage_id_of
 from vhdkit.errors import CorruptReason
 from vhdkit.store import FileStore
 
@@ -246,7 +246,7 @@ def chain_of(folder: Path, depth: int) -> Path:
         base = folder / f"l{number - 1}.vhd"
         unique = uuid.UUID(int=number).bytes
         with FileStore.open(base) as store:
-            parent_id = unique_id(store)
+            parent_id = linkage_id_of(store)
         child(base.name, parent_id=parent_id, unique_id=unique, size=1 << 20).build().write(path)
     return path
 

@@ -18,7 +18,7 @@ from tests.harness.stores import MemStore
 from tests.harness.vhd_builder import Block, Vhd, child, pattern
 from tests.support import require_tool, run
 from tests.vhdkit.formats.test_partitions import mbr, write_gpt
-from vhdkit.chain.names.parents import unique_id
+from vhdkit.chain.names.parents import linkage_id_of
 from vhdkit.chain.records.pending import undo_path
 from vhdkit.store import FileStore
 from vhdkit.units import GIB, KIB, MIB, SECTOR_SIZE
@@ -129,7 +129,7 @@ def test_a_larger_parents_data_does_not_appear(tmp_path: Path) -> None:
     base = Vhd(size=4 * MIB, block_size=MIB, blocks={0: Block(pattern(MIB)), 2: Block(pattern(MIB))})
     base.build().write(tmp_path / "parent.vhd")
     with FileStore.open(tmp_path / "parent.vhd") as store:
-        parent_id = unique_id(store)
+        parent_id = linkage_id_of(store)
     small = child(size=MIB + MIB // 2, block_size=MIB, parent_id=parent_id)
     path = small.build().write(tmp_path / "small.vhd")
     before = read(path)
