@@ -23,7 +23,7 @@ Body: TypeAlias = Callable[
     [Callable[[], None]], int
 ]  # takes the function that it calls when it is ready; returns an exit code
 
-_MAX_SAID_BYTES = 64 * KIB
+_MAX_OUTPUT_BYTES = 64 * KIB
 _READY = b"+"
 
 
@@ -62,9 +62,9 @@ def start(body: Body, *, talks: bool) -> Child:
 
 def _rest(fd: int) -> bytes:
     pieces = []
-    while piece := os.read(fd, _MAX_SAID_BYTES):
+    while piece := os.read(fd, _MAX_OUTPUT_BYTES):
         pieces.append(piece)
-    return b"".join(pieces)[:_MAX_SAID_BYTES]
+    return b"".join(pieces)[:_MAX_OUTPUT_BYTES]
 
 
 def _serve(body: Body, ready_fd: int, said_fd: int, talks: bool) -> NoReturn:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an image has only in memory, also written down where it survives the death of the process.
+"""Notes of what an image has only in memory, kept where they survive the death of the process.
 
 A dynamic image keeps bits and BAT entries in memory until the next flush (`commit`): a power cut loses what no flush
-confirmed, as with every disk. When only a *process* is killed, less may be lost, because its clients live on: they
-were told that their writes are done, and have no reason to write again. So a server may name a folder in memory
+confirmed, as with every disk. When only a *process* is killed, less may be lost, because its clients live on: their
+writes were acknowledged, and they have no reason to write again. So a server may name a folder in memory
 (tmpfs), in which each change of a bitmap or a BAT entry is noted before the write is answered. The next server, in
 the same boot, first writes what was noted (`formats.vhd.recall`), and then the notes are removed.
 
@@ -13,9 +13,9 @@ from every other one.
     the label    a random token, an extended attribute of the image from the first note on until there are none. Every
                  other writer of ours removes it (`disown`), so its writes are never mistaken for the dead process's.
     the witness  when the file was last written to, according to its file system, kept beside the notes in shared
-                 memory after every change as long as there are notes. Programs that do not know labels, and anybody
-                 who restores a backup in place, change that time; so does a copy that preserves times, since it
-                 brings an older one.
+                 memory after every change as long as there are notes. Programs that do not know labels, and a backup
+                 that is restored in place, change that time; so does a copy that preserves times, since it brings
+                 an older one.
 
 A process that dies inside a system call leaves its last change without such a time. In this case a time is accepted
 that is at most `SLACK_NS` later than the beginning of that change: a program without labels that writes so soon after
@@ -48,9 +48,9 @@ from vhdkit.shared_words import SharedWords
 from vhdkit.store import FileStore, Store
 from vhdkit.units import MIB
 
-FLUSH_NOTES_BYTES = 32 * MIB  # of one file: a flush is due then, or small writes would fill the folder
+FLUSH_NOTES_BYTES = 32 * MIB  # of one file: a flush is due at this size, or small writes would fill the folder
 MAX_NOTES_BYTES = 8 * FLUSH_NOTES_BYTES
-SLACK_NS = 2_000_000_000  # from the beginning of a change until the file's time says so, on a very busy machine
+SLACK_NS = 2_000_000_000  # from the beginning of a change until the file's time shows it, on a very busy machine
 LABEL, KEPT_LABEL = "notes", "notes-kept"
 MAGIC = b"vhdkeep3"
 TOKEN_SIZE = 16
@@ -59,7 +59,7 @@ HEADER = struct.Struct(">8sQ36s16sQQI16s")  # magic, turn, boot id, unique id, d
 # CRC of all that follows, block, bitmap's offset, bitmap's offset before or -1, where new blocks go, size of the file,
 # bitmap's length
 NOTE = struct.Struct(">IIQqQQI")
-WRITER, FLUSH = 0, 1  # who changes the file: one of each at a time
+WRITER, FLUSH = 0, 1  # the sources of changes; one of each at a time
 WITNESS_WORDS = 6
 _MAX_LABEL_BYTES = 1024
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
@@ -82,7 +82,7 @@ class Witness:
         self._words[3 * who] = begun_ns
 
     def ended(self, who: int, begun_ns: int) -> None:
-        """The file is as it is; `begun_ns` is 0, or when a change began that is still being made."""
+        """A change has ended; `begun_ns` is 0, or when a change began that is still being made."""
         words = self._words
         words[3 * who + 2] = time.monotonic_ns()
         words[3 * who + 1] = self._store.modified_ns()
@@ -90,7 +90,7 @@ class Witness:
 
 
 class Notes:
-    """The notes of one open image. One writer at a time. Nothing here raises: no write or flush fails for it.
+    """The notes of one open image. One writer at a time. Nothing here raises: no write or flush fails because of it.
 
     Every change of the file is announced by `change_begins` and `change_ended`, noted or not.
     """
@@ -110,7 +110,7 @@ class Notes:
         self._ends = [HEADER.size, HEADER.size]
         self._has_failed = False
         self._flushing: int | None = None  # the file whose notes a flush is writing
-        self._begun = [0, 0]  # when changes began that have not ended, by who makes them
+        self._begun = [0, 0]  # when changes began that have not ended, for each of WRITER and FLUSH
         self.witness: Witness | None = None  # as long as there are notes
 
     def change_begins(self, who: int) -> None:
@@ -128,7 +128,7 @@ class Notes:
             witness.ended(who, 0)
 
     def prepare(self) -> None:
-        """There will be something to note soon: what takes long about it is done now."""
+        """Prepare for a note that is coming soon; this is the slow part."""
         if not self._files and not self._has_failed:
             with self._trying():
                 self._begin()
@@ -144,27 +144,27 @@ class Notes:
         before_bytes: int,
         free_bytes: int,
     ) -> None:
-        """The block begins there and has this bitmap; None: the one that is in the image.
+        """Note that the block begins at `start_bytes` and has this bitmap, or with None the one in the image.
 
-        It began at `before_bytes`, negative for nowhere; the next new block goes behind `free_bytes`.
+        It began at `before_bytes`, negative if it had no place; the next new block goes after `free_bytes`.
         """
         raw = b"" if bitmap is None else bytes(bitmap)
         self.prepare()
         if self._has_failed:
             return
         now = self._turn % 2
-        with self._trying():  # what was noted before is still right
+        with self._trying():  # earlier notes stay valid
             places = (start_bytes, before_bytes, free_bytes, self._store.size())
             body = NOTE.pack(0, block_index, *places, len(raw))[4:] + raw
             self._files[now].pwrite(self._ends[now], struct.pack(">I", zlib.crc32(body)) + body)
             self._ends[now] += 4 + len(body)
 
     def is_long(self) -> bool:
-        """True when a flush is due for the notes' sake."""
+        """True when a flush is due because of the size of the notes."""
         return self._ends[self._turn % 2] >= FLUSH_NOTES_BYTES
 
     def flush_begins(self) -> None:
-        """What was noted until now is being written; what comes is for the next flush."""
+        """The flush writes what was noted until now; later notes are for the next flush."""
         if self._flushing is None and self._files:  # a flush that failed leaves notes that are still needed
             with self._trying():
                 self._files[(self._turn + 1) % 2].pwrite(0, self._header_of(self._turn + 1))
@@ -172,7 +172,7 @@ class Notes:
                 self._turn += 1
 
     def flush_ended(self) -> None:
-        """What was being written is on the device."""
+        """What the flush wrote is on the device."""
         if self._has_failed or self._ends[self._turn % 2] == HEADER.size:
             self.close()
         elif self._flushing is not None:
@@ -182,7 +182,7 @@ class Notes:
                 self._flushing = None
 
     def close(self) -> None:
-        """Everything is on the device: the notes go. What is noted later begins anew."""
+        """Everything is on the device: remove the notes. Later notes start new files."""
         files, self._files, self.witness = self._files, [], None
         self._ends, self._flushing, self._has_failed = [HEADER.size, HEADER.size], None, False
         for file in files:
@@ -192,7 +192,7 @@ class Notes:
                 forget(self._store, self._about[1], self._folder)
 
     def leave(self) -> None:
-        """Not everything is on the device: the notes stay for who opens the image next."""
+        """Not everything is on the device: keep the notes for replay at the next open."""
         files, self._files, self._has_failed, self.witness = self._files, [], True, None
         for file in files:
             file.close()
@@ -210,7 +210,7 @@ class Notes:
             write_whole(path, self._header_of(self._turn + number - self._turn % 2))
         self._files = [FileStore.open(path, writable=True) for path in self._paths[:2]]
         self.witness = witness
-        for who in (WRITER, FLUSH) if witness is not None else ():  # a flush may be under way beside us
+        for who in (WRITER, FLUSH) if witness is not None else ():  # a flush may be running concurrently
             assert witness is not None
             witness.began(who, self._begun[who])
 
@@ -227,7 +227,7 @@ class Notes:
 
 
 def begin(store: Store, unique_id: bytes | None) -> Notes | None:
-    """Notes for an image that is being opened for writing; None where nobody wants them or none can be written."""
+    """Notes for an image that is being opened for writing; None if they are not wanted or cannot be written."""
     if unique_id is None or not isinstance(store, FileStore) or store.notes_folder is None:
         return None
     return Notes(store, unique_id, store.notes_folder, boot_id())
@@ -236,35 +236,35 @@ def begin(store: Store, unique_id: bytes | None) -> Notes | None:
 def disown(store: Store) -> None:
     """Mark the image's notes as void before a caller without a folder of notes changes the image.
 
-    They describe a state that this change ends. The log says so: answered writes that only the notes hold are lost, as
-    in a power cut. The caller holds the image's writer's lock.
+    They describe a state that this change ends. A log message warns that acknowledged writes which only the notes hold
+    are lost, as in a power cut. The caller holds the image's writer's lock.
     """
     if isinstance(store, FileStore) and store.notes_folder is None:
         value = store.label(LABEL)
         if value is not None and is_of_this_boot(value):
             _log.warning(
-                "%s: %s: it is written to without them now, and they will not be used",
+                "%s: %s: the image is now written to without these notes, so they will not be used",
                 errors.printable(store.name),
-                told(value),
+                described(value),
             )
         if value is not None:
             store.set_label(LABEL, None)
 
 
 def forget(store: FileStore, unique_id: bytes, folder: str) -> None:
-    """What was noted is in the image, or is kept elsewhere. Raises AccessDenied, IoFailed."""
+    """Remove the notes, whose content is in the image or kept elsewhere. Raises AccessDenied, IoFailed."""
     for path in note_paths(store, unique_id, folder):
         remove_file(path)
     store.set_label(LABEL, None)
 
 
 def label_of(token: bytes, place: str) -> bytes:
-    """The value of a label that says where notes are, and in which boot they were taken."""
+    """The value of a label: where the notes are, and in which boot they were taken."""
     return b" ".join((token.hex().encode(), boot_id(), os.fsencode(place)))[:_MAX_LABEL_BYTES]
 
 
 def token_in(value: bytes) -> bytes | None:
-    """The token in the value of a label, which anybody may have written."""
+    """The token in the value of a label, which any program may have written."""
     try:
         return bytes.fromhex(value.partition(b" ")[0].decode())
     except ValueError:
@@ -272,19 +272,19 @@ def token_in(value: bytes) -> bytes | None:
 
 
 def is_of_this_boot(value: bytes) -> bool:
-    """False for the label of notes that went with the machine's memory: then nothing is left to be lost."""
+    """False for the label of notes of an earlier boot, whose notes are gone with the machine's memory."""
     return value.split(b" ", 2)[1:2] == [boot_id()]
 
 
 def place_in(value: bytes) -> str:
-    """Where the notes are, by a label, which anybody may have written."""
+    """The folder of the notes by a label, which any program may have written."""
     return os.fsdecode(b"".join(value.split(b" ", 2)[2:])[:_MAX_LABEL_BYTES])
 
 
-def told(value: bytes) -> str:
-    """What a label means, in words."""
+def described(value: bytes) -> str:
+    """The meaning of a label in words."""
     place = errors.printable(place_in(value)) or "an unnamed folder"
-    return f"a server that was killed noted changes which are not in it yet, in {place}"
+    return f"a killed server left notes of changes that are not in the image yet, in {place}"
 
 
 def has_notes(store: Store, unique_id: bytes) -> bool:
@@ -295,7 +295,7 @@ def has_notes(store: Store, unique_id: bytes) -> bool:
 
 
 def acknowledge(store: FileStore) -> None:
-    """Forget that notes of this image were set aside: a caller has dealt with it."""
+    """Remove the label of notes that were set aside: a caller has handled them."""
     store.set_label(KEPT_LABEL, None)
 
 
@@ -305,27 +305,27 @@ def findings(store: FileStore) -> tuple[Finding, ...]:
     label, kept = store.label(LABEL), store.label(KEPT_LABEL)
     if label is not None and is_of_this_boot(label) and not store.in_use():
         message = (
-            f"{told(label)}: serve it again with --remember and that folder, the same way as before, and they"
-            " are written into it; once anything else writes to it, `check --repair` too, they are lost"
+            f"{described(label)}: serve the image again with --remember and that folder, the same way as before, to"
+            " write them; any other change to the image, also by `check --repair`, loses them"
         )
         found.append(Finding(Severity.WARNING, "notes-unwritten", message, store.name))
     if kept is not None:
         place = errors.printable(place_in(kept))
         message = (
-            "changes that a killed server had noted were left out, since the image was no longer in the state they"
-            f" were noted for; the notes were kept as {place} (`vhdkit check --repair` forgets this)"
+            "changes that a killed server had noted were left out, because the image was no longer in the state they"
+            f" were noted for; the notes were kept as {place} (`vhdkit check --repair` clears this warning)"
         )
         found.append(Finding(Severity.WARNING, "notes-left-out", message, store.name))
     return tuple(found)
 
 
 def note_paths(store: FileStore, unique_id: bytes, folder: str) -> list[str]:
-    """Where the notes of an image lie: two files that take turns, and their witness."""
+    """The paths of an image's notes: two files that take turns, and their witness."""
     device, inode = store.identity
     stem = os.path.join(folder, f"{unique_id.hex()}-{device:x}-{inode:x}")
     return [f"{stem}.0", f"{stem}.1", f"{stem}.time"]
 
 
 def boot_id() -> bytes:
-    """Which boot of this machine it is, 36 bytes."""
+    """The id of the current boot, 36 bytes."""
     return (read_whole(_BOOT_ID, MIB) or b"").strip()[:36].ljust(36, b"-")

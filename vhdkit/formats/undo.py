@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The undo log: what a file held before a change that no order of writes can make safe.
 
-Decides the format of the log, when it belongs to an image, and how a change is made and taken back. Where the log
-lies and who acts on it is `chain.records.pending`'s decision.
+Decides the format of the log, when it belongs to an image, and how a change is made and undone. Where the log
+lies and when it is used is decided in `chain.records.pending`.
 
     1  the log, whole, under its name              sync    nothing has changed yet
-    2  the change, in any order                    sync    a cut from here on is taken back by the log
+    2  the change, in any order                    sync    a cut from here on is undone with the log
     3  the log is removed                          sync    the change is made
 
 `INV-UNDO-LOG`: with the log beside it, a file reads as before the change, whatever part of the change was written.
 
-A log is untrusted input, and the image beside it may have been replaced since. It is believed only if it is whole
+A log is untrusted input, and the image beside it may have been replaced since. It is trusted only if it is whole
 (it has a digest), of bounded size, made for an image with this id, and if every byte of the file where it would write
 is the one from before the change or the one the change writes. A torn sector is accepted as one of the two only if
 a format says that its checksum reveals that (`Format.is_torn`).
@@ -54,15 +54,15 @@ class Change:
 
     @property
     def end_bytes(self) -> int:
-        """The first byte behind it."""
+        """The first byte after it."""
         return self.offset_bytes + len(self.before)
 
 
 @dataclass(frozen=True, slots=True)
 class UndoLog:
-    """What a change to an image does. `changes` are in order, apart from each other; sizes are the file's.
+    """A change to an image. `changes` are in order and do not overlap; sizes are the file's.
 
-    A range behind the end of the file, then or now, counts as zeros.
+    A range past the end of the file, before or after, counts as zeros.
     """
 
     unique_id: bytes
@@ -74,9 +74,9 @@ class UndoLog:
 def plan_change(
     store: ReadStore, unique_id: bytes, writes: Sequence[tuple[int, Buffer]], size_after_bytes: int | None = None
 ) -> UndoLog:
-    """The log for putting `writes`, (offset, bytes) apart from each other, into the file and giving it a size.
+    """The log for putting `writes`, (offset, bytes) without overlap, into the file and giving it a size.
 
-    What is cut off by a smaller size must be zeros, or be among the writes. Raises InvalidArgument when the log
+    What a smaller size cuts off must be zeros, or be among the writes. Raises InvalidArgument when the log
     would be too large.
     """
     size_before = store.size()
@@ -89,9 +89,9 @@ def plan_change(
         changes.append(Change(offset, before.ljust(len(data), b"\0"), after.ljust(len(data), b"\0")))
     log = UndoLog(unique_id, size_before, size_after, tuple(changes))
     if _size_of(log) > MAX_LOG_BYTES or len(changes) > MAX_CHANGES:
-        raise errors.InvalidArgument("the change is too large to be taken back after a power cut", path=store.name)
+        raise errors.InvalidArgument("the change is too large to be undone after a power cut", path=store.name)
     if not _is_possible(log):
-        raise errors.InvalidArgument("the file is larger than a change can be taken back in", path=store.name)
+        raise errors.InvalidArgument("the file is too large for a change that can be undone", path=store.name)
     return log
 
 
@@ -101,7 +101,7 @@ def _size_of(log: UndoLog) -> int:
 
 
 def _is_possible(log: UndoLog) -> bool:
-    """Sizes and ranges are such as we write."""
+    """True for sizes and ranges that this code writes."""
     end = 0
     for change in log.changes:
         if change.offset_bytes < end or not change.before:
@@ -123,10 +123,10 @@ def encode(log: UndoLog) -> bytes:
 
 
 def read_log(store: ReadStore, image: ReadStore | None = None) -> UndoLog | None:
-    """The log in `store`, or None for anything that is no whole log: torn, of an unknown version, or no log at all.
+    """The log in `store`, or None for anything but a whole log: torn, of an unknown version, or another file.
 
-    With `image` also None for one that cannot be of this image as it is now. What is cheap to see is looked at first,
-    the digest last. Takes memory in proportion to the file, and never more than twice MAX_LOG_BYTES. Raises IoFailed.
+    With `image` also None for a log that cannot belong to this image as it is now. Cheap tests come first, the digest
+    last. Takes memory in proportion to the file, and never more than twice MAX_LOG_BYTES. Raises IoFailed.
     """
     size = store.size()
     if not _HEAD.size + _DIGEST_SIZE <= size <= MAX_LOG_BYTES:
@@ -148,12 +148,12 @@ def read_log(store: ReadStore, image: ReadStore | None = None) -> UndoLog | None
         changes.append(Change(offset, bytes(body[position : position + length]), bytes(body[position + length : end])))
         position = end
     log = UndoLog(*head[1:], tuple(changes))
-    # The file may have changed while it was read: what the digest covers counts.
+    # The file may have changed while it was read: only what the digest covers counts.
     return log if encode(log) == raw and _is_possible(log) else None
 
 
 def _read_head(store: ReadStore) -> tuple[int, bytes, int, int] | None:
-    """(number of changes, image's id, its size before, its size after), None for what is no log."""
+    """(number of changes, image's id, its size before, its size after), None if this is not a log."""
     raw = store.pread(0, _HEAD.size)
     if len(raw) < _HEAD.size:
         return None
@@ -164,7 +164,7 @@ def _read_head(store: ReadStore) -> tuple[int, bytes, int, int] | None:
 
 
 def _read_places(store: ReadStore, count: int, size_bytes: int) -> list[tuple[int, int]] | None:
-    """(offset, length) of each change, None where they are not such as we write, or do not fill the file."""
+    """(offset, length) of each change, None if the list is cut short or the lengths do not add up to the file."""
     raw = store.pread(_HEAD.size, count * _PLACE.size)
     if len(raw) != count * _PLACE.size:
         return None
@@ -175,7 +175,7 @@ def _read_places(store: ReadStore, count: int, size_bytes: int) -> list[tuple[in
 
 
 def _may_belong(image: ReadStore, unique_id: bytes, size_before: int, size_after: int) -> bool:
-    """False when the image is one that a change between these sizes of the image with this id cannot have left."""
+    """False when a change between these sizes of the image with this id cannot have left this file."""
     size, sizes = image.size(), (size_before, size_after)
     if not min(sizes) <= size <= max(sizes):
         return False
@@ -196,7 +196,7 @@ def mentions(store: ReadStore, ids: Collection[bytes]) -> bool:
 
 
 def belongs(store: ReadStore, log: UndoLog) -> bool:
-    """True when the file is one that this change left behind, at any point of it; else nothing may be taken back.
+    """True when this change, at any point of it, can have left the file; otherwise nothing may be undone.
 
     Raises IoFailed.
     """
@@ -207,9 +207,9 @@ def belongs(store: ReadStore, log: UndoLog) -> bool:
 
 
 def _has_new_data(store: ReadStore, log: UndoLog) -> bool:
-    """True when behind the file's old end, where the change puts nothing but what it says, somebody wrote since.
+    """True when a program has since written past the file's old end, where the change itself wrote nothing.
 
-    That happens when the image had another name for a while, under which nobody saw the log.
+    That happens when the image had another name for a while, under which the log was not found.
     """
     position = log.size_before_bytes
     ends = [(change.offset_bytes, change.end_bytes) for change in log.changes]
@@ -230,7 +230,7 @@ def _has_data(store: ReadStore, start: int, stop: int) -> bool:
 
 
 def _is_either(store: ReadStore, size_bytes: int, change: Change) -> bool:
-    """True when what stands there came from before the change or from the change."""
+    """True when the file has there what it held before the change, or what the change writes."""
     found = store.pread(change.offset_bytes, len(change.before)) if change.offset_bytes < size_bytes else b""
     if found in (change.before, change.after):
         return True
@@ -243,7 +243,7 @@ def _is_either(store: ReadStore, size_bytes: int, change: Change) -> bool:
 
 
 def _sectors_of_neither(found: bytes, change: Change) -> Iterator[tuple[int, int]]:
-    """The sectors of the file, as ranges of the change's bytes, with a byte that is of neither side of it."""
+    """The sectors of the file, as ranges of the change's bytes, with a byte of neither side of the change."""
     first = -change.offset_bytes % SECTOR_SIZE  # where the first whole sector begins
     ours = [np.frombuffer(raw, dtype=np.uint8) for raw in (found, change.before, change.after)]
     for start in range(0, len(found), MIB):
@@ -256,14 +256,14 @@ def _sectors_of_neither(found: bytes, change: Change) -> Iterator[tuple[int, int
 
 
 def apply_change(store: Store, log: UndoLog) -> None:
-    """Make the change and sync it; its log is on the device. Raises NoSpace, IoFailed, SyncFailed."""
+    """Make the change and sync it. The log must be on the device. Raises NoSpace, IoFailed, SyncFailed."""
     _put(store, log.size_after_bytes, [(change.offset_bytes, change.after) for change in log.changes])
 
 
 def roll_back(store: Store, log: UndoLog) -> None:
-    """Give the file back what it held, and sync it; then, and not before, the log may go.
+    """Restore what the file held, and sync it. Only afterwards may the log be removed.
 
-    A cut in here is rolled back again. Raises NoSpace, IoFailed, SyncFailed.
+    After a cut during this, the change is rolled back again. Raises NoSpace, IoFailed, SyncFailed.
     """
     _put(store, log.size_before_bytes, [(change.offset_bytes, change.before) for change in log.changes])
 
@@ -279,12 +279,12 @@ def _put(store: Store, size_bytes: int, writes: list[tuple[int, bytes]]) -> None
 
 
 class UndoneStore(ReadOnlyView):
-    """A file as it was before a change that did not finish: for reading, nothing is changed. See `store.Store`."""
+    """A file as it was before an unfinished change, for reading only: nothing is changed. See `store.Store`."""
 
     def __init__(self, store: Store, log: UndoLog) -> None:
         before = Patches()
         for change in log.changes:
             before.lay(change.offset_bytes, change.end_bytes, change.before)
-        why = "is read as it was before a change that did not finish, which takes no writing"
+        why = "is read-only: an unfinished change is hidden"
         super().__init__(store, log.size_before_bytes, before, why)
         self.store = store

@@ -120,9 +120,9 @@ def check_wanted(wanted: Sequence[Wanted]) -> None:
             name.encode()
         except UnicodeEncodeError as error:
             raise errors.InvalidArgument(
-                "has a name that is not UTF-8 text, as the names of exports are",
+                "has a name that is not UTF-8, which the name of an export must be",
                 path=one.path,
-                hint="give it another: --export NAME=IMAGE",
+                hint="give it another name: --export NAME=IMAGE",
             ) from error
         check_text("name", name)
         check_text("description", one.description or "")
@@ -131,7 +131,7 @@ def check_wanted(wanted: Sequence[Wanted]) -> None:
             raise errors.ImageInUse("is exported twice", path=one.path)
         if name in names:
             raise errors.InvalidArgument(
-                f"two exports are called {name!r}", path=one.path, hint="name them apart: --export NAME=IMAGE"
+                f"two exports are named {name!r}", path=one.path, hint="give them different names: --export NAME=IMAGE"
             )
         names.add(name)
         paths.add(real)
@@ -183,7 +183,7 @@ def wanted_of_file(path: str) -> list[Wanted]:
     """
     raw = read_whole(path, MAX_EXPORTS_FILE_BYTES)
     if raw is None and not exists(path):
-        raise errors.NotFound("there is no such list of exports", path=path)
+        raise errors.NotFound("no such list of exports", path=path)
     if raw is None:
         raise errors.InvalidArgument(
             f"is not a list of exports: not a regular file of at most {MAX_EXPORTS_FILE_BYTES} bytes", path=path
@@ -233,7 +233,7 @@ def _followed(path: str, manner: Manner) -> Disk:
     try:
         with contextlib.suppress(errors.NotFound):  # the image was merged: opening the newest removed it
             if manner.keep_overlay is None and real_path(newest_leaf(path, manner.options)) != real_path(newest):
-                raise errors.Replaced("changed its line of images while the newest was looked for", path=path)
+                raise errors.Replaced("its children changed while the newest was searched for", path=path)
     except BaseException:
         disk.close()
         raise
@@ -259,7 +259,7 @@ def _open_kept(path: str, child: str, options: OpenOptions) -> Disk:
     try:
         create_child(child, path, options=options)
     except errors.AlreadyExists as error:
-        error.hint = "choose another name, or serve that file: it holds what was kept"
+        error.hint = "choose another name, or serve that file, which holds the kept changes"
         raise
     try:
         # The parent was opened with its own folder allowed; for the child, that folder must be named.
@@ -282,4 +282,4 @@ def described(disk: Disk, *, temporary: bool = False) -> str:
     what = f"{leaf.facts.title}, {format_size(disk.size_bytes)}, {printable(os.path.basename(leaf.store.name))}"
     if len(disk.chain.layers) > 1 + temporary:
         what += f", chain of {len(disk.chain.layers) - temporary}"
-    return what + (", changes are thrown away" if temporary else "")
+    return what + (", changes are discarded" if temporary else "")

@@ -26,7 +26,7 @@ def test_ready_is_reported_by_the_process_itself(tmp_path: Path) -> None:
         return 7
 
     child = start(body, talks=False)
-    assert child.is_ready and child.said == ""
+    assert child.is_ready and child.output == ""
     facts_found = json.loads(facts.read_text())
     assert facts_found == {"session": child.pid, "folder": "/", "input": ""}
     os.kill(child.pid, signal.SIGUSR1)  # asks for progress, which must not end it
@@ -45,5 +45,5 @@ def test_output_before_ready_is_the_reason_of_the_failure() -> None:
         raise ValueError("broken")
 
     first, second = start(writes, talks=False), start(raises, talks=False)
-    assert (first.is_ready, first.said, first.wait()) == (False, "no such thing", 3)
-    assert (second.is_ready, second.said, second.wait()) == (False, "ValueError: broken\n", 1)
+    assert (first.is_ready, first.output, first.wait()) == (False, "no such thing", 3)
+    assert (second.is_ready, second.output, second.wait()) == (False, "ValueError: broken\n", 1)

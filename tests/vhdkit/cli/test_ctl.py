@@ -130,7 +130,7 @@ def test_exports_are_added_and_removed(folder: Path) -> None:
         assert "8.0 MiB" in good("ctl", "c", "add", "system=leaf.avhd", "--read-only")
         [export] = document("ctl", "c", "status")["exports"]
         assert (export["name"], export["read_only"]) == ("system", True)
-        assert "served already, as 'system'" in failure("ctl", "c", "add", "again=leaf.avhd", code=5)
+        assert "already served as 'system'" in failure("ctl", "c", "add", "again=leaf.avhd", code=5)
         assert "already" in failure("ctl", "c", "add", "system=base.vhd", "--read-only", code=2)
         assert "NAME=IMAGE" in failure("ctl", "c", "add", "leaf.avhd", code=2)
         assert "no" in failure("ctl", "c", "add", "x=absent.vhd", code=1)

@@ -187,7 +187,7 @@ def test_an_ordinary_user(folder: Path) -> None:
     assert done.returncode == 0, (done.stdout, done.stderr)
     assert "disk.vhd is at mnt: 4.0 MiB, writable" in done.stdout and done.stdout.endswith("hello")
     others, place = done.stderr.splitlines()
-    assert "user_allow_other" in others and "/srv" in place and "folders that are his own" in place
+    assert "user_allow_other" in others and "/srv" in place and "folders that the user owns" in place
 
 
 def _uncommented(path: Path) -> str:

@@ -2,7 +2,7 @@
 """The block allocation table: for each block, the sector of the file where its bitmap begins.
 
 Decides what an entry means and which part of the table must be written after a change. Entries are a numpy
-array in the machine's byte order; 0xFFFFFFFF means unallocated. Only the entries the virtual size needs are
+array in the machine's byte order; 0xFFFFFFFF means unallocated. Only the entries that the virtual size needs are
 kept: other programs leave spare entries, or junk, after them.
 
 The largest table takes 16 MiB, and a chain has up to 254: an image that is only read may leave its table in the file
@@ -41,7 +41,7 @@ class Bat:
 
     @property
     def entries(self) -> NDArray[np.uint32]:
-        """The whole table, to be looked at and changed."""
+        """The whole table, for reading and changing."""
         return self._entries
 
     def __len__(self) -> int:
@@ -57,12 +57,12 @@ class Bat:
         return np.not_equal(self.entries, BAT_UNALLOCATED)
 
     def set(self, block_index: int, start_bytes: int) -> None:
-        """Point the block at its bitmap; to be written with the next flush."""
+        """Point the block at its bitmap; the entry is written with the next flush."""
         self._view[block_index] = whole_sectors(start_bytes)
         self._dirty.add(block_index // ENTRIES_PER_SECTOR)
 
     def clear(self, block_index: int) -> None:
-        """Let the block have no space; to be written with the next flush."""
+        """Mark the block unallocated; the entry is written with the next flush."""
         self._view[block_index] = BAT_UNALLOCATED
         self._dirty.add(block_index // ENTRIES_PER_SECTOR)
 
@@ -72,7 +72,7 @@ class Bat:
         return bool(self._dirty)
 
     def take_dirty(self) -> dict[int, bytes]:
-        """Copies of the changed sectors of the table, by their number, which count as clean from now on."""
+        """Copies of the changed sectors of the table, by number; from now on they count as clean."""
         taken: dict[int, bytes] = {}
         clean: set[int] = set()
         for number in sorted(self._dirty):
@@ -82,7 +82,7 @@ class Bat:
         return taken
 
     def mark_dirty(self, numbers: dict[int, bytes]) -> None:
-        """Take back what `take_dirty` gave: it could not be written."""
+        """Mark the sectors from `take_dirty` as dirty again: they could not be written."""
         self._dirty.update(numbers)
 
     def sector_offset(self, number: int) -> int:
@@ -91,9 +91,9 @@ class Bat:
 
 
 class BatInFile(Bat):
-    """The table of an image that is only read, left in its file; the parts that are asked for are kept for a while.
+    """The table of an image that is only read, left in its file; recently used parts are cached.
 
-    `entries` and `allocated` read it whole, for who folds it into something else.
+    `entries` and `allocated` read all of it, for a caller that turns it into something else.
     """
 
     def __init__(self, store: Store, table_offset_bytes: int, block_count: int) -> None:
@@ -123,7 +123,7 @@ class BatInFile(Bat):
         first = number * ENTRIES_PER_PART
         count = min(ENTRIES_PER_PART, self._count - first)
         loaded = Bat.load(self._store, self.table_offset_bytes + first * BAT_ENTRY_SIZE, count)
-        part = np.full(count, BAT_UNALLOCATED, dtype=np.uint32)  # a file that was cut since has fewer
+        part = np.full(count, BAT_UNALLOCATED, dtype=np.uint32)  # a file that was truncated since has fewer
         part[: len(loaded)] = loaded.entries
         if len(self._parts) >= MAX_PARTS:
             self._parts.clear()
@@ -133,17 +133,17 @@ class BatInFile(Bat):
 
 
 class FewFlags:
-    """Truth values by number, of which only some are remembered."""
+    """A cache of truth values by number; a value that is not cached reads as false."""
 
     def __init__(self) -> None:
         self._set: set[int] = set()
 
     def __getitem__(self, number: int) -> bool:
-        """True when it is remembered so."""
+        """True when it is cached as true."""
         return number in self._set
 
     def __setitem__(self, number: int, value: int) -> None:
-        """Remember it, for a while."""
+        """Cache it."""
         if len(self._set) >= MAX_FLAGS:
             self._set.clear()
         (self._set.add if value else self._set.discard)(number)

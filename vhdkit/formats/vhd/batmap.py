@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""XenServer's batmap: one bit per block that says "wholly owned", a hint that must never promise too much.
+"""XenServer's batmap: one bit per block that marks it as wholly owned, a hint that must never be set wrongly.
 
 Decides how its bits and its checksum are written. A clear bit is always right, so bits are cleared before
 the block to which they belong is dropped or changed, and a new map begins with the bits that are still valid.
@@ -32,7 +32,7 @@ def map_size(block_count: int) -> int:
 
 
 def ranges(metadata: Metadata) -> list[tuple[int, int]]:
-    """(offset, end) of header and map; none where there is no batmap, or one too large to be true."""
+    """(offset, end) of header and map; empty without a batmap, or if its size is impossible."""
     if metadata.batmap is None or sectors_to_bytes(metadata.batmap.batmap_size) > MAX_MAP_BYTES:
         return []
     assert metadata.header is not None
@@ -42,7 +42,7 @@ def ranges(metadata: Metadata) -> list[tuple[int, int]]:
 
 
 def read_map(store: ReadStore, metadata: Metadata) -> bytes:
-    """The map's bytes for the blocks of the disk; empty where there is no batmap. Raises IoFailed."""
+    """The map's bytes for the blocks of the disk; empty without a batmap. Raises IoFailed."""
     if metadata.batmap is None:
         return b""
     size = min(sectors_to_bytes(metadata.batmap.batmap_size), map_size(metadata.block_count))
@@ -50,7 +50,7 @@ def read_map(store: ReadStore, metadata: Metadata) -> bytes:
 
 
 def clear_bits(store: Store, metadata: Metadata, blocks: NDArray[np.int64]) -> bool:
-    """Take the promise away from `blocks`; True when something was written, which the caller syncs.
+    """Clear the bits of `blocks`; True when something was written, which the caller syncs.
 
     Raises IoFailed, NoSpace.
     """
@@ -61,7 +61,7 @@ def clear_bits(store: Store, metadata: Metadata, blocks: NDArray[np.int64]) -> b
     if metadata.batmap is None or not np.any(bits[known // _BITS] & masks):
         return False
     np.bitwise_and.at(bits, known // _BITS, ~masks)
-    # The checksum is over the whole map, also what lies behind the blocks of the disk.
+    # The checksum is over the whole map, including what follows the blocks of the disk.
     whole = sectors_to_bytes(metadata.batmap.batmap_size)
     rest = store.pread(metadata.batmap.batmap_offset + len(raw), whole - len(raw))
     store.pwrite(metadata.batmap.batmap_offset, raw)
@@ -76,7 +76,7 @@ def build(header: BatmapHeader, raw: bytes) -> bytes:
 
 
 def moved(header: BatmapHeader, raw: bytes, header_offset: int, block_count: int) -> tuple[bytes, bytes]:
-    """Header and map, one behind the other from `header_offset`, for a disk that now has `block_count` blocks."""
+    """Header and map, one after the other from `header_offset`, for a disk that now has `block_count` blocks."""
     raw = raw.ljust(map_size(block_count), b"\0")
     place = replace(header, batmap_offset=header_offset + SECTOR_SIZE, batmap_size=len(raw) // SECTOR_SIZE)
     return build(place, raw), raw

@@ -18,7 +18,7 @@ _BITS = 8
 
 
 def bitmap_size(block_size_bytes: int) -> int:
-    """Bytes a block's bitmap takes in the file: one bit a sector, rounded up to whole sectors."""
+    """Bytes that a block's bitmap takes in the file: one bit per sector, rounded up to whole sectors."""
     return round_up(block_size_bytes // SECTOR_SIZE // _BITS, SECTOR_SIZE)
 
 
@@ -35,15 +35,15 @@ def packed(owned_sectors: NDArray[np.bool_], stored_size: int) -> bytearray:
 
 
 def is_full(raw: bytes | bytearray, sector_count: int) -> bool:
-    """True when each of the first `sector_count` sectors, those of the block that are of the disk, is set."""
+    """True when each of the first `sector_count` sectors, the part of the block inside the disk, is set."""
     whole, rest = divmod(sector_count, _BITS)
     return raw.startswith(b"\xff" * whole) and (rest == 0 or raw[whole] | 0xFF >> rest == 0xFF)
 
 
 def full(block_size_bytes: int, sector_count: int | None = None) -> bytearray:
-    """A bitmap, at its stored size, with the first `sector_count` sectors set, or every one.
+    """A bitmap, at its stored size, with the first `sector_count` sectors set, or all of them.
 
-    With every one the padding is set as well, as Hyper-V writes it.
+    If all are set, the padding is set as well, as Hyper-V writes it.
     """
     raw = bytearray(b"\xff" * bitmap_size(block_size_bytes))
     if sector_count is not None and sector_count < block_size_bytes // SECTOR_SIZE:
@@ -82,7 +82,7 @@ def set_run(raw: bytearray, first: int, count: int) -> bool:
 
 
 def runs(bits: NDArray[np.bool_]) -> list[tuple[int, int, bool]]:
-    """Neighbours that agree as (first, count, value), in order, without gaps."""
+    """The runs of equal bits as (first, count, value), in order, without gaps."""
     if not len(bits):
         return []
     edges = np.flatnonzero(bits[1:] != bits[:-1]) + 1

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that can be said about one VHD file: the thorough examination behind `vhdkit check`.
+"""The thorough examination of one VHD file behind `vhdkit check`.
 
-Decides what is an error (bytes will be read wrong or not at all), what a warning (we read it correctly, but other
+Decides what is an error (data is read wrong or not at all), what a warning (we read it correctly, but other
 programs may not, or space is lost) and what a note. Changes nothing and raises only for I/O errors. Parents are
 checked in `chain.verbs.check`.
 """
@@ -29,19 +29,19 @@ from vhdkit.units import KIB, MIB, SECTOR_SIZE, format_size, round_up, sectors_t
 
 _MAX_LISTED = 16  # findings of one kind, before the rest are only counted
 LEAK_BYTES = 64 * KIB  # a smaller gap is alignment
-MAX_FREED_BYTES = 16 * MIB  # of data in space that belongs to nothing: a larger backup is no backup any more
-_TOO_MUCH = f"there is more data in them than the {format_size(MAX_FREED_BYTES)} that a backup should hold"
-_TOLD_EVERY = 256  # blocks between two words of how far it is
+MAX_FREED_BYTES = 16 * MIB  # of data in unreferenced space: a backup of more would be unreasonably large
+_TOO_MUCH = f"they hold more data than the {format_size(MAX_FREED_BYTES)} that a backup should hold"
+_PROGRESS_EVERY = 256  # blocks between two reports of progress
 _READ_SECTORS = whole_sectors(256 * KIB)
 
 
 def check_vhd(
     store: ReadStore, *, ignore_bitmaps: bool = False, progress: Callable[[int, int], None] | None = None
 ) -> list[Finding]:
-    """Examine a VHD file. A missing footer or header is the only finding then; else all are listed.
+    """Examine a VHD file. If a footer or header is missing, that is the only finding; otherwise all are listed.
 
-    `ignore_bitmaps` leaves out what is no fault for a reader that ignores them. `progress` is called with bytes of the
-    disk that were looked at, and bytes in all. Raises IoFailed.
+    `ignore_bitmaps` omits what does not matter to a reader that ignores them. `progress` is called with the bytes of
+    the disk that were examined, and the bytes in all. Raises IoFailed.
     """
     try:
         metadata = read_metadata(store)
@@ -66,7 +66,7 @@ def check_vhd(
 
 
 def _table_errors(metadata: Metadata, bat: Bat) -> list[Finding]:
-    """The bad entries, the first few of each kind one by one: a hostile table has millions."""
+    """The bad entries, with only the first few of each kind listed: a hostile table has millions."""
     found = []
     for reason, blocks in bad_entries(metadata, bat):
         listed = blocks[:_MAX_LISTED].tolist()
@@ -128,7 +128,7 @@ def _footer_findings(metadata: Metadata) -> Iterator[Finding]:
     if not any(footer.unique_id):
         message = left_by_repair(
             "the unique id is all zeros: no child can name this image",
-            "images that stand on it now would not know it any more; a copy that `vhdkit convert` makes has an id",
+            "its existing children would not recognise it any more; a copy made by `vhdkit convert` has an id",
         )
         yield _warning(metadata, "no-id", message, "footer")
 
@@ -141,15 +141,15 @@ def _fixed_findings(store: ReadStore, metadata: Metadata) -> Iterator[Finding]:
     if data_end is None:
         message = left_by_repair(
             message,
-            "other programs take them for a part of the disk; a copy that `vhdkit convert` makes is read alike by all",
+            "other programs read them as a part of the disk; all programs read a copy made by `vhdkit convert` alike",
         )
     elif is_much(store, data_end, metadata.tail.offset_bytes - data_end):
-        message = left_by_repair(message, f"{_TOO_MUCH}; a copy that `vhdkit convert` makes is without them")
+        message = left_by_repair(message, f"{_TOO_MUCH}; a copy made by `vhdkit convert` does not have them")
     yield _warning(metadata, "trailing-space", message, "data", metadata.size_bytes)
 
 
 def spare_of_fixed(metadata: Metadata) -> int | None:
-    """Where unused bytes before the footer of a fixed image begin; None where some programs take them for the disk."""
+    """Where unused bytes before the footer of a fixed image begin; None if some programs read them as the disk."""
     data_end = max(metadata.size_bytes, metadata.footer.current_size)
     return data_end if data_end < metadata.tail.offset_bytes and data_end % SECTOR_SIZE == 0 else None
 
@@ -169,7 +169,7 @@ def _header_findings(store: ReadStore, metadata: Metadata) -> Iterator[Finding]:
         yield _note(
             metadata,
             "bat-spare",
-            f"{spare} entries more than the virtual size needs",
+            f"{spare} more entries than the virtual size needs",
             "BAT",
             header.table_offset,
         )
@@ -180,12 +180,12 @@ def _header_findings(store: ReadStore, metadata: Metadata) -> Iterator[Finding]:
                 CorruptReason.LOCATOR_OUTSIDE_FILE: "the text lies past the end of the file",
             }.get(locator.fault, "the text cannot be decoded")
             if locator.fault is not CorruptReason.LOCATOR_OUTSIDE_FILE:
-                message += "; `check --repair` writes the names anew once it finds the parent"
+                message += "; `check --repair` rewrites the names once it finds the parent"
             yield _warning(metadata, locator.fault.value, message, locator.structure, locator.data_offset_bytes)
     if metadata.is_differencing and not metadata.parent_name and not any(one.text for one in metadata.locators):
         yield Finding(Severity.ERROR, "parent-unnamed", "nothing names the parent", metadata.path, "dynamic header")
     elif metadata.is_differencing and not metadata.parent_name:
-        message = "the header has no name for the parent, but a locator has: XenServer refuses such an image"
+        message = "a locator names the parent, but the header does not: XenServer refuses such an image"
         yield _warning(metadata, "parent-name", message, "dynamic header", metadata.footer.data_offset)
     table_end = header.table_offset + metadata.block_count * layout.BAT_ENTRY_SIZE
     padding = store.pread(table_end, round_up(table_end, SECTOR_SIZE) - table_end)
@@ -194,13 +194,13 @@ def _header_findings(store: ReadStore, metadata: Metadata) -> Iterator[Finding]:
 
 
 def gaps(metadata: Metadata, bat: Bat) -> Iterator[tuple[int, int]]:
-    """(offset, size) of the space between structures, blocks and the end of the data that belongs to nothing.
+    """(offset, size) of unreferenced space between structures, blocks and the end of the data.
 
-    What is smaller than LEAK_BYTES is alignment and left out.
+    Gaps smaller than LEAK_BYTES are alignment and left out.
     """
     whole, _ = used_sizes(metadata)
     starts = block_starts(bat)
-    # A locator may claim any 64-bit place: what is outside the file takes no space of it.
+    # A locator may claim any 64-bit place: what is outside the file takes no space in it.
     limit = metadata.file_size_bytes
     places = [(offset, min(offset + size, limit)) for _, offset, size in metadata.structures() if offset < limit]
     places.append(table_range(metadata, bat))
@@ -229,7 +229,7 @@ def held_bytes(store: ReadStore, offset_bytes: int, size_bytes: int, *, enough: 
 
 
 def _space_findings(store: ReadStore, metadata: Metadata, bat: Bat) -> Iterator[Finding]:
-    """Space that belongs to nothing, and blocks that are stored short."""
+    """Unreferenced space, and truncated blocks."""
     assert metadata.header is not None
     whole, last = used_sizes(metadata)
     starts = bat.entries[bat.allocated()].astype(np.int64) * SECTOR_SIZE
@@ -241,7 +241,7 @@ def _space_findings(store: ReadStore, metadata: Metadata, bat: Bat) -> Iterator[
         for one in gaps(metadata, bat)
         if one[0] >= first_block or held_bytes(store, *one, enough=LEAK_BYTES) >= LEAK_BYTES
     ]
-    if end_of_room(store) is not None:  # a device: what lies between the last block and the footer is for new ones
+    if end_of_room(store) is not None:  # a device: the space between the last block and the footer is for new blocks
         leaks = [one for one in leaks if one[0] + one[1] < data_end]
     if leaks:
         leaked, first = sum(size for _, size in leaks), leaks[0][0]
@@ -250,19 +250,19 @@ def _space_findings(store: ReadStore, metadata: Metadata, bat: Bat) -> Iterator[
         if len(leaks) > len(listed) or any(
             held_bytes(store, *leak, enough=LEAK_BYTES) >= LEAK_BYTES for leak in listed
         ):
-            message = f"{format_size(leaked)} belong to nothing"
+            message = f"{format_size(leaked)} are unreferenced"
             if has_spare_entries(store, metadata):
-                message = left_by_repair(message, "entries of the table behind the end of the disk may point there")
+                message = left_by_repair(message, "entries of the table past the end of the disk may point there")
             elif sum(held_bytes(store, *leak, enough=MAX_FREED_BYTES + 1) for leak in leaks) > MAX_FREED_BYTES:
-                message = left_by_repair(message, f"{_TOO_MUCH}; `vhdkit compact` gives them back")
+                message = left_by_repair(message, f"{_TOO_MUCH}; `vhdkit compact` frees them")
             yield _warning(metadata, "leaked-space", message, "file", first)
         else:
-            message = f"{format_size(leaked)} belong to nothing, and are a hole that costs nothing"
+            message = f"{format_size(leaked)} are unreferenced, but a hole that takes no space"
             yield _note(metadata, "leaked-space", message, "file", first)
     final = bat.block_start(len(bat) - 1)
     ends = starts + np.where(starts == final, last, whole)
     data_starts = starts + bitmap.bitmap_size(metadata.header.block_size)
-    cuts = np.maximum(ends - np.maximum(data_starts, data_end), 0)  # of each block: never more than its data
+    cuts = np.maximum(ends - np.maximum(data_starts, data_end), 0)  # per block: never more than its data
     lost, count = int(cuts.sum()), int(np.count_nonzero(cuts))
     if count:
         what = f"a block lacks its last {lost} bytes" if count == 1 else f"{count} blocks lack {lost} bytes in all"
@@ -280,31 +280,31 @@ def _space_findings(store: ReadStore, metadata: Metadata, bat: Bat) -> Iterator[
 def _front_findings(metadata: Metadata, bat: Bat) -> Iterator[Finding]:
     """Structures where XenServer expects none."""
     for structure, offset in behind_first_block(metadata, bat):
-        message = "lies behind the first block: XenServer calls such an image invalid"
+        message = "lies after the first block: XenServer treats such an image as invalid"
         yield _warning(metadata, "behind-blocks", message, structure, offset)
 
 
 def _promise_findings(store: ReadStore, metadata: Metadata, bat: Bat) -> Iterator[Finding]:
-    """Bits and batmap entries for more than there is."""
+    """Bits and batmap entries that are wrongly set."""
     bits = bits_behind_end(store, metadata, bat)
     if bits is not None:
         severity = Severity.WARNING if metadata.is_differencing else Severity.NOTE  # only children are coalesced
-        message = f"{bits.count} bits are set behind the end of the disk"
+        message = f"{bits.count} bits are set past the end of the disk"
         if metadata.is_differencing:
             message += ": XenServer cannot coalesce it"
         structure = f"bitmap of block {bits.block_index}"
         yield Finding(severity, "bits-behind-end", message, metadata.path, structure, bits.offset_bytes)
     for block in wrong_batmap_bits(store, metadata, bat).tolist():
         start = bat.block_start(block)
-        said = "its bitmap does not" if start >= 0 else "which has no space"
-        message = f"the batmap calls block {block} full, {said}"
+        fact = "its bitmap does not" if start >= 0 else "which is not allocated"
+        message = f"the batmap marks block {block} as full, {fact}"
         if not batmap_lies_apart(metadata, bat):
             message = left_by_repair(message, "the batmap lies over another structure")
         yield _warning(metadata, "batmap", message, f"bitmap of block {block}", start if start >= 0 else None)
 
 
 def has_spare_entries(store: ReadStore, metadata: Metadata) -> bool:
-    """True when the table goes on behind the end of the disk, and not with empty entries: blocks of somebody's."""
+    """True when the table has entries past the end of the disk that are not empty: another program's blocks."""
     assert metadata.header is not None
     header = metadata.header
     position = header.table_offset + metadata.block_count * layout.BAT_ENTRY_SIZE
@@ -332,7 +332,7 @@ def _bitmap_findings(
     block_size = metadata.header.block_size
     size, sector_count = bitmap.bitmap_size(block_size), whole_sectors(block_size)
     for number, block in enumerate(np.flatnonzero(bat.allocated()).tolist()):
-        if progress is not None and number % _TOLD_EVERY == 0:
+        if progress is not None and number % _PROGRESS_EVERY == 0:
             progress(block * block_size, metadata.size_bytes)
         start = bat.block_start(block)
         raw = store.pread(start, size).ljust(size, b"\0")
@@ -347,9 +347,9 @@ def _bitmap_findings(
                     metadata,
                     "hidden-data",
                     left_by_repair(
-                        f"bytes under clear bits of block {block} are not zeros; some readers show them"
+                        f"data under clear bits of block {block} is not zeros; some programs show it"
                         " (--dynamic-bitmap ignore)",
-                        "it cannot know what is meant; a copy that `vhdkit convert` makes is read alike by all",
+                        "it cannot know which is intended; all programs read a copy made by `vhdkit convert` alike",
                     ),
                     f"block {block}",
                     place,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one write order of a dynamic or differencing image, and where new blocks go.
+"""The write order of a dynamic or differencing image, and where new blocks go.
 
 Decides where a new block is placed and in which order its parts reach the device. Must not know virtual sectors:
 `dynamic` says which block and which bits.
@@ -67,23 +67,23 @@ class Commit:
         self.guard = SyncGuard(store)
         self.lock = threading.Lock()  # over everything a flush copies
         self._flush_lock = threading.Lock()  # one flush at a time
-        self.bitmaps: dict[int, bytearray] = {}  # by block; those dirty or in flight never leave
+        self.bitmaps: dict[int, bytearray] = {}  # by block; dirty ones and those in flight are never dropped
         self._dirty: set[int] = set()
         self._vacated: list[tuple[int, int]] = []  # places of moved blocks, to be punched after the next flush
         # What a flush took of the three above, until it is durable: a flush that fails or is interrupted leaves it
-        # here, and the next one takes it back.
+        # here, and the next one marks it dirty again.
         self._in_flight: set[int] = set()
         self._table_in_flight: dict[int, bytes] = {}
         self._vacating: list[tuple[int, int]] = []
         self._has_placed = False
 
     def use_table(self, bat: Bat) -> None:
-        """Go by another `Bat` of the same table; nothing is dirty."""
+        """Use another `Bat` of the same table; nothing may be dirty."""
         assert not self._bat.is_dirty and not self._dirty
         self._bat = bat
 
     def place_block(self, fill: Callable[[int], object] | None) -> int:
-        """Reserve room for a block and have `fill` write what belongs there; returns the offset of its bitmap.
+        """Reserve space for a block and have `fill` write its content; returns the offset of its bitmap.
 
         `fill` gets the offset of the data. Nothing points at the block until `publish`. On failure the file is cut
         back to what it was. Raises NoSpace, also where a BAT entry could not express the offset.
@@ -91,7 +91,7 @@ class Commit:
         size_before = self._store.size()
         free_bytes = self._free_bytes
         if self._room_end is None:
-            # The file may have grown behind our back: what lies there is somebody's, whatever it is (`INV-NO-REUSE`).
+            # Another program may have extended the file: leave what lies there alone (`INV-NO-REUSE`).
             free_bytes = max(free_bytes, size_before)
         data_offset = round_up(free_bytes + self._bitmap_size, PAGE_SIZE)
         start, end = data_offset - self._bitmap_size, data_offset + self._block_size
@@ -101,25 +101,25 @@ class Commit:
             self._place_in_room(start, end, fill)
             return start
         self._has_placed = True
-        if self._notes is not None:  # who is killed before the block is noted leaves its space to nobody
+        if self._notes is not None:  # if we are killed before the block is noted, its space must stay unused
             self._notes.prepare()
         try:
             self._store.reserve(start, self._bitmap_size)
             self._store.reserve(end, FOOTER_SIZE)
             if fill is not None:
                 fill(data_offset)
-        except BaseException:  # Ctrl-C too: what was written there must not be under a later block
+        except BaseException:  # also Ctrl-C: a later block must not lie over what was written there
             self._give_back(size_before, end)
             raise
         self._free_bytes = end + FOOTER_SIZE
         return start
 
     def _place_in_room(self, start: int, end: int, fill: Callable[[int], object] | None) -> None:
-        """As `place_block` on a device. Whatever is raised, nothing points there: the next block takes the place."""
+        """As `place_block`, on a device. After an exception nothing points there: the next block takes the place."""
         assert self._room_end is not None
         if end > self._room_end:
             raise errors.NoSpace(
-                f"the device has no room for another block of {self._block_size} bytes before its footer at byte"
+                f"the device has no space for another block of {self._block_size} bytes before its footer at byte"
                 f" {self._room_end:#x}",
                 path=self._store.name,
                 hint="move the disk to a larger device or into a file: `vhdkit convert`",
@@ -134,14 +134,14 @@ class Commit:
         self._free_bytes = end
 
     def _give_back(self, size_before: int, end: int) -> None:
-        """Undo a half-made extension; where even that fails the space leaks, since it may not be zeros."""
+        """Undo a half-made extension; if even that fails, the space leaks, since it may not be zeros."""
         try:
             self._store.truncate(size_before)
         except errors.VhdkitError:
             self._free_bytes = end + FOOTER_SIZE
 
     def publish(self, block_index: int, start_bytes: int, bitmap: bytearray) -> None:
-        """Let the block be found, now in memory and at the next flush in the file."""
+        """Make the block reachable, now in memory and with the next flush in the file."""
         with self.lock:
             self.bitmaps[block_index] = bitmap
             self._dirty.add(block_index)
@@ -150,9 +150,11 @@ class Commit:
         self._limit_dirty()
 
     def publish_whole(self, block_index: int, start_bytes: int, vacated: tuple[int, int] | None) -> None:
-        """Like `publish` for a block whose bitmap is in the file already: written with the data, which nothing points
-        at. `vacated` is the place (offset, size) that the block leaves; once the BAT says so on the device it is
-        punched, never used again."""
+        """Like `publish`, for a block whose bitmap was written with the data, where nothing points yet.
+
+        `vacated` is the place (offset, size) that the block leaves; once the BAT on the device has changed, it is
+        punched, and never used again.
+        """
         with self.lock:
             self.bitmaps.pop(block_index, None)
             self._dirty.discard(block_index)
@@ -172,13 +174,13 @@ class Commit:
         self._note(block_index, self._bat.block_start(block_index), self.bitmaps[block_index])
 
     def _note(self, block_index: int, start_bytes: int, bitmap: bytearray | None) -> None:
-        """Before the BAT in memory says so, too."""
+        """Note a change before it is made to the BAT in memory."""
         if self._notes is not None:
             before = self._bat.block_start(block_index)
             self._notes.note(block_index, start_bytes, bitmap, before_bytes=before, free_bytes=self._free_bytes)
 
     def change_begins(self) -> None:
-        """A writer is about to change the file, be it in place."""
+        """A writer is about to change the file, possibly in place."""
         if self._notes is not None:
             self._notes.change_begins(WRITER)
 
@@ -188,7 +190,7 @@ class Commit:
             self._notes.change_ended(WRITER)
 
     def half_full(self) -> bool:
-        """True when half of what may wait for a flush does, so a flush beside the writers is a good idea."""
+        """True when half of what may wait for a flush is waiting: time for a flush beside the writers."""
         return 2 * len(self._dirty) * self._bitmap_size >= MAX_DIRTY_BYTES or self._has_long_notes()
 
     def _has_long_notes(self) -> bool:
@@ -243,13 +245,13 @@ class Commit:
                     self._notes.flush_ended()
             if footer_offset is not None:
                 self._write_footer(footer_offset)
-            with contextlib.suppress(errors.VhdkitError):  # it only gives space back: a flush does not fail for that
+            with contextlib.suppress(errors.VhdkitError):  # it only frees space: a flush does not fail because of it
                 for offset, size in vacated:
                     self._store.punch(offset, size)
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[None]:
-        """The file is changed by a flush, as far as notes are concerned."""
+        """Announce to the notes that a flush changes the file."""
         if self._notes is None:
             yield
             return
@@ -260,7 +262,7 @@ class Commit:
             self._notes.change_ended(FLUSH)
 
     def _take_back(self) -> None:
-        """What an earlier flush did not make durable is dirty (under `lock`). Done again it does no harm."""
+        """Mark as dirty what an earlier flush did not make durable (under `lock`). Idempotent."""
         self._dirty |= self._in_flight
         self._bat.mark_dirty(self._table_in_flight)
         self._vacating, self._vacated = [], self._vacating + self._vacated
@@ -279,7 +281,7 @@ class Commit:
     def _write_metadata(self, bitmaps: dict[int, bytes], table: dict[int, bytes]) -> None:
         """Bitmaps and BAT may land in any order: see `INV-FLUSHED-OR-NEWER` above."""
         if self._notes is not None:
-            self._notes.change_begins(FLUSH)  # anew: the sync before took its time
+            self._notes.change_begins(FLUSH)  # again, because the sync took time
         for block, raw in bitmaps.items():
             self._store.pwrite(self._bat.block_start(block), raw)
         for number, raw in table.items():

@@ -2,7 +2,7 @@
 """New VHD images, written whole into an empty store.
 
 Decides what our own files look like: footer copy and dynamic header in page 0, the BAT on pages of its own,
-then the locators, then the trailing footer; blocks will follow with their data on 4 KiB boundaries.
+then the locators, then the trailing footer; later blocks have their data on 4 KiB boundaries.
 
     0        512              4096        ...        ...
     | copy   | dynamic header | BAT (FF)  | locators | footer |
@@ -35,8 +35,8 @@ _BAT_WRITE_BYTES = MIB
 class ParentLink:
     """What a differencing image records of its parent.
 
-    `relative` and `absolute` are Windows paths. `unique_id` is 16 bytes as the parent's footer has them, all
-    zeros for a raw parent.
+    `relative` and `absolute` are Windows paths. `unique_id` is the 16 bytes in the parent's footer, all zeros for a
+    raw parent.
     """
 
     unique_id: bytes
@@ -47,7 +47,7 @@ class ParentLink:
 
 
 def check_size(size_bytes: int, *, fixed: bool = False) -> None:
-    """Raise InvalidArgument for a virtual size no VHD can have."""
+    """Raise InvalidArgument for a virtual size that no VHD can have."""
     if size_bytes % SECTOR_SIZE:
         raise errors.InvalidArgument(
             f"a disk of {size_bytes} bytes is not a whole number of {SECTOR_SIZE}-byte sectors"
@@ -62,7 +62,7 @@ def check_size(size_bytes: int, *, fixed: bool = False) -> None:
 
 
 def check_block_size(block_size_bytes: int) -> None:
-    """Raise InvalidArgument for a block size we do not write."""
+    """Raise InvalidArgument for a block size that we do not write."""
     if not (is_power_of_two(block_size_bytes) and MIN_BLOCK_SIZE <= block_size_bytes <= MAX_BLOCK_SIZE):
         raise errors.InvalidArgument(
             f"a block size is a power of two from {format_size(MIN_BLOCK_SIZE)} to {format_size(MAX_BLOCK_SIZE)},"
@@ -97,7 +97,7 @@ def new_footer(disk_type: int, size_bytes: int) -> Footer:
 
 
 def create_fixed(store: Store, size_bytes: int, *, preallocate: bool = False) -> Footer:
-    """Make the empty `store` a fixed VHD of zeros: sparse, or with all its space set aside.
+    """Make the empty `store` a fixed VHD of zeros: sparse, or with all its space allocated.
 
     Raises InvalidArgument, NoSpace.
     """
@@ -162,7 +162,7 @@ def _create_sparse(store: Store, footer: Footer, block_size_bytes: int, link: Pa
 def linked_header(
     header: DynamicHeader, link: ParentLink, offset: int
 ) -> tuple[DynamicHeader, list[tuple[int, bytes]], int]:
-    """`header` with everything that names the parent, and the locator texts to write from `offset` on."""
+    """`header` with the names of the parent, the locator texts to write from `offset` on, and their end."""
     texts = [(locator.RELATIVE, link.relative), (locator.ABSOLUTE, link.absolute)]
     try:
         entries, writes, end = locator.place_locators(texts, offset)
@@ -185,7 +185,7 @@ def linked_header(
 
 
 def _fill_table(store: Store, offset_bytes: int, size_bytes: int) -> None:
-    """Every BAT entry, and the padding of its last page, says unallocated."""
+    """Mark every BAT entry, and the padding of its last page, as unallocated."""
     empty = b"\xff" * min(size_bytes, _BAT_WRITE_BYTES)
     for position in range(0, size_bytes, _BAT_WRITE_BYTES):
         store.pwrite(offset_bytes + position, empty[: size_bytes - position])

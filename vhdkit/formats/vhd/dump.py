@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The raw structures of a VHD, field by field with their offsets, whether they make sense or not.
+"""The raw structures of a VHD, field by field with their offsets, whether they are valid or not.
 
-Decides how a field is shown. For people and tools that examine damaged files: no value is refused here.
+Decides how a field is shown. For examining damaged files: no value is refused here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _HEADER_FOLLOWS_BYTES = layout.FOOTER_SIZE
 
 
 def dump_vhd(store: ReadStore) -> list[StructureDump]:
-    """Everything that could be a structure: both footers, the header the better one points at, its locators.
+    """Everything that could be a structure: both footers, the header that the better one points at, its locators.
 
     Raises only IoFailed.
     """

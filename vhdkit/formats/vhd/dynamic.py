@@ -32,7 +32,7 @@ from vhdkit.image import Extent, ExtentKind, ImageFacts, Piece, copy_piece, merg
 from vhdkit.store import Store
 from vhdkit.units import PAGE_SIZE, SECTOR_SIZE, sectors_to_bytes, whole_sectors
 
-NO_END = 1 << 62  # a store offset no file reaches
+NO_END = 1 << 62  # a store offset that no file reaches
 
 
 class DynamicImage:
@@ -63,12 +63,12 @@ class DynamicImage:
         self.is_differencing = metadata.is_differencing
         self.unowned = ExtentKind.ABSENT if self.is_differencing else ExtentKind.ZERO
         self.block_size_bytes = metadata.header.block_size
-        # A writable image has no short last block: `mend` saw to it, and new blocks come behind the old end.
+        # A writable image has no truncated last block: `mend` repaired it, and new blocks come after the old end.
         self.data_end_bytes = NO_END if writable else block_data_end(metadata)
         self.findings: list[Finding] = list(metadata.findings)
         self.ignore_bitmaps = ignore_bitmaps and not self.is_differencing
-        self.damage: CorruptImage | None = None  # why it cannot be written to: its blocks lie over each other
-        self._keeps_places = False  # True: an open chain reads the file by where its blocks are now: none moves
+        self.damage: CorruptImage | None = None  # why it cannot be written to: its blocks overlap
+        self._keeps_places = False  # True: an open chain reads the blocks at their places, so none may move
         self._sectors_per_block = whole_sectors(self.block_size_bytes)
         self._bitmap_size = bitmap.bitmap_size(self.block_size_bytes)
         self._full: bytearray | FewFlags = bytearray(len(bat))  # 1: the block is known to be wholly owned
@@ -121,7 +121,7 @@ class DynamicImage:
         return None if self._full[block_index] else bitmap.owned(raw, self._sectors_per_block)
 
     def _bitmap(self, block_index: int) -> bytearray:
-        """The bitmap of an allocated block, from memory or file. Remembers a full one as such."""
+        """The bitmap of an allocated block, from memory or file. Records whether it is full."""
         with self._commit.lock:
             raw = self._commit.bitmaps.get(block_index)
             if raw is None:
@@ -158,7 +158,7 @@ class DynamicImage:
                 )
 
     def _owned_run(self, sector_index: int, sector_count: int, offset: int) -> Iterator[Extent]:
-        """An owned run, cut where the file's data ends: a last block may be stored short."""
+        """An owned run, cut where the file's data ends: the last block may be truncated."""
         inside = min(max(0, (self.data_end_bytes - offset) // SECTOR_SIZE), sector_count)
         if inside:
             yield Extent(sector_index, inside, ExtentKind.DATA, 0, offset)
@@ -169,7 +169,7 @@ class DynamicImage:
         return block_index * self._sectors_per_block
 
     def _sectors_inside(self, block_index: int) -> int:
-        """The sectors of a block that are of the disk, which may end inside the last one."""
+        """The number of sectors of a block inside the disk, which may end within the last one."""
         return min(whole_sectors(self.size_bytes) - self._block_sector(block_index), self._sectors_per_block)
 
     def _split(self, sector_index: int, sector_count: int) -> Iterator[tuple[int, int, int]]:
@@ -224,7 +224,7 @@ class DynamicImage:
             self._commit.change_ended()
 
     def _write_block(self, block: int, first: int, count: int, data: memoryview | None) -> bool:
-        """Own a run of one block, holding `data`, or zeros when that is None."""
+        """Write a run of one block, which then owns it: `data`, or zeros for None."""
         self._commit.guard.check()
         self._commit.change_begins()
         start = self.bat.block_start(block)
@@ -246,7 +246,7 @@ class DynamicImage:
             raw = bytearray(self._bitmap_size)
             bitmap.set_run(raw, first, count)
         else:
-            # Readers disagree on clear bits in a dynamic disk, so ours has none: the rest of the block is zeros.
+            # Programs read clear bits in a dynamic disk differently, so ours has none: the rest of the block is zeros.
             raw = bitmap.full(self.block_size_bytes, self._sectors_inside(block))
         self._commit.publish(block, start, raw)
         if bitmap.is_full(raw, self._sectors_inside(block)):
@@ -320,7 +320,7 @@ class DynamicImage:
             self._commit.change_ended()
 
     def _owned_with(self, block: int, pieces: Sequence[Piece]) -> tuple[NDArray[np.bool_], bool]:
-        """Which sectors the block owns once it has the pieces, and whether those are more than now."""
+        """Which sectors the block owns once it has the pieces, and whether they are more than now."""
         if self.bat.block_start(block) < 0:
             owned = np.full(self._sectors_per_block, not self.is_differencing)
         elif self._full[block]:
@@ -337,7 +337,7 @@ class DynamicImage:
         return owned, int(np.count_nonzero(owned)) > before
 
     def _owns_all(self, block: int, owned: NDArray[np.bool_]) -> bool:
-        """True when `owned` has every sector of the block that is of the disk."""
+        """True when `owned` has every sector of the block inside the disk."""
         return bool(owned[: self._sectors_inside(block)].all())
 
     def _take_in_place(self, block: int, pieces: Sequence[Piece], owned: NDArray[np.bool_], grew: bool) -> None:
@@ -357,7 +357,7 @@ class DynamicImage:
         self._commit.limit()
 
     def _take_anew(self, block: int, pieces: Sequence[Piece], owned: NDArray[np.bool_]) -> None:
-        """Place the block behind everything with all that it owns: the pieces, and what it has already."""
+        """Place the block after everything else with all that it owns: the pieces, and its present content."""
         first_sector, old = self._block_sector(block), self.block_offset(block)
         end_sector = min(first_sector + len(owned), whole_sectors(self.size_bytes))
 
@@ -402,7 +402,7 @@ class DynamicImage:
             self._commit.flush()
 
     def seal(self) -> None:
-        """See `Layer.seal`: the second flush is for the footer of the first."""
+        """See `Layer.seal`: the second flush syncs the footer that the first one writes."""
         self.flush()
         self.flush()
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which entries of a BAT cannot be true: blocks outside the file, over headers, or over each other.
+"""Which entries of a BAT are impossible: blocks outside the file, over headers, or over each other.
 
 Decides what is wrong with a table as a whole, and how an impossible entry is reported. Must not know what is in the
-blocks, nor what is done about it.
+blocks, nor how they are repaired.
 
-`INV-BLOCKS-DISJOINT`: blocks overlap neither each other nor headers. Blocks over each other can be read, and are
-refused for writing only.
+`INV-BLOCKS-DISJOINT`: blocks overlap neither each other nor headers. Blocks that overlap each other can be read, and
+are refused for writing only.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vhdkit.units import SECTOR_SIZE, sectors_to_bytes
 
 
 def used_sizes(metadata: Metadata) -> tuple[int, int]:
-    """Bytes in the file, bitmap included, of a block and of the last one, which the disk's end may cut."""
+    """Bytes in the file, bitmap included, of a block and of the last one, which may reach past the disk's end."""
     assert metadata.header is not None
     block_size = metadata.header.block_size
     bitmap_bytes = bitmap.bitmap_size(block_size)
@@ -37,7 +37,7 @@ def check_blocks(metadata: Metadata, bat: Bat) -> CorruptImage | None:
     """Refuse BAT entries outside the file or over metadata (`INV-BLOCKS-DISJOINT`).
 
     Overlapping blocks can both be read, but a write to one would change the other: the error for those is returned,
-    and a caller that opens the image for writing raises it.
+    and raised by a caller that opens the image for writing.
     """
     for reason, blocks in bad_entries(metadata, bat):
         if len(blocks):
@@ -49,7 +49,7 @@ def check_blocks(metadata: Metadata, bat: Bat) -> CorruptImage | None:
 
 
 def bad_entries(metadata: Metadata, bat: Bat) -> Iterator[tuple[CorruptReason, NDArray[np.intp]]]:
-    """What is wrong with the table's entries: each reason with the blocks it is true of, worst kind first.
+    """What is wrong with the table's entries: each reason with its blocks, the worst kind first.
 
     Arrays, not errors: a hostile table of 16 MiB has four million bad entries. A sound table of a million blocks
     costs a few vectorised passes, milliseconds.
@@ -84,7 +84,7 @@ def _overlapping(bat: Bat, whole: int, last: int) -> NDArray[np.bool_]:
     close = np.flatnonzero(gaps < whole // SECTOR_SIZE)
     if not len(close):
         return np.zeros(len(bat), dtype=np.bool_)
-    # Only the block that the end of the disk cuts may take less room than a whole one.
+    # Only a block that reaches past the end of the disk may take less space than a whole one.
     final = bat.block_start(len(bat) - 1) // SECTOR_SIZE
     close = close[~((used[close] == final) & (gaps[close] >= last // SECTOR_SIZE))]
     return bat.allocated() & np.isin(bat.entries, used[close + 1])
@@ -97,7 +97,7 @@ _PROBLEMS = {
 }
 
 
-_OVERLAP_HINT = "it can be read meanwhile; `vhdkit check --repair` moves the blocks apart, then it can be written to"
+_OVERLAP_HINT = "it can be read; `vhdkit check --repair` separates the blocks, then it can also be written to"
 
 
 def entry_error(metadata: Metadata, bat: Bat, reason: CorruptReason, block_index: int) -> CorruptImage:
@@ -109,7 +109,5 @@ def entry_error(metadata: Metadata, bat: Bat, reason: CorruptReason, block_index
         structure=f"BAT entry {block_index}",
         offset_bytes=bat.table_offset_bytes + block_index * BAT_ENTRY_SIZE,
         found=f"block at byte {bat.block_start(block_index):#x} of a file of {metadata.file_size_bytes} bytes",
-        hint=_OVERLAP_HINT
-        if reason is CorruptReason.BLOCKS_OVERLAP
-        else "`vhdkit check` lists everything that is wrong",
+        hint=_OVERLAP_HINT if reason is CorruptReason.BLOCKS_OVERLAP else "`vhdkit check` lists all problems",
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A VHD's facts in the words of every format.
+"""A VHD's facts in the form that all formats share.
 
 Decides which of a child's names for its parent is tried first, and what counts as one. Reads nothing: it is given the
 `Metadata` of a file. Must not know where a name leads on this machine.
@@ -22,7 +22,7 @@ _LOCATOR_ORDER = (RELATIVE, ABSOLUTE, MAC, OLD_RELATIVE, OLD_ABSOLUTE)
 
 
 def facts_of(metadata: Metadata) -> ImageFacts:
-    """What the image says about itself."""
+    """The image's metadata."""
     footer, header = metadata.footer, metadata.header
     return ImageFacts(
         path=metadata.path,
@@ -58,7 +58,7 @@ def _parent_of(metadata: Metadata) -> ParentRef:
 
 
 def details_of(store: ReadStore, metadata: Metadata) -> ImageDetails:
-    """What else there is to show; reads the BAT. Raises IoFailed."""
+    """The further details that `info` shows; reads the BAT. Raises IoFailed."""
     footer, header = metadata.footer, metadata.header
     allocated = None
     if header is not None:

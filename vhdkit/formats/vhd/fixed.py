@@ -10,7 +10,7 @@ from vhdkit.store import Store
 
 
 class FixedImage(LinearImage):
-    """A linear image with a footer behind its data, which writing never touches."""
+    """A linear image with a footer after its data, which writing never touches."""
 
     def __init__(self, store: Store, metadata: Metadata, *, writable: bool) -> None:
         super().__init__(store, facts_of(metadata), writable=writable)

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two footers of a VHD: where they stand, what each is worth, and which one is believed.
+"""The two footers of a VHD: where they are, whether each is valid, and which one is used.
 
-Decides between the trailing footer and its copy, and what is said about one that is damaged. Must not know the header
-or the BAT (`metadata`).
+Decides between the trailing footer and its copy, and how a damaged one is reported. Must not know the header or the
+BAT (`metadata`).
 
     offset 0                                end - 512
     | footer copy | ...                     | footer |      dynamic and differencing images
     | the guest's first sector ...          | footer |      fixed images
 
-The trailing footer is believed first: in a fixed image the first sector belongs to the guest, who could write
-something like a footer there. `INV-FOOTER-COPY`: if either one is good, the image opens.
+The trailing footer has priority: in a fixed image the first sector belongs to the guest, which could write something
+like a footer there. `INV-FOOTER-COPY`: if either one is good, the image opens.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _KILLED_BYTE = 0xC7  # tapdisk fills the trailing footer with it while it holds 
 
 
 class FooterState(StrEnum):
-    """What stands where a footer belongs."""
+    """What is found in the place of a footer."""
 
     GOOD = "good"
     SHORT = "good, 511 bytes"
@@ -43,7 +43,7 @@ class FooterState(StrEnum):
 
     @property
     def usable(self) -> bool:
-        """True when the footer can be believed."""
+        """True when the footer can be used."""
         return self in (FooterState.GOOD, FooterState.SHORT)
 
 
@@ -58,12 +58,12 @@ class FooterPlace:
 
     @property
     def footer(self) -> Footer:
-        """The fields, whatever they are worth."""
+        """The fields, valid or not."""
         return layout.parse_footer(self.raw)
 
 
 def footer_state(raw: bytes) -> FooterState:
-    """Judge the bytes where a footer belongs, 512 or 511 of them."""
+    """The state of the bytes in the place of a footer, 512 or 511 of them."""
     if raw and raw.count(_KILLED_BYTE) == len(raw):
         return FooterState.KILLED
     if raw.startswith(layout.POISONED_COOKIE):
@@ -80,7 +80,7 @@ def footer_state(raw: bytes) -> FooterState:
 
 
 def read_footers(store: ReadStore) -> tuple[FooterPlace, FooterPlace]:
-    """What stands at the end of the file, or before zeros there, and at its beginning. Raises only for I/O errors."""
+    """The footer at the end of the file, or before zeros there, and the copy. Raises only for I/O errors."""
     size = store.size()
     offset = max(size - layout.FOOTER_SIZE, 0)
     raw = store.pread(offset, layout.FOOTER_SIZE)
@@ -104,7 +104,7 @@ def read_footers(store: ReadStore) -> tuple[FooterPlace, FooterPlace]:
 def _is_stale(tail: FooterPlace, copy: FooterPlace) -> bool:
     """True when an image was copied to a device at whose end an earlier, other one still has its footer.
 
-    Never for the footer of a fixed image: the beginning of that is its guest's.
+    Never for the footer of a fixed image, whose beginning belongs to the guest.
     """
     if not (tail.state.usable and copy.state.usable):
         return False
@@ -113,7 +113,7 @@ def _is_stale(tail: FooterPlace, copy: FooterPlace) -> bool:
 
 
 def image_id(store: ReadStore) -> bytes:
-    """The id other images know this one by: its footer's, or all zeros where no footer is good (a raw image)."""
+    """The id by which other images name this one: its footer's, or all zeros without a good footer (a raw image)."""
     for place in read_footers(store):
         if place.state.usable:
             return place.footer.unique_id
@@ -121,9 +121,9 @@ def image_id(store: ReadStore) -> bytes:
 
 
 def looks_like_vhd(store: ReadStore) -> bool:
-    """True when a footer, good or damaged, stands at either place."""
+    """True when there is a footer, good or damaged, at either place."""
     tail, copy = read_footers(store)
-    strange = (FooterState.ABSENT, FooterState.KILLED)  # 0xC7 alone is no proof: any raw disk may end so
+    strange = (FooterState.ABSENT, FooterState.KILLED)  # 0xC7 alone proves nothing: any raw disk may end with it
     return tail.state not in strange or copy.state not in strange
 
 
@@ -137,20 +137,20 @@ _REASON = {
 
 
 def choose(path: str, tail: FooterPlace, copy: FooterPlace) -> FooterPlace:
-    """The footer to believe. Raises CorruptImage when neither can be."""
+    """The footer to use. Raises CorruptImage if neither can be used."""
     if tail.state.usable:
         return tail
     if copy.state.usable and copy.footer.disk_type != layout.DISK_TYPE_FIXED:
         return copy
-    # A good footer here is a fixed disk's, at offset 0: data of the guest, which says nothing of the file.
+    # A good footer here is a fixed disk's, at offset 0: data of the guest, which proves nothing about the file.
     silent = (FooterState.ABSENT, FooterState.KILLED, FooterState.GOOD)
     fault = next((place for place in (tail, copy) if place.state not in silent), tail)
     hint = None
     if fault.state is FooterState.POISONED:
-        hint = "finish or revert the resize with the tool that began it"
-    problem = "there is no VHD footer here and no good copy at the beginning of the file"
+        hint = "finish or revert the resize with the tool that started it"
+    problem = "no VHD footer here, and no good copy at the beginning of the file"
     if fault.state is not FooterState.ABSENT:
-        problem = f"no usable footer: {fault.state}, and the other one cannot be used either"
+        problem = f"no usable footer: {fault.state}, and the other one is not usable either"
     raise CorruptImage(
         _REASON[fault.state],
         problem,
@@ -162,7 +162,7 @@ def choose(path: str, tail: FooterPlace, copy: FooterPlace) -> FooterPlace:
 
 
 def footer_findings(path: str, tail: FooterPlace, copy: FooterPlace | None, footer: Footer) -> list[Finding]:
-    """What a reader can live with but a person may want to know."""
+    """Findings about footers that do not prevent reading."""
     findings = []
     for place in (tail, copy):
         if place is None or place.state is FooterState.GOOD:
@@ -170,7 +170,9 @@ def footer_findings(path: str, tail: FooterPlace, copy: FooterPlace | None, foot
         severity = Severity.NOTE if place.state is FooterState.SHORT else Severity.WARNING
         message = f"{place.state}" + ("" if place.state.usable else "; the other footer is used")
         if place.state in (FooterState.KILLED, FooterState.POISONED):
-            message = left_by_repair(message, "without --writer-is-dead it does not know that nobody is at work on it")
+            message = left_by_repair(
+                message, "without --writer-is-dead it must assume that the other program is still writing"
+            )
         findings.append(Finding(severity, "footer", message, path, place.structure, place.offset_bytes))
     stated = footer.current_size
     if geometry.size_is_chs(footer) and stated != geometry.footer_geometry(footer).size_bytes:
@@ -181,7 +183,7 @@ def footer_findings(path: str, tail: FooterPlace, copy: FooterPlace | None, foot
                 left_by_repair(
                     f"current size is {stated} bytes, but creator {footer.creator_application!r} means"
                     f" cylinders x heads x sectors = {geometry.footer_geometry(footer).size_bytes} bytes",
-                    "a guest may have seen either; a copy that `vhdkit convert` makes is read alike by all",
+                    "a guest may have seen either; all programs read a copy made by `vhdkit convert` alike",
                 ),
                 path,
             )
@@ -193,8 +195,8 @@ def footer_findings(path: str, tail: FooterPlace, copy: FooterPlace | None, foot
                 "size-odd",
                 left_by_repair(
                     f"current size {stated} is not a whole number of sectors",
-                    "some programs have the rest of the last one, others do not; a copy that `vhdkit convert` makes"
-                    " is read alike by all",
+                    "some programs include the rest of the last one, others do not; all programs read a copy made by"
+                    " `vhdkit convert` alike",
                 ),
                 path,
             )
@@ -203,9 +205,9 @@ def footer_findings(path: str, tail: FooterPlace, copy: FooterPlace | None, foot
 
 
 def padding_findings(store: ReadStore, tail: FooterPlace) -> list[Finding]:
-    """A fixed image that was made longer as if it were a raw disk."""
+    """A fixed image that was extended as if it were a raw disk."""
     padding = store.size() - tail.offset_bytes - len(tail.raw)
     if not padding:
         return []
-    message = f"{padding} bytes of zeros follow the footer: the file was made longer as if it were a raw disk"
+    message = f"{padding} bytes of zeros follow the footer: the file was extended as if it were a raw disk"
     return [Finding(Severity.WARNING, "padding", message, store.name, tail.structure, tail.offset_bytes)]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VHD as a `Format`: the one door through which the rest of vhdkit reaches the modules beside this one.
+"""VHD as a `Format`: the only module of this folder that the rest of vhdkit uses.
 
-Decides nothing of its own; each method names the module that does. What only a few verbs need is imported by the
-method that needs it: `info` starts without the modules that write, check and repair.
+Decides nothing of its own; each method names the module that does. Modules that only a few verbs need are imported by
+the methods that use them: `info` starts without the modules that write, check and repair.
 """
 
 from __future__ import annotations
@@ -66,12 +66,12 @@ class VhdFormat:
         killed = tail.state is FooterState.KILLED
         raise CorruptImage(
             CorruptReason.NO_FOOTER,
-            "the file has no VHD footer, neither at its end nor at its beginning"
+            "there is no VHD footer at the end or at the beginning of the file"
             + (f" (the end was {tail.state})" if killed else ""),
             path=store.name,
             structure=tail.structure,
             offset_bytes=tail.offset_bytes,
-            hint="the file is cut short or is not a VHD; if it is a raw disk, add --format raw",
+            hint="the file is truncated or is not a VHD; if it is a raw disk, add --format raw",
         )
 
     def facts(self, store: ReadStore) -> ImageFacts:
@@ -101,7 +101,7 @@ class VhdFormat:
         return parent_ids(store)
 
     def claimed_parent(self, store: ReadStore) -> tuple[bytes | None, bool]:
-        """See `Format.claimed_parent`: what stands where a dynamic header usually does."""
+        """See `Format.claimed_parent`: by what is in the usual place of a dynamic header."""
         raw = store.pread(layout.FOOTER_SIZE, layout.HEADER_SIZE)
         if len(raw) < layout.HEADER_SIZE or not raw.startswith(layout.HEADER_COOKIE):
             return None, False
@@ -110,9 +110,9 @@ class VhdFormat:
 
     def may_be_changing(self, store: ReadStore, file_id: bytes, sizes_bytes: tuple[int, int]) -> bool:
         """See `Format.may_be_changing`: a file with a whole trailing footer is not in the middle of a change."""
-        tail, _ = read_footers(store)  # what stands at offset 0 may be a guest's
+        tail, _ = read_footers(store)  # what is at offset 0 may be a guest's
         size = store.size()
-        # One before zeros is where a fixed image's footer stood before, in a file whose change is under way.
+        # A footer before zeros is the old one of a fixed image, in a file whose change is under way.
         is_last = tail.state.usable and tail.offset_bytes + len(tail.raw) == size
         return not is_last or (tail.footer.unique_id == file_id and size in sizes_bytes)
 
@@ -177,7 +177,7 @@ class VhdFormat:
 
         relink(open_dynamic(store, writable=True), _link_of(parent))
 
-    # -- looking after ------------------------------------------------------------------------------------------------
+    # -- maintenance --------------------------------------------------------------------------------------------------
 
     def check(
         self, store: ReadStore, *, ignore_bitmaps: bool = False, progress: Callable[[int, int], None] | None = None
@@ -194,7 +194,7 @@ class VhdFormat:
         return repair_vhd(draft, consent)
 
     def settle(self, draft: DraftStore) -> list[Fix]:
-        """See `Format.settle`: header and names of the parent that lie behind blocks."""
+        """See `Format.settle`: moves the header and the parent's names if they lie after blocks."""
         from vhdkit.formats.vhd.front import behind_first_block, settle_front
 
         try:
@@ -204,9 +204,9 @@ class VhdFormat:
             bat = Bat.load(draft, metadata.header.table_offset, metadata.block_count)
             if not behind_first_block(metadata, bat) or not settle_front(open_dynamic(draft, writable=True)):
                 return []
-        except (errors.CorruptImage, errors.ImageInUse):  # what else is wrong with it was not put right
+        except (errors.CorruptImage, errors.ImageInUse):  # something else is wrong with it and was not repaired
             return []
-        message = "header and names of the parent lay behind the first block: they lie before it now"
+        message = "moved the header and the names of the parent from after the first block to before it"
         return [Fix("behind-blocks", message)]
 
     def dump(self, store: ReadStore) -> list[StructureDump]:
@@ -216,7 +216,7 @@ class VhdFormat:
         return dump_vhd(store)
 
     def refuse_foreign_writer(self, layer: Layer) -> None:
-        """See `Format.refuse_foreign_writer`: a footer that other programs replace while they are at work."""
+        """See `Format.refuse_foreign_writer`: other programs replace the footer while they write to the image."""
         assert isinstance(layer, DynamicImage | FixedImage)
         for place in (layer.metadata.tail, layer.metadata.copy):
             if place is not None and place.state in (FooterState.KILLED, FooterState.POISONED):
@@ -224,7 +224,7 @@ class VhdFormat:
                     str(place.state),
                     path=layer.store.name,
                     structure=place.structure,
-                    hint="close it there; if that program is dead, see `vhdkit check --repair --help`",
+                    hint="close it there; if that program has died, see `vhdkit check --repair --help`",
                 )
 
     def drop_unreferenced(self, layer: Layer) -> None:
@@ -252,7 +252,7 @@ class VhdFormat:
 
 
 def _link_of(parent: ParentRef) -> create.ParentLink:
-    """What a header and its locators say about a parent whose names are those of `ParentRef.of_paths`."""
+    """What a header and its locators record of a parent whose names come from `ParentRef.of_paths`."""
     from vhdkit.formats.vhd import create
 
     relative, absolute, name = parent.names

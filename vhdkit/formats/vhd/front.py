@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Header and parent names: before the first block, where other programs expect them.
 
-Decides where they go and which blocks make room; the order in which this happens is decided in `switch` and `move`.
-XenServer calls an image invalid if a block begins before the last of its structures ends.
+Decides where they go and which blocks make way; the order in which this happens is decided in `switch` and `move`.
+XenServer treats an image as invalid if a block begins before the last of its structures ends.
 
     0        512       1536     4096                                   the first block
     | copy   | header  | free   | BAT, batmap ...   | names  | free   | bitmap, data ...
@@ -37,7 +37,7 @@ from vhdkit.formats.vhd.places import block_starts, end_of_structures, fixed_ran
 from vhdkit.formats.vhd.switch import in_use, switch_header
 from vhdkit.units import SECTOR_SIZE, round_up
 
-_HOME = layout.FOOTER_SIZE  # of the header, in nearly every image: right behind the footer copy
+_HOME = layout.FOOTER_SIZE  # of the header, in nearly every image: right after the footer copy
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Front:
 
 
 def behind_first_block(metadata: Metadata, bat: Bat) -> list[tuple[str, int]]:
-    """(name, offset) of header and names of the parent that lie behind the beginning of a block."""
+    """(name, offset) of the header and the parent's names that end after the beginning of a block."""
     starts = block_starts(bat)
     if not len(starts):
         return []
@@ -61,13 +61,13 @@ def behind_first_block(metadata: Metadata, bat: Bat) -> list[tuple[str, int]]:
 
 
 def _movable(metadata: Metadata) -> list[Locator]:
-    """The locators whose text is in the file, and is one."""
+    """The locators whose text is in the file and has a possible length."""
     stray = metadata.stray_locators()
     return [one for one in metadata.locators if one not in stray and 0 < one.data_length_bytes <= MAX_LOCATOR_BYTES]
 
 
 def settle_front(image: DynamicImage) -> bool:
-    """Bring header and names before the first block where they are not; True when an image was changed: close it.
+    """Move header and names before the first block where necessary. True when the image was changed: then close it.
 
     Raises as `write_front` does.
     """
@@ -86,9 +86,9 @@ def settle_front(image: DynamicImage) -> bool:
 
 
 def write_front(image: DynamicImage, header: DynamicHeader, texts: Sequence[tuple[int, bytes]]) -> None:
-    """Give an image opened for writing this header and the names that belong to it, before the first block.
+    """Write this header and its names into an image opened for writing, before the first block.
 
-    `texts` are (slot of the locator, bytes), whole sectors; where their entries say that they lie does not matter.
+    `texts` are (slot of the locator, bytes), whole sectors; the offsets in their entries are ignored.
     Raises NoSpace, IoFailed, SyncFailed; the image then has its old header and names or the new ones. Close it.
     """
     front, vacated = find_room(image, [len(raw) for _, raw in texts]), []
@@ -110,7 +110,7 @@ def write_front(image: DynamicImage, header: DynamicHeader, texts: Sequence[tupl
 
 
 def _end_without_old_names(image: DynamicImage) -> int | None:
-    """Where the file can end once the old names are not needed, if they, or the old header, are the last in it."""
+    """Where the file can end without the old names, if they, or the old header, are the last in it."""
     tail = round_up(image.store.size() - layout.FOOTER_SIZE, SECTOR_SIZE)
     last = nominal_end(replace(image.metadata, footer=replace(image.metadata.footer, data_offset=_HOME)), image.bat)
     behind = [one for one in in_use(image) if last <= one[0] < tail]
@@ -122,7 +122,7 @@ def _end_without_old_names(image: DynamicImage) -> int | None:
 def find_room(image: DynamicImage, sizes: Sequence[int]) -> Front:
     """Where the header and names of these sizes, whole sectors, go.
 
-    Raises NoSpace where a block would have to move to where no BAT entry can point.
+    Raises NoSpace if a block would have to move to a place that no BAT entry can express.
     """
     metadata, starts = image.metadata, block_starts(image.bat)
     limit = int(starts.min()) if len(starts) else NO_END
@@ -151,18 +151,18 @@ def find_room(image: DynamicImage, sizes: Sequence[int]) -> Front:
 
 
 def _in_way(start: int, end: int, taken: Sequence[tuple[int, int]]) -> int | None:
-    """The end of something that shares bytes with a range, or None."""
+    """The end of a taken range that shares bytes with this one, or None."""
     return next((high for low, high in taken if low < end and high > start), None)
 
 
 def _from(free: Sequence[tuple[int, int]], preferred: int) -> list[tuple[int, int]]:
-    """Free ranges in the order in which they are to be filled: from a preferred place on, then from the beginning."""
+    """Free ranges in the order of their use: from a preferred place on, then from the beginning."""
     behind = [(max(start, preferred), end) for start, end in free if end > preferred]
     return behind + [(start, min(end, preferred)) for start, end in free if start < preferred]
 
 
 def _fit(free: Sequence[tuple[int, int]], sizes: Sequence[int]) -> list[int] | None:
-    """An offset for each size, the first one that fits; None where there is not room for all."""
+    """An offset for each size, the first one that fits; None if there is no space for all."""
     ranges, offsets = list(free), []
     for size in sizes:
         found = next((index for index, (start, end) in enumerate(ranges) if end - start >= size), None)

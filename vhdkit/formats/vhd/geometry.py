@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Disk sizes: cylinders, heads and sectors, and which of a footer's sizes is the true one.
+"""Disk sizes: cylinders, heads and sectors, and which of a footer's sizes is the virtual size.
 
 Decides the geometry written for a size, the virtual size read from a footer, and the size limits. Pure.
 Sources: specification, "CHS Calculation"; for the creators whose size is CHS, QEMU's reader.
@@ -18,7 +18,7 @@ MAX_CREATE_BYTES = 2040 * GIB  # Windows refuses larger VHDs
 MAX_DYNAMIC_BYTES = 2 * TIB  # a BAT entry is a 32-bit sector number, so a file cannot hold more
 MAX_FIXED_BYTES = 64 * TIB  # no producer writes more; keeps every byte offset far inside 63 bits
 
-# Virtual PC and old QEMU show the guest the CHS product; everyone else the current size.
+# Virtual PC and old QEMU show the guest the CHS product; all others the current size.
 _CREATORS_MEANING_CHS = (b"vpc ", b"qemu")
 
 
@@ -31,16 +31,16 @@ class Geometry(NamedTuple):
 
     @property
     def size_bytes(self) -> int:
-        """What the three describe together."""
+        """The size that the three describe together."""
         return sectors_to_bytes(self.cylinders * self.heads * self.sectors_per_track)
 
 
-# The largest there is. `qemu-img -o force_size` writes it whatever the size: it means that the current size counts.
+# The largest geometry. `qemu-img -o force_size` writes it for any size: it means that the current size counts.
 NO_GEOMETRY = Geometry(MAX_CYLINDERS, 16, 255)
 
 
 def geometry_for(size_bytes: int) -> Geometry:
-    """The geometry the specification's algorithm gives; it may describe less than `size_bytes`, never more."""
+    """The geometry by the specification's algorithm; it may describe less than `size_bytes`, never more."""
     sector_count = min(size_bytes // SECTOR_SIZE, MAX_CHS_SECTORS)
     if sector_count >= MAX_CYLINDERS * 16 * 63:
         sectors_per_track, heads = 255, 16
@@ -59,7 +59,7 @@ def geometry_for(size_bytes: int) -> Geometry:
 
 
 def footer_geometry(footer: Footer) -> Geometry:
-    """The geometry a footer states."""
+    """The geometry in a footer."""
     return Geometry(footer.cylinders, footer.heads, footer.sectors_per_track)
 
 
@@ -74,9 +74,9 @@ def size_is_chs(footer: Footer) -> bool:
 
 
 def virtual_size(footer: Footer, file_data_bytes: int) -> int:
-    """Bytes of the disk a footer describes, whole sectors.
+    """The virtual size of a footer in bytes, whole sectors.
 
-    `file_data_bytes` is what a fixed image's file can hold: a CHS product beyond it cannot be meant.
+    `file_data_bytes` is what a fixed image's file can hold: a larger CHS product is ignored.
     """
     if size_is_chs(footer):
         size_bytes = footer_geometry(footer).size_bytes

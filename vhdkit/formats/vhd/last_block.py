@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bits and batmap entries that promise more than the disk has.
+"""Bits and batmap entries that claim more than the disk has.
 
-Decides which bits of the last block's bitmap mean nothing, because the disk ends before their sectors, and which bits
-of a batmap are wrong. Changes nothing.
+Decides which bits of the last block's bitmap are meaningless, because the disk ends before their sectors, and which
+bits of a batmap are wrong. Changes nothing.
 
-XenServer's coalesce copies the sector of every set bit of a child, and every sector of a block that its batmap calls
-whole; after the end of the disk this fails.
+XenServer's coalesce copies the sector of every set bit of a child, and every sector of a block that its batmap marks
+as whole; past the end of the disk this fails.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vhdkit.units import whole_sectors
 
 @dataclass(frozen=True, slots=True)
 class BitsBehindEnd:
-    """Set bits behind the end of the disk: where the bitmap stands, of which block, how many, and how it should be."""
+    """Set bits past the end of the disk: the bitmap's offset and block, their number, and the correct bitmap."""
 
     offset_bytes: int
     block_index: int
@@ -33,7 +33,7 @@ class BitsBehindEnd:
 
 
 def bits_behind_end(store: ReadStore, metadata: Metadata, bat: Bat) -> BitsBehindEnd | None:
-    """What is set behind the end of the disk in the last block, or None. Raises IoFailed."""
+    """The set bits past the end of the disk in the last block, or None. Raises IoFailed."""
     assert metadata.header is not None
     block, block_size = len(bat) - 1, metadata.header.block_size
     inside = whole_sectors(metadata.size_bytes - block * block_size)
@@ -49,7 +49,7 @@ def bits_behind_end(store: ReadStore, metadata: Metadata, bat: Bat) -> BitsBehin
 
 
 def wrong_batmap_bits(store: ReadStore, metadata: Metadata, bat: Bat) -> NDArray[np.int64]:
-    """The blocks that a batmap calls whole and that are not: they own less, or have no space. Raises IoFailed."""
+    """The blocks that a batmap wrongly marks as whole: they own less, or are not allocated. Raises IoFailed."""
     if not batmap.ranges(metadata):
         return np.zeros(0, dtype=np.int64)
     assert metadata.header is not None
@@ -60,7 +60,7 @@ def wrong_batmap_bits(store: ReadStore, metadata: Metadata, bat: Bat) -> NDArray
     wrong = called & ~allocated
     for block in np.flatnonzero(called & allocated).tolist():
         found = store.pread(bat.block_start(block), size).ljust(size, b"\0")
-        # A block that the end of the disk cuts is never whole: nobody can write all of its sectors.
+        # A block that reaches past the end of the disk is never whole: not all of its sectors can be written.
         is_cut = (block + 1) * metadata.header.block_size > metadata.size_bytes
         wrong[block] = is_cut or not bitmap.is_full(found, sector_count)
     return np.flatnonzero(wrong).astype(np.int64)

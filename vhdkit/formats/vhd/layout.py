@@ -3,7 +3,7 @@
 
 Decides offsets, widths and byte order, the magic numbers, and the checksum over a structure. Every number is
 big-endian. `construct` stays in here; callers get frozen dataclasses, so no other module parses bytes.
-Must not judge: which footer to believe is decided in `metadata`.
+Must not judge: which footer to use is decided in `footers`.
 
 Source: "Virtual Hard Disk Image Format Specification", version 1.0 (2006), except where a field says otherwise.
 """
@@ -33,7 +33,7 @@ HEADER_COOKIE = b"cxsparse"
 BATMAP_COOKIE = b"tdbatmap"
 FORMAT_VERSION = 0x00010000
 FORMAT_MAJOR_MASK = 0xFFFF0000
-FEATURES_RESERVED = 0x00000002  # the specification wants this bit always set
+FEATURES_RESERVED = 0x00000002  # the specification requires this bit to be set
 NO_DATA_OFFSET = 0xFFFFFFFFFFFFFFFF  # Microsoft's tools expect 64 ones where the text says 32
 EPOCH_UNIX_SECONDS = 946684800  # 2000-01-01 00:00 UTC, where VHD timestamps count from
 
@@ -62,7 +62,7 @@ _FOOTER = Struct(
     "checksum" / Int32ub,
     "unique_id" / Bytes(UUID_SIZE),
     "saved_state" / Int8ub,
-    "hidden" / Int8ub,  # XenServer's; reserved in the specification, and counted in the checksum all the same
+    "hidden" / Int8ub,  # XenServer's; reserved in the specification, but included in the checksum
     "reserved" / Bytes(FOOTER_RESERVED_SIZE),
 )
 
@@ -138,7 +138,7 @@ assert (FOOTER_CHECKSUM_OFFSET, HEADER_CHECKSUM_OFFSET, HEADER_LOCATORS_OFFSET) 
 
 @dataclass(frozen=True, slots=True)
 class Footer:
-    """The hard disk footer, 512 bytes; its copy stands at offset 0 of dynamic and differencing images."""
+    """The hard disk footer, 512 bytes; its copy is at offset 0 of dynamic and differencing images."""
 
     cookie: bytes
     features: int
@@ -208,23 +208,23 @@ def _values(container: Any) -> dict[str, Any]:
     return {name: value for name, value in container.items() if not name.startswith("_")}
 
 
-# Opening a chain looks at the same few footers and headers several times, and cutting one takes 0.1 ms or more.
+# Opening a chain reads the same few footers and headers several times, and parsing one takes 0.1 ms or more.
 @functools.lru_cache(maxsize=256)
 def parse_footer(raw: bytes) -> Footer:
-    """Cut a footer; one of 511 bytes lacks its last reserved byte. Checks nothing."""
+    """Parse a footer; one of 511 bytes lacks its last reserved byte. Checks nothing."""
     return Footer(**_values(_FOOTER.parse(raw.ljust(FOOTER_SIZE, b"\0"))))
 
 
 @functools.lru_cache(maxsize=256)
 def parse_header(raw: bytes) -> DynamicHeader:
-    """Cut a dynamic header of 1024 bytes. Checks nothing."""
+    """Parse a dynamic header of 1024 bytes. Checks nothing."""
     values = _values(_HEADER.parse(raw))
     values["parent_locators"] = tuple(LocatorEntry(**_values(entry)) for entry in values["parent_locators"])
     return DynamicHeader(**values)
 
 
 def parse_batmap_header(raw: bytes) -> BatmapHeader:
-    """Cut a batmap header of 512 bytes. Checks nothing."""
+    """Parse a batmap header of 512 bytes. Checks nothing."""
     return BatmapHeader(**_values(_BATMAP_HEADER.parse(raw)))
 
 
@@ -239,19 +239,19 @@ def stored_checksum(raw: bytes, checksum_offset: int) -> int:
 
 
 def sealed(raw: bytes, checksum_offset: int) -> bytes:
-    """`raw` with its checksum field made right."""
+    """`raw` with the right checksum in its checksum field."""
     number = struct.pack(">I", checksum(raw, checksum_offset))
     return raw[:checksum_offset] + number + raw[checksum_offset + len(number) :]
 
 
 def build_footer(footer: Footer) -> bytes:
-    """The 512 bytes of `footer`, with the right checksum whatever the field says."""
+    """The 512 bytes of `footer`, with the right checksum instead of the one in the field."""
     raw = bytes(_FOOTER.build({name: getattr(footer, name) for name in _OFFSET["footer"]}))
     return sealed(raw, FOOTER_CHECKSUM_OFFSET)
 
 
 def build_header(header: DynamicHeader) -> bytes:
-    """The 1024 bytes of `header`, with the right checksum whatever the field says."""
+    """The 1024 bytes of `header`, with the right checksum instead of the one in the field."""
     values = {name: getattr(header, name) for name in _OFFSET["dynamic header"]}
     names = _OFFSET["parent locator entry"]
     values["parent_locators"] = [{n: getattr(entry, n) for n in names} for entry in header.parent_locators]
@@ -259,5 +259,5 @@ def build_header(header: DynamicHeader) -> bytes:
 
 
 def build_batmap_header(header: BatmapHeader) -> bytes:
-    """The 512 bytes of a batmap header; its checksum is over the map, so it is taken as it is."""
+    """The 512 bytes of a batmap header; its checksum is over the map, so the field is used as it is."""
     return bytes(_BATMAP_HEADER.build({name: getattr(header, name) for name in _OFFSET["batmap header"]}))

@@ -37,7 +37,7 @@ _ENCODINGS = {
 
 @dataclass(frozen=True, slots=True)
 class Locator:
-    """One used entry. `text` is None when it cannot be read; `fault` then says why."""
+    """One used entry. `text` is None if it cannot be read; `fault` is then the reason."""
 
     slot: int
     platform_code: bytes
@@ -48,12 +48,12 @@ class Locator:
 
     @property
     def structure(self) -> str:
-        """How messages call it."""
+        """Its name in messages."""
         return f"parent locator {self.slot + 1} ({printable(self.platform_code.decode('latin-1'))})"
 
 
 def space_bytes(entry: LocatorEntry) -> int:
-    """Bytes set aside for the entry's text.
+    """Bytes allocated for the entry's text.
 
     The specification counts sectors, Hyper-V and Virtual PC bytes; a value below a sector can only be sectors.
     """
@@ -62,7 +62,7 @@ def space_bytes(entry: LocatorEntry) -> int:
 
 
 def read_locators(store: ReadStore, header: DynamicHeader) -> tuple[Locator, ...]:
-    """The used entries in slot order, each with its text or the reason it has none."""
+    """The used entries in slot order, each with its text or the reason why it has none."""
     return tuple(
         _read(store, slot, entry)
         for slot, entry in enumerate(header.parent_locators)
@@ -85,7 +85,7 @@ def _read(store: ReadStore, slot: int, entry: LocatorEntry) -> Locator:
 
 
 def decode(platform_code: bytes, raw: bytes) -> str | None:
-    """The text of a locator, or None when it is no text."""
+    """The text of a locator, or None if it cannot be decoded."""
     try:
         text = raw.decode(_ENCODINGS[platform_code])
     except UnicodeDecodeError:
@@ -114,7 +114,7 @@ def decode_parent_name(raw: bytes) -> str:
 
 
 def encode_parent_name(name: str) -> bytes:
-    """The 512 bytes for `name`; a longer name loses its end (the locators hold it whole)."""
+    """The 512 bytes for `name`; a longer name is truncated (the locators hold it whole)."""
     raw = name.encode("utf-16-be", "replace")[:PARENT_NAME_SIZE]
     return raw.ljust(PARENT_NAME_SIZE, b"\0")
 

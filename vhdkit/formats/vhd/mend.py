@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a writable open repairs before anything is written: a lost footer, a short last block.
+"""What a writable open repairs before anything is written: a lost footer, a truncated last block.
 
-Decides what may be repaired silently and in which order. A footer that says that another program is at
-work (0xC7, `v_poison`) is never repaired here. Read-only opens change nothing and do not use this module.
+Decides what may be repaired silently and in which order. A footer with the mark of another program
+(0xC7, `v_poison`) is never repaired here. Read-only opens change nothing and do not use this module.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from vhdkit.store import Store
 from vhdkit.units import SECTOR_SIZE, round_down, round_up
 
 _MAX_FOOTER_OFFSET = 1 << 62  # file offsets have 63 bits
-_READ_ONLY_HINT = "it can be read meanwhile; to write, convert it to a new image"
+_READ_ONLY_HINT = "it can be read; to write to it, convert it to a new image"
 
 
 def mend(store: Store, metadata: Metadata, nominal_end: int, *, cut_end: int | None) -> bool:
-    """Mend `store`; returns True when it changed. Its BAT has been found valid.
+    """Repair `store`; returns True when it changed. Its BAT must be valid.
 
-    `nominal_end` is the first byte after all structures and whole blocks; `cut_end` where the disk's part of a
-    block ends that the file (or its trailing footer) cuts short, else None.
-    Raises CorruptImage or ImageInUse for what must not be mended.
+    `nominal_end` is the first byte after all structures and whole blocks; `cut_end` is where the disk's part of a
+    block would end that the end of the file (or the trailing footer) truncates, else None.
+    Raises CorruptImage or ImageInUse for what must not be repaired.
     """
     assert metadata.copy is not None
     for place in (metadata.tail, metadata.copy):
@@ -36,7 +36,7 @@ def mend(store: Store, metadata: Metadata, nominal_end: int, *, cut_end: int | N
         if place.state is FooterState.KILLED:
             raise ImageInUse(str(place.state), hint=_READ_ONLY_HINT, **where)
     for locator in metadata.stray_locators():
-        # The file is going to grow to where the locator points: what is a block then would look like its text.
+        # The file will grow to where the locator points: a block there would be read as its text.
         raise CorruptImage(
             CorruptReason.LOCATOR_OUTSIDE_FILE,
             "lies outside the file",
@@ -54,18 +54,18 @@ def mend(store: Store, metadata: Metadata, nominal_end: int, *, cut_end: int | N
     if room_end is not None:
         return _mend_on_device(store, metadata, max(nominal_end, cut_end or 0), room_end) or changed
     if cut_end is not None and metadata.tail.state.usable:
-        # The footer stands inside the block. Out of the way first: were the new one written before, a power cut
-        # would leave the old one's bytes to be read as data. The copy at offset 0 carries the image meanwhile.
+        # The footer is inside the block, and is cleared first: if the new one were written before, a power cut would
+        # leave the old one's bytes to be read as data. Until then the copy at offset 0 serves the image.
         store.punch(metadata.tail.offset_bytes, metadata.file_size_bytes - metadata.tail.offset_bytes)
         store.sync()
     elif metadata.tail.state.usable:
         return changed
     elif cut_end is not None and store.size() % SECTOR_SIZE:
-        store.punch(round_down(store.size(), SECTOR_SIZE), SECTOR_SIZE)  # part of a sector read as zeros, and shall
+        store.punch(round_down(store.size(), SECTOR_SIZE), SECTOR_SIZE)  # a partial sector reads as zeros
         store.sync()
     end = max(nominal_end, round_up(store.size(), SECTOR_SIZE))
     if end > _MAX_FOOTER_OFFSET:
-        raise NoSpace("the file is too long to take the footer it lacks", path=metadata.path, hint=_READ_ONLY_HINT)
+        raise NoSpace("the file is too long for the missing footer", path=metadata.path, hint=_READ_ONLY_HINT)
     store.pwrite(end, metadata.footer_raw)
     store.sync()
     assert store.size() == end + FOOTER_SIZE
@@ -73,10 +73,10 @@ def mend(store: Store, metadata: Metadata, nominal_end: int, *, cut_end: int | N
 
 
 def _mend_on_device(store: Store, metadata: Metadata, end: int, room_end: int) -> bool:
-    """Put the trailing footer at the end of the device, where it is missing; True when it was."""
+    """Put the trailing footer at the end of the device if it is missing; True when it was."""
     if end > room_end:
         raise NoSpace(
-            f"the device ends before the image's last block and its footer: {room_end + FOOTER_SIZE} bytes, where"
+            f"the device ends before the image's last block and its footer: it has {room_end + FOOTER_SIZE} bytes, but"
             f" {end + FOOTER_SIZE} are needed",
             path=metadata.path,
             hint=_READ_ONLY_HINT,

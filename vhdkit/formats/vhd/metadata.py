@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a VHD file says about itself: the believed footer, the dynamic header, the parent's name.
+"""The metadata of a VHD file: the footer in use, the dynamic header, the parent's name.
 
-Decides whether header and BAT can be what they claim. Reads a few sectors, never blocks; needs no lock, so `info`
-works on an image in use. Which footer is believed is decided in `footers`; where the BAT entries point is examined in
-`dynamic`.
+Decides whether header and BAT are possible. Reads a few sectors, never blocks; needs no lock, so `info` works on an
+image in use. Which footer is used is decided in `footers`; where the BAT entries point is examined in `entries`.
 
     offset 0                                                          end - 512
     | footer copy | dynamic header | BAT | locators | blocks ...      | footer |
@@ -34,7 +33,7 @@ _FIRST_VERSION_WITH_BATMAP = 0x00010001
 
 @dataclass(frozen=True, slots=True)
 class Metadata:
-    """All of a VHD but its BAT and blocks."""
+    """Everything in a VHD except its BAT and blocks."""
 
     path: str
     file_size_bytes: int
@@ -49,7 +48,7 @@ class Metadata:
 
     @property
     def is_differencing(self) -> bool:
-        """True when the image stands on a parent."""
+        """True when the image has a parent."""
         return self.footer.disk_type == layout.DISK_TYPE_DIFFERENCING
 
     @property
@@ -67,18 +66,18 @@ class Metadata:
 
     @property
     def parent_name(self) -> str:
-        """The header's parent name, empty where there is none."""
+        """The header's parent name, empty if there is none."""
         return decode_parent_name(self.header.parent_unicode_name) if self.header is not None else ""
 
     @property
     def footer_raw(self) -> bytes:
-        """The bytes of the believed footer, 512 of them."""
+        """The 512 bytes of the footer in use."""
         place = self.tail if self.tail.state.usable else self.copy
         assert place is not None
         return place.raw.ljust(layout.FOOTER_SIZE, b"\0")
 
     def vital_structures(self) -> list[tuple[str, int, int]]:
-        """(name, offset, size) of what the image cannot be read without, in bytes; the trailing footer left out."""
+        """(name, offset, size) of what is needed to read the image, in bytes, except the trailing footer."""
         if self.header is None:
             return []
         return [
@@ -88,14 +87,14 @@ class Metadata:
         ]
 
     def stray_locators(self) -> list[Locator]:
-        """Locators whose text is said to lie outside the file, of known kinds or not."""
+        """Locators whose text would lie outside the file, of known kinds or not."""
         ends = ((one, one.data_offset_bytes + one.data_length_bytes) for one in self.locators)
         return [one for one, end in ends if one.data_length_bytes and end > self.file_size_bytes]
 
     def forbidden_to_blocks(self) -> list[tuple[str, int, int]]:
-        """(name, offset, size) of what no block may lie over: what is vital, and the texts that are in the file.
+        """(name, offset, size) of what no block may lie over: the vital structures, and the texts inside the file.
 
-        Texts alone, not the room they claim: a claim may reach past the end of the file, where blocks will be.
+        Only the texts, not the space they claim: a claim may reach past the end of the file, where blocks will be.
         """
         stray = self.stray_locators()
         texts = [(one.structure, one.data_offset_bytes, one.data_length_bytes) for one in self.locators]
@@ -103,7 +102,7 @@ class Metadata:
         return self.vital_structures() + inside
 
     def structures(self) -> list[tuple[str, int, int]]:
-        """(name, offset, size) of everything that is said to lie in the file and is no block; footer left out."""
+        """(name, offset, size) of all stated structures except blocks and the trailing footer."""
         if self.header is None:
             return []
         places = self.vital_structures()
@@ -122,14 +121,14 @@ class Metadata:
 
 
 def batmap_header_offset(header: DynamicHeader) -> int:
-    """Where XenServer puts the batmap header: behind the whole BAT, on a sector."""
+    """Where XenServer puts the batmap header: after the whole BAT, on a sector boundary."""
     return round_up(header.table_offset + header.max_table_entries * layout.BAT_ENTRY_SIZE, SECTOR_SIZE)
 
 
 def read_metadata(store: ReadStore) -> Metadata:
     """Read and verify footer, header and locators.
 
-    Raises CorruptImage. A locator that cannot be read is no error here (another may serve).
+    Raises CorruptImage, but not for a locator that cannot be read (another may be usable).
     """
     path = store.name
     tail, copy = read_footers(store)
@@ -205,7 +204,7 @@ def _read_header(store: ReadStore, footer: Footer, size_bytes: int) -> DynamicHe
     if not raw.startswith(layout.HEADER_COOKIE):
         raise CorruptImage(
             CorruptReason.HEADER_COOKIE,
-            "no header here",
+            "this is not a dynamic header",
             expected=layout.HEADER_COOKIE,
             found=raw[:8],
             **where,
@@ -258,7 +257,7 @@ def _check_apart(store: ReadStore, header: DynamicHeader, header_offset: int, si
 
 
 def _check_table(store: ReadStore, header: DynamicHeader, size_bytes: int) -> None:
-    """Refuse a BAT that cannot be where and as long as the header says."""
+    """Refuse a BAT whose stated place or length is impossible."""
     where: dict[str, Any] = {"path": store.name, "structure": "BAT", "offset_bytes": header.table_offset}
     needed = -(-size_bytes // header.block_size)
     if header.max_table_entries < needed:
@@ -279,7 +278,7 @@ def _check_table(store: ReadStore, header: DynamicHeader, size_bytes: int) -> No
 
 
 def _read_batmap(store: ReadStore, footer: Footer, header: DynamicHeader) -> BatmapHeader | None:
-    """XenServer's batmap header, where the creator is one that writes it and it looks right."""
+    """XenServer's batmap header, if the creator writes one and it is plausible."""
     if footer.creator_application != _TAP_CREATOR or footer.creator_version < _FIRST_VERSION_WITH_BATMAP:
         return None
     offset = batmap_header_offset(header)
@@ -293,9 +292,9 @@ def _read_batmap(store: ReadStore, footer: Footer, header: DynamicHeader) -> Bat
 
 
 def _image_inside(store: ReadStore, copy: FooterPlace) -> list[Finding]:
-    """A fixed disk's device that begins like another image, as after that was copied over the disk.
+    """A fixed disk's device that begins like another image, as if that image was copied over the disk.
 
-    The fixed disk is believed: what it begins with is its guest's, who could else have the host open any parent.
+    The fixed disk counts: its beginning belongs to its guest, which could otherwise make the host open any parent.
     """
     others = (layout.DISK_TYPE_DYNAMIC, layout.DISK_TYPE_DIFFERENCING)
     if end_of_room(store) is None or not copy.state.usable or copy.footer.disk_type not in others:
@@ -305,8 +304,9 @@ def _image_inside(store: ReadStore, copy: FooterPlace) -> list[Finding]:
     except CorruptImage:
         return []
     message = (
-        "an image begins here, and at its end the device has the footer of a fixed disk, which counts: the guest of a"
-        " fixed disk can write an image here. If it was copied over an old disk, clear the last sector of the device"
+        "an image begins here, but the footer of a fixed disk at the end of the device has priority: the guest of a"
+        " fixed disk can write an image here. If the image was copied over an old disk, clear the last sector of the"
+        " device"
     )
-    message = left_by_repair(message, "it cannot know which of the two is meant")
+    message = left_by_repair(message, "it cannot know which of the two is intended")
     return [Finding(Severity.WARNING, "image-inside", message, store.name, copy.structure, copy.offset_bytes)]

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Blocks that move to another place of the file, or are dropped.
 
-Decides where free space is, which blocks move into it, and the order. A block is found only where it is whole:
+Decides where free space is, which blocks move into it, and the order. A block is reachable only where it is whole:
 
     copy to free space -> sync -> BAT -> sync -> only then is the old place free
 
 Many blocks share the syncs of one batch. Space is free if no block or structure uses it and the BAT on the device
 does not point at it, so after a power cut each block is in its old place or its new one, and both hold the same
 content (`INV-NO-REUSE`). The trailing footer comes last: it is written to its new place while the old one and the
-copy are still there, then the file is cut.
+copy are still there, then the file is truncated.
 
 The data of a block that moves is placed on a 4 KiB boundary, unless it goes into a gap that is too narrow for that.
 """
@@ -33,7 +33,7 @@ from vhdkit.store import Store
 from vhdkit.units import MIB, PAGE_SIZE, SECTOR_SIZE, round_down, round_up, sectors_to_bytes
 
 Indices = NDArray[np.int64]  # block indices, or offsets in bytes
-_BATCH_BYTES = 256 * MIB  # copied between two syncs: what is lost when it is interrupted
+_BATCH_BYTES = 256 * MIB  # copied between two syncs: the work that an interruption loses
 _PREFER_ALIGNED = 7 / 8  # of the blocks that fit closely: aligned slots of a gap may lose one in eight
 
 
@@ -56,10 +56,10 @@ def _starts(image: DynamicImage, blocks: Indices) -> Indices:
 
 
 def plan_packing(image: DynamicImage, dropped: Indices | None = None) -> Packing:
-    """How to fill the gaps with the blocks that lie last, when `dropped` blocks are gone.
+    """How to fill the gaps with the last blocks, without the `dropped` ones.
 
-    The lowest gaps take the highest blocks, for as long as that moves a block down: so nothing moves twice, and no
-    more than it must. Among the slots the blocks go in the order of the disk.
+    The lowest gaps take the highest blocks, for as long as that moves a block down: nothing moves twice, or without
+    need. The moved blocks fill the slots in the order of the disk.
     """
     kept_mask = image.allocated_blocks()
     if dropped is not None:
@@ -80,7 +80,7 @@ def plan_packing(image: DynamicImage, dropped: Indices | None = None) -> Packing
 
 
 def _free_slots(image: DynamicImage, taken: Sequence[tuple[int, int]], starts: Indices) -> Indices:
-    """Offsets of the places for a block between what is taken, ascending; none behind the last block or structure."""
+    """Offsets of free places for a block, ascending, none after the last block or structure."""
     space, bitmap_bytes = block_space(image), bitmap.bitmap_size(image.block_size_bytes)
     fixed = np.array(taken, dtype=np.int64).reshape(-1, 2)
     edges = np.concatenate([fixed, np.stack([starts, starts + space], axis=1)])
@@ -104,9 +104,9 @@ def _free_slots(image: DynamicImage, taken: Sequence[tuple[int, int]], starts: I
 
 
 def plan_clearing(image: DynamicImage, start_bytes: int, end_bytes: int) -> Packing:
-    """How to move every block out of a range of the file: into the lowest gaps elsewhere, else behind everything.
+    """How to move every block out of a range of the file: into the lowest gaps elsewhere, else after everything.
 
-    Raises NoSpace where a BAT entry could not express the place.
+    Raises NoSpace if a BAT entry cannot express the place.
     """
     space, bitmap_bytes = block_space(image), bitmap.bitmap_size(image.block_size_bytes)
     kept = np.flatnonzero(image.allocated_blocks()).astype(np.int64)
@@ -114,7 +114,7 @@ def plan_clearing(image: DynamicImage, start_bytes: int, end_bytes: int) -> Pack
     structures = structure_ranges(image.metadata, image.bat)
     moving = kept[(starts < end_bytes) & (starts + space > start_bytes)]
     slots = _free_slots(image, [*structures, (start_bytes, end_bytes)], starts)[: len(moving)]
-    # New space begins behind the trailing footer, as everywhere: it stays until another stands behind it.
+    # New space begins after the trailing footer, as always: that footer stays until another follows it.
     free = max(nominal_end(image.metadata, image.bat), image.store.size(), end_bytes)
     first = round_up(free + bitmap_bytes, PAGE_SIZE) - bitmap_bytes
     behind = first + np.arange(len(moving) - len(slots), dtype=np.int64) * round_up(space, PAGE_SIZE)
@@ -126,7 +126,7 @@ def plan_clearing(image: DynamicImage, start_bytes: int, end_bytes: int) -> Pack
 
 
 def drop_blocks(image: DynamicImage, blocks: Indices) -> None:
-    """Let `blocks` have no space any more; their old space is free when this returns.
+    """Free the space of `blocks`, which is unreferenced when this returns.
 
     Raises IoFailed, NoSpace, SyncFailed; each block is then as it was, or dropped.
     """
@@ -139,13 +139,13 @@ def drop_blocks(image: DynamicImage, blocks: Indices) -> None:
 
 
 def clear_batmap(image: DynamicImage, blocks: Indices) -> None:
-    """Let the batmap not call `blocks` whole any more; synced. Raises IoFailed, NoSpace, SyncFailed."""
+    """Clear the batmap's bits of `blocks`, and sync. Raises IoFailed, NoSpace, SyncFailed."""
     if batmap_lies_apart(image.metadata, image.bat) and batmap.clear_bits(image.store, image.metadata, blocks):
         image.store.sync()
 
 
 def batmap_lies_apart(metadata: Metadata, bat: Bat) -> bool:
-    """False for a batmap that is said to lie over something else: a hint is not worth writing there."""
+    """False for a batmap whose stated place overlaps something else: a hint is not worth a write there."""
     assert metadata.header is not None
     ranges, starts = batmap.ranges(metadata), block_starts(bat)
     space = bitmap.bitmap_size(metadata.header.block_size) + metadata.header.block_size
@@ -168,7 +168,7 @@ def move_blocks(image: DynamicImage, packing: Packing, moved: Callable[[int], No
         return
     size_before = store.size()
     if packing.targets.max() + space > size_before:
-        # The last sector of the file is a footer or zeros, never the data of a guest who might forge one.
+        # The last sector of the file is a footer or zeros, never data of a guest, which might forge a footer.
         store.reserve(packing.end_bytes, FOOTER_SIZE)
     count = max(1, _BATCH_BYTES // space)
     try:
@@ -176,7 +176,7 @@ def move_blocks(image: DynamicImage, packing: Packing, moved: Callable[[int], No
             _move_batch(image, packing, slice(first, first + count), moved)
     except BaseException:
         used = nominal_end(image.metadata, image.bat)
-        if store.size() > size_before >= used:  # nothing went behind the old end: give the room back
+        if store.size() > size_before >= used:  # nothing went past the old end: free the space
             store.truncate(size_before)
         raise
     if store.size() > size_before:
@@ -198,7 +198,7 @@ def _move_batch(image: DynamicImage, packing: Packing, part: slice, moved: Calla
 
 
 def _copy(store: Store, source: int, target: int, size: int) -> None:
-    """A whole block to free space; holes stay holes."""
+    """Copy a whole block to free space; holes stay holes."""
     for offset, count, may_hold_data in store.data_runs(source, size):
         place = target + offset - source
         if may_hold_data:
@@ -208,7 +208,7 @@ def _copy(store: Store, source: int, target: int, size: int) -> None:
 
 
 def _write_table(image: DynamicImage) -> None:
-    """The changed entries, synced. What they point at is on the device."""
+    """Write the changed entries and sync. What they point at must be on the device."""
     table = image.bat.take_dirty()
     try:
         for number, raw in table.items():
@@ -220,9 +220,9 @@ def _write_table(image: DynamicImage) -> None:
 
 
 def punch_free(image: DynamicImage, ranges: Sequence[tuple[int, int]]) -> None:
-    """Make holes of what neither a block nor a structure takes of (offset, end) ranges that were vacated.
+    """Punch the parts of vacated (offset, end) ranges that no block or structure uses.
 
-    It only gives space back, so nothing is raised where that cannot be done.
+    This only frees space, so no error is raised if it fails.
     """
     if not ranges:
         return
@@ -237,7 +237,7 @@ def punch_free(image: DynamicImage, ranges: Sequence[tuple[int, int]]) -> None:
 
 
 def free_ranges(taken: Sequence[tuple[int, int]], low: int, high: int) -> Iterator[tuple[int, int]]:
-    """The whole sectors between `low` and `high` that none of the (offset, end) ranges has, ascending."""
+    """The whole sectors between `low` and `high` outside the (offset, end) ranges, ascending."""
     position = round_up(low, SECTOR_SIZE)
     for start, end in sorted(one for one in taken if one[0] < high and one[1] > low):
         if round_down(start, SECTOR_SIZE) > position:
@@ -248,9 +248,9 @@ def free_ranges(taken: Sequence[tuple[int, int]], low: int, high: int) -> Iterat
 
 
 def cut_end(image: DynamicImage, end_bytes: int) -> None:
-    """Give back what lies behind `end_bytes`, where nothing is; the trailing footer stands there afterwards.
+    """Truncate the file after `end_bytes`, where nothing is in use, and put the trailing footer there.
 
-    Raises IoFailed, NoSpace, SyncFailed; the image opens by one of its footers at any point.
+    Raises IoFailed, NoSpace, SyncFailed; the image can be opened by one of its footers at any point.
     """
     store = image.store
     if end_bytes + FOOTER_SIZE >= store.size():

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a dynamic or differencing image is opened.
 
-Decides what is done before anybody reads or writes it: notes of a killed process are written into it, a lost footer is
-mended, and an image whose blocks lie over each other is refused for writing. Must not know what is in the blocks
-(`dynamic`), which notes are believed (`recall`), nor how a footer is mended (`mend`).
+Decides what is done before the image is read or written: notes of a killed process are written into it, a lost footer
+is restored, and an image with overlapping blocks is refused for writing. Must not know what is in the blocks
+(`dynamic`), which notes are valid (`recall`), nor how a footer is restored (`mend`).
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from vhdkit.units import SECTOR_SIZE
 def open_dynamic(store: Store, *, writable: bool = False, ignore_bitmaps: bool = False) -> DynamicImage:
     """Open a dynamic or differencing image.
 
-    Raises CorruptImage, also for BAT entries that cannot be. A writable open mends a lost footer first. An image whose
-    blocks lie over each other opens for reading only, and says so in `findings` (`INV-BLOCKS-DISJOINT`).
+    Raises CorruptImage, also for impossible BAT entries. A writable open first restores a lost footer. An image with
+    overlapping blocks opens for reading only, with an entry in `findings` (`INV-BLOCKS-DISJOINT`).
     """
     metadata = read_metadata(store)
     assert metadata.header is not None
@@ -60,7 +60,7 @@ def open_dynamic(store: Store, *, writable: bool = False, ignore_bitmaps: bool =
 
 
 def _write_what_was_noted(store: Store, metadata: Metadata) -> bool:
-    """Write what a process that was killed had in memory only, in the order of `commit`; True when there was any."""
+    """Write what a killed process had only in memory, in the order of `commit`; True when there was any."""
     assert metadata.header is not None
     bat = Bat.load(store, metadata.header.table_offset, metadata.block_count)
     block_size, unique_id = metadata.header.block_size, metadata.footer.unique_id
@@ -70,7 +70,7 @@ def _write_what_was_noted(store: Store, metadata: Metadata) -> bool:
             overlap = check_blocks(metadata, bat)
             if overlap is not None:
                 raise overlap
-        except CorruptImage as error:  # of the notes or of the image itself, which is for the caller to find
+        except CorruptImage as error:  # in the notes or in the image itself, which the caller checks
             recall.give_up(store, unique_id, error.problem)
             return False
         store.sync()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The footer of a fixed image that was enlarged as if it were a raw one, so that zeros follow the footer.
 
-Decides how far from the end such a footer is looked for, and when it counts: the size that it states must match its
-place, and only zeros may follow. Repair goes further (it also cuts off bytes other than zeros).
+Decides how far from the end such a footer is looked for, and when it counts: its size must match its place, and only
+zeros may follow. Repair goes further (it also cuts off bytes other than zeros).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from vhdkit.formats.vhd import geometry, layout
 from vhdkit.store import ReadStore
 from vhdkit.units import MIB, SECTOR_SIZE, round_down
 
-MAX_PADDING_BYTES = 2 * MIB  # behind the footer; programs that round files up use whole MiB
+MAX_PADDING_BYTES = 2 * MIB  # after the footer; programs that round files up use whole MiB
 SEARCH_BYTES = MAX_PADDING_BYTES + layout.FOOTER_SIZE  # before the end of the file
 _READ_BYTES = MIB // 2
 
@@ -20,7 +20,7 @@ def footer_before_zeros(store: ReadStore) -> tuple[int, bytes] | None:
     """(offset, footer) of a fixed image's footer that only zeros follow, or None. Raises IoFailed."""
     size = store.size()
     end, limit = size, max(size - SEARCH_BYTES, 0)
-    while end > limit:  # from the back: the first byte that is not zero settles it
+    while end > limit:  # from the end: the first byte that is not zero decides
         start = max(round_down(end - 1, _READ_BYTES), limit)
         raw = store.pread(start, end - start).rstrip(b"\0")
         if raw:
@@ -30,7 +30,7 @@ def footer_before_zeros(store: ReadStore) -> tuple[int, bytes] | None:
 
 
 def _footer_at(store: ReadStore, end_of_data: int) -> tuple[int, bytes] | None:
-    """The footer whose last byte that is not zero stands before `end_of_data`. Its last 427 bytes are all reserved."""
+    """The footer whose last nonzero byte is before `end_of_data`. Its last 427 bytes are all reserved."""
     first = round_down(end_of_data - 1, SECTOR_SIZE)
     raw = store.pread(first, layout.FOOTER_SIZE)
     is_near = store.size() - first <= SEARCH_BYTES
@@ -38,7 +38,7 @@ def _footer_at(store: ReadStore, end_of_data: int) -> tuple[int, bytes] | None:
 
 
 def is_fixed_footer(raw: bytes, offset_bytes: int) -> bool:
-    """True for the footer of a fixed image whose data end where it stands."""
+    """True for the footer of a fixed image whose data ends at the footer."""
     if not raw.startswith(layout.FOOTER_COOKIE) or len(raw) < layout.FOOTER_SIZE:
         return False
     stored = layout.stored_checksum(raw, layout.FOOTER_CHECKSUM_OFFSET)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which parents a file may name, found with three reads: a quick look at many files of which few matter.
+"""Which parents a file may name, found with three reads: a quick test of many files of which few matter.
 
-Decides nothing: it returns every id that a proper reading could find, and some that it would not. If the wanted id is
-among them, the caller reads the metadata.
+Decides nothing: it returns every id that a complete reading could find, and some that it would not. If the wanted id
+is among them, the caller reads the metadata.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _PARENT_ID_OFFSET = 40  # in the dynamic header
 
 
 def parent_ids(store: ReadStore) -> frozenset[bytes]:
-    """The ids of parents that the headers of a differencing image name, whichever footer is believed.
+    """The parent ids in the headers of a differencing image, whichever footer is used.
 
     Empty for anything else. Raises IoFailed.
     """

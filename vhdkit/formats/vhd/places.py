@@ -2,7 +2,7 @@
 """Which bytes of a dynamic or differencing image's file belong to structures other than blocks.
 
 Decides how far the table reaches: as far as the header states, even if the disk needs fewer entries. XenServer
-reserves such room for a disk that will grow while it is in use; neither blocks nor holes may be placed there.
+reserves such space for a disk that will grow while it is in use; neither blocks nor holes may be placed there.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def block_data_end(metadata: Metadata) -> int:
 
 
 def nominal_end(metadata: Metadata, bat: Bat) -> int:
-    """The first byte after every vital structure and every whole block; what else there is lies inside the file."""
+    """The first byte after every vital structure and every whole block; anything else lies inside the file."""
     assert metadata.header is not None
     end = max((offset + size for _, offset, size in metadata.vital_structures()), default=0)
     used = bat.entries[bat.allocated()]
@@ -35,7 +35,7 @@ def nominal_end(metadata: Metadata, bat: Bat) -> int:
 
 
 def block_starts(bat: Bat) -> NDArray[np.int64]:
-    """Offsets of the bitmaps of all blocks that have space, in the order of the disk."""
+    """Offsets of the bitmaps of all allocated blocks, in the order of the disk."""
     starts: NDArray[np.int64] = bat.entries[bat.allocated()].astype(np.int64) * SECTOR_SIZE
     return starts
 
@@ -43,7 +43,7 @@ def block_starts(bat: Bat) -> NDArray[np.int64]:
 def table_range(metadata: Metadata, bat: Bat) -> tuple[int, int]:
     """(offset, end) of the table as the header states it, whole sectors.
 
-    Cut at the first block behind it and at the end of the data: such a statement is not true.
+    Cut at the next block and at the end of the data: a header that states more is wrong.
     """
     assert metadata.header is not None
     start = metadata.header.table_offset
@@ -56,7 +56,7 @@ def table_range(metadata: Metadata, bat: Bat) -> tuple[int, int]:
 
 
 def fixed_ranges(metadata: Metadata, bat: Bat) -> Iterator[tuple[int, int]]:
-    """(offset, end) of what is neither a block nor a trailing footer, and never moves with the parent's names."""
+    """(offset, end) of what is neither a block nor a trailing footer, and does not move with the parent's names."""
     yield 0, layout.FOOTER_SIZE
     yield table_range(metadata, bat)
     for name, offset, size in metadata.structures():
@@ -65,7 +65,7 @@ def fixed_ranges(metadata: Metadata, bat: Bat) -> Iterator[tuple[int, int]]:
 
 
 def structure_ranges(metadata: Metadata, bat: Bat) -> list[tuple[int, int]]:
-    """(offset, end) of everything in the file that is no block, and no trailing footer."""
+    """(offset, end) of everything in the file except blocks and the trailing footer."""
     data_end = block_data_end(metadata)
     places = metadata.structures() + metadata.forbidden_to_blocks()
     ranges = [(offset, min(offset + size, data_end)) for _, offset, size in places if offset < data_end]
@@ -73,9 +73,9 @@ def structure_ranges(metadata: Metadata, bat: Bat) -> list[tuple[int, int]]:
 
 
 def end_of_structures(metadata: Metadata, bat: Bat) -> int:
-    """The first byte, at a sector's beginning, after everything that is of the image but its trailing footer.
+    """The first byte, on a sector boundary, after everything in the image except its trailing footer.
 
-    Unlike `nominal_end` with what it can be read without: its parent's names may lie behind all its blocks.
+    Unlike `nominal_end`, it includes optional structures: the parent's names may lie after all blocks.
     """
     ends = [end for _, end in structure_ranges(metadata, bat)]
     return round_up(max([nominal_end(metadata, bat), *ends]), SECTOR_SIZE)

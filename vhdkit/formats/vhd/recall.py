@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which notes of a killed process are believed, and what they say: the counterpart of `remember`.
+"""Which notes of a killed process are valid, and what they contain: the counterpart of `remember`.
 
-Decides whether an image is in the state in which the process left it whose notes these are
+Decides whether an image is in the state in which the process that took the notes left it
 (`INV-ANSWERED-SURVIVES`). Notes are not images: they lie in a private folder of the server. Still, everything in
 them is checked against the image.
 
-    another boot, no whole header        no notes: their pages went with the machine, or they were never begun
+    another boot, no whole header        no notes: they were lost with the machine's memory, or never begun
     another label                        vhdkit has written to the image since
     another time than the witness's      another program has, or a backup was restored in place
     blocks, bits, the file's end         are not those that the notes presume, whatever the times say
 
-Notes that are not believed are refused permanently, with a warning: the files are renamed, so that nothing is
-destroyed, and the image gets a label that `check` reports. Notes of 0.1.0 have neither label nor witness; for those
-the last row decides. Must not know the order in which believed notes are written; `dynamic` and `commit` do.
+Invalid notes are refused permanently, with a warning: the files are renamed, so that nothing is destroyed, and the
+image gets a label that `check` reports. Notes of 0.1.0 have neither label nor witness; for those the last row
+decides. Must not know the order in which valid notes are written; that is decided in `opening`.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ class _File(NamedTuple):
 
 
 def recover(store: Store, unique_id: bytes | None, bat: Bat, bitmap_size: int, block_size: int) -> dict[int, bytes]:
-    """What was noted for this image and is believed: blocks and bitmaps, whose BAT entries are set in `bat`.
+    """The valid notes of this image: blocks and bitmaps, whose BAT entries are set in `bat`.
 
-    Nothing is written to the image. Empty where there is nothing, or where anything shows that the image is in another
-    state: then the notes are set aside for good. The image's writer's lock is held, by whoever looks for locks.
-    Raises AccessDenied, IoFailed.
+    Nothing is written to the image. Empty without notes, or if anything shows that the image is in another state: then
+    the notes are set aside permanently. The caller holds the image's writer's lock, if locks are used. Raises
+    AccessDenied, IoFailed.
     """
     if unique_id is None or not isinstance(store, FileStore) or (folder := store.notes_folder) is None:
         return {}
@@ -86,13 +86,13 @@ def recover(store: Store, unique_id: bytes | None, bat: Bat, bitmap_size: int, b
 
 
 def _forget_empty(store: FileStore, unique_id: bytes, folder: str, label: bytes | None, files: list[_File]) -> None:
-    """There is nothing to write: what is left of notes goes, and a label of notes that are elsewhere is told.
+    """Nothing has to be written: remove what is left of notes, and warn of notes in the folder of another label.
 
-    Of notes that were in this very folder nothing was lost: their process died when it began them, or ended them.
+    Of notes in this folder nothing was lost: their process died while it began or removed them.
     """
     is_elsewhere = label is not None and remember.place_in(label) != folder and remember.is_of_this_boot(label)
     if label is not None and is_elsewhere and remember.token_in(label) not in [one.token for one in files]:
-        _log.warning("%s: %s: they will not be used", errors.printable(store.name), remember.told(label))
+        _log.warning("%s: %s: they will not be used", errors.printable(store.name), remember.described(label))
     for path in remember.note_paths(store, unique_id, folder):
         if is_regular(path):
             remove_file(path)
@@ -100,7 +100,7 @@ def _forget_empty(store: FileStore, unique_id: bytes, folder: str, label: bytes 
 
 
 def give_up(store: Store, unique_id: bytes | None, problem: str) -> None:
-    """Set the notes aside, and say so: answered writes that were not flushed are lost, as in a power cut."""
+    """Set the notes aside, with a warning: acknowledged writes that were not flushed are lost, as in a power cut."""
     if unique_id is None or not isinstance(store, FileStore) or (folder := store.notes_folder) is None:
         return
     kept = rename_aside(remember.note_paths(store, unique_id, folder))
@@ -108,7 +108,7 @@ def give_up(store: Store, unique_id: bytes | None, problem: str) -> None:
     store.set_label(remember.LABEL, None)
     store.set_label(remember.KEPT_LABEL, remember.label_of(b"", place))
     _log.warning(
-        "%s: what a killed server had noted of it is left out: %s; the notes are kept as %s",
+        "%s: changes that a killed server had noted are left out: %s; the notes are kept as %s",
         errors.printable(store.name),
         problem,
         errors.printable(place),
@@ -116,7 +116,7 @@ def give_up(store: Store, unique_id: bytes | None, problem: str) -> None:
 
 
 def writing_begins(store: Store, unique_id: bytes | None) -> None:
-    """What was noted is about to be written: should that be cut short, the image is still in the state of its notes.
+    """The noted changes are about to be written: if that is interrupted, the notes are still valid.
 
     Raises AccessDenied, IoFailed.
     """
@@ -128,20 +128,20 @@ def writing_begins(store: Store, unique_id: bytes | None) -> None:
 
 
 def written(store: Store, unique_id: bytes | None) -> None:
-    """What was noted is on the device: the notes go. Raises AccessDenied, IoFailed."""
+    """The noted changes are on the device: remove the notes. Raises AccessDenied, IoFailed."""
     assert unique_id is not None and isinstance(store, FileStore) and store.notes_folder is not None
     remember.forget(store, unique_id, store.notes_folder)
 
 
 def _another_state(store: FileStore, unique_id: bytes, folder: str, last: _File, label: bytes | None) -> str | None:
-    """Why the image is not as the process left it that took the notes; None where nothing shows it."""
+    """Why the image is not as the process that took the notes left it; None if nothing shows that."""
     if last.flags & LABELLED and (label is None or remember.token_in(label) != last.token):
-        return "another program of ours has opened it for writing since"
+        return "another vhdkit program has since opened it for writing"
     if not last.flags & WITNESSED:
         return None
     raw = read_whole(remember.note_paths(store, unique_id, folder)[2], KIB)
     if raw is None or len(raw) != _WORDS.size:
-        return "nothing says in which state it was left"
+        return "there is no record of the state in which it was left"
     words = _WORDS.unpack(raw)
     begun, (left_ns, read_ns) = [words[0], words[3]], max(zip(words[1::3], words[2::3], strict=True))
     now = store.modified_ns()
@@ -150,16 +150,16 @@ def _another_state(store: FileStore, unique_id: bytes, folder: str, last: _File,
     last_ns = left_ns + max(max(begun) - read_ns, 0) + SLACK_NS
     if any(begun) and left_ns < now <= last_ns:
         return None  # it died in the middle of a change
-    return "it was written to, or replaced by another state of it, since"
+    return "it has since been written to, or replaced by another version"
 
 
 def _contradiction(notes: list[_Note], store: FileStore, bat: Bat, bitmap_size: int, block_size: int) -> str | None:
-    """Why the image is not the one that the notes are of, or has been changed since; None where nothing shows it.
+    """Why the image is not the one of the notes, or has been changed since; None if nothing shows that.
 
-    Whoever noted these changes was the only one to write to the image. Its entry of a noted block is one of those that
-    the block had; it has no bit that was not noted; and nobody else put a block behind all of them, cut the file, or
-    made it longer than by the one block that may have been under construction. That blocks do not overlap is for the
-    caller to see.
+    The process that took the notes was the only writer of the image. Its entry of a noted block is one of those that
+    the block had; it has no bit that was not noted; and no other program put a block after all of them, truncated the
+    file, or extended it by more than the one block that may have been under construction. The caller checks that
+    blocks do not overlap.
     """
     free, then, size = notes[-1].free_bytes, notes[-1].file_bytes, store.size()
     room = bitmap_size + block_size + PAGE_SIZE + FOOTER_SIZE
@@ -172,7 +172,7 @@ def _contradiction(notes: list[_Note], store: FileStore, bat: Bat, bitmap_size: 
     for one in notes:
         end = one.start + bitmap_size + block_size
         if one.block >= len(bat) or one.start % SECTOR_SIZE or end > size or len(one.bitmap) not in (0, bitmap_size):
-            return f"there is no room for block {one.block}"
+            return f"block {one.block} does not fit into the file"
         places.setdefault(one.block, set()).update((one.start, one.before))
     for block, known in places.items():
         if bat.block_start(block) not in known:
@@ -187,7 +187,7 @@ def _contradiction(notes: list[_Note], store: FileStore, bat: Bat, bitmap_size: 
 
 
 def _read(store: FileStore, unique_id: bytes, folder: str) -> list[_File]:
-    """Both files of notes, the older first, each up to the first note that was not written whole."""
+    """Both files of notes, the older first, each up to the first incomplete note."""
     found = []
     for path in remember.note_paths(store, unique_id, folder)[:2]:
         raw = read_whole(path, remember.MAX_NOTES_BYTES)

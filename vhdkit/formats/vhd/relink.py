@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Changing the parent's names in a dynamic header.
 
-Decides what the header says then; where the names go is decided by `front`, in which order by `switch`.
+Decides the content of the header; where the names go is decided in `front`, in which order in `switch`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ def relink(image: DynamicImage, link: ParentLink) -> None:
     """Write `link` into a differencing image that was opened for writing, so both its footers are good.
 
     Raises InvalidArgument for names that cannot be stored, NoSpace, IoFailed, SyncFailed; the image then has its old
-    names or its new ones. The open image still knows the old ones: close it.
+    names or its new ones. The open image still has the old ones: close it.
     """
     old = image.metadata.header
     assert old is not None

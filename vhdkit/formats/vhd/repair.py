@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a damaged VHD needs to be sound again: the writes, made to a draft of it.
+"""The repair of a damaged VHD: the writes, made to a draft of it.
 
-Decides what may be repaired, what needs consent, and what cannot be repaired. Writes nothing into the file: how the
-draft gets there, whole or not at all, is decided in `chain.verbs.repair`, and so is everything about parents.
+Decides what may be repaired, what requires consent, and what cannot be repaired. Writes nothing into the file: how
+the draft gets there, atomically, is decided in `chain.verbs.repair`, and so is everything about parents.
 
     footers -> header -> locators -> BAT -> space and trailing footer -> geometry      each builds on those before
 
 - What is stored twice is restored from the other place: a footer from its copy, the copy from the footer.
 - What is stored once and wrong is restored only if the rest of the file confirms it (a header's checksum).
 - An impossible BAT entry is cleared, with consent: its block then reads as zeros, or as the parent's.
-- Overlapping blocks are moved apart: only what they share is doubtful (`untangle`).
-- A mark that another program is at work (0xC7, `v_poison`) is removed only if the user says that the program is dead.
+- Overlapping blocks are separated: only what they share is doubtful (`untangle`).
+- The mark of another program that writes (0xC7, `v_poison`) is removed only if the user confirms that it has died.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ BY_HAND = "a copy by hand"
 
 
 def repair_vhd(draft: DraftStore, consent: Consent) -> list[Fix]:
-    """Change `draft` into what the image should be; returns what was done or could be, in order.
+    """Repair the image in `draft`; returns what was fixed or could be, in order.
 
-    What cannot be put right is left: `check_vhd` says so afterwards. Raises IoFailed.
+    What cannot be repaired is left: `check_vhd` reports it afterwards. Raises IoFailed.
     """
     fixes = list(mend_footers(draft, consent))
     if any(one.needs == DEAD for one in fixes):
-        return fixes  # whoever left the mark may be at work on any part of it
+        return fixes  # the program that left the mark may be changing any part of it
     fixes += _mend_header(draft, consent)
     try:
         metadata = read_metadata(draft)
@@ -85,7 +85,7 @@ def repair_vhd(draft: DraftStore, consent: Consent) -> list[Fix]:
 
 
 def _mend_header(draft: DraftStore, consent: Consent) -> Iterator[Fix]:
-    """A header whose checksum alone is wrong. It has no second copy, so everything else has to speak for it."""
+    """A header of which only the checksum is wrong. It has no second copy, so the rest of the file must confirm it."""
     try:
         read_metadata(draft)
         return
@@ -105,18 +105,18 @@ def _mend_header(draft: DraftStore, consent: Consent) -> Iterator[Fix]:
     if not sure and not consent.data_loss:
         yield Fix(
             "header-checksum",
-            "the header's checksum is wrong, and block size or table do not fit the rest of the file in every way:"
-            " taking it as it is may show wrong data",
+            "the header's checksum is wrong, and its block size or table does not quite fit the rest of the file:"
+            " using it as it is may show wrong data",
             LOSS,
         )
         return
     draft.pwrite(offset, raw)
-    said = "the rest of the file agrees with it" if sure else "taken as it is, as you asked"
-    yield Fix("header-checksum", f"the header's checksum is made right: {said}")
+    reason = "the rest of the file agrees with it" if sure else "used as it is, as you requested"
+    yield Fix("header-checksum", f"corrected the header's checksum: {reason}")
 
 
 def _clear_stray_locators(draft: DraftStore, metadata: Metadata) -> Iterator[Fix]:
-    """Locators whose text would lie outside the file: they say nothing, and the file may grow to there."""
+    """Locators whose text would lie outside the file: they are useless, and the file may grow to there."""
     assert metadata.header is not None
     stray = {one.slot for one in metadata.stray_locators()}
     if not stray:
@@ -133,7 +133,7 @@ def _clear_stray_locators(draft: DraftStore, metadata: Metadata) -> Iterator[Fix
 
 
 def _name_parent(draft: DraftStore, metadata: Metadata) -> Iterator[Fix]:
-    """A blank name in the header, beside locators that have one."""
+    """A blank name in the header, although locators have one."""
     texts = [one.text for one in metadata.locators if one.text]
     if metadata.header is None or not metadata.is_differencing or metadata.parent_name or not texts:
         return
@@ -142,14 +142,14 @@ def _name_parent(draft: DraftStore, metadata: Metadata) -> Iterator[Fix]:
         return
     header = replace(metadata.header, parent_unicode_name=encode_parent_name(name))
     draft.pwrite(metadata.footer.data_offset, layout.build_header(header))
-    yield Fix("parent-name", f"the header names the parent {printable(name)} now, as the locators do")
+    yield Fix("parent-name", f"the header now names the parent {printable(name)}, as the locators do")
 
 
 # -- the table --------------------------------------------------------------------------------------------------------
 
 
 def _mend_table(draft: DraftStore, metadata: Metadata, consent: Consent) -> Iterator[Fix]:
-    """Clear entries that point outside the file; move apart what lies over headers or other blocks."""
+    """Clear entries that point outside the file; separate blocks from headers and other blocks."""
     assert metadata.header is not None
     bat = Bat.load(draft, metadata.header.table_offset, metadata.block_count)
     outside = dict(bad_entries(metadata, bat)).get(CorruptReason.BLOCK_OUTSIDE_FILE, np.zeros(0, dtype=np.intp))
@@ -167,27 +167,27 @@ def _mend_table(draft: DraftStore, metadata: Metadata, consent: Consent) -> Iter
         yield Fix("bat", f"{message} would show {shows}", LOSS, lost, tuple(plan.doubtful))
         return
     if plan.too_much:
-        yield Fix("blocks-overlap", "too many blocks lie over each other to be moved apart in place", CONVERT)
+        yield Fix("blocks-overlap", "too many blocks overlap to be separated in place", CONVERT)
     if not lost and not plan.moved:
         return
     if plan.moved:
         _clear_the_end(draft, metadata, bat)
-        plan = tangle.plan()  # of what is there now
+        plan = tangle.plan()  # again, for the present content
         end = tangle.apply(draft, plan, max(nominal_end(metadata, bat), round_up(draft.size(), SECTOR_SIZE)))
         if metadata.tail.state.usable:
             draft.pwrite(end, metadata.footer_raw)
     bat.entries[cleared] = BAT_UNALLOCATED
     _write_entries(draft, bat, [*np.flatnonzero(cleared).tolist(), *plan.moved])
     if lost:
-        yield Fix("bat", f"{message} shows {shows} now", None, lost, () if plan.moved else tuple(plan.doubtful))
+        yield Fix("bat", f"{message} now shows {shows}", None, lost, () if plan.moved else tuple(plan.doubtful))
     if plan.moved:
         shared = format_size(sum(size for _, size in plan.doubtful))
-        said = f"{len(plan.moved)} blocks lay over others or over headers, and are moved apart"
-        yield Fix("blocks-overlap", f"{said}; {shared} that they shared may be wrong", None, (), tuple(plan.doubtful))
+        done = f"separated {len(plan.moved)} blocks that overlapped others or headers"
+        yield Fix("blocks-overlap", f"{done}; {shared} that they shared may be wrong", None, (), tuple(plan.doubtful))
 
 
 def _write_entries(draft: DraftStore, bat: Bat, blocks: list[int]) -> None:
-    """The sectors of the table with these entries."""
+    """Write the sectors of the table with these entries."""
     for number in sorted({block // ENTRIES_PER_SECTOR for block in blocks}):
         first = number * ENTRIES_PER_SECTOR
         raw = bat.entries[first : first + ENTRIES_PER_SECTOR].astype(">u4").tobytes()
@@ -195,7 +195,7 @@ def _write_entries(draft: DraftStore, bat: Bat, blocks: list[int]) -> None:
 
 
 def _clear_the_end(draft: DraftStore, metadata: Metadata, bat: Bat) -> None:
-    """Before the file grows: what a block that is stored short lacks reads as zeros, not as a footer."""
+    """Before the file grows: clear what follows a truncated block, so that it reads as zeros, not as a footer."""
     size, end = draft.size(), nominal_end(metadata, bat)
     if metadata.tail.state.usable and metadata.tail.offset_bytes < end:
         draft.punch(metadata.tail.offset_bytes, size - metadata.tail.offset_bytes)
@@ -213,7 +213,7 @@ def _ranges(metadata: Metadata, blocks: NDArray[np.bool_]) -> Iterator[tuple[int
 
 
 def _clear_promises(draft: DraftStore, metadata: Metadata) -> Iterator[Fix]:
-    """Bits for what is behind the end of the disk, and of a batmap for blocks that are not whole."""
+    """Bits past the end of the disk, and bits of a batmap for blocks that are not whole."""
     assert metadata.header is not None
     bat = Bat.load(draft, metadata.header.table_offset, metadata.block_count)
     if any(len(blocks) for _, blocks in bad_entries(metadata, bat)):
@@ -221,39 +221,41 @@ def _clear_promises(draft: DraftStore, metadata: Metadata) -> Iterator[Fix]:
     bits = bits_behind_end(draft, metadata, bat)
     if bits is not None:
         draft.pwrite(bits.offset_bytes, bits.cleared)
-        yield Fix("bits-behind-end", f"{bits.count} bits behind the end of the disk are cleared")
+        yield Fix("bits-behind-end", f"cleared {bits.count} bits past the end of the disk")
     blocks = wrong_batmap_bits(draft, metadata, bat)
     if len(blocks) and batmap_lies_apart(metadata, bat) and batmap.clear_bits(draft, metadata, blocks):
-        yield Fix("batmap", f"the batmap no longer calls {len(blocks)} blocks full that are not")
+        yield Fix("batmap", f"the batmap no longer marks {len(blocks)} blocks as full that are not")
 
 
 # -- space ------------------------------------------------------------------------------------------------------------
 
 
 def _free_fixed(draft: DraftStore, metadata: Metadata) -> Iterator[Fix]:
-    """Zeros behind the footer of a fixed disk, and bytes between the data and it, unless others take them for data."""
+    """Zeros after the footer of a fixed disk, and bytes before it, unless other programs read them as data."""
     footer_end = metadata.tail.offset_bytes + len(metadata.tail.raw)
     padding = draft.size() - footer_end
     if padding:
         draft.truncate(footer_end)
-        yield Fix("padding", f"{padding} bytes of zeros behind the footer are cut off")
+        yield Fix("padding", f"cut off {padding} bytes of zeros after the footer")
     data_end = spare_of_fixed(metadata)
     if data_end is None:
         return
     spare = metadata.tail.offset_bytes - data_end
     if is_much(draft, data_end, spare):
         yield Fix(
-            "trailing-space", f"{format_size(spare)} of data stand between the disk and its footer", "a copy by hand"
+            "trailing-space",
+            f"there are {format_size(spare)} of data between the disk and its footer",
+            "a copy by hand",
         )
         return
     raw = metadata.footer_raw
     draft.truncate(data_end)
     draft.pwrite(data_end, raw)
-    yield Fix("trailing-space", f"{spare} bytes between the data and the footer are cut off")
+    yield Fix("trailing-space", f"cut off {spare} bytes between the data and the footer")
 
 
 def _settle_end(draft: DraftStore, metadata: Metadata, *, keep_space: bool) -> Iterator[Fix]:
-    """Put the trailing footer behind everything, and free what belongs to nothing (not with `keep_space`)."""
+    """Put the trailing footer after everything, and free unreferenced space (not with `keep_space`)."""
     assert metadata.header is not None
     bat = Bat.load(draft, metadata.header.table_offset, metadata.block_count)
     end = end_of_structures(metadata, bat)
@@ -261,28 +263,28 @@ def _settle_end(draft: DraftStore, metadata: Metadata, *, keep_space: bool) -> I
     if not metadata.tail.state.usable:
         yield from _restore_tail(draft, metadata, bat, end, keep_space=keep_space)
     elif metadata.tail.offset_bytes < end:
-        # The footer stands inside a block: what follows it there are zeros, once it has gone.
+        # The footer is inside a block: the rest of the block becomes zeros.
         draft.punch(metadata.tail.offset_bytes, draft.size() - metadata.tail.offset_bytes)
         draft.pwrite(end, metadata.footer_raw)
-        yield Fix("block-cut", "a block was stored short: its rest, zeros, is added, and the footer put behind it")
+        yield Fix("block-cut", "extended a truncated block with zeros, and put the footer after it")
     elif metadata.tail.offset_bytes - end >= LEAK_BYTES and not keep_space:
         spare = metadata.tail.offset_bytes - end
-        message = f"{format_size(spare)} behind the last block belong to nothing"
+        message = f"{format_size(spare)} after the last block are unreferenced"
         if held_bytes(draft, end, spare) > MAX_FREED_BYTES:
             yield Fix("leaked-space", message, COMPACT)
         else:
             draft.truncate(end)
             draft.pwrite(end, metadata.footer_raw)
-            yield Fix("leaked-space", f"{message}: given back")
+            yield Fix("leaked-space", f"{message}: freed")
     if not keep_space:
         yield from _free_gaps(draft, read_metadata(draft), bat, end)
 
 
 def _restore_tail(draft: DraftStore, metadata: Metadata, bat: Bat, end: int, *, keep_space: bool) -> Iterator[Fix]:
-    """Write the trailing footer anew: behind the last structure, or behind all there is when that has to stay."""
+    """Write a new trailing footer: after the last structure, or after everything if that must stay."""
     tail, size = metadata.tail, draft.size()
     if size < nominal_end(metadata, bat) and size % SECTOR_SIZE:  # the file ends inside a block
-        draft.punch(round_down(size, SECTOR_SIZE), SECTOR_SIZE)  # part of a sector read as zeros, and shall
+        draft.punch(round_down(size, SECTOR_SIZE), SECTOR_SIZE)  # a partial sector reads as zeros
     behind = max(size - end, 0)
     place = max(end, round_up(size, SECTOR_SIZE))
     if not keep_space and held_bytes(draft, end, behind) <= MAX_FREED_BYTES:
@@ -293,11 +295,11 @@ def _restore_tail(draft: DraftStore, metadata: Metadata, bat: Bat, end: int, *, 
     draft.pwrite(place, metadata.footer_raw)
     yield Fix("footer", f"the trailing footer was {tail.state}: restored from its copy")
     if behind > FOOTER_SIZE and place == end:
-        yield Fix("trailing-garbage", f"{behind} bytes behind the last structure belong to nothing: cut off")
+        yield Fix("trailing-garbage", f"cut off {behind} unreferenced bytes after the last structure")
 
 
 def _free_gaps(draft: DraftStore, metadata: Metadata, bat: Bat, end: int) -> Iterator[Fix]:
-    """Space between blocks, before `end`, that belongs to nothing becomes a hole."""
+    """Make unreferenced space between blocks, before `end`, a hole."""
     inner = [(offset, size) for offset, size in gaps(metadata, bat) if offset < end]
     sizes = [(offset, size, held_bytes(draft, offset, size)) for offset, size in inner]
     found = [one for one in sizes if one[2] >= LEAK_BYTES]
@@ -305,11 +307,11 @@ def _free_gaps(draft: DraftStore, metadata: Metadata, bat: Bat, end: int) -> Ite
     if not found:
         return
     if data > MAX_FREED_BYTES:
-        yield Fix("leaked-space", f"{format_size(data)} between blocks belong to nothing", COMPACT)
+        yield Fix("leaked-space", f"{format_size(data)} between blocks are unreferenced", COMPACT)
         return
     for offset, size, _ in found:
         draft.punch(offset, size)
-    yield Fix("leaked-space", f"{format_size(data)} between blocks belong to nothing: made a hole")
+    yield Fix("leaked-space", f"{format_size(data)} between blocks were unreferenced: made a hole")
 
 
 # -- geometry ---------------------------------------------------------------------------------------------------------
@@ -322,7 +324,7 @@ def _mend_geometry(draft: DraftStore) -> Iterator[Fix]:
     except CorruptImage:
         return
     if not metadata.tail.state.usable or geometry.size_is_chs(metadata.footer):
-        return  # a size that comes from the geometry is not ours to change
+        return  # the geometry defines the size, so it must not change
     shape, wanted = geometry.footer_geometry(metadata.footer), geometry.geometry_for(metadata.size_bytes)
     if shape == geometry.NO_GEOMETRY or wanted.size_bytes <= shape.size_bytes <= metadata.size_bytes:
         return
@@ -334,4 +336,4 @@ def _mend_geometry(draft: DraftStore) -> Iterator[Fix]:
     draft.pwrite(metadata.tail.offset_bytes, raw[: len(metadata.tail.raw)])
     if metadata.copy is not None:
         draft.pwrite(0, raw)
-    yield Fix("geometry", f"{'/'.join(map(str, shape))} is made {'/'.join(map(str, wanted))}, as the size gives")
+    yield Fix("geometry", f"changed {'/'.join(map(str, shape))} to {'/'.join(map(str, wanted))}, which the size gives")

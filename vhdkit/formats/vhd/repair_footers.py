@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What damaged footers need: the part of a repair that everything else builds on.
+"""The repair of damaged footers, on which the rest of a repair depends.
 
-Decides which footer is restored from which place, and when a mark of another program may be taken off. A repair is
-made to a draft (`repair`); this one goes first.
+Decides which footer is restored from which place, and when the mark of another program may be removed. A repair is
+made to a draft (`repair`); this part comes first.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ DEAD = "--writer-is-dead"
 
 
 def mend_footers(draft: DraftStore, consent: Consent) -> Iterator[Fix]:
-    """Leave two good, equal footers where one is to be had. A lost trailing one gets its place in `_settle_end`."""
+    """Leave two good, equal footers if there is a good one. A lost trailing footer gets its place in `_settle_end`."""
     tail, copy = read_footers(draft)
     marked = [one for one in (tail, copy) if one.state in (FooterState.KILLED, FooterState.POISONED)]
     if marked and not _is_guests(tail, copy):
-        said = f"the {marked[0].structure} is {marked[0].state}"
+        fact = f"the {marked[0].structure} is {marked[0].state}"
         if not consent.writer_is_dead:
-            yield Fix("footer-mark", f"{said}; remove this only when that program is dead", DEAD)
+            yield Fix("footer-mark", f"{fact}; remove this mark only if that program has died", DEAD)
             return
         if not (tail.state.usable or copy.state.usable):
             yield from _take_off_poison(draft, tail, copy)
@@ -45,12 +45,12 @@ def mend_footers(draft: DraftStore, consent: Consent) -> Iterator[Fix]:
 
 
 def _is_guests(tail: FooterPlace, copy: FooterPlace) -> bool:
-    """A fixed disk with a good footer: whatever stands at offset 0 is data."""
+    """True for a fixed disk with a good footer: everything at offset 0 is data."""
     return tail.state.usable and tail.footer.disk_type == layout.DISK_TYPE_FIXED
 
 
 def _align_copy(draft: DraftStore, tail: FooterPlace, copy: FooterPlace) -> Iterator[Fix]:
-    """Make the copy equal to the footer; or the footer to its copy, where only that one leads to a sound image."""
+    """Make the copy equal to the footer, or the footer equal to its copy if only that leads to a sound image."""
     whole = tail.raw.ljust(FOOTER_SIZE, b"\0")
     if copy.raw == whole:
         return
@@ -59,11 +59,11 @@ def _align_copy(draft: DraftStore, tail: FooterPlace, copy: FooterPlace) -> Iter
         trial.pwrite(tail.offset_bytes, copy.raw[: len(tail.raw)])
         if is_sound(trial):
             draft.pwrite(tail.offset_bytes, copy.raw[: len(tail.raw)])
-            yield Fix("footer", "the footer leads to no sound image, its copy does: restored from the copy")
+            yield Fix("footer", "the footer does not lead to a sound image, but its copy does: restored from the copy")
             return
     draft.pwrite(0, sealed_footer(whole))
     yield Fix(
-        "footer-copy", f"the copy was {'another one' if copy.state.usable else copy.state}: restored from the footer"
+        "footer-copy", f"the copy was {'different' if copy.state.usable else copy.state}: restored from the footer"
     )
 
 
@@ -80,7 +80,7 @@ def is_sound(store: ReadStore) -> bool:
 
 
 def _take_off_poison(draft: DraftStore, tail: FooterPlace, copy: FooterPlace) -> Iterator[Fix]:
-    """Both footers carry a mark: give the poisoned one its name back where that makes a sound image."""
+    """Both footers are marked: restore the cookie of a poisoned one if that makes a sound image."""
     for place in (tail, copy):
         if place.state is not FooterState.POISONED:
             continue
@@ -89,7 +89,7 @@ def _take_off_poison(draft: DraftStore, tail: FooterPlace, copy: FooterPlace) ->
         _put_both(trial, tail, raw)
         if is_sound(trial):
             _put_both(draft, tail, raw)
-            yield Fix("footer-mark", f"the mark of an unfinished resize is taken off the {place.structure}")
+            yield Fix("footer-mark", f"removed the mark of an unfinished resize from the {place.structure}")
             return
 
 
@@ -100,20 +100,20 @@ def _put_both(draft: DraftStore, tail: FooterPlace, raw: bytes) -> None:
 
 
 def _rescue_footer(draft: DraftStore, tail: FooterPlace, copy: FooterPlace) -> Iterator[Fix]:
-    """No footer is good: look for one before trailing garbage, then for one with nothing wrong but its checksum."""
+    """No footer is good: look for one before trailing garbage, then for one of which only the checksum is wrong."""
     found = _stray_footer(draft)
     if found is not None:
         offset, raw = found
         garbage = draft.size() - offset - FOOTER_SIZE
         if held_bytes(draft, offset + FOOTER_SIZE, garbage) > MAX_FREED_BYTES:
             yield Fix(
-                "trailing-garbage", f"a footer stands before {format_size(garbage)} of other data", "a copy by hand"
+                "trailing-garbage", f"a footer is followed by {format_size(garbage)} of other data", "a copy by hand"
             )
             return
         draft.truncate(offset + FOOTER_SIZE)
         if layout.parse_footer(raw).disk_type != layout.DISK_TYPE_FIXED:
             draft.pwrite(0, raw)
-        yield Fix("trailing-garbage", f"{garbage} bytes of garbage behind the footer are cut off")
+        yield Fix("trailing-garbage", f"cut off {garbage} bytes of garbage after the footer")
         return
     for place in (tail, copy):
         if place.state is not FooterState.CHECKSUM or not place.raw.startswith(layout.FOOTER_COOKIE):
@@ -126,13 +126,13 @@ def _rescue_footer(draft: DraftStore, tail: FooterPlace, copy: FooterPlace) -> I
         _put_both(trial, tail, raw)
         if agrees and footer_state(raw).usable and is_sound(trial):
             _put_both(draft, tail, raw)
-            said = "the file's size" if fixed else "its copy"
-            yield Fix("footer-checksum", f"only the checksum of the footer was wrong: it agrees with {said}")
+            witness = "the file's size" if fixed else "its copy"
+            yield Fix("footer-checksum", f"only the checksum of the footer was wrong: the rest agrees with {witness}")
             return
 
 
 def _stray_footer(store: ReadStore) -> tuple[int, bytes] | None:
-    """A good footer that other bytes follow: (offset, footer) of the last one, which fits the file up to there."""
+    """(offset, footer) of the last good footer that other bytes follow, if it fits the file up to there."""
     end = store.size()
     for offset in range(round_down(end, SECTOR_SIZE), max(end - SEARCH_BYTES - 1, 0), -SECTOR_SIZE):
         raw = store.pread(offset, FOOTER_SIZE)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Giving a VHD another virtual size.
+"""Changing the virtual size of a VHD.
 
-Decides what the footers and the header say for another size, where a longer BAT goes, and the order. Must not judge
+Decides the content of footers and header for the new size, where a longer BAT goes, and the order. Must not judge
 whether a disk may shrink: the caller (`chain.verbs.resize`) ensures that nothing of value lies after the new end.
 
 A dynamic or differencing image (blocks move by `move`, header and footers change by `switch`):
@@ -9,7 +9,7 @@ A dynamic or differencing image (blocks move by `move`, header and footers chang
     grow:    bytes after the old end -> zeros; blocks out of the way of the longer BAT; the BAT's new part   | sync
              header and footers                                                                             | switch
     shrink:  header and footers                                                                             | switch
-             entries that are no longer needed; then the gaps are filled and the file is cut                | move
+             entries that are no longer needed; then the gaps are filled and the file is truncated          | move
 
 Until the switch, the old header, BAT and size are valid, after it the new ones: a power cut leaves one or the other.
 
@@ -17,8 +17,8 @@ The BAT grows where it is if only blocks are in its way; otherwise it is moved t
 are (after the locators, say). Moving the few blocks there costs little, while a BAT at the end of the file
 would keep the file from ever becoming shorter.
 
-A fixed image has one footer, so no order is safe: `fixed_writes` says what changes, and `chain.records.pending`
-makes it atomic.
+A fixed image has one footer, so no order is safe: `fixed_writes` returns the changes, and `chain.records.pending`
+makes them atomic.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _FREE_ENTRY = b"\xff" * BAT_ENTRY_SIZE
 
 @dataclass(frozen=True, slots=True)
 class GrowPlan:
-    """How the BAT gets its new length: the new header, the range it and what follows it take, who moves away."""
+    """How the BAT grows: the new header, the range of the BAT and what follows it, the blocks that move away."""
 
     header: DynamicHeader
     start_bytes: int
@@ -68,8 +68,8 @@ class GrowPlan:
 def resized_footer(footer: Footer, size_bytes: int) -> Footer:
     """`footer` for a disk of `size_bytes`.
 
-    Both sizes are set, since some readers take the original one. A creator that means cylinders x heads x sectors
-    would shorten the disk, so it becomes ours; any other creator stays.
+    Both sizes are set, since some programs use the original one. A creator whose size is cylinders x heads x sectors
+    would shorten the disk, so it is replaced by ours; any other creator stays.
     """
     shape = geometry.geometry_for(size_bytes)
     resized = replace(
@@ -92,9 +92,9 @@ def resized_footer(footer: Footer, size_bytes: int) -> Footer:
 
 
 def fixed_writes(metadata: Metadata, size_bytes: int) -> tuple[list[tuple[int, bytes]], int]:
-    """The (offset, bytes) that give a fixed image another size, and the file size after them.
+    """The (offset, bytes) that change a fixed image's size, and the file size afterwards.
 
-    The old footer becomes zeros; the new one stands right behind the data.
+    The old footer becomes zeros; the new one comes right after the data.
     """
     footer = layout.build_footer(resized_footer(metadata.footer, size_bytes))
     old = metadata.tail
@@ -104,7 +104,7 @@ def fixed_writes(metadata: Metadata, size_bytes: int) -> tuple[list[tuple[int, b
 def plan_grow(image: DynamicImage, size_bytes: int) -> GrowPlan:
     """Where the BAT for a larger disk goes, and which blocks move out of its way.
 
-    Raises NoSpace, and InvalidArgument where the last block, which the disk's end cuts, has no room to become whole.
+    Raises NoSpace, and InvalidArgument if a last block past the disk's end has no space to become whole.
     """
     metadata, header = image.metadata, image.metadata.header
     assert header is not None
@@ -115,7 +115,7 @@ def plan_grow(image: DynamicImage, size_bytes: int) -> GrowPlan:
     start, end = header.table_offset, header.table_offset + table_bytes
     # The batmap follows the table's stated length. It keeps its place only where spare entries are enough.
     if _first_in_way(start, end, others) is not None or (metadata.batmap and count > header.max_table_entries):
-        others.append((start, start + metadata.block_count * BAT_ENTRY_SIZE))  # it holds until the switch
+        others.append((start, start + metadata.block_count * BAT_ENTRY_SIZE))  # in use until the switch
         length = table_bytes
         if metadata.batmap is not None:
             length += layout.BATMAP_HEADER_SIZE + batmap.map_size(count)
@@ -131,7 +131,7 @@ def plan_grow(image: DynamicImage, size_bytes: int) -> GrowPlan:
 
 
 def _check_last_block(image: DynamicImage) -> None:
-    """Refuse to make the last block whole where another structure begins in what the disk does not use of it."""
+    """Refuse to make the last block whole if another structure begins in the part that the disk does not use."""
     start = image.bat.block_start(len(image.bat) - 1)
     used = image.size_bytes - (len(image.bat) - 1) * image.block_size_bytes
     end = start + block_space(image)
@@ -151,14 +151,14 @@ def _check_last_block(image: DynamicImage) -> None:
 
 
 def _first_in_way(start: int, end: int, others: list[tuple[int, int]]) -> int | None:
-    """The end of something that shares bytes with a range, or None."""
+    """The end of one of the others that shares bytes with this range, or None."""
     return next((high for low, high in others if low < end and high > start), None)
 
 
 def grow_dynamic(
     image: DynamicImage, size_bytes: int, plan: GrowPlan, moved: Callable[[int], None] | None = None
 ) -> None:
-    """Make the disk larger. The image, opened for writing, still knows the old size: close it.
+    """Make the disk larger. The image, opened for writing, still has the old size: close it.
 
     Raises NoSpace, IoFailed, SyncFailed; the disk then has its old size, or the new one, and every byte.
     """
@@ -166,7 +166,7 @@ def grow_dynamic(
     last = image.bat.block_start(len(image.bat) - 1)
     used = image.size_bytes - (len(image.bat) - 1) * image.block_size_bytes
     if last >= 0 and used < image.block_size_bytes:
-        # Nobody could see these bytes; as a part of the disk they are zeros.
+        # These bytes were not part of the disk until now; they must read as zeros.
         end = last + block_space(image)
         store.punch(end - (image.block_size_bytes - used), image.block_size_bytes - used)
     vacated = _vacated(image, plan)
@@ -180,7 +180,7 @@ def grow_dynamic(
 
 
 def _vacated(image: DynamicImage, plan: GrowPlan) -> list[tuple[int, int]]:
-    """(offset, end) of what blocks, table and batmap leave behind when they move."""
+    """(offset, end) of the places that blocks, table and batmap leave when they move."""
     starts = [image.bat.block_start(block) for block in plan.packing.blocks.tolist()]
     ranges = [(start, start + block_space(image)) for start in starts]
     table = table_range(image.metadata, image.bat)
@@ -188,7 +188,7 @@ def _vacated(image: DynamicImage, plan: GrowPlan) -> list[tuple[int, int]]:
 
 
 def _give_way(image: DynamicImage, end_bytes: int) -> None:
-    """Let the trailing footer stand behind `end_bytes`; the copy carries the image while it moves."""
+    """Move the trailing footer after `end_bytes`; the copy serves the image in the meantime."""
     store = image.store
     if store.size() - FOOTER_SIZE < end_bytes:
         size_before = store.size()
@@ -202,7 +202,7 @@ def _give_way(image: DynamicImage, end_bytes: int) -> None:
 
 
 def _table_writes(image: DynamicImage, plan: GrowPlan) -> list[tuple[int, bytes]]:
-    """The BAT's new part, or all of it in its new place with the batmap behind it."""
+    """The BAT's new part, or all of it in its new place with the batmap after it."""
     metadata = image.metadata
     assert metadata.header is not None
     known = len(image.bat) * BAT_ENTRY_SIZE
@@ -219,9 +219,9 @@ def _table_writes(image: DynamicImage, plan: GrowPlan) -> list[tuple[int, bytes]
 
 
 def shrink_dynamic(image: DynamicImage, size_bytes: int, moved: Callable[[int], None] | None = None) -> None:
-    """Make the disk smaller and the file with it. The image, opened for writing, is of no use then: close it.
+    """Make the disk and its file smaller. The image, opened for writing, is unusable afterwards: close it.
 
-    Nothing of value lies behind the new end. Raises NoSpace, IoFailed, SyncFailed; the disk then has its old size,
+    Nothing of value may lie after the new end. Raises NoSpace, IoFailed, SyncFailed; the disk then has its old size,
     or the new one.
     """
     metadata = image.metadata
@@ -231,7 +231,7 @@ def shrink_dynamic(image: DynamicImage, size_bytes: int, moved: Callable[[int], 
     header = replace(metadata.header, max_table_entries=entries)
     switch_header(image, header, footer=resized_footer(metadata.footer, size_bytes))
     gone = len(image.bat) - count
-    # What the disk does not have any more is not owned, and a block that its end cuts is not whole.
+    # What is past the new end is not owned, and a block that reaches past it is not whole.
     clear_batmap(image, np.arange(size_bytes // image.block_size_bytes, len(image.bat), dtype=np.int64))
     if gone:
         place = metadata.header.table_offset + count * BAT_ENTRY_SIZE
@@ -246,7 +246,7 @@ def shrink_dynamic(image: DynamicImage, size_bytes: int, moved: Callable[[int], 
 
 
 def _clear_bits_behind_end(image: DynamicImage) -> None:
-    """In the last block; its bits had a meaning as long as the disk was larger."""
+    """In the last block, whose bits were valid as long as the disk was larger."""
     place = bits_behind_end(image.store, image.metadata, image.bat)
     if place is not None:
         image.store.pwrite(place.offset_bytes, place.cleared)
@@ -263,10 +263,10 @@ def plan_shrink(image: DynamicImage, size_bytes: int) -> tuple[int, int, int]:
 
 
 def _tidy(image: DynamicImage, vacated: list[tuple[int, int]]) -> None:
-    """Give back what the larger disk does not need any more: the end of the file, and what was left before it."""
+    """Free what the larger disk no longer needs: the end of the file, and the vacated places before it."""
     larger = open_dynamic(image.store, writable=True)
     packing = plan_packing(larger)
-    # Where a block fits into what others left, it goes there. What was free before is left to `compact`.
+    # A block that fits into a vacated place moves there. What was free before is left to `compact`.
     if len(packing.blocks) and _lie_in(packing.targets, block_space(larger), vacated):
         move_blocks(larger, packing)
     cut_end(larger, end_of_structures(larger.metadata, larger.bat))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An image on a block device, which does not grow: its trailing footer always stands at the device's end.
+"""An image on a block device, which does not grow: its trailing footer is always at the device's end.
 
-Decides where that is. New blocks go into the room before it, which may hold data of an earlier use of the device.
+Decides where that is. New blocks go into the space before it, which may hold data of an earlier use of the device.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from vhdkit.units import SECTOR_SIZE, round_down
 
 
 def end_of_room(store: ReadStore) -> int | None:
-    """Where the trailing footer of an image on a device stands; None for a file, which grows. Raises IoFailed."""
+    """The place of the trailing footer of an image on a device; None for a file, which grows. Raises IoFailed."""
     if not isinstance(store, FileStore) or not store.is_device:
         return None
     return round_down(store.size(), SECTOR_SIZE) - FOOTER_SIZE

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A VHD as `Resizable` and `Compactable`: what `resize` and `move` do, as the contract of a format asks for it.
+"""A VHD as `Resizable` and `Compactable`: adapts `resize` and `move` to the contract of a format.
 
 Decides nothing of its own: where tables and blocks go is decided in `resize`, `move` and `front`.
 """
@@ -35,7 +35,7 @@ class DynamicSizing:
         check_size(size_bytes)
 
     def spare_range(self) -> tuple[int, int]:
-        """See `Resizable.spare_range`: what lies behind the blocks is no part of the disk."""
+        """See `Resizable.spare_range`: what follows the blocks is not part of the disk."""
         return 0, 0
 
     def plan(self, size_bytes: int) -> ResizePlan:
@@ -76,7 +76,7 @@ class FixedSizing:
         return ResizePlan(size_bytes, writes=tuple(writes), file_size_bytes=file_size_bytes)
 
     def run(self, plan: ResizePlan, moved: Moved | None = None) -> None:
-        """See `Resizable.run`: the plan has writes, which are the caller's to make."""
+        """See `Resizable.run`: the plan has writes, which the caller makes."""
         raise AssertionError("the caller makes the writes of a fixed image's plan")
 
 
@@ -97,8 +97,8 @@ class DynamicPacking:
     def visible_ranges(self, block_index: int) -> list[tuple[int, int]]:
         """See `Compactable.visible_ranges`.
 
-        In a dynamic image, bytes under clear bits count: by the specification they are zeros, but some programs show
-        them. In a differencing one they are the parent's.
+        In a dynamic image, bytes under clear bits count: by the specification they read as zeros, but some programs
+        show them. In a differencing image they belong to the parent.
         """
         image = self._image
         inside = min(image.block_size_bytes, image.size_bytes - block_index * image.block_size_bytes)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Giving a dynamic or differencing image another header and other footers, safe at any power cut.
+"""Replacing the header and footers of a dynamic or differencing image, safe at any power cut.
 
 Decides the order. The header takes two sectors, and neither it nor the parent's names have a second copy, so they are
 not overwritten while a footer leads to them. If the new ones take the place of the old ones, a second header with its
@@ -8,9 +8,9 @@ own names is first written after everything else, and the footers, one sector ea
     1  second header, and names, after the file's end                sync   both footers: old header
     2  trailing footer after those -> second header                  sync   copy: old, tail: second
     3  footer copy -> second header                                  sync   both: second
-    4  the new header and its names where they belong                sync   nothing points there
+    4  the new header and its names in their places                  sync   nothing points there
     5  footer copy, then trailing footer -> the new header           sync each
-    6  a trailing footer where it was before, the file is cut there  sync each
+    6  a trailing footer in its old place, the file truncated there  sync each
 
 If they overwrite nothing that is in use, steps 4 and 5 are enough. At each point the headers to which the footers
 point are whole and describe the same disk, or one of them is the old one: the image opens as it was or as it will be,
@@ -41,21 +41,21 @@ def switch_header(
     texts: Texts = (),
     home_bytes: int | None = None,
 ) -> None:
-    """Make `header`, and the fields of `footer` where it is given, those of an image opened for writing.
+    """Give an image opened for writing this `header`, and the fields of `footer` if given.
 
-    `texts` are the (offset, bytes) of the names that `header` says lie there, whole sectors; `home_bytes` is where the
-    header goes, its old place where that is None. Nothing but the old header, its names and the trailing footer lies
-    in these places. Raises NoSpace, IoFailed, SyncFailed; the image then has its old header and footers or the new
-    ones. The open image still knows the old ones: close it.
+    `texts` are the (offset, bytes) of the names at the places stated in `header`, whole sectors; `home_bytes` is where
+    the header goes, by default its old place. Nothing but the old header, its names and the trailing footer may lie in
+    these places. Raises NoSpace, IoFailed, SyncFailed; the image then has its old header and footers or the new ones.
+    The open image still has the old ones: close it.
     """
     assert image.writable
     store, old = image.store, image.metadata.footer.data_offset
     home = old if home_bytes is None else home_bytes
     places = [(home, home + layout.HEADER_SIZE), *((offset, offset + len(raw)) for offset, raw in texts)]
-    # As long as it is open for writing, the footer is the file's end.
+    # While the image is open for writing, the footer is the file's end.
     tail = round_up(store.size() - layout.FOOTER_SIZE, SECTOR_SIZE)
     tail_after = max(tail, *(end for _, end in places))
-    # The chosen footer is built anew; its fields that nobody names, reserved ones too, are kept.
+    # The chosen footer is rebuilt; fields that are not named here, reserved ones too, are kept.
     wanted = replace(footer or image.metadata.footer, data_offset=home)
     if _touches(places, [*in_use(image), (tail, NO_END)]):
         _write_second(image, header, wanted, texts, tail_after)
@@ -83,7 +83,7 @@ def _touches(places: Sequence[tuple[int, int]], others: Sequence[tuple[int, int]
 
 
 def _write_second(image: DynamicImage, header: DynamicHeader, footer: Footer, texts: Texts, free_bytes: int) -> None:
-    """Steps 1 to 3: the header and its names behind everything, and both footers pointing there."""
+    """Steps 1 to 3: the header and its names after everything, and both footers pointing there."""
     store, size_before = image.store, image.store.size()
     second = max(nominal_end(image.metadata, image.bat), round_up(max(size_before, free_bytes), SECTOR_SIZE))
     writes, end, places = [], second + layout.HEADER_SIZE, {}
@@ -100,7 +100,7 @@ def _write_second(image: DynamicImage, header: DynamicHeader, footer: Footer, te
         for place, raw in [(second, layout.build_header(replace(header, parent_locators=entries))), *writes]:
             store.pwrite(place, raw)
         store.sync()
-    except BaseException:  # nothing points there yet: give the room back, and the trailing footer its place
+    except BaseException:  # nothing points there yet: free the space, and restore the place of the trailing footer
         store.truncate(size_before)
         raise
     raw_footer = layout.build_footer(replace(footer, data_offset=second))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Moves blocks that overlap each other, or headers, apart in a draft of the image.
+"""Separates blocks that overlap each other, or headers, in a draft of the image.
 
 Decides which of them move, and which sectors of the disk are doubtful afterwards. Must not know footers, consent or
 how a draft reaches the file (`repair`).
@@ -30,12 +30,12 @@ from vhdkit.units import MIB, PAGE_SIZE, SECTOR_SIZE, covering_sectors, round_up
 MAX_MOVED_BYTES = 20 * MIB  # of data, which an undo log holds beside the largest BAT
 MAX_MOVED_BLOCKS = 4096
 
-Runs = NDArray[np.int64]  # (first sector, end) of the file, apart from each other, in order
+Runs = NDArray[np.int64]  # (first sector, end) of the file, disjoint, in order
 
 
 @dataclass(slots=True)
 class Untangling:
-    """Which blocks move and which are dropped, since nothing of them lies outside headers and other blocks.
+    """The blocks to move, and those to drop because nothing of them lies outside headers and other blocks.
 
     `lost`, of the blocks that move, and `doubtful` are ranges of the disk, (offset, size) in bytes.
     """
@@ -76,7 +76,7 @@ class Tangle:
         )
 
     def plan(self) -> Untangling:
-        """What has to be done, before anything is."""
+        """What has to be done; changes nothing."""
         if not len(self._shared):
             return Untangling()
         firsts = self._starts + self._bitmap_size // SECTOR_SIZE
@@ -139,11 +139,11 @@ class Tangle:
                     made.doubtful.append((base + sectors_to_bytes(number), self._inside(block, number, count)))
 
     def _inside(self, block: int, first: int, count: int) -> int:
-        """Bytes of `count` sectors of a block that are of the disk."""
+        """The bytes of `count` sectors of a block that are inside the disk."""
         return max(min(sectors_to_bytes(count), self._size_of(block) - sectors_to_bytes(first)), 0)
 
     def _found_bits(self, block: int) -> NDArray[np.bool_]:
-        """The block's bits as they stand in the file."""
+        """The block's bits as they are in the file."""
         raw = self._store.pread(self._bat.block_start(block), self._bitmap_size).ljust(self._bitmap_size, b"\0")
         return bitmap.owned(raw, whole_sectors(self._block_size))
 
@@ -160,7 +160,7 @@ class Tangle:
         return found
 
     def _wanted_bits(self, block: int, position: int) -> bytearray | None:
-        """The bitmap that the block gets; None for the one that stands there."""
+        """The bitmap that the block gets; None to keep the one in the file."""
         first, end = self._data(position)
         over = _within(self._headers, first, end)
         bits = self._found_bits(block)
@@ -174,9 +174,9 @@ class Tangle:
         return bitmap.packed(bits, self._bitmap_size)
 
     def apply(self, draft: DraftStore, plan: Untangling, end_bytes: int) -> int:
-        """Move the blocks of the plan behind `end_bytes`, entries in the BAT included; returns where they end.
+        """Move the blocks of the plan after `end_bytes`, entries in the BAT included; returns where they end.
 
-        `draft` holds what this was made from, with nothing at or behind `end_bytes`; the BAT in it is not written.
+        `draft` holds what this was made from, with nothing at or after `end_bytes`; the BAT in it is not written.
         """
         positions = {int(block): position for position, block in enumerate(self._blocks)} if plan.moved else {}
         bitmaps = {block: self._wanted_bits(block, positions[block]) for block in plan.moved}
@@ -202,7 +202,7 @@ class Tangle:
         return end_bytes
 
     def _copy(self, draft: DraftStore, block: int, position: int, place: int) -> None:
-        """Bitmap and data as they stand, without what is a header."""
+        """Copy bitmap and data as they are, without the parts that are headers."""
         start, size = self._bat.block_start(block), self._bitmap_size + self._size_of(block)
         for offset, count, may_hold_data in self._store.data_runs(start, size):
             for piece in range(offset, offset + count, MIB) if may_hold_data else ():
@@ -220,7 +220,7 @@ def _covered(starts: Runs, ends: Runs, times: int) -> Runs:
     steps = np.concatenate([np.ones(len(starts), dtype=np.int64), -np.ones(len(ends), dtype=np.int64)])
     order = np.argsort(edges, kind="stable")
     edges, depth = edges[order], np.cumsum(steps[order])
-    last = np.append(edges[1:] != edges[:-1], True)  # of several edges at one place, the last one counts
+    last = np.append(edges[1:] != edges[:-1], True)  # of several edges in one place, the last one counts
     edges, enough = edges[last], depth[last] >= times
     turns = np.flatnonzero(np.diff(np.concatenate([[False], enough, [False]]).astype(np.int8)))
     runs: Runs = edges[turns.reshape(-1, 2)] if len(turns) else np.zeros((0, 2), dtype=np.int64)
@@ -231,7 +231,7 @@ def _touches(runs: Runs, starts: Runs, ends: Runs) -> NDArray[np.bool_]:
     """For each range, whether it shares a sector with one of the runs."""
     if not len(runs):
         return np.zeros(len(starts), dtype=np.bool_)
-    after = np.searchsorted(runs[:, 1], starts, side="right")  # the first run that ends behind the start
+    after = np.searchsorted(runs[:, 1], starts, side="right")  # the first run that ends after the start
     inside = after < len(runs)
     touched: NDArray[np.bool_] = inside & (runs[np.minimum(after, len(runs) - 1), 0] < ends)
     return touched
@@ -259,7 +259,7 @@ def _lengths(runs: Runs, starts: Runs, ends: Runs) -> Runs:
 
 
 def joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """(offset, size) in order, with those that touch or overlap made one."""
+    """(offset, size) in order, with adjacent and overlapping ranges joined."""
     return list(_join(sorted(one for one in ranges if one[1])))
 
 

@@ -56,7 +56,7 @@ class ControlClient:
                 self._socket.sendall(request)
                 answer = self._receive()
         except jsonrpc.ProtocolError as error:
-            raise errors.IoFailed("what answers there is not a vhdkit server", path=self.path) from error
+            raise errors.IoFailed("the program that answers there is not a vhdkit server", path=self.path) from error
         if answer.failure is not None:
             raise _error_of(answer.failure)
         return answer.result
@@ -65,7 +65,7 @@ class ControlClient:
         while (answer := self._caller.next_answer()) is None:
             piece = self._socket.recv(64 * KIB)
             if not piece:
-                raise errors.IoFailed("the server went away without an answer", path=self.path)
+                raise errors.IoFailed("the server closed the connection without an answer", path=self.path)
             self._caller.feed(piece)
         return answer
 

@@ -18,7 +18,7 @@ from vhdkit.folder import real_path
 from vhdkit.guarded import unguarded
 from vhdkit.volume import Outcome
 
-_HINT = "the server's own user can do this, or start the server with another --control-dir"
+_HINT = "let the server's own user do this, or start the server with another --control-dir"
 
 
 class Confinement:
@@ -37,7 +37,7 @@ class Confinement:
         if place.outcome is Outcome.OUTSIDE:
             raise self._outside(path)
         if place.outcome is Outcome.MISSING:
-            raise errors.NotFound("is not there", path=path)
+            raise errors.NotFound("does not exist", path=path)
         if place.outcome is Outcome.SPECIAL:
             raise errors.InvalidArgument("is not a regular file", path=path)
         _require_guarded(os.path.dirname(place.path), path)
@@ -72,7 +72,7 @@ class Confinement:
 
     def _absolute(self, path: str) -> str:
         if not os.path.isabs(path) or "\0" in path:
-            raise errors.InvalidArgument("is not an absolute path, as a control owner has to give it", path=path)
+            raise errors.InvalidArgument("is not an absolute path, which a control owner must give", path=path)
         path = os.path.normpath(path)
         for named, real in self._named.items():  # as spelled at the start, whatever that path leads to by now
             if path == named or path.startswith(named.rstrip(os.sep) + os.sep):
@@ -80,9 +80,9 @@ class Confinement:
         return path
 
     def _outside(self, path: str) -> errors.AccessDenied:
-        named = ", ".join(errors.printable(one) for one in self._folders) or "none was named"
+        named = ", ".join(errors.printable(one) for one in self._folders) or "none was given"
         return errors.AccessDenied(
-            f"lies in no folder that the control owner may use ({named})", path=path, hint=_HINT
+            f"is outside the folders that the control owner may use ({named})", path=path, hint=_HINT
         )
 
 
@@ -101,7 +101,7 @@ def _require_guarded(real: str, path: str) -> None:
     why = unguarded(real)
     if why is not None:
         raise errors.AccessDenied(
-            f"could be exchanged by somebody else while it is used: {why}",
+            f"could be replaced by another user while it is in use: {why}",
             path=path,
-            hint="let the folder and those above it belong to root or the server's user, writable to nobody else",
+            hint="make root or the server's user the owner and the only writer of the folder and those above it",
         )

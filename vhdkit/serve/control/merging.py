@@ -36,7 +36,7 @@ _NAP_SECONDS = 0.05  # the longest sleep between checks for cancellation
 
 
 @dataclass(frozen=True, slots=True)
-class MergeWish:
+class MergeRequest:
     """`layer` and those below it go into `into` (None: its parent). If `layer` is None it is the leaf.
 
     Paths are as the user wrote them. `max_rate_bytes`: the most that is copied per second.
@@ -58,7 +58,7 @@ class ServedMergePlan:
     max_rate_bytes: int | None
 
 
-def plan_served_merge(export: ImageExport, wish: MergeWish) -> ServedMergePlan:
+def plan_served_merge(export: ImageExport, wish: MergeRequest) -> ServedMergePlan:
     """Which layers a request means.
 
     Raises InvalidArgument for layers that do not exist, ReadOnly if the leaf is not open for writing here.
@@ -71,14 +71,12 @@ def plan_served_merge(export: ImageExport, wish: MergeWish) -> ServedMergePlan:
         raise errors.InvalidArgument("has no parent: there is nothing to merge it into", path=_path(layers[first]))
     if target <= first:
         raise errors.InvalidArgument(
-            f"does not lie below {errors.printable(_path(layers[first]))}", path=_path(layers[target])
+            f"is not below {errors.printable(_path(layers[first]))}", path=_path(layers[target])
         )
     if not export.disk.chain.writable and not export.is_temporary:
-        raise errors.ReadOnly(
-            "is served for reading only; its layers are merged by `vhdkit merge`", path=export.image_path
-        )
+        raise errors.ReadOnly("is served read-only; merge its layers with `vhdkit merge`", path=export.image_path)
     if (first == 0 and export.is_temporary) or first < top:
-        raise errors.InvalidArgument("lies under a temporary overlay", path=export.image_path)
+        raise errors.InvalidArgument("is under a temporary overlay", path=export.image_path)
     merged = tuple(_path(layer) for layer in layers[first:target])
     return ServedMergePlan(export, merged, _path(layers[target]), first == 0, wish.max_rate_bytes)
 
@@ -160,7 +158,7 @@ class ServedMerge:
                 if size <= PATIENT_BYTES:
                     return
                 raise errors.ImageInUse(
-                    f"grows faster than it is merged: {format_size(size)} are left after {self._passes} passes",
+                    f"grows faster than it can be merged: {format_size(size)} are left after {self._passes} passes",
                     path=_path(layers[0]),
                     hint="try again when the disk is less busy, or merge it when it is not in use",
                 )
@@ -199,7 +197,7 @@ class ServedMerge:
         if self._stop.is_set() or self._server.has_ended():
             raise errors.Cancelled(
                 f"the merge into {errors.printable(self._plan.into)} was stopped: the disk reads as before",
-                hint="merging again goes on where it stopped",
+                hint="merging again continues where it stopped",
             )
 
     def note(self, done_bytes: int, total_bytes: int) -> None:

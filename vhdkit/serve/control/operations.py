@@ -23,7 +23,7 @@ from vhdkit.chain.verbs.resize import resize_open
 from vhdkit.disk import Disk
 from vhdkit.folder import real_path
 from vhdkit.serve.control.confinement import Confinement
-from vhdkit.serve.control.merging import MergeWish, ServedMerge, plan_served_merge
+from vhdkit.serve.control.merging import MergeRequest, ServedMerge, plan_served_merge
 from vhdkit.serve.control.server import BadParams, Method, Params
 from vhdkit.serve.nbd.connection import Connection
 from vhdkit.serve.nbd.server import NbdServer
@@ -107,8 +107,8 @@ class Operations:
         name = _text(params, "export")
         rate = params.get("max_rate_bytes")
         if rate is not None and (not isinstance(rate, int) or isinstance(rate, bool) or rate <= 0):
-            raise BadParams('"max_rate_bytes" is a positive number')
-        wish = MergeWish(_text(params, "layer"), _text(params, "into"), rate)
+            raise BadParams('"max_rate_bytes" must be a positive number')
+        wish = MergeRequest(_text(params, "layer"), _text(params, "into"), rate)
         with self._changing:  # a snapshot in progress finishes first, and its chain is merged
             export = self._find(name)
             self._forget_prepared()
@@ -137,7 +137,7 @@ class Operations:
                 raise errors.ImageInUse(
                     f"the layers of export {export.name!r} are being merged",
                     path=export.image_path,
-                    hint="wait for it (`status` says how far it is), or stop it: cancel",
+                    hint="wait for the merge (`status` shows its progress), or stop it: cancel",
                 )
 
     # -- changing -----------------------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ class Operations:
         if wanted is None:
             wanted = {export.name: None for export in self._exports}
         if not isinstance(wanted, dict) or not wanted:
-            raise BadParams('"exports" is an object: {export: path of the new leaf or null}')
+            raise BadParams('"exports" must be an object: {export: path of the new leaf or null}')
         pairs = [(self._find(name), _new_path(path)) for name, path in wanted.items()]
         for export, _ in pairs:
             if export.is_temporary:
@@ -235,11 +235,11 @@ class Operations:
         shrink, under_clients = _flag(params, "shrink"), _flag(params, "under_clients")
         export, size = self._find(_text(params, "export")), params.get("size_bytes")
         if not isinstance(size, int) or isinstance(size, bool) or size <= 0:
-            raise BadParams('"size_bytes" is a positive number')
+            raise BadParams('"size_bytes" must be a positive number')
         if export.manner.overlay:
-            raise errors.InvalidArgument("lies under an overlay and is not changed", path=export.image_path)
+            raise errors.InvalidArgument("is under an overlay and is not changed", path=export.image_path)
         if export.read_only:
-            raise errors.ReadOnly("is served for reading only", path=export.image_path)
+            raise errors.ReadOnly("is served read-only", path=export.image_path)
         with self._changing:
             self._refuse_merging([export])
             self._forget_prepared()
@@ -264,7 +264,7 @@ class Operations:
             raise errors.ImageInUse(
                 f"{len(clients)} clients are connected to {export.name!r} and would keep the larger size",
                 path=export.image_path,
-                hint="disconnect them first (`disconnect --export`), or say --under-clients",
+                hint="disconnect them first (`disconnect --export`), or add --under-clients",
             )
 
     def _set_read_only(self, params: Params) -> object:
@@ -273,10 +273,10 @@ class Operations:
         exports = self._one_or_all(params)
         read_only = params.get("read_only", True)
         if not isinstance(read_only, bool):
-            raise BadParams('"read_only" is true or false')
+            raise BadParams('"read_only" must be true or false')
         for export in exports:
             if not read_only and not export.disk.chain.writable:
-                raise errors.ReadOnly("was opened for reading only", path=export.image_path)
+                raise errors.ReadOnly("was opened read-only", path=export.image_path)
         with self._server.hold(exports):
             for export in exports:
                 export.disk.flush()
@@ -294,7 +294,7 @@ class Operations:
             wanted = _confined_image(confined, wanted)
         held = next((one for one in self._exports if real_path(one.image_path) == real_path(wanted.path)), None)
         if held is not None:
-            raise errors.ImageInUse(f"is served already, as {held.name!r}", path=wanted.path)
+            raise errors.ImageInUse(f"is already served as {held.name!r}", path=wanted.path)
         assert wanted.manner is not None
         options = replace(wanted.manner.options, notes_folder=self._notes_folder)
         manner = replace(wanted.manner, options=options)
@@ -326,7 +326,7 @@ class Operations:
         _only(params, "client", "export")
         number = params.get("client")
         if ("client" in params) == ("export" in params):
-            raise BadParams('either "client", a number, or "export", a name')
+            raise BadParams('give either "client", a number, or "export", a name')
         if "export" in params:
             export = self._find(_text(params, "export"))
             leaving = [one for one in self._server.connections if one.export is export]
@@ -335,7 +335,7 @@ class Operations:
             if not leaving:
                 raise errors.NotFound(f"there is no client {number}")
         else:
-            raise BadParams('"client" is a number')
+            raise BadParams('"client" must be a number')
         self._server.disconnect(leaving)
         return {"clients": [one.number for one in leaving]}
 
@@ -356,14 +356,14 @@ def _only(params: Params, *names: str) -> None:
 def _text(params: Params, name: str) -> str | None:
     value = params.get(name)
     if value is not None and not isinstance(value, str):
-        raise BadParams(f'"{name}" is a text')
+        raise BadParams(f'"{name}" must be a string')
     return value
 
 
 def _flag(params: Params, name: str) -> bool:
     value = params.get(name, False)
     if not isinstance(value, bool):
-        raise BadParams(f'"{name}" is true or false')
+        raise BadParams(f'"{name}" must be true or false')
     return value
 
 
@@ -372,7 +372,7 @@ def _new_path(path: object) -> str | None:
     if path is None:
         return None
     if not isinstance(path, str) or not path.startswith(os.sep) or "\0" in path:
-        raise BadParams("the path of a new leaf is absolute, or null for the usual name")
+        raise BadParams("the path of a new leaf must be absolute, or null for the usual name")
     return path
 
 
@@ -389,7 +389,7 @@ def _confined_image(confined: Confinement, wanted: Wanted) -> Wanted:
     assert wanted.manner is not None
     if wanted.manner.follow_leaf:
         raise errors.AccessDenied(
-            "a control owner names the newest image itself, and cannot have it looked for", path=wanted.path
+            "a control owner must name the newest image, and cannot have the server search for it", path=wanted.path
         )
     options = wanted.manner.options
     folders = tuple(confined.folder(folder) for folder in options.parent_dirs)
@@ -403,7 +403,7 @@ def _check_place(export: ImageExport, path: str | None) -> None:
     folders = allowed_folders(export.image_path, export.manner.options.parent_dirs)
     if path is not None and os.path.dirname(real_path(path)) not in folders:
         raise errors.InvalidArgument(
-            f"the new leaf {errors.printable(path)} would lie where nobody looks for children of the frozen image",
+            f"the new leaf {errors.printable(path)} would be outside the folders that are searched for children",
             path=export.image_path,
             hint="put it into the same folder, or start the server with --allow-parent-dir and that folder",
         )

@@ -75,7 +75,7 @@ class Control:
         except (BlockingIOError, ConnectionAbortedError):
             return
         except OSError as error:  # out of descriptors: do not retry at once
-            _log.error("control: cannot take a client: %s", error)
+            _log.error("control: cannot accept a client: %s", error)
             self.loop.unwatch(listener.fileno())
             self.loop.call_later(_ACCEPT_AGAIN_SECONDS, lambda: self.listen(listener))
             return
@@ -104,7 +104,7 @@ class Control:
             request = jsonrpc.parse_request(raw)
             method = methods.get(request.method)
             if method is None:
-                text = f"there is no such method; there are {', '.join(methods)}"
+                text = f"no such method; there are {', '.join(methods)}"
                 raise jsonrpc.RefusedRequest(NO_METHOD, text, request.id)
         except jsonrpc.RefusedRequest as problem:
             reply(problem.answer())

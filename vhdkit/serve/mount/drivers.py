@@ -78,16 +78,16 @@ def _by_kernel(kind: str, options: str, *, leaves_journal: bool = False) -> Atte
     return Attempt(f"the kernel's {kind}", words, needs_loop=True, leaves_journal=leaves_journal)
 
 
-def is_verdict(said: str) -> bool:
+def is_verdict(message: str) -> bool:
     """True if `mount` reports that the kernel refused this file system, not that a driver or permission is missing."""
-    said = said.lower()
-    return not any(words in said for words in ("unknown filesystem type", "permission denied", "not permitted"))
+    message = message.lower()
+    return not any(words in message for words in ("unknown filesystem type", "permission denied", "not permitted"))
 
 
 def advice(found: FileSystem | None, *, is_root: bool, file: str) -> str:
     """What the user can do if nothing can mount it."""
     if found is None:
-        return f"mount it without --fs, and see what `file -s {file}` says there"
+        return f"mount it without --fs, and examine it with `file -s {file}`"
     if found.kind in CONTAINERS:
         return CONTAINERS[found.kind]
     driver = _FUSE.get(found.kind)

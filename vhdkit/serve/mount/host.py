@@ -39,7 +39,7 @@ _PR_SET_IO_FLUSHER = 57
 _UNLIMITED_BYTES = 1 << 62  # a memory group's limit of this size or more means no limit
 _READ_AHEAD_KIB = MIB // KIB
 _CREDENTIALS = struct.Struct("3i")
-_MAX_TOLD = 64 * KIB  # of a program's output
+_MAX_OUTPUT_BYTES = 64 * KIB  # of a program's output
 _MAX_WAITING = 256  # at once, for one server to end
 _LEAVING_SECONDS = 5.0  # to accept a client, or to leave: both are quick
 _MAX_LINES = 2  # some programs print their manual after the error
@@ -139,18 +139,18 @@ def check_fuse() -> None:
         mode = os.stat(FUSE_DEVICE).st_mode
     except OSError as error:
         raise NotFound(
-            "is not there: this system cannot mount with FUSE", path=FUSE_DEVICE,
+            "does not exist: this system cannot mount with FUSE", path=FUSE_DEVICE,
             hint="load the kernel's module (modprobe fuse); in a container, pass the device in (--device /dev/fuse)",
         ) from error  # fmt: skip
     if not stat.S_ISCHR(mode):
         raise NotFound("is not a device: this system cannot mount with FUSE", path=FUSE_DEVICE)
     if not os.access(FUSE_DEVICE, os.R_OK | os.W_OK):
         raise AccessDenied(
-            "may not be opened by you", path=FUSE_DEVICE,
-            hint="it is usually open to everybody: have root run `chmod 666 /dev/fuse`, or mount as root",
+            "you have no permission to open it", path=FUSE_DEVICE,
+            hint="all users can usually open it: ask root to run `chmod 666 /dev/fuse`, or mount as root",
         )  # fmt: skip
     if os.geteuid() != 0 and find_program("fusermount3") is None:
-        raise NotFound("fusermount3 is not installed, without which only root mounts", hint="install Debian's fuse3")
+        raise NotFound("fusermount3 is not installed: without it only root can mount", hint="install Debian's fuse3")
 
 
 def kind_of_place(path: str) -> str:
@@ -162,14 +162,14 @@ def kind_of_place(path: str) -> str:
             return "dead"
         if error.errno in (errno.ENOENT, errno.ENOTDIR):
             return "missing"
-        with translated(path, "look at the mount point"):
+        with translated(path, "examine the mount point"):
             raise
     return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "other"
 
 
 def is_empty(folder: str) -> bool:
     """True for an empty folder. Raises AccessDenied."""
-    with translated(folder, "look into the mount point"), os.scandir(folder) as entries:
+    with translated(folder, "read the mount point"), os.scandir(folder) as entries:
         return next(entries, None) is None
 
 
@@ -183,7 +183,7 @@ def remove_folder(path: str) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class Finished:
     """A program's exit code and output."""
 
     code: int
@@ -195,24 +195,24 @@ def find_program(name: str) -> str | None:
     return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", os.defpath), *_TOOL_FOLDERS]))
 
 
-def run(command: Sequence[str]) -> Told:
+def run(command: Sequence[str]) -> Finished:
     """Run a program and wait for it. Raises NotFound, IoFailed."""
     program = find_program(command[0])
     if program is None:
         raise NotFound(f"the program {command[0]} is not installed")
     try:
         # A file, not a pipe: a driver's background process would keep a pipe open.
-        with open(os.memfd_create("told"), "w+b") as told:
+        with open(os.memfd_create("output"), "w+b") as output:
             done = subprocess.run(
-                [program, *command[1:]], stdin=subprocess.DEVNULL, stdout=told, stderr=told, check=False,
+                [program, *command[1:]], stdin=subprocess.DEVNULL, stdout=output, stderr=output, check=False,
                 timeout=PROGRAM_SECONDS, env={**os.environ, "LC_ALL": "C"},
             )  # fmt: skip
-            told.seek(0)
-            said = told.read(_MAX_TOLD).decode("utf-8", "replace")
+            output.seek(0)
+            text = output.read(_MAX_OUTPUT_BYTES).decode("utf-8", "replace")
     except (OSError, subprocess.SubprocessError) as error:
         raise IoFailed(f"cannot be run: {error}", path=program) from error
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
-    return Told(done.returncode, "; ".join(lines[:_MAX_LINES]))
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return Finished(done.returncode, "; ".join(lines[:_MAX_LINES]))
 
 
 def users_of(mountpoint: str) -> list[str]:
@@ -251,11 +251,11 @@ class Server:
         """Wait until it has ended; returns the error that occurred when it closed the image, if any."""
         if self._sock is None:
             return None
-        told = bytearray()
+        problem = bytearray()
         with self._sock as sock, contextlib.suppress(OSError):
             while piece := sock.recv(KIB):
-                told += piece
-        return told.decode("utf-8", "replace") or None
+                problem += piece
+        return problem.decode("utf-8", "replace") or None
 
     def close(self) -> None:
         """Stop waiting."""
@@ -354,7 +354,7 @@ class Presence:
             self._thread.join()
         self._sock.close()
 
-    def tell(self, problem: str) -> None:
+    def report(self, problem: str) -> None:
         """Send the problem to all waiting clients, and disconnect them. Call after `leave`."""
         for client in self._waiting:
             with client, contextlib.suppress(OSError):  # some will have disconnected
@@ -381,11 +381,11 @@ def _is_gone(client: socket.socket) -> bool:
 
 @dataclass(slots=True)
 class Child:
-    """Our server process. `said` is what it, or libfuse, printed before it was ready."""
+    """Our server process. `output` is what it, or libfuse, printed before it was ready."""
 
     pid: int
     is_ready: bool
-    said: str
+    output: str
 
     def wait(self) -> int:
         """Wait for it; returns its exit code."""

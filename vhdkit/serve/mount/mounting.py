@@ -38,8 +38,8 @@ log = logging.getLogger(__name__)
 Start: TypeAlias = Callable[[Callable[[Callable[[], None]], int], bool], host.Child]
 
 _WITHOUT_JOURNAL = (
-    "the file system was not unmounted: it is shown as it stands, without what its journal holds (--overlay has the"
-    " journal replayed, and throws that away at the end)"
+    "the file system was not cleanly unmounted: it is shown without the changes in its journal (--overlay replays the"
+    " journal, and discards the result at the end)"
 )
 
 
@@ -128,26 +128,26 @@ def check_mountpoint(wish: MountRequest) -> str:
     real = real_path(path)
     if kind == "dead":
         raise errors.AlreadyExists(
-            "a mount is there whose server is gone", path=path, hint=f"run: vhdkit umount {errors.quoted(path)}"
+            "a mount is there whose server has died", path=path, hint=f"run: vhdkit umount {errors.quoted(path)}"
         )
     if kind == "missing":
         made = "touch" if wish.as_file else "mkdir"
-        raise errors.NotFound("the mount point is not there", path=path, hint=f"run: {made} {errors.quoted(path)}")
+        raise errors.NotFound("the mount point does not exist", path=path, hint=f"run: {made} {errors.quoted(path)}")
     if table.top_at(host.mounts(), real) is not None:
         raise errors.AlreadyExists(
-            "something is mounted there already",
+            "something is already mounted there",
             path=path,
-            hint="`vhdkit mounts` lists what vhdkit mounted, `vhdkit umount` takes it away",
+            hint="`vhdkit mounts` lists what vhdkit mounted, `vhdkit umount` unmounts it",
         )
     if wish.as_file and kind != "file":
         raise errors.InvalidArgument("is not a file: --file mounts the disk over a regular file", path=path)
     if not wish.as_file and kind != "folder":
         raise errors.InvalidArgument(
-            "is not a folder", path=path, hint="to mount the disk over a regular file say --file"
+            "is not a folder", path=path, hint="to mount the disk over a regular file, add --file"
         )
     if not wish.as_file and not host.is_empty(path):
         raise errors.InvalidArgument(
-            "is not empty: what is in it could not be seen while it is mounted on", path=path,
+            "is not empty: a mount would hide its content", path=path,
             hint="choose an empty folder",
         )  # fmt: skip
     return real
@@ -161,13 +161,13 @@ def _wanted_file_system(wish: MountRequest, model: Model) -> FileSystem:
     elif model.table is not None and model.partitions:
         numbers = ", ".join(str(one.partition.number) for one in model.partitions)
         raise errors.InvalidArgument(
-            "has partitions, and --fs is for one of them", path=path, hint=f"say which: --partition {numbers}"
+            "has partitions, and --fs mounts one of them", path=path, hint=f"choose one with --partition {numbers}"
         )
     else:
         found, file = model.whole, DISK_NAME
     if found is not None and any(drivers.attempts(found, writable=False, is_root=host.is_root())):
         return found
-    what = "no file system that vhdkit knows" if found is None else f"{found.kind}, which cannot be mounted here"
+    what = "no file system that vhdkit recognises" if found is None else f"{found.kind}, which cannot be mounted here"
     raise errors.UnsupportedFormat(
         f"{file} holds {what}", path=path, hint=drivers.advice(found, is_root=host.is_root(), file=file)
     )
@@ -184,12 +184,12 @@ def _plan(wish: MountRequest, found: FileSystem, writable: bool) -> list[drivers
         return here
     if not possible:
         hint = (
-            "the memory of this process is limited in a way (cgroup version 1) in which the kernel's driver could wait"
-            " for itself: mount outside of that limit, with CAP_SYS_RESOURCE, or read-only"
+            "the memory limit of this process (cgroup version 1) could make the kernel's driver wait for itself: mount"
+            " outside of that limit, with CAP_SYS_RESOURCE, or read-only"
         )
     else:
         hint = drivers.advice(found, is_root=is_root, file=DISK_NAME)
-    raise errors.UnsupportedFormat(f"no driver for its {found.kind} is here", path=wish.image, hint=hint)
+    raise errors.UnsupportedFormat(f"no driver for its {found.kind} is installed", path=wish.image, hint=hint)
 
 
 def _tree(wish: MountRequest, model: Model, mountpoint: str) -> MountTree:
@@ -247,7 +247,7 @@ def _start(
     child = start(lambda ready: _serve(export, tree, base, options, ready), wish.stays)
     if not child.is_ready:
         child.wait()
-        raise _refused(child.said, base, others_wanted=wish.allow_other)
+        raise _refused(child.output, base, others_wanted=wish.allow_other)
     return child
 
 
@@ -265,25 +265,25 @@ def _serve(export: ImageExport, tree: MountTree, base: str, options: str, ready:
         export.disk.close()
     except errors.VhdkitError as error:
         log.error("%s", error)
-        presence.tell(str(error))
+        presence.report(str(error))
         return error.exit_code
     return code
 
 
-def _refused(said: str, mountpoint: str, *, others_wanted: bool) -> errors.VhdkitError:
+def _refused(output: str, mountpoint: str, *, others_wanted: bool) -> errors.VhdkitError:
     """The error for a mount that libfuse refused, from its output."""
-    words = " ".join(line.strip() for line in said.splitlines() if "max threads" not in line)
+    words = " ".join(line.strip() for line in output.splitlines() if "max threads" not in line)
     if "allow_other" in words or "allow_root" in words:
-        what = "others may" if others_wanted else "the driver of this file system runs as root, which may"
+        what = "other users" if others_wanted else "the driver of this file system runs as root, which"
         otherwise = ", or leave out --allow-other" if others_wanted else ", or mount as root"
         return errors.AccessDenied(
-            f"{what} not be let in by an ordinary user here", path=mountpoint,
-            hint=f"have root write the line user_allow_other into /etc/fuse.conf{otherwise}",
+            f"{what} cannot be given access by an ordinary user here", path=mountpoint,
+            hint=f"ask root to add the line user_allow_other to /etc/fuse.conf{otherwise}",
         )  # fmt: skip
     if "Permission denied" in words or "not permitted" in words or "no write access" in words:
-        hint = "an ordinary user mounts on folders that are his own"
+        hint = "an ordinary user can only mount on folders that the user owns"
         return errors.AccessDenied(f"cannot be mounted on: {words}", path=mountpoint, hint=hint)
-    return errors.IoFailed(f"cannot be mounted on: {words or 'libfuse did not say why'}", path=mountpoint)
+    return errors.IoFailed(f"cannot be mounted on: {words or 'libfuse gave no reason'}", path=mountpoint)
 
 
 # -- a file system in it ------------------------------------------------------------------------------------------
@@ -297,29 +297,29 @@ def _mount_inside(
     A file system that the kernel's driver examined and refused is not written to by another driver, which may be less
     careful. Read-only, or over an overlay, the next driver is tried, and the kernel's message becomes a note.
     """
-    said: list[str] = []
+    failures: list[str] = []
     refusals: list[str] = []
     unknown = True
     may_destroy = export.disk.writable and not export.is_temporary
     for attempt in plan:
-        told = _try(attempt, file, mountpoint, export.disk.writable)
-        if told is None:
-            notes = [f"another driver refused it, {one}" for one in dict.fromkeys(refusals)]
+        failure = _try(attempt, file, mountpoint, export.disk.writable)
+        if failure is None:
+            notes = [f"refused by another driver, {one}" for one in dict.fromkeys(refusals)]
             return attempt.name, (*([_WITHOUT_JOURNAL] if attempt.leaves_journal else []), *notes)
-        said.append(f"{attempt.name}: {told.text}")
-        unknown = unknown and "unknown filesystem type" in told.text
-        if told.is_verdict and not attempt.leaves_journal:
-            refusals.append(said[-1])
+        failures.append(f"{attempt.name}: {failure.text}")
+        unknown = unknown and "unknown filesystem type" in failure.text
+        if failure.is_verdict and not attempt.leaves_journal:
+            refusals.append(failures[-1])
             if may_destroy:
                 raise errors.UnsupportedFormat(
-                    f"its {found.kind} was refused by {said[-1]}",
+                    f"its {found.kind} was refused by {failures[-1]}",
                     path=export.image_path,
-                    hint="`dmesg` says why. Check it with its own tools, on a copy or a child; without --rw it may be"
-                    " read as it stands",
+                    hint="see `dmesg` for the reason. Check it with its own tools, on a copy or a child; without --rw"
+                    " it may still be readable",
                 )
     hint = drivers.advice(found, is_root=host.is_root(), file=file) if unknown else None
     raise errors.UnsupportedFormat(
-        f"its {found.kind} cannot be mounted: {'; '.join(dict.fromkeys(said))}", path=export.image_path, hint=hint
+        f"its {found.kind} cannot be mounted: {'; '.join(dict.fromkeys(failures))}", path=export.image_path, hint=hint
     )
 
 
@@ -335,24 +335,22 @@ def _try(attempt: drivers.Attempt, file: str, mountpoint: str, writable: bool) -
     """Make one attempt: None if it is mounted, else the failure, which leaves nothing behind."""
     source = file
     if attempt.needs_loop:
-        told = host.run(
+        setup = host.run(
             ["losetup", "--find", "--show", "--direct-io=on", *([] if writable else ["--read-only"]), file]
         )
-        if told.code != 0:
-            return _Failure(told.text or "no loop device")
-        source = told.text
+        if setup.code != 0:
+            return _Failure(setup.text or "no loop device")
+        source = setup.text
         if writable and not host.loop_is_direct(source):
             host.run(["losetup", "--detach", source])
-            return _Failure(
-                "the loop device has no direct I/O here, without which a writable mount could run into itself"
-            )
+            return _Failure("the loop device has no direct I/O here, without which a writable mount could deadlock")
     try:
-        told = host.run(attempt.command(source, mountpoint))
+        done = host.run(attempt.command(source, mountpoint))
     finally:
         if attempt.needs_loop:
             host.run(["losetup", "--detach", source])  # takes effect when it is unmounted
-    if told.code == 0 and table.top_at(host.mounts(), mountpoint) is not None:
+    if done.code == 0 and table.top_at(host.mounts(), mountpoint) is not None:
         return None
-    text = told.text.removeprefix(f"mount: {mountpoint}: ").partition("; dmesg(1)")[0]
-    text = text.rstrip(".") or f"exit code {told.code}"
+    text = done.text.removeprefix(f"mount: {mountpoint}: ").partition("; dmesg(1)")[0]
+    text = text.rstrip(".") or f"exit code {done.code}"
     return _Failure(text, is_verdict=attempt.needs_loop and drivers.is_verdict(text))

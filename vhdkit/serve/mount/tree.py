@@ -148,7 +148,7 @@ class MountTree:
             return node.open(write=write)
         if isinstance(node, Text):
             if write:
-                raise PermissionError(errno.EACCES, "may only be read", path)
+                raise PermissionError(errno.EACCES, "is read-only", path)
             return node
         raise IsADirectoryError(errno.EISDIR, "is a folder", path)
 
@@ -175,7 +175,7 @@ class MountTree:
         """Raise OSError unless the file has this size already."""
         node = self.find(path)
         if not isinstance(node, View) or not node.writable:
-            raise PermissionError(errno.EACCES, "may only be read", path)
+            raise PermissionError(errno.EACCES, "is read-only", path)
         node.truncate(size_bytes)
 
     def count(self) -> int:

@@ -89,20 +89,20 @@ def _umount_one(mountpoint: str, *, lazy: bool) -> None:
         command = ["umount", "-i", *(["-l"] if lazy else []), mountpoint]
     else:
         command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", mountpoint]
-    told = host.run(command)
-    if told.code == 0:
+    done = host.run(command)
+    if done.code == 0:
         return
-    if "busy" in told.text:
+    if "busy" in done.text:
         users = host.users_of(mountpoint)
         by = f" by {', '.join(users[:3])}" if users else ""
         more = f" and {len(users) - 3} more" if len(users) > 3 else ""
         raise errors.ImageInUse(
             f"is in use{by}{more}", path=mountpoint,
-            hint="close what is open there, or say --lazy: it goes when the last of them is done",
+            hint="close what is open there, or add --lazy to release the mount when the last program closes it",
         )  # fmt: skip
-    if "not permitted" in told.text or "must be superuser" in told.text or "not found in /etc/mtab" in told.text:
-        raise errors.AccessDenied(f"cannot be unmounted: {told.text}", path=mountpoint)
-    raise errors.IoFailed(f"cannot be unmounted: {told.text or f'exit code {told.code}'}", path=mountpoint)
+    if "not permitted" in done.text or "must be superuser" in done.text or "not found in /etc/mtab" in done.text:
+        raise errors.AccessDenied(f"cannot be unmounted: {done.text}", path=mountpoint)
+    raise errors.IoFailed(f"cannot be unmounted: {done.text or f'exit code {done.code}'}", path=mountpoint)
 
 
 def _real_mountpoint(path: str) -> str:

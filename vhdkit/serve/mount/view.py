@@ -116,7 +116,7 @@ class View:
     def open(self, *, write: bool) -> Handle:
         """An open file. Raises PermissionError (EACCES) for writing to a read-only view, and what opening raises."""
         if write and not self.writable:
-            raise PermissionError(errno.EACCES, "may only be read")
+            raise PermissionError(errno.EACCES, "is read-only")
         return Handle(self, self.source.disk(), writable=write)
 
     def allocated_bytes(self) -> int:
@@ -179,7 +179,7 @@ class Handle:
         if offset + size > self._size:
             size = self._size - offset
             if size <= 0:
-                raise OSError(errno.ENOSPC, "the disk ends before")
+                raise OSError(errno.ENOSPC, "the range ends past the end of the disk")
             data = data[:size]
         try:
             self._disk.write(self._base + offset, data)
@@ -195,10 +195,10 @@ class Handle:
             FALLOC_ZERO_RANGE,
             FALLOC_ZERO_RANGE | FALLOC_KEEP_SIZE,
         ):
-            raise OSError(errno.EOPNOTSUPP, "no such way of fallocate")
+            raise OSError(errno.EOPNOTSUPP, "this mode of fallocate is not supported")
         end = offset + size
         if end > self._size and not mode & FALLOC_KEEP_SIZE:
-            raise OSError(errno.ENOSPC, "the disk ends before")
+            raise OSError(errno.ENOSPC, "the range ends past the end of the disk")
         try:
             for start in range(offset, min(end, self._size), _MAX_ZERO_BYTES):
                 piece = min(_MAX_ZERO_BYTES, min(end, self._size) - start)
@@ -209,15 +209,15 @@ class Handle:
     def seek(self, offset: int, whence: int) -> int:
         """The offset of the next data or hole. Raises OSError (ENXIO, EINVAL), IoFailed."""
         if whence not in (SEEK_DATA, SEEK_HOLE):
-            raise OSError(errno.EINVAL, "no such way of seeking")
+            raise OSError(errno.EINVAL, "this kind of seek is not supported")
         if not 0 <= offset < self._size:
-            raise OSError(errno.ENXIO, "behind the end")
+            raise OSError(errno.ENXIO, "past the end")
         first = self._base + offset
         for extent in self._disk.extents(first, self._size - offset, find_holes=True):
             if (extent.kind is ExtentKind.DATA) == (whence == SEEK_DATA):
                 return max(extent.offset_bytes, first) - self._base
         if whence == SEEK_DATA:
-            raise OSError(errno.ENXIO, "nothing but a hole up to the end")
+            raise OSError(errno.ENXIO, "only a hole up to the end")
         return self._size
 
     def flush(self) -> None:

@@ -72,7 +72,7 @@ class Connection:
             _log.debug("%s: %s", self.peer, error)
             self.close()
         except Exception:  # a bug in our code must not end the other connections
-            _log.exception("%s: hanging up", self.peer)
+            _log.exception("%s: disconnecting", self.peer)
             self.close()
         if self._channel.is_closed():
             self.close()
@@ -170,7 +170,7 @@ class Connection:
         context = self._host.tls_context
         assert context is not None
         if self._channel.unsent:  # the plaintext answer, twenty bytes, must be sent first
-            raise BrokenClient("does not read the answer to STARTTLS")
+            raise BrokenClient("the client does not read the answer to STARTTLS")
         self._channel.start_tls(context)
         self._securing = True
         self._secure()

@@ -138,7 +138,7 @@ class Export:
     def _run_write_zeroes(self, request: Request) -> None:
         no_hole = bool(request.flags & CommandFlag.NO_HOLE)
         if request.flags & CommandFlag.FAST_ZERO and (no_hole or not self.disk.zeroes_are_fast()):  # row 39
-            raise _NotFast("zeros here are not faster than data")
+            raise _NotFast("writing zeros here would not be faster than data")
         if not no_hole:
             self.disk.write_zeroes(request.offset, request.length)
             return
@@ -163,7 +163,7 @@ class Export:
         if payload is not None:
             narrowed = rules.status_filter(payload, request.offset)
             if narrowed is None:
-                return rules.error(request, WireErrno.EINVAL, "the payload names no contexts of this session")
+                return rules.error(request, WireErrno.EINVAL, "the payload does not name contexts of this session")
             length, chosen = narrowed
         contexts = [(number, name) for number, name in rules.session.contexts if number in chosen]
         chunks = []

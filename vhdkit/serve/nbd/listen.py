@@ -75,8 +75,8 @@ class Listeners:
         resolved = _resolved(host, port, place)
         if not open_to_all and not all(_is_loopback(address) for _, address in resolved):
             raise errors.InvalidArgument(
-                f"{place} can be reached from other machines, and what is sent there is not encrypted",
-                hint="give --tls-certs and --tls-required; or --insecure when nobody else is on that network",
+                f"{place} can be reached from other machines without encryption",
+                hint="add --tls-certs and --tls-required, or --insecure if you trust every machine on that network",
             )
         bound = 0
         for family, address in resolved:
@@ -142,7 +142,7 @@ def _activated_count() -> int:
     for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
         os.environ.pop(name, None)  # programs that we start must not take the sockets for theirs
     if count > _MAX_ACTIVATED:
-        raise errors.InvalidArgument(f"LISTEN_FDS={count}: at most {_MAX_ACTIVATED} sockets are taken")
+        raise errors.InvalidArgument(f"LISTEN_FDS={count} is too many: at most {_MAX_ACTIVATED} sockets are taken")
     return count
 
 
@@ -161,7 +161,7 @@ def parse_address(text: str) -> tuple[str, int]:
             raise ValueError(f"{text!r} is not [IPV6]:PORT")
         port = rest[1:]
     elif text.count(":") > 1:
-        raise ValueError(f"put an IPv6 address into brackets: [{text}]:{DEFAULT_PORT}")
+        raise ValueError(f"put an IPv6 address in brackets: [{text}]:{DEFAULT_PORT}")
     else:
         host, _, port = text.partition(":")
     if not port and not text.endswith(":"):
@@ -194,7 +194,7 @@ def _resolved(host: str, port: int, place: str) -> list[tuple[socket.AddressFami
         )
     except (socket.gaierror, UnicodeError) as error:
         reason = error.strerror if isinstance(error, socket.gaierror) else "is not a host name"
-        raise errors.NotFound(f"{place}: the host cannot be looked up: {reason}") from error
+        raise errors.NotFound(f"{place}: the host name cannot be resolved: {reason}") from error
     return list(dict.fromkeys((family, str(address[0])) for family, _, _, _, address in found))
 
 

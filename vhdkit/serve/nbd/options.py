@@ -312,21 +312,21 @@ class Handshake:
         if data:
             raise _Invalid("this option takes no data")
         if self._extended:
-            self._reply(option, Reply.ERR_EXT_HEADER_REQD, "extended headers were negotiated already")
+            self._reply(option, Reply.ERR_EXT_HEADER_REQD, "extended headers are already negotiated")
             return
         self._structured = True
         self._reply(option, Reply.ACK)
 
     def _extended_headers(self, option: int, data: bytes) -> None:
         if data or self._extended:
-            raise _Invalid("this option takes no data and is asked for once")
+            raise _Invalid("this option takes no data and may be requested only once")
         self._extended = True
         self._reply(option, Reply.ACK)
 
     def _meta_context(self, option: int, data: bytes) -> None:
         is_set = option == Option.SET_META_CONTEXT
         if is_set and not (self._structured or self._extended):  # row 18
-            raise _Invalid("structured replies come first")
+            raise _Invalid("request structured replies first")
         reader = _OptionReader(data)
         name = reader.string()
         count = reader.u32()
@@ -392,7 +392,7 @@ class _OptionReader:
     def _take(self, size: int) -> bytes:
         piece = self._data[self._position : self._position + size]
         if len(piece) != size:
-            raise _Invalid("the option is shorter than it says")
+            raise _Invalid("the option is shorter than stated")
         self._position += size
         return piece
 
@@ -410,4 +410,4 @@ class _OptionReader:
 
     def end(self) -> None:
         if self._position != len(self._data):
-            raise _Invalid("the option is longer than it says")
+            raise _Invalid("the option is longer than stated")

@@ -97,12 +97,12 @@ class NbdServer:
             return
         except OSError as error:  # out of descriptors: disconnect some clients before the next attempt
             self._make_room()
-            _log.error("cannot take a connection: %s", error)
+            _log.error("cannot accept a connection: %s", error)
             self.loop.unwatch(listener.fileno())
             self.loop.call_later(_ACCEPT_AGAIN_SECONDS, lambda: self._watch_again(listener))
             return
         if len(self.connections) >= MAX_CONNECTIONS and not self._make_room():
-            _log.warning("more than %d clients: one is sent away", MAX_CONNECTIONS)
+            _log.warning("more than %d clients: one is disconnected", MAX_CONNECTIONS)
             sock.close()
             return
         self.adopt(sock, _peer_name(sock, address))
@@ -132,7 +132,7 @@ class NbdServer:
         """Disconnect the oldest client that has not chosen an export: idle connections must not exhaust the limit."""
         undecided = next((one for one in self.connections if one.is_undecided(0)), None)
         if undecided is not None:
-            _log.warning("more than %d clients: one that has chosen no export is sent away", MAX_CONNECTIONS)
+            _log.warning("more than %d clients: one that has not chosen an export is disconnected", MAX_CONNECTIONS)
             undecided.close()
         return undecided is not None
 
@@ -182,7 +182,7 @@ class NbdServer:
             if users and not disconnect:
                 raise errors.ImageInUse(
                     f"export {export.name!r} is used by client {', '.join(str(one.number) for one in users)}",
-                    hint="`remove --disconnect` hangs up on its clients",
+                    hint="`remove --disconnect` disconnects its clients",
                 )
             self.exports.remove(export)
             self._on_leaving.append(look)

@@ -40,7 +40,7 @@ def certificate_context(directory: str) -> ssl.SSLContext:
     for path in (certificate, key):
         if not exists(path):
             raise errors.NotFound(
-                "is not there; a server needs its certificate and its key",
+                "does not exist; a server needs its certificate and its key",
                 path=path,
                 hint=f"make them with openssl or certtool as {CERTIFICATE} and {KEY} in {quoted(directory)}",
             )
@@ -55,7 +55,7 @@ def certificate_context(directory: str) -> ssl.SSLContext:
 
 
 def _no_password() -> str:
-    raise ValueError("the key is locked by a password")
+    raise ValueError("the key is protected by a password")
 
 
 def _load(path: str, load: Any) -> None:
@@ -95,7 +95,7 @@ def read_keys(path: str) -> dict[str, bytes]:
     raw = read_whole(path, _MAX_KEYS_BYTES)
     if raw is None:
         if not exists(path):
-            raise errors.NotFound("there is no such file of keys", path=path)
+            raise errors.NotFound("no such file of keys", path=path)
         raise errors.InvalidArgument(
             f"is not a file of keys: not a regular file of at most {_MAX_KEYS_BYTES} bytes", path=path
         )

@@ -136,5 +136,5 @@ def missing(what: str) -> errors.VhdkitError:
     """The error for nbdkit, or a part of it, that is not installed."""
     return errors.NotFound(
         f"--engine nbdkit needs nbdkit, and {what} installed",
-        hint=f"install {PACKAGES} (so they are called by Debian and Fedora), or leave out --engine nbdkit",
+        hint=f"install {PACKAGES} (their names in Debian and Fedora), or leave out --engine nbdkit",
     )

@@ -79,7 +79,7 @@ _clients: dict[str, int] = {}  # number of clients of each export
 _opening = threading.Lock()
 
 
-def _told(callback: Callable[P, T]) -> Callable[P, T]:
+def _reported(callback: Callable[P, T]) -> Callable[P, T]:
     """Wrap a callback so that its errors reach the client with the right number, and the log as one line."""
 
     @functools.wraps(callback)
@@ -100,7 +100,7 @@ def _told(callback: Callable[P, T]) -> Callable[P, T]:
 # -- the command line -------------------------------------------------------------------------------------------
 
 
-@_told
+@_reported
 def config(key: str, value: str) -> None:
     """Handle one KEY=VALUE. Raises InvalidArgument for an unknown key."""
     # Paths are made absolute now: nbdkit changes its working folder when it goes to the background.
@@ -126,7 +126,7 @@ def config(key: str, value: str) -> None:
         _settings.format_name = FormatName(_one_of(key, value, *(one.value for one in FormatName)))
     else:
         known = "image, name, description, access, parent-dir, allow-raw-parent, dynamic-bitmap and format"
-        raise errors.InvalidArgument(f"{key}= is not known; there are {known}")
+        raise errors.InvalidArgument(f"{key}= is not a known parameter; there are {known}")
 
 
 def _add_image(path: str) -> None:
@@ -153,13 +153,13 @@ def _one_of(key: str, value: str, *known: str) -> str:
     return value
 
 
-@_told
+@_reported
 def config_complete() -> None:
     """Check that there is an image to serve, and one for each name and description."""
     _check_order("name", _settings.next_name)
     _check_order("description", _settings.next_description)
     if not _settings.images:
-        raise errors.InvalidArgument("there is no image to serve: say image=PATH")
+        raise errors.InvalidArgument("there is no image to serve: add image=PATH")
 
 
 def thread_model() -> int:
@@ -168,14 +168,14 @@ def thread_model() -> int:
     return model
 
 
-@_told
+@_reported
 def get_ready() -> None:
     """Check that everything can be opened, while errors still reach the terminal."""
     for path in _settings.images.values():
         _settings.open(path, writable=_settings.access == "write").close()
 
 
-@_told
+@_reported
 def after_fork() -> None:
     """Open everything. Not earlier: the process from which nbdkit forked would then also hold the locks."""
     for name, path in _settings.images.items():
@@ -184,7 +184,7 @@ def after_fork() -> None:
         _clients[name] = 0
 
 
-@_told
+@_reported
 def cleanup() -> None:
     """nbdkit is ending: flush and close all disks. Raises the first error."""
     failures = []
@@ -210,7 +210,7 @@ def default_export(readonly: bool, is_tls: bool) -> str:
     return next(iter(_exports))
 
 
-@_told
+@_reported
 def open(readonly: bool) -> Export:
     """A client connected; returns the requested export as its handle. Raises NotFound for an unknown name."""
     name = nbdkit.export_name() or default_export(readonly, False)
@@ -238,7 +238,7 @@ def _reopen_writable(export: Export) -> None:
         nbdkit.debug(f"the export is read-only for now: {error}")
 
 
-@_told
+@_reported
 def close(export: Export) -> None:
     """A client disconnected. The disk stays open, but without a client it allows other programs to write."""
     with _opening:
@@ -319,40 +319,40 @@ def can_extents(export: Export) -> bool:
 # -- requests, several at once ----------------------------------------------------------------------------------
 
 
-@_told
+@_reported
 def pread(export: Export, buf: memoryview, offset: int, flags: int) -> None:
     """Read from the file directly into nbdkit's buffer."""
     export.disk.read_into(offset, buf)
 
 
-@_told
+@_reported
 def pwrite(export: Export, buf: memoryview, offset: int, flags: int) -> None:
     """Write from nbdkit's buffer directly to the file."""
     export.disk.write(offset, buf, fua=bool(flags & nbdkit.FLAG_FUA))
 
 
-@_told
+@_reported
 def flush(export: Export, flags: int) -> None:
     """Make durable the completed writes of all connections."""
     export.disk.flush()
 
 
-@_told
+@_reported
 def trim(export: Export, count: int, offset: int, flags: int) -> None:
     """Discard a range."""
     export.disk.trim(offset, count, fua=bool(flags & nbdkit.FLAG_FUA))
 
 
-@_told
+@_reported
 def zero(export: Export, count: int, offset: int, flags: int) -> None:
     """Make the range read as zeros. Zeros that must take space are data: nbdkit then writes them itself."""
     if not flags & nbdkit.FLAG_MAY_TRIM or (flags & nbdkit.FLAG_FAST_ZERO and not export.disk.zeroes_are_fast()):
         nbdkit.set_error(errno.EOPNOTSUPP)
-        raise OSError(errno.EOPNOTSUPP, "zeros here are not faster than data")
+        raise OSError(errno.EOPNOTSUPP, "writing zeros here would not be faster than data")
     export.disk.write_zeroes(offset, count, fua=bool(flags & nbdkit.FLAG_FUA))
 
 
-@_told
+@_reported
 def cache(export: Export, count: int, offset: int, flags: int) -> None:
     """Read a range into the page cache."""
     scratch = memoryview(bytearray(min(count, PIECE_BYTES)))
@@ -363,7 +363,7 @@ def cache(export: Export, count: int, offset: int, flags: int) -> None:
         offset += size
 
 
-@_told
+@_reported
 def extents(export: Export, count: int, offset: int, flags: int) -> list[tuple[int, int, int]]:
     """(offset, size, kind) of the range: the kinds are NBD's flags of base:allocation, which nbdkit shares."""
     limit = 1 if flags & nbdkit.FLAG_REQ_ONE else None

@@ -30,7 +30,7 @@ def test_what_is_at_a_mount_point(tmp_path: Path) -> None:
 def test_programs_run_without_a_shell(tmp_path: Path) -> None:
     """Arguments stay what they are; the code, and the first lines of what was said, come back."""
     told = host.run(["sh", "-c", 'printf "%s\\n" "$1" second third; exit 3', "x", "$HOME; echo"])
-    assert told == host.Told(3, "$HOME; echo; second")
+    assert told == host.Finished(3, "$HOME; echo; second")
     with pytest.raises(NotFound, match="no-such-program"):
         host.run(["no-such-program"])
 
@@ -101,7 +101,7 @@ def test_a_server_is_found_and_waited_for(monkeypatch: pytest.MonkeyPatch) -> No
     found = host.find_server(mount)
     assert found is not None
     found.close()
-    presence.tell("the disk is full")
+    presence.report("the disk is full")
     waiting.join(30)
     assert told == ["the disk is full"]
     presence.close()
@@ -122,7 +122,7 @@ def test_a_server_is_found_however_often_it_was_looked_for(monkeypatch: pytest.M
         assert server is not None
         server.close()
     presence.leave()
-    presence.tell("no")
+    presence.report("no")
     presence.close()
     assert [one and one.wait() for one in stays] == ["no", "no"]
 

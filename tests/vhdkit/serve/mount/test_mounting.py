@@ -85,7 +85,7 @@ def test_mount_points_that_cannot_be(image: Path, tmp_path: Path) -> None:
         ("/dev/null", ("--file",), 2, "is not a file"),
     ):
         assert text in failure(code, "mount", image, point, *words)
-    assert "no file system that vhdkit knows" in failure(1, "mount", _empty(tmp_path), empty, "--fs")
+    assert "no file system that vhdkit recognises" in failure(1, "mount", _empty(tmp_path), empty, "--fs")
     assert "has no partition 3; it is not partitioned" in failure(2, "mount", image, empty, "--fs", "--partition=3")
     assert not is_mounted(empty)
 
@@ -100,7 +100,7 @@ def test_two_mounts_and_a_second_writer(image: Path, tmp_path: Path) -> None:
     second = tmp_path / "second"
     second.mkdir()
     with mounted(image, tmp_path / "first") as first:
-        assert "mounted there already" in failure(1, "mount", image, first)
+        assert "already mounted there" in failure(1, "mount", image, first)
         with mounted(image, second):
             assert (first / "disk.raw").read_bytes() == (second / "disk.raw").read_bytes()
         assert str(image) in failure(5, "mount", image, second, "--rw")
@@ -252,7 +252,7 @@ def test_a_server_killed_under_a_file_system(image: Path, tmp_path: Path, runtim
         command("umount", mnt)
         assert not is_mounted(mnt) and os.listdir(runtime) == []
         told = command("mount", image, mnt, "--fs")
-        assert "without what its journal holds" in told.stderr
+        assert "without the changes in its journal" in told.stderr
         command("umount", mnt)
         command("mount", image, mnt, "--fs", "--overlay")
         assert (mnt / "kept.txt").read_text() == "kept\n"
