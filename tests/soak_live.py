@@ -15,7 +15,7 @@ from pathlib import Path
 
 import vhdkit
 from vhdkit import errors
-from vhdkit.serve.control.merging import MergeWish, ServedMerge, plan_served_merge
+from vhdkit.serve.control.merging import MergeRequest, ServedMerge, plan_served_merge
 from vhdkit.serve.nbd.server import NbdServer
 from vhdkit.serve.opening import ImageExport, Manner
 from vhdkit.units import KIB, MIB, SECTOR_SIZE
@@ -102,9 +102,9 @@ def merge_while_writing() -> None:
     try:
         paths = [layer.store.name for layer in export.disk.chain.layers]
         if len(paths) > 2:
-            ServedMerge(server, plan_served_merge(export, MergeWish(layer=paths[1], into=paths[2]))).run()
+            ServedMerge(server, plan_served_merge(export, MergeRequest(layer=paths[1], into=paths[2]))).run()
         if len(paths) > 1:
-            ServedMerge(server, plan_served_merge(export, MergeWish(into=paths[-1]))).run()
+            ServedMerge(server, plan_served_merge(export, MergeRequest(into=paths[-1]))).run()
     finally:
         stop.set()
         writer.join()

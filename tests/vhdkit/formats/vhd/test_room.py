@@ -45,7 +45,7 @@ def on_device(path: Path, device: str, *, footer_at_end: bool) -> None:
 @pytest.mark.parametrize("footer_at_end", [True, False], ids=["footer at the end", "copied file"])
 def test_a_vhd_on_a_device_takes_writes(tmp_path: Path, footer_at_end: bool) -> None:
     """New blocks hold what is written and zeros, nothing of what the device held before; the footer stays at its end;
-    where there is no room for another block that is said, and nothing is lost."""
+    where there is no space for another block that is said, and nothing is lost."""
     rng = random.Random(1)
     with loop_device(tmp_path / "device", size_bytes=DEVICE) as device:
         on_device(tmp_path / "image.vhd", device, footer_at_end=footer_at_end)
@@ -59,7 +59,7 @@ def test_a_vhd_on_a_device_takes_writes(tmp_path: Path, footer_at_end: bool) -> 
             model[:3] = bytes(3)
             disk.flush()
             assert disk.read(0, SIZE) == model
-            with pytest.raises(errors.NoSpace, match=r"no room for another block .* before its footer"):
+            with pytest.raises(errors.NoSpace, match=r"no space for another block .* before its footer"):
                 for number in range(16):
                     disk.write(number * BLOCK, model[number * BLOCK : number * BLOCK + 512])
             assert disk.read(0, SIZE) == model

@@ -79,7 +79,7 @@ def test_mount_points_that_cannot_be(image: Path, tmp_path: Path) -> None:
     for point, words, code, text in (
         (tmp_path / "no", (), 1, "run: mkdir"),
         (tmp_path / "no", ("--file",), 1, "run: touch"),
-        (file, (), 2, "say --file"),
+        (file, (), 2, "add --file"),
         (empty, ("--file",), 2, "is not a file"),
         (full, (), 2, "choose an empty folder"),
         ("/dev/null", ("--file",), 2, "is not a file"),

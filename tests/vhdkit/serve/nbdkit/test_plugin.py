@@ -289,7 +289,7 @@ def test_several_exports(plugin: Any, nbdkit: FakeNbdkit, tmp_path: Path) -> Non
         ([("name", "a"), ("name", "b"), ("image", "b")], "name=a has no image=PATH after it"),
         ([("image", "a"), ("description", "b")], "description=b has no image=PATH after it"),
         ([("name", "x" * 4097)], "at most 4096 bytes"),
-        ([("colour", "red")], "colour= is not known"),
+        ([("colour", "red")], "colour= is not a known parameter"),
         ([("access", "maybe")], "access=maybe is not one of read, write"),
         ([("format", "qcow2")], "format=qcow2"),
         ([("allow-raw-parent", "perhaps")], "allow-raw-parent=perhaps"),
