@@ -39,7 +39,7 @@ class Several(Protocol[_T_co]):
 def flag(name: str, value: object) -> bool:
     """`value`, which is True or False. Raises InvalidArgument."""
     if not isinstance(value, bool):
-        raise InvalidArgument(f"{name} is True or False, not {value!r}")
+        raise InvalidArgument(f"{name} must be True or False, not {value!r}")
     return value
 
 
@@ -50,7 +50,7 @@ def number(name: str, value: object) -> int:
             return operator.index(cast("int", value))
         except TypeError:
             pass
-    raise InvalidArgument(f"{name} is a whole number, not {value!r}")
+    raise InvalidArgument(f"{name} must be a whole number, not {value!r}")
 
 
 def byte_size(name: str, value: object, parse: Callable[[str], int] = parse_size) -> int:
@@ -63,7 +63,7 @@ def byte_size(name: str, value: object, parse: Callable[[str], int] = parse_size
     try:
         return number(name, value)
     except InvalidArgument as error:
-        error.hint = error.hint or 'a number of bytes, or a text such as "10M"'
+        error.hint = error.hint or 'pass a number of bytes, or a string such as "10M"'
         raise
 
 
@@ -74,22 +74,22 @@ def choice(kind: type[_E], name: str, value: object) -> _E:
             return kind(value)
     except ValueError:
         pass
-    raise InvalidArgument(f"{name} is one of {', '.join(map(repr, map(str, kind)))}, not {value!r}")
+    raise InvalidArgument(f"{name} must be one of {', '.join(map(repr, map(str, kind)))}, not {value!r}")
 
 
 def paths(name: str, value: object) -> tuple[str, ...]:
     """The paths in a list, as strings. Raises InvalidArgument, also for a single path."""
     if isinstance(value, str | bytes | os.PathLike):
         shown = os.fsdecode(value)
-        raise InvalidArgument(f"{name} are several paths, not one", hint=f"write {name}=({shown!r},)")
+        raise InvalidArgument(f"{name} must be several paths, not one", hint=f"write {name}=({shown!r},)")
     if not isinstance(value, Iterable):
-        raise InvalidArgument(f"{name} are paths, not {value!r}")
-    return tuple(_path(f"{name} are paths", one) for one in value)
+        raise InvalidArgument(f"{name} must be paths, not {value!r}")
+    return tuple(_path(f"{name} must be paths", one) for one in value)
 
 
 def path(name: str, value: object) -> str:
     """The path as a string. Raises InvalidArgument for anything that is not a path."""
-    return _path(f"{name} is a path", value)
+    return _path(f"{name} must be a path", value)
 
 
 def _path(what: str, value: object) -> str:
@@ -97,7 +97,7 @@ def _path(what: str, value: object) -> str:
         raise InvalidArgument(f"{what}, not {value!r}")
     text = os.fsdecode(value)
     if not text or "\0" in text:
-        raise InvalidArgument(f"{what}, and {text!r} is none", hint="the working folder is '.'")
+        raise InvalidArgument(f"{what}, not {text!r}", hint="the working folder is '.'")
     return text
 
 
@@ -133,11 +133,11 @@ def _looked_at(function: Callable[..., Any], name: str, annotation: str, value: 
         return path(name, value)
     if kind.startswith("Several["):
         if isinstance(value, str | bytes | os.PathLike) or not isinstance(value, Iterable):
-            raise InvalidArgument(f"{name} is a list, not {value!r}", hint=f"write {name}=[...]")
+            raise InvalidArgument(f"{name} must be a list, not {value!r}", hint=f"write {name}=[...]")
         return list(paths(name, value)) if kind == "Several[AnyPath]" else list(value)
     if kind == "str":
         if not isinstance(value, str):
-            raise InvalidArgument(f"{name} is a text, not {value!r}")
+            raise InvalidArgument(f"{name} must be a string, not {value!r}")
         return value
     assert kind != "int" and "PathLike" not in kind and not kind.startswith("Sequence["), annotation
     known = inspect.unwrap(function).__globals__.get(kind.removesuffix(" | str"))
@@ -145,5 +145,5 @@ def _looked_at(function: Callable[..., Any], name: str, annotation: str, value: 
         if issubclass(known, StrEnum):
             return choice(known, name, value)
         if not isinstance(value, known):
-            raise InvalidArgument(f"{name} is a {known.__name__}, not {value!r}")
+            raise InvalidArgument(f"{name} must be a {known.__name__}, not {value!r}")
     return value

@@ -25,25 +25,25 @@ _IMMUTABLE, _APPEND_ONLY = 0x10, 0x20
 def check_removable(path: str) -> None:
     """Raise AccessDenied if removing the file at `path` would fail. A missing file is fine."""
     folder = os.path.dirname(path) or os.curdir
-    with translated(path, "look at"):
+    with translated(path, "examine"):
         try:
             status, around = os.lstat(path), os.stat(folder)
         except FileNotFoundError:
             return
     problem = None
     if _flags_of(path) & (_IMMUTABLE | _APPEND_ONLY):
-        problem = "is marked as one that must not change (see `lsattr`)"
+        problem = "is marked immutable or append-only (see `lsattr`)"
     elif _flags_of(folder) & (_IMMUTABLE | _APPEND_ONLY):
-        problem = "lies in a folder that is marked as one that must not change (see `lsattr -d`)"
+        problem = "is in a folder that is marked immutable or append-only (see `lsattr -d`)"
     elif not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
-        problem = "lies in a folder that may not be written to"
+        problem = "is in a folder without write permission"
     elif around.st_mode & stat.S_ISVTX and os.geteuid() not in (0, status.st_uid, around.st_uid):
-        problem = "belongs to somebody else, in a folder where only owners remove files"
+        problem = "belongs to another user, in a folder where only owners may remove files"
     if problem is not None:
         raise errors.AccessDenied(
-            f"{problem}: it could not be removed in the end, so nothing is begun",
+            f"{problem}: it could not be removed at the end, so the operation is not started",
             path=path,
-            hint="get the right to remove it first",
+            hint="first get the permission to remove it",
         )
 
 
@@ -57,14 +57,14 @@ def check_folder(folder: str, path: str) -> None:
         folder_bytes = len(os.fsencode(os.path.realpath(folder or os.curdir)))
     if folder_bytes + 1 + _MAX_NAME_BYTES >= _MAX_PATH_BYTES:
         raise errors.InvalidArgument(
-            f"the path of its folder has {folder_bytes} bytes, which leaves no room for a file name: a path has at"
-            f" most {_MAX_PATH_BYTES}",
+            f"the path of its folder has {folder_bytes} bytes, which leaves no space for a file name: a path may"
+            f" have at most {_MAX_PATH_BYTES}",
             path=path,
-            hint="choose a folder that is not so deep",
+            hint="choose a folder with a shorter path",
         )
     if _flags_of(folder or os.curdir) & (_IMMUTABLE | _APPEND_ONLY):
         raise errors.AccessDenied(
-            "nothing in its folder may be renamed or removed (see `lsattr -d`)",
+            "its folder is marked immutable or append-only, so no file in it can be removed (see `lsattr -d`)",
             path=path,
             hint="choose another folder",
         )

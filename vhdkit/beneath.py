@@ -43,7 +43,7 @@ def open_regular(path: str, *, follow_links: bool = True) -> FileStore:
     except OSError as error:
         raise translate(error, path, "open") from error
     except ValueError as error:
-        raise errors.InvalidArgument("is not a file name: it holds a zero byte", path=path) from error
+        raise errors.InvalidArgument("is not a file name: it contains a NUL byte", path=path) from error
 
 
 def find_beneath(path: str, folders: Sequence[str]) -> Place:

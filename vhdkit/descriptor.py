@@ -96,9 +96,9 @@ class Descriptor:
         """The error that says why it can no longer be used."""
         if self.is_left_by_fork:
             return errors.DiskClosed(
-                "was opened by the process that this one is a fork of",
+                "was opened before this process was forked",
                 path=self._path,
-                hint="open it here, once it is closed there",
+                hint="open it in this process, after the parent process has closed it",
             )
         return errors.DiskClosed("the disk is closed", path=self._path)
 

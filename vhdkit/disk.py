@@ -370,9 +370,9 @@ class Disk:
             frame = frame.f_back
             if frame.f_code in _CHANGING and frame.f_locals.get("self") is self:
                 raise errors.InvalidArgument(
-                    "is used by a signal handler in the middle of a call of the same thread",
+                    "a signal handler uses the disk in the middle of a call of the same thread",
                     path=self.path,
-                    hint="let the handler raise an exception, and close the disk where that is caught",
+                    hint="let the handler raise an exception, and close the disk where it is caught",
                 )
 
     def _leave_to_parent(self) -> None:
@@ -385,14 +385,14 @@ class Disk:
             raise self._closed_error()
         if offset_bytes < 0 or size_bytes < 0 or offset_bytes + size_bytes > self.size_bytes:
             raise errors.OutOfRange(
-                f"{size_bytes} bytes at byte {offset_bytes} lie outside a disk of {self.size_bytes} bytes",
+                f"{size_bytes} bytes at byte {offset_bytes} are outside a disk of {self.size_bytes} bytes",
                 path=self.path,
             )
 
     def _check_write(self, offset_bytes: int, size_bytes: int) -> None:
         self._check_range(offset_bytes, size_bytes)
         if not self.writable:
-            raise errors.ReadOnly("the disk was opened for reading only", path=self.path)
+            raise errors.ReadOnly("the disk was opened read-only", path=self.path)
         if self._write_lock.is_mine():
             self._refuse_reentry()
 
@@ -433,7 +433,7 @@ def _flat(buffer: Buffer, *, writable: bool = False) -> memoryview:
     if view.c_contiguous:
         return np.frombuffer(view, dtype=np.uint8).data
     if writable:
-        raise errors.InvalidArgument("the buffer to read into has gaps", hint="read into one in a single piece")
+        raise errors.InvalidArgument("the buffer to read into has gaps", hint="pass a contiguous buffer")
     return memoryview(view.tobytes())
 
 

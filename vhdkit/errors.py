@@ -191,7 +191,7 @@ class NoSpace(VhdkitError):
 
 
 class CorruptImage(VhdkitError):
-    """The bytes of an image contradict the format. `reason` says how."""
+    """The bytes of an image contradict the format. `reason` is the kind of contradiction."""
 
     errno = errnos.EIO
     exit_code = 3

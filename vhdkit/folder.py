@@ -115,13 +115,13 @@ class NewFile:
         return self._check_destination()
 
     def _check_directory(self) -> None:
-        with translated(self.path, "look at the folder to create the file in"):
+        with translated(self.path, "examine the folder for the new file"):
             try:
                 is_directory = stat.S_ISDIR(os.stat(self._directory).st_mode)
             except (FileNotFoundError, NotADirectoryError):
                 is_directory = False
         if not is_directory:
-            raise errors.NotFound("the folder to create the file in does not exist", path=self.path)
+            raise errors.NotFound("the folder for the new file does not exist", path=self.path)
         check_folder(self._directory, self.path)
 
     def _check_destination(self) -> os.stat_result | None:
@@ -137,7 +137,7 @@ class NewFile:
             raise errors.InvalidArgument(
                 "exists and is not a regular file: it is not replaced",
                 path=self.path,
-                hint="to fill a device, write to standard output and pipe that to dd",
+                hint="to write to a device, write to standard output and pipe it to dd",
             )
         return status
 

@@ -30,7 +30,7 @@ def folders_held(directories: Iterable[str]) -> Iterator[None]:
         for directory in sorted({real_path(directory or os.curdir) for directory in directories}):
             if not stack.enter_context(folder_held(directory, _LONG_TRIES)):
                 raise errors.ImageInUse(
-                    "another program is making images in this folder", path=directory, hint="wait until it has ended"
+                    "another program is creating images in this folder", path=directory, hint="wait until it has ended"
                 )
         yield
 

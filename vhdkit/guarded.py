@@ -24,7 +24,7 @@ def unguarded(folder: str) -> str | None:
     """
     trusted = {0, os.geteuid()}
     parts = [part for part in folder.split(os.sep) if part]
-    with translated(folder, "look at the folder"):
+    with translated(folder, "examine the folder"):
         owned = opened(os.sep, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             for depth in range(len(parts) + 1):
@@ -35,7 +35,7 @@ def unguarded(folder: str) -> str | None:
                 # In a sticky folder others cannot rename our files, but they can add files of their own.
                 is_sticky = bool(status.st_mode & stat.S_ISVTX) and depth < len(parts)
                 if status.st_mode & _OTHERS_WRITE and not is_sticky:
-                    return f"{path} can be written to by others than its owner"
+                    return f"{path} is writable by users other than its owner"
                 if depth < len(parts):
                     flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
                     below = opened(parts[depth], flags, dir_fd=owned[0])
@@ -48,7 +48,7 @@ def unguarded(folder: str) -> str | None:
 
 def unguarded_file(path: str) -> str | None:
     """Why another user could change this file, in a guarded folder; None if no other user can. Raises NotFound."""
-    with translated(path, "look at"):
+    with translated(path, "examine"):
         owned = opened(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             status = os.fstat(owned[0])
@@ -56,4 +56,4 @@ def unguarded_file(path: str) -> str | None:
             close_owned(owned)
     if status.st_uid not in {0, os.geteuid()}:
         return f"it belongs to user {status.st_uid}"
-    return "it can be written to by others than its owner" if status.st_mode & _OTHERS_WRITE else None
+    return "it is writable by users other than its owner" if status.st_mode & _OTHERS_WRITE else None

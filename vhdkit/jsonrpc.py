@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 PARSE_ERROR, INVALID_REQUEST, NO_METHOD, INVALID_PARAMS, INTERNAL = -32700, -32600, -32601, -32602, -32603
-FAILED = -32000  # the first code that the specification leaves to servers: the method failed, `data` says how
+FAILED = -32000  # the first code that the specification leaves to servers: the method failed, with details in `data`
 _VERSION = "2.0"
 
 Id: TypeAlias = int | float | str | None

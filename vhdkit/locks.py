@@ -108,7 +108,7 @@ def _in_use(path: str, byte: int) -> errors.ImageInUse:
     return errors.ImageInUse(
         f"another program is {doing} this image",
         path=path,
-        hint="close it there first (`vhdkit info`, `vhdkit chain` and `vhdkit dump` work meanwhile)",
+        hint="close it there first (`vhdkit info`, `vhdkit chain` and `vhdkit dump` still work)",
     )
 
 

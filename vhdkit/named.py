@@ -99,7 +99,7 @@ class NamedFile(Descriptor):
             raise errors.Replaced(
                 "was moved, removed or replaced by another file while it was open",
                 path=self._path,
-                hint="put the file back under this name, or close it everywhere and look which of the two is right",
+                hint="put the file back under this name, or close it everywhere and find out which one is right",
             )
 
     @held
@@ -167,9 +167,9 @@ class NamedFile(Descriptor):
 
     def _unprotected(self) -> errors.Unprotected:
         return errors.Unprotected(
-            "its file system has no locks: nothing would keep another program from writing to it at the same time",
+            "its file system has no locks, so another program could write to it at the same time",
             path=self._path,
-            hint="copy it to another file system; a program that sees to it itself says OpenOptions(lock=False)",
+            hint="copy it to another file system; a program that ensures this itself can pass OpenOptions(lock=False)",
         )
 
     @held

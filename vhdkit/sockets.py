@@ -40,7 +40,7 @@ class SocketFile:
             raise errors.InvalidArgument(
                 f"the path of a socket has at most {_MAX_SOCKET_BYTES} bytes, not {size}",
                 path=path,
-                hint="choose a shorter one, or change into its folder and give the bare name",
+                hint="choose a shorter one, or change to its folder and give only the name",
             )
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._identity: tuple[int, int] | None = None
@@ -61,7 +61,7 @@ class SocketFile:
         try:
             status = os.fstat(owned[0])
             if not stat.S_ISSOCK(status.st_mode):
-                raise errors.Replaced("was replaced while the socket was made", path=self.path)
+                raise errors.Replaced("was replaced while the socket was created", path=self.path)
             self._identity = status.st_dev, status.st_ino
             file = f"/proc/self/fd/{owned[0]}"
             if owner is not None:

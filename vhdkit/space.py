@@ -57,7 +57,7 @@ def _is_done(fd: int, mode: int, offset_bytes: int, size_bytes: int) -> bool:
 
 
 def punches(fd: int) -> bool:
-    """True if the file system can punch holes. Tried behind the end of the file, where nothing can be lost."""
+    """True if the file system can punch holes. Tried past the end of the file, where nothing can be lost."""
     try:
         return punch(fd, round_up(os.lseek(fd, 0, os.SEEK_END), MIB), MIB)
     except OSError:

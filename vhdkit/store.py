@@ -126,7 +126,7 @@ def copy_bytes(
 
 
 def _ended(source: ReadStore) -> errors.IoFailed:
-    return errors.IoFailed("the file ended while it was copied", path=source.name)
+    return errors.IoFailed("the file became shorter while it was copied", path=source.name)
 
 
 class FileStore(NamedFile):
@@ -165,7 +165,7 @@ class FileStore(NamedFile):
                 raise errors.InvalidArgument("is a folder, not a disk image", path=name) from error
             raise translate(error, name, "open for writing" if writable else "open") from error
         except ValueError as error:
-            raise errors.InvalidArgument("is not a file name: it holds a zero byte", path=name) from error
+            raise errors.InvalidArgument("is not a file name: it contains a NUL byte", path=name) from error
         except BaseException:
             close_owned(owned)
             raise
@@ -383,7 +383,7 @@ class FileStore(NamedFile):
             raise errors.SyncFailed(
                 f"flush to the device failed: {os.strerror(error.errno or errno.EIO)}",
                 path=self._path,
-                hint="what was written since the last flush may be lost; close the disk, look at the device, reopen",
+                hint="what was written since the last flush may be lost; close the disk, check the device, reopen",
             ) from error
 
     def data_runs(self, offset_bytes: int, size_bytes: int) -> Iterator[tuple[int, int, bool]]:

@@ -104,7 +104,7 @@ def _folders_of(config: str) -> list[str]:
         # Both the folder of the name, which may be a link, and the folder of the file it leads to.
         for folder in dict.fromkeys((real_path(os.path.dirname(config)), os.path.dirname(real))):
             if why := unguarded(folder):
-                raise errors.InvalidArgument(f"{why}, so that others could change it")
+                raise errors.InvalidArgument(f"{why}, so another user could change it")
         if why := unguarded_file(real):
             raise errors.InvalidArgument(why)
     except errors.NotFound:
@@ -124,5 +124,5 @@ def _folders_of(config: str) -> list[str]:
         raise errors.InvalidArgument(f"it sets {', '.join(map(printable, unknown))}, but only parent_dirs is known")
     folders = document.get("parent_dirs", [])
     if not isinstance(folders, list) or not all(isinstance(one, str) and one for one in folders):
-        raise errors.InvalidArgument("parent_dirs is a list of folders")
+        raise errors.InvalidArgument("parent_dirs must be a list of folders")
     return folders

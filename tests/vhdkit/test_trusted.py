@@ -21,7 +21,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     def beneath(folder: str) -> str | None:  # what lies above the test's own folder is not the test's business
         status = os.stat(folder)
-        return f"{folder} can be written to by others than its owner" if status.st_mode & 0o022 else None
+        return f"{folder} is writable by users other than its owner" if status.st_mode & 0o022 else None
 
     monkeypatch.setattr(trusted, "unguarded", beneath)
     (tmp_path / "xdg" / "vhdkit").mkdir(parents=True, mode=0o755)

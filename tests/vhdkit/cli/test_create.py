@@ -52,7 +52,9 @@ def test_azure_reports_its_rounding() -> None:
     result = run("create", "x.vhd", "--size", "1000000", "--azure")
     assert result.exit_code == 0 and "rounded 1000000 bytes up to 1048576 bytes" in result.stderr
     assert run("create", "y.vhd", "--size", "1M", "--azure").stderr == ""
-    assert "Azure takes fixed" in failure("create", "z.vhd", "--size", "1M", "--azure", "--format", "raw", code=2)
+    assert "Azure accepts only fixed" in failure(
+        "create", "z.vhd", "--size", "1M", "--azure", "--format", "raw", code=2
+    )
 
 
 def test_a_child_elsewhere_names_the_options_to_open_it() -> None:
@@ -179,7 +181,7 @@ def test_force_is_suggested_only_where_it_helps() -> None:
                   ("create", "middle.avhd", "--parent", "base.vhd")):  # fmt: skip
         message = failure(*words, code=1)
         assert "--force" not in message and "cannot be replaced: it is the parent of" in message
-    assert "part of the chain that is read" in failure("convert", "leaf.avhd", "leaf.avhd", "--to", "fixed", code=1)
+    assert "part of the source chain" in failure("convert", "leaf.avhd", "leaf.avhd", "--to", "fixed", code=1)
     with vhdkit.open_disk("free.vhd", writable=True):
         message = failure("create", "free.vhd", "--size", "1M", code=1)
         assert "--force" not in message and "another program is" in message

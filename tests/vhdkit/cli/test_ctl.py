@@ -54,7 +54,7 @@ def test_session(folder: Path) -> None:
         assert "already exists" in failure("ctl", "c", "snapshot", "leaf.avhd=x y.avhd", code=1)
         assert "there is no export 'nope'" in failure("ctl", "c", "snapshot", "nope", code=1)
         assert "other.vhd: 1.0 MiB -> 3.0 MiB" in good("ctl", "c", "resize", "other.vhd", "3M")
-        assert "say so: --shrink" in failure("ctl", "c", "resize", "other.vhd", "2M", code=2)
+        assert "add --shrink" in failure("ctl", "c", "resize", "other.vhd", "2M", code=2)
         assert "-> 2.0 MiB" in good("ctl", "c", "resize", "other.vhd", "2M", "--shrink")
         assert "smaller than its parent" in failure("ctl", "c", "resize", "leaf.avhd", "1M", code=2)
         assert "leaf.avhd is read-only" in good("ctl", "c", "set-read-only", "--export", "leaf.avhd")

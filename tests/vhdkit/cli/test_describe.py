@@ -120,7 +120,7 @@ def test_a_bad_block_table_breaks_the_chain() -> None:
 
 
 def test_a_loop_ends() -> None:
-    """Each layer of a chain that leads back to itself is shown once: code 3."""
+    """Each layer of a chain that is circular is shown once: code 3."""
     make_chain()
     base_id = layout.parse_footer(Path("base.vhd").read_bytes()[:512]).unique_id
     raw = bytearray(Path("leaf.avhd").read_bytes())
@@ -128,7 +128,7 @@ def test_a_loop_ends() -> None:
     raw[:512] = raw[-512:] = footer
     Path("base.vhd").write_bytes(raw)
     result = run("chain", "middle.avhd")
-    assert result.exit_code == 3 and "leads back to itself" in result.stderr
+    assert result.exit_code == 3 and "is circular" in result.stderr
     assert len(result.stdout.splitlines()) == 4
 
 

@@ -68,11 +68,11 @@ def test_a_lost_parent_can_be_replaced() -> None:
     good("convert", "middle.avhd", "whole.vhd", "--to", "fixed")
     found = vhdkit.image_id("whole.vhd")
     output = failure("rebase", "leaf.avhd", "--parent", "whole.vhd", "--accept-parent-id", str(found), code=2)
-    assert "which is there" in output and "--unsafe-new-id instead of --accept-parent-id" in output
+    assert "which exists" in output and "--unsafe-new-id instead of --accept-parent-id" in output
     Path("middle.avhd").unlink()
     assert "--unsafe-new-id" in failure("rebase", "leaf.avhd", "--parent", "whole.vhd", code=6)
     output = failure("rebase", "leaf.avhd", "--parent", "whole.vhd", "--unsafe-new-id", code=6)
-    assert output.endswith(f"say --accept-parent-id {found}")
+    assert output.endswith(f"add --accept-parent-id {found}")
     before = Path("leaf.avhd").read_bytes()
     other = "00010203-0405-0607-0809-0a0b0c0d0e0f"
     output = failure("rebase", "leaf.avhd", "--parent", "whole.vhd", "--accept-parent-id", other, code=6)
@@ -97,7 +97,7 @@ def test_a_parent_of_another_size_must_be_confirmed() -> None:
     before = Path("leaf.avhd").read_bytes()
     words = ("rebase", "leaf.avhd", "--parent", "larger.vhd", "--accept-parent-id", found)
     output = failure(*words, code=6)
-    assert f"{size + MIB} bytes" in output and f"say --accept-parent-size {size + MIB} as well" in output
+    assert f"{size + MIB} bytes" in output and f"add --accept-parent-size {size + MIB}" in output
     assert "has another size" in failure(*words, "--accept-parent-size", str(size + 512), code=6)
     assert Path("leaf.avhd").read_bytes() == before
     without = ("rebase", "leaf.avhd", "--parent", "larger.vhd", "--accept-parent-size", "512")

@@ -37,8 +37,8 @@ def test_refusals() -> None:
     assert "smaller than its parent" in failure("resize", "--shrink", "leaf.avhd", "4M", code=2)
     failure("resize", "gone.vhd", "4M", code=1)
     good("create", "disk.vhd", "--size", "8M")
-    assert "say so: --shrink" in failure("resize", "disk.vhd", "4M", code=2)
-    assert "say so: --shrink" in failure("resize", "--dry-run", "disk.vhd", "4M", code=2)
+    assert "add --shrink" in failure("resize", "disk.vhd", "4M", code=2)
+    assert "add --shrink" in failure("resize", "--dry-run", "disk.vhd", "4M", code=2)
 
 
 def test_a_size_is_rounded_up_to_whole_sectors() -> None:

@@ -145,11 +145,11 @@ def test_a_saved_state_of_a_linked_disk(machines: Machines, linked: Path) -> Non
 
 def test_hints_name_options_of_vmm() -> None:
     """Hints of vhdkit are passed on in vmm's words, or left out if they name an option that only vhdkit has."""
-    assert hint_of_vhdkit("if you trust it, say --allow-parent-dir '/a b'") == (
+    assert hint_of_vhdkit("if you trust it, add --allow-parent-dir '/a b'") == (
         "if you trust it, add the disk as IMAGE,parent-dir='/a b' "
         "(first: vmm disk remove, where the machine has it already)"
     )
-    assert "allow-raw-parent" in str(hint_of_vhdkit("if you trust it, say --allow-raw-parent"))
+    assert "allow-raw-parent" in str(hint_of_vhdkit("if you trust it, add --allow-raw-parent"))
     assert hint_of_vhdkit("repair it (`vhdkit check --repair`)") == "repair it (`vhdkit check --repair`)"
     assert hint_of_vhdkit("if it is a raw disk, add --format raw") is None
     packed = "unpack it first: gunzip -k 'a disk.gz'"

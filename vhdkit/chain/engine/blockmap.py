@@ -31,8 +31,8 @@ from vhdkit.units import MIB, PAGE_SIZE, SECTOR_SIZE, whole_sectors
 
 LAYER_BITS = 8
 LAYER_MASK = (1 << LAYER_BITS) - 1
-NOBODY = LAYER_MASK  # the owner byte of a sector that no layer owns; it reads as zeros
-MAX_LAYERS = NOBODY - 1  # in the fine table a layer's number is its index plus one, and 0 means unknown
+UNOWNED = LAYER_MASK  # the owner byte of a sector that no layer owns; it reads as zeros
+MAX_LAYERS = UNOWNED - 1  # in the fine table a layer's number is its index plus one, and 0 means unknown
 ZERO, UNKNOWN, MIXED = -1, -2, -3
 MAX_FINE_ENTRIES = 4 * MIB  # 32 MiB of table; disks up to 16 GiB have an entry for each page
 MAX_MIXED_BYTES = 64 * MIB  # of owner bytes in the cache
@@ -148,9 +148,9 @@ class BlockMap:
         low, high = first // per_entry, -(-(first + count) // per_entry)
         rows = np.frombuffer(owners, dtype=np.uint8).reshape(-1, per_entry)[low:high]
         owner = rows[:, 0]
-        places = np.array([*offsets, *[0] * (NOBODY + 1 - len(offsets))], dtype=np.int64)[owner]
+        places = np.array([*offsets, *[0] * (UNOWNED + 1 - len(offsets))], dtype=np.int64)[owner]
         places += np.arange(low, high, dtype=np.int64) * self.fine_bytes
-        known = (rows == rows[:, :1]).all(axis=1) & (owner != NOBODY)
+        known = (rows == rows[:, :1]).all(axis=1) & (owner != UNOWNED)
         start = grain * (self.grain_bytes // self.fine_bytes)
         self._fine[start + low : start + high] = np.where(known, places << LAYER_BITS | (owner + 1), 0)
 
@@ -205,7 +205,7 @@ class BlockMap:
 
     def _owners_of(self, grain: int) -> tuple[bytearray, tuple[int, ...]]:
         """Walk the layers for one grain: the owner of each sector, and the grain's offset in each file (-1: none)."""
-        owners = np.full(self.grain_sectors, NOBODY, dtype=np.uint8)
+        owners = np.full(self.grain_sectors, UNOWNED, dtype=np.uint8)
         open_sectors = np.ones(self.grain_sectors, dtype=np.bool_)
         start_bytes = grain << self.grain_shift
         offsets = [-1] * len(self.layers)
@@ -249,7 +249,7 @@ class BlockMap:
         first = owners[0]
         if owners.count(first, 0, inside) != inside:
             return MIXED
-        return ZERO if first == NOBODY else offsets[first] << LAYER_BITS | first
+        return ZERO if first == UNOWNED else offsets[first] << LAYER_BITS | first
 
 
 def owner_runs(owners: bytearray, first: int, count: int) -> list[tuple[int, int, int]]:

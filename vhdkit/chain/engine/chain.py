@@ -21,8 +21,8 @@ from vhdkit.chain.engine.blockmap import (
     LAYER_MASK,
     MAX_LAYERS,
     MIXED,
-    NOBODY,
     UNKNOWN,
+    UNOWNED,
     ZERO,
     BlockMap,
     owner_runs,
@@ -132,7 +132,7 @@ class Chain:
         for run_first, run_count, owner in owner_runs(known.owners, first, len(buffer) // SECTOR_SIZE):
             start = sectors_to_bytes(run_first - first)
             piece = buffer[start : start + sectors_to_bytes(run_count)]
-            if owner == NOBODY:
+            if owner == UNOWNED:
                 piece[:] = bytes(len(piece))
             elif not self._tries_by_number[owner + 1](known.offsets[owner] + sectors_to_bytes(run_first), piece):
                 return False
@@ -196,7 +196,7 @@ class Chain:
         for run_first, run_count, owner in runs:
             start = sectors_to_bytes(run_first - first)
             piece = buffer[start : start + sectors_to_bytes(run_count)]
-            if owner == NOBODY:
+            if owner == UNOWNED:
                 piece[:] = bytes(len(piece))
             else:
                 self._readers[owner](known.offsets[owner] + sectors_to_bytes(run_first), piece)
@@ -241,7 +241,7 @@ class Chain:
         elif entry == MIXED:
             known = self.map.mixed(grain)
             for first, count, owner in owner_runs(known.owners, start - grain_first, stop - start):
-                if owner == NOBODY:
+                if owner == UNOWNED:
                     yield Extent(grain_first + first, count, ExtentKind.ZERO, -1)
                 else:
                     place = known.offsets[owner] + sectors_to_bytes(first)

@@ -40,7 +40,7 @@ from vhdkit.store import FileStore
 from vhdkit.volume import Volume, VolumeFile
 
 MAX_LEVELS_ABOVE = 16
-_MAX_TOLD = 8
+_MAX_SHOWN = 8
 MAX_FILES_ELSEWHERE = 4096  # examined in a folder above, or in one that a mark names
 
 
@@ -53,7 +53,7 @@ class Dependent:
     hint: str | None = None
 
     def __str__(self) -> str:
-        return printable(self.path) + (f" (which cannot be looked at: {self.problem})" if self.problem else "")
+        return printable(self.path) + (f" (which cannot be examined: {self.problem})" if self.problem else "")
 
 
 @dataclass(slots=True)
@@ -97,7 +97,7 @@ def refuse_with_children(
     danger: str,
     *,
     apart_from: str | None = None,
-    hint: str = "work on the child instead: it may hold what was written last",
+    hint: str = "work on the child instead: it may hold the most recent writes",
     tidy: bool = False,
 ) -> None:
     """Raise HasChildren if an image stands on this one: see `standing_on`.
@@ -119,10 +119,10 @@ def has_children(path: str, children: Sequence[Dependent], danger: str, hint: st
     original = _original(path, children[0].path)
     if original is not None:
         return errors.HasChildren(
-            f"has the same id as the parent of {children[0]}, which is {printable(original)} now",
+            f"has the same id as the parent of {children[0]}, which is now {printable(original)}",
             path=path,
-            hint=f"children know their parent by its id alone, so a copy is not changed beside them: move it to a"
-            f" folder of its own, or make an image with another id: vhdkit convert {quoted(path)} NEW --to dynamic",
+            hint=f"children identify their parent by its id alone, so a copy beside them cannot be changed: move it to"
+            f" a folder of its own, or make an image with another id: vhdkit convert {quoted(path)} NEW --to dynamic",
         )
     others = f" and {len(children) - 1} more" if len(children) > 1 else ""
     return errors.HasChildren(
@@ -160,16 +160,16 @@ def mark_findings(store: VolumeFile, options: OpenOptions, volume: Volume = LOCA
     found, seen = [], [one for one in parent.children.values() if one.problem is None]
     if seen:
         more = f" and {len(seen) - 1} more" if len(seen) > 1 else ""
-        message = f"{seen[0]}{more} stand{'' if more else 's'} on it, in other folders: it must not be changed"
+        message = f"{seen[0]}{more} in other folders depend{'' if more else 's'} on it: it must not be changed"
         found.append(Finding(Severity.NOTE, "children-elsewhere", message, store.name))
-    for one in [one for one in parent.children.values() if one.problem is not None][:_MAX_TOLD]:
-        message = f"{printable(one.path)} is said to stand on it and cannot be looked at: {_advised(one)}"
+    for one in [one for one in parent.children.values() if one.problem is not None][:_MAX_SHOWN]:
+        message = f"{printable(one.path)} is recorded as its child and cannot be examined: {_advised(one)}"
         if one.path == marks.record_path(store.name, volume):
-            message = f"its record of children {printable(one.path)} cannot be believed: {_advised(one)}"
-        message = left_by_repair(message, "it changes this image alone")
+            message = f"its record of children {printable(one.path)} is not valid: {_advised(one)}"
+        message = left_by_repair(message, "it changes only this image")
         found.append(Finding(Severity.WARNING, "children-unseen", message, store.name))
     if parent.dropped and not parent.children:
-        message = "no image stands on it any more of those that were marked; the next writable open drops the marks"
+        message = "none of its recorded children depends on it any more; the next writable open removes the record"
         found.append(Finding(Severity.NOTE, "children-gone", message, store.name))
     return tuple(found)
 
@@ -369,7 +369,7 @@ class _Search:
             if self._volume.was_removed(os.path.dirname(mark.path), mark.trail):
                 self.look_in([os.path.dirname(mark.path)], nearby=False)
                 return len(parent.children) > before
-            self._unseen(mark, parent, "it is not there, and may be on a file system that is not mounted")
+            self._unseen(mark, parent, "it does not exist, and may be on a file system that is not mounted")
             return True
         except errors.InvalidArgument:  # the path leads to something other than an image by now
             return False
@@ -380,8 +380,10 @@ class _Search:
 
     def _unseen(self, mark: Mark, parent: _Parent, problem: str) -> None:
         record = quoted(marks.record_path(parent.path, self._volume))
-        hint = f"make it readable, so that it can be looked at; if it is gone for good, remove the record: rm {record}"
+        hint = (
+            f"make it readable, so that it can be examined; if it is gone permanently, remove the record: rm {record}"
+        )
         if parent.marked > 1:
-            hint += "; the other images that it names are written down again by `vhdkit rebase IMAGE --parent"
+            hint += "; to record the other images that it names again, use `vhdkit rebase IMAGE --parent"
             hint += f" {quoted(parent.path)}`"
         parent.children.setdefault(mark.path, Dependent(mark.path, problem, hint))

@@ -53,9 +53,9 @@ def chain_held(path: AnyPath, *, options: OpenOptions | None = None) -> Iterator
         for layer, file in zip(layers, files, strict=True):
             if layer.store is not file:
                 raise InvalidArgument(
-                    "a change to it did not finish, and is taken back by its undo log: the file alone is damaged",
+                    "an unfinished change to it must be undone with its undo log: the file alone is damaged",
                     path=file.name,
-                    hint=f"take it back first: vhdkit check {quoted(file.name)} --repair",
+                    hint=f"first undo the change: vhdkit check {quoted(file.name)} --repair",
                 )
         yield [real_path(file.name) for file in files]
     finally:

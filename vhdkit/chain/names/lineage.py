@@ -157,7 +157,7 @@ def finding_of(child: Store, facts: ImageFacts, parent: Store) -> Finding | None
         f"its parent {printable(parent.name)} was written after this image was made, so what is read through it may"
         " have changed",
         "it cannot know whether it has; if you know that it has not,"
-        f" vhdkit rebase {quoted(facts.path)} --parent {quoted(parent.name)} takes the parent as it is now",
+        f" vhdkit rebase {quoted(facts.path)} --parent {quoted(parent.name)} accepts the parent as it is now",
     )
     return Finding(Severity.WARNING, WRITTEN, message, facts.path)
 

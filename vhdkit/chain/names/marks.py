@@ -88,13 +88,13 @@ def read_file(path: str, volume: Volume = LOCAL) -> Record | None:
     if raw is None:
         if not volume.exists(path):
             return None
-        raise _damaged(path, "is not a regular file, or too long")
+        raise _damaged(path, "is not a regular file, or is too long")
     if not raw:  # being created: see `record_held`
         return None
     try:
         document = json.loads(raw)
         if document["format"] != _FORMAT:
-            raise ValueError("it is of an unknown kind")
+            raise ValueError("unknown format")
         record = Record(_path(document["parent"]), tuple(_mark(one) for one in document["children"]))
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise _damaged(path, "is damaged") from error
@@ -119,9 +119,9 @@ def _path(text: Any) -> str:
 
 def _damaged(path: str, problem: str) -> errors.InvalidArgument:
     return errors.InvalidArgument(
-        f"{problem}: it should name the images that stand on the one beside it",
+        f"{problem}: it should name the children of the image beside it",
         path=path,
-        hint=f"if you know that none stands on it, remove the record: rm {errors.quoted(path)}",
+        hint=f"if you know that the image has no children, remove the record: rm {errors.quoted(path)}",
     )
 
 
@@ -173,12 +173,12 @@ def _leave(parent_path: str, mark: Mark) -> str | None:
             if mark not in marks:
                 marks = [one for one in marks if (one.path, one.parent_id) != (mark.path, mark.parent_id)]
                 if len(marks) >= MAX_MARKS:
-                    raise errors.NoSpace(f"names {MAX_MARKS} images already", path=path)
+                    raise errors.NoSpace(f"already names {MAX_MARKS} images", path=path)
                 _write(parent_path, [*marks, mark])
     except errors.VhdkitError as error:
         problem = (
-            f"that {printable(mark.path)} stands on {printable(parent_path)} could not be written down beside that"
-            f" ({error.problem}): nothing will keep vhdkit from changing it"
+            f"{printable(mark.path)} could not be recorded beside its parent {printable(parent_path)}"
+            f" ({error.problem}): vhdkit will not notice the child when it changes the parent"
         )
         _log.warning("%s", problem)
     return problem

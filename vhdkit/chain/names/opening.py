@@ -140,7 +140,7 @@ def _open_parents(layers: list[Layer], leaf: VolumeFile, options: OpenOptions, v
             if store.identity in seen:
                 raise CorruptImage(
                     CorruptReason.CHAIN_LOOP,
-                    "the chain of parents leads back to itself",
+                    "the chain of parents is circular",
                     path=child.path,
                 )
             seen.add(store.identity)

@@ -25,8 +25,8 @@ from vhdkit.image import NULL_ID, ImageFacts, NameDialect, ParentRef
 from vhdkit.local_volume import LOCAL
 from vhdkit.volume import Outcome, Volume, VolumeFile
 
-_MAX_PLACES_TOLD = 32  # in one message: more than two folders and every kind of locator give
-_MAX_NAME_TOLD = 500  # letters
+_MAX_PLACES_SHOWN = 32  # in one message: more than two folders and every kind of locator give
+_MAX_NAME_SHOWN = 500  # letters
 
 
 @dataclass(slots=True)
@@ -85,7 +85,7 @@ def find_parent(
         raise errors.ParentRefused(
             "the image records no id of its parent, which may be any raw file",
             path=child.path,
-            hint="if you trust it, say --allow-raw-parent",
+            hint="if you trust it, add --allow-raw-parent",
         )
     search = _Search(volume)
     for candidate in dict.fromkeys(candidates(child, folders, volume)):
@@ -198,7 +198,7 @@ def _not_found(child: ImageFacts, search: _Search) -> errors.VhdkitError:
         return errors.ParentRefused(
             f"its parent {quoted} leads to {errors.printable(place)}, outside the image's folder",
             path=child.path,
-            hint=f"if you trust it, say --allow-parent-dir {shlex.quote(os.path.dirname(place))}",
+            hint=f"if you trust it, add --allow-parent-dir {shlex.quote(os.path.dirname(place))}",
         )
     if search.unreadable:
         unreadable = search.unreadable[0]
@@ -216,10 +216,10 @@ def _not_found(child: ImageFacts, search: _Search) -> errors.VhdkitError:
             hint=_repoint(child),
         )
     if search.outside:
-        search.places.append(f"not {_shortened(search.outside[0])}, which lies outside these folders")
-    places = ", ".join(_shortened(place) for place in search.places[:_MAX_PLACES_TOLD])
-    if len(search.places) > _MAX_PLACES_TOLD:
-        places += f" and {len(search.places) - _MAX_PLACES_TOLD} more"
+        search.places.append(f"not {_shortened(search.outside[0])}, which is outside these folders")
+    places = ", ".join(_shortened(place) for place in search.places[:_MAX_PLACES_SHOWN])
+    if len(search.places) > _MAX_PLACES_SHOWN:
+        places += f" and {len(search.places) - _MAX_PLACES_SHOWN} more"
     return errors.ParentMissing(
         f"its parent {quoted} (id {format_id(recorded_parent_id(child))}) was not found;"
         f" searched {places or 'nowhere: it has no usable name'}",
@@ -237,15 +237,15 @@ def _leads_out(child: ImageFacts, search: _Search) -> bool:
 
 def _shortened(text: str) -> str:
     """`text` shortened for a message: a hostile name may be very long."""
-    if len(text) > _MAX_NAME_TOLD:
-        text = text[: _MAX_NAME_TOLD // 2] + "..." + text[-_MAX_NAME_TOLD // 2 :]
+    if len(text) > _MAX_NAME_SHOWN:
+        text = text[: _MAX_NAME_SHOWN // 2] + "..." + text[-_MAX_NAME_SHOWN // 2 :]
     return errors.printable(text)
 
 
 def _repoint(child: ImageFacts) -> str:
     """The hint for a parent that is somewhere else."""
     return (
-        "name the folder that the parent is in with --allow-parent-dir FOLDER, or repoint the image for good:"
+        "allow the folder of the parent with --allow-parent-dir FOLDER, or record its new path in the image:"
         f" vhdkit rebase {shlex.quote(errors.printable(child.path))} --parent PARENT"
     )
 

@@ -109,29 +109,29 @@ def decode(
     """
     line, _, digest = raw.partition(b"\n")
     if digest.strip() != hashlib.sha256(line + b"\n").hexdigest().encode():
-        raise _damaged("it is not whole", path)
+        raise _damaged("it is incomplete", path)
     try:
         document = json.loads(line)
         if document["format"] != _FORMAT:
-            raise _damaged("it is of another kind", path)
+            raise _damaged("it has an unknown format", path)
         phase, relink = Phase(document["phase"]), document["relink"]
         target = _named(document["target"], folder, volume)
         sources = tuple(_named(one, folder, volume) for one in document["sources"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _damaged("something in it is missing, or of a wrong kind", path) from error
+        raise _damaged("a value is missing, or has a wrong type", path) from error
     names = [target, *sources]
     ids = [one.unique_id for one in names if any(one.unique_id)]
     if not sources or not isinstance(relink, bool) or len({one.path for one in names}) != len(names):
         raise _damaged("it names no layers, or one of them twice", path)
     if not all(any(one.unique_id) for one in sources) or len(set(ids)) != len(ids):
-        raise _damaged("a layer to be removed has no id in it, or the same as another one", path)
+        raise _damaged("a layer to be removed has no id in it, or the same id as another", path)
     for one in names:
         if not is_within(one.path, (folder, *allowed)):
             raise RecordRefused(
-                f"the record of a merge names {printable(one.path)}, which lies outside its folder",
+                f"the record of a merge names {printable(one.path)}, which is outside its folder",
                 path=path,
-                hint=f"if you trust it, say --allow-parent-dir {shlex.quote(printable(os.path.dirname(one.path)))};"
-                " else move the record away",
+                hint=f"if you trust it, add --allow-parent-dir {shlex.quote(printable(os.path.dirname(one.path)))};"
+                " otherwise move the record away",
             )
     return Intent(phase, target, sources, relink)
 
@@ -140,7 +140,7 @@ def _damaged(problem: str, path: str | None) -> DamagedRecord:
     return DamagedRecord(
         f"damaged: {problem}; as the record of a merge it is ignored",
         path=path,
-        hint="move it away; `vhdkit check` says whether the images beside it are whole",
+        hint="move it away; `vhdkit check` shows whether the images beside it are sound",
     )
 
 
@@ -176,10 +176,10 @@ def demand_intent(record_path: str, allowed: tuple[str, ...] = (), volume: Volum
         return None
     raw = read_whole(volume, record_path, MAX_RECORD_BYTES)
     if raw is None:
-        raise _damaged("it is not a regular file, or too long", record_path)
+        raise _damaged("it is not a regular file, or is too long", record_path)
     intent = decode(raw, os.path.dirname(record_path), allowed, path=record_path, volume=volume)
     if record_of(intent.target.path, volume) != record_path:
-        raise _damaged("it lies beside an image that it is not about", record_path)
+        raise _damaged("it is beside the wrong image", record_path)
     return intent
 
 
@@ -208,7 +208,7 @@ def merge_findings(image_path: str, in_use: bool, volume: Volume = LOCAL) -> tup
         intent = demand_intent(record, (os.sep,), volume)  # only for the message
     except DamagedRecord as error:
         message = left_by_repair(
-            f"{printable(record)} is {error.problem}", "it removes no file; remove it where nobody needs it"
+            f"{printable(record)} is {error.problem}", "it removes no file; remove it yourself if it is not needed"
         )
         return (Finding(Severity.WARNING, "merge-record-ignored", message, image_path),)
     if intent is None:  # removed in the meantime
@@ -216,16 +216,14 @@ def merge_findings(image_path: str, in_use: bool, volume: Volume = LOCAL) -> tup
     leaf = printable(intent.leaf.path)
     if in_use:
         message = (
-            f"{leaf} is being merged into it by another program; until that ends, only {leaf} shows the whole disk"
+            f"another program is merging {leaf} into it; until that has finished, only {leaf} shows the whole disk"
         )
         return (Finding(Severity.NOTE, "merge-under-way", message, image_path),)
-    rest = (
-        f"`{resume_command(intent, image_path, volume)}` finishes it (`check --repair` leaves it: it merges nothing)"
-    )
+    rest = f"`{resume_command(intent, image_path, volume)}` finishes it (`check --repair` does not merge)"
     if intent.phase is Phase.COPY:
         message = (
-            f"a merge of {leaf} into it stopped while it was copying: {leaf} reads as before, this image alone is a"
-            f" mixture; {rest}"
+            f"a merge of {leaf} into it stopped while it was copying: {leaf} reads as before, but this image alone"
+            f" is a mixture; {rest}"
         )
     else:
         left = "children to be repointed" if intent.phase is Phase.RELINK else "merged files to be removed"

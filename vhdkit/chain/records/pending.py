@@ -87,8 +87,8 @@ def look(store: VolumeFile, volume: Volume = LOCAL) -> Look:
         findings += remember.findings(file)
     if store.lacks_locks():
         message = left_by_repair(
-            "its file system has no locks: nothing keeps other programs from writing to it while it is read",
-            "no image has a part in that",
+            "its file system has no locks: another program could write to it while it is read",
+            "that does not depend on the image",
         )
         findings += (Finding(Severity.WARNING, "no-locks", message, store.name),)
     return Look(store if log is None else UndoneStore(store, log), findings)
@@ -210,9 +210,9 @@ def write_log(path: str, log: UndoLog, *, like: FileStore) -> None:
     """
     if exists(path) and _load(path, LOCAL) is not None:
         raise errors.InvalidArgument(
-            f"a record of an earlier change lies at {printable(path)}",
+            f"there is a record of an earlier change at {printable(path)}",
             path=like.name,
-            hint="see what `vhdkit check` says of it; move it away if this image is well without it",
+            hint="examine the image with `vhdkit check`; move the record away if the image is sound without it",
         )
     with NewFile(path, whatever=True, like=like) as new:
         new.store.pwrite(0, encode(log))
@@ -235,10 +235,10 @@ def _find(store: VolumeFile, volume: Volume) -> tuple[UndoLog | None, tuple[Find
     if log is None and _was_being_removed(path, volume):
         return None, ()
     if log is None:
-        why = "is not a whole undo log of this image as it is: the change was not begun, or is of another image"
+        why = "is not a complete undo log of this image as it is: the change was not started, or is of another image"
         return None, (_ignored(store, path, why),)
     if not belongs(store, log):
-        return None, (_ignored(store, path, "is an undo log of another image, or this one was changed since"),)
+        return None, (_ignored(store, path, "is an undo log of another image, or this one has since been changed"),)
     return log, (_unfinished(store, path),)
 
 
@@ -253,7 +253,7 @@ def _load(path: str, volume: Volume, image: ReadStore | None = None) -> UndoLog 
 
 def _ignored(store: VolumeFile, path: str, problem: str) -> Finding:
     message = left_by_repair(
-        f"{printable(path)} {problem}; it is ignored", "it removes no file; remove it where nobody needs it"
+        f"{printable(path)} {problem}; it is ignored", "it removes no file; remove it yourself if it is not needed"
     )
     return Finding(Severity.WARNING, "undo-log-ignored", message, store.name)
 
@@ -263,7 +263,7 @@ def _unfinished(store: VolumeFile, path: str) -> Finding:
         message = "is being changed by another program; it reads as it was before"
         return Finding(Severity.NOTE, "change-under-way", message, store.name)
     message = (
-        f"a change did not finish and is taken back at the next writable open (undo log {printable(path)});"
+        f"an unfinished change will be undone at the next writable open (undo log {printable(path)});"
         " until then it reads as it was before"
     )
     return Finding(Severity.WARNING, "change-unfinished", message, store.name)

@@ -122,7 +122,7 @@ def _finding(error: errors.VhdkitError, code: str, path: str) -> Finding:
 
 def _closes_loop(stores: list[VolumeFile], child: ImageFacts, findings: list[Finding]) -> bool:
     if stores[-1].identity in [store.identity for store in stores[:-1]]:
-        reason, message = CorruptReason.CHAIN_LOOP, "the chain of parents leads back to itself"
+        reason, message = CorruptReason.CHAIN_LOOP, "the chain of parents is circular"
     elif len(stores) > MAX_CHAIN_DEPTH:
         reason, message = CorruptReason.CHAIN_DEPTH, f"the chain has more than {MAX_CHAIN_DEPTH} layers"
     else:
@@ -136,7 +136,7 @@ def _check_link(child: ImageFacts, store: VolumeFile, folders: tuple[str, ...], 
     if not leads_to(child, store.name, folders):
         message = (
             f"its parent {errors.printable(store.name)} was found by its bare name; no locator leads there, so other"
-            " programs may not find it (`vhdkit check --repair` or `vhdkit rebase` write the names anew)"
+            " programs may not find it (`vhdkit check --repair` or `vhdkit rebase` rewrites the names)"
         )
         findings.append(Finding(Severity.WARNING, "parent-names", message, child.path, "dynamic header"))
     if parent_of(child).raw_allowed:
@@ -147,10 +147,10 @@ def _check_link(child: ImageFacts, store: VolumeFile, folders: tuple[str, ...], 
         return
     if child.size_bytes != parent.size_bytes:
         severity = Severity.NOTE if child.size_bytes > parent.size_bytes else Severity.WARNING
-        message = f"holds {child.size_bytes} bytes, its parent {parent.size_bytes}"
+        message = f"the disk has {child.size_bytes} bytes, that of its parent {parent.size_bytes}"
         if severity is Severity.WARNING:
             message = left_by_repair(
                 message,
-                "it changes no disk; `vhdkit resize` makes it as large as its parent, unless something would appear",
+                "it resizes no disk; `vhdkit resize` makes it as large as its parent, unless old data would appear",
             )
         findings.append(Finding(severity, "chain-size", message, child.path))

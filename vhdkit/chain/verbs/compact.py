@@ -159,7 +159,7 @@ def compactable_of(image: Layer) -> Compactable:
         raise errors.InvalidArgument(
             f"is a {image.facts.title}, whose file cannot be made smaller in place",
             path=image.store.name,
-            hint="a copy that `vhdkit convert` makes holds no blocks of zeros",
+            hint="a copy made by `vhdkit convert` has no blocks of zeros",
         )
     return found
 

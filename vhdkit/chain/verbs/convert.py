@@ -121,7 +121,7 @@ def converted_size(size_bytes: int, disk_format: DiskFormat, *, azure: bool) -> 
     """The virtual size of the result. Raises InvalidArgument if that size is not possible."""
     if azure:
         if disk_format is not DiskFormat.FIXED:
-            raise errors.InvalidArgument("Azure takes fixed VHDs only", hint="say --to fixed")
+            raise errors.InvalidArgument("Azure accepts only fixed VHDs", hint="use --to fixed")
         size_bytes = azure_size(size_bytes)
     formats.making(disk_format).check_request(CreateRequest(size_bytes, disk_format))
     return size_bytes

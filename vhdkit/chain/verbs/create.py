@@ -67,7 +67,7 @@ def create_image(
     disk_format = DiskFormat(disk_format)
     if azure:
         if disk_format is not DiskFormat.FIXED:
-            raise errors.InvalidArgument("Azure takes fixed VHDs only")
+            raise errors.InvalidArgument("Azure accepts only fixed VHDs")
         size_bytes = azure_size(size_bytes)
     request = CreateRequest(size_bytes, disk_format, block_size_bytes, preallocate)
     made = formats.making(disk_format)
@@ -101,7 +101,7 @@ def replacing(
         try:
             files = [pending.file_of(layer.store) for layer in layers]
             if any(file is not None and file.identity == store.identity for file in files):
-                raise errors.InvalidArgument("is part of the chain that is read; it is not overwritten", path=path)
+                raise errors.InvalidArgument("is part of the source chain and cannot be overwritten", path=path)
             store.lock(writer=True)
             refuse_with_children(store, options or OpenOptions(), "replacing it would destroy that image", tidy=tidy)
         except BaseException:
@@ -235,7 +235,7 @@ def names_of(child: str, parent: str, linkage_id: bytes, timestamp: int) -> Pare
     folder = os.path.dirname(real_path(child))
     if "\\" in parent_real:
         raise errors.InvalidArgument(
-            "has a backslash in its path, which a VHD would take for the end of a folder's name; rename it",
+            "has a backslash in its path, which is a separator in the paths of a VHD; rename it",
             path=parent,
         )
     relative = os.path.relpath(parent_real, folder).replace(os.sep, "\\")

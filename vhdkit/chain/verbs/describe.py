@@ -148,7 +148,7 @@ def _describe_parent(
         problem = error.problem + errors.difference(error.expected, error.found)
         problem += f"; {error.hint}" if error.hint else ""
     parent = parent_of(facts)
-    told = ParentInfo(
+    described = ParentInfo(
         name=details.parent_name,
         unique_id="none (a raw disk)" if parent.raw_allowed else format_id(parent.linkage_id),
         timestamp=parent.timestamp,
@@ -157,7 +157,7 @@ def _describe_parent(
         problem=problem,
         allowed_folder=allowed_by,
     )
-    return told, noticed
+    return described, noticed
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,10 +229,10 @@ def _describe_parents(images: list[ImageInfo], facts: ImageFacts, options: OpenO
             raise errors.CorruptImage(CorruptReason.CHAIN_DEPTH, problem, path=child)
         found = LOCAL.follow(parent.path, folders).store
         if found is None:
-            raise errors.NotFound("went away while it was looked at", path=parent.path)
+            raise errors.NotFound("disappeared while it was examined", path=parent.path)
         with found:
             if found.identity in seen:
-                problem = "the chain of parents leads back to itself"
+                problem = "the chain of parents is circular"
                 raise errors.CorruptImage(CorruptReason.CHAIN_LOOP, problem, path=child)
             seen.add(found.identity)
             image, facts = _describe(found, folders, options, parent_format(facts))

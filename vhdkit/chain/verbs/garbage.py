@@ -121,10 +121,10 @@ def collect_garbage(
     options = options or OpenOptions()
     place = real_path(directory)
     if not is_folder(place):
-        problem = "is not a folder" if exists(place) else "there is no such folder"
+        problem = "is not a folder" if exists(place) else "no such folder"
         raise errors.NotFound(problem, path=os.fsdecode(directory))
     if not keep:
-        raise errors.InvalidArgument("name the leaves to keep: without any, every image would go")
+        raise errors.InvalidArgument("name the leaves to keep: without any, every image would be removed")
     reached = _reached([os.fsdecode(leaf) for leaf in keep], place, options)
     scan = _scanned(place, tuple(map(os.fsdecode, keep)), options)
     doomed = _doomed(scan, reached)
@@ -197,9 +197,9 @@ def _node(store: FileStore) -> _Node | None:
         node.problem = f"damaged: {error.problem}"
     records = marks.other_records(store.name)
     if records:
-        node.problem = f"has a record of unfinished work: {printable(records[0])}"
+        node.problem = f"has a record of an unfinished change: {printable(records[0])}"
     elif intents_about(store.name, (os.path.dirname(store.name),)):
-        node.problem = "is part of a merge that did not finish"
+        node.problem = "is part of an unfinished merge"
     return node
 
 
@@ -221,7 +221,7 @@ def _doomed(scan: _Scan, reached: set[tuple[int, int]]) -> list[_Node]:
         child = staying.pop()
         for node in doubtful:
             if node.problem is None and child.stands_on(node):
-                node.problem = f"the parent of {printable(child.path)}, which stays"
+                node.problem = f"the parent of {printable(child.path)}, which is kept"
                 staying.append(node)
     return [node for node in doubtful if node.problem is None]
 
@@ -247,7 +247,7 @@ def _refuse_unknown(scan: _Scan, reached: set[tuple[int, int]]) -> None:
         if not node.knows_parent and node.identity not in reached:
             raise CorruptImage(
                 CorruptReason.NO_FOOTER,
-                f"{node.problem}; nobody can tell which layer it stands on, so nothing is removed from its folder",
+                f"{node.problem}; its parent is unknown, so nothing is removed from its folder",
                 path=node.path,
                 hint="repair it (`vhdkit check --repair`), or move it away",
             )
@@ -281,7 +281,7 @@ def _reason_by_now(scan: _Scan, node: _Node, doomed: Sequence[_Node]) -> str | N
     staying = [printable(one.path) for one in doomed if not one.removed and one.stands_on(node)]
     if not staying:
         staying = [str(child) for _, others in _standing_on(scan, [node]) for child in others]
-    return f"the parent of {staying[0]}, which stays" if staying else None
+    return f"the parent of {staying[0]}, which is kept" if staying else None
 
 
 def _removed(scan: _Scan, node: _Node, doomed: Sequence[_Node]) -> str | None:
@@ -290,9 +290,9 @@ def _removed(scan: _Scan, node: _Node, doomed: Sequence[_Node]) -> str | None:
     try:
         with FileStore.open_held(node.path, follow_links=False) as store:
             if store.identity != node.identity:
-                return "another file by now"
+                return "replaced by another file"
             if any(leads_to(path, node.identity) for path in scan.kept):
-                return "one of the leaves to keep by now"
+                return "now one of the leaves to keep"
             reason = _reason_by_now(scan, node, doomed)
             if reason is None:
                 store.require_name()
@@ -328,7 +328,7 @@ def _part(path: str, *, delete: bool) -> GarbageItem:
                 unlink(path)
                 removed = True
     except errors.ImageInUse:
-        kept = "being made by a running program"
+        kept = "in use by a running program"
     except errors.VhdkitError as error:
         kept = error.problem
     return GarbageItem(path, GarbageKind.PART, size, allocated, kept, removed)

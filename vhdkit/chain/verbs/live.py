@@ -44,7 +44,7 @@ def stack(chain: Chain, child: Layer) -> Chain:
     """
     if len(chain.layers) >= MAX_LAYERS:
         raise errors.InvalidArgument(
-            f"the chain has {len(chain.layers)} layers already, and may have {MAX_LAYERS}",
+            f"the chain has {len(chain.layers)} layers, and cannot have more than {MAX_LAYERS}",
             path=chain.leaf.store.name,
             hint="merge some of them first",
         )
@@ -84,7 +84,7 @@ def plan_freeze(pairs: Sequence[tuple[Chain, str | None]]) -> FreezePlan:
     """
     for chain, _ in pairs:
         if not chain.writable:
-            raise errors.ReadOnly("is only read here, and stays as it is anyway", path=chain.leaf.store.name)
+            raise errors.ReadOnly("is opened read-only, so it needs no snapshot", path=chain.leaf.store.name)
     paths = tuple(default_child(chain.leaf) if new is None else new for chain, new in pairs)
     for path in paths:
         NewFile.check(path)

@@ -101,7 +101,7 @@ def plan_live_merge(chain: Chain, first: int, target: int) -> LiveMergePlan:
     plan = LiveMergePlan(chain, first, target, Intent(Phase.COPY, names[-1], tuple(names[:-1]), relink=first > 0))
     if len({layer.size_bytes for layer in plan.held}) > 1:
         raise errors.InvalidArgument(
-            "is of another size than the disk: such layers are not merged while they are served",
+            "has another size than the disk: such layers cannot be merged while they are served",
             path=file_of_layer(chain.layers[target]).name,
             hint="merge them when the disk is not in use: vhdkit merge",
         )
@@ -152,9 +152,7 @@ def _take_locks(plan: LiveMergePlan, held: contextlib.ExitStack) -> None:
         if file.is_device:
             raise errors.InvalidArgument("is a device: it cannot be merged", path=file.name)
         if file is not layer.store:
-            raise errors.ImageInUse(
-                "has a change that did not finish", path=file.name, hint="finish it first: vhdkit check says how"
-            )
+            raise errors.ImageInUse("has an unfinished change", path=file.name, hint="undo it first: see vhdkit check")
         if index > 0:  # the leaf's lock is a writer's already
             file.become_writer()
             held.callback(file.become_reader)
@@ -175,7 +173,7 @@ def _refuse_children(plan: LiveMergePlan, options: OpenOptions) -> None:
 
 
 def _open_target(plan: LiveMergePlan, held: contextlib.ExitStack) -> FileStore:
-    """The target's file, open for writing, without what an earlier merge left behind its blocks.
+    """The target's file, open for writing, without what an earlier merge left after its blocks.
 
     The lock stays with the chain's own opening. A target that cannot be written to is detected here, before anything
     changes; `copy` opens the image again, because the end of its file may be another one then.

@@ -220,7 +220,7 @@ def _check_size(plan: InPlacePlan) -> None:
     check_size(plan.target, plan.size_bytes)
     if plan.target.size_bytes < min(plan.size_bytes, seen_through(plan.below)):
         raise errors.InvalidArgument(
-            "is smaller than its parent and than the leaf: what its parent has behind its end would appear",
+            "is smaller than its parent and than the leaf: what its parent has past its end would appear",
             path=plan.names[-1].path,
             hint="merge to a new file with --to",
         )
@@ -255,7 +255,7 @@ def _held_child(path: str, notes_folder: str | None) -> Iterator[FileStore]:
 
 
 def _settled_target(plan: InPlacePlan, store: FileStore, phase: Phase) -> Layer | None:
-    """The target, open for writing if data must be copied, without what an earlier attempt left behind its blocks."""
+    """The target, open for writing if data must be copied, without what an earlier attempt left after its blocks."""
     if store.identity != file_of_layer(plan.target).identity:
         raise errors.Replaced("was replaced while it was opened", path=store.name)
     pending.settle(store)

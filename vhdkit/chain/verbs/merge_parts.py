@@ -64,5 +64,5 @@ def amount(plan: MergePlan) -> tuple[int, int]:
 
 def merge_would_break(path: str, children: Sequence[Dependent], *, of_leaf: bool = False) -> errors.HasChildren:
     """The error for a file that a merge would change or remove although it has children."""
-    hint = "to repoint it to the result say --relink" if of_leaf else "merge or move that image first"
+    hint = "to make it a child of the result, add --relink" if of_leaf else "merge or move that image first"
     return has_children(path, children, ", which the merge would break", hint)

@@ -67,12 +67,12 @@ def resume_merge(
     found = _found(path, options)
     if found is None:
         demand_intent(record_of(os.fsdecode(path)), allowed_folders(os.fsdecode(path), options.parent_dirs))
-        raise errors.InvalidArgument("there is no interrupted merge of this image", path=os.fsdecode(path))
+        raise errors.InvalidArgument("no interrupted merge of this image was found", path=os.fsdecode(path))
     if only_complete and found.phase is Phase.COPY:
         raise errors.InvalidArgument(
-            f"not all of {printable(found.leaf.path)} has been copied into it yet",
+            f"{printable(found.leaf.path)} has not been completely copied into it yet",
             path=found.target.path,
-            hint=f"have it copied: {resume_command(found, found.target.path)}",
+            hint=f"finish the copy: {resume_command(found, found.target.path)}",
         )
     return finish(found, options, progress, only_compare=only_complete)
 
@@ -128,9 +128,9 @@ def finish(
         if intent.phase is Phase.REMOVE:
             return _remove_rest(intent, options)
         raise errors.NotFound(
-            "is the leaf of an interrupted merge and is not there",
+            "is the leaf of an interrupted merge and does not exist",
             path=intent.leaf.path,
-            hint=f"put it back: {printable(intent.target.path)} holds only a part of it; to keep that as it is, move"
+            hint=f"put it back: {printable(intent.target.path)} has only a part of it; to keep that as it is, move"
             f" {record} away",
         )
     with opened(intent.leaf.path, options) as layers:
@@ -139,12 +139,12 @@ def finish(
             raise errors.InvalidArgument(
                 "the chain is not the one whose merge was interrupted",
                 path=intent.leaf.path,
-                hint=f"make sure that each image reads as it should, and move {record} away; then merge again",
+                hint=f"make sure that each image reads correctly, and move {record} away; then merge again",
             )
         incomplete = errors.InvalidArgument(
-            f"does not hold all of {printable(intent.leaf.path)}, though its merge record says so",
+            f"is not a complete copy of {printable(intent.leaf.path)}, although its merge record claims that",
             path=intent.target.path,
-            hint=f"have it copied again: {resume_command(intent, intent.target.path)}",
+            hint=f"repeat the copy: {resume_command(intent, intent.target.path)}",
         )
         plan = plan_in_place(layers, index, relink_children=intent.relink)
         if_incomplete = incomplete if only_compare else None
@@ -192,7 +192,7 @@ def settle_merge_of(layers: Sequence[Layer], options: OpenOptions) -> bool:
             stack.close()
             if (paths[0], leaf_id) in [(one.path, one.unique_id) for one in intent.sources]:
                 _finish_complete(intent, paths[0], options)
-                raise errors.NotFound(f"was merged into {printable(below)}: open that", path=paths[0])
+                raise errors.NotFound(f"was merged into {printable(below)}: open that image", path=paths[0])
             with contextlib.suppress(errors.VhdkitError):
                 finish(intent, options, only_compare=True)
             return True
@@ -230,12 +230,12 @@ def _remove_rest(intent: Intent, options: OpenOptions) -> Merge:
     with contextlib.ExitStack() as held:
         target = held.enter_context(FileStore.open_held(intent.target.path))
         if intent_of(intent.target.path, (os.sep,)) != intent:
-            raise errors.Replaced("is being merged into by another program", path=intent.target.path)
+            raise errors.Replaced("another program is merging into it", path=intent.target.path)
         if _id_of(target) != intent.target.unique_id:
             raise errors.InvalidArgument(
-                "is not the image that was merged into",
+                "is not the target of the recorded merge",
                 path=intent.target.path,
-                hint=f"that record is no longer true: move {printable(record_of(intent.target.path))} away",
+                hint=f"the record is out of date: move {printable(record_of(intent.target.path))} away",
             )
         size = open_layer(pending.view(target)).size_bytes
         rest: dict[str, FileStore] = {}
@@ -252,7 +252,7 @@ def _remove_rest(intent: Intent, options: OpenOptions) -> Merge:
         families = standing_on([(linkage_id_of(rest[one.path]), one.path) for one in going], options, folders=folders)
         for one, family in zip(going, families, strict=True):
             if _id_of(rest[one.path]) != one.unique_id:
-                raise errors.Replaced("was replaced while it was looked at", path=one.path)
+                raise errors.Replaced("was replaced while it was examined", path=one.path)
             children = [child for child in family if child.path not in rest]
             if children:
                 raise merge_would_break(one.path, children)

@@ -43,14 +43,12 @@ def newest_leaf(path: AnyPath, options: OpenOptions) -> str:
             names = " and ".join(errors.printable(child) for child in followers[:2])
             more = f" and {len(followers) - 2} more" if len(followers) > 2 else ""
             raise errors.HasChildren(
-                f"{names}{more} stand on it, and which of them is the newest leaf cannot be told",
+                f"{names}{more} are its children, so the newest leaf is ambiguous",
                 path=newest,
-                hint="name the one to serve",
+                hint="give the one to serve",
             )
         newest = followers[0]
-    raise errors.HasChildren(
-        f"more than {MAX_CHAIN_DEPTH} images stand on it, one on the other", path=os.fsdecode(path)
-    )
+    raise errors.HasChildren(f"its line of descendants has more than {MAX_CHAIN_DEPTH} images", path=os.fsdecode(path))
 
 
 def _merge_of(path: str, options: OpenOptions) -> Intent | None:

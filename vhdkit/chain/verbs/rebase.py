@@ -66,7 +66,7 @@ def rebase(
     the two raises. On error the image has its old names.
     """
     if accept_parent_size_bytes is not None and accept_parent_id is None:
-        raise errors.InvalidArgument("accept_parent_size_bytes goes with accept_parent_id")
+        raise errors.InvalidArgument("accept_parent_size_bytes requires accept_parent_id")
     options = options or OpenOptions()
     wanted = _Wanted(os.fsdecode(parent_path), unsafe_new_id, accept_parent_id, accept_parent_size_bytes)
     with _prepare(real_path(path), options, dry_run=dry_run) as store:
@@ -117,9 +117,9 @@ def _prepare(image_path: str, options: OpenOptions, *, dry_run: bool) -> Iterato
         store.notes_folder = options.notes_folder
         if store.is_device:
             raise errors.InvalidArgument(
-                "is a device, which has no room behind the image to change its parent safely",
+                "is a device, which has no space after the image to change its parent safely",
                 path=image_path,
-                hint="copy it to a file, and repoint that",
+                hint="copy it to a file, and rebase that",
             )
         if not dry_run:
             pending.settle(store)
@@ -130,7 +130,7 @@ def _image_in(store: FileStore, given_path: str, options: OpenOptions) -> _Image
     """The image to be repointed. Raises InvalidArgument if it has no parent, ImageInUse if a merge will remove it."""
     facts, image_format = _facts_of(store)
     if facts.parent is None:
-        raise errors.InvalidArgument("has no parent: only differencing images do", path=given_path)
+        raise errors.InvalidArgument("has no parent: only differencing images have one", path=given_path)
     intents = intents_about(store.name, allowed_folders(store.name, options.parent_dirs))
     refuse_sources([Named(store.name, facts.file_id or NULL_ID)], intents)
     return _Image(store, image_format, facts, facts.parent)
@@ -143,9 +143,9 @@ def _refuse_raw(image: _Image, new_path: str, parent_id: bytes, options: OpenOpt
         raise errors.ParentRefused(
             "the image records no id of its parent, which may be any raw file"
             if recorded == NULL_ID
-            else f"{errors.printable(new_path)} has no id that could be recorded: any raw file would fit then",
+            else f"{errors.printable(new_path)} has no id to record: any raw file would then match",
             path=image.store.name,
-            hint="if you are sure, say --allow-raw-parent",
+            hint="if you are sure, add --allow-raw-parent",
         )
 
 
@@ -199,7 +199,7 @@ def _check_ids(path: str, wanted: _Wanted, recorded: bytes, found: bytes, is_rec
     accept_parent_id, new_path = wanted.accept_parent_id, wanted.path
     if accept_parent_id is not None and found != _parsed_id(accept_parent_id):
         raise errors.ParentMismatch(
-            f"{errors.printable(new_path)} is not the parent that is to be accepted",
+            f"{errors.printable(new_path)} is not the parent to accept",
             path=path,
             expected=f"id {accept_parent_id}",
             found=_shown_id(found),
@@ -210,7 +210,7 @@ def _check_ids(path: str, wanted: _Wanted, recorded: bytes, found: bytes, is_rec
             path=path,
             expected=f"id {format_id(recorded)}",
             found=_shown_id(found),
-            hint="if it holds the same disk, say --unsafe-new-id: the content is compared then",
+            hint="if it has the same content, add --unsafe-new-id, which compares the content",
         )
 
 
@@ -251,7 +251,7 @@ def _refuse_loop(store: FileStore, layers: list[Layer]) -> None:
         file = pending.file_of(layer.store)
         if file is not None and file.identity == store.identity:
             raise errors.InvalidArgument(
-                f"would stand on itself: {errors.printable(layers[0].store.name)} is one of its children",
+                f"would become its own parent: {errors.printable(layers[0].store.name)} is one of its children",
                 path=store.name,
             )
 
@@ -274,7 +274,7 @@ def _check_content(
             f"the disk would read differently on {errors.printable(new[0].store.name)}, in"
             f" {result.different_sector_count} sectors, first at byte {result.first_difference_bytes:#x}",
             path=store.name,
-            hint="it is another disk, or was written to: the image keeps its parent",
+            hint="it is another disk, or was changed: the image keeps its parent",
         )
 
 
@@ -288,9 +288,9 @@ def _refuse_comparable(store: FileStore, facts: ImageFacts, options: OpenOptions
     except (errors.ParentError, errors.CorruptImage):
         return
     raise errors.InvalidArgument(
-        f"stands on {errors.printable(old_path)}, which is there: only what cannot be compared is accepted by its id",
+        f"has the parent {errors.printable(old_path)}, which exists: an id alone is accepted only without that parent",
         path=store.name,
-        hint="say --unsafe-new-id instead of --accept-parent-id: the content is compared then",
+        hint="use --unsafe-new-id instead of --accept-parent-id, to compare the content",
     )
 
 
@@ -304,9 +304,9 @@ def _check_size(path: str, facts: ImageFacts, parent: Layer, accepted_bytes: obj
         raise errors.ParentMismatch(
             f"{errors.printable(parent.store.name)} has another size than the disk that the image was made on",
             path=path,
-            expected=f"{facts.size_bytes} bytes, as the image has",
+            expected=f"{facts.size_bytes} bytes, the size of the image",
             found=f"{parent.size_bytes} bytes",
-            hint=f"if it is all the same, say --accept-parent-size {parent.size_bytes} as well",
+            hint=f"if it is the right parent, add --accept-parent-size {parent.size_bytes}",
         )
 
 
@@ -333,7 +333,7 @@ def _refuse_unseen(child: Layer, new: Layer, cause: errors.VhdkitError) -> None:
             f"{format_size(through)} of the disk are read through the recorded parent, which cannot be read"
             f" ({cause.problem}): there is nothing to compare with",
             path=child.store.name,
-            hint="bring that one back, from a backup if need be, and name its folder with --allow-parent-dir; if it is"
-            " gone for good and you are sure that the new parent has the same content, say"
+            hint="restore that one, from a backup if necessary, and allow its folder with --allow-parent-dir; if it is"
+            " gone permanently and you are sure that the new parent has the same content, add"
             f" --accept-parent-id {format_id(new.unique_id or NULL_ID)}",
         )

@@ -79,7 +79,7 @@ def relocate(
     options = options or OpenOptions()
     place = real_path(directory)
     if not is_folder(place):
-        problem = "is not a folder" if exists(place) else "there is no such folder"
+        problem = "is not a folder" if exists(place) else "no such folder"
         raise errors.NotFound(problem, path=os.fsdecode(directory))
     with contextlib.ExitStack() as stack:
         paths = _paths_of(os.fsdecode(leaf), options)
@@ -100,9 +100,9 @@ def relocate(
         staying = [index for index, move in enumerate(moves) if move.old_path == move.new_path]
         if staying and not by_name:
             raise errors.InvalidArgument(
-                "lies in the folder already, and records another name for its parent",
+                "is already in the folder, and records another name for its parent",
                 path=moves[staying[0]].old_path,
-                hint="write the names anew first: vhdkit check FILE --repair",
+                hint="rewrite the names first: vhdkit check FILE --repair",
             )
         if by_name and _second_names(moves, stores, options):
             _take_away(moves, stores)
@@ -137,7 +137,7 @@ def _check(moves: Sequence[Move], stores: Sequence[FileStore], options: OpenOpti
     for move in moves:
         if move.new_path in seen:
             name = printable(os.path.basename(move.new_path))
-            raise errors.InvalidArgument(f"two layers of the chain are called {name}; rename one", path=move.old_path)
+            raise errors.InvalidArgument(f"two layers of the chain are named {name}; rename one", path=move.old_path)
         seen.add(move.new_path)
         if move.old_path != move.new_path and exists(move.new_path):
             raise errors.AlreadyExists(
@@ -149,13 +149,13 @@ def _check(moves: Sequence[Move], stores: Sequence[FileStore], options: OpenOpti
     for store in stores:
         if other_records(store.name) or intents_about(store.name, tuple(dict.fromkeys(folders))):
             raise errors.InvalidArgument(
-                "has a record of unfinished work beside it", path=store.name, hint="`vhdkit check` says what it is"
+                "has a record of an unfinished change beside it", path=store.name, hint="`vhdkit check` describes it"
             )
     images = [(formats.linkage_id(store) or NULL_ID, store.name) for store in stores]
     for store, family in zip(stores, standing_on(images, options, folders=folders), strict=True):
         outside = [child for child in family if child.problem is not None or _identity(child.path) not in own]
         if outside:
-            hint = "move that chain too, by hand, or merge it first"
+            hint = "move that chain too, or merge it first"
             raise has_children(store.name, outside, ", which does not move with it", hint)
 
 
@@ -219,7 +219,7 @@ def _check_new(moves: Sequence[Move], stores: Sequence[FileStore], options: Open
         files = [pending.file_of(layer.store) for layer in layers]
         found = [(pending.id_of(file), file.identity if same_files else None) for file in files if file is not None]
         if found != [(pending.id_of(store), store.identity if same_files else None) for store in stores]:
-            raise errors.IoFailed("does not lead to the layers that were to move with it", path=moves[0].new_path)
+            raise errors.IoFailed("does not lead to the layers that should move with it", path=moves[0].new_path)
     finally:
         for layer in layers:
             layer.close()
@@ -242,9 +242,9 @@ def _rewrite_names(moves: Sequence[Move], stores: Sequence[FileStore], children:
         try:
             _relink(stores[index], moves[index].new_path, moves[index + 1].new_path)
         except errors.VhdkitError as error:
-            error.problem = f"the chain has moved and opens there, but not all names of parents: {error.problem}"
+            error.problem = f"the chain was moved and opens there, but not all names are rewritten: {error.problem}"
             error.path = moves[index].new_path
-            error.hint = f"later: vhdkit check {errors.quoted(moves[index].new_path)} --repair"
+            error.hint = f"rewrite them later: vhdkit check {errors.quoted(moves[index].new_path)} --repair"
             raise
 
 

@@ -130,7 +130,7 @@ def _prepare(image_path: str, options: OpenOptions, *, dry_run: bool) -> Iterato
     with FileStore.open_held(image_path, writable=not dry_run) as store:
         if store.is_device:
             raise errors.InvalidArgument(
-                "is a device, where a repair that is interrupted could not be taken back",
+                "is a device, where an interrupted repair could not be undone",
                 path=image_path,
                 hint="copy it to a file, and repair that",
             )
@@ -173,13 +173,13 @@ def restore(path: AnyPath, undo: AnyPath) -> int:
     with FileStore.open(undo_path) as record:
         log = read_log(record)
     if log is None:
-        raise errors.InvalidArgument("is not a whole backup of a repair", path=undo_path)
+        raise errors.InvalidArgument("is not a complete backup of a repair", path=undo_path)
     with FileStore.open_held(image_path, writable=True) as store:
         pending.settle(store)
         if not _is_repaired(store, log):
             raise errors.InvalidArgument(
-                f"is not as the repair left it whose backup is {printable(undo_path)}: it was changed since, or is"
-                " another image",
+                f"is not as left by the repair with the backup {printable(undo_path)}: it has since been changed, or"
+                " is another image",
                 path=image_path,
             )
         writes = [(change.offset_bytes, change.before) for change in log.changes]
@@ -203,7 +203,7 @@ def _format_to_repair(store: Store, options: OpenOptions) -> Format:
         raise errors.InvalidArgument(
             "is a raw disk: it has no structures to repair",
             path=store.name,
-            hint="if it is a VHD that lost its footers, say --format vhd",
+            hint="if it is a VHD that lost its footers, add --format vhd",
         )
     return found
 
@@ -228,7 +228,7 @@ def _repoint(image_format: Format, draft: DraftStore, store: FileStore, options:
             parents = find_by_id(facts.parent.linkage_ids, folders, apart_from=store.identity)
             if len(parents) > 1:
                 names = ", ".join(printable(one) for one in parents[:4])
-                return [Fix("parent-names", f"several files are its parent by their id: {names}", "vhdkit rebase")]
+                return [Fix("parent-names", f"several files have the id of its parent: {names}", "vhdkit rebase")]
             if not parents:
                 return []
             parent = parents[0]
@@ -242,7 +242,7 @@ def _repoint(image_format: Format, draft: DraftStore, store: FileStore, options:
     except (errors.CorruptImage, errors.ImageInUse):  # other damage was not repaired
         return []
     how = ", found by its id" if parents else ""
-    return [Fix("parent-names", f"the names of the parent lead to {printable(parent)} now{how}")]
+    return [Fix("parent-names", f"the names of the parent now lead to {printable(parent)}{how}")]
 
 
 def _write_backup(undo: AnyPath | None, log: UndoLog, store: FileStore) -> str | None:

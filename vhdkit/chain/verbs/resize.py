@@ -36,8 +36,8 @@ from vhdkit.units import SECTOR_SIZE, format_size, round_down, round_up
 
 _MAX_NAMED = 3  # partitions in one message
 _NOTE_GPT = (
-    "the second copy of the GPT is not at the end of the disk any more: `sgdisk -e` on the disk (or the guest's own"
-    " tool) puts it there"
+    "the second copy of the GPT is no longer at the end of the disk: move it with `sgdisk -e` on the disk, or with the"
+    " guest's own tool"
 )
 
 
@@ -69,7 +69,7 @@ def resize(
 
     A smaller size is refused unless `shrink`. After a power cut or Ctrl-C the disk has its old
     size or the new one. Raises InvalidArgument for that, for an impossible size, for data, a partition or a file
-    system behind the new end, and for a device; HasChildren, ImageInUse, NoSpace, IoFailed, SyncFailed, and what
+    system past the new end, and for a device; HasChildren, ImageInUse, NoSpace, IoFailed, SyncFailed, and what
     opening the chain raises.
     """
     report = Report(progress)
@@ -207,7 +207,7 @@ class _Checks:
         """Refuse a size that the image cannot have, and one smaller than its parent's."""
         store = pending.file_of(self.image.store)
         if store is not None and store.is_device:
-            raise InvalidArgument("is a device: its size is given", path=self.path)
+            raise InvalidArgument("is a device: its size cannot be changed", path=self.path)
         self.resizable.check_size(self.size_bytes)
         if self.parents is not None and self.size_bytes < self.parents.size_bytes:
             raise InvalidArgument(
@@ -227,7 +227,7 @@ class _Checks:
             raise InvalidArgument(
                 f"a disk of {self.size_bytes} bytes would cut off {names}{more}",
                 path=self.path,
-                hint=f"shrink it in the guest first, or ask for at least {end} bytes",
+                hint=f"shrink it in the guest first, or choose at least {end} bytes",
             )
         self._check_file_system(table)
         end = self.image.size_bytes
@@ -236,10 +236,10 @@ class _Checks:
             for start, stop in _without(offset, offset + size, table.backup_ranges if table is not None else ()):
                 if self._first_data(start, stop) is not None:
                     raise InvalidArgument(
-                        f"a disk of {self.size_bytes} bytes would cut off data: there is some at byte"
+                        f"a disk of {self.size_bytes} bytes would cut off data at byte"
                         f" {self._first_data(start, stop)} ({format_size(start)})",
                         path=self.path,
-                        hint="move or delete it in the guest and let it write zeros there, or ask for a larger size",
+                        hint="move or delete it in the guest and let it write zeros there, or choose a larger size",
                     )
         self._check_gap()
 
@@ -252,15 +252,15 @@ class _Checks:
         end = end_of(self.read, found.kind)
         if end is None:
             raise InvalidArgument(
-                f"the disk holds {name}, which may reach up to its end",
+                f"the disk holds {name}, which may extend to its end",
                 path=self.path,
                 hint=shrink_hint(found.kind),
             )
         if end > self.size_bytes:
             raise InvalidArgument(
-                f"a disk of {self.size_bytes} bytes would cut off the end of {name}, which reaches up to byte {end}",
+                f"a disk of {self.size_bytes} bytes would cut off the end of {name}, which extends to byte {end}",
                 path=self.path,
-                hint=f"{shrink_hint(found.kind)}; or ask for at least {round_up(end, SECTOR_SIZE)} bytes",
+                hint=f"{shrink_hint(found.kind)}; or choose at least {round_up(end, SECTOR_SIZE)} bytes",
             )
 
     def _first_data(self, start: int, stop: int) -> int | None:
@@ -292,7 +292,7 @@ class _Checks:
         found = next(data_of_disk(self.parents, start, stop - start), None)
         if found is not None:
             raise InvalidArgument(
-                f"its parent is larger and has data behind the end of this disk, at byte {found[0]}: it would appear",
+                f"its parent is larger and has data past the end of this disk, at byte {found[0]}: it would appear",
                 path=self.path,
                 hint="convert the chain to one image and resize that",
             )
@@ -310,9 +310,9 @@ class _Checks:
 def _not_meant(image: Layer, size_bytes: int) -> InvalidArgument:
     """The error for a smaller size that was not explicitly allowed."""
     return InvalidArgument(
-        f"{size_bytes} bytes are less than the {image.size_bytes} bytes that the disk has now",
+        f"{size_bytes} bytes are fewer than the {image.size_bytes} bytes that the disk has now",
         path=image.store.name,
-        hint="a larger size grows it; to make it smaller, say so: --shrink (shrink=True in the library)",
+        hint="choose a larger size, or add --shrink (shrink=True in the library) to make it smaller",
     )
 
 
@@ -323,7 +323,7 @@ def _resizable_of(image: Layer) -> Resizable:
         raise InvalidArgument(
             f"is a {image.facts.title}, whose size cannot be changed",
             path=image.store.name,
-            hint="a copy that `vhdkit convert` makes can be resized",
+            hint="a copy made by `vhdkit convert` can be resized",
         )
     return found
 

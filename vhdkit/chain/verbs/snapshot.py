@@ -78,7 +78,7 @@ def snapshot_many(
     """
     options = options or OpenOptions()
     if not all(map(_is_pair, pairs)):
-        raise errors.InvalidArgument("pairs are (leaf, new) each, where new may be None")
+        raise errors.InvalidArgument("each pair must be (leaf, new), where new may be None")
     leaves = [os.fsdecode(leaf) for leaf, _ in pairs]
     # Of two snapshots of one leaf, the second starts its checks when the first has made its child.
     with folders_held(os.path.dirname(real_path(leaf)) for leaf in leaves):
@@ -160,13 +160,13 @@ def default_name(leaf: str, suffix_of_children: str) -> str:
         path = os.path.join(folder, f"{stem}-{one}{suffix_of_children}" if one else stem + suffix_of_children)
         if not exists(path):
             return path
-    raise errors.AlreadyExists("every name for a child is taken", path=leaf, hint="say what to call it")
+    raise errors.AlreadyExists("every name for a child is taken", path=leaf, hint="give it a name")
 
 
 def check_names(leaves: Sequence[str], children: Sequence[str]) -> None:
     """Raise InvalidArgument for an invalid set."""
     if not children or len(children) > MAX_SET:
-        raise errors.InvalidArgument(f"a set has 1 to {MAX_SET} images, not {len(children)}")
+        raise errors.InvalidArgument(f"a set must have 1 to {MAX_SET} images, not {len(children)}")
     seen: dict[str, str] = {}
     for path in [*leaves, *children]:
         real = real_path(path)
@@ -216,9 +216,9 @@ def _refuse_to_freeze(one: _NewChild, options: OpenOptions, *, apart_from: str |
     refuse_with_children(
         store,
         options,
-        "it is not a leaf, and a snapshot of it would begin a second branch",
+        "it is not a leaf, and a snapshot of it would start a second branch",
         apart_from=apart_from,
-        hint=f"take the snapshot of the leaf, or begin a branch with `vhdkit clone {errors.quoted(one.parent)} NEW`",
+        hint=f"take the snapshot of the leaf, or start a branch with `vhdkit clone {errors.quoted(one.parent)} NEW`",
     )
 
 

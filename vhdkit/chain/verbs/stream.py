@@ -42,7 +42,7 @@ def export_stream(
     made = formats.making(disk_format)
     if made.stream_end(disk_format, chain.size_bytes) is None:
         raise errors.InvalidArgument(
-            f"a {disk_format} {made.title} cannot be written to a pipe", hint="say --to raw or --to fixed"
+            f"a {disk_format} {made.title} cannot be written to a pipe", hint="use --to raw or --to fixed"
         )
     size = converted_size(chain.size_bytes, disk_format, azure=azure)
     buffer, zeros = memoryview(bytearray(_PIECE_BYTES)), memoryview(_ZEROS)
@@ -173,6 +173,8 @@ def _disk_size(store: FileStore, size_bytes: int, source_format: FormatName | No
         raise
     if facts.block_size_bytes:
         raise errors.InvalidArgument(
-            f"a dynamic or differencing {found.title} cannot be read from a pipe", path=_STREAM, hint="name its file"
+            f"a dynamic or differencing {found.title} cannot be read from a pipe",
+            path=_STREAM,
+            hint="give the name of its file",
         )
     return facts.size_bytes

@@ -552,7 +552,7 @@ def test_a_copy_beside_the_children_is_called_a_copy(tmp_path: Path) -> None:
     shutil.copyfile(base, copy)
     with pytest.raises(errors.HasChildren) as failure:
         vhdkit.open_disk(copy, writable=True)
-    assert failure.value.problem == f"has the same id as the parent of {child}, which is {base} now"
+    assert failure.value.problem == f"has the same id as the parent of {child}, which is now {base}"
     assert f": vhdkit convert {copy} NEW --to " in str(failure.value.hint)
     with pytest.raises(errors.HasChildren, match=r"base\.vhd: is the parent of .*child\.avhd"):
         vhdkit.open_disk(base, writable=True)

@@ -90,7 +90,7 @@ def test_orphans_go_and_ancestors_by_another_name_stay(tmp_path: Path) -> None:
     }
     assert (
         reason(tmp_path, [tmp_path / "needs.avhd"], tmp_path / "copy.vhd")
-        == f"the parent of {tmp_path}/needs.avhd, which stays"
+        == f"the parent of {tmp_path}/needs.avhd, which is kept"
     )
 
 
@@ -103,7 +103,7 @@ def test_images_in_use_and_their_parents_are_kept(tmp_path: Path) -> None:
             assert "a.avhd" not in removable(tmp_path, [tree["alone"]], delete=False)
             assert reason(tmp_path, [tree["alone"]], tree["a1"]) in (
                 "in use",
-                f"the parent of {tree['a2']}, which stays",
+                f"the parent of {tree['a2']}, which is kept",
             )
     assert "a.avhd" in removable(tmp_path, [tree["alone"]])
 
@@ -119,7 +119,7 @@ def test_damaged_images_and_their_parents_are_kept(tmp_path: Path) -> None:
     assert tree["a"].exists() and tree["a1"].exists()
     nothing = tmp_path / "nothing.vhd"
     nothing.write_bytes(b"no image at all" * 100)
-    assert "nobody can tell" not in (reason(tmp_path, [tree["b1"]], nothing) or "")
+    assert "its parent is unknown" not in (reason(tmp_path, [tree["b1"]], nothing) or "")
     with pytest.raises(errors.CorruptImage, match="nothing is removed"):
         vhdkit.collect_garbage(tmp_path, [tree["base"]], delete=True)
     assert tree["a"].exists()
@@ -130,7 +130,7 @@ def test_records_of_unfinished_work_keep_an_image(tmp_path: Path) -> None:
     tree = make_tree(tmp_path)
     record = Path(folder.sidecar_path(tree["a1"], "merge"))
     record.write_text("{}")
-    assert "unfinished work" in (reason(tmp_path, [tree["b1"]], tree["a1"]) or "")
+    assert "unfinished change" in (reason(tmp_path, [tree["b1"]], tree["a1"]) or "")
     assert removable(tmp_path, [tree["b1"]]) == ["a2.avhd", "alone.vhd"]
     long = tmp_path / ("n" * 245 + ".vhd")
     vhdkit.create_image(long, MIB)
@@ -174,7 +174,7 @@ def test_files_of_dead_makers_are_removed(tmp_path: Path) -> None:
         items = vhdkit.collect_garbage(tmp_path, [tmp_path / "keep.vhd"], delete=True)
         assert {one.kind for one in items} == {GarbageKind.PART}
         assert [one.removed for one in items if one.path == str(dead)] == [True]
-        assert [one.kept for one in items if one.path != str(dead)] == ["being made by a running program"]
+        assert [one.kept for one in items if one.path != str(dead)] == ["in use by a running program"]
         assert len(list(unfinished.parts(str(tmp_path)))) == 1
 
 
@@ -228,7 +228,7 @@ def test_hostile_folders(tmp_path: Path) -> None:
 def test_invalid_arguments(tmp_path: Path) -> None:
     """No leaves, no folder, or a missing leaf is refused."""
     tree = make_tree(tmp_path)
-    with pytest.raises(errors.InvalidArgument, match="every image would go"):
+    with pytest.raises(errors.InvalidArgument, match="every image would be removed"):
         vhdkit.collect_garbage(tmp_path, [])
     with pytest.raises(errors.NotFound):
         vhdkit.collect_garbage(tree["a"], [tree["a"]])

@@ -202,5 +202,5 @@ def test_killed_at_any_call_it_has_the_old_parent_or_the_new(moved: tuple[Path, 
 
 def test_a_size_without_an_id(tmp_path: Path) -> None:
     """A size is accepted only together with the parent's id; alone it would be ignored."""
-    with pytest.raises(vhdkit.InvalidArgument, match="goes with accept_parent_id"):
+    with pytest.raises(vhdkit.InvalidArgument, match="requires accept_parent_id"):
         vhdkit.rebase(tmp_path / "child.vhd", tmp_path / "parent.vhd", accept_parent_size_bytes="4M")

@@ -203,7 +203,7 @@ def record(tmp_path: Path) -> None:
     [
         (other_child, errors.HasChildren, "other.avhd"),
         (name_taken, errors.AlreadyExists, "already exists"),
-        (record, errors.InvalidArgument, "unfinished work"),
+        (record, errors.InvalidArgument, "unfinished change"),
     ],
 )
 def test_chains_that_must_not_move(

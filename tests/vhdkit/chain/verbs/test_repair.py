@@ -167,7 +167,7 @@ def test_restoring_a_changed_image_is_refused(tmp_path: Path) -> None:
         if not path.exists():
             Vhd(disk_type=FIXED, size=MIB).build().write(path)
         before = path.read_bytes()
-        with pytest.raises(errors.InvalidArgument, match="not as the repair left it"):
+        with pytest.raises(errors.InvalidArgument, match="not as left by the repair"):
             vhdkit.restore(path, undo)
         assert path.read_bytes() == before
     with vhdkit.open_disk(image, writable=True) as disk:
@@ -177,7 +177,7 @@ def test_restoring_a_changed_image_is_refused(tmp_path: Path) -> None:
     torn = tmp_path / "torn"
     torn.write_bytes(undo.read_bytes()[:-1])
     for bad in (torn, image):
-        with pytest.raises(errors.InvalidArgument, match="not a whole backup"):
+        with pytest.raises(errors.InvalidArgument, match="not a complete backup"):
             vhdkit.restore(image, bad)
     with vhdkit.open_disk(image) as disk:
         assert disk.read(3 * MIB, 9) == b"new block"

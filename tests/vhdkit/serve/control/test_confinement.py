@@ -80,9 +80,9 @@ def test_folders_that_others_can_change(scene: Path, mode: int) -> None:
     """INV-CONTROL-CONFINED: where somebody else could exchange a file after it was looked at, none is taken."""
     confined = confined_to([str(scene)])
     (scene / "below").chmod(mode)
-    with pytest.raises(errors.AccessDenied, match="can be written to by others"):
+    with pytest.raises(errors.AccessDenied, match="is writable by users other than"):
         confined.image(str(scene / "below" / "b.vhd"))
-    with pytest.raises(errors.AccessDenied, match="can be written to by others"):
+    with pytest.raises(errors.AccessDenied, match="is writable by users other than"):
         confined.new_file(str(scene / "below" / "n.avhd"))
     with pytest.raises(errors.AccessDenied):
         confined.beside(str(scene / "below" / "b.vhd"))

@@ -343,7 +343,7 @@ def test_strangers_are_confined(tmp_path: Path) -> None:
         bench.do("snapshot", exports={"a": str(inside / "named.avhd"), "b": None})
         inside.chmod(0o777)  # from now on anybody could put a link in the place of a file
         for exports in ({"a": str(inside / "again.avhd")}, {"a": None}):
-            with pytest.raises(errors.AccessDenied, match="can be written to by others"):
+            with pytest.raises(errors.AccessDenied, match="is writable by users other than"):
                 bench.do("snapshot", exports=exports)
 
 

@@ -45,7 +45,7 @@ def test_a_half_changed_image_is_not_copied(machines: Machines, pair: tuple[Path
     assert machines.states("web") == states
     with pytest.raises(VmmError, match="did not finish") as caught:
         export("web", str(machines.folder / "out"))
-    assert caught.value.hint == f"take it back first: vhdkit check {pair[which]} --repair"
+    assert caught.value.hint == f"first undo the change: vhdkit check {pair[which]} --repair"
     assert not (machines.folder / "out").exists()
     vhdkit.repair(pair[which])
     export("web", str(machines.folder / "out"))
