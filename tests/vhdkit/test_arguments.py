@@ -201,5 +201,5 @@ def test_a_disk_takes_sizes_alike(tmp_path: Path) -> None:
 def test_a_set_of_snapshots_is_pairs() -> None:
     """A text of two letters is no pair of a leaf and its child."""
     for wrong in (["ab"], [("a",)], ["a.vhd"], [("a", "b", "c")], [b"ab"]):
-        with pytest.raises(vhdkit.InvalidArgument, match="pairs"):
+        with pytest.raises(vhdkit.InvalidArgument, match="each pair"):
             vhdkit.snapshot_many(wrong)  # type: ignore[arg-type]

@@ -261,7 +261,7 @@ def test_a_child_that_cannot_be_examined_counts(farm: Farm, monkeypatch: pytest.
         return real_open(path, flags, *rest, dir_fd=dir_fd)
 
     monkeypatch.setattr(os, "open", refuse)
-    with pytest.raises(errors.HasChildren, match="cannot be looked at"):
+    with pytest.raises(errors.HasChildren, match="cannot be examined"):
         farm.write_to_gold()
 
 

@@ -74,7 +74,7 @@ def test_a_loop_is_described_as_a_problem(tmp_path: Path) -> None:
     for name, other in (("a.vhd", "b.vhd"), ("b.vhd", "a.vhd")):
         child(other, unique_id=PARENT_ID, parent_id=PARENT_ID).build().write(tmp_path / name)
     chain = describe_chain(tmp_path / "a.vhd")
-    assert chain.problem is not None and "itself" in chain.problem
+    assert chain.problem is not None and "circular" in chain.problem
 
 
 def test_other_formats_are_refused_by_their_names(tmp_path: Path) -> None:

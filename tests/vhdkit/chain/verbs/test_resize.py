@@ -225,7 +225,7 @@ def test_shrinking_needs_its_option(tmp_path: Path) -> None:
     path = make(tmp_path, "dynamic", some(data=KIB))
     before = path.read_bytes()
     for dry_run in (True, False):
-        with pytest.raises(vhdkit.InvalidArgument, match="less than") as caught:
+        with pytest.raises(vhdkit.InvalidArgument, match="fewer than") as caught:
             vhdkit.resize(path, SIZE // 2, dry_run=dry_run)
         assert caught.value.hint is not None and "--shrink" in caught.value.hint
     assert path.read_bytes() == before

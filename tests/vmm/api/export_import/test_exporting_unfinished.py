@@ -43,7 +43,7 @@ def test_a_half_changed_image_is_not_copied(machines: Machines, pair: tuple[Path
     states = machines.states("web")
     half_changed(str(pair[which]))
     assert machines.states("web") == states
-    with pytest.raises(VmmError, match="did not finish") as caught:
+    with pytest.raises(VmmError, match="unfinished change") as caught:
         export("web", str(machines.folder / "out"))
     assert caught.value.hint == f"first undo the change: vhdkit check {pair[which]} --repair"
     assert not (machines.folder / "out").exists()
@@ -58,7 +58,7 @@ def test_a_half_changed_image_is_not_imported(machines: Machines, pair: tuple[Pa
     states = machines.states("web")
     export("web", str(machines.folder / "out"))
     half_changed(str(machines.folder / "out/disks/base.vhd"))
-    with pytest.raises(VmmError, match="did not finish"):
+    with pytest.raises(VmmError, match="unfinished change"):
         import_machine(str(machines.folder / "out"), name="copy")
     vhdkit.repair(machines.folder / "out/disks/base.vhd")
     import_machine(str(machines.folder / "out"), name="copy")
