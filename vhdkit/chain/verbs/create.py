@@ -101,7 +101,7 @@ def replacing(
         try:
             files = [pending.file_of(layer.store) for layer in layers]
             if any(file is not None and file.identity == store.identity for file in files):
-                raise errors.InvalidArgument("is part of the source chain and cannot be overwritten", path=path)
+                raise errors.InvalidArgument("is part of the source chain, which must not change", path=path)
             store.lock(writer=True)
             refuse_with_children(store, options or OpenOptions(), "replacing it would destroy that image", tidy=tidy)
         except BaseException:

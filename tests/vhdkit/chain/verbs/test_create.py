@@ -159,7 +159,7 @@ def test_a_child_never_replaces_its_own_chain(tmp_path: Path) -> None:
     """Even with `replace`, a child does not take its parent's name."""
     base = tmp_path / "base.vhd"
     vhdkit.create_image(base, MIB)
-    with pytest.raises(errors.InvalidArgument, match="cannot be overwritten"):
+    with pytest.raises(errors.InvalidArgument, match="part of the source chain"):
         vhdkit.create_child(base, base, replace=True)
     assert describe_image(base).kind == "dynamic"
 
