@@ -20,7 +20,7 @@ from vmm.api.stopped_machine import StoppedMachine
 
 @pytest.fixture
 def manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Manager]:
-    """A manager of no machines yet; nothing of its machines lives afterwards."""
+    """A manager without machines; no process of its machines is left afterwards."""
     require_tool("qemu-system-x86_64")
     with machine_stage(tmp_path, monkeypatch) as one:
         yield one
@@ -28,13 +28,13 @@ def manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Manager
 
 @pytest.fixture
 def machines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machines]:
-    """Machines of this test; whatever of them runs at its end is killed."""
-    # In memory: all of it is synced again and again. A short name: sockets lie in there.
+    """Machines of this test; any that still run at its end are killed."""
+    # In memory, because everything is synced again and again. The name is short because of the sockets in it.
     folder = Path(tempfile.mkdtemp(prefix="snap-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else "/tmp"))
     folder.chmod(0o755)
     monkeypatch.setenv("VMM_HOME", str(folder / "home"))
     monkeypatch.setenv("VMM_RUNTIME", str(folder / "run"))
-    monkeypatch.setattr(StoppedMachine, "merge_in_background", lambda self: None)  # unless a test asks for it
+    monkeypatch.setattr(StoppedMachine, "merge_in_background", lambda self: None)  # unless a test requests it
     made = Machines(folder)
     try:
         yield made

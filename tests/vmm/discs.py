@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ISO images for tests, as far as anybody here looks into one: a volume descriptor, and a text at the beginning."""
+"""ISO images for tests, as far as the code examines them: a volume descriptor, and a text at the beginning."""
 
 from __future__ import annotations
 

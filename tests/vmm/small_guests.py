@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Machines with the boot-sector guest, for tests: made in a moment, and telling what they see."""
+"""Machines with the boot-sector guest for tests: made in a moment, and reporting what they see."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def make_disk(folder: Path, name: str = "disk", options: boot_sector.BootOptions
 
 
 def make_machine(manager: Manager, folder: Path, name: str = "small", **settings: object) -> Path:
-    """A machine with such a disk; its leaf."""
+    """Make a machine with such a disk; return its leaf."""
     leaf = make_disk(folder, name)
     settings = {"memory_bytes": 16 * MIB, "accelerator": "tcg", **settings}
     manager.create(name, disks=[DiskRequest(str(leaf))], **settings)  # type: ignore[arg-type]
@@ -41,7 +41,7 @@ def make_machine(manager: Manager, folder: Path, name: str = "small", **settings
 
 
 def console(manager: Manager, name: str = "small") -> str:
-    """Everything the guest said so far."""
+    """Everything that the guest has printed so far."""
     try:
         return Path(manager.log_path(name, "console")).read_text(errors="replace")
     except FileNotFoundError:
@@ -49,12 +49,12 @@ def console(manager: Manager, name: str = "small") -> str:
 
 
 def last_tick(manager: Manager, name: str = "small") -> int:
-    """The number the guest counted to, as far as it told."""
+    """The last number that the guest has printed."""
     return max((int(one) for one in re.findall(r"tick (\d+)\n", console(manager, name))), default=0)
 
 
 def wait_counting(manager: Manager, name: str = "small") -> int:
-    """Return when the guest has counted on from here; the new number."""
+    """Wait until the guest has counted on from here; return the new number."""
     before = last_tick(manager, name)
     wait_until(lambda: last_tick(manager, name) > before, f"{name} counts on from {before}: {console(manager, name)}")
     return last_tick(manager, name)
@@ -68,16 +68,16 @@ def press(manager: Manager, key: str, name: str = "small") -> None:
         link.sendall(json.dumps({"type": "take", "scrollback": 0}).encode() + b"\n")
         assert json.loads(link.makefile().readline())["ok"]
         link.sendall(key.encode())
-        time.sleep(0.1)  # hung up on at once, the console's hub may drop the key
+        time.sleep(0.1)  # if the test disconnects at once, the console's hub may drop the key
 
 
 def processes(name: str = "small") -> dict[str, ProcessRef]:
-    """The machine's processes that live."""
+    """The living processes of the machine."""
     return processes_of(MachineRef.of(name).runtime)
 
 
 def wait_whole(name: str = "small", *, but: dict[str, ProcessRef] | None = None) -> dict[str, ProcessRef]:
-    """Return when all four processes live, and none of those in `but` is among them."""
+    """Wait until all four processes live, and none of those in `but` is among them."""
 
     def whole() -> bool:
         now = processes(name)
@@ -88,5 +88,5 @@ def wait_whole(name: str = "small", *, but: dict[str, ProcessRef] | None = None)
 
 
 def wait_state(manager: Manager, state: MachineState, name: str = "small") -> None:
-    """Return when the machine is in that state."""
+    """Wait until the machine is in that state."""
     wait_until(lambda: manager.state(name) is state, f"{name} is {state}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Machines with real workers for tests: homes of their own, and nothing of them lives when the test is over.
+"""Machines with real workers for tests: separate homes, and no process is left when the test is over.
 
 The runtime folder has a short name, because of sockets, and QEMU's user may pass through it.
 """
@@ -26,7 +26,7 @@ SECONDS = 60.0
 
 @contextlib.contextmanager
 def machine_stage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Manager]:
-    """A manager of no machines yet, whose home is below `folder`; every process of theirs is dead afterwards."""
+    """A manager without machines, whose home is below `folder`; every process of its machines is dead afterwards."""
     runtime = Path(tempfile.mkdtemp(prefix="vmmt-", dir="/tmp"))
     runtime.chmod(0o711)
     monkeypatch.setenv("VMM_HOME", str(folder / "home"))
@@ -39,9 +39,9 @@ def machine_stage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Man
 
 
 def kill_all(runtime: Path) -> None:
-    """End every process of a runtime folder, those first that would start others.
+    """End every process of a runtime folder, beginning with those that would start others.
 
-    Who was killed in the middle of starting another has not noted it yet: that one has the folder on its command line.
+    A process killed while it started another has not recorded it yet; the latter has the folder on its command line.
     """
 
     def is_all_dead() -> bool:
@@ -62,6 +62,6 @@ def kill_all(runtime: Path) -> None:
 
 
 def pids_naming(runtime: Path) -> list[int]:
-    """The processes that have a path in this folder, whose name is used once, on their command line."""
+    """The processes that have a path in this folder, whose name is unique, on their command line."""
     pids = [int(name) for name in os.listdir("/proc") if name.isdecimal() and name != str(os.getpid())]
     return [pid for pid in pids if any(f"{runtime}/" in word for word in command_words(pid))]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the tests run `vmm`: in this process."""
+"""Run `vmm` in the test's own process."""
 
 from __future__ import annotations
 
@@ -18,24 +18,25 @@ def run(*words: str | Path, stdin: str | None = None) -> Result:
 
 
 def good(*words: str | Path, stdin: str | None = None) -> str:
-    """Run what must succeed; what it printed."""
+    """Run a command that must succeed, and return what it printed."""
     result = run(*words, stdin=stdin)
     assert result.exit_code == 0, result.output
     return result.stdout
 
 
 def document(*words: str | Path) -> Any:
-    """Run with --json what must succeed; the document."""
+    """Run a command that must succeed with --json, and return the document."""
     return json.loads(good(*words, "--json"))
 
 
 def failure(*words: str | Path, code: int) -> str:
-    """Run what must fail with this exit code and one line, with --json too; the line without its beginning."""
+    """Run a command that must fail with this exit code and one line, with --json too; return the line without its
+    prefix."""
     result = run(*words)
     assert result.exit_code == code, result.output
     lines = result.stderr.splitlines()
     assert len(lines) == 1 and lines[0].startswith("vmm: "), result.stderr
     again = run(*words, "--json")
-    told = json.loads(again.stderr)["error"]
-    assert (again.exit_code, told["exit_code"], again.stdout) == (code, code, "")
+    error = json.loads(again.stderr)["error"]
+    assert (again.exit_code, error["exit_code"], again.stdout) == (code, code, "")
     return lines[0].removeprefix("vmm: ")

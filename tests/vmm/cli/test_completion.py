@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a shell is offered for a half-written command of `vmm`."""
+"""Completions that a shell offers for a partial command of `vmm`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def home(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def offered(line: str) -> list[str]:
-    """What bash is offered for the last word of the line, which may be empty."""
+    """The completions that bash offers for the last word of the line, which may be empty."""
     words = line.split(" ")
     asked = {"_VMM_COMPLETE": "bash_complete", "COMP_WORDS": line.rstrip(), "COMP_CWORD": str(len(words) - 1)}
     result = CliRunner().invoke(main, env=asked, prog_name="vmm")
@@ -52,12 +52,12 @@ def offered(line: str) -> list[str]:
     ("vmm start ", ["base", "web"]),
     ("vmm snapshot create w", ["web"]),
     ("vmm nic set web ", ["nic-0"]),
-    ("vmm nic set nobody ", []),
+    ("vmm nic set absent ", []),
     ("vmm nic add web la", ["lab", "lan"]),
     ("vmm create ", []),
 ])  # fmt: skip
 def test_names_are_completed(line: str, names: list[str]) -> None:
-    """Names of switches, machines and adapters are offered where one is expected, and none for a new one."""
+    """Names of switches, machines and adapters are offered where one is expected, but not for a new name."""
     assert offered(line) == names
 
 
@@ -66,8 +66,8 @@ def test_interfaces_are_completed() -> None:
     assert "lo" in offered("vmm switch set lan --nic ")
 
 
-def test_what_cannot_be_read_is_not_offered(home: Path) -> None:
-    """A damaged definition ends no completion."""
+def test_damaged_definitions_are_not_offered(home: Path) -> None:
+    """A damaged definition does not stop the completion."""
     (home / "home" / "machines" / "web" / "machine.json").write_text(json.dumps({"name": 3}))
     assert offered("vmm nic set web ") == []
     assert offered("vmm start ") == ["base", "web"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vmm console` and `vmm screen` as a user meets them: a terminal, scripts, pictures, wrong words."""
+"""`vmm console` and `vmm screen` as a user sees them: a terminal, scripts, pictures, wrong arguments."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def vmm(*words: str, text: str = "") -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def web(manager: Manager, tmp_path: Path) -> Manager:
-    """The machine `web` runs the boot-sector guest, and has said READY."""
+    """The machine `web` runs the boot-sector guest, which has printed READY."""
     require_boot_sector_guest()
     image = tmp_path / "disk.vhd"
     vhdkit.create_image(image, 8 * MIB)
@@ -53,7 +53,7 @@ def web(manager: Manager, tmp_path: Path) -> Manager:
 
 
 class Terminal:
-    """`vmm console` on a terminal of its own."""
+    """`vmm console` on its own terminal."""
 
     def __init__(self, *words: str) -> None:
         self.user, terminal = pty.openpty()
@@ -64,7 +64,7 @@ class Terminal:
         )
 
     def see(self, words: str) -> str:
-        """What appears, up to these words."""
+        """The output, up to these words."""
         seen = b""
         deadline = time.monotonic() + SECONDS
         while words.encode() not in seen:
@@ -77,21 +77,22 @@ class Terminal:
         os.write(self.user, keys.encode())
 
     def end(self) -> int:
-        """Wait for its end: the exit code. The terminal is as it was."""
+        """Wait for its end, check that the terminal is as before, and return the exit code."""
         code = self.process.wait(SECONDS)
         assert termios.tcgetattr(self.terminal) == self.before
         return code
 
     def close(self) -> None:
-        """Let go of the terminal; nothing of it lives on."""
+        """Close the terminal; no process of it is left."""
         self.process.kill()
         self.process.wait(SECONDS)
         os.close(self.user)
         os.close(self.terminal)
 
 
-def test_terminal(web: Manager) -> None:
-    """Scroll-back, keys (Ctrl-C is the guest's), a second that only watches; Ctrl-] leaves, the machine runs on."""
+def test_the_console_on_a_terminal(web: Manager) -> None:
+    """Scroll-back works, keys (Ctrl-C too) go to the guest, a second client only watches; Ctrl-] leaves, and the
+    machine keeps running."""
     first = Terminal()
     second = None
     try:
@@ -115,8 +116,8 @@ def test_terminal(web: Manager) -> None:
     assert vmm("console", "web", "--no-scrollback", "--expect", "key s", text="s").returncode == 0
 
 
-def test_terminal_when_it_is_ended_and_when_the_machine_ends(web: Manager) -> None:
-    """SIGTERM gives the terminal back; a machine that powers off ends the console with a sentence."""
+def test_sigterm_and_the_end_of_the_machine(web: Manager) -> None:
+    """SIGTERM restores the terminal; if the machine powers off, the console ends with a message."""
     ended = Terminal()
     try:
         ended.see("READY")
@@ -134,21 +135,22 @@ def test_terminal_when_it_is_ended_and_when_the_machine_ends(web: Manager) -> No
         terminal.close()
 
 
-def test_terminal_when_the_worker_is_killed(web: Manager) -> None:
-    """A terminal stays when the worker is killed: it finds the next one's console, and types on."""
+def test_the_console_survives_a_killed_worker(web: Manager) -> None:
+    """A terminal stays connected when the worker is killed: it finds the next worker's console, and typing works
+    again."""
     terminal = Terminal()
     try:
         terminal.see("READY")
         pids = web.show("web").pids
         assert pids is not None
         os.kill(pids["worker"], signal.SIGKILL)
-        web.show("web")  # answers when there is another worker
+        web.show("web")  # it answers as soon as there is another worker
 
         def answers() -> bool:
             terminal.type("k")
             return bool(select.select([terminal.user], [], [], 0.5)[0])
 
-        wait_until(answers, "the guest answers", SECONDS)  # a key that was pressed in between is lost
+        wait_until(answers, "the guest answers", SECONDS)  # a key pressed in between is lost
         assert "BOOT-OK" not in terminal.see("key k")
         terminal.type("\x1d")
         assert terminal.end() == 0
@@ -156,8 +158,8 @@ def test_terminal_when_the_worker_is_killed(web: Manager) -> None:
         terminal.close()
 
 
-def test_script(web: Manager) -> None:
-    """A script's input goes in, the answers come out, and it ends by itself."""
+def test_the_console_in_a_script(web: Manager) -> None:
+    """A script's input is sent, the answers are printed, and the console ends by itself."""
     done = vmm("console", "web", "--no-scrollback", text="ab")
     assert (done.returncode, done.stdout, done.stderr) == (0, "key a\nkey b\n", "")
     done = vmm("console", "web", "--expect", "never said", "--timeout", "0.2")
@@ -165,8 +167,9 @@ def test_script(web: Manager) -> None:
     assert vmm("console", "web", "--watch", "--no-scrollback", text="x").stdout == ""
 
 
-def test_wrong_words(web: Manager) -> None:
-    """Options that cannot be, machines that are not there or off: one line and an exit code, no traceback."""
+def test_wrong_arguments(web: Manager) -> None:
+    """Impossible options, and machines that are missing or off, lead to one line and an exit code, without a
+    traceback."""
     for words, code, text in (
         (("--shared", "--take"), 2, "exclude each other"),
         *((("--timeout", text), 2, "above 0") for text in ("0", "nan", "inf", "soon")),
@@ -186,8 +189,9 @@ def test_wrong_words(web: Manager) -> None:
     assert not Path("x.png").exists()
 
 
-def test_screen(web: Manager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A picture into a file or to standard output; without one, where the screen is and how to get there."""
+def test_pictures_of_the_screen(web: Manager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture is written to a file or to standard output; without one, the message says where the screen is and how
+    to view it."""
     path = tmp_path / "web.png"
     assert vmm("screen", "web", "--png", str(path)).returncode == 0
     assert read_png(path.read_bytes()).colour_count >= 2
@@ -203,8 +207,8 @@ def test_screen(web: Manager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert where in done.stdout and "ssh -N -L" in done.stdout
 
 
-def test_kvp(web: Manager) -> None:
-    """Items on the command line: set, get, list, delete; wrong ones are refused."""
+def test_key_value_items(web: Manager) -> None:
+    """Items are set, read, listed and deleted on the command line; wrong ones are refused."""
     assert "hears of it later" in vmm("kvp", "set", "web", "role", "front end").stdout
     assert vmm("kvp", "get", "web", "role").stdout == "front end\n"
     assert json.loads(vmm("kvp", "get", "web", "role", "--json").stdout)["pool"] == "host"

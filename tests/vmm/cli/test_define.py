@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`create`, `set` and `delete` as they are typed, good and bad."""
+"""`create`, `set` and `delete` with good and bad arguments."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def folder(manager: Manager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_create_with_everything(folder: Path) -> None:
-    """All options become settings; relative names become full ones; type and model are versioned."""
+    """All options become settings; relative names become absolute; type and model are versioned."""
     words = [
         "--memory", "1G", "--cpus", "2", "--firmware", "uefi", "--boot-order", "disk,cdrom", "--accel", "tcg",
         "--disk", "a.avhd", "--disk", "b.vhd,controller=scsi,unit=5,serial=DATA,read-only", "--cdrom", "cd.iso",
@@ -88,29 +88,29 @@ def test_create_with_everything(folder: Path) -> None:
         (["x", "--wings"], 2, "--wings"),
     ],
 )
-def test_bad_words(folder: Path, words: list[str], code: int, said: str) -> None:
-    """Everything that cannot be is one line with the reason, and no machine."""
+def test_bad_arguments(folder: Path, words: list[str], code: int, said: str) -> None:
+    """An impossible setting is one line with the reason, and no machine is made."""
     assert said in failure("create", *words, code=code)
     assert document("list") == []
 
 
-def test_image_of_another_machine(folder: Path) -> None:
-    """The image of a machine is refused to another, with what to do instead; a taken name, too."""
+def test_an_image_of_another_machine(folder: Path) -> None:
+    """Another machine's image is refused, with what to do instead; a taken name, too."""
     good("create", "web", "--disk", "a.avhd")
     assert "vhdkit create NEW.avhd --parent" in failure("create", "db", "--disk", "a.avhd", code=5)
     assert "of that name" in failure("create", "web", "--disk", "b.vhd", code=1)
 
 
-def test_image_in_the_disks_folder(folder: Path, tmp_path: Path) -> None:
-    """A bare name that is not here is looked for in the machine's folder for disks."""
+def test_an_image_in_the_disk_folder(folder: Path, tmp_path: Path) -> None:
+    """A bare name that does not exist here is looked for in the machine's folder for disks."""
     (tmp_path / "store").mkdir()
     vhdkit.create_image(tmp_path / "store" / "c.vhd", 8 * MIB)
     made = document("create", "web", "--disk", "c.vhd", "--disk-folder", str(tmp_path / "store"))
     assert made["definition"]["disks"][0]["path"] == str(tmp_path / "store" / "c.vhd")
 
 
-def test_set(folder: Path) -> None:
-    """What was said changes and nothing else; a machine that is off has it now; saying nothing is an error."""
+def test_changing_settings(folder: Path) -> None:
+    """Only what was named changes, at once for a machine that is off; a call without settings is an error."""
     good("create", "web", "--disk", "a.avhd", "--service", "backup=off")
     assert good("set", "web", "--memory", "64M", "--service", "heartbeat=off", "--rename", "www") == "www is changed\n"
     definition = document("show", "www")["definition"]
@@ -123,12 +123,13 @@ def test_set(folder: Path) -> None:
     assert "already" in failure("set", "www", "--rename", "db", code=1)
 
 
-def test_delete_lists_what_goes(folder: Path) -> None:
-    """Disks stay unless asked for; parents always stay; without a terminal nothing goes without --yes."""
+def test_delete_lists_what_is_removed(folder: Path) -> None:
+    """Disks stay unless requested; parents always stay; without a terminal nothing is removed unless --yes is
+    given."""
     good("create", "web", "--disk", "a.avhd", "--disk", "b.vhd,read-only", "--cdrom", "cd.iso")
     assert "confirm with --yes" in failure("delete", "web", "--quiet", code=2)
-    told = good("delete", "web", "--with-disks", "--dry-run")
-    assert f"would remove  {folder}/a.avhd" in told and f"keeps    {folder}/b.vhd" in told
+    listed = good("delete", "web", "--with-disks", "--dry-run")
+    assert f"would remove  {folder}/a.avhd" in listed and f"keeps    {folder}/b.vhd" in listed
     assert document("list") != []
     plan = document("delete", "web", "--with-disks", "--yes")
     assert plan["deleted"] and plan["disks"] == [str(folder / "a.avhd")]
@@ -140,8 +141,8 @@ def test_delete_lists_what_goes(folder: Path) -> None:
     assert "no machine" in failure("delete", "web", "--yes", code=1)
 
 
-def test_a_disk_that_others_stand_on_stays(folder: Path) -> None:
-    """An image with a child is never removed, whatever was asked for; a machine that would write to it is not made."""
+def test_a_disk_with_children_stays(folder: Path) -> None:
+    """An image with a child is never removed, whatever was requested; a machine that would write to it is not made."""
     assert "a.avhd stands on it" in failure("create", "web", "--disk", "a.vhd", code=6)
     away = folder.parent / "elsewhere" / "away"
     away.parent.mkdir()
@@ -152,7 +153,7 @@ def test_a_disk_that_others_stand_on_stays(folder: Path) -> None:
     assert plan["disks"] == [] and (folder / "a.vhd").exists()
 
 
-def test_damaged_definition(folder: Path, manager: Manager) -> None:
+def test_a_damaged_definition(folder: Path, manager: Manager) -> None:
     """A machine that cannot be read is listed with what is wrong with it."""
     good("create", "web", "--disk", "a.avhd")
     Path(manager.show("web").folder or "").joinpath("machine.json").write_text('{"name": 5}')
@@ -162,7 +163,7 @@ def test_damaged_definition(folder: Path, manager: Manager) -> None:
 
 
 def test_help_of_every_verb(manager: Manager) -> None:
-    """Each verb says what it does, with examples."""
+    """Each verb explains what it does, with examples."""
     from vmm.cli.main import _VERBS
 
     for verb in _VERBS:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A disk in one word, and the verbs of `disk`."""
+"""A disk as one argument, and the verbs of `disk`."""
 
 from __future__ import annotations
 
@@ -31,20 +31,21 @@ MIB = 1 << 20
         ),
     ],
 )
-def test_one_word(word: str, wish: DiskRequest) -> None:
-    """Options follow commas; a comma that no option follows belongs to the name."""
+def test_a_disk_in_one_argument(word: str, wish: DiskRequest) -> None:
+    """Options follow commas; a comma without an option after it belongs to the name."""
     assert parse_disk(word) == wish
 
 
 @pytest.mark.parametrize("word", ["", ",read-only", "a,unit=", "a,unit=-1", "a,controller=usb", "a,unit=1,what"])
-def test_bad_words(word: str) -> None:
-    """What is no disk is a usage error."""
+def test_malformed_disks(word: str) -> None:
+    """A malformed disk is a usage error."""
     with pytest.raises(click.BadParameter):
         parse_disk(word)
 
 
-def test_a_drive_in_one_word() -> None:
-    """A medium takes the options of a place as disks do, and none that only images have; no name is an empty drive."""
+def test_a_drive_in_one_argument() -> None:
+    """A medium accepts the options for a place, as disks do, and none that only images have; an empty name is an empty
+    drive."""
     assert parse_disk("x.iso,unit=1", kind="iso") == DiskRequest("x.iso", unit=1, kind="iso")
     assert parse_disk("x,y.iso,controller=scsi", kind="iso") == DiskRequest("x,y.iso", "scsi", kind="iso")
     assert parse_disk("", kind="iso") == DiskRequest(None, kind="iso")
@@ -57,8 +58,8 @@ def test_a_drive_in_one_word() -> None:
 
 
 @pytest.mark.kvm
-def test_session(manager: Manager, tmp_path: Path) -> None:
-    """Added, listed, resized and removed while the machine runs, by words and JSON."""
+def test_disks_of_a_running_machine(manager: Manager, tmp_path: Path) -> None:
+    """Disks are added, listed, resized and removed while the machine runs, with text and JSON output."""
     make_machine(manager, tmp_path)
     vhdkit.create_image(tmp_path / "data.vhd", 8 * MIB)
     good("start", "small")
@@ -76,7 +77,7 @@ def test_session(manager: Manager, tmp_path: Path) -> None:
 
 
 def test_a_size_is_rounded_up_to_whole_sectors(manager: Manager, tmp_path: Path) -> None:
-    """Any size works for a disk, and that it was rounded is said."""
+    """Any size is accepted for a disk, and the rounding is reported."""
     make_machine(manager, tmp_path)
     assert "0.1G is not a whole number of sectors: rounded up to 107374592 bytes" in good(
         "disk", "resize", "small", "disk-0", "0.1G"

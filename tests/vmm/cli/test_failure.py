@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a Ctrl-C means once the command `vmm` is there."""
+"""What Ctrl-C and broken output streams do once the command `vmm` is running."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ entry.main()
 """
 
 
-def test_ctrl_c_in_a_verb() -> None:
-    """In a verb a Ctrl-C is one line and exit code 130."""
+def test_ctrl_c_ends_a_verb() -> None:
+    """In a verb, Ctrl-C leads to one line and exit code 130."""
     ended = subprocess.run(
         [sys.executable, "-c", _CTRL_C_IN_VERB], capture_output=True, text=True, check=False, timeout=60
     )
     assert (ended.returncode, ended.stderr.strip()) == (130, "vmm: interrupted")
 
 
-def test_what_standard_error_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is dropped, and not tried again at the end of the process, whose code would be 120 then."""
+def test_output_that_standard_error_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is dropped, and not tried again at the end of the process, whose exit code would be 120 then."""
     with open(os.devnull, "w") as taking, open("/dev/full", "w") as full:
         for stream in (taking, full):
             stream.write("words")
@@ -47,8 +47,8 @@ def test_what_standard_error_does_not_take(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("is_full", [False, True])
-def test_words_that_nobody_takes(is_full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A verb that did what it should has succeeded, though standard error is broken, or full."""
+def test_messages_that_cannot_be_written(is_full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A verb that did its work has succeeded, even if standard error is broken or full."""
     monkeypatch.setenv("VMM_HOME", str(tmp_path))
     reading, writing = os.pipe()
     os.close(reading)
@@ -57,13 +57,13 @@ def test_words_that_nobody_takes(is_full: bool, tmp_path: Path, monkeypatch: pyt
         with pytest.raises(SystemExit) as ended:
             main.main(["list"])
         for stream in (broken, full):
-            with contextlib.suppress(OSError):  # what it did not take
+            with contextlib.suppress(OSError):  # what it could not write
                 stream.close()
     assert ended.value.code == 0
 
 
-def test_a_terminal_that_is_gone_ends_no_verb(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What shows how far a verb is goes nowhere then, and the verb goes on."""
+def test_a_verb_continues_without_its_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its progress is not shown any more, and the verb continues."""
     controller, terminal = os.openpty()
     with open(terminal, "w") as stream:
         monkeypatch.setattr(sys, "stderr", stream)
@@ -71,5 +71,5 @@ def test_a_terminal_that_is_gone_ends_no_verb(monkeypatch: pytest.MonkeyPatch) -
             progress({"step": "saving memory", "done": 1, "total": 2})
             os.close(controller)
             progress({"step": "saving memory", "done": 2, "total": 2})
-        print_aside("nobody reads this")
+        print_aside("not read by anyone")
         settle_standard_error()

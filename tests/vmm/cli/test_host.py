@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vmm host` as people and scripts see it."""
+"""`vmm host` as people and scripts use it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vmm.cli.main import main
 
 @pytest.fixture(autouse=True)
 def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home and a runtime folder of their own."""
+    """A home and a runtime folder for this test."""
     monkeypatch.setenv("VMM_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("VMM_RUNTIME", str(tmp_path / "run"))
     return tmp_path
@@ -38,8 +38,8 @@ def document(*words: str) -> Any:
     return json.loads(result.stdout)
 
 
-def test_alone_it_explains_itself() -> None:
-    """Without a verb it lists the verbs and succeeds; a wrong one is a usage error on one line."""
+def test_without_a_verb_it_lists_the_verbs() -> None:
+    """The list is a success; a wrong verb is a usage error on one line."""
     result = vmm()
     assert result.exit_code == 0 and "doctor" in result.output
     wrong = vmm("nonsense")
@@ -48,7 +48,7 @@ def test_alone_it_explains_itself() -> None:
 
 @pytest.mark.kvm
 def test_info() -> None:
-    """The accelerator comes with its proof, in words and as a document."""
+    """The accelerator is shown with its proof, as text and as a document."""
     require_tool("qemu-system-x86_64")
     facts = document("info")
     assert facts["accelerator"]["name"] in ("kvm", "tcg") and "ran" in facts["accelerator"]["proof"]
@@ -56,16 +56,16 @@ def test_info() -> None:
     assert facts["accelerator"]["proof"] in vmm("info").output
 
 
-def test_info_without_qemu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A host without QEMU is described all the same, with what to install."""
+def test_info_on_a_host_without_qemu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The host is described all the same, with what to install."""
     monkeypatch.setenv("PATH", str(tmp_path))
     facts = document("info")
     assert facts["accelerator"] is None and "qemu-system-x86" in facts["problem"]
     assert "accelerator  none" in vmm("info").output
 
 
-def test_doctor_tells_only_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is well is shown with --all only; the exit code says whether machines can run at all."""
+def test_doctor_shows_only_faults(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Good checks are shown only with --all; the exit code says whether machines can run at all."""
     checks = [Check("a", "first", State.OK, "yes"), Check("b", "second", State.MISSING, "no", "a thing", "do it")]
     monkeypatch.setattr(doctor, "examine", lambda: checks)
     result = vmm("doctor")
@@ -84,7 +84,7 @@ def test_doctor_tells_only_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_disks(tmp_path: Path) -> None:
-    """A device is there with its size and identity; in use it is said why no machine can have it."""
+    """A device is listed with its size and identity; if it is in use, the list says why no machine can have it."""
     with loop_device(tmp_path / "file") as device:
         row = next(one for one in document("disks") if one["path"] == device)
         assert row["size_bytes"] == 16 << 20 and row["pass_through"] and row["because"] == []
@@ -99,7 +99,7 @@ def test_disks(tmp_path: Path) -> None:
 
 
 def test_paths() -> None:
-    """Default folders are shown, set, and set back; what is not a folder is refused."""
+    """Default folders are shown, set, and reset; a path that is not a folder is refused."""
     folders = document("paths")
     other = Path(folders["home"]).parent / "other"
     assert folders["disks"] == f"{folders['home']}/disks"
@@ -116,7 +116,7 @@ def test_paths() -> None:
     "words", [("set", "nonsense", "/tmp"), ("set", "disks"), ("set", "disks", "/tmp", "--default"), ("set",)]
 )
 def test_wrong_paths(words: tuple[str, ...]) -> None:
-    """A wrong key, and a folder and --default together or neither, are usage errors on one line."""
+    """A wrong key, and a folder together with --default or neither of them, are usage errors on one line."""
     result = vmm("paths", *words)
     assert result.exit_code == 2 and result.stderr.count("\n") == 1 and not result.stdout
 
@@ -129,5 +129,5 @@ def test_autostart_prints_the_unit() -> None:
 
 @pytest.mark.parametrize("action", ["--start-machines", "--stop-machines"])
 def test_nothing_to_start_or_stop(action: str) -> None:
-    """On a host without machines there is nothing to do, and that is fine."""
+    """On a host without machines there is nothing to do, which counts as success."""
     assert document("autostart", action) == []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vmm agent` with a real agent, and how a guest is shown."""
+"""`vmm agent` with a real agent, and how facts about a guest are shown."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from vmm.cli.integration import guest_pairs
 from vmm.model.guest import GuestInfo, GuestInterface, OsInfo
 
 
-def test_guest_without_an_agent() -> None:
-    """Of a guest that never answered only the heartbeat is shown."""
+def test_a_guest_without_an_agent() -> None:
+    """For a guest that never answered, only the heartbeat is shown."""
     beat = GuestInfo("no contact", None, None, ())
     assert guest_pairs(beat) == [("heartbeat", "no contact")]
 
 
-def test_guest_that_says_little() -> None:
-    """What a guest leaves empty leaves no brackets and no commas behind."""
+def test_a_guest_that_reports_little() -> None:
+    """Empty facts leave no brackets and commas in the output."""
     system = OsInfo("Debian", version="", kernel="", machine="", host_name="")
     info = GuestInfo("ok", 0.4, system, (GuestInterface("eth0", "00:15:5d:00:00:01", ()),))
     assert guest_pairs(info) == [
@@ -37,8 +37,8 @@ def test_guest_that_says_little() -> None:
 
 
 @pytest.mark.kvm
-def test_agent(manager: Manager) -> None:
-    """ping, show, set-time, freeze and thaw on the command line; `vmm show` has the guest's own words."""
+def test_a_real_agent(manager: Manager) -> None:
+    """ping, show, set-time, freeze and thaw work on the command line; `vmm show` has the guest's own facts."""
     guest = require_linux_guest()
 
     def vmm(*words: str) -> subprocess.CompletedProcess[str]:
@@ -49,7 +49,7 @@ def test_agent(manager: Manager) -> None:
         kernel=str(guest.kernel), initrd=str(guest.initrd), append=guest.append,
     )  # fmt: skip
     manager.start("web")
-    done = vmm("agent", "show", "web")  # it still boots
+    done = vmm("agent", "show", "web")  # it is still booting
     assert done.returncode == 1 and "qemu-guest-agent" in done.stderr
     wait_until(lambda: vmm("agent", "ping", "web").returncode == 0, "the agent answers", SECONDS)
     assert "vmm test guest" in vmm("agent", "show", "web").stdout

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A machine's life as it is typed, with the boot-sector guest."""
+"""A machine's life by commands, with the boot-sector guest."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from vmm.processes import worker_connection as contact
 pytestmark = pytest.mark.kvm
 
 
-def test_session(manager: Manager, tmp_path: Path) -> None:
-    """Start, show, pause, resume, save, start, reset, set, shutdown: words, JSON and exit codes on the way."""
+def test_the_life_of_a_machine(manager: Manager, tmp_path: Path) -> None:
+    """Start, show, pause, resume, save, start, reset, set, shutdown: text, JSON and exit codes on the way."""
     make_machine(manager, tmp_path)
     assert good("start", "small") == "small is running\n"
     assert "is running already" in failure("start", "small", code=5)
@@ -52,7 +52,7 @@ def test_session(manager: Manager, tmp_path: Path) -> None:
 
 
 def test_events_and_logs(manager: Manager, tmp_path: Path) -> None:
-    """What happened in its order, as words and JSON; logs of every program; of a machine that never ran none."""
+    """Events in their order, as text and JSON; the logs of every program; none of a machine that never ran."""
     make_machine(manager, tmp_path)
     assert [event["event"] for event in document("events", "small")] == ["created"]
     assert document("logs", "small", "--of", "qemu")["qemu"]["lines"] == []
@@ -63,13 +63,13 @@ def test_events_and_logs(manager: Manager, tmp_path: Path) -> None:
     )
     try:
         assert follow.stdout is not None
-        told = [json.loads(follow.stdout.readline())["event"] for _ in range(2)]
+        followed = [json.loads(follow.stdout.readline())["event"] for _ in range(2)]
         good("stop", "small")
-        told += [json.loads(follow.stdout.readline())["event"] for _ in range(2)]
+        followed += [json.loads(follow.stdout.readline())["event"] for _ in range(2)]
     finally:
         follow.kill()
         follow.communicate()
-    assert told == ["created", "started", "stopped", "off"]
+    assert followed == ["created", "started", "stopped", "off"]
     assert "started  (accelerator: tcg)" in good("events", "small")
     assert "tick" in good("logs", "small", "--of", "console")
     assert good("logs", "small", "--of", "console", "--lines", "2").count("\n") == 2
@@ -77,8 +77,8 @@ def test_events_and_logs(manager: Manager, tmp_path: Path) -> None:
     assert "--of PROGRAM" in failure("logs", "small", "--follow", code=2)
 
 
-def test_start_imports_little(manager: Manager, tmp_path: Path) -> None:
-    """Most of a start's time is imports: the command needs no models, no numbers, no event loop."""
+def test_start_imports_few_modules(manager: Manager, tmp_path: Path) -> None:
+    """Most of a start's time is imports: the command needs neither models nor numpy nor an event loop."""
     program = (
         "import sys, vmm.cli.life, vmm.processes.worker_connection; "
         "heavy = ('numpy', 'pydantic', 'rich', 'asyncio', 'pyroute2', 'construct'); "
@@ -88,8 +88,8 @@ def test_start_imports_little(manager: Manager, tmp_path: Path) -> None:
     assert done.stdout == "[]\n"
 
 
-def test_worker_imports_no_numbers_and_stays_small(manager: Manager, tmp_path: Path) -> None:
-    """A worker has neither numpy nor rich, and less than 60 MiB of memory."""
+def test_a_worker_does_not_import_numpy_and_stays_small(manager: Manager, tmp_path: Path) -> None:
+    """A worker has neither numpy nor rich, and uses less than 60 MiB of memory."""
     make_machine(manager, tmp_path)
     good("start", "small")
     pid = document("show", "small")["pids"]["worker"]
@@ -99,8 +99,8 @@ def test_worker_imports_no_numbers_and_stays_small(manager: Manager, tmp_path: P
     assert resident <= 60 << 10
 
 
-def test_interrupted_command(manager: Manager, tmp_path: Path) -> None:
-    """Ctrl-C at a command that waits is one line and 130, and the machine does not care."""
+def test_an_interrupted_command(manager: Manager, tmp_path: Path) -> None:
+    """Ctrl-C at a waiting command is one line and 130, and the machine is not affected."""
     make_machine(manager, tmp_path)
     good("start", "small")
     wait_counting(manager)
@@ -115,13 +115,13 @@ def test_interrupted_command(manager: Manager, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("verb", ["shutdown", "stop", "save"])
-def test_interrupted_while_it_waits(
+def test_a_command_interrupted_while_the_worker_works(
     manager: Manager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
-    """Ctrl-C at a verb that a running machine's worker carries out says that it goes on."""
+    """Ctrl-C at a verb that a running machine's worker carries out: the message says that it continues."""
 
     class Worker:
-        """One that is at work when the command is interrupted."""
+        """A worker that is at work when the command is interrupted."""
 
         def call(self, method: str, **params: object) -> object:
             raise KeyboardInterrupt
@@ -139,7 +139,7 @@ def test_interrupted_while_it_waits(
     assert f"vmm: interrupted: the {verb} goes on; vmm events small tells how it ends" in result.stderr
 
 
-def test_without_qemu(manager: Manager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a host without QEMU the command that installs it is told, and nothing is left."""
+def test_a_host_without_qemu(manager: Manager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error has the command that installs QEMU, and nothing is left."""
     monkeypatch.setenv("PATH", os.path.dirname(sys.executable))
     assert "apt install qemu-system-x86" in failure("create", "web", code=8)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vmm events` with a file that people or a guest had a hand in."""
+"""`vmm events` with a file that a user or a guest has changed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vmm.store import registry
 
 @pytest.mark.parametrize("time", ["soon", 1e300, None, [], float("nan"), -1e30])
 def test_events_that_were_edited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, time: object) -> None:
-    """Whatever stands for the time, every event is told, and nothing in it reaches into the terminal."""
+    """Whatever stands in place of the time, every event is shown, and no control characters reach the terminal."""
     monkeypatch.setenv("VMM_HOME", str(tmp_path / "home"))
     events = Path(registry.add(make_spec(name="web")).paths.events)
     events.write_text(json.dumps({"time": time, "event": "strange\x1b[2J", "why": "\x9b31m"}) + "\n")
@@ -35,7 +35,7 @@ def test_a_followed_log_ends_with_its_machine(tmp_path: Path, monkeypatch: pytes
         if len(looks) % 3 == 0:
             with registry.changing("web") as machine:
                 registry.remove(machine)
-        assert len(looks) < 9, "it goes on for ever"
+        assert len(looks) < 9, "it continues for ever"
 
     monkeypatch.setattr("time.sleep", look)
     assert CliRunner().invoke(main, ["logs", "web", "--of", "worker", "--follow"]).exit_code == 0
@@ -44,10 +44,10 @@ def test_a_followed_log_ends_with_its_machine(tmp_path: Path, monkeypatch: pytes
     assert len(looks) == 6
 
 
-def test_an_event_for_json_says_what_its_time_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With --json the time has its unit in its name."""
+def test_times_of_events_in_json_have_a_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --json the unit is in the name of the field."""
     monkeypatch.setenv("VMM_HOME", str(tmp_path / "home"))
     events = Path(registry.add(make_spec(name="web")).paths.events)
     events.write_text('{"time": 12.5, "event": "off"}\n{"time": NaN, "event": "odd"}\n')
-    told = json.loads(CliRunner().invoke(main, ["events", "web", "--json"]).output)
-    assert told == [{"time_unix_seconds": 12.5, "event": "off"}, {"time_unix_seconds": None, "event": "odd"}]
+    events = json.loads(CliRunner().invoke(main, ["events", "web", "--json"]).output)
+    assert events == [{"time_unix_seconds": 12.5, "event": "off"}, {"time_unix_seconds": None, "event": "odd"}]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vmm` alone, its version, and a wrong word."""
+"""`vmm` without arguments, its version, and an unknown command."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from click.testing import CliRunner
 from vmm.cli.main import main
 
 
-def test_alone_prints_help() -> None:
-    """Without a command it explains itself, lists every verb, and succeeds."""
+def test_without_a_command_it_prints_help() -> None:
+    """Without a command it lists every verb, and succeeds."""
     result = CliRunner().invoke(main, [])
     assert result.exit_code == 0
     assert "  start " in result.output and "  disk " in result.output
@@ -27,8 +27,8 @@ def test_version() -> None:
     assert result.output.strip() == f"vmm, version {version('vhdkit')}"
 
 
-def test_unknown_command_is_a_usage_error() -> None:
-    """An unknown command ends with exit code 2 and names the command."""
+def test_an_unknown_command_is_a_usage_error() -> None:
+    """It exits with code 2 and names the command."""
     result = CliRunner().invoke(main, ["fly"])
     assert result.exit_code == 2
     assert "fly" in result.output
@@ -36,7 +36,7 @@ def test_unknown_command_is_a_usage_error() -> None:
 
 @pytest.mark.parametrize("verb", ["list", "start"])
 def test_without_its_packages_it_says_what_to_install(verb: str) -> None:
-    """Where vhdkit was installed without the extra, every verb says so in one line, with the command that helps."""
+    """If vhdkit was installed without the extra, every verb says so in one line, with the command that helps."""
     program = f"""
 import sys
 sys.modules["pydantic"] = sys.modules["qemu"] = None  # as if they were not there

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How adapters are written on the command line."""
+"""How adapters are specified on the command line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vmm.cli.nic_words import parse_nic, parse_rate, parse_vlans
 
 
 def test_a_switch_alone() -> None:
-    """A word without options is a switch; a dash is none."""
+    """An argument without options is a switch; a dash means none."""
     assert parse_nic("lan") == {"switch": "lan"}
     assert parse_nic("-") == {"switch": None}
 
@@ -45,7 +45,7 @@ def test_every_option() -> None:
         "lan,link=on", "lan,bandwidth=fast", "lan,trunk=1-", "lan,trunk=5-3", "lan,trunk=0", "lan,trunk=4095", "lan,",
     ],
 )  # fmt: skip
-def test_wrong_words(word: str) -> None:
+def test_malformed_adapters(word: str) -> None:
     """Each is a usage error."""
     with pytest.raises(click.BadParameter):
         parse_nic(word)
@@ -54,11 +54,11 @@ def test_wrong_words(word: str) -> None:
 @pytest.mark.parametrize(
     ("text", "bits"), [("100M", 10**8), ("8000000", 8 * 10**6), ("1 Gbit/s", 10**9), ("64k", 64000)]
 )
-def test_rates(text: str, bits: int) -> None:
-    """Bits a second, with decimal factors as networks have them."""
+def test_units_of_rates(text: str, bits: int) -> None:
+    """Rates are in bits per second, with decimal factors as usual in networks."""
     assert parse_rate(text) == bits
 
 
-def test_vlan_lists_have_no_doubles() -> None:
+def test_vlan_lists_have_no_duplicates() -> None:
     """Ranges may overlap."""
     assert parse_vlans("10-12+11+4") == [4, 10, 11, 12]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The line that says how far something is."""
+"""The line that shows progress."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ GIB = 1 << 30
 
 
 def at(seconds: float, done: int, columns: int, *, total: int = 4 * GIB) -> str:
-    """The text so many seconds after something began at nothing."""
+    """The text after so many seconds from the beginning."""
     now = [0.0]
     text = ProgressText(format_size, clock=lambda: now[0])
     text.text({"step": "copying images", "done": 0, "total": total}, columns)
@@ -30,19 +30,19 @@ def at(seconds: float, done: int, columns: int, *, total: int = 4 * GIB) -> str:
         (10, "copyi 25 %"),
     ],
 )
-def test_bytes_rate_and_rest(columns: int, text: str) -> None:
-    """Bytes, rate and the time that is left; on a narrow terminal what matters least goes first."""
+def test_bytes_rate_and_remaining_time(columns: int, text: str) -> None:
+    """Bytes, rate and remaining time are shown; on a narrow terminal the least important is left out first."""
     assert at(10.0, GIB, columns) == text
 
 
-def test_no_rate_before_it_says_something() -> None:
-    """In the first second there is no rate, and without progress none ever."""
+def test_no_rate_before_it_is_meaningful() -> None:
+    """In the first second no rate is shown, and without progress none at all."""
     assert at(0.5, GIB, 80) == "copying images 25 %, 1.0 GiB of 4.0 GiB"
     assert at(100.0, 0, 80) == "copying images 0 %, 0 B of 4.0 GiB"
 
 
-def test_a_rate_is_of_one_thing() -> None:
-    """Where something else begins, the rate begins anew; a step without sizes is told by its name."""
+def test_each_step_has_its_own_rate() -> None:
+    """With the next step the rate begins again; a step without sizes is shown by its name."""
     now = [0.0]
     text = ProgressText(format_size, clock=lambda: now[0])
     text.text({"step": "one", "done": 0, "total": 4 * GIB}, 80)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vmm list` and `vmm show`: adapters with their addresses, and what holds only from the next start on."""
+"""`vmm list` and `vmm show`: adapters with their addresses, and changes that take effect at the next start."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MIB = 1 << 20
 
 
 def output(*words: str) -> str:
-    """What a command that succeeds prints."""
+    """Run a command that succeeds; return its output."""
     done = CliRunner().invoke(main, list(words), catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return done.output
@@ -31,7 +31,7 @@ def output(*words: str) -> str:
 
 @pytest.mark.kvm
 def test_a_running_machine_that_was_changed(manager: Manager, tmp_path: Path) -> None:
-    """Both commands say what it has now and mark what it gets; with --json there is a field for each."""
+    """Both commands show what it has now and mark what it will have; with --json there is a field for each."""
     switches.create(make_switch(name="lab"))
     try:
         make_machine(manager, tmp_path, adapters=[{"switch": "lab", "mac": "02:00:00:00:00:05"}])
@@ -59,8 +59,9 @@ def test_a_running_machine_that_was_changed(manager: Manager, tmp_path: Path) ->
             switches.delete(spec.name, force=True)
 
 
-def test_addresses_are_the_adapters() -> None:
-    """A guest's interface belongs to the adapter of its MAC address, in whatever case; link-local ones come last."""
+def test_addresses_belong_to_adapters() -> None:
+    """A guest's interface belongs to the adapter with its MAC address, in whatever case; link-local addresses come
+    last."""
     adapter = make_adapter(id="nic-0", switch="lan", mac="02:00:00:00:00:0a")
     interfaces = (
         GuestInterface("lo", "00:00:00:00:00:00", ("127.0.0.1/8",)),
@@ -82,6 +83,6 @@ def test_addresses_are_the_adapters() -> None:
         (2 * 86400 + 3 * 3600, "2 d 3 h"),
     ],
 )
-def test_times_say_their_unit(seconds: float | None, words: str) -> None:
-    """No figure stands without what it counts."""
+def test_numbers_have_units(seconds: float | None, words: str) -> None:
+    """Every number is shown with its unit."""
     assert _duration(seconds) == words

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vmm snapshot ...`, `vmm export` and `vmm import` as one types them: what is said, and how it ends."""
+"""`vmm snapshot ...`, `vmm export` and `vmm import`: their output, and how they end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vmm.cli.main import main
 
 
 def vmm(*words: str, code: int = 0) -> str:
-    """Run the command line; what it printed on both streams."""
+    """Run the command line; return its output on both streams."""
     result: Result = CliRunner().invoke(main, list(words))
     assert result.exit_code == code, (words, result.exit_code, result.output)
     assert "Traceback" not in result.output
@@ -23,7 +23,7 @@ def vmm(*words: str, code: int = 0) -> str:
 
 
 def vmm_json(*words: str) -> Any:
-    """The document that it printed."""
+    """Run the command; return the document that it printed."""
     return json.loads(vmm(*words, "--json"))
 
 
@@ -38,7 +38,7 @@ def web(machines: Machines) -> Machines:
 
 
 def test_tree_list_and_show(web: Machines) -> None:
-    """The tree is drawn with where the machine is; the same facts as a list, alone, and as JSON."""
+    """The tree is drawn with the machine's present place; the same facts as a list, for one snapshot, and as JSON."""
     lines = [line.split("  ")[0].rstrip() for line in vmm("snapshot", "tree", "web").splitlines()]
     assert lines[0] == "SNAPSHOT" and lines[1] == "└─ ○ a"
     assert [line.strip() for line in vmm("snapshot", "tree", "web").splitlines()][2].startswith("├─ ○ b")
@@ -54,7 +54,7 @@ def test_tree_list_and_show(web: Machines) -> None:
 
 
 def test_delete_and_merge(web: Machines) -> None:
-    """What became of the images is said, and when the rest will happen."""
+    """The output says what happened to the images, and when the rest will happen."""
     assert "removed" in vmm("snapshot", "delete", "web", "b")
     said = vmm("snapshot", "delete", "web", "a")
     assert "a is deleted" in said and "2 merges in the background" in said
@@ -66,15 +66,15 @@ def test_delete_and_merge(web: Machines) -> None:
     assert "no snapshots" in vmm("snapshot", "list", "web")
 
 
-def test_subtree_is_asked_for(web: Machines) -> None:
-    """More than one goes only when somebody says so."""
+def test_deleting_a_subtree_needs_an_option(web: Machines) -> None:
+    """More than one snapshot is deleted only on request."""
     assert "confirm with --yes" in vmm("snapshot", "delete", "web", "a", "--subtree", code=2)
     document = vmm_json("snapshot", "delete", "web", "a", "--subtree", "--yes")
     assert len(document["deleted"]) == 2 and len(document["removed"]) == 2
 
 
-def test_apply(web: Machines) -> None:
-    """The present state goes only on purpose; kept, it has the name that was given."""
+def test_applying_a_snapshot(web: Machines) -> None:
+    """The present state is discarded only on request; if kept, it has the given name."""
     assert "would be lost" in vmm("snapshot", "apply", "web", "b", code=6)
     assert vmm("snapshot", "apply", "web", "b", "--snapshot-current", "--name", "kept") == "web is at b, and off\n"
     assert [one["name"] for one in vmm_json("snapshot", "list", "web")] == ["a", "b", "kept"]
@@ -97,7 +97,7 @@ def test_names_and_limit(web: Machines) -> None:
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (("snapshot", "create", "nobody"), 1, "no machine 'nobody'"),
+        (("snapshot", "create", "absent"), 1, "no machine 'absent'"),
         (("snapshot", "show", "web", "zzz"), 1, "no snapshot 'zzz'"),
         (("snapshot", "create", "web", "--name", "a"), 1, "already"),
         (("snapshot", "create", "web", "--name", ""), 2, "cannot be the name"),
@@ -113,15 +113,16 @@ def test_names_and_limit(web: Machines) -> None:
         (("delete", "web", "--yes"), 5, "--with-snapshots"),
     ],
 )
-def test_wrong_words(web: Machines, words: tuple[str, ...], code: int, said: str) -> None:
+def test_wrong_arguments(web: Machines, words: tuple[str, ...], code: int, said: str) -> None:
     """One line with what is wrong and what to do, and an exit code for the cause."""
     before = web.images()
     output = vmm(*words, code=code)
     assert said in output and web.images() == before
 
 
-def test_import_of_a_strangers_machine(web: Machines) -> None:
-    """What would reach outside of the folder is listed with its option; what was allowed is printed before the end."""
+def test_importing_a_strangers_machine(web: Machines) -> None:
+    """Settings that reach outside the folder are listed with their options; those that were allowed are printed before
+    the end."""
     out = web.folder / "out"
     vmm("export", "web", str(out))
     manifest = json.loads((out / "vmm-export.json").read_text())
@@ -139,7 +140,7 @@ def test_import_of_a_strangers_machine(web: Machines) -> None:
 
 
 def test_export_and_import(web: Machines) -> None:
-    """There and back, and what came of it is said."""
+    """A machine is exported and imported, and the output says what was made."""
     out = web.folder / "out"
     said = vmm("export", "web", str(out))
     assert str(out) in said and "2 snapshots" in said
@@ -151,7 +152,7 @@ def test_export_and_import(web: Machines) -> None:
 
 
 def test_delete_with_snapshots(web: Machines) -> None:
-    """What goes is listed first, and nothing is left behind."""
+    """What will be removed is listed first, and nothing is left behind."""
     said = vmm("delete", "web", "--with-snapshots", "--with-disks", "--dry-run")
     assert said.count("would remove") == 7
     vmm("delete", "web", "--with-snapshots", "--with-disks", "--yes")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vmm switch` and `vmm nic` as a user types them, without any machine running."""
+"""`vmm switch` and `vmm nic` as a user types them, without any running machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vmm.net.switch_process import SwitchProcess
 
 
 class Terminal:
-    """The command line, with a home of its own."""
+    """The command line, with its own home."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -43,7 +43,7 @@ class Terminal:
 
     @contextlib.contextmanager
     def client_of_the_switch(self) -> Iterator[None]:
-        """The only switch has a client, and runs; it is started where it has ended."""
+        """A client of the only switch, which is started again if it has ended."""
         name = json.loads(self.good("switch", "list", "--json"))[0]["name"]
         (folder,) = (self.folder / "run").glob("sw-*")
         backend = SwitchProcess(str(folder), name)
@@ -52,7 +52,7 @@ class Terminal:
             yield
 
     def good(self, *words: str) -> str:
-        """The output of what must succeed."""
+        """Run a command that must succeed; return its output."""
         code, output, said = self.run(*words)
         assert code == 0, said
         return output
@@ -69,13 +69,13 @@ def vmm() -> Iterator[Terminal]:
     shutil.rmtree(folder)
 
 
-def test_a_switch_from_first_to_last(vmm: Terminal) -> None:
-    """Made, listed, shown, looked at, deleted; and twice is an error in one line."""
+def test_the_life_of_a_switch(vmm: Terminal) -> None:
+    """It is made, listed, shown, captured from, and deleted; making it twice is an error in one line."""
     assert vmm.good("switch", "create", "lab") == "lab: private, user back end\n"
     code, _, said = vmm.run("switch", "create", "lab")
     assert (code, said.count("\n")) == (1, 1)
     assert "lab  " in vmm.good("switch", "list")
-    with vmm.client_of_the_switch():  # it ends when for ten seconds nobody needs it
+    with vmm.client_of_the_switch():  # it ends after ten seconds without a user
         assert json.loads(vmm.good("switch", "ports", "lab", "--json")) == []
         assert "user: runs" in vmm.good("switch", "show", "lab")
         assert json.loads(vmm.good("switch", "addresses", "lab", "--json")) == []
@@ -109,12 +109,12 @@ def test_a_switch_from_first_to_last(vmm: Terminal) -> None:
             2,
             "10.77.251.255, the broadcast address",
         ),
-        (("show", "nobody"), 1, "there is no switch 'nobody'"),
-        (("capture", "nobody", "-o", "x"), 1, "there is no switch 'nobody'"),
-        (("lease", "nobody", "a/b"), 2, "give an address, or --remove"),
+        (("show", "absent"), 1, "there is no switch 'absent'"),
+        (("capture", "absent", "-o", "x"), 1, "there is no switch 'absent'"),
+        (("lease", "absent", "a/b"), 2, "give an address, or --remove"),
     ],
 )
-def test_mistakes_are_one_line(vmm: Terminal, words: tuple[str, ...], code: int, said: str) -> None:
+def test_errors_are_one_line(vmm: Terminal, words: tuple[str, ...], code: int, said: str) -> None:
     """With the exit code of their kind and what is wrong."""
     got, output, errors = vmm.run("switch", *words)
     assert (got, output) == (code, "")
@@ -122,7 +122,7 @@ def test_mistakes_are_one_line(vmm: Terminal, words: tuple[str, ...], code: int,
 
 
 def test_fixed_addresses_on_the_user_back_end(vmm: Terminal) -> None:
-    """One is set; one that cannot be is an error in one line."""
+    """One is set; an impossible one is an error in one line."""
     require_qemu()
     vmm.good("switch", "create", "nat", "--type", "internal", "--backend", "user", "--address", "10.77.250.1/24")
     vmm.good("create", "web", "--nic", "nat")
@@ -134,12 +134,12 @@ def test_fixed_addresses_on_the_user_back_end(vmm: Terminal) -> None:
 
 
 def test_a_capture_ends_with_ctrl_c(vmm: Terminal) -> None:
-    """The file is whole, and the exit code is that of success."""
+    """The file is complete, and the exit code is that of success."""
     vmm.good("switch", "create", "lab")
     path = vmm.folder / "c.pcapng"
     capture = subprocess.Popen(vmm.command("switch", "capture", "lab", "-o", str(path)), env=vmm.environment)
     wait_until(lambda: path.exists() and path.stat().st_size, "the capture begins")
-    assert path.stat().st_mode & 0o077 == 0  # what guests say to each other
+    assert path.stat().st_mode & 0o077 == 0  # what guests send to each other
     capture.send_signal(signal.SIGINT)
     assert capture.wait(60) == 0
     assert path.read_bytes().startswith(b"\x0a\x0d\x0d\x0a")
@@ -149,7 +149,7 @@ def test_a_capture_ends_with_ctrl_c(vmm: Terminal) -> None:
 
 
 def test_a_capture_of_a_switch_that_ends_is_an_error(vmm: Terminal) -> None:
-    """In one line, which names the file; what came until then is whole."""
+    """In one line, which names the file; frames captured before that are complete."""
     vmm.good("switch", "create", "lab")
     path = vmm.folder / "c.pcapng"
     command = vmm.command("switch", "capture", "lab", "-o", str(path))
@@ -157,7 +157,7 @@ def test_a_capture_of_a_switch_that_ends_is_an_error(vmm: Terminal) -> None:
     wait_until(lambda: path.exists() and path.stat().st_size, "the capture begins")
     os.kill(json.loads(vmm.good("switch", "show", "lab", "--json"))["status"]["pid"], signal.SIGKILL)
     said = capture.communicate(timeout=30)[1]
-    assert capture.returncode == 5  # as for anything that is in the wrong state
+    assert capture.returncode == 5  # as for any wrong state
     assert f"switch lab ended during the capture; {path} holds what came until then" in said
     assert said.count("\n") == 1
 
@@ -170,7 +170,7 @@ def test_a_capture_of_a_switch_that_ends_is_an_error(vmm: Terminal) -> None:
         (("--max-size", "1M", "--files", "1"), "must be from 2 to 10000"),
     ],
 )
-def test_limits_of_a_capture_that_cannot_be(vmm: Terminal, words: tuple[str, ...], said: str) -> None:
+def test_impossible_limits_of_a_capture(vmm: Terminal, words: tuple[str, ...], said: str) -> None:
     """They are refused before anything is written."""
     vmm.good("switch", "create", "lab")
     path = vmm.folder / "c.pcapng"
@@ -181,7 +181,7 @@ def test_limits_of_a_capture_that_cannot_be(vmm: Terminal, words: tuple[str, ...
 
 
 def test_adapters_of_a_machine_that_is_off(vmm: Terminal) -> None:
-    """Addresses come from the pool, each once; options are kept; what cannot be is refused in one line."""
+    """Addresses come from the pool, each once; options are kept; impossible ones are refused in one line."""
     require_qemu()
     vmm.good("switch", "create", "lab")
     vmm.good("create", "one", "--nic", "lab", "--nic", "lab,vlan=10,type=legacy")

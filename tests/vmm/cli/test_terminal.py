@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A terminal joined to a console: raw and given back, the key that leaves, scripts, consoles that come back."""
+"""A terminal connected to a console: raw mode and its end, the key that leaves, scripts, consoles that are
+reopened."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ SECONDS = 30.0
 
 @dataclass
 class Stage:
-    """A join in a thread, the guest's side of its console, and the user's side of its input and output."""
+    """A connection in a thread, the guest's side of its console, and the user's side of its input and output."""
 
     guest: socket.socket
     input: int
@@ -32,7 +33,7 @@ class Stage:
     thread: threading.Thread | None = None
 
     def end_input(self) -> None:
-        """The user's input is used up."""
+        """End the user's input."""
         os.close(self.input)
         self.input = -1
 
@@ -44,7 +45,7 @@ class Stage:
 
 
 def read_until(descriptor: int, words: bytes) -> bytes:
-    """What comes on a descriptor up to these words."""
+    """Read from a descriptor up to these words."""
     seen = b""
     while words not in seen:
         piece = os.read(descriptor, 4096)
@@ -55,7 +56,7 @@ def read_until(descriptor: int, words: bytes) -> bytes:
 
 @contextmanager
 def staged(*, terminal: bool = False, later: socket.socket | None = None, **options: object) -> Iterator[Stage]:
-    """A join whose input is a pipe or a terminal; `later` is what a second connection gets."""
+    """A connection whose input is a pipe or a terminal; `later` is what a second connection gets."""
     ours, theirs = socket.socketpair()
     ours.settimeout(SECONDS)
     output_read, output_write = os.pipe()
@@ -92,8 +93,8 @@ def staged(*, terminal: bool = False, later: socket.socket | None = None, **opti
                 os.close(descriptor)
 
 
-def test_script() -> None:
-    """A script's lines reach the guest, its answer the output; then the guest is quiet and it ends."""
+def test_input_of_a_script() -> None:
+    """A script's lines reach the guest, the answers its output; when the guest falls silent, it ends."""
     with staged(linger_seconds=0.2) as stage:
         os.write(stage.input, b"ls\n")
         assert stage.guest.recv(100) == b"ls\n"
@@ -103,8 +104,8 @@ def test_script() -> None:
         assert read_until(stage.output, b"file") == b"file\r\n"
 
 
-def test_script_may_send_any_byte() -> None:
-    """The key that leaves a terminal is a byte like any other in a script."""
+def test_a_script_may_send_any_byte() -> None:
+    """The key that leaves a terminal is an ordinary byte in a script."""
     with staged(linger_seconds=0.1) as stage:
         os.write(stage.input, b"a\x1db")
         stage.end_input()
@@ -112,8 +113,8 @@ def test_script_may_send_any_byte() -> None:
         assert stage.guest.recv(100) == b"a\x1db"
 
 
-def test_expected_text_in_pieces() -> None:
-    """It ends when the text has come, even in pieces and with the input long used up."""
+def test_an_expected_text_in_pieces() -> None:
+    """It ends when the text has arrived, even in pieces and long after the end of the input."""
     with staged(expect=b"login:", linger_seconds=0.0) as stage:
         stage.end_input()
         for piece in b"welcome\r\nlo", b"gi", b"n: ":
@@ -122,14 +123,14 @@ def test_expected_text_in_pieces() -> None:
         assert stage.wait() is Ended.FOUND
 
 
-def test_time_is_over() -> None:
-    """Without the text it ends when the time is over."""
+def test_the_time_out() -> None:
+    """Without the expected text it ends when the time is over."""
     with staged(expect=b"never", timeout_seconds=0.1) as stage:
         stage.guest.sendall(b"something else")
         assert stage.wait() is Ended.TIMED_OUT
 
 
-def test_large_input_and_output() -> None:
+def test_large_inputs_and_outputs() -> None:
     """Neither side loses a byte when both send more than fits into a pipe."""
     sent = os.urandom(1 << 20)
     with staged(linger_seconds=1.0) as stage:
@@ -158,15 +159,15 @@ def test_large_input_and_output() -> None:
             thread.join(SECONDS)
 
 
-def test_console_that_ends() -> None:
-    """When the machine is off it ends."""
+def test_the_console_ends_with_the_machine() -> None:
+    """When the machine is off, the connection ends."""
     with staged() as stage:
         stage.guest.close()
         assert stage.wait() is Ended.CONSOLE_GONE
 
 
-def test_console_that_comes_back() -> None:
-    """When the worker died and its successor opened the console again it goes on there."""
+def test_the_console_is_reopened() -> None:
+    """When the worker has died and its successor has opened the console again, the connection continues there."""
     ours, theirs = socket.socketpair()
     ours.settimeout(SECONDS)
     with staged(later=theirs, is_coming_back=lambda: True, expect=b"again") as stage:
@@ -178,7 +179,7 @@ def test_console_that_comes_back() -> None:
     ours.close()
 
 
-def test_no_console() -> None:
+def test_a_missing_console() -> None:
     """Without a console there is an error at once."""
 
     def connect(is_again: bool) -> socket.socket:
@@ -188,8 +189,8 @@ def test_no_console() -> None:
         Join(connect, 0, 1).run()
 
 
-def test_terminal_is_raw_and_given_back() -> None:
-    """On a terminal every key but the one that leaves goes through, Ctrl-C too; then the terminal is as before."""
+def test_the_terminal_is_raw_and_then_restored() -> None:
+    """Every key but the one that leaves is sent, Ctrl-C too; afterwards the terminal is as before."""
     ours, theirs = socket.socketpair()
     ours.settimeout(SECONDS)
     user, terminal = pty.openpty()
@@ -213,8 +214,8 @@ def test_terminal_is_raw_and_given_back() -> None:
     ours.close()
 
 
-def test_terminal_is_given_back_when_it_is_ended() -> None:
-    """SIGTERM leaves no raw terminal behind."""
+def test_the_terminal_is_restored_on_sigterm() -> None:
+    """SIGTERM does not leave the terminal in raw mode."""
     user, terminal = pty.openpty()
     before = termios.tcgetattr(terminal)
     with pytest.raises(KeyboardInterrupt), raw_terminal(terminal):

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guests for tests, benchmarks and the demo, made when they are first wanted; no binary of theirs is kept here.
+"""Guests for tests, benchmarks and the demo, made when they are first needed; no binary of them is kept in the
+project.
 
 - `boot_sector`: five sectors for the BIOS: says BOOT-OK, reads and writes the disk, counts, obeys keys. Boots in a
   tenth of a second under TCG and in three under the KVM that can run it. From any controller.

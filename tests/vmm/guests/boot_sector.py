@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The boot-sector guest: assembles boot_sector.S and fills in what it should do.
+"""The boot-sector guest: assembles boot_sector.S and fills in what the guest should do.
 
 What it says on the first serial port, a line each (CR LF):
 
@@ -58,7 +58,7 @@ def boot_code(options: BootOptions | None = None) -> bytes:
 
 
 def install(disk: _Disk, options: BootOptions | None = None, *, text: bytes = READ_TEXT) -> None:
-    """Write the guest and the text it reads to a disk (a `vhdkit.Disk`, or anything with its `write`)."""
+    """Write the guest and the text that it reads to a disk (a `vhdkit.Disk`, or any object with its `write`)."""
     disk.write(0, boot_code(options))
     disk.write(READ_LBA * SECTOR, text.ljust(SECTOR, b"\0"))
 

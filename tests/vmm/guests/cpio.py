@@ -9,7 +9,7 @@ _ALIGNMENT = 4
 
 
 class Archive:
-    """Collects entries in the order in which the kernel is to make them."""
+    """Collects entries in the order in which the kernel should make them."""
 
     def __init__(self) -> None:
         self._data = bytearray()
@@ -17,7 +17,7 @@ class Archive:
         self._folders: set[str] = set()
 
     def folder(self, path: str) -> None:
-        """A folder, and those it lies in."""
+        """Add a folder, and the folders it lies in."""
         parts = path.strip("/").split("/")
         for length in range(1, len(parts) + 1):
             name = "/".join(parts[:length])
@@ -26,22 +26,22 @@ class Archive:
                 self._entry(name, stat.S_IFDIR | 0o755, b"")
 
     def file(self, path: str, content: bytes, *, executable: bool = False) -> None:
-        """A file, and the folders it lies in."""
+        """Add a file, and the folders it lies in."""
         self.folder(path.rpartition("/")[0])
         self._entry(path.strip("/"), stat.S_IFREG | (0o755 if executable else 0o644), content)
 
     def link(self, path: str, target: str) -> None:
-        """A symbolic link."""
+        """Add a symbolic link."""
         self.folder(path.rpartition("/")[0])
         self._entry(path.strip("/"), stat.S_IFLNK | 0o777, target.encode())
 
     def device(self, path: str, major: int, minor: int) -> None:
-        """A character device."""
+        """Add a character device."""
         self.folder(path.rpartition("/")[0])
         self._entry(path.strip("/"), stat.S_IFCHR | 0o600, b"", major, minor)
 
     def finished(self) -> bytes:
-        """The archive with its end mark."""
+        """The archive with its end marker."""
         self._entry("TRAILER!!!", 0, b"")
         return bytes(self._data)
 

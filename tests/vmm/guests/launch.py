@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A bare QEMU for tests of rooms that need a guest and no worker: started, waited for, and surely ended.
+"""A bare QEMU for tests of modules that need a guest and no worker: started, waited for, and always ended.
 
 The machine has a serial port, QMP, and whatever more words are given. Sockets lie in the folder given, which must have
 a short name (a unix socket's path has at most 107 bytes).
@@ -31,16 +31,16 @@ class Guest:
 
     @property
     def serial(self) -> Path:
-        """QEMU's end of the serial port: listens, one client at a time."""
+        """QEMU's end of the serial port, which listens for one client at a time."""
         return self.folder / "serial.sock"
 
     @property
     def qmp(self) -> Path:
-        """Where QMP listens."""
+        """The socket on which QMP listens."""
         return self.folder / "qmp.sock"
 
     def monitor(self, *commands: str | dict[str, Any]) -> list[dict[str, Any]]:
-        """Run QMP commands, one after the other, on a connection of their own; what each returned."""
+        """Run QMP commands, one after the other, on a separate connection; return their results."""
         with contextlib.closing(connect(self.qmp)) as link, link.makefile("rwb") as file:
             file.readline()
             answers = [self._execute(file, command) for command in ("qmp_capabilities", *commands)]
@@ -60,12 +60,12 @@ class Guest:
         raise AssertionError(f"QEMU ended at {request}")
 
     def wait(self) -> int:
-        """Wait for QEMU's end; its exit code."""
+        """Wait for QEMU's end; return its exit code."""
         return self.process.wait(timeout=SECONDS)
 
 
 def connect(path: Path) -> socket.socket:
-    """A connection to a unix socket that may not be there yet."""
+    """Connect to a unix socket that may not exist yet."""
 
     def connected() -> socket.socket | None:
         link = socket.socket(socket.AF_UNIX)
@@ -83,7 +83,7 @@ def connect(path: Path) -> socket.socket:
 
 
 def read_until(link: socket.socket, words: bytes, seconds: float = SECONDS) -> bytes:
-    """What arrives up to and with these words. Fails with what arrived when they never come."""
+    """Everything that arrives up to and including these words. Fails with what arrived if they never come."""
     received = b""
     deadline = time.monotonic() + seconds
     while words not in received:
@@ -100,7 +100,7 @@ def read_until(link: socket.socket, words: bytes, seconds: float = SECONDS) -> b
 
 @contextlib.contextmanager
 def running(qemu: str, folder: Path, *words: str, memory: str = "16", accelerator: str = "tcg") -> Iterator[Guest]:
-    """A QEMU with these words on its command line; killed at the end when it still runs."""
+    """A QEMU with these words on its command line; killed at the end if it still runs."""
     command = [
         qemu, "-accel", accelerator, "-m", memory, "-nodefaults", "-no-user-config", "-display", "none",
         "-chardev", f"socket,id=qmp,path={folder}/qmp.sock,server=on,wait=off", "-mon", "chardev=qmp,mode=control",

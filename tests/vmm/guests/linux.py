@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Linux guest: Debian's cloud kernel, an initial RAM file system of ours, and a disk that boots them by itself.
+"""The Linux guest: Debian's cloud kernel, our initial RAM file system, and a disk that boots them by itself.
 
 The kernel package is downloaded with apt once, unpacked into the cache and never installed. The file system holds
 busybox, the kernel's modules for QEMU's disks, network cards and virtio devices, qemu's guest agent with its libraries
@@ -24,15 +24,15 @@ from pathlib import Path
 from tests.vmm.guests.cpio import Archive
 from tests.vmm.guests.tools import GuestUnavailable, kept, run, tool
 
-MEMORY = "192"  # MiB that it needs, with room to spare
+MEMORY = "192"  # MiB that it needs, with some to spare
 APPEND = "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable no_timer_check random.trust_cpu=on"
 _METAPACKAGE = "linux-image-cloud-amd64"
-# Loaded at start, with what they depend on.
+# Loaded at the start, with their dependencies.
 _MODULES = (
     "virtio_pci", "virtio_blk", "virtio_scsi", "virtio_console", "ata_piix", "sd_mod", "sr_mod",
     "virtio_net", "button", "evdev", "virtio_balloon", "virtio-rng",
 )  # fmt: skip
-# There for who wants them: `modprobe NAME`.
+# Available on request: `modprobe NAME`.
 _MORE_MODULES = ("8021q", "isofs", "vfat", "nls_cp437", "nls_ascii", "xfs", "af_packet_diag", "virtiofs")
 _ROOT = Path(__file__).with_name("linux_root")
 _PLACES = {
@@ -57,7 +57,7 @@ class LinuxGuest:
 
 @cache
 def linux_guest() -> LinuxGuest:
-    """The guest, made when it is not in the cache. Raises GuestUnavailable where it cannot be made."""
+    """The guest, made if it is not in the cache. Raises GuestUnavailable if it cannot be made."""
     kernel = _kernel_folder()
     busybox, agent = Path(tool("busybox", "busybox-static")), Path(tool("qemu-ga", "qemu-guest-agent"))
     sources = [path.read_bytes() for path in (*sorted(_ROOT.iterdir()), _RANDOM_READ, Path(__file__), busybox, agent)]
@@ -66,7 +66,7 @@ def linux_guest() -> LinuxGuest:
 
 
 def _kernel_folder() -> Path:
-    """`vmlinuz` and `modules/` out of Debian's package, downloaded when it is not in the cache."""
+    """`vmlinuz` and `modules/` from Debian's package, downloaded if it is not in the cache."""
 
     def make(folder: Path) -> None:
         unpack, downloader = tool("dpkg-deb", "dpkg"), tool("apt-get", "apt")
@@ -133,7 +133,7 @@ def _assembled(folder: Path, source: Path) -> bytes:
 
 
 def _libraries(program: Path) -> Iterator[Path]:
-    """The shared libraries of a program, its loader among them, at the paths where it looks for them."""
+    """The shared libraries of a program, including its loader, at the paths where it looks for them."""
     for line in run([tool("ldd", "libc-bin"), program]).splitlines():
         if found := re.search(r"(?:=> )?(/\S+) \(0x", line):
             yield Path(found[1])
@@ -144,7 +144,7 @@ def _module_name(file_name: str) -> str:
 
 
 def _in_order(names: tuple[str, ...], files: dict[str, Path]) -> list[str]:
-    """These modules and all they need, each after what it needs, without those that the kernel does not have."""
+    """These modules and their dependencies, each after those it needs, without those that the kernel does not have."""
     order: list[str] = []
 
     def add(name: str) -> None:

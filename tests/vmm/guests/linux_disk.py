@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A disk that boots the Linux guest through the BIOS, from any controller, with a partition of ext4 on it.
+"""A disk that boots the Linux guest through the BIOS, from any controller, with an ext4 partition.
 
     sector 0     linux_loader.S, the partition table       LBA 8     kernel, then the initial RAM file system
     sector 1     the kernel's command line                 32 MiB    partition 1: ext4, labelled "guest"

@@ -18,12 +18,12 @@ from types import TracebackType
 from tests.vmm.guests.launch import connect
 
 SECONDS = 60.0
-_MAX_LINE_BYTES = 4000  # what a terminal takes as one line
+_MAX_LINE_BYTES = 4000  # the longest line that a terminal accepts
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a command inside the guest came to."""
+    """The result of a command inside the guest."""
 
     exit_code: int
     output: str
@@ -33,13 +33,13 @@ class GuestShell:
     """A connection to the guest's shell agent."""
 
     def __init__(self, link: socket.socket | Path) -> None:
-        """`link`: a connected stream socket, or the path of a unix socket, which may come into being later."""
+        """`link`: a connected stream socket, or the path of a unix socket, which may be made later."""
         self._link = connect(link) if isinstance(link, Path) else link
-        self.transcript = bytearray()  # everything that came, for the message of a test that fails
+        self.transcript = bytearray()  # everything received, for the message of a failing test
         self._unread = b""
 
     def wait_ready(self, seconds: float = SECONDS) -> None:
-        """Wait until the guest answers. Needs no READY line, so it works on a guest that was started before."""
+        """Wait until the guest answers. Needs no READY line, so it works with a guest that was started earlier."""
         deadline = time.monotonic() + seconds
         while True:
             try:
@@ -50,7 +50,7 @@ class GuestShell:
                     raise
 
     def run(self, command: str, *, seconds: float = SECONDS) -> Result:
-        """Run a shell command; its exit code and what it wrote. Raises TimeoutError with what came instead."""
+        """Run a shell command; return its exit code and output. Raises TimeoutError with what arrived instead."""
         name = secrets.token_hex(4)
         line = f"@run {name} {base64.b64encode(command.encode()).decode()}\n".encode()
         assert len(line) <= _MAX_LINE_BYTES, "the command is too long for one line"
@@ -59,7 +59,7 @@ class GuestShell:
         deadline = time.monotonic() + seconds
         output = b""
         while True:
-            # (The terminal echoes while the agent still works, so a prompt may stand before an answer.)
+            # (The terminal echoes while the agent still works, so a prompt may precede an answer.)
             _, mark, answer = self._line(deadline, command).partition(f"@{name} ".encode())
             words = answer.split()
             if not mark:
@@ -69,13 +69,13 @@ class GuestShell:
             output += base64.b64decode(words[0])
 
     def check(self, command: str, *, seconds: float = SECONDS) -> str:
-        """Run a command that must succeed; what it wrote, without space around it."""
+        """Run a command that must succeed; return its output, without surrounding space."""
         result = self.run(command, seconds=seconds)
         assert result.exit_code == 0, f"{command!r} in the guest: exit code {result.exit_code}: {result.output}"
         return result.output.strip()
 
     def send(self, command: str) -> None:
-        """Send a command as one would type it, and do not wait (for one that does not come back, as `poweroff -f`)."""
+        """Send a command as typed, without waiting (for one that does not return, such as `poweroff -f`)."""
         self._link.sendall(command.encode() + b"\n")
 
     def _line(self, deadline: float, command: str) -> bytes:
@@ -93,7 +93,7 @@ class GuestShell:
         return line
 
     def close(self) -> None:
-        """Hang up; the guest runs on."""
+        """Disconnect; the guest keeps running."""
         self._link.close()
 
     def __enter__(self) -> GuestShell:

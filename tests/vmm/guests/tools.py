@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where made guests are kept, and how what they are made from is found.
+"""Where the guests are kept, and how their parts are found.
 
 Everything is kept by a hash of what it was made from, outside the project, so it is made once per machine. Two test
 processes that want the same guest at once wait for each other. Nothing here is a test: a missing thing is a
@@ -22,11 +22,11 @@ TOOL_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/
 
 
 class GuestUnavailable(Exception):
-    """The guest cannot be made on this machine; the words say what is missing and how to get it."""
+    """The guest cannot be made on this machine; the message says what is missing and how to get it."""
 
 
 def cache_folder() -> Path:
-    """The folder of made guests: $VHDKIT_GUEST_CACHE, else below the user's cache folder."""
+    """The folder of the guests: $VHDKIT_GUEST_CACHE, else below the user's cache folder."""
     chosen = os.environ.get("VHDKIT_GUEST_CACHE")
     if chosen:
         return Path(chosen)
@@ -35,7 +35,7 @@ def cache_folder() -> Path:
 
 
 def tool(name: str, package: str) -> str:
-    """The full path of a command. Raises GuestUnavailable that names Debian's package."""
+    """The full path of a command. Raises GuestUnavailable, which names Debian's package."""
     path = shutil.which(name, path=TOOL_PATH)
     if path is None:
         raise GuestUnavailable(f"needs the command {name}: run script/setup, or install Debian's package {package}")
@@ -43,7 +43,7 @@ def tool(name: str, package: str) -> str:
 
 
 def run(command: Sequence[str | os.PathLike[str]], **options: object) -> str:
-    """Run a program; its standard output. Raises GuestUnavailable with what it said when it fails."""
+    """Run a program; return its standard output. Raises GuestUnavailable with its message if it fails."""
     try:
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=300, **options
@@ -57,7 +57,7 @@ def run(command: Sequence[str | os.PathLike[str]], **options: object) -> str:
 
 
 def kept(kind: str, made_from: Sequence[str | bytes], make: Callable[[Path], None]) -> Path:
-    """The folder of a made thing: from the cache when it was made before from the same, else filled by `make`.
+    """The folder of a product: from the cache if it was made before from the same parts, else filled by `make`.
 
     `make` gets an empty folder, which gets its name in the cache only when `make` returned.
     """

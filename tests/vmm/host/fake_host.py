@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A made-up host: trees of /sys, /proc and /dev as the kernel and udev make them, for hardware that no test has.
+"""A made-up host: trees of /sys, /proc and /dev as the kernel and udev make them, for hardware that tests lack.
 
-Where a device lies in the tree is copied from how Linux names such places: the name says the transport.
+The places of devices in the tree follow Linux's names for them, which include the transport.
 """
 
 from __future__ import annotations
@@ -77,11 +77,11 @@ class FakeHost:
         return number
 
     def disk(self, name: str, place: str = "ata", *, sectors: int = 2048, **files: str | bytes) -> str:
-        """Add a whole disk; `files` are below its folder, "__" stands for "/". Returns its number."""
+        """Add a whole disk; `files` are relative to its folder, with "__" for "/". Returns its number."""
         return self.disk_of(name, place, {key.replace("__", "/"): value for key, value in files.items()}, sectors)
 
     def disk_of(self, name: str, place: str, files: Mapping[str, str | bytes], sectors: int = 2048) -> str:
-        """`disk` with the names of the files as they are."""
+        """Like `disk`, with the names of the files as they are."""
         parent = self.root / "sys" / PLACES[place]
         folder = parent / name if place.startswith("nvme") else parent / "block" / name
         queue: dict[str, str | bytes] = {"queue/logical_block_size": "512", "queue/rotational": "0", "removable": "0"}
@@ -109,7 +109,7 @@ class FakeHost:
         return number
 
     def hold(self, name: str, members: list[str]) -> None:
-        """Say that a device is made of members."""
+        """Record that a device consists of members."""
         for member in members:
             (self.place(name) / "slaves" / member).symlink_to(self.place(member))
             (self.place(member) / "holders" / name).symlink_to(self.place(name))
@@ -124,6 +124,6 @@ class FakeHost:
         self._write_tables()
 
     def swap_to(self, path: str, kind: str = "partition") -> None:
-        """Let the host swap to it."""
+        """Use it as swap space."""
         self._swaps += f"{path} {kind} 1024 0 -2\n"
         self._write_tables()

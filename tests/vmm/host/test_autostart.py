@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The unit that starts machines with the host: what systemd makes of it, and that it comes and goes whole."""
+"""The systemd unit that starts machines with the host: it is valid, and installed and removed completely."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ case "$*" in *"{fails}"*) echo "Failed to {fails} unit: it is Monday" >&2; exit 
 
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that takes the place of the system's and the user's units, with a systemctl that only writes a log."""
+    """A folder in place of the system's and the user's units, with a systemctl that only writes a log."""
     monkeypatch.setattr(autostart, "SYSTEM_FOLDER", str(tmp_path / "system"))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.setattr(autostart, "_SYSTEMD_RUNS", str(tmp_path))
@@ -37,20 +37,20 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def systemctl(host: Path, *, fails: str = "nothing") -> None:
-    """Put a systemctl there whose verb `fails` does."""
+    """Install a systemctl whose verb `fails` fails."""
     program = host / "bin/systemctl"
     program.write_text(SYSTEMCTL.format(log=host / "log", fails=fails))
     program.chmod(0o755)
 
 
 def log(host: Path) -> list[str]:
-    """What systemctl was called with."""
+    """The calls of systemctl."""
     return (host / "log").read_text().splitlines() if (host / "log").exists() else []
 
 
 @pytest.mark.parametrize("scope", ["system", "user"])
 def test_systemd_accepts_the_unit(scope: Scope, tmp_path: Path) -> None:
-    """systemd-analyze finds nothing wrong with the unit, whatever stands in a path."""
+    """systemd-analyze finds no fault in the unit, whatever characters a path contains."""
     analyze = require_tool("systemd-analyze")
     folder = tmp_path / "with blank, 100%n and $HOME"
     folder.mkdir()
@@ -70,16 +70,16 @@ def test_systemd_accepts_the_unit(scope: Scope, tmp_path: Path) -> None:
     assert done.returncode == 0 and autostart.UNIT not in done.stderr, done.stderr
 
 
-def test_systemd_refuses_a_wrong_unit(tmp_path: Path) -> None:
-    """Self-test of the check: a command that is not there is found by systemd-analyze."""
+def test_systemd_refuses_a_malformed_unit(tmp_path: Path) -> None:
+    """Self-test of the check: systemd-analyze reports a command that does not exist."""
     require_tool("systemd-analyze")
     unit = tmp_path / autostart.UNIT
     unit.write_text(autostart.unit_text("system", ["/nowhere/vmm"], {}))
     assert "/nowhere/vmm" in (autostart.verify(str(unit), "system") or "")
 
 
-def test_words_are_quoted() -> None:
-    """Blanks, quotes, backslashes and percent signs in paths stay what they are; line ends are refused."""
+def test_paths_are_quoted() -> None:
+    """Blanks, quotes, backslashes and percent signs in paths are preserved; line ends are refused."""
     text = autostart.unit_text("system", ['/a b/"c"\\d%n'], {"VMM_HOME": "/x y"})
     assert 'ExecStart=:"/a b/\\"c\\"\\\\d%%n" host autostart --start-machines\n' in text
     assert 'Environment="VMM_HOME=/x y"\n' in text
@@ -88,21 +88,21 @@ def test_words_are_quoted() -> None:
             autostart.unit_text("system", bad, {})
 
 
-def test_one_machine_that_fails_does_not_end_the_others() -> None:
-    """systemd kills what is left of a unit that failed, so a machine that does not start must not make it fail."""
+def test_one_failed_machine_does_not_stop_the_others() -> None:
+    """systemd kills the rest of a failed unit, so a machine that does not start must not make it fail."""
     lines = autostart.unit_text("system", ["/bin/vmm"], {}).splitlines()
     assert {"Type=exec", "RemainAfterExit=yes", "SuccessExitStatus=1"} <= set(lines)
 
 
 def test_scopes_differ() -> None:
-    """The system's unit waits for the network and many users, the user's own for its session."""
+    """The system's unit waits for the network and serves all users, the user's own serves one session."""
     system, user = (autostart.unit_text(scope, ["/bin/vmm"], {}) for scope in ("system", "user"))
     assert "network-online.target" in system and "WantedBy=multi-user.target" in system
     assert "network-online.target" not in user and "WantedBy=default.target" in user
 
 
 def test_install_and_remove(host: Path) -> None:
-    """Installing writes, enables and reloads; again it changes nothing; removing takes all of it away."""
+    """Installing writes, enables and reloads; repeating it changes nothing; removing removes everything."""
     first = autostart.install("system", ["/bin/true"])
     unit = host / "system" / autostart.UNIT
     assert first.changed and first.path == str(unit) and unit.stat().st_mode & 0o777 == 0o644
@@ -117,14 +117,14 @@ def test_install_and_remove(host: Path) -> None:
 
 
 def test_environment_is_kept(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A home that comes from the environment is the unit's home, too."""
+    """A home from the environment is the unit's home, too."""
     monkeypatch.setenv("VMM_HOME", "/srv/machines")
     autostart.install("system", ["/bin/true"])
     assert 'Environment="VMM_HOME=/srv/machines"' in (host / "system" / autostart.UNIT).read_text()
 
 
 def test_user_unit_and_its_note(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without root the unit is the user's own, and lingering is spoken of until it is on."""
+    """Without root the unit is the user's own, and the output mentions lingering until it is on."""
     monkeypatch.setattr(os, "geteuid", os.getuid)
     result = autostart.install("user", ["/bin/true"])
     assert result.path == str(host / "config/systemd/user" / autostart.UNIT)
@@ -132,40 +132,40 @@ def test_user_unit_and_its_note(host: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert all("--user" in line for line in log(host))
 
 
-def test_failure_leaves_nothing(host: Path) -> None:
-    """When systemd does not enable the unit it is not left behind, and its words are told."""
+def test_a_failed_install_leaves_nothing(host: Path) -> None:
+    """If systemd does not enable the unit, the unit is removed again, and systemd's message is shown."""
     systemctl(host, fails="enable")
     with pytest.raises(VmmError, match="it is Monday"):
         autostart.install("system", ["/bin/true"])
     assert os.listdir(host / "system") == []
 
 
-def test_wrong_unit_is_not_installed(host: Path) -> None:
-    """What systemd-analyze refuses gets no name."""
+def test_a_refused_unit_is_not_installed(host: Path) -> None:
+    """A unit that systemd-analyze refuses never gets its name."""
     (host / "bin/systemd-analyze").symlink_to(require_tool("systemd-analyze"))
     with pytest.raises(InvalidSpec, match="not executable"):
         autostart.install("system", ["/nowhere/vmm"])
     assert os.listdir(host / "system") == [] and log(host) == []
 
 
-def test_host_without_systemd(host: Path) -> None:
-    """Without systemctl nothing is installed, and the way out is told."""
+def test_a_host_without_systemd(host: Path) -> None:
+    """Without systemctl nothing is installed, and the error says what to do instead."""
     (host / "bin/systemctl").unlink()
     with pytest.raises(Unsupported, match="--print"):
         autostart.install("system", ["/bin/true"])
     assert not (host / "system").exists()
 
 
-def test_only_root_for_the_system(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who is not root is told what to do instead."""
+def test_the_system_unit_needs_root(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without root the error says what to do instead."""
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(AccessDenied, match="--user"):
         autostart.install("system", ["/bin/true"])
     assert autostart.default_scope() == "user"
 
 
-def test_systemd_that_does_not_run(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a container the unit is enabled for later, and nothing is asked of a manager that is not there."""
+def test_systemd_is_not_running(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a container the unit is enabled for later, and no manager is contacted."""
     monkeypatch.setattr(autostart, "_SYSTEMD_RUNS", str(host / "none"))
     result = autostart.install("system", ["/bin/true"])
     assert any("does not run here" in note for note in result.notes)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block devices: kind, transport, DAS or SAN, identity and users, from trees of files as the kernel makes them."""
+"""Block devices: kind, transport, DAS or SAN, identity and users, from file trees like the kernel's."""
 
 from __future__ import annotations
 
@@ -35,15 +35,17 @@ def host(tmp_path: Path) -> FakeHost:
         ("fc", "fc", "SAN"),
     ],
 )
-def test_transport_is_where_the_device_lies(host: FakeHost, place: str, transport: str, attachment: str) -> None:
-    """The place in the tree of devices says the transport, and that says DAS or SAN."""
+def test_the_transport_follows_from_the_place_in_the_tree(
+    host: FakeHost, place: str, transport: str, attachment: str
+) -> None:
+    """The place in the tree of devices gives the transport, and with it DAS or SAN."""
     host.disk("sda", place)
     (disk,) = host.view.devices()
     assert (disk.kind, disk.transport, disk.attachment) == ("disk", transport, attachment)
 
 
 def test_nvme_local_and_over_a_network(host: FakeHost) -> None:
-    """An NVMe controller names its transport itself, also behind a subsystem with several controllers."""
+    """An NVMe controller states its transport itself, also behind a subsystem with several controllers."""
     host.disk("nvme0n1", "nvme", device__transport="pcie")
     host.disk("nvme1n1", "nvme-tcp", device__transport="tcp")
     subsystem = host.disk("nvme2n1", "nvme-subsystem", device__nvme2__transport="rdma")
@@ -58,7 +60,7 @@ def test_nvme_local_and_over_a_network(host: FakeHost) -> None:
 
 
 def test_network_block_devices(host: FakeHost) -> None:
-    """NBD and RBD devices have no hardware behind them, and come over a network."""
+    """NBD and RBD devices have no hardware, and count as SAN."""
     host.disk("nbd0", "virtual")
     host.disk("rbd0", "virtual")
     assert [(one.kind, one.transport, one.attachment) for one in host.view.devices()] == [
@@ -67,8 +69,8 @@ def test_network_block_devices(host: FakeHost) -> None:
     ]
 
 
-def test_multipath_is_one_disk_of_the_san(host: FakeHost) -> None:
-    """The paths of a LUN are held by the multipath device, which has the LUN's transport and WWN."""
+def test_a_multipath_device_is_one_san_disk(host: FakeHost) -> None:
+    """The multipath device holds the paths of a LUN, and has the LUN's transport and WWN."""
     for name in ("sdb", "sdc"):
         host.disk(name, "fc" if name == "sdb" else "iscsi", wwid="naa.600a0b80")
     host.mapped("dm-0", "mpatha", "mpath-3600a0b80", ["sdb", "sdc"])
@@ -78,8 +80,8 @@ def test_multipath_is_one_disk_of_the_san(host: FakeHost) -> None:
     assert host.view.device("sdb").holders == ("dm-0",)
 
 
-def test_volumes_take_after_what_they_are_on(host: FakeHost) -> None:
-    """A logical volume on a RAID of local partitions is DAS; one leg on the SAN makes it SAN."""
+def test_volumes_have_the_transport_of_their_members(host: FakeHost) -> None:
+    """A logical volume on a RAID of local partitions is DAS; one member on the SAN makes it SAN."""
     host.disk("sda", "ata")
     host.disk("sdb", "sas")
     host.disk("sdc", "iscsi")
@@ -92,8 +94,8 @@ def test_volumes_take_after_what_they_are_on(host: FakeHost) -> None:
     assert host.view.device("dm-0").identity == "volume=LVM-abc"
 
 
-def test_a_ring_of_devices_ends(host: FakeHost) -> None:
-    """Devices that claim to be made of each other (a broken tree) do not hang the list."""
+def test_a_cycle_of_devices(host: FakeHost) -> None:
+    """Devices that are listed as members of each other (a broken tree) do not hang the list."""
     host.disk("dm-0", "virtual", dm__name="a", dm__uuid="x")
     host.disk("dm-1", "virtual", dm__name="b", dm__uuid="y")
     host.hold("dm-0", ["dm-1"])
@@ -102,7 +104,7 @@ def test_a_ring_of_devices_ends(host: FakeHost) -> None:
 
 
 def test_facts_of_a_disk(host: FakeHost) -> None:
-    """Size, sectors, model, serial number and flags are what the files say."""
+    """Size, sectors, model, serial number and flags come from the files."""
     page = b"\x00\x80\x00\x08WX123   "
     host.disk(
         "sda",
@@ -136,10 +138,10 @@ def test_facts_of_a_disk(host: FakeHost) -> None:
         ({}, [], None),
     ],
 )
-def test_identity_in_the_order_of_trust(
+def test_the_order_of_identities(
     host: FakeHost, files: dict[str, str], links: list[str], identity: str | None
 ) -> None:
-    """A WWN before a serial number before a link of udev; a name of the kernel is no identity at all."""
+    """A WWN comes before a serial number, that before a link of udev; a kernel name is never an identity."""
     host.disk_of("sda", "scsi", files)
     for link in links:
         host.link(link, "sda")
@@ -149,8 +151,8 @@ def test_identity_in_the_order_of_trust(
     assert host.view.device("sda2").identity == expected
 
 
-def test_identity_survives_a_new_name(host: FakeHost, tmp_path: Path) -> None:
-    """The same disk under another name is found by its identity, and one that is gone is not."""
+def test_the_identity_survives_a_new_name(host: FakeHost, tmp_path: Path) -> None:
+    """The same disk under another name is found by its identity; a missing one is not found."""
     host.disk("sda", "ata", device__wwid="naa.1")
     later = FakeHost(tmp_path / "later")
     later.disk("sda", "usb", device__wwid="naa.2")
@@ -162,7 +164,7 @@ def test_identity_survives_a_new_name(host: FakeHost, tmp_path: Path) -> None:
 
 
 def test_users_of_a_disk(host: FakeHost) -> None:
-    """Mounts (by number, and by source where the number is the file system's own), swap and partitions are seen."""
+    """Mounts (by number, and by source where the number is the file system's own), swap and partitions are found."""
     host.disk("sda")
     for index in (1, 2, 3, 10):
         host.partition("sda", index)
@@ -178,8 +180,8 @@ def test_users_of_a_disk(host: FakeHost) -> None:
     assert view.device("sda10").parent == "sda" and view.device("sda10").kind == "partition"
 
 
-def test_swap_by_another_name(host: FakeHost) -> None:
-    """Swap on a logical volume is listed under a name that is a link to the device."""
+def test_swap_under_another_name(host: FakeHost) -> None:
+    """Swap on a logical volume is listed with a name that is a link to the device."""
     host.disk("sda")
     host.mapped("dm-0", "vg-swap", "LVM-1", ["sda"])
     host.swap_to("/dev/dm-0")
@@ -187,7 +189,7 @@ def test_swap_by_another_name(host: FakeHost) -> None:
 
 
 def test_loop_devices(host: FakeHost) -> None:
-    """A loop device is its file; one without a file has no size."""
+    """A loop device names its file; one without a file has no size."""
     host.disk("loop0", "virtual", loop__backing_file="/images/a b.raw")
     host.disk("loop1", "virtual", sectors=0)
     first, second = host.view.devices()
@@ -195,22 +197,22 @@ def test_loop_devices(host: FakeHost) -> None:
     assert first.attachment is None and not second.is_present and second.identity is None
 
 
-def test_drives_and_memory(host: FakeHost) -> None:
-    """A CD-ROM drive is known by its SCSI type, compressed memory by its name, a disk by neither."""
+def test_cdrom_drives_and_compressed_memory(host: FakeHost) -> None:
+    """A CD-ROM drive is recognised by its SCSI type, compressed memory by its name."""
     host.disk("sr0", "ata", device__type="5")
     host.disk("zram0", "virtual")
     host.disk("sda", "scsi", device__type="0")
     assert {one.name: one.kind for one in host.view.devices()} == {"sr0": "cd-rom", "zram0": "memory", "sda": "disk"}
 
 
-def test_names_with_a_folder(host: FakeHost) -> None:
+def test_names_with_a_slash(host: FakeHost) -> None:
     """The kernel writes a slash in a name as an exclamation mark."""
     host.disk("cciss!c0d0", "scsi")
     assert host.view.device("cciss!c0d0").path == "/dev/cciss/c0d0"
 
 
 def test_order_of_the_list(host: FakeHost) -> None:
-    """Disks in the order people count, each followed by its partitions."""
+    """Disks are in natural order, each followed by its partitions."""
     for name in ("sdaa", "sdb", "sda"):
         host.disk(name, {"sda": "ata", "sdb": "sas", "sdaa": "usb"}[name])
     host.partition("sda", 10)
@@ -218,14 +220,14 @@ def test_order_of_the_list(host: FakeHost) -> None:
     assert [one.name for one in host.view.devices()] == ["sda", "sda2", "sda10", "sdb", "sdaa"]
 
 
-def test_host_without_sysfs(tmp_path: Path) -> None:
-    """Nothing to read is an empty list, and an unknown name an error."""
+def test_a_host_without_sysfs(tmp_path: Path) -> None:
+    """Without sysfs the list is empty, and an unknown name is an error."""
     assert block.HostDevices(str(tmp_path)).devices() == []
     with pytest.raises(NotFound):
         block.HostDevices(str(tmp_path)).device("sda")
 
 
-def test_device_that_vanishes_is_left_out(host: FakeHost) -> None:
+def test_a_device_that_vanishes_is_left_out(host: FakeHost) -> None:
     """A device that was unplugged between listing and reading is not listed."""
     host.disk("sda")
     os.unlink(host.place("sda") / "dev")
@@ -233,16 +235,16 @@ def test_device_that_vanishes_is_left_out(host: FakeHost) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "garbage\n", "1 2 3\n", "22 1 8:1 / /x rw -\n", "22 1 8:1 / /x rw - ext4\n"])
-def test_odd_tables(host: FakeHost, text: str) -> None:
-    """Lines of mountinfo and swaps that say nothing are passed over."""
+def test_malformed_lines_of_tables(host: FakeHost, text: str) -> None:
+    """Malformed lines of mountinfo and swaps are skipped."""
     host.disk("sda")
     (host.root / "proc/self/mountinfo").write_text(text)
     (host.root / "proc/swaps").write_text(text)
     assert host.view.device("sda").name == "sda"
 
 
-def test_find_says_what_a_path_is(tmp_path: Path) -> None:
-    """A file, a folder, a character device and nothing at all are each refused by name."""
+def test_errors_say_what_a_path_is(tmp_path: Path) -> None:
+    """A file, a folder, a character device and a missing path are each refused with what they are."""
     file = tmp_path / "file"
     file.write_text("")
     for path, what in ((file, "a file"), (tmp_path, "a folder"), (Path("/dev/null"), "a character device")):
@@ -252,8 +254,9 @@ def test_find_says_what_a_path_is(tmp_path: Path) -> None:
         block.find(str(tmp_path / "none"))
 
 
-def test_mark_of_what_was_written(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mark is the boot, the disk's sequence number, and the sectors written, which is the seventh number."""
+def test_the_mark_of_written_sectors(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mark consists of the boot, the disk's sequence number, and the number of sectors written, the seventh
+    number."""
     host.disk("sda", stat="1 2 3 4 5 6 77 8 9 10 11", diskseq="9")
     boot = host.root / "proc/sys/kernel/random/boot_id"
     boot.parent.mkdir(parents=True)
@@ -265,8 +268,8 @@ def test_mark_of_what_was_written(host: FakeHost, monkeypatch: pytest.MonkeyPatc
     assert block.write_mark("/dev/sda", root=str(host.root)) == ["abc", "9", None]
 
 
-def test_the_host_it_runs_on() -> None:
-    """The real host can be listed by anybody, and each device is found again by its number."""
+def test_the_real_hosts_devices() -> None:
+    """The real host's devices can be listed by every user, and each is found again by its number."""
     view = block.HostDevices()
     for device in view.devices():
         assert view.device_of_number(device.number) == device

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a program behind our system call filter cannot do, with a stand-in for QEMU; by what right it captures."""
+"""What a program behind our system call filter cannot do, with a stand-in for QEMU; and the right by which memory is
+captured."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from vmm.kvm.process import Identity, privileged_command
 from vmm.kvm.userfault import Way
 
 NUMBERS = confined._ARCHITECTURES.get(os.uname().machine, (0, None, {}))[2]
-# Calls that anybody may make about himself, so that only the filter can refuse them.
+# Calls that every process may make on itself, so that only the filter can refuse them.
 STAND_IN = """
 import ctypes, json, os, sys
 libc = ctypes.CDLL(None, use_errno=True)
@@ -50,7 +51,7 @@ print(json.dumps(found | {"caps": status["CapEff"].strip(), "new": status["NoNew
 
 
 def stand_in(prefix: list[str]) -> dict[str, object]:
-    """What the stand-in found when started so."""
+    """The result of the stand-in when it is started like this."""
     done = subprocess.run(
         [*prefix, sys.executable, "-I", "-S", "-c", STAND_IN, json.dumps(NUMBERS)],
         capture_output=True, text=True, check=True,
@@ -59,8 +60,8 @@ def stand_in(prefix: list[str]) -> dict[str, object]:
     return found
 
 
-def test_a_confined_program_looks_into_no_process() -> None:
-    """INV-CONFINED: reading, writing, tracing and comparing processes are refused, and everything else is not."""
+def test_a_confined_program_cannot_access_processes() -> None:
+    """INV-CONFINED: reading, writing, tracing and comparing processes are refused, and everything else is allowed."""
     free = stand_in([])
     if free["process_vm_readv"] != 0:
         pytest.skip("needs a kernel, or container, that lets a process read its own memory")
@@ -73,8 +74,8 @@ def test_a_confined_program_looks_into_no_process() -> None:
     assert (free["read"], found["read"]) == ("secret", "\0" * 6)
 
 
-def test_with_the_capability_it_is_confined_all_the_same(tmp_path: Path) -> None:
-    """INV-CONFINED: a QEMU that keeps CAP_SYS_PTRACE is refused these calls too, and has no other capability."""
+def test_the_filter_applies_with_the_capability_too(tmp_path: Path) -> None:
+    """INV-CONFINED: a QEMU that keeps CAP_SYS_PTRACE is refused these calls, too, and has no other capability."""
     if os.geteuid() != 0 or not os.access(sys.executable, os.X_OK) or not _all_may_run_python():
         pytest.skip("needs root, and a Python that every user may run")
     prefix = privileged_command(
@@ -89,7 +90,7 @@ def test_with_the_capability_it_is_confined_all_the_same(tmp_path: Path) -> None
 
 
 def test_a_kernel_without_filters(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """INV-CONFINED: where there is no filter a QEMU that would keep CAP_SYS_PTRACE is not started at all."""
+    """INV-CONFINED: without a filter, a QEMU that would keep CAP_SYS_PTRACE is not started at all."""
     assert confined.filter_for("mips64") is None
     text = Path(confined.__file__).read_text().replace('"x86_64": (', '"no": (').replace('"aarch64": (', '"none": (')
     (tmp_path / "stripped.py").write_text(text)
@@ -103,8 +104,9 @@ def test_a_kernel_without_filters(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 @pytest.mark.parametrize("machine", sorted(confined._ARCHITECTURES))
-def test_the_filter_says_what_it_should(machine: str) -> None:
-    """INV-CONFINED: run by hand, the program refuses exactly the numbers of its table, and foreign architectures."""
+def test_the_filter_refuses_exactly_its_table(machine: str) -> None:
+    """INV-CONFINED: interpreted by hand, the program refuses exactly the numbers of its table, and foreign
+    architectures."""
     program = [struct.unpack_from("=HBBI", confined.filter_for(machine) or b"", at) for at in range(0, 1000, 8)
                if at < len(confined.filter_for(machine) or b"")]  # fmt: skip
     architecture, foreign_from, numbers = confined._ARCHITECTURES[machine]
@@ -142,10 +144,10 @@ def test_the_filter_says_what_it_should(machine: str) -> None:
         (None, False, "8.2.0", Way.CAPABILITY),
     ],
 )
-def test_the_least_right_is_taken(
+def test_the_smallest_right_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, everybody: str | None, has_device: bool, version: str, way: Way
 ) -> None:
-    """Nothing where every program may, the device where QEMU knows it, else the capability."""
+    """None if every program may, the device if QEMU supports it, else the capability."""
     setting = tmp_path / "unprivileged"
     if everybody is not None:
         setting.write_text(everybody + "\n")
@@ -154,7 +156,7 @@ def test_the_least_right_is_taken(
 
 
 def _all_may_run_python() -> bool:
-    """True when a user without rights can start our interpreter."""
+    """True if a user without rights can start our interpreter."""
     done = subprocess.run(
         ["setpriv", "--reuid=61184", "--regid=61184", "--clear-groups", "--", sys.executable, "-I", "-S", "-c", ""],
         capture_output=True, check=False,
@@ -163,7 +165,8 @@ def _all_may_run_python() -> bool:
 
 
 def test_a_stand_in_for_a_newer_qemu_opens_the_device(tmp_path: Path) -> None:
-    """A program that opens /dev/userfaultfd, as QEMU 8 does, gets one without capabilities; the host's node stays."""
+    """A program that opens /dev/userfaultfd, as QEMU 8 does, gets a node without capabilities; the host's node is
+    unchanged."""
     if os.geteuid() != 0 or not userfault.works():
         pytest.skip("needs root and /dev/userfaultfd (Linux 6.1)")
     before = os.stat(userfault.DEVICE)
@@ -184,11 +187,11 @@ def test_a_stand_in_for_a_newer_qemu_opens_the_device(tmp_path: Path) -> None:
     command = privileged_command(
         ["perl", "-e", perl], identity=Identity(61184), uses_kvm=False, scratch_folder=str(scratch)
     )
-    assert subprocess.run(command, capture_output=True, check=False).returncode != 0  # unless it was asked for
+    assert subprocess.run(command, capture_output=True, check=False).returncode != 0  # unless it was requested
 
 
 @pytest.mark.parametrize(("text", "answer"), [("1\n", True), ("0\n", False), ("", False)])
-def test_whether_everybody_may(text: str, answer: bool, tmp_path: Path) -> None:
+def test_whether_every_program_may_use_userfaultfd(text: str, answer: bool, tmp_path: Path) -> None:
     """The kernel's switch is read; without it the answer is no."""
     switch = tmp_path / "switch"
     assert not userfault.is_for_everybody(str(switch))

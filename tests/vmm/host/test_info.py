@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the host is, from made-up files and from the real ones."""
+"""Facts about the host, from made-up files and from the real ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ model name\t: Other
 
 
 def host_of(tmp_path: Path, **files: str) -> info.HostInfo:
-    """A host of these files; "__" stands for "/"."""
+    """A host with these files; "__" stands for "/"."""
     for name, text in files.items():
         path = tmp_path / name.replace("__", "/")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -26,8 +26,8 @@ def host_of(tmp_path: Path, **files: str) -> info.HostInfo:
     return info.gather(str(tmp_path))
 
 
-def test_facts_of_the_files(tmp_path: Path) -> None:
-    """Processor, virtualization, memory and system are what the files say."""
+def test_facts_come_from_the_files(tmp_path: Path) -> None:
+    """Processor, virtualization, memory and system are read from the files."""
     host = host_of(
         tmp_path,
         proc__cpuinfo=CPUINFO,
@@ -38,16 +38,16 @@ def test_facts_of_the_files(tmp_path: Path) -> None:
     assert (host.memory_bytes, host.available_bytes) == (2 << 20, 1 << 20)
 
 
-def test_name_of_the_system(tmp_path: Path) -> None:
-    """The system's name with and without quotes."""
+def test_the_name_of_the_system(tmp_path: Path) -> None:
+    """It is read with and without quotes."""
     for text, name in (('ID=x\nPRETTY_NAME="Some Linux 1"\n', "Some Linux 1"), ("PRETTY_NAME=Plain\n", "Plain")):
         (tmp_path / "etc").mkdir(exist_ok=True)
         (tmp_path / "etc/os-release").write_text(text)
         assert info.gather(str(tmp_path)).system == name
 
 
-def test_what_is_not_told_is_not_made_up(tmp_path: Path) -> None:
-    """Without files, or with odd ones, the facts are None."""
+def test_missing_facts_are_none(tmp_path: Path) -> None:
+    """Without files, or with malformed ones, the facts are None."""
     host = host_of(tmp_path, proc__meminfo="MemTotal: lots\n", proc__cpuinfo="no pairs here\n")
     assert (host.system, host.processor, host.virtualization, host.memory_bytes) == (None, None, None, None)
     assert not host.is_guest

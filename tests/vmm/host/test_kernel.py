@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernel lets us do: trying it leaves no trace, and a failure is a word, never an error."""
+"""What the kernel allows: trying it leaves no trace, and a failure is a text, never an error."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def links() -> list[str]:
 
 @pytest.mark.parametrize("probe", [kernel.bridge, kernel.bridge_vlan_filtering, kernel.bridge_guards])
 def test_trying_leaves_no_trace(probe: object) -> None:
-    """A bridge or table that was made to see whether it can be is nowhere afterwards."""
+    """A bridge or table that was made only to see whether it is possible does not exist afterwards."""
     assert callable(probe)
     before = links()
     problem = probe()
@@ -27,8 +27,8 @@ def test_trying_leaves_no_trace(probe: object) -> None:
     assert links() == before and "probe" not in before
 
 
-def test_answers_agree_with_iproute() -> None:
-    """What is said to work is what `ip` can do in a namespace of its own."""
+def test_answers_agree_with_ip() -> None:
+    """What is reported as possible works with `ip` in a separate namespace."""
     if kernel.bridge() is None:
         user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
         words = ["ip", "-o", "link", "show", "type", "bridge"]
@@ -36,7 +36,7 @@ def test_answers_agree_with_iproute() -> None:
         assert ": b:" in run(["unshare", *user, "--net", "sh", "-c", text]).stdout
 
 
-def test_missing_program_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_program_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Without ip or unshare the answer names it."""
     monkeypatch.setattr(kernel, "program_path", lambda: str(tmp_path))
     assert kernel.bridge() == "there is no command ip"
@@ -54,10 +54,10 @@ def test_missing_program_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         ("exec sleep 30", "ip did not end within 0 s"),
     ],
 )
-def test_failure_is_told_in_its_own_words(
+def test_a_failure_is_reported_in_the_programs_words(
     script: str, says: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """What the program said, without its decoration; a program that hangs is not waited for."""
+    """The program's message is reported without its decoration; a program that hangs leads to a time-out."""
     for name, text in (("ip", "exit 0"), ("unshare", script)):
         (tmp_path / name).write_text(f"#!/bin/sh\nPATH=/usr/bin:/bin\n{text}\n")
         (tmp_path / name).chmod(0o755)
@@ -67,13 +67,13 @@ def test_failure_is_told_in_its_own_words(
 
 
 def test_devices(tmp_path: Path) -> None:
-    """A device that can be opened is well; else the system's word is told with its path."""
+    """A device that can be opened is good; otherwise the system's message is reported with its path."""
     assert kernel.device("/dev/null") is None
     assert kernel.device(str(tmp_path / "none")) == f"{tmp_path}/none: No such file or directory"
 
 
 def test_userfaultfd(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asking leaves no descriptor open, and an unknown processor is told."""
+    """Trying leaves no descriptor open, and an unknown processor is reported."""
     before = os.listdir("/proc/self/fd")
     kernel.write_protecting_userfaultfd()
     assert os.listdir("/proc/self/fd") == before

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sockets that only their owner may connect to."""
+"""Sockets to which only their owner may connect."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ def path() -> Iterator[str]:
         yield os.path.join(folder, "s")
 
 
-def test_sockets_are_private(path: str, umask: None) -> None:
-    """INV-NEW-PRIVATE: a socket is 0600 whatever the umask, replaces an old one, and leaves the umask alone."""
+def test_a_socket_is_private(path: str, umask: None) -> None:
+    """INV-NEW-PRIVATE: a socket has mode 0600 whatever the umask, replaces an old one, and does not change the
+    umask."""
     bind_private(path).close()
     with bind_private(path) as listener, socket.socket(socket.AF_UNIX) as client:
         assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
@@ -31,8 +32,8 @@ def test_sockets_are_private(path: str, umask: None) -> None:
         listener.accept()[0].close()
 
 
-def test_never_wider(path: str, umask: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """INV-NEW-PRIVATE: when its name appears, a socket has no more rights than it keeps."""
+def test_a_socket_never_has_more_rights(path: str, umask: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """INV-NEW-PRIVATE: when its name appears, a socket already has only its final rights."""
     seen: list[int] = []
 
     class Watched(socket.socket):
@@ -46,6 +47,6 @@ def test_never_wider(path: str, umask: None, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_socket_that_cannot_be_made_is_closed(tmp_path: Path) -> None:
-    """A folder that is not there is an OSError, and nothing is left open (warnings are errors)."""
+    """A missing folder is an OSError, and nothing is left open (warnings are errors)."""
     with pytest.raises(FileNotFoundError):
         bind_private(str(tmp_path / "no" / "s"))

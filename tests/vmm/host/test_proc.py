@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes by number and start time, detached starts, and locks that die with their holder."""
+"""Processes by number and start time, detached starts, and locks that end with their holder."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from vmm.host.proc import Lock, ProcessRef, command_words, is_locked, locked, ma
 from vmm.model.errors import InUse, VmmError
 
 
-def test_a_number_alone_means_nothing() -> None:
-    """A process is alive only with its start time; its notes come back as itself, garbage as nothing."""
+def test_a_process_is_identified_by_number_and_start() -> None:
+    """A process is alive only if its start time matches, too; a note of it reads back as the same process, garbage as
+    none."""
     process = subprocess.Popen(["sleep", "60"])
     try:
         ref = ProcessRef.of(process.pid)
@@ -28,7 +29,7 @@ def test_a_number_alone_means_nothing() -> None:
         assert not other.is_alive() and not other.send(signal.SIGKILL) and other.open_pidfd() is None
         assert not ref.wait(0.01)
         ref.kill()
-        assert not ref.is_alive()  # a zombie is dead
+        assert not ref.is_alive()  # a zombie counts as dead
     finally:
         process.kill()
         process.wait()
@@ -37,8 +38,8 @@ def test_a_number_alone_means_nothing() -> None:
         assert ProcessRef.from_document(document) is None
 
 
-def test_words_of_a_process_that_has_just_begun() -> None:
-    """Whoever looks between the start of a program and its first instruction sees its words; the dead have none."""
+def test_the_command_line_of_a_new_process() -> None:
+    """It is readable between the start of a program and its first instruction; a dead process has none."""
     for number in range(50):
         with subprocess.Popen(["sleep", f"{1000 + number}"]) as process:
             words = command_words(process.pid)
@@ -50,8 +51,8 @@ def test_words_of_a_process_that_has_just_begun() -> None:
     assert command_words(process.pid) == []
 
 
-def test_end_asks_first() -> None:
-    """A process that obeys is not killed; one that does not is."""
+def test_ending_a_process_asks_first() -> None:
+    """A process that obeys is not killed; one that does not obey is."""
     for trap, code, seconds in (("exit 7", 7, 60.0), (":", -9, 0.1)):
         program = ["/bin/sh", "-c", f"trap '{trap}' TERM; echo ready; while :; do sleep 0.01; done"]
         process = subprocess.Popen(program, stdout=subprocess.PIPE)
@@ -63,8 +64,8 @@ def test_end_asks_first() -> None:
         process.stdout.close()
 
 
-def test_detached(tmp_path: Path) -> None:
-    """A session of its own, nothing to read, what it says in the log, and just the descriptors that it was given."""
+def test_a_detached_process(tmp_path: Path) -> None:
+    """It has its own session, no input, its output in the log, and just the descriptors that it was given."""
     log = tmp_path / "log"
     reading, writing = os.pipe()
     os.set_inheritable(reading, True)
@@ -82,8 +83,8 @@ def test_detached(tmp_path: Path) -> None:
         spawn_detached(["/absent/program"], log_path=str(log))
 
 
-def test_locks_die_with_their_holder(tmp_path: Path) -> None:
-    """One holder at a time; kill -9 gives it back; a folder that was made anew has another lock."""
+def test_locks_end_with_their_holder(tmp_path: Path) -> None:
+    """One holder at a time; kill -9 releases the lock; a folder that was replaced has another lock."""
     path = str(tmp_path / "lock")
     lock = Lock(path)
     assert lock.try_take() and is_locked(path) and not Lock(path).try_take()
@@ -102,8 +103,8 @@ def test_locks_die_with_their_holder(tmp_path: Path) -> None:
     assert Lock(path).try_take()
 
 
-def test_a_link_is_no_lock(tmp_path: Path) -> None:
-    """A link where the lock should be is not followed."""
+def test_a_link_in_place_of_a_lock(tmp_path: Path) -> None:
+    """A link with the name of the lock is not followed."""
     (tmp_path / "lock").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(OSError, match=r"symbolic|loop|Too many"):
         Lock(str(tmp_path / "lock")).try_take()
@@ -111,14 +112,14 @@ def test_a_link_is_no_lock(tmp_path: Path) -> None:
 
 
 def test_one_command_for_a_machine(tmp_path: Path) -> None:
-    """The second is told so, with the machine's name."""
+    """The second command is refused with the machine's name."""
     first, second = machine_lock(str(tmp_path), "web"), machine_lock(str(tmp_path), "web")
     with first, pytest.raises(InUse, match="web: another vmm command"), second:
         pass
 
 
-def test_a_block_waits_for_its_turn(tmp_path: Path) -> None:
-    """Of two blocks with one path the second begins when the first has ended, whatever it ended by."""
+def test_blocks_with_one_path_run_one_after_another(tmp_path: Path) -> None:
+    """Of two blocks with one path the second begins when the first has ended, in whatever way."""
     path, order = str(tmp_path / "lock"), []
 
     def second() -> None:

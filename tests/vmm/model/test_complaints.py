@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is wrong with settings is said in our words, whatever the checker calls it."""
+"""Wrong settings are reported in our words, whatever the checker's words are."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _THEIR_WORDS = ("Input should", "Extra inputs", "Field required", "permitted", "
     ],
 )
 def test_wrong_settings_of_a_machine(settings: dict[str, Any], words: str) -> None:
-    """Each names the setting, and what it may be."""
+    """Each message names the setting, and its allowed values."""
     with pytest.raises(InvalidSpec) as caught:
         make_spec(**{"name": "web", **settings})
     assert words in caught.value.problem
@@ -47,7 +47,7 @@ def test_wrong_settings_of_a_machine(settings: dict[str, Any], words: str) -> No
 
 
 def test_wrong_settings_of_anything_else() -> None:
-    """Disks, adapters, switches, and a definition that somebody edited."""
+    """Disks, adapters, switches, and a definition that was edited by hand."""
     with pytest.raises(InvalidSpec, match="unit: must be 0 or more"):
         make_disk(id="disk-0", path="/x", unit=-1)
     with pytest.raises(InvalidSpec, match="queues: must be 8 or less"):
@@ -59,14 +59,14 @@ def test_wrong_settings_of_anything_else() -> None:
 
 
 @pytest.mark.parametrize("kind", get_args(ErrorType))
-def test_every_kind_of_complaint(kind: str) -> None:
-    """There is a sentence for whatever the checker may ever say, and none of its words reaches people."""
+def test_every_kind_of_error_has_a_message(kind: str) -> None:
+    """Each error that the checker can raise has a message of ours, without any of its words."""
 
     class Complaint:
-        """As the checker raises it, at its briefest."""
+        """An error of the checker, at its shortest."""
 
         def errors(self, *, include_url: bool) -> list[dict[str, object]]:
-            """Its one complaint."""
+            """Its only entry."""
             words = (
                 "Value error, cannot be" if kind in ("value_error", "assertion_error") else "Input should be valid "
             )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors: their words, their exit codes, and their way across a socket."""
+"""Errors: their messages, their exit codes, and how they are sent over a socket."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ ALL = [kind for kind in vars(errors).values() if isinstance(kind, type) and issu
 
 
 def test_one_line_with_machine_path_and_hint() -> None:
-    """The sentence names machine, path and what to do; control characters cannot break the line."""
+    """The message names machine, path and what to do; control characters cannot break the line."""
     error = WrongState("is\nrunning", machine="web", path="/x", hint="stop it: vmm stop web")
     assert str(error) == r"web: /x: is\nrunning (stop it: vmm stop web)"
 
 
 @pytest.mark.parametrize("kind", ALL)
-def test_crosses_a_socket(kind: type[VmmError]) -> None:
-    """Every class comes back as itself, with its words and its code."""
+def test_errors_cross_a_socket(kind: type[VmmError]) -> None:
+    """Every class is restored, with its message and its code."""
     sent = kind("problem", machine="web", hint="do it")
     back = from_document(json.loads(json.dumps(to_document(sent))))
     assert type(back) is kind
@@ -37,20 +37,20 @@ def test_crosses_a_socket(kind: type[VmmError]) -> None:
 
 @pytest.mark.parametrize("document", [{}, {"kind": "VmmNothing"}, {"kind": "of_os_error"}, {"kind": 5, "problem": ""}])
 def test_unknown_kinds_are_plain_errors(document: dict[str, object]) -> None:
-    """What a newer or broken peer sends is an error of the base class, not a crash."""
+    """An error from a newer or broken peer is of the base class, not a crash."""
     assert type(from_document(document)) is VmmError
 
 
 def test_system_errors_keep_their_meaning() -> None:
-    """ENOENT, EBUSY, ENOSPC become the classes a caller can tell apart; the file is named."""
+    """ENOENT, EBUSY and ENOSPC become the classes that a caller can distinguish; the message names the file."""
     assert isinstance(of_os_error(FileNotFoundError(errno.ENOENT, "no", "/x"), "read"), NotFound)
     assert isinstance(of_os_error(OSError(errno.EBUSY, "busy"), "open", path="/x"), InUse)
     assert isinstance(of_os_error(OSError(errno.ENOSPC, "full"), "write"), NoSpace)
     assert str(of_os_error(FileNotFoundError(errno.ENOENT, "gone", "/x"), "read")) == "/x: could not read: gone"
 
 
-def test_hints_name_no_option_that_vmm_does_not_have() -> None:
-    """An option of vhdkit's beside a whole command of vhdkit's is said in vmm's words; the command stays."""
+def test_hints_name_only_options_of_vmm() -> None:
+    """An option of vhdkit next to a whole command of vhdkit is replaced by vmm's words; the command stays."""
     said = (
         "name the folder that the parent is in with --allow-parent-dir FOLDER, or repoint it:"
         " vhdkit rebase a.avhd --parent PARENT"
@@ -64,7 +64,7 @@ def test_hints_name_no_option_that_vmm_does_not_have() -> None:
 
 
 def _texts(node: ast.AST) -> Iterator[str]:
-    """The text constants in an expression; X stands for what an f-string puts in."""
+    """The text constants in an expression; X stands for the values of an f-string."""
     for part in ast.walk(node):
         if isinstance(part, ast.JoinedStr):
             yield "".join(str(one.value) if isinstance(one, ast.Constant) else "X" for one in part.values)
@@ -73,7 +73,7 @@ def _texts(node: ast.AST) -> Iterator[str]:
 
 
 def _hints() -> set[str]:
-    """Every hint that the library may give, from its source."""
+    """Every hint that the library may give, collected from its source."""
     found: set[str] = set()
     for path in sorted((ROOT / "vhdkit").rglob("*.py")):
         if "cli" in path.parts:
@@ -98,17 +98,17 @@ def _options(command: click.Command) -> set[str]:
     return own
 
 
-def test_no_hint_of_the_library_names_what_vmm_does_not_have() -> None:
-    """Whatever vhdkit advises, vmm's words have no option and no verb but vmm's own and whole commands of vhdkit's."""
+def test_all_hints_of_the_library_fit_vmm() -> None:
+    """Whatever vhdkit advises, vmm's version names only vmm's options and verbs, and whole commands of vhdkit."""
     hints = _hints()
     assert len(hints) > 80 and any("--allow-parent-dir" in hint for hint in hints)
-    known, told = _options(vmm_command), 0
+    known, checked = _options(vmm_command), 0
     for hint in hints:
         ours = errors.hint_of_vhdkit(hint)
         if ours is None:
             continue
-        told += 1
+        checked += 1
         alone = re.sub(r"`?vhdkit (?!for )[a-z]+[^`;]*`?", "", ours)
         assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", alone)) <= known, (hint, ours)
         assert not re.search(r"`(?!vmm |vhdkit |chmod )[a-z-]+`", ours), (hint, ours)
-    assert told > 40
+    assert checked > 40

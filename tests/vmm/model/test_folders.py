@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders that are given to an object hold for what is done on its behalf, and for nothing else."""
+"""Folders that are given to an object apply to what is done on its behalf, and to nothing else."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def environment(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_environment_is_the_default(short_path: Path) -> None:
-    """A manager without folders of its own works with those of the environment, at each call."""
+    """A manager without its own folders works with those of the environment, at each call."""
     registry.add(make_spec(name="web"))
     assert vmm.Manager().names() == ["web"] and paths.runtime_home() == str(short_path / "usual-run")
 
 
 def test_two_managers_side_by_side(short_path: Path) -> None:
-    """Each sees its own machines, and so do the objects that it hands out."""
+    """Each manager sees its own machines, and so do the objects that it returns."""
     one, two = (
         vmm.Manager(home=short_path / "one"),
         vmm.Manager(home=str(short_path / "two"), runtime=short_path / "run"),
@@ -54,8 +54,8 @@ def test_two_managers_side_by_side(short_path: Path) -> None:
     assert one.names() == [] and in_use() == Folders()
 
 
-def test_they_hold_in_one_thread(short_path: Path) -> None:
-    """What one thread works with is not what another works with."""
+def test_folders_apply_to_one_thread(short_path: Path) -> None:
+    """The folders of one thread are not those of another."""
     seen: list[str] = []
     with Folders.given(home=short_path / "one").used():
         other = threading.Thread(target=lambda: seen.append(paths.home()))
@@ -65,15 +65,16 @@ def test_they_hold_in_one_thread(short_path: Path) -> None:
     assert seen == [str(short_path / "usual")] and paths.home() == str(short_path / "usual")
 
 
-def test_an_error_ends_their_use(short_path: Path) -> None:
-    """A call that fails leaves nothing behind."""
+def test_folders_end_with_an_error(short_path: Path) -> None:
+    """A call that fails leaves no folders behind."""
     with pytest.raises(vmm.NotFound):
         vmm.Manager(home=short_path / "one").show("web")
     assert in_use() == Folders()
 
 
-def test_processes_get_them(short_path: Path) -> None:
-    """A process that is started meanwhile works with the same folders; one not given is what the environment says."""
+def test_processes_inherit_the_folders(short_path: Path) -> None:
+    """A process started during the call works with the same folders; a folder that was not given comes from the
+    environment."""
     with Folders.given(home=short_path / "one").used():
         found = python_environment()
         assert found["VMM_HOME"] == str(short_path / "one") and found["VMM_RUNTIME"] == os.environ["VMM_RUNTIME"]
@@ -81,14 +82,14 @@ def test_processes_get_them(short_path: Path) -> None:
     assert python_environment()["VMM_HOME"] == os.environ["VMM_HOME"]
 
 
-def test_a_manager_made_on_behalf_of_another_has_its_folders(short_path: Path) -> None:
-    """Code that makes a manager of its own inside a call works with the folders of that call."""
+def test_a_manager_made_inside_a_call_has_its_folders(short_path: Path) -> None:
+    """Code that makes a manager inside a call works with the folders of that call."""
     with Folders.given(home=short_path / "one", runtime=short_path / "run").used():
         inner = vmm.Manager(runtime=short_path / "other")
     assert inner.folders == Folders(str(short_path / "one"), str(short_path / "other"))
 
 
-def test_no_public_method_forgets_them(short_path: Path) -> None:
+def test_every_public_method_uses_the_folders(short_path: Path) -> None:
     """Every public method of a class runs with its folders, and a generator, whose body runs later, is refused."""
 
     @uses_own_folders
@@ -96,10 +97,10 @@ def test_no_public_method_forgets_them(short_path: Path) -> None:
         folders = Folders(home=str(short_path / "one"))
 
         def home(self) -> str:
-            """Where it works."""
+            """The home that it works with."""
             return paths.home()
 
-    assert Reader().home() == str(short_path / "one") and Reader.home.__doc__ == "Where it works."
+    assert Reader().home() == str(short_path / "one") and Reader.home.__doc__ == "The home that it works with."
     for public in (vmm.Manager, vmm.MachineSnapshots, vmm.GuestAccess):
         names = [name for name, one in vars(public).items() if callable(one) and not name.startswith("_")]
         assert names and all(hasattr(getattr(public, name), "__wrapped__") for name in names)
@@ -115,7 +116,7 @@ def test_no_public_method_forgets_them(short_path: Path) -> None:
 
 
 @pytest.mark.kvm
-def test_a_machine_runs_with_them(short_path: Path) -> None:
+def test_a_machine_runs_with_its_managers_folders(short_path: Path) -> None:
     """Its processes work with the folders of the manager that started it, whatever the environment says."""
     runtime = Path(tempfile.mkdtemp(prefix="vmmt-", dir="/tmp"))  # a short name: sockets lie in there
     runtime.chmod(0o711)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where things lie, and that a runtime folder is private."""
+"""Where files lie, and that a runtime folder is private."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ ID = "01234567-89ab-cdef-0123-456789abcdef"
 
 @pytest.fixture(autouse=True)
 def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A home of the test's own."""
+    """A home for this test."""
     monkeypatch.setenv("VMM_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("VMM_RUNTIME", "/tmp/vmm-test-run")
 
 
 def test_homes_by_user(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Root has the system's folders, everybody else the user's own, as XDG says."""
+    """Root has the system's folders, other users their own, as XDG specifies."""
     for name in ("VMM_HOME", "VMM_RUNTIME", "XDG_DATA_HOME", "XDG_RUNTIME_DIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", "/home/me")
@@ -41,21 +41,21 @@ def test_runtime_folder_is_named_by_the_id() -> None:
 
 
 @pytest.mark.parametrize("machine_id", ["", "../../../../etc", "zzz", ID.upper(), ID + "\n", ID.replace("-", "/")])
-def test_what_is_no_id_leads_nowhere(machine_id: str) -> None:
-    """A runtime folder is removed with all in it, so an id that was edited by hand never leads to another folder."""
+def test_a_malformed_id_has_no_runtime_folder(machine_id: str) -> None:
+    """A runtime folder is removed with everything in it, so an id edited by hand must never lead to another folder."""
     with pytest.raises(InvalidSpec, match="not the id"):
         paths.runtime_of(machine_id)
 
 
-def test_too_long_for_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runtime_homes_too_long_for_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
     """A runtime home in which sockets could not be bound is refused with what to set."""
     monkeypatch.setenv("VMM_RUNTIME", "/" + "x" * 90)
     with pytest.raises(InvalidSpec, match="VMM_RUNTIME"):
         paths.runtime_of(ID)
 
 
-def test_private_folder_is_made_and_tightened(tmp_path: Path) -> None:
-    """It is 0700 whatever the umask was, also when it was there with wider rights."""
+def test_a_private_folder_is_made_or_tightened(tmp_path: Path) -> None:
+    """It has mode 0700 whatever the umask, even if it existed with wider rights."""
     folder = tmp_path / "a" / "b"
     paths.make_private(str(folder))
     folder.chmod(0o755)
@@ -64,7 +64,7 @@ def test_private_folder_is_made_and_tightened(tmp_path: Path) -> None:
 
 
 def test_planted_folders_are_refused(tmp_path: Path) -> None:
-    """A link, a file, or a folder of somebody else where our folder should be is refused."""
+    """A link, a file, or another user's folder in the place of our folder is refused."""
     (tmp_path / "target").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "target")
     (tmp_path / "file").write_text("")
@@ -77,8 +77,9 @@ def test_planted_folders_are_refused(tmp_path: Path) -> None:
             paths.make_private(str(tmp_path / "target"))
 
 
-def test_default_folders_are_set_and_unset(tmp_path: Path) -> None:
-    """A folder that was set is there in the next command; None goes back; unknown keys and no folders are refused."""
+def test_default_folders_are_set_and_reset(tmp_path: Path) -> None:
+    """A folder that was set is used by the next command; None resets it; unknown keys and paths that are not folders
+    are refused."""
     assert paths.default_folders()["disks"] == str(tmp_path / "home" / "disks")
     paths.set_default_folder("disks", str(tmp_path))
     assert paths.default_folders()["disks"] == str(tmp_path)
@@ -91,7 +92,7 @@ def test_default_folders_are_set_and_unset(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"paths": 5}', "\xff"])
-def test_damaged_settings_say_so(tmp_path: Path, text: str) -> None:
+def test_damaged_settings_are_reported(tmp_path: Path, text: str) -> None:
     """A damaged host.json is one clear error with its path."""
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "host.json").write_text(text)
@@ -99,8 +100,8 @@ def test_damaged_settings_say_so(tmp_path: Path, text: str) -> None:
         paths.default_folders()
 
 
-def test_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    """A failed write leaves the old file and nothing else; the file is ours alone."""
+def test_a_file_is_written_completely_or_not_at_all(tmp_path: Path) -> None:
+    """A failed write leaves the old file and nothing else; only we can read the file."""
     target = tmp_path / "file"
     paths.write_whole(str(target), b"old")
     assert stat.S_IMODE(target.stat().st_mode) == 0o600

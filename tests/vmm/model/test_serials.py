@@ -15,7 +15,7 @@ from vmm.model.serials import ATTRIBUTE, kept_serial, serial_of_device
 
 
 def serial(manager: vmm.Manager, name: str, disk: str) -> str:
-    """That of a disk in the definition."""
+    """The serial of a disk in the definition."""
     spec = manager.show(name).spec
     assert spec is not None
     found = spec.disk(disk)
@@ -23,8 +23,8 @@ def serial(manager: vmm.Manager, name: str, disk: str) -> str:
     return found.serial
 
 
-def test_it_stays_with_the_image(machines: Machines) -> None:
-    """A disk that is removed and added again keeps its serial, in another machine and after a snapshot, too."""
+def test_the_serial_stays_with_the_image(machines: Machines) -> None:
+    """A disk that is removed and added again keeps its serial, also in another machine and after a snapshot."""
     machines.create(disks=1)
     manager, data = vmm.Manager(), machines.disk("data.vhd")
     first = manager.add_disk("web", vmm.DiskRequest(str(data))).serial
@@ -40,8 +40,8 @@ def test_it_stays_with_the_image(machines: Machines) -> None:
     assert serial(manager, "third", "disk-0") == first
 
 
-def test_what_is_said_counts(machines: Machines) -> None:
-    """`serial=` overrides what the image bears, and is what it bears from then on."""
+def test_a_given_serial_is_used(machines: Machines) -> None:
+    """`serial=` overrides the serial recorded on the image, and is recorded there from then on."""
     machines.create(disks=1)
     manager, data = vmm.Manager(), machines.disk("data.vhd")
     manager.add_disk("web", vmm.DiskRequest(str(data)))
@@ -51,8 +51,8 @@ def test_what_is_said_counts(machines: Machines) -> None:
     assert manager.add_disk("web", vmm.DiskRequest(str(data))).serial == "CHOSEN"
 
 
-def test_no_serial_is_there_twice(machines: Machines) -> None:
-    """A copy that bears the serial of a disk of the same machine gets another."""
+def test_serials_are_unique_in_a_machine(machines: Machines) -> None:
+    """A copy with the serial of another disk of the same machine gets a new one."""
     machines.create(disks=1)
     manager, data, copy = vmm.Manager(), machines.disk("data.vhd"), machines.folder / "copy.vhd"
     first = manager.add_disk("web", vmm.DiskRequest(str(data))).serial
@@ -62,8 +62,8 @@ def test_no_serial_is_there_twice(machines: Machines) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"x" * 21, b"a b", b"\xff", b"a\nb", b"x,y=z"])
-def test_what_is_no_serial_is_not_believed(tmp_path: Path, content: bytes) -> None:
-    """Whoever may write an image may write this, so anything else than a serial is as good as none."""
+def test_a_malformed_serial_is_ignored(tmp_path: Path, content: bytes) -> None:
+    """Every user who may write to an image may write its attribute, so a malformed serial counts as none."""
     path = tmp_path / "a.vhd"
     path.touch()
     assert kept_serial(str(path), ()) is None
@@ -73,8 +73,8 @@ def test_what_is_no_serial_is_not_believed(tmp_path: Path, content: bytes) -> No
     assert (kept_serial(str(path), ()), kept_serial(str(path), ["GOOD"])) == ("GOOD", None)
 
 
-def test_a_device_has_one_of_its_own() -> None:
-    """The same device or LUN has the same serial whenever it is given; one that is not known has none."""
+def test_the_serial_of_a_device() -> None:
+    """The same device or LUN always gets the same serial; one without an identity has none."""
     one = serial_of_device("wwn=0x5000c500a1b2c3d4", ())
     assert one == serial_of_device("wwn=0x5000c500a1b2c3d4", ["OTHER"]) and one is not None and len(one) == 20
     assert one != serial_of_device("wwn=0x5000c500a1b2c3d5", ())

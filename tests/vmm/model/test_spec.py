@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A machine's definition: what can be, what cannot, and how it is written down."""
+"""A machine's definition: what is valid, what is not, and how it is stored."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ def disk(number: int = 0, **settings: Any) -> dict[str, Any]:
 
 
 def test_defaults_make_a_machine() -> None:
-    """A name is enough; each machine gets an id of its own."""
+    """A name is enough; each machine gets a unique id."""
     one, two = make_spec(name="web"), make_spec(name="web")
     assert one.id != two.id
     assert one.automatic.stop == "save"
 
 
-def test_written_down_and_read_back() -> None:
-    """What is stored is readable JSON and reads as the same machine."""
+def test_a_definition_reads_back() -> None:
+    """The stored form is readable JSON and reads back as the same machine."""
     spec = make_spec(name="Web server 1", disks=[disk(0), disk(1, read_only=True)], adapters=[{"id": "nic-0"}])
     assert read_spec(spec.to_json(), "x") == spec
     assert json.loads(spec.to_json())["disks"][1]["read_only"] is True
 
 
-def test_the_kind_of_an_image_does_not_say_its_format() -> None:
-    """An image is written with the kind "vhd" whatever its format is, also a raw one; what is read is the same."""
+def test_the_kind_of_an_image_does_not_depend_on_its_format() -> None:
+    """An image is written with the kind "vhd" whatever its format, even a raw one, and reads back the same."""
     spec = make_spec(name="web", disks=[disk(0, format="raw"), disk(1, kind="iso", path=None)])
     assert [one.is_image for one in spec.disks] == [True, False]
     written = json.loads(spec.to_json())["disks"]
@@ -48,14 +48,14 @@ def test_the_kind_of_an_image_does_not_say_its_format() -> None:
     ["", " ", ".hidden", "-x", "a/b", "..", "a\nb", "a\0b", "x" * 65, "a ", " a", "end.", "ü" * 65, "\x1b[31m", "_a"],
 )
 def test_bad_names(name: str) -> None:
-    """A name is a folder's name and a word on command lines."""
+    """A name must be valid as a folder's name and as an argument of a command."""
     with pytest.raises(InvalidSpec, match="cannot be the name of a machine"):
         make_spec(name=name)
 
 
 @pytest.mark.parametrize("name", ["a", "web-1", "Büro 2", "x" * 64, "a.b_c"])
 def test_good_names(name: str) -> None:
-    """Letters of any language, digits, space, dot, underscore, hyphen."""
+    """Letters of any language, digits, space, dot, underscore and hyphen are allowed."""
     assert make_spec(name=name).name == name
 
 
@@ -92,16 +92,16 @@ def test_good_names(name: str) -> None:
         ({"automatic": {"stop": "pull the plug"}}, r"automatic\.stop"),
     ],
 )
-def test_what_cannot_be(settings: dict[str, Any], words: str) -> None:
-    """Every limit is refused with the setting and the reason, in one line."""
+def test_impossible_settings(settings: dict[str, Any], words: str) -> None:
+    """A setting beyond its limit is refused with its name and the reason, in one line."""
     with pytest.raises(InvalidSpec, match=words) as caught:
         make_spec(name="web", **settings)
     assert "\n" not in str(caught.value)
     assert caught.value.machine == "web"
 
 
-def test_changes_are_looked_at_like_everything() -> None:
-    """A change gives a new machine or an error; the old one stays as it is."""
+def test_changes_are_checked() -> None:
+    """A change gives a new machine or an error; the old one is not modified."""
     spec = make_spec(name="web", disks=[disk(0)])
     assert spec.changed(cpu_count=2).cpu_count == 2
     bigger = spec.changed(disks=[*spec.disks, make_disk(id="disk-1", path="/d", unit=1)])
@@ -115,15 +115,15 @@ def test_changes_are_looked_at_like_everything() -> None:
     "content",
     [b"", b"{", b"[]", b"5", b"\xff", b"null", b"[" * 100000, b'{"name": 5}', b'{"name": "web", "extra": 1}'],
 )
-def test_no_definition_is_a_clear_error(content: bytes) -> None:
+def test_malformed_definitions_are_clear_errors(content: bytes) -> None:
     """Whatever is in the file, it is a machine or an InvalidSpec with the path."""
     with pytest.raises(InvalidSpec, match="not a machine definition") as caught:
         read_spec(content, "/m/machine.json")
     assert caught.value.path == "/m/machine.json"
 
 
-def test_newer_schema_is_refused() -> None:
-    """A definition of a newer vmm is not half understood."""
+def test_a_newer_schema_is_refused() -> None:
+    """A definition of a newer vmm is not interpreted in part."""
     with pytest.raises(InvalidSpec, match="newer vmm"):
         read_spec(b'{"schema_version": 2, "name": "web"}', "x")
 
@@ -137,7 +137,7 @@ def test_any_bytes(content: bytes) -> None:
 
 @pytest.mark.parametrize("controller", list(UNITS))
 def test_free_places_until_all_are_taken(controller: Controller) -> None:
-    """Places are given out in order, each once, and the end is a clear error."""
+    """Places are assigned in order, each once, and the end is a clear error."""
     controllers, units = UNITS[controller]
     spec = make_spec(name="web", kernel="/k")
     for number in range(controllers * units):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a command that was killed left half made goes with the next one, and nothing that may be somebody's."""
+"""What a killed command left unfinished is removed by the next one, but nothing that may belong to others."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def dies(call: str, work: str) -> None:
 
 
 def half_written(folder: Path) -> Path:
-    """What a process that was killed while it wrote a file left."""
+    """The file left by a process that was killed while it wrote it."""
     dies(
         "rename", f"from vmm.model.paths import write_whole; write_whole({str(folder / 'snapshots.json')!r}, b'half')"
     )
@@ -41,14 +41,14 @@ def half_written(folder: Path) -> Path:
 
 
 def named(path: Path, number: int, word: str) -> Path:
-    """The same file with another word for its maker."""
+    """The same file with another maker in its name."""
     words = path.name.removeprefix(".").split("-")
     words[number] = word
     return path.rename(path.with_name("." + "-".join(words)))
 
 
-def test_a_file_that_was_half_written(tmp_path: Path) -> None:
-    """The next file that is written in the folder takes it away, and not one that a living process writes."""
+def test_an_unfinished_file_is_removed(tmp_path: Path) -> None:
+    """The next command that writes a file in the folder removes it, but not one that a living process writes."""
     left = half_written(tmp_path)
     living = Path(unfinished.part_of(str(tmp_path / "other.json")))
     living.write_bytes(b"mine")
@@ -57,16 +57,16 @@ def test_a_file_that_was_half_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("number", "word"), [(1, "1"), (2, "0"), (2, "99999999999")])
-def test_a_maker_that_is_not_to_be_known(tmp_path: Path, number: int, word: str) -> None:
-    """Of another namespace of processes, and of numbers that are none, nobody knows who lives."""
+def test_files_of_an_unknown_maker_stay(tmp_path: Path, number: int, word: str) -> None:
+    """It cannot be known whether a maker in another process namespace, or with a malformed number, is alive."""
     left = named(half_written(tmp_path), number, word)
     unfinished.sweep(str(tmp_path))
     assert left.exists()
 
 
 @pytest.mark.parametrize("is_local", [True, False])
-def test_another_boot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_local: bool) -> None:
-    """What is left from before a restart goes from a local file system; elsewhere it may be another host's."""
+def test_files_from_an_earlier_boot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_local: bool) -> None:
+    """Leftovers from before a restart are removed from a local file system; elsewhere they may be another host's."""
     left = named(half_written(tmp_path), 0, "0123456789ab")
     monkeypatch.setattr("vhdkit.maker._is_local", lambda device: is_local)
     monkeypatch.setattr("vhdkit.maker._booted_unix_seconds", lambda: float("inf"))
@@ -74,15 +74,15 @@ def test_another_boot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_local:
     assert left.exists() is not is_local
 
 
-def test_a_number_that_another_process_has(tmp_path: Path) -> None:
-    """A process of the same number that began at another time is not the maker."""
+def test_a_process_with_the_same_number_is_not_the_maker(tmp_path: Path) -> None:
+    """A process with the same number that began at another time is not the maker."""
     left = named(half_written(tmp_path), 2, str(os.getpid()))
     unfinished.sweep(str(tmp_path))
     assert not left.exists()
 
 
-def test_what_is_somebody_elses(tmp_path: Path) -> None:
-    """Another user's file stays, and so does what a link leads to, and a folder where only files are cleared up."""
+def test_foreign_files_stay(tmp_path: Path) -> None:
+    """Another user's file stays, and so do the target of a link, and a folder where only files are cleaned up."""
     left = half_written(tmp_path)
     precious = left.rename(tmp_path / "precious")
     left.symlink_to(precious)
@@ -103,10 +103,10 @@ _REMOVE = "from vmm.store import registry; held = registry.changing('web'); regi
 
 
 @pytest.mark.parametrize(("call", "work"), [("rename", _ADD), ("unlink", _REMOVE)])
-def test_a_machine_that_was_half_made_or_removed(
+def test_an_unfinished_machine_is_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, work: str
 ) -> None:
-    """Its hidden folder goes when the next machine is made, with all that is in it."""
+    """Its hidden folder is removed when the next machine is made, with everything in it."""
     monkeypatch.setenv("VMM_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("VMM_RUNTIME", "/tmp/vmm-test-run")
     machines = tmp_path / "home" / "machines"
@@ -119,8 +119,8 @@ def test_a_machine_that_was_half_made_or_removed(
     assert os.listdir(machines) == ["db"]
 
 
-def test_a_snapshot_that_was_half_written(tmp_path: Path) -> None:
-    """A snapshot's folder that holds nothing but such files is removed as a whole."""
+def test_an_unfinished_snapshot_is_removed(tmp_path: Path) -> None:
+    """A snapshot's folder that contains only such files is removed as a whole."""
     folder = tmp_path / "0123"
     folder.mkdir()
     half_written(folder)

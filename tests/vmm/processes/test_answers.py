@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a worker says is a value; what it should not say is an error."""
+"""A worker's answers become values; malformed ones are errors."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from vmm.processes.answers import Disconnected, MachineStatus, Started, understo
 from vmm.store.state import MachineState
 
 
-def test_a_status() -> None:
-    """What a worker of any version adds to it is left out, and what it does not say is None."""
+def test_reading_a_status() -> None:
+    """Unknown fields of a worker of another version are left out, and missing ones are None."""
     document = {"state": "paused-critical", "reason": "the disk is full", "worker_pid": 5, "qemu_pid": 6}
     assert MachineStatus.of_document(document) == MachineStatus(MachineState.CRITICAL, reason="the disk is full")
 
 
-def test_a_start() -> None:
+def test_reading_the_answer_to_a_start() -> None:
     """Each adapter without a switch is named with the reason; an older worker names none."""
     row = {"adapter": "nic-0", "switch": "lan", "problem": "there is no switch 'lan'"}
     expected = Started(MachineState.RUNNING, (Disconnected("nic-0", "lan", "there is no switch 'lan'"),))
@@ -27,8 +27,8 @@ def test_a_start() -> None:
 
 
 @pytest.mark.parametrize("answer", [None, [], {}, {"state": "asleep"}, {"state": 7}])
-def test_what_cannot_be_understood(answer: Any) -> None:
-    """It is an error that names the machine and says what helps."""
+def test_malformed_answers_are_errors(answer: Any) -> None:
+    """The error names the machine and says what helps."""
     for kind in (MachineStatus, Started):
         with (
             pytest.raises(VmmError, match=r"web: its worker's answer cannot be understood.*this version"),

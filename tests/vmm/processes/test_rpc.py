@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The worker's control socket: what is asked, what is answered, and what nobody can do to it."""
+"""The worker's control socket: requests, answers, and that clients cannot disturb it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vmm.processes.rpc import ControlClient, ControlServer, Progress, parameter
 
 
 class Server:
-    """A server on a thread of its own, with methods to be asked for."""
+    """A server in its own thread, with methods for tests."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -80,7 +80,8 @@ def server() -> Iterator[Server]:
 
 
 def test_results_errors_and_crashes(server: Server) -> None:
-    """A result comes back; an error of its class with machine and hint; a crash is told, and the server goes on."""
+    """A result is returned; an error has its class, machine and hint; a crash is reported, and the server
+    continues."""
     with ControlClient(server.path, machine="web") as client:
         assert client.call("echo", a=1, b=[None, "ü"]) == {"a": 1, "b": [None, "ü"]}
         with pytest.raises(InUse, match=r"web: is busy \(wait\)"):
@@ -94,15 +95,15 @@ def test_results_errors_and_crashes(server: Server) -> None:
 
 
 def test_progress_before_the_result(server: Server) -> None:
-    """Progress comes in its order, and counts as a sign of life."""
+    """Progress arrives in order, and counts as a sign of life."""
     steps: list[dict[str, Any]] = []
     with ControlClient(server.path) as client:
         assert client.call("slow", progress=steps.append, timeout_seconds=5) == "done"
     assert [step["done"] for step in steps] == [0, 1, 2]
 
 
-def test_who_asked_may_go(server: Server) -> None:
-    """What was asked for is done although nobody waits for the answer."""
+def test_a_client_may_disconnect(server: Server) -> None:
+    """A request is carried out even if no client waits for the answer."""
     with ControlClient(server.path) as client, pytest.raises(TimedOut, match="did not answer slow within"):
         client.call("slow", timeout_seconds=0.001)
     with ControlClient(server.path) as client:
@@ -123,7 +124,7 @@ def test_who_asked_may_go(server: Server) -> None:
     ],
 )
 def test_bad_requests(server: Server, raw: bytes, code: int) -> None:
-    """What is no request is answered with an error, and others are served on."""
+    """A malformed request is answered with an error, and others are still served."""
     with socket.socket(socket.AF_UNIX) as link:
         link.settimeout(10)
         link.connect(server.path)
@@ -136,14 +137,14 @@ def test_bad_requests(server: Server, raw: bytes, code: int) -> None:
         assert client.call("echo", x=1) == {"x": 1}
 
 
-def test_nobody_there(tmp_path: Path) -> None:
-    """No socket, and one that nobody listens on, are NotFound."""
+def test_no_server(tmp_path: Path) -> None:
+    """A missing socket, and one without a listener, are NotFound."""
     with pytest.raises(NotFound, match="no worker"):
         ControlClient(str(tmp_path / "absent"))
 
 
-def test_who_is_no_worker(tmp_path: Path) -> None:
-    """Garbage and a hang-up instead of an answer are clear errors."""
+def test_a_server_that_is_not_a_worker(tmp_path: Path) -> None:
+    """Garbage, and hanging up instead of an answer, are clear errors."""
     with tempfile.TemporaryDirectory(prefix="vmm-rpc-") as folder:
         path = os.path.join(folder, "s")
         with bind_private(path) as listener:
@@ -158,7 +159,7 @@ def test_who_is_no_worker(tmp_path: Path) -> None:
 
 
 def test_a_request_has_the_time_of_its_own_call(tmp_path: Path) -> None:
-    """A long request to a worker that reads slowly is given the whole time, whatever an earlier call had left."""
+    """A long request to a worker that reads slowly has its whole time, whatever an earlier call had left."""
     path = str(tmp_path / "c")
     asked: list[int] = []
 
@@ -176,22 +177,22 @@ def test_a_request_has_the_time_of_its_own_call(tmp_path: Path) -> None:
     server.start()
     with contextlib.closing(ControlClient(path)) as client:
         client.call("echo", text="")
-        client._socket.settimeout(0.001)  # as an answer in the last moment leaves it
+        client._socket.settimeout(0.001)  # as after an answer at the last moment
         client.call("echo", text="x" * (4 << 20))
     server.join()
     assert asked == [0, 4 << 20]
 
 
-def test_a_worker_that_does_not_read_is_late(tmp_path: Path) -> None:
-    """A request that is longer than the socket's buffer does not wait for ever."""
+def test_a_worker_that_does_not_read(tmp_path: Path) -> None:
+    """A request longer than the socket's buffer ends with a time-out."""
     with bind_private(str(tmp_path / "c")) as listener:
         listener.listen()
         with contextlib.closing(ControlClient(str(tmp_path / "c"))) as client, pytest.raises(TimedOut):
             client.call("echo", timeout_seconds=0.05, text="x" * (4 << 20))
 
 
-def test_parameters_are_looked_at() -> None:
-    """A parameter of another kind is refused; true is not a number."""
+def test_parameters_are_checked() -> None:
+    """A parameter of another type is refused; true is not a number."""
     assert parameter({"a": 1}, "a", int) == 1 and parameter({}, "a", int, 5) == 5
     wrong: tuple[object, ...] = ("1", True, [], 1.5)
     for value in wrong:
@@ -199,8 +200,8 @@ def test_parameters_are_looked_at() -> None:
             parameter({"a": value}, "a", int)
 
 
-def test_what_is_no_number_is_no_time() -> None:
-    """NaN, which Python's JSON and the command line take for a number, is refused: waiting for it would never end."""
+def test_nan_is_not_a_time() -> None:
+    """NaN, which Python's JSON and the command line accept as a number, is refused: waiting for it would never end."""
     with pytest.raises(InvalidSpec, match="'seconds' is not a number"):
         parameter({"seconds": float("nan")}, "seconds", int | float)
     assert parameter({"seconds": 0.5}, "seconds", int | float) == 0.5

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the supervisor makes of a disks' server that ended."""
+"""What the supervisor does after a disk server has ended."""
 
 from __future__ import annotations
 
@@ -31,14 +31,17 @@ from vmm.processes.supervisor import last_error_in
         ("", None, StoreFailed, "ended"),
     ],
 )
-def test_why_a_server_ended(tmp_path: Path, log: str, status: int | None, kind: type[VmmError], words: str) -> None:
-    """Its own words; without them what its end looked like, and a full file system is one even if it left none."""
+def test_why_a_disk_server_ended(
+    tmp_path: Path, log: str, status: int | None, kind: type[VmmError], words: str
+) -> None:
+    """Its own words give the reason; without them its exit status does, and a full file system is found even if it
+    wrote nothing."""
     (tmp_path / "log").write_text(log)
     error = from_document(last_error_in(str(tmp_path / "log"), status))
     assert type(error) is kind and words in str(error)
 
 
-def test_a_supervisor_that_comes_too_late(tmp_path: Path) -> None:
+def test_a_supervisor_that_starts_too_late(tmp_path: Path) -> None:
     """One that a dead worker had started leaves the folder of the machine's next start alone, and does not lock it."""
     runtime = RuntimePaths(str(tmp_path / "run"))
     (tmp_path / "run").mkdir()
@@ -48,8 +51,8 @@ def test_a_supervisor_that_comes_too_late(tmp_path: Path) -> None:
     assert os.listdir(runtime.folder) == [os.path.basename(runtime.running)]
 
 
-def test_a_lock_in_a_folder_that_was_made_anew(tmp_path: Path) -> None:
-    """A lock is no longer current when its folder was taken away, and not again when there is another."""
+def test_a_lock_in_a_folder_that_was_replaced(tmp_path: Path) -> None:
+    """A lock stops being valid when its folder is removed, and does not become valid again with a new folder."""
     folder = tmp_path / "run"
     folder.mkdir()
     lock = Lock(str(folder / "keeper.lock"))

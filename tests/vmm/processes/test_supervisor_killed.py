@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""kill -9 of every part of a running machine and of every set of them: the guest lives on, or the machine is off.
+"""kill -9 of every process of a running machine and of every set of them: the guest keeps running, or the machine is
+off.
 
-The guest counts aloud, so that it is seen to go on; what it had written is looked for in the chain afterwards.
+The guest prints its counter, which shows that it continues; its writes are looked for in the chain afterwards.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ SETS = [part for size in (1, 2, 3) for part in itertools.combinations(LOOKING_AF
 
 
 def kill(parts: tuple[str, ...], name: str = "small") -> dict[str, ProcessRef]:
-    """kill -9 of these parts at once."""
+    """kill -9 of these processes at once."""
     living = processes(name)
     victims = {part: living[part] for part in parts}
     for victim in victims.values():
@@ -49,7 +50,7 @@ def kill(parts: tuple[str, ...], name: str = "small") -> dict[str, ProcessRef]:
 
 
 def has_written(leaf: Path) -> bool:
-    """True when the guest's text stands in the chain, and the parent does not have it."""
+    """True if the guest's text is in the chain, but not in the parent."""
     at = boot_sector.WRITE_LBA * boot_sector.SECTOR
     with vhdkit.open_disk(leaf) as disk, vhdkit.open_disk(leaf.with_suffix(".vhd")) as base:
         text = boot_sector.WRITTEN_TEXT
@@ -64,8 +65,9 @@ def has_written(leaf: Path) -> bool:
     ],
     ids=lambda one: "+".join(one) if isinstance(one, tuple) else ("paused" if one else "running"),
 )
-def test_the_guest_lives_on(manager: Manager, tmp_path: Path, parts: tuple[str, ...], paused: bool) -> None:
-    """Whatever looks after it is killed comes back by itself or with the next command; QEMU stays the same one."""
+def test_the_guest_keeps_running(manager: Manager, tmp_path: Path, parts: tuple[str, ...], paused: bool) -> None:
+    """Processes that look after it are started again by each other or by the next command; QEMU stays the same
+    process."""
     leaf = make_machine(manager, tmp_path)
     manager.start("small")
     wait_counting(manager)
@@ -74,7 +76,7 @@ def test_the_guest_lives_on(manager: Manager, tmp_path: Path, parts: tuple[str, 
     qemu = processes()["qemu"]
     victims = kill(parts)
     if {"keeper", "worker"} <= set(parts):
-        manager.state("small")  # the next command brings them back
+        manager.state("small")  # the next command starts them again
     now = wait_whole(but=victims)
     assert now["qemu"] == qemu
     if paused:
@@ -90,8 +92,9 @@ def test_the_guest_lives_on(manager: Manager, tmp_path: Path, parts: tuple[str, 
     assert vhdkit.check(leaf) == []
 
 
-def test_killed_qemu_is_off(manager: Manager, tmp_path: Path) -> None:
-    """Without a recovery action the machine is off, its disks are free, nothing is left, and it starts again."""
+def test_a_machine_with_a_killed_qemu_is_off(manager: Manager, tmp_path: Path) -> None:
+    """Without a recovery action the machine is off, its disks are free, nothing is left, and it can be started
+    again."""
     leaf = make_machine(manager, tmp_path)
     manager.start("small")
     wait_counting(manager)
@@ -105,8 +108,8 @@ def test_killed_qemu_is_off(manager: Manager, tmp_path: Path) -> None:
     wait_counting(manager)
 
 
-def test_killed_qemu_recovers(manager: Manager, tmp_path: Path) -> None:
-    """With the recovery action `restart` another QEMU boots the guest; not for ever when it dies at once."""
+def test_a_killed_qemu_is_started_again(manager: Manager, tmp_path: Path) -> None:
+    """With the recovery action `restart` another QEMU boots the guest; not for ever if it dies at once."""
     make_machine(manager, tmp_path, automatic={"recovery": "restart"})
     manager.start("small")
     wait_counting(manager)
@@ -120,8 +123,8 @@ def test_killed_qemu_recovers(manager: Manager, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("parts", [("worker", "qemu"), ("keeper", "worker", "qemu")], ids="+".join)
-def test_qemu_dies_unseen(manager: Manager, tmp_path: Path, parts: tuple[str, ...]) -> None:
-    """A QEMU that died with its worker is noticed by the next one, or by the next command."""
+def test_a_qemu_that_dies_with_its_worker(manager: Manager, tmp_path: Path, parts: tuple[str, ...]) -> None:
+    """Its death is noticed by the next worker, or by the next command."""
     make_machine(manager, tmp_path)
     manager.start("small")
     wait_counting(manager)
@@ -134,8 +137,8 @@ def test_qemu_dies_unseen(manager: Manager, tmp_path: Path, parts: tuple[str, ..
 
 
 @pytest.mark.parametrize("folder_gone", [False, True], ids=["folder stays", "folder gone"])
-def test_host_goes_down(manager: Manager, tmp_path: Path, folder_gone: bool) -> None:
-    """Everything killed at once, as by a power cut, also with the runtime folder gone: off, and it starts."""
+def test_all_processes_are_killed(manager: Manager, tmp_path: Path, folder_gone: bool) -> None:
+    """As by a power cut, also with the runtime folder gone: the machine is off, and can be started."""
     leaf = make_machine(manager, tmp_path)
     manager.start("small")
     wait_counting(manager)
@@ -152,8 +155,8 @@ def test_host_goes_down(manager: Manager, tmp_path: Path, folder_gone: bool) -> 
     assert has_written(leaf)
 
 
-def test_a_change_after_the_host_went_down(manager: Manager, tmp_path: Path) -> None:
-    """The first command after everything was killed may be one that changes the machine: it does not wait in vain."""
+def test_a_change_after_all_processes_were_killed(manager: Manager, tmp_path: Path) -> None:
+    """The first command after that may be one that changes the machine: it does not wait in vain."""
     make_machine(manager, tmp_path)
     manager.start("small")
     runtime = MachineRef.of("small").runtime.folder
@@ -165,8 +168,8 @@ def test_a_change_after_the_host_went_down(manager: Manager, tmp_path: Path) -> 
     assert [(one.name, one.state) for one in manager.machines()] == [("other", MachineState.OFF)]
 
 
-def test_runtime_folder_is_taken_away(manager: Manager, tmp_path: Path) -> None:
-    """A supervisor whose runtime folder is gone does not go on starting workers that cannot work."""
+def test_the_runtime_folder_is_removed(manager: Manager, tmp_path: Path) -> None:
+    """A supervisor whose runtime folder is gone stops starting workers that cannot work."""
     make_machine(manager, tmp_path)
     manager.start("small")
     wait_counting(manager)
@@ -176,13 +179,13 @@ def test_runtime_folder_is_taken_away(manager: Manager, tmp_path: Path) -> None:
     for victim in kill_these:
         os.kill(victim.pid, 9)
     wait_until(lambda: not living["keeper"].is_alive() and not living["server"].is_alive(), "both end")
-    assert manager.state("small") in (MachineState.OFF, MachineState.SAVED)  # whichever was quicker
+    assert manager.state("small") in (MachineState.OFF, MachineState.SAVED)  # whichever was faster
     manager.start("small")
     wait_counting(manager)
 
 
-def test_runtime_folder_goes(manager: Manager, tmp_path: Path) -> None:
-    """Nobody could reach the machine any more, nor end it: it is saved, nothing of it is left, and it goes on."""
+def test_a_machine_without_its_runtime_folder_is_saved(manager: Manager, tmp_path: Path) -> None:
+    """It could no longer be reached or stopped: it is saved, nothing of it is left, and it continues after a start."""
     make_machine(manager, tmp_path)
     manager.start("small")
     count, living = wait_counting(manager), processes()
@@ -194,8 +197,8 @@ def test_runtime_folder_goes(manager: Manager, tmp_path: Path) -> None:
     manager.stop("small")
 
 
-def test_killed_while_starting(manager: Manager, tmp_path: Path) -> None:
-    """A worker that is killed as soon as it is there is followed by one that starts the machine."""
+def test_a_worker_killed_while_starting(manager: Manager, tmp_path: Path) -> None:
+    """A worker that is killed as soon as it exists is replaced by one that starts the machine."""
     make_machine(manager, tmp_path)
     place = MachineRef.of("small")
     child = os.fork()
@@ -212,16 +215,16 @@ def test_killed_while_starting(manager: Manager, tmp_path: Path) -> None:
     assert os.path.exists(place.runtime.control)
 
 
-def test_all_killed_while_starting(manager: Manager, tmp_path: Path) -> None:
-    """Whoever waits for the start is told at once that nobody is there any more, and nothing is left."""
+def test_all_processes_killed_while_starting(manager: Manager, tmp_path: Path) -> None:
+    """The command that waits for the start fails at once, and nothing is left."""
     make_machine(manager, tmp_path)
 
     def kill_all() -> None:
         wait_until(lambda: {"keeper", "worker"} <= set(processes()), "there is a worker")
-        for part in ("keeper", "worker"):  # neither starts anybody meanwhile
+        for part in ("keeper", "worker"):  # so that neither starts the other in the meantime
             os.kill(processes()[part].pid, signal.SIGSTOP)
         server = processes().get("server")
-        for pid in pids_naming(Path(MachineRef.of("small").runtime.folder).parent):  # a QEMU may not be noted yet
+        for pid in pids_naming(Path(MachineRef.of("small").runtime.folder).parent):  # a QEMU may not be recorded yet
             if server is None or pid != server.pid:
                 os.kill(pid, signal.SIGKILL)
 
@@ -233,8 +236,8 @@ def test_all_killed_while_starting(manager: Manager, tmp_path: Path) -> None:
     assert not os.path.exists(MachineRef.of("small").runtime.folder) and manager.state("small") is MachineState.OFF
 
 
-def test_command_killed_while_starting(manager: Manager, tmp_path: Path) -> None:
-    """kill -9 of the command that starts a machine does not matter to the machine."""
+def test_the_command_killed_while_starting(manager: Manager, tmp_path: Path) -> None:
+    """kill -9 of the command that starts a machine does not affect the machine."""
     make_machine(manager, tmp_path)
     child = os.fork()
     if child == 0:
@@ -249,8 +252,8 @@ def test_command_killed_while_starting(manager: Manager, tmp_path: Path) -> None
     wait_counting(manager)
 
 
-def test_damaged_disk_is_told_at_once(manager: Manager, tmp_path: Path) -> None:
-    """What the disks' server says is the error of `start`, and nothing is left of the machine."""
+def test_a_damaged_disk_is_reported_at_once(manager: Manager, tmp_path: Path) -> None:
+    """The disk server's message is the error of `start`, and nothing is left of the machine."""
     leaf = make_machine(manager, tmp_path)
     leaf.with_suffix(".vhd").rename(tmp_path / "elsewhere.vhd")
     with pytest.raises(StoreFailed, match="parent") as caught:
@@ -260,7 +263,7 @@ def test_damaged_disk_is_told_at_once(manager: Manager, tmp_path: Path) -> None:
     assert manager.state("small") is MachineState.OFF and processes() == {}
 
 
-def test_disk_in_use_is_told_at_once(manager: Manager, tmp_path: Path) -> None:
+def test_a_disk_in_use_is_reported_at_once(manager: Manager, tmp_path: Path) -> None:
     """A disk that another program writes to is refused, by the lock of the image itself."""
     leaf = make_machine(manager, tmp_path)
     with vhdkit.open_disk(leaf, writable=True), pytest.raises(VmmError, match="another program is writing") as caught:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finding a machine's worker when its definition was edited by hand."""
+"""How a machine's worker is found, also when its definition was edited by hand."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from vmm.store.state import MachineState
 
 @pytest.fixture(autouse=True)
 def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A home of the test's own."""
+    """A home for this test."""
     monkeypatch.setenv("VMM_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("VMM_RUNTIME", str(tmp_path / "run"))
 
 
 @contextlib.contextmanager
 def as_ordinary_user(folder: Path) -> Iterator[None]:
-    """To whom rights apply: root is one for a while."""
+    """A user to whom access rights apply: root becomes one for a while."""
     is_root = os.geteuid() == 0
     for one in (folder, *folder.parents) if is_root else ():
         if not one.stat().st_mode & 0o001 and one.name.startswith(("pytest-", "popen-", "test_")):
@@ -45,8 +45,8 @@ def as_ordinary_user(folder: Path) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("machine_id", ["../../victim", "../victim/x", "zzz", "", 5, None])
-def test_id_that_is_none(tmp_path: Path, machine_id: object) -> None:
-    """Every verb says that the definition is wrong, and what the id happens to lead to is left alone."""
+def test_a_malformed_id(tmp_path: Path, machine_id: object) -> None:
+    """Every verb reports that the definition is wrong, and what the id happens to lead to is left alone."""
     victim = tmp_path / "victim"
     victim.mkdir()
     (victim / "file").write_text("precious")
@@ -60,8 +60,8 @@ def test_id_that_is_none(tmp_path: Path, machine_id: object) -> None:
 
 
 @pytest.mark.parametrize("text", ["[" * 200_000, "", "[1]", '{"id": [1]}'])
-def test_no_definition_at_all(text: str) -> None:
-    """What is no definition is told as that, however deep it is."""
+def test_a_file_that_is_not_a_definition(text: str) -> None:
+    """It is reported as such, however deeply it is nested."""
     path = Path(registry.add(make_spec(name="web")).paths.definition)
     path.write_text(text)
     with pytest.raises(InvalidSpec, match="is not a machine definition"):
@@ -69,8 +69,8 @@ def test_no_definition_at_all(text: str) -> None:
     assert not Path(paths.runtime_home()).exists()
 
 
-def test_home_that_cannot_be_entered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another user's machines are told as that, not as missing."""
+def test_a_home_that_cannot_be_entered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another user's machines are reported as inaccessible, not as missing."""
     folder = tmp_path / "closed"
     folder.mkdir(mode=0)
     monkeypatch.setenv("VMM_HOME", str(folder / "home"))
@@ -79,8 +79,8 @@ def test_home_that_cannot_be_entered(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("part", ["keeper", "worker"])
-def test_who_is_just_ending_leaves_nothing_behind(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A command that holds the machine's lock waits until a killed process has ended, and takes away what it left."""
+def test_the_remains_of_ending_processes_are_removed(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that holds the machine's lock waits until a killed process has ended, and removes what it left."""
     runtime = registry.add(make_spec(name="web")).runtime
     os.makedirs(runtime.folder)
     ending = Lock(runtime.lock(part))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Machines for tests of snapshots: small disks with known content, and what every state of theirs must read as."""
+"""Machines for tests of snapshots: small disks with known content, and the expected content of every state."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ BLOCK_BYTES = 512 << 10
 
 @dataclass
 class Machines:
-    """All of one test's machines."""
+    """All machines of one test."""
 
     folder: Path
 
     def create(self, name: str = "web", disks: Sequence[Path] | int = 1, **settings: Any) -> MachineSnapshots:
-        """A machine with so many new disks on SCSI and IDE, or with these."""
+        """Make a machine with that many new disks on SCSI and IDE, or with these."""
         if isinstance(disks, int):
             disks = [self.disk(f"{name}-{number}.vhd") for number in range(disks)]
         vmm.Manager().create(
@@ -44,7 +44,7 @@ class Machines:
         return vmm.Manager().snapshots(name)
 
     def disk(self, name: str) -> Path:
-        """A new image with a first sector of its own."""
+        """Make a new image with a unique first sector."""
         path = self.folder / name
         vhdkit.create_image(path, DISK_BYTES, block_size_bytes=BLOCK_BYTES)
         with vhdkit.open_disk(path, writable=True) as disk:
@@ -52,14 +52,14 @@ class Machines:
         return path
 
     def write(self, name: str, offset_bytes: int, data: bytes) -> None:
-        """As a guest that ran meanwhile would, to all disks of the machine."""
+        """Write to all disks of the machine, as a guest would that ran in the meantime."""
         for disk in vmm.Manager().show(name).spec.disks:  # type: ignore[union-attr]
             assert disk.path is not None
             with vhdkit.open_disk(disk.path, writable=True, options=options_of(disk)) as opened:
                 opened.write(offset_bytes, data)
 
     def now(self, name: str) -> dict[str, str]:
-        """The hash of each disk as it is now."""
+        """The hash of each disk in its present state."""
         spec = registry.load(name).spec
         return {disk.id: digest(disk) for disk in spec.disks}
 
@@ -69,13 +69,13 @@ class Machines:
         return {disk.id: digest(disk) for disk in definition_of(snapshot).disks}
 
     def states(self, name: str) -> dict[str | None, dict[str, str]]:
-        """By snapshot id, and None for now."""
+        """The hashes by snapshot id, with None for the present state."""
         tree = load_tree(registry.load(name).paths)
         found: dict[str | None, dict[str, str]] = {one: self.of_snapshot(name, one) for one in tree.snapshots}
         return found | {None: self.now(name)}
 
     def merge(self, name: str) -> int:
-        """All that is due, here and now."""
+        """Do all due merges, in this process."""
         machine = registry.load(name)
         fold.follow(machine.paths, lambda merging: None)
         return fold.Fold(machine.paths, machine.runtime).run()
@@ -83,7 +83,7 @@ class Machines:
     def quiet(self, name: str) -> None:
         """Wait for the merge in the background."""
         machine = registry.load(name)
-        time.sleep(0.05)  # it is begun by another process, of which nothing is to be seen until then
+        time.sleep(0.05)  # another process begins it, and leaves no trace before that
         fold.follow(machine.paths, lambda merging: None)
 
     def images(self) -> set[str]:
@@ -105,7 +105,7 @@ class Machines:
 
 
 def digest(disk: DiskSpec) -> str:
-    """The hash of all that a disk reads as."""
+    """The hash of the whole content of a disk."""
     assert disk.path is not None
     options = vhdkit.OpenOptions(
         parent_dirs=disk.parent_dirs, allow_raw_parent=disk.allow_raw_parent, lock=False,

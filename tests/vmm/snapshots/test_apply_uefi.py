@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""UEFI variables belong to a machine's state, also when there are none yet."""
+"""UEFI variables belong to a machine's state, even when it has none yet."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from tests.vmm.snapshots.machines import Machines
 from vmm.store import registry
 
 
-def test_variables_come_and_go_with_snapshots(machines: Machines) -> None:
-    """Applying a snapshot brings its variables back; one of before the first start takes later ones away.
+def test_snapshots_include_uefi_variables(machines: Machines) -> None:
+    """Applying a snapshot restores its variables; one taken before the first start removes later ones.
 
-    A machine that boots by BIOS has none, and what lies there is left alone.
+    A machine that boots by BIOS has none, and a file in their place is left alone.
     """
     web = machines.create(firmware="uefi")
     variables = Path(registry.load("web").paths.uefi_variables)

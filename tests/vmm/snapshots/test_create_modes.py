@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vmm makes of images is never more readable than they are, whatever the umask."""
+"""What vmm makes from images is never more widely readable than they are, whatever the umask."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vmm.store import registry
 
 @pytest.fixture(autouse=True)
 def generous() -> Iterator[None]:
-    """A umask that leaves everything to everybody."""
+    """A umask that gives every user all rights."""
     before = os.umask(0)
     try:
         yield
@@ -28,14 +28,13 @@ def generous() -> Iterator[None]:
 
 
 def readable(folder: Path) -> list[Path]:
-    """The files in a folder that others may read."""
+    """The files in a folder that other users may read."""
     return [path for path in folder.rglob("*") if path.is_file() and path.stat().st_mode & 0o077]
 
 
 def test_leaves_copies_and_backups_of_a_private_image(machines: Machines) -> None:
-    """A leaf of a machine that is off, before and after going back, a backup, and exports are as private as the
-    image.
-    """
+    """A leaf of a machine that is off, before and after applying a snapshot, a backup, and exports are as private as
+    the image."""
     images = machines.folder / "images"
     images.mkdir()
     image = machines.disk("images/a.vhd")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who else needs a machine's images: a copied folder of it, and whoever gets one while it is merged."""
+"""What else needs a machine's images: a copy of its folder, and a machine that gets one during a merge."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from vmm.store.snapshots.journal import MergeOff
 from vmm.store.snapshots.store import holding, load_tree
 
 
-def test_images_of_a_copy_hold_back_the_deletion_of_snapshots(machines: Machines) -> None:
-    """What the copy still names is neither removed nor merged by the original."""
+def test_images_that_a_copy_names_are_kept(machines: Machines) -> None:
+    """An image that the copy still names is neither removed nor merged by the original."""
     web = machines.create()
     web.create("one")
     copied()
@@ -45,7 +45,7 @@ def due() -> tuple[LayerMerge, registry.Machine]:
 
 
 def with_hidden_image(machines: Machines) -> None:
-    """A machine with a snapshot less: base <- hidden <- now; and another machine."""
+    """A machine whose snapshot was deleted: base <- hidden <- now; and another machine."""
     web = machines.create()
     web.create("one")
     machines.write("web", 8192, b"hidden" * 100)
@@ -56,8 +56,9 @@ def with_hidden_image(machines: Machines) -> None:
     machines.create("other")
 
 
-def test_nobody_gets_an_image_while_it_is_merged(machines: Machines) -> None:
-    """INV-REMOVED-UNUSED: another machine is refused what a merge is about to change or remove, even for reading."""
+def test_an_image_that_is_being_merged_is_refused(machines: Machines) -> None:
+    """INV-REMOVED-UNUSED: another machine cannot get an image that a merge is about to change or remove, even for
+    reading."""
     with_hidden_image(machines)
     merge, machine = due()
     refused = []
@@ -74,8 +75,8 @@ def test_nobody_gets_an_image_while_it_is_merged(machines: Machines) -> None:
     Manager().add_disk("other", DiskRequest(merge.target, read_only=True))
 
 
-def test_what_another_machine_got_is_not_merged(machines: Machines) -> None:
-    """INV-REMOVED-UNUSED: no merge begins of an image that another machine got after the merge was judged."""
+def test_an_image_that_another_machine_got_is_not_merged(machines: Machines) -> None:
+    """INV-REMOVED-UNUSED: no merge begins of an image that another machine got after the merge was planned."""
     with_hidden_image(machines)
     merge, machine = due()
     Manager().add_disk("other", DiskRequest(merge.layers[0], read_only=True))

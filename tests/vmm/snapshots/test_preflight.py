@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Verbs that destroy something look first: the guest runs on, and saved memory stays, when they refuse."""
+"""Verbs that destroy something check first: when they refuse, the guest keeps running, and saved memory stays."""
 
 from __future__ import annotations
 
@@ -60,8 +60,9 @@ SPOILERS: list[Callable[[Path, Snapshot], None]] = [
 
 
 @pytest.mark.kvm
-def test_a_snapshot_that_cannot_be_applied_stops_no_guest(manager: Manager, tmp_path: Path) -> None:
-    """INV-LOOK-FIRST: whatever is missing or damaged, apply refuses while the guest counts on, and takes nothing."""
+def test_the_guest_keeps_running_if_a_snapshot_cannot_be_applied(manager: Manager, tmp_path: Path) -> None:
+    """INV-LOOK-FIRST: whatever is missing or damaged, apply refuses while the guest keeps counting, and removes
+    nothing."""
     leaf = make_machine(manager, tmp_path)
     manager.start("small")
     wait_counting(manager)
@@ -89,7 +90,7 @@ def test_a_snapshot_that_cannot_be_applied_stops_no_guest(manager: Manager, tmp_
 
 @pytest.mark.kvm
 def test_saved_memory_is_kept_when_the_machine_cannot_start(manager: Manager, tmp_path: Path) -> None:
-    """INV-LOOK-FIRST: `start --discard-saved` of a machine whose base is missing refuses, and memory stays."""
+    """INV-LOOK-FIRST: `start --discard-saved` of a machine whose base is missing is refused, and the memory stays."""
     leaf = make_machine(manager, tmp_path)
     manager.start("small")
     counted = wait_counting(manager)
@@ -103,8 +104,9 @@ def test_saved_memory_is_kept_when_the_machine_cannot_start(manager: Manager, tm
     assert wait_counting(manager) > counted
 
 
-def test_what_cannot_be_removed_is_known_before(tmp_path: Path) -> None:
-    """INV-LOOK-FIRST: an immutable file or folder is named before anything is removed; others are not."""
+def test_files_that_cannot_be_removed_are_reported_beforehand(tmp_path: Path) -> None:
+    """INV-LOOK-FIRST: an immutable file or folder is named before anything is removed; removable ones are not
+    named."""
     require_tool("chattr")
     image = tmp_path / "folder" / "image.vhd"
     image.parent.mkdir()
@@ -122,8 +124,8 @@ def test_what_cannot_be_removed_is_known_before(tmp_path: Path) -> None:
 
 
 @pytest.mark.kvm
-def test_a_machine_with_a_disk_that_cannot_go(manager: Manager, tmp_path: Path) -> None:
-    """INV-LOOK-FIRST: an immutable disk is listed as one that stays, and the machine goes without an error."""
+def test_a_machine_with_an_immutable_disk(manager: Manager, tmp_path: Path) -> None:
+    """INV-LOOK-FIRST: the disk is listed as one that stays, and the machine is deleted without an error."""
     require_tool("chattr")
     leaf = make_machine(manager, tmp_path)
     if subprocess.run(["chattr", "+i", str(leaf)], capture_output=True, check=False).returncode != 0:
@@ -137,8 +139,8 @@ def test_a_machine_with_a_disk_that_cannot_go(manager: Manager, tmp_path: Path) 
     assert leaf.exists() and manager.names() == []
 
 
-def test_a_snapshot_whose_folder_cannot_go(manager: Manager, tmp_path: Path) -> None:
-    """INV-LOOK-FIRST: a snapshot in an immutable folder is not half deleted: it stays in the tree, with all it has."""
+def test_a_snapshot_in_an_immutable_folder(manager: Manager, tmp_path: Path) -> None:
+    """INV-LOOK-FIRST: it is not deleted in part: it stays in the tree, with everything that it has."""
     require_tool("chattr")
     make_machine(manager, tmp_path)
     snapshots = manager.snapshots("small")

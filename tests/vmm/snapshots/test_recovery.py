@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every verb killed at everything it does to files: afterwards it is done or it is not, and no state has changed."""
+"""Every verb is killed at every change it makes to files: afterwards it is done or undone, and no state has
+changed."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ def settled(machines: Machines) -> None:
 
 
 def after_each_kill(machines: Machines, work: Callable[[], object], *, step: int = 1) -> Iterator[bool]:
-    """Kill the work wherever it changes a file; all files are put back after each look. True at last, when it ends."""
+    """Kill the work at each change of a file, and restore all files after each check. Yields True last, when it runs
+    to its end."""
     backup = machines.folder.with_name(machines.folder.name + ".backup")
     shutil.copytree(machines.folder, backup, symlinks=True)
     try:
@@ -67,15 +69,15 @@ def _empty(folder: Path) -> None:
 
 
 def check_known(machines: Machines) -> None:
-    """No image lies there of which nobody knows."""
+    """Every image in the folder is recorded somewhere."""
     tree = load_tree(registry.load("web").paths)
     spec = registry.load("web").spec
     paths = (*tree.images, *tree.frozen(), *(disk.path or "" for disk in spec.disks))
     assert machines.images() <= {os.path.basename(path) for path in paths}
 
 
-def test_create_is_whole_or_not_at_all(machines: Machines) -> None:
-    """A killed create leaves a whole snapshot or none; all other states read as before."""
+def test_create_is_done_or_undone(machines: Machines) -> None:
+    """A killed create leaves a complete snapshot or none; all other states read as before."""
     web, before = built(machines)
     whole = 0
     for ended in after_each_kill(machines, lambda: web.create("new"), step=daily_or_nightly(4, 1)):
@@ -91,7 +93,7 @@ def test_create_is_whole_or_not_at_all(machines: Machines) -> None:
     assert whole > 1
 
 
-def test_apply_is_whole_or_not_at_all(machines: Machines) -> None:
+def test_apply_is_done_or_undone(machines: Machines) -> None:
     """A killed apply leaves the present state as it was or as the snapshot's; the snapshots read as before."""
     web, before = built(machines)
     goal = web.find("c").id
@@ -110,8 +112,8 @@ def test_apply_is_whole_or_not_at_all(machines: Machines) -> None:
 
 
 @pytest.mark.parametrize("subtree", [False, True])
-def test_delete_is_whole_or_not_at_all(machines: Machines, subtree: bool) -> None:
-    """A killed delete leaves the snapshot or not; no other state changes, and no image is forgotten."""
+def test_delete_is_done_or_undone(machines: Machines, subtree: bool) -> None:
+    """A killed delete leaves the snapshot or removes it; no other state changes, and every image is still recorded."""
     web, before = built(machines)
     goal = web.find("c" if subtree else "a").id
     for _ in after_each_kill(machines, lambda: web.delete(goal, subtree=subtree), step=daily_or_nightly(2, 1)):
@@ -124,8 +126,8 @@ def test_delete_is_whole_or_not_at_all(machines: Machines, subtree: bool) -> Non
             assert before[one] == disks
 
 
-def test_merge_goes_on_after_every_kill(machines: Machines) -> None:
-    """A killed merge leaves every state as it was; the machine may be used at once, and the next merge finishes."""
+def test_a_merge_continues_after_every_kill(machines: Machines) -> None:
+    """A killed merge leaves every state as it was; the machine can be used at once, and the next merge finishes."""
     web, before = built(machines)
     for name in ("b", "c"):
         before.pop(web.delete(name).snapshots[0].id)
@@ -142,11 +144,11 @@ def test_merge_goes_on_after_every_kill(machines: Machines) -> None:
         check_known(machines)
 
 
-def test_a_disk_that_is_opened_finishes_no_merge_behind_the_tree(machines: Machines) -> None:
-    """INV-DELETE-RULE: after a killed merge a disk opened for writing, as a start does it, leaves every snapshot
-    readable: a merge below it that was all but over was finished, in the tree as well, before."""
+def test_a_nearly_finished_merge_is_recorded_before_its_disk_is_opened(machines: Machines) -> None:
+    """INV-DELETE-RULE: if a disk is opened for writing after a killed merge, as by a start, every snapshot stays
+    readable: a merge below it that was nearly finished has been finished before, in the tree as well."""
     web, before = built(machines)
-    before.pop(web.delete("b").snapshots[0].id)  # an image in the middle, which the next snapshot's goes into
+    before.pop(web.delete("b").snapshots[0].id)  # its image is in the middle, and the next one is merged into it
     machine = registry.load("web")
     finished = 0
     work, step = fold.Fold(machine.paths, machine.runtime).run, daily_or_nightly(3, 1)
@@ -163,8 +165,8 @@ def test_a_disk_that_is_opened_finishes_no_merge_behind_the_tree(machines: Machi
 
 @pytest.mark.parametrize("layer_count", [1, 2])
 def test_a_live_merge_is_finished_before_its_disk_is_opened(machines: Machines, layer_count: int) -> None:
-    """INV-DELETE-RULE: after everything was killed in a live merge of the leaf, the definition names an image that is
-    still there when it was opened for writing: what was all but over is finished before."""
+    """INV-DELETE-RULE: after everything was killed in a live merge of the leaf, the definition names an image that
+    still exists after it was opened for writing: the nearly finished merge has been finished before."""
     web, _ = built(machines)
     web.delete("b")
     disk = registry.load("web").spec.disks[0]
@@ -189,7 +191,7 @@ def test_a_live_merge_is_finished_before_its_disk_is_opened(machines: Machines, 
 
 
 def test_writing_between_a_killed_merge_and_the_next(machines: Machines) -> None:
-    """A guest may run and write after a merge was killed; what it wrote is what the merge then gives."""
+    """A guest may run and write after a merge was killed; the merge then preserves what it wrote."""
     web, before = built(machines)
     for name in ("b", "c"):
         before.pop(web.delete(name).snapshots[0].id)

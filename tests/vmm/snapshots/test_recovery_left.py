@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A machine all of whose processes were killed in the middle of something: every verb sees its newest images."""
+"""A machine of which all processes were killed in the middle of an operation: every verb finds its newest images."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def by_create(machine: Machine, frozen: str) -> str:
 
 
 def cut(machines: Machines, left: Left) -> tuple[str, str, str]:
-    """A machine left so, with what the guest wrote last: (frozen image, newest image, the hash of the disk)."""
+    """Such a machine, with the guest's last writes: (frozen image, newest image, the hash of the disk)."""
     machines.create()
     machine = registry.load("web")
     frozen = str(machine.spec.disks[0].path)
@@ -63,7 +63,7 @@ def cut(machines: Machines, left: Left) -> tuple[str, str, str]:
 
 
 def content(path: str | Path) -> str:
-    """The hash of a disk."""
+    """The hash of a disk's content."""
     with vhdkit.open_disk(path, options=vhdkit.OpenOptions(lock=False)) as disk:
         return hashlib.sha256(disk.read(0, DISK_BYTES)).hexdigest()
 
@@ -89,7 +89,7 @@ VERBS: dict[str, Callable[[Path], object]] = {
 
 
 def new_image(here: Path) -> Path:
-    """One that no machine has."""
+    """An image that no machine has."""
     path = here / "new.vhd"
     vhdkit.create_image(path, DISK_BYTES)
     return path
@@ -97,8 +97,8 @@ def new_image(here: Path) -> Path:
 
 @pytest.mark.parametrize("left", [by_backup, by_create])
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_settles_first(machines: Machines, verb: str, left: Left) -> None:
-    """Whichever verb comes next finds the image that the guest wrote to last, and nothing is left to settle."""
+def test_every_verb_finishes_the_interrupted_operation_first(machines: Machines, verb: str, left: Left) -> None:
+    """Whichever verb comes next finds the image with the guest's last writes, and no operation is left unfinished."""
     _, newest, expected = cut(machines, left)
     VERBS[verb](machines.folder)
     machine = registry.load("web")
@@ -108,11 +108,11 @@ def test_every_verb_settles_first(machines: Machines, verb: str, left: Left) -> 
     assert tree.images[newest].ours and tree.images[newest].id == vhdkit.image_id(newest)
     with vhdkit.open_disk(str(machine.spec.disks[0].path)) as disk:
         assert hashlib.sha256(disk.read(0, DISK_BYTES)).hexdigest() == expected
-    assert not list(Path(machine.paths.folder).rglob("*.part")), "no memory of a snapshot that is none is left"
+    assert not list(Path(machine.paths.folder).rglob("*.part")), "memory of a snapshot that does not exist is left"
 
 
 def by_create_off(machine: Machine, frozen: str) -> str:
-    """A snapshot of a machine that is off, whose new leaf was just made."""
+    """A snapshot of a machine that is off, whose new leaf has just been made."""
     child, folder = child_path(frozen), f"{machine.paths.folder}/snaps/{uuid.uuid4()}"
     with holding(machine.paths, machine.name) as held:
         held.begin(CreateOff(folder, (Pivot("disk-0", frozen, child, "vhd"),)))
@@ -121,9 +121,9 @@ def by_create_off(machine: Machine, frozen: str) -> str:
 
 
 @pytest.mark.parametrize("left", [by_backup, by_create, by_create_off])
-def test_a_golden_image_in_a_folder_of_its_own(machines: Machines, left: Left) -> None:
-    """What was cut short is settled, too, where the disk's base lies in a folder that the disk allows: new leaves
-    that hold something are the machine's disks, unused ones go, and merges get on."""
+def test_a_golden_image_in_another_folder(machines: Machines, left: Left) -> None:
+    """Operations are finished or undone even if the disk's base lies in a folder that the disk allows: new leaves with
+    content are the machine's disks, unused ones are removed, and merges continue."""
     golden, own = machines.folder / "golden", machines.folder / "own"
     golden.mkdir()
     own.mkdir()
@@ -145,8 +145,8 @@ def test_a_golden_image_in_a_folder_of_its_own(machines: Machines, left: Left) -
 
 
 def test_a_backups_merge_is_finished_before_its_disk_is_opened(machines: Machines) -> None:
-    """After everything was killed while a backup's image was merged away, the definition names an image that is still
-    there when it was opened for writing, and the disk reads as before."""
+    """After everything was killed while a backup's image was being merged, the definition names an image that still
+    exists after it was opened for writing, and the disk reads as before."""
     frozen, newest, expected = cut(machines, by_backup)
     ends = set()
     for _ in after_each_kill(machines, lambda: vhdkit.merge(newest, into=frozen)):
@@ -160,8 +160,8 @@ def test_a_backups_merge_is_finished_before_its_disk_is_opened(machines: Machine
 
 
 @pytest.mark.parametrize("left", [by_backup, by_create])
-def test_copies_are_of_the_newest(machines: Machines, left: Left) -> None:
-    """Backup and export copy what was flushed last; a machine that died does not pass for one that was shut down."""
+def test_copies_are_made_from_the_newest_image(machines: Machines, left: Left) -> None:
+    """Backup and export copy what was flushed last; a machine that died is not reported as shut down."""
     _, _, expected = cut(machines, left)
     result = manager.backup("web", str(machines.folder / "copy"))
     assert content(machines.folder / "copy" / "disk-0.vhd") == expected and result.consistent is False
@@ -170,8 +170,8 @@ def test_copies_are_of_the_newest(machines: Machines, left: Left) -> None:
 
 
 @pytest.mark.parametrize("left", [by_backup, by_create])
-def test_merged_again(machines: Machines, left: Left) -> None:
-    """The next merge puts what was written last into the machine's own image, and only that is left."""
+def test_the_next_merge_leaves_one_image(machines: Machines, left: Left) -> None:
+    """The next merge puts the last writes into the machine's own image, and only that is left."""
     frozen, newest, expected = cut(machines, left)
     assert manager.snapshots("web").merge() == 1
     assert registry.load("web").spec.disks[0].path == frozen and content(frozen) == expected
@@ -179,8 +179,8 @@ def test_merged_again(machines: Machines, left: Left) -> None:
 
 
 @pytest.mark.parametrize("left", [by_backup, by_create])
-def test_removed_is_the_newest_and_the_frozen_one_is_not_added(machines: Machines, left: Left) -> None:
-    """`disk remove` names the newest image; adding the one below it is refused, and says why."""
+def test_the_newest_image_is_removed_and_the_frozen_one_not_added(machines: Machines, left: Left) -> None:
+    """`disk remove` names the newest image; adding the one below it is refused with the reason."""
     frozen, newest, _ = cut(machines, left)
     assert manager.remove_disk("web", "disk-0").path == newest
     for name in ("web", "other"):
@@ -192,8 +192,9 @@ def test_removed_is_the_newest_and_the_frozen_one_is_not_added(machines: Machine
     manager.add_disk("web", vmm.DiskRequest(newest))
 
 
-def test_consistent_is_what_is_known(machines: Machines) -> None:
-    """One that never ran is consistent, one that ran is not before its guest shut itself down; a snapshot knows."""
+def test_what_counts_as_consistent(machines: Machines) -> None:
+    """A machine that never ran is consistent, one that ran is not until its guest has shut down; a snapshot records
+    that."""
     small = machines.create()
     assert manager.backup("web", str(machines.folder / "1")).consistent is True
     assert small.create("clean").consistent is True
@@ -206,8 +207,8 @@ def test_consistent_is_what_is_known(machines: Machines) -> None:
     assert manager.backup("web", str(machines.folder / "4")).consistent is False
 
 
-def test_missing_newest_image_is_said(machines: Machines) -> None:
-    """Where the image that the guest wrote to last is gone nothing goes back to the one below it in silence."""
+def test_a_missing_newest_image_is_reported(machines: Machines) -> None:
+    """If the image with the guest's last writes is gone, no verb silently uses the one below it."""
     _, newest, _ = cut(machines, by_create)
     os.rename(newest, f"{newest}.elsewhere")
     for verb in ("show", "set", "backup", "snapshot create"):
@@ -218,8 +219,10 @@ def test_missing_newest_image_is_said(machines: Machines) -> None:
 
 
 @pytest.mark.parametrize("make", [lambda folder, one: CreateOff(folder, (one,)), lambda folder, one: Apply((one,))])
-def test_what_holds_data_is_never_removed(machines: Machines, make: Callable[[str, Pivot], CreateOff | Apply]) -> None:
-    """INV-PROVEN-OURS: a journal that calls an image new and unused removes it only when it is."""
+def test_images_with_data_are_never_removed(
+    machines: Machines, make: Callable[[str, Pivot], CreateOff | Apply]
+) -> None:
+    """INV-PROVEN-OURS: an image that a journal calls new and unused is removed only if it is."""
     machines.create()
     machine = registry.load("web")
     frozen = str(machine.spec.disks[0].path)
@@ -232,7 +235,7 @@ def test_what_holds_data_is_never_removed(machines: Machines, make: Callable[[st
     folder = f"{machine.paths.folder}/kept/{uuid.uuid4()}"
     for child, stays in ((precious, True), (foreign, True), (unused, False)):
         if child == unused:
-            os.rename(precious, f"{precious}.kept")  # else the other one would be its sibling
+            os.rename(precious, f"{precious}.kept")  # otherwise the other one would be its sibling
             vhdkit.create_child(unused, frozen)
         with holding(machine.paths, "web") as held:
             held.begin(make(folder, Pivot("disk-0", frozen, child, "vhd")))
@@ -241,8 +244,8 @@ def test_what_holds_data_is_never_removed(machines: Machines, make: Callable[[st
 
 
 @pytest.mark.parametrize("kind", ["other id", "elsewhere", "link", "no child"])
-def test_images_of_somebody_else_stay(machines: Machines, kind: str) -> None:
-    """INV-PROVEN-OURS: a tree that calls a foreign image ours gets it neither removed nor merged away."""
+def test_foreign_images_stay(machines: Machines, kind: str) -> None:
+    """INV-PROVEN-OURS: a foreign image that a tree calls ours is neither removed nor merged."""
     small = machines.create()
     small.create("a")
     machine = registry.load("web")
@@ -276,7 +279,8 @@ def test_images_of_somebody_else_stay(machines: Machines, kind: str) -> None:
 
 
 def test_foreign_folders_stay(machines: Machines) -> None:
-    """INV-PROVEN-OURS: of a snapshot's folder only its own files go; what else lies there stays with the folder."""
+    """INV-PROVEN-OURS: only a snapshot's own files are removed from its folder; other files stay, and so does the
+    folder."""
     small = machines.create()
     snapshot = small.create("a")
     Path(snapshot.folder, "precious").write_text("x")
@@ -296,7 +300,7 @@ def test_foreign_folders_stay(machines: Machines) -> None:
 
 
 def test_damaged_note_of_a_backup(machines: Machines) -> None:
-    """A note that names images elsewhere, or nothing, stops every verb with its name; nothing is merged by it."""
+    """A note that names foreign images, or nothing, stops every verb with its name; it never leads to a merge."""
     machines.create()
     machine = registry.load("web")
     path = Path(machine.paths.folder, "backup.json")
