@@ -18,7 +18,7 @@ from tests.harness.vhd_builder import pattern
 from tests.vmm.kvm.loops import loop_device
 from vhdkit import errors
 from vhdkit.disk import Disk
-from vhdkit.formats.vhd import dynamic, mend
+from vhdkit.formats.vhd import mend, opening
 from vhdkit.store import Store
 from vhdkit.units import KIB, MIB, PAGE_SIZE
 
@@ -45,7 +45,7 @@ def on_device(path: Path, device: str, *, footer_at_end: bool) -> None:
 @pytest.mark.parametrize("footer_at_end", [True, False], ids=["footer at the end", "copied file"])
 def test_a_vhd_on_a_device_takes_writes(tmp_path: Path, footer_at_end: bool) -> None:
     """New blocks hold what is written and zeros, nothing of what the device held before; the footer stays at its end;
-    where there is no space for another block that is said, and nothing is lost."""
+    if there is no space for another block, the error says so, and nothing is lost."""
     rng = random.Random(1)
     with loop_device(tmp_path / "device", size_bytes=DEVICE) as device:
         on_device(tmp_path / "image.vhd", device, footer_at_end=footer_at_end)
@@ -59,7 +59,7 @@ def test_a_vhd_on_a_device_takes_writes(tmp_path: Path, footer_at_end: bool) -> 
             model[:3] = bytes(3)
             disk.flush()
             assert disk.read(0, SIZE) == model
-            with pytest.raises(errors.NoSpace, match=r"no space for another block .* before its footer"):
+            with pytest.raises(errors.NoSpace, match=r"no room for another block .* before its footer"):
                 for number in range(16):
                     disk.write(number * BLOCK, model[number * BLOCK : number * BLOCK + 512])
             assert disk.read(0, SIZE) == model
@@ -78,8 +78,8 @@ def test_a_vhd_on_a_device_takes_writes(tmp_path: Path, footer_at_end: bool) -> 
         assert disk.read(0, SIZE) == model
 
 
-def test_a_device_that_is_too_short_is_only_read(tmp_path: Path) -> None:
-    """Where not even the footer has room the image opens for reading, and writing is refused with the reason."""
+def test_a_device_that_is_too_short_is_read_only(tmp_path: Path) -> None:
+    """Without room for even the footer the image opens read-only, and writing is refused with the reason."""
     image = tmp_path / "image.vhd"
     vhdkit.create_image(image, SIZE, block_size_bytes=BLOCK)
     with vhdkit.open_disk(image, writable=True) as disk:
@@ -95,9 +95,9 @@ def test_a_device_that_is_too_short_is_only_read(tmp_path: Path) -> None:
     assert image.read_bytes() == before
 
 
-def test_the_footer_of_an_earlier_image_is_not_believed(tmp_path: Path) -> None:
-    """INV-PARENT-ID: a child that was copied over another image stands on its parent still, whatever stands at the
-    device's end; that is told, and gone after the first write."""
+def test_the_footer_of_an_earlier_image_is_ignored(tmp_path: Path) -> None:
+    """INV-PARENT-ID: a child that was copied over another image still has its own parent, whatever footer is at the
+    device's end; this is reported, and cleared by the first write."""
     base, child, other = tmp_path / "base.vhd", tmp_path / "child.avhd", tmp_path / "other.vhd"
     vhdkit.create_image(base, SIZE, block_size_bytes=BLOCK)
     with vhdkit.open_disk(base, writable=True) as disk:
@@ -113,8 +113,8 @@ def test_the_footer_of_an_earlier_image_is_not_believed(tmp_path: Path) -> None:
         child.unlink()
         with vhdkit.open_disk(device, options=options) as disk:
             assert disk.read(0, 6) == b"parent"
-        told = [one.message for one in vhdkit.check(device, options=options)]
-        assert "of another image, which was on this device before; the other footer is used" in told
+        messages = [one.message for one in vhdkit.check(device, options=options)]
+        assert "of another image, which was on this device before; the other footer is used" in messages
         with vhdkit.open_disk(device, writable=True, options=options) as disk:
             disk.write(BLOCK, b"mine")
         with open(device, "rb") as file:
@@ -124,8 +124,8 @@ def test_the_footer_of_an_earlier_image_is_not_believed(tmp_path: Path) -> None:
             assert (disk.read(0, 6), disk.read(BLOCK, 4)) == (b"parent", b"mine")
 
 
-def test_an_image_that_was_copied_over_a_fixed_disk(tmp_path: Path) -> None:
-    """The fixed disk counts, whose guest could have written the image; `check` tells what to clear, and that helps."""
+def test_an_image_copied_over_a_fixed_disk(tmp_path: Path) -> None:
+    """The fixed disk counts, as its guest could have written the image; `check` says what to clear, and that helps."""
     child = tmp_path / "child.avhd"
     vhdkit.create_image(tmp_path / "base.vhd", SIZE, block_size_bytes=BLOCK)
     vhdkit.create_child(child, tmp_path / "base.vhd")
@@ -151,7 +151,7 @@ def test_an_image_that_was_copied_over_a_fixed_disk(tmp_path: Path) -> None:
 
 
 def as_device(scene: Scene, *, footer_at_end: bool) -> Scene:
-    """The scene's image at the beginning of a device with room for all blocks, full of an earlier owner's bytes."""
+    """The scene's image at the start of a device with room for all blocks, full of an earlier owner's bytes."""
     store = scene.leaf
     size = store.size()
     footer = store.pread(size - 512, 512)
@@ -164,7 +164,7 @@ def as_device(scene: Scene, *, footer_at_end: bool) -> Scene:
 
 
 def write_new_blocks(disk: Disk, model: SectorModel) -> None:
-    """Part of each block, flushed."""
+    """Write part of each block, and flush."""
     for offset in range(0, disk.size_bytes - 4096, BLOCK_SIZE):
         data = random.Random(offset).randbytes(2048)
         model.write(offset + 1024, data)
@@ -178,14 +178,14 @@ def write_new_blocks(disk: Disk, model: SectorModel) -> None:
 def test_every_cut_leaves_flushed_or_newer(
     make: Callable[[int], Scene], footer_at_end: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """INV-FLUSHED-OR-NEWER, INV-FOOTER-COPY, INV-BLOCKS-DISJOINT: on a device, too, wherever the power is cut, and
-    nothing of what it held before is ever read."""
+    """INV-FLUSHED-OR-NEWER, INV-FOOTER-COPY, INV-BLOCKS-DISJOINT: they hold on a device, too, wherever the power is
+    cut, and nothing of what it held before is ever read."""
 
     def end_of_room(store: Store) -> int:
         return store.size() - 512
 
     scene = as_device(make(5), footer_at_end=footer_at_end)
-    monkeypatch.setattr(dynamic, "end_of_room", end_of_room)
+    monkeypatch.setattr(opening, "end_of_room", end_of_room)
     monkeypatch.setattr(mend, "end_of_room", end_of_room)
     size = scene.leaf.size()
     run = PowerRun(scene, 5, cuts=10, second_cuts=False, script=write_new_blocks)
