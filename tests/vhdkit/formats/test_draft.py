@@ -39,13 +39,13 @@ def test_every_short_history_of_a_draft() -> None:
 
 
 def test_a_draft_is_bounded() -> None:
-    """INV-BOUNDED: a draft does not take memory without end, and no file becomes longer than files can be."""
+    """INV-BOUNDED: the memory of a draft is limited, and no file becomes longer than files can be."""
     draft = DraftStore(MemStore(size_bytes=1))
     position = 0
     with pytest.raises(errors.InvalidArgument):
         for position in range(0, MAX_DRAFT_BYTES + 2 * MIB, MIB):
             draft.pwrite(position, b"x" * MIB)
-    assert draft.size() == position == MAX_DRAFT_BYTES, "a refused write changes nothing"
+    assert draft.size() == position == MAX_DRAFT_BYTES, "a refused write changed something"
     changes: list[Step] = [("write", (1 << 63) - 10, b"x"), ("truncate", 1 << 63, 0), ("reserve", 1 << 63, 1)]
     for one in changes:
         with pytest.raises(errors.NoSpace):
@@ -54,7 +54,7 @@ def test_a_draft_is_bounded() -> None:
 
 
 def test_small_writes_cost_no_more_than_the_sectors_they_change() -> None:
-    """INV-BOUNDED: entries of a table, written one by one, take the memory of the table."""
+    """INV-BOUNDED: table entries written one by one take only the memory of the table."""
     draft = DraftStore(MemStore(size_bytes=64 * KIB))
     for offset in range(0, 64 * KIB, 4):
         draft.pwrite(offset, b"entr")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is recognised by its marks: what real tools make, and anything else."""
+"""What is recognised by its magic bytes: what real tools make, and everything else."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ MAKERS = {
 
 
 def identified(raw: bytes) -> FileSystem | None:
-    """As a short disk."""
+    """The bytes, examined as a short disk."""
     return identify(lambda offset, size: raw[offset : offset + size])
 
 
 def end(raw: bytes, kind: str) -> int | None:
-    """Where a file system at the beginning of a short disk ends."""
+    """Where a file system at the start of a short disk ends."""
     return end_of(lambda offset, size: raw[offset : offset + size], kind)
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-def test_what_real_tools_make(kind: str, tmp_path: Path) -> None:
-    """Each maker's file system is known, with its label."""
+def test_file_systems_of_real_tools(kind: str, tmp_path: Path) -> None:
+    """The file system of each tool is recognised, with its label."""
     (tool, *words), size = MAKERS[kind]
     image = tmp_path / "image"
     with image.open("wb") as file:
@@ -49,8 +49,8 @@ def test_what_real_tools_make(kind: str, tmp_path: Path) -> None:
     assert found.label.upper().replace("_", " ") == "A LABEL"
 
 
-def test_fat32_has_its_label_elsewhere(tmp_path: Path) -> None:
-    """The two kinds of FAT keep it at different places, and the word for none is none."""
+def test_labels_of_fat(tmp_path: Path) -> None:
+    """The kinds of FAT keep the label at different places; the placeholder for no label counts as none."""
     image = tmp_path / "image"
     for words, label in ((["-n", "BIG"], "BIG"), ([], "")):
         with image.open("wb") as file:
@@ -69,8 +69,8 @@ def test_fat32_has_its_label_elsewhere(tmp_path: Path) -> None:
         (4096, b"\xfc\x4e\x2b\xa9\1\0\0\0", "md"), (64 * KIB + 52, b"ReIsEr2Fs", "reiserfs"),
     ],
 )  # fmt: skip
-def test_marks(place: int, mark: bytes, kind: str) -> None:
-    """What has no small maker is known by its mark."""
+def test_magic_bytes(place: int, mark: bytes, kind: str) -> None:
+    """Formats without a small tool are recognised by their magic bytes."""
     raw = bytearray(128 * KIB)
     raw[place : place + len(mark)] = mark
     found = identified(bytes(raw))
@@ -90,8 +90,8 @@ def raw_with(*pieces: tuple[int, bytes]) -> bytes:
     return bytes(raw)
 
 
-def test_where_what_has_no_small_maker_ends(tmp_path: Path) -> None:
-    """By the documents of each format; a container that does not say may reach up to the end."""
+def test_ends_of_formats_without_a_small_tool(tmp_path: Path) -> None:
+    """As each format's documentation says; a container that records no size may extend to the end."""
     size = 5 * GIB
     known = {
         "btrfs": raw_with((64 * KIB + 0x70, little(2 * size, 8)), (64 * KIB + 0xD1, little(size, 8))),
@@ -115,8 +115,8 @@ def test_where_what_has_no_small_maker_ends(tmp_path: Path) -> None:
         assert end(image.read_bytes(), "swap") == MIB
 
 
-def test_a_journal_to_replay_is_told() -> None:
-    """An ext4 that was not unmounted says so in its superblock."""
+def test_a_journal_to_replay_is_reported() -> None:
+    """The superblock of an ext4 that was not unmounted says so."""
     raw = bytearray(4 * KIB)
     raw[1024 + 56 : 1024 + 58] = b"\x53\xef"
     raw[1024 + 96] = 0x40 | 0x4
@@ -125,13 +125,13 @@ def test_a_journal_to_replay_is_told() -> None:
 
 @pytest.mark.parametrize("size", [0, 1, 511, 1025, 5000])
 def test_short_and_empty_disks(size: int) -> None:
-    """Nothing is found on nothing, however short it is."""
+    """Nothing is recognised on an empty disk, however short it is."""
     assert identified(bytes(size)) is None
 
 
 @given(st.binary(max_size=8 * KIB))
-def test_any_bytes_are_an_answer(raw: bytes) -> None:
-    """INV-BOUNDED: whatever a guest wrote, the answer is a kind or None, the label short."""
+def test_arbitrary_bytes_give_an_answer(raw: bytes) -> None:
+    """INV-BOUNDED: whatever a guest wrote, the answer is a kind or None, and the label is short."""
     found = identified(raw)
     assert found is None or len(found.label) <= 256
     for kind in (*MAKERS, "btrfs", "exfat", "swap", "lvm", "iso9660", "squashfs", "nothing"):

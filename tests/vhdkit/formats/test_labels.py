@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Labels that lie deeper than the first bytes, and what a guest may write in their place."""
+"""Labels that are stored deeper in the disk, and what a guest may write in their place."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from vhdkit.units import KIB, MIB
 
 
 def identified(raw: bytes) -> FileSystem | None:
-    """As a short disk."""
+    """The bytes, examined as a short disk."""
     return identify(lambda offset, size: raw[offset : offset + size])
 
 
 @pytest.mark.parametrize("words", [[], ["-c", "512"], ["-c", "65536"]], ids=["usual", "small clusters", "large ones"])
 @pytest.mark.parametrize("label", ["", "Daten & Fotos", "Größe 日本"])
 def test_labels_of_ntfs(words: list[str], label: str, tmp_path: Path) -> None:
-    """As its owner wrote it, whatever the cluster size is; none where there is none."""
+    """The label as the owner wrote it, whatever the cluster size; none if there is none."""
     image = tmp_path / "image"
     with image.open("wb") as file:
         file.truncate(8 * MIB)
@@ -36,7 +36,7 @@ def exfat(*entries: bytes) -> bytes:
     raw = bytearray(128 * KIB)
     raw[3:11] = b"EXFAT   "
     raw[88:92] = (64).to_bytes(4, "little")  # the clusters begin at sector 64
-    raw[96:100] = (4).to_bytes(4, "little")  # and are counted from 2
+    raw[96:100] = (4).to_bytes(4, "little")  # and are numbered from 2
     raw[108:110] = bytes([9, 3])
     folder = b"".join(entry.ljust(32, b"\0") for entry in entries)
     place = 64 * 512 + 2 * 4096
@@ -56,12 +56,12 @@ def exfat(*entries: bytes) -> bytes:
     ids=["first", "behind others", "too long", "no longer in use", "behind the end"],
 )
 def test_labels_of_exfat(entries: tuple[bytes, ...], label: str) -> None:
-    """The entry of the root folder that says it, of at most eleven characters."""
+    """The label entry of the root folder, of at most eleven characters."""
     assert identified(exfat(*entries)) == FileSystem("exfat", label)
 
 
 @given(raw=st.binary(max_size=2 * KIB), seed=st.binary(min_size=16, max_size=96), place=st.integers(0, 511))
-def test_whatever_a_guest_wrote(raw: bytes, seed: bytes, place: int) -> None:
+def test_arbitrary_bytes_of_a_guest(raw: bytes, seed: bytes, place: int) -> None:
     """INV-BOUNDED: any bytes give a short label or none, from small reads."""
     boot = bytearray(raw.ljust(512, b"\0"))[:512]
     boot[place : place + len(seed)] = seed
@@ -75,7 +75,7 @@ def test_whatever_a_guest_wrote(raw: bytes, seed: bytes, place: int) -> None:
 
 
 def test_a_torn_record_has_no_label(tmp_path: Path) -> None:
-    """A file record that was being written, or is none, is not believed."""
+    """A file record that was being written, or that is something else, is not used."""
     image = tmp_path / "image"
     with image.open("wb") as file:
         file.truncate(8 * MIB)

@@ -56,12 +56,12 @@ def disk(size: int = 16 * MIB, raw: bytes = b"") -> MemStore:
 
 
 def table_of(store: MemStore) -> PartitionTable | None:
-    """What is read from it."""
+    """The table that is read from the store."""
     return read_partitions(store.pread, store.size())
 
 
 def test_mbr_with_logical_partitions() -> None:
-    """Primary partitions by their place in the table, logical ones from 5 on, through the chain of tables."""
+    """Primary partitions are numbered by their place in the table, logical ones from 5, along the chain of tables."""
     store = disk(raw=mbr((0x83, 2048, 2048), (0, 0, 0), (0x0F, 8192, 16384)))
     store.pwrite(8192 * SECTOR, mbr((0x07, 64, 1000), (0x05, 4096, 4096)))
     store.pwrite((8192 + 4096) * SECTOR, mbr((0x82, 64, 2000)))
@@ -78,7 +78,7 @@ def test_mbr_with_logical_partitions() -> None:
 
 
 def test_gpt_with_names() -> None:
-    """Numbers, places, types and names of a GPT, and where its second copy is."""
+    """Numbers, offsets, types and names of a GPT, and the place of its second copy."""
     store = disk()
     write_gpt(store, 16 * MIB, (2048, 4095, "boot"), (4096, 20000, "Ünicode ☃"))
     table = table_of(store)
@@ -90,8 +90,8 @@ def test_gpt_with_names() -> None:
     assert table.backup_ranges == ((16 * MIB - 33 * SECTOR, 32 * SECTOR), (16 * MIB - SECTOR, SECTOR))
 
 
-def test_the_second_gpt_counts_when_the_first_is_lost() -> None:
-    """Partitions are read from the copy at the end, which is no mere copy then: it has no range to give up."""
+def test_the_second_gpt_is_used_if_the_first_is_lost() -> None:
+    """Partitions are read from the copy at the end, which then is not spare: it has no range to give up."""
     store = disk()
     write_gpt(store, 16 * MIB, (2048, 4095, "boot"), primary=False)
     table = table_of(store)
@@ -100,7 +100,7 @@ def test_the_second_gpt_counts_when_the_first_is_lost() -> None:
 
 @pytest.mark.parametrize("offset", [8 * MIB - 33 * SECTOR, 8 * MIB - SECTOR + 60])
 def test_a_second_gpt_that_differs_is_not_given_up(offset: int) -> None:
-    """A damaged second copy, or one that says something else, has no range."""
+    """A second copy that is damaged or different has no range."""
     store = disk(8 * MIB)
     write_gpt(store, 8 * MIB, (2048, 4095, "boot"))
     store.pwrite(offset, b"\1")
@@ -118,7 +118,7 @@ def test_a_disk_without_a_table() -> None:
 
 
 def test_extended_partitions_that_never_end() -> None:
-    """A chain that leads back to itself, or goes on for ever, is read as far as the limit."""
+    """A chain that leads back to itself, or never ends, is read up to the limit."""
     store = disk(raw=mbr((0x05, 64, 20000)))
     store.pwrite(64 * SECTOR, mbr((0x83, 1, 1), (0x05, 0, 1)))
     table = table_of(store)
@@ -131,8 +131,8 @@ def test_extended_partitions_that_never_end() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 16 * KIB), st.binary(min_size=1, max_size=16)), max_size=8), st.booleans())
-def test_any_bytes_are_some_table_or_none(changes: list[tuple[int, bytes]], gpt: bool) -> None:
-    """INV-BOUNDED: whatever a guest writes there, reading its table ends, with a table or without."""
+def test_arbitrary_bytes_are_a_table_or_none(changes: list[tuple[int, bytes]], gpt: bool) -> None:
+    """INV-BOUNDED: whatever a guest writes there, reading the table ends, with or without a table."""
     store = disk(64 * KIB, raw=mbr((0x05, 3, 90), (0x83, 0xFFFFFFFF, 0xFFFFFFFF)))
     if gpt:
         write_gpt(store, 64 * KIB, (40, 50, "x"))
@@ -152,8 +152,8 @@ def test_tables_of_sfdisk(tmp_path: Path, label: str) -> None:
     lines = [f"label: {label}", "size=8M", "size=16M"]
     lines += ["size=20M, type=E", "size=4M", "size=5M"] if label == "dos" else ['size=4M, name="mine"']
     subprocess.run([tool, "-q", path], input="\n".join(lines), text=True, check=True, capture_output=True)
-    told = subprocess.run([tool, "-d", path], text=True, check=True, capture_output=True).stdout
-    lines = [line.removeprefix(str(path)) for line in told.splitlines() if "start=" in line]
+    output = subprocess.run([tool, "-d", path], text=True, check=True, capture_output=True).stdout
+    lines = [line.removeprefix(str(path)) for line in output.splitlines() if "start=" in line]
     starts = {int(line.split(":")[0]): int(line.split("start=")[1].split(",")[0]) for line in lines}
     raw = path.read_bytes()
     table = read_partitions(lambda offset, size: raw[offset : offset + size], len(raw))
@@ -161,7 +161,7 @@ def test_tables_of_sfdisk(tmp_path: Path, label: str) -> None:
     assert {one.number: one.offset_bytes // SECTOR for one in table.partitions} == starts
 
 
-def test_types_and_ids_as_people_know_them() -> None:
+def test_types_in_words_and_ids() -> None:
     """The type in words, the extended one by its type, and the id that Linux calls PARTUUID."""
     raw = bytearray(mbr((0x83, 2048, 64), (0x0F, 4096, 64), (0x42, 8192, 64)))
     raw[440:444] = bytes.fromhex("efbeadde")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files seen through patches: base + diff = view, for drafts, views of undo logs, and patches alone."""
+"""Files read through patches: base + diff = view, for drafts, views of undo logs, and patches alone."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def test_base_and_diff_make_the_view(start: bytes, steps: list[Step], nested: bo
 
 @settings(derandomize=False)
 @given(DATA, st.integers(0, LIMIT), st.lists(st.tuples(OFFSETS, st.binary(min_size=1, max_size=1500), st.booleans())))
-def test_patches_laid_in_any_order(start: bytes, size: int, laid: list[tuple[int, bytes, bool]]) -> None:
-    """INV-DRAFT-EXACT: later patches lie over earlier ones, zeros among them, what lies behind the end is hidden."""
+def test_later_patches_hide_earlier_ones(start: bytes, size: int, laid: list[tuple[int, bytes, bool]]) -> None:
+    """INV-DRAFT-EXACT: later patches, also of zeros, hide earlier ones, and bytes behind the end are hidden."""
     below = store_of(start)
     below.frozen = True
     patches = Patches()
@@ -74,8 +74,8 @@ def test_patches_laid_in_any_order(start: bytes, size: int, laid: list[tuple[int
 
 @settings(derandomize=False)
 @given(DATA, st.lists(STEPS, min_size=1, max_size=6), st.randoms(use_true_random=False))
-def test_a_change_half_made_reads_as_before(start: bytes, steps: list[Step], rng: random.Random) -> None:
-    """INV-DRAFT-EXACT, INV-UNDO-LOG: whatever part of a change was made, the view with its log reads as before it."""
+def test_a_partial_change_reads_as_before(start: bytes, steps: list[Step], rng: random.Random) -> None:
+    """INV-DRAFT-EXACT, INV-UNDO-LOG: whatever part of a change was made, its log shows the old content."""
     below = store_of(start)
     draft = DraftStore(below)
     for one in steps:
@@ -107,7 +107,7 @@ def test_a_change_half_made_reads_as_before(start: bytes, steps: list[Step], rng
 
 
 def test_what_is_patched_is_not_read_below() -> None:
-    """A sector that cannot be read costs nothing where a patch lies over it, and is an error beside it."""
+    """An unreadable sector does not matter under a patch, and is an error beside it."""
     base = FaultyStore(
         store_of(b"x" * 3 * SECTOR_SIZE), Fault("read", io_failed, persistent=True, where=SECTOR_SIZE.__eq__)
     )
@@ -119,8 +119,8 @@ def test_what_is_patched_is_not_read_below() -> None:
         PatchedStore(base, base.size(), Patches()).pread(SECTOR_SIZE, 1)
 
 
-def test_zeros_cost_no_memory() -> None:
-    """A patch of zeros may be as long as a disk: it holds nothing, and only data below it is in the diff."""
+def test_patches_of_zeros_take_no_memory() -> None:
+    """A patch of zeros may be as long as a disk: it stores nothing, and the diff has only the data below it."""
     below = MemStore(size_bytes=TIB)
     below.pwrite(TIB // 2, b"x")
     patches = Patches()

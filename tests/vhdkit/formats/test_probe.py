@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which format a file is taken for: by what stands in it, and by its name only to refuse."""
+"""How the format of a file is determined: by its content; its name only leads to refusals."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def _store(name: str, raw: bytes) -> MemStore:
 
 
 @pytest.mark.parametrize("name", ["a.vhd", "a.avhd", "a", "a.raw", "a.vhdx"])
-def test_a_vhd_is_one_under_any_name(name: str) -> None:
-    """Footers decide, not the suffix; fixed, dynamic and differencing are told apart."""
+def test_a_vhd_is_recognised_under_any_name(name: str) -> None:
+    """The footer decides, not the suffix; fixed, dynamic and differencing are distinguished."""
     kinds = [(Vhd(size=MIB, disk_type=FIXED), FixedImage), (Vhd(), DynamicImage), (child(), DynamicImage)]
     for image, kind in kinds:
         store = image.build().store(name, frozen=True)
@@ -74,8 +74,8 @@ def test_other_files_are_never_raw_silently(begin: bytes, name: str, way_on: str
     assert type(open_layer(store, format_name=FormatName.RAW)) is LinearImage
 
 
-def test_in_a_pipe_no_file_is_named() -> None:
-    """What came through a pipe has no name that a command could be given."""
+def test_a_hint_for_a_pipe_names_no_file() -> None:
+    """Data from a pipe has no name that a suggested command could contain."""
     with pytest.raises(UnsupportedFormat) as caught:
         identify(_store("scratch", gzip.compress(b"disk", mtime=0).ljust(4096, b"\0")), by_name=False)
     assert "gunzip -k FILE" in (caught.value.hint or "")
@@ -83,13 +83,13 @@ def test_in_a_pipe_no_file_is_named() -> None:
 
 @pytest.mark.parametrize("begin", [b"BZh9 is no block", b"LUKS\xba\xbe", b"hsqs", b"\xeb\x63\x90", b"PK", b"\x1f\x8b"])
 def test_file_systems_and_the_like_are_raw_disks(begin: bytes) -> None:
-    """A disk may begin with a file system, an encrypted volume or code, and with part of a mark."""
+    """A disk may begin with a file system, an encrypted volume or code, and with part of a magic number."""
     assert identify(_store("a.img", begin.ljust(4096, b"\0"))).name == FormatName.RAW
 
 
 @pytest.mark.parametrize("name", ["a.vhd", "A.VHD", "b.avhd"])
 def test_a_vhd_by_name_without_a_footer_is_never_raw(name: str) -> None:
-    """A VHD cut short would read as garbage; whoever knows better says so."""
+    """A truncated VHD would read as garbage; a user who knows better must say so."""
     store = _store(name, pattern(4096))
     with pytest.raises(CorruptImage) as caught:
         open_layer(store)
@@ -98,27 +98,27 @@ def test_a_vhd_by_name_without_a_footer_is_never_raw(name: str) -> None:
 
 
 def test_a_footer_filled_with_0xc7_is_named() -> None:
-    """Quirk: of a killed footer without a copy the message says what was found."""
+    """Quirk: for a killed footer without a copy the message says what was found."""
     with pytest.raises(CorruptImage, match="0xC7"):
         identify(_store("a.vhd", bytes(4096) + b"\xc7" * 512))
     assert identify(_store("a.img", bytes(4096) + b"\xc7" * 512)).name == FormatName.RAW
 
 
 def test_anything_else_is_raw() -> None:
-    """A file that looks like nothing else is a disk."""
+    """A file that matches no other format is a raw disk."""
     assert identify(_store("a.img", pattern(4096))).name == FormatName.RAW
     assert type(open_layer(_store("a", b"\0"))) is LinearImage
 
 
 @pytest.mark.parametrize("name", ["a.vhd", "a.img"])
 def test_an_empty_file_is_refused(name: str) -> None:
-    """Under any name."""
+    """An empty file is refused under any name."""
     with pytest.raises(InvalidArgument, match="empty"):
         open_layer(MemStore(name))
 
 
 def test_a_damaged_vhd_is_a_vhd_under_any_name() -> None:
-    """One bad footer and nothing else is a damaged VHD, not a raw disk."""
+    """A file with one bad footer is a damaged VHD, not a raw disk."""
     store = _store("a.img", bytes(4096) + b"conectix" + bytes(504))
     assert identify(store).name == FormatName.VHD
     with pytest.raises(CorruptImage) as caught:
@@ -127,7 +127,7 @@ def test_a_damaged_vhd_is_a_vhd_under_any_name() -> None:
 
 
 def test_ignore_bitmaps_reaches_the_layer() -> None:
-    """The option arrives at a dynamic disk."""
+    """The option reaches a dynamic disk."""
     store = Vhd(blocks={0: Block(pattern(512), bits=b"")}).build().store()
     assert open_layer(store).owned_sectors(0) is not None
     assert open_layer(store, ignore_bitmaps=True).owned_sectors(0) is None

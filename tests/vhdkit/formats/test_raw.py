@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Raw images: every byte is the disk's."""
+"""Raw images: every byte belongs to the disk."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _store(raw: bytes) -> MemStore:
 
 
 def test_a_raw_image_is_its_bytes() -> None:
-    """All sectors are owned and lie where they are."""
+    """All sectors are owned, each at its own offset."""
     store = _store(pattern(4096))
     store.frozen = True
     layer = open_raw(store)
@@ -34,8 +34,8 @@ def test_a_raw_image_is_its_bytes() -> None:
 
 
 @pytest.mark.parametrize(("size", "disk"), [(1, 512), (511, 512), (512, 512), (513, 1024)])
-def test_a_last_part_sector_is_filled_with_zeros(size: int, disk: int) -> None:
-    """An odd file is as long as its started sectors, the rest of the last one is zeros, and a note says so."""
+def test_a_partial_last_sector_is_filled_with_zeros(size: int, disk: int) -> None:
+    """The disk is rounded up to whole sectors, the rest of the last one is zeros, and a note says so."""
     store = _store(b"x" * size)
     layer = open_raw(store)
     assert layer.size_bytes == disk
@@ -46,7 +46,7 @@ def test_a_last_part_sector_is_filled_with_zeros(size: int, disk: int) -> None:
     assert [one.severity for one in findings] == ([] if size == disk else [Severity.NOTE])
 
 
-def test_a_last_part_sector_of_a_real_file_is_data(tmp_path: Path) -> None:
+def test_a_partial_last_sector_of_a_real_file_is_data(tmp_path: Path) -> None:
     """The file's data ends inside the sector; the sector is data all the same."""
     path = tmp_path / "disk.img"
     path.write_bytes(b"x" * 513)
@@ -55,14 +55,14 @@ def test_a_last_part_sector_of_a_real_file_is_data(tmp_path: Path) -> None:
         assert list(layer.extents(0, 2)) == [Extent(0, 2, ExtentKind.DATA, 0, 0)]
 
 
-def test_an_empty_file_is_no_disk() -> None:
+def test_an_empty_file_is_not_a_disk() -> None:
     """A disk has at least one sector."""
     with pytest.raises(InvalidArgument, match="empty"):
         open_raw(MemStore())
 
 
-def test_a_new_raw_image_is_one_hole() -> None:
-    """Created, it has its size and no bytes; written, one run of data."""
+def test_a_new_raw_image_is_a_single_hole() -> None:
+    """A new image has its size and no data; after a write it has one run of data."""
     store = MemStore()
     create_raw(store, MIB)
     layer = open_raw(store, writable=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A process that is killed loses nothing that its clients were told is written, when its successor has the notes."""
+"""A killed process loses no write that its clients were promised, if its successor has the notes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vhdkit.formats.vhd.opening import open_dynamic
 from vhdkit.image import ExtentKind
 from vhdkit.units import KIB, MIB, SECTOR_SIZE, whole_sectors
 
-# A killed process closes nothing: the images that play one are dropped.
+# A killed process closes no file: the images that stand for one are dropped.
 pytestmark = pytest.mark.filterwarnings("ignore:.*was never closed:ResourceWarning")
 
 SIZE = 4 * MIB
@@ -30,7 +30,7 @@ SIZE = 4 * MIB
 
 @pytest.fixture
 def notes(tmp_path: Path) -> Iterator[Path]:
-    """A folder for notes, used by this process while the test runs."""
+    """A folder for notes, used by this process during the test."""
     folder = tmp_path / "notes"
     folder.mkdir()
     noting.use_folder(str(folder))
@@ -50,7 +50,7 @@ def image(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def opened(path: Path) -> DynamicImage:
-    """The image, open for writing as by a server; nobody looks for locks here."""
+    """The image, open for writing as in a server, without locks."""
     return open_dynamic(noting.opened_file(path, writable=True), writable=True)
 
 
@@ -62,7 +62,7 @@ def killed(image: DynamicImage) -> None:
 
 
 def found_in(path: Path) -> bytes:
-    """What who opens the image for writing finds."""
+    """What a program reads that opens the image for writing."""
     image = opened(path)
     try:
         return content(image)
@@ -82,8 +82,8 @@ def content(image: DynamicImage) -> bytes:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_nothing_is_lost(notes: Path, image: Path, seed: int) -> None:
-    """INV-ANSWERED-SURVIVES: random writes and flushes, killed at random moments, again and again: all is there."""
+def test_no_answered_write_is_lost(notes: Path, image: Path, seed: int) -> None:
+    """INV-ANSWERED-SURVIVES: random writes and flushes, killed at random moments, repeatedly: all data is kept."""
     rng = random.Random(seed)
     model = bytearray(SIZE)
     for _ in range(5):
@@ -104,8 +104,8 @@ def test_nothing_is_lost(notes: Path, image: Path, seed: int) -> None:
     assert check(image) == []
 
 
-def test_without_notes_it_would_be_lost(image: Path) -> None:
-    """Self-test: the scene of the other test loses data where nobody takes notes."""
+def test_without_notes_data_would_be_lost(image: Path) -> None:
+    """Self-test: without notes the scene of the test above loses data."""
     one = opened(image)
     one.write(5, memoryview(b"x" * SECTOR_SIZE))
     killed(one)
@@ -113,7 +113,7 @@ def test_without_notes_it_would_be_lost(image: Path) -> None:
 
 
 def test_killed_during_a_flush(notes: Path, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A flush that fails leaves the notes of what it was to write, and of what came after it."""
+    """A failing flush keeps the notes of what it was to write and of what came after it."""
     one = opened(image)
     one.write(5, memoryview(b"x" * SECTOR_SIZE))
 
@@ -132,8 +132,8 @@ def test_killed_during_a_flush(notes: Path, image: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("spoil", ["boot", "cut", "byte", "other image", "empty", "folder"])
-def test_what_is_not_believed(notes: Path, image: Path, tmp_path: Path, spoil: str) -> None:
-    """Notes of another boot, of another file, damaged or cut ones: left out, and the image is as its file says."""
+def test_unusable_notes_are_left_out(notes: Path, image: Path, tmp_path: Path, spoil: str) -> None:
+    """Notes of another boot, of another file, damaged or cut ones are left out; the image is as its file says."""
     one = opened(image)
     one.write(5, memoryview(b"x" * SECTOR_SIZE))
     killed(one)
@@ -162,7 +162,7 @@ def test_what_is_not_believed(notes: Path, image: Path, tmp_path: Path, spoil: s
 
 
 def test_notes_that_contradict_the_image(notes: Path, image: Path) -> None:
-    """A note of a block that lies outside the file, or of one there is not, is left out."""
+    """A note of a block outside the file, or of one that does not exist, is left out."""
     store = noting.opened_file(image, writable=True)
     one = open_dynamic(store, writable=True)
     taken = one._commit._notes
@@ -176,7 +176,7 @@ def test_notes_that_contradict_the_image(notes: Path, image: Path) -> None:
 def test_full_folder_does_not_stop_writing(
     notes: Path, image: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where notes cannot be written any more, writing goes on and the server's log says so once."""
+    """If notes can no longer be written, writing continues and the server's log says so once."""
     one = opened(image)
     taken = one._commit._notes
     assert taken is not None
@@ -189,7 +189,7 @@ def test_full_folder_does_not_stop_writing(
 
 
 def test_full_folder_does_not_stop_a_flush(notes: Path, image: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Notes that fail when a flush begins or ends take nothing out of the flush; later changes are noted again."""
+    """If notes fail when a flush begins or ends, the flush is complete; later changes are noted again."""
     one = opened(image)
     taken = one._commit._notes
     assert taken is not None
@@ -205,7 +205,7 @@ def test_full_folder_does_not_stop_a_flush(notes: Path, image: Path, caplog: pyt
 
 
 def test_small_writes_do_not_fill_the_folder(notes: Path, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nobody flushes, the notes do before they are too long."""
+    """Without flushes by the client, the notes flush before they become too long."""
     monkeypatch.setattr(remember, "FLUSH_NOTES_BYTES", 8 * KIB)
     one = opened(image)
     for sector in range(0, 2000, 2):
@@ -215,12 +215,12 @@ def test_small_writes_do_not_fill_the_folder(notes: Path, image: Path, monkeypat
 
 
 def test_sealed_images_hold_nothing(notes: Path, image: Path) -> None:
-    """What was flushed has no files or descriptors of notes: a leaf becomes a parent without being closed."""
+    """After a flush there are no files or descriptors of notes: a leaf becomes a parent without being closed."""
     one = opened(image)
     before = os.listdir("/proc/self/fd")
     for block in range(3):
         one.write(block * 1024, memoryview(b"x" * SECTOR_SIZE))
-        assert len(list(notes.iterdir())) == 3  # two that take turns, and their witness
+        assert len(list(notes.iterdir())) == 3  # two files that alternate, and their witness
         one.seal()
         assert list(notes.iterdir()) == [] and os.listdir("/proc/self/fd") == before
     one.close()
@@ -230,7 +230,7 @@ def test_sealed_images_hold_nothing(notes: Path, image: Path) -> None:
 
 
 def writes(offset_bytes: int) -> Callable[[Path], object]:
-    """What another program does: it writes a sector."""
+    """What another program does: write a sector."""
 
     def change(path: Path) -> None:
         with open_disk(path, writable=True, options=noting.options()) as disk:
@@ -240,7 +240,7 @@ def writes(offset_bytes: int) -> Callable[[Path], object]:
 
 
 def left_aside(notes: Path) -> bool:
-    """True when the notes were not destroyed, and nobody will read them again."""
+    """Whether the notes were kept aside, where no program reads them again."""
     return [path.suffix[:6] for path in notes.iterdir()] == [".kept-"] * 3
 
 
@@ -249,7 +249,7 @@ def left_aside(notes: Path) -> bool:
     [writes(MIB + 6 * SECTOR_SIZE), writes(3 * MIB), writes(2 * MIB + 9 * SECTOR_SIZE), compact],
     ids=["the noted block", "another block", "a bit", "compact"],
 )
-def test_another_program_was_at_the_image(
+def test_notes_are_left_out_after_a_foreign_change(
     notes: Path, image: Path, change: Callable[[Path], object], caplog: pytest.LogCaptureFixture
 ) -> None:
     """INV-ANSWERED-SURVIVES: what was noted before is left out for good and kept aside, with a warning; the image is
@@ -276,8 +276,8 @@ def test_another_program_was_at_the_image(
     assert [one.code for one in check(image) if one.code != "leaked-space"] == ["notes-left-out"]
 
 
-def test_block_in_the_place_of_a_noted_one(notes: Path, image: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A program that gave the noted block's place to another block has both: the notes go, and the image opens."""
+def test_another_block_in_the_place_of_a_noted_one(notes: Path, image: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """If another program reused the noted block's place, the notes are left out and the image opens."""
     one = opened(image)
     one.write(5, memoryview(b"x" * SECTOR_SIZE))
     start, entry = one.bat.block_start(0), one.bat.table_offset_bytes + 4
@@ -290,7 +290,7 @@ def test_block_in_the_place_of_a_noted_one(notes: Path, image: Path, caplog: pyt
 
 
 def test_each_image_has_its_own_folder(tmp_path: Path) -> None:
-    """Where changes are noted is an option of each open: two folders in one process, and an image without any."""
+    """The folder of notes is an option of each open: two folders in one process, and an image without one."""
     folders = [tmp_path / "one", tmp_path / "two", None]
     disks = []
     for number, folder in enumerate(folders):

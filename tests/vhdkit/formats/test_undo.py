@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The undo log: changes that are whole or taken back, and logs that nobody should believe."""
+"""The undo log: changes that are complete or undone, and logs that must not be trusted."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SEEDS = 12
 
 
 def image(size: int = 40 * KIB, seed: int = 1) -> MemStore:
-    """A file of random bytes without any footer."""
+    """A file of random bytes without a footer."""
     store = MemStore("image.vhd")
     store.pwrite(0, random.Random(seed).randbytes(size))
     return store
@@ -53,7 +53,7 @@ def stored(log: UndoLog) -> MemStore:
 
 
 def fixed_grow(seed: int = 3) -> tuple[MemStore, UndoLog]:
-    """The change that this was made for: a fixed image gets another size and its only footer another place."""
+    """The typical change: a fixed image gets another size, and its only footer another place."""
     store = MemStore("fixed.vhd")
     footer = create_fixed(store, 24 * KIB)
     store.pwrite(0, random.Random(seed).randbytes(24 * KIB))
@@ -65,7 +65,7 @@ def fixed_grow(seed: int = 3) -> tuple[MemStore, UndoLog]:
 
 @st.composite
 def changes(draw: st.DrawFn) -> tuple[MemStore, list[tuple[int, bytes]], int]:
-    """A file, writes to it that are apart from each other, and the size it gets."""
+    """A file, disjoint writes to it, and its new size."""
     size = draw(st.integers(1, 20)) * SECTOR_SIZE + draw(st.sampled_from([0, 0, 0, 1, 511]))
     store = image(size, draw(st.integers(0, 3)))
     writes, position = [], 0
@@ -80,7 +80,7 @@ def changes(draw: st.DrawFn) -> tuple[MemStore, list[tuple[int, bytes]], int]:
     size_after = max([size, *(offset + len(data) for offset, data in writes)])
     if draw(st.booleans()):
         size_after = draw(st.integers(1, size_after + 4 * KIB))
-        if size_after < size:  # what is cut off is zeros, or among the writes
+        if size_after < size:  # what is cut off is zeros or part of the writes
             covered = [(offset, offset + len(data)) for offset, data in writes]
             for byte in range(size_after // SECTOR_SIZE * SECTOR_SIZE, size, SECTOR_SIZE):
                 start, stop = max(byte, size_after), min(byte + SECTOR_SIZE, size)
@@ -90,8 +90,8 @@ def changes(draw: st.DrawFn) -> tuple[MemStore, list[tuple[int, bytes]], int]:
 
 
 @given(changes())
-def test_a_change_is_made_and_taken_back(change: tuple[MemStore, list[tuple[int, bytes]], int]) -> None:
-    """The change puts the writes and the size in place; its log, read back from its bytes, restores every byte."""
+def test_a_change_is_made_and_undone(change: tuple[MemStore, list[tuple[int, bytes]], int]) -> None:
+    """The change applies the writes and the size; its log, read back from its bytes, restores every byte."""
     store, writes, size_after = change
     before = store.contents()
     log = plan_change(store, IMAGE_ID, writes, size_after)
@@ -113,7 +113,7 @@ def test_a_change_is_made_and_taken_back(change: tuple[MemStore, list[tuple[int,
 def test_inv_undo_log_holds_at_every_cut_of_the_change(
     change: tuple[MemStore, list[tuple[int, bytes]], int], seed: int
 ) -> None:
-    """INV-UNDO-LOG: cut inside any write or sync of the change, or of taking it back, the file reads as before."""
+    """INV-UNDO-LOG: cut inside any write or sync of the change or of its undoing, the file reads as before."""
     start, writes, size_after = change
     before = start.contents()
     log = plan_change(start, IMAGE_ID, writes, size_after)
@@ -124,7 +124,7 @@ def test_inv_undo_log_holds_at_every_cut_of_the_change(
 
 
 def survives(store: CrashStore, log: UndoLog, before: bytes, rng: random.Random, *, again: bool) -> None:
-    """What a cut leaves belongs to the log, reads as before, and is put back, also after one more cut."""
+    """The log applies to what a cut leaves: it reads as before and is restored, also after one more cut."""
     for _ in range(3):
         found = store.after_cut(rng)
         assert belongs(found, log)
@@ -138,7 +138,7 @@ def survives(store: CrashStore, log: UndoLog, before: bytes, rng: random.Random,
 
 
 def test_a_fixed_footer_in_flight_may_be_torn() -> None:
-    """The cut that tears the only footer of a fixed image is taken back too."""
+    """A cut that tears the only footer of a fixed image is undone, too."""
     start, log = fixed_grow()
     before = start.contents()
     torn = []
@@ -157,7 +157,7 @@ def test_a_fixed_footer_in_flight_may_be_torn() -> None:
 
 
 def test_without_a_log_a_cut_would_leave_a_mixture() -> None:
-    """The tests above can fail: a cut in the middle of the change is neither before nor after."""
+    """The tests above can fail: a cut in the middle of the change leaves neither the old nor the new state."""
     start, log = fixed_grow()
     after = start.copy()
     apply_change(after, log)
@@ -169,8 +169,8 @@ def test_without_a_log_a_cut_would_leave_a_mixture() -> None:
     assert [one for one in seen if one not in whole]
 
 
-def test_the_file_before_is_read_in_any_pieces() -> None:
-    """The view of the file as it was agrees with it byte for byte, whatever the range; holes are never data lost."""
+def test_the_old_file_is_read_in_any_pieces() -> None:
+    """The view agrees with the old file byte for byte, for any range; what it calls holes is never data."""
     start, log = fixed_grow()
     before = start.contents()
     changed = start.copy()
@@ -189,8 +189,8 @@ def test_the_file_before_is_read_in_any_pieces() -> None:
         assert all(not any(before[run[0] : run[0] + run[1]]) for run in runs if not run[2])
 
 
-def test_the_file_before_takes_no_writing() -> None:
-    """Everything that would change the file is refused as read-only."""
+def test_the_old_file_is_read_only() -> None:
+    """Every call that would change the file is refused as read-only."""
     start, log = fixed_grow()
     seen = UndoneStore(start.copy(frozen=True), log)
     calls: list[Callable[[], None]] = [
@@ -207,8 +207,8 @@ def test_the_file_before_takes_no_writing() -> None:
 
 
 @pytest.mark.parametrize("cut", [0, 1, 40, 100, -33, -32, -1])
-def test_a_torn_log_is_no_log(cut: int) -> None:
-    """A log that lost its end says nothing."""
+def test_a_torn_log_is_ignored(cut: int) -> None:
+    """A log that lost its end is not used."""
     _, log = fixed_grow()
     raw = encode(log)
     store = MemStore("log")
@@ -217,8 +217,8 @@ def test_a_torn_log_is_no_log(cut: int) -> None:
 
 
 @given(st.integers(0, 2000), st.integers(1, 255))
-def test_a_damaged_log_is_no_log(position: int, mask: int) -> None:
-    """One wrong byte anywhere, and the log says nothing."""
+def test_a_damaged_log_is_ignored(position: int, mask: int) -> None:
+    """A log with a single wrong byte is not used."""
     _, log = fixed_grow()
     raw = bytearray(encode(log))
     raw[position % len(raw)] ^= mask
@@ -228,7 +228,7 @@ def test_a_damaged_log_is_no_log(position: int, mask: int) -> None:
 
 
 def resealed(raw: bytes) -> MemStore:
-    """A log with the right digest, whatever it says."""
+    """A log with a correct digest, whatever it says."""
     store = MemStore("log")
     store.pwrite(0, raw + hashlib.sha256(raw).digest())
     return store
@@ -255,13 +255,13 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_log_that_cannot_be_is_no_log(name: str) -> None:
-    """A log with the right digest whose numbers make no sense says nothing, in bounded time and memory."""
+def test_an_impossible_log_is_ignored(name: str) -> None:
+    """A log with a correct digest but impossible numbers is not used, in bounded time and memory."""
     assert read_log(resealed(HOSTILE[name])) is None
 
 
 def test_a_log_at_the_limit_and_above() -> None:
-    """The largest log is planned and read; a larger change is refused and a larger file is no log."""
+    """The largest log is planned and read; a larger change is refused, and a larger file is not a log."""
     store = MemStore("image.vhd")
     store.truncate(undo.MAX_LOG_BYTES)
     overhead = len(encode(plan_change(store, IMAGE_ID, [(0, b"x")]))) - 2
@@ -299,18 +299,18 @@ def other_file(size: int, unique_id: bytes) -> MemStore:
 
 @pytest.mark.parametrize("size", [8 * KIB, 24 * KIB, 40 * KIB, 60 * KIB, 200 * KIB])
 @pytest.mark.parametrize("same_id", [False, True])
-def test_the_log_of_another_file_is_not_believed(size: int, same_id: bool) -> None:
-    """A file that took the image's place, even a copy of it at another time, keeps every byte."""
+def test_the_log_of_another_file_is_ignored(size: int, same_id: bool) -> None:
+    """A file that replaced the image, even a copy of an earlier state, keeps every byte."""
     _, log = fixed_grow()
     other = other_file(size, log.unique_id if same_id else b"another image id")
-    other.pwrite(other.size() - 8, b"mark")  # of another time: its footer has other reserved bytes
+    other.pwrite(other.size() - 8, b"mark")  # from another time: its footer has other reserved bytes
     raw = other.pread(size, SECTOR_SIZE)
     other.pwrite(size, layout.sealed(raw, layout.FOOTER_CHECKSUM_OFFSET))
     assert not belongs(other, log)
 
 
 def test_a_file_changed_since_is_not_rolled_back() -> None:
-    """Where somebody wrote after the cut, over what the change touched, the log is not believed."""
+    """If another program wrote over the changed ranges after the cut, the log is not used."""
     start = image()
     log = plan_change(start, IMAGE_ID, [(1000, b"new" * 500), (9000, b"x" * 100)])
     apply_change(start, log)
@@ -321,8 +321,8 @@ def test_a_file_changed_since_is_not_rolled_back() -> None:
 
 @pytest.mark.parametrize("operation", ["write", "truncate", "sync"])
 @pytest.mark.parametrize("make_error", [io_failed, no_space])
-def test_a_change_that_fails_is_taken_back(operation: str, make_error: Callable[[], errors.VhdkitError]) -> None:
-    """Whichever call fails, the log still belongs to the file, and taking back works once the fault is gone."""
+def test_a_failing_change_is_undone(operation: str, make_error: Callable[[], errors.VhdkitError]) -> None:
+    """Whichever call fails, the log still applies to the file, and undoing works once the fault is gone."""
     start, log = fixed_grow()
     before = start.contents()
     for at in (1, 2):
@@ -355,8 +355,8 @@ class _CountingStore(MemStore):
 
 
 @pytest.mark.parametrize("which", ["size", "id"])
-def test_the_log_of_another_image_is_not_read_whole(which: str) -> None:
-    """INV-BOUNDED: whose log it is stands in its first bytes: one of another image costs no more than those."""
+def test_the_log_of_another_image_is_not_read_completely(which: str) -> None:
+    """INV-BOUNDED: a log's first bytes name its image: one of another image costs no more than those."""
     image = MemStore("image")
     create_dynamic(image, 4 << 20)
     size = image.size() + (which == "size")
@@ -369,8 +369,8 @@ def test_the_log_of_another_image_is_not_read_whole(which: str) -> None:
 
 
 @pytest.mark.parametrize("length", [480, 1 << 20])
-def test_a_hostile_mixture_is_looked_at_in_bulk(length: int) -> None:
-    """INV-BOUNDED: whether each byte is from before or after is one step for many bytes, not one for each."""
+def test_a_hostile_mixture_is_compared_in_bulk(length: int) -> None:
+    """INV-BOUNDED: old and new bytes are compared many at once, not one by one."""
     count = (2 << 20) // length
     rng = random.Random(7)
     content = bytearray(4096)
@@ -395,7 +395,7 @@ def test_a_hostile_mixture_is_looked_at_in_bulk(length: int) -> None:
 
 
 def test_mentions_needs_a_log_and_finds_an_id_anywhere() -> None:
-    """Only what begins like a log is searched, across the pieces that it is read in."""
+    """Only a file that begins like a log is searched, also across the pieces in which it is read."""
     wanted = bytes(range(16))
     piece = bytes((1 << 20) - 100)
     change = Change(0, piece + wanted + piece, bytes(2 * len(piece) + 16))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The block allocation table: reading tables others wrote, and which sectors of it are written back."""
+"""The block allocation table: tables of other programs, and which sectors are written back."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _load(entries: list[int], at: int = 1536) -> Bat:
 
 @given(ENTRIES)
 def test_entries_are_big_endian_sectors(entries: list[int]) -> None:
-    """Every entry becomes the byte offset of its block, -1 where it is all ones."""
+    """Every entry becomes the byte offset of its block, or -1 if it is all ones."""
     bat = _load(entries)
     assert len(bat) == len(entries)
     assert [bat.block_start(one) for one in range(len(bat))] == [-1 if one == FREE else one * 512 for one in entries]
@@ -36,7 +36,7 @@ def test_entries_are_big_endian_sectors(entries: list[int]) -> None:
 
 
 def test_quirk_entries_from_2_to_the_31_do_not_go_negative() -> None:
-    """Quirk: a block at sector 2^31 or above lies at 1 TiB and above, not below zero."""
+    """Quirk: a block at sector 2^31 or above is at 1 TiB or above, not at a negative offset."""
     bat = _load([0x80000000, 0xFFFFFFFE])
     assert bat.block_start(0) == 1 << 40
     assert bat.block_start(1) == 0xFFFFFFFE * 512
@@ -45,8 +45,8 @@ def test_quirk_entries_from_2_to_the_31_do_not_go_negative() -> None:
 
 
 @given(ENTRIES, st.data())
-def test_changes_come_back_as_whole_sectors(entries: list[int], data: st.DataObject) -> None:
-    """What `take_dirty` gives, written over the table, makes it what it is in memory; taken once, it is clean."""
+def test_changes_are_taken_as_whole_sectors(entries: list[int], data: st.DataObject) -> None:
+    """The sectors of `take_dirty`, written over the table, make it equal to memory; once taken, it is clean."""
     bat, at = _load(entries), 1536
     changed = data.draw(st.dictionaries(st.integers(0, len(entries) - 1), st.integers(0, FREE - 1), max_size=8))
     for block, sector in changed.items():
@@ -64,7 +64,7 @@ def test_changes_come_back_as_whole_sectors(entries: list[int], data: st.DataObj
 
 
 def test_taken_changes_can_be_given_back() -> None:
-    """After a failed write the sectors count as dirty again, with their newest entries."""
+    """After a failed write the sectors are dirty again, with their newest entries."""
     bat = _load([FREE] * 300)
     bat.set(5, 512)
     bat.set(299, 1024)
@@ -87,7 +87,7 @@ def test_taken_changes_can_be_given_back() -> None:
     ids=["longer-than-needed", "longer-with-junk", "junk-in-the-padding", "unpadded"],
 )
 def test_quirk_bat_longer_than_needed_or_with_junk_behind(image: Vhd) -> None:
-    """Quirk: spare entries (XenServer preallocates) and whatever stands behind the table are not looked at."""
+    """Quirk: spare entries (XenServer preallocates) and the bytes behind the table are ignored."""
     layer = open_dynamic(image.build().store(frozen=True))
     assert len(layer.bat) == image.needed_entries
     assert layer.allocated_blocks().tolist() == [block == 1 for block in range(image.needed_entries)]
@@ -110,7 +110,7 @@ def test_quirk_bat_unpadded_at_the_very_end_of_the_file() -> None:
     ("count", "good"), [(1, False), (2, True), (3, True)], ids=["one-too-few", "exact", "one-spare"]
 )
 def test_bat_must_hold_every_block(count: int, good: bool) -> None:
-    """A header with fewer entries than the virtual size needs is refused; exactly as many is fine."""
+    """A header with fewer entries than the virtual size needs is refused; exactly as many are accepted."""
     store = Vhd(size=4 * MIB, entry_count=count).build().store(frozen=True)
     if good:
         assert len(open_dynamic(store).bat) == 2
@@ -120,7 +120,7 @@ def test_bat_must_hold_every_block(count: int, good: bool) -> None:
     assert caught.value.reason is CorruptReason.BAT_TOO_SHORT
 
 
-def test_a_last_block_that_is_only_begun_needs_an_entry() -> None:
+def test_a_partial_last_block_needs_an_entry() -> None:
     """One sector beyond a whole number of blocks makes one more block."""
     layer = open_dynamic(Vhd(size=MIB + 512, block_size=512 * KIB, blocks={2: Block(b"x")}).build().store())
     assert layer.allocated_blocks().tolist() == [False, False, True]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sector bitmaps against a list of booleans."""
+"""Sector bitmaps compared with a list of booleans."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_owned_agrees_with_the_bits(raw: bytes, data: st.DataObject) -> None:
 
 @given(st.binary(min_size=1, max_size=64), st.data())
 def test_set_run_sets_just_the_run(raw: bytes, data: st.DataObject) -> None:
-    """After setting a run it is set, nothing else has changed, and the answer says whether anything was clear."""
+    """A run is set and nothing else changes; the result says whether a bit of it was clear."""
     first = data.draw(st.integers(min_value=0, max_value=len(raw) * 8 - 1))
     count = data.draw(st.integers(min_value=1, max_value=len(raw) * 8 - first))
     before, changed = _bits(raw), bytearray(raw)
@@ -63,7 +63,7 @@ def test_set_run_sets_just_the_run(raw: bytes, data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("holes", ["ff00ff", "feffff", "ffff7f", "ff7fff"])
 def test_a_clear_bit_anywhere_in_the_run_is_noticed(holes: str) -> None:
-    """At its first byte, its last, or between them, a clear bit means that the run grew."""
+    """A clear bit in its first byte, its last, or between them means that ownership grew."""
     raw = bytearray.fromhex(holes)
     assert bitmap.set_run(raw, 0, 24) and raw == b"\xff\xff\xff"
     assert not bitmap.set_run(raw, 0, 24)
@@ -71,7 +71,7 @@ def test_a_clear_bit_anywhere_in_the_run_is_noticed(holes: str) -> None:
 
 @given(st.binary(min_size=1, max_size=64), st.booleans(), st.integers(min_value=1, max_value=64))
 def test_is_full_looks_at_the_blocks_sectors_only(raw: bytes, whole: bool, count: int) -> None:
-    """Full means every sector of the block; the padding behind does not matter."""
+    """Full means every sector of the block; padding bits behind are ignored."""
     count = min(count, len(raw))
     raw = b"\xff" * count + raw if whole else raw
     assert bitmap.is_full(raw, count * 8) == all(_bits(raw)[: count * 8])
@@ -79,7 +79,7 @@ def test_is_full_looks_at_the_blocks_sectors_only(raw: bytes, whole: bool, count
 
 @given(st.lists(st.booleans(), max_size=200))
 def test_runs_are_maximal_and_cover_everything(bits: list[bool]) -> None:
-    """Runs follow each other without gaps, alternate, and say what the bits say."""
+    """Runs follow each other without gaps, alternate, and agree with the bits."""
     found = bitmap.runs(np.array(bits, dtype=np.bool_))
     assert [value for _, count, value in found for _ in range(count)] == bits
     position = 0

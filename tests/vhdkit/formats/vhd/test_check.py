@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The deep examination of one VHD: sound images are clean, each fault is found, named and placed."""
+"""The thorough check of one VHD: sound images are clean; each fault is found, named and located."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ BLOCK = 2 * MIB
 
 
 def findings(image: Vhd, *, ignore_bitmaps: bool = False) -> dict[str, Finding]:
-    """What check says, by code."""
+    """The findings of check, by code."""
     return {one.code: one for one in check_vhd(image.build().store(frozen=True), ignore_bitmaps=ignore_bitmaps)}
 
 
 def sound(**fields: object) -> Vhd:
-    """A dynamic image with two blocks and the geometry its size gives."""
+    """A dynamic image with two blocks and the geometry that follows from its size."""
     values: dict[str, object] = {"chs": (120, 4, 17), "blocks": {0: Block(pattern(BLOCK)), 1: Block(b"x" * 512)}}
     return Vhd(**(values | fields))  # type: ignore[arg-type]  # every name is one of Vhd's
 
@@ -36,7 +36,7 @@ def sound(**fields: object) -> Vhd:
     ids=["dynamic", "aligned", "empty", "child", "fixed"],
 )
 def test_sound_images_are_clean(image: Vhd) -> None:
-    """An image with nothing wrong gives no finding at all."""
+    """A sound image has no findings at all."""
     assert findings(image) == {}
 
 
@@ -69,14 +69,14 @@ def test_sound_images_are_clean(image: Vhd) -> None:
     ],
 )
 def test_each_fault_is_found(image: Vhd, code: str, severity: Severity) -> None:
-    """A fault is reported under its code, with its severity, and nothing is changed (the store is frozen)."""
+    """A fault has its code and severity, and nothing is changed (the store is frozen)."""
     found = findings(image)
     assert code in found, found
     assert found[code].severity is severity
 
 
 def test_data_under_clear_bits_is_found_unless_bitmaps_are_ignored() -> None:
-    """Bytes under clear bits of a dynamic disk are a warning with their place; not for who reads them as data."""
+    """Bytes under clear bits of a dynamic disk are a warning with their place, unless they are read as data."""
     image = sound(blocks={0: Block(pattern(8192), bits_of(set(range(8)), BLOCK))})
     built = image.build()
     found = findings(image)["hidden-data"]
@@ -88,12 +88,12 @@ def test_data_under_clear_bits_is_found_unless_bitmaps_are_ignored() -> None:
 
 
 def test_data_under_clear_bits_of_a_child_is_fine() -> None:
-    """In a differencing image the parent answers there, whatever the bytes are."""
+    """In a differencing image such sectors come from the parent, whatever the bytes are."""
     image = child(chs=(120, 4, 17), blocks={0: Block(pattern(8192), bits_of({0}, BLOCK))})
     assert findings(image) == {}
 
 
-def test_a_batmap_that_promises_too_much_is_found() -> None:
+def test_a_batmap_that_claims_too_much_is_found() -> None:
     """A batmap bit over a bitmap with clear bits would hide a parent's data from readers that trust it."""
     for batmap, expected in ((b"\x80".ljust(512, b"\0"), True), (bytes(512), False)):
         image = child(
@@ -107,7 +107,7 @@ def test_a_batmap_that_promises_too_much_is_found() -> None:
 
 
 def test_many_faults_of_a_kind_are_counted() -> None:
-    """Of thousands of bad entries the first are listed and the others counted."""
+    """Of thousands of bad entries the first are listed and the others are counted."""
     image = Vhd(size=2 << 40 >> 1, entries=dict.fromkeys(range(1000), 2147483647))
     listed = check_vhd(image.build().store())
     assert len(listed) < 40
@@ -118,17 +118,17 @@ def test_many_faults_of_a_kind_are_counted() -> None:
     "image", [Vhd(footer_version=0x00020000), sound(tail=b"", copy=b"x" * 512), sound(block_size=3)]
 )
 def test_an_image_that_cannot_be_read_gives_its_one_error(image: Vhd) -> None:
-    """Where footer or header are beyond use, that is the finding, with structure and offset."""
+    """If footer or header cannot be used, that is the finding, with structure and offset."""
     (found,) = check_vhd(image.build().store("broken.vhd"))
     assert found.severity is Severity.ERROR
     assert found.structure is not None and found.offset_bytes is not None
 
 
-def test_progress_goes_over_the_disk_in_order() -> None:
-    """Whoever waits for a large image is told how much of it was looked at, never more than there is."""
-    told: list[tuple[int, int]] = []
+def test_progress_covers_the_disk_in_order() -> None:
+    """The progress of a long check reports how much was checked, never more than there is."""
+    calls: list[tuple[int, int]] = []
     size = 600 * BLOCK
     image = Vhd(size=size, blocks={number: Block(b"") for number in range(600)})
-    check_vhd(image.build().store(frozen=True), progress=lambda done, total: told.append((done, total)))
-    assert [total for _, total in told] == [size] * len(told)
-    assert [done for done, _ in told] == [0, 256 * BLOCK, 512 * BLOCK]
+    check_vhd(image.build().store(frozen=True), progress=lambda done, total: calls.append((done, total)))
+    assert [total for _, total in calls] == [size] * len(calls)
+    assert [done for done, _ in calls] == [0, 256 * BLOCK, 512 * BLOCK]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The write order, one step at a time: what is written when, and what a failure leaves. Power cuts: chain/."""
+"""The write order, step by step: what is written when, and what a failure leaves. Power cuts: chain/."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TABLE = 4096
 
 
 class Recorder(MemStore):
-    """Remembers every call that changes something; `fail` names one to fail from now on."""
+    """Records every call that changes something; `fail` names one that fails from now on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,17 +33,17 @@ class Recorder(MemStore):
         self.calls.append((name, offset, size))
 
     def pwrite(self, offset_bytes: int, data: Buffer) -> None:
-        """Noted."""
+        """Recorded."""
         self._note("pwrite", offset_bytes, len(data))
         super().pwrite(offset_bytes, data)
 
     def reserve(self, offset_bytes: int, size_bytes: int) -> None:
-        """Noted."""
+        """Recorded."""
         self._note("reserve", offset_bytes, size_bytes)
         super().reserve(offset_bytes, size_bytes)
 
     def sync(self) -> None:
-        """Noted."""
+        """Recorded."""
         self._note("sync")
         super().sync()
 
@@ -78,7 +78,7 @@ def test_the_order_of_a_first_write_and_its_flush() -> None:
 
 
 def test_closing_syncs_the_footer_too() -> None:
-    """INV-FOOTER-COPY: the last thing a close does is a sync that covers the trailing footer."""
+    """INV-FOOTER-COPY: the last step of a close is a sync that covers the trailing footer."""
     store, layer = _open()
     layer.write(3, memoryview(pattern(512)))
     layer.close()
@@ -86,8 +86,8 @@ def test_closing_syncs_the_footer_too() -> None:
     assert store.calls[-2][1] == store.size() - 512
 
 
-def test_rewriting_owned_sectors_costs_no_metadata() -> None:
-    """The second write to a block goes in place, and its flush is one sync."""
+def test_rewriting_owned_sectors_writes_no_metadata() -> None:
+    """A second write to a block is made in place, and its flush is a single sync."""
     store, layer = _open()
     layer.write(0, memoryview(pattern(512)))
     layer.flush()
@@ -111,8 +111,8 @@ def test_blocks_are_never_placed_before_the_last_footer() -> None:
 
 
 @pytest.mark.parametrize("call", ["reserve", "pwrite"])
-def test_no_space_for_a_new_block_leaves_the_file_as_it_was(call: str) -> None:
-    """A block that cannot be placed is not there, the file has its old length, and the next try works."""
+def test_no_space_for_a_new_block_leaves_the_file_unchanged(call: str) -> None:
+    """Without space for a block the file keeps its length, and the next attempt works."""
     store, layer = _open()
     size = store.size()
     store.fail = (call, NoSpace)
@@ -126,7 +126,7 @@ def test_no_space_for_a_new_block_leaves_the_file_as_it_was(call: str) -> None:
 
 
 def test_no_space_in_a_flush_can_be_tried_again() -> None:
-    """Metadata that could not be written stays dirty; the next flush writes it."""
+    """Metadata that could not be written stays dirty, and the next flush writes it."""
     store, layer = _open()
     layer.write(0, memoryview(pattern(512)))
     store.fail = ("pwrite", NoSpace)
@@ -140,8 +140,8 @@ def test_no_space_in_a_flush_can_be_tried_again() -> None:
     assert [one.kind for one in again.extents(0, 1024)] == [ExtentKind.DATA]
 
 
-def test_a_failed_sync_is_for_ever() -> None:
-    """After a failed sync every write and flush is refused: the kernel would claim success for lost data."""
+def test_a_failed_sync_is_permanent() -> None:
+    """After a failed sync every write and flush is refused: the kernel would report success for lost data."""
     store, layer = _open()
     layer.write(0, memoryview(pattern(512)))
     store.fail = ("sync", SyncFailed)
@@ -157,8 +157,8 @@ def test_a_failed_sync_is_for_ever() -> None:
     assert store.calls == []
 
 
-def test_too_much_dirt_flushes_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reaching the limit of dirty bitmaps is a whole flush, at the limit and not before."""
+def test_too_many_dirty_bitmaps_cause_a_flush(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reaching the limit of dirty bitmaps causes a complete flush, at the limit and not before."""
     monkeypatch.setattr(commit, "MAX_DIRTY_BYTES", 3 * 512)
     store, layer = _open(8)
     for block in range(2):
@@ -169,7 +169,7 @@ def test_too_much_dirt_flushes_by_itself(monkeypatch: pytest.MonkeyPatch) -> Non
     assert open_dynamic(store).allocated_blocks().tolist() == [True] * 3 + [False] * 5
 
 
-def test_a_file_that_grew_meanwhile_keeps_what_lies_there() -> None:
+def test_a_file_that_grew_meanwhile_keeps_its_data() -> None:
     """INV-BLOCKS-DISJOINT: no block is placed over what another program has put behind the end of the file."""
     store, image = _open()
     image.write(0, memoryview(b"a" * 512))
@@ -181,7 +181,7 @@ def test_a_file_that_grew_meanwhile_keeps_what_lies_there() -> None:
 
 
 @pytest.mark.parametrize(("pages_before", "good"), [(1, True), (0, False)])
-def test_a_file_does_not_grow_past_what_the_table_can_say(pages_before: int, good: bool) -> None:
+def test_a_file_does_not_grow_past_the_tables_range(pages_before: int, good: bool) -> None:
     """A block that would begin at sector 0xFFFFFFFF, which means "not allocated", is refused; a page before, not."""
     store, _ = _open()
     store.truncate(0xFFFFFFFF * 512 - 1024 - pages_before * 4096)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""New images, cut here by hand: footers, headers, tables and locators as other programs expect them."""
+"""New images, parsed independently: footers, headers, tables and locators as other programs expect them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _check_footer(raw: bytes, disk_type: int, size: int, data_offset: int) -> No
 
 @pytest.mark.parametrize("preallocate", [False, True])
 def test_a_fixed_image_is_zeros_and_a_footer(preallocate: bool) -> None:
-    """The file is the disk and 512 bytes more, sparse unless its space is to be set aside."""
+    """The file is the disk and 512 bytes more, sparse unless its space is reserved."""
     store = MemStore()
     create.create_fixed(store, 5 * MIB, preallocate=preallocate)
     assert store.size() == 5 * MIB + 512
@@ -44,7 +44,7 @@ def test_a_fixed_image_is_zeros_and_a_footer(preallocate: bool) -> None:
 
 @pytest.mark.parametrize("block_size", [512 * KIB << shift for shift in range(10)])
 def test_a_dynamic_image_has_two_footers_and_an_empty_table(block_size: int) -> None:
-    """Copy and header in the first page, the table on pages of its own, all ones, the footer behind."""
+    """Copy and header in the first page, a table of ones on its own pages, the footer behind."""
     size = 3 * block_size + 512
     store = MemStore()
     create.create_dynamic(store, size, block_size_bytes=block_size)
@@ -124,7 +124,7 @@ def test_sizes_at_their_limits(size: int, fixed: bool, good: bool) -> None:
 
 @pytest.mark.parametrize("block_size", [256 * KIB, 512 * MIB, 0, 2 * MIB + 512, -(2 * MIB), 3 * MIB])
 def test_block_sizes_outside_the_limits_are_refused(block_size: int) -> None:
-    """The next powers of two outside 512 KiB to 256 MiB, and what is no power of two."""
+    """The next powers of two outside 512 KiB to 256 MiB, and numbers that are not powers of two."""
     store = MemStore(frozen=True)
     with pytest.raises(InvalidArgument, match="power of two"):
         create.create_dynamic(store, 4 * MIB, block_size_bytes=block_size)
@@ -134,7 +134,7 @@ def test_block_sizes_outside_the_limits_are_refused(block_size: int) -> None:
     ("relative", "good"), [("x" * (32 * KIB), True), ("x" * (32 * KIB + 1), False), ("a\udcff.vhd", False)]
 )
 def test_a_parents_path_must_fit_and_be_text(relative: str, good: bool) -> None:
-    """64 KiB of UTF-16 are written, one character more is refused, and so is a name that is no text."""
+    """64 KiB of UTF-16 are written; one more character is refused, and so is a name that is not valid text."""
     store = MemStore()
     link = ParentLink(PARENT_ID, 0, "p.vhd", relative, "\\p.vhd")
     if good:
@@ -145,15 +145,15 @@ def test_a_parents_path_must_fit_and_be_text(relative: str, good: bool) -> None:
         create.create_differencing(store, MIB, link)
 
 
-def test_every_image_has_an_id_of_its_own() -> None:
-    """Two new images are two disks."""
+def test_every_image_has_its_own_id() -> None:
+    """Two new images have different ids."""
     stores = [MemStore(), MemStore()]
     for store in stores:
         create.create_dynamic(store, MIB)
     assert open_dynamic(stores[0]).metadata.footer.unique_id != open_dynamic(stores[1]).metadata.footer.unique_id
 
 
-def test_the_largest_table_is_written_whole() -> None:
+def test_the_largest_table_is_written_completely() -> None:
     """A disk of 2040 GiB in the smallest blocks has a table of 16 MiB, all of it ones."""
     store = MemStore()
     create.create_dynamic(store, 2040 * GIB, block_size_bytes=512 * KIB)

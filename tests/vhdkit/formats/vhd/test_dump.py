@@ -21,7 +21,7 @@ def value(dump: StructureDump, name: str) -> str:
 
 
 def test_fields_carry_their_place_in_the_file() -> None:
-    """Each field's offset is that of its bytes in the file: read there, they are the value shown."""
+    """The bytes at each field's offset are the value shown."""
     built = child(size=4 << 20, timestamp=77).build()
     store = built.store()
     by_name = {one.structure: one for one in dump_vhd(store)}
@@ -34,13 +34,13 @@ def test_fields_carry_their_place_in_the_file() -> None:
 
 
 def test_a_fixed_image_has_one_structure() -> None:
-    """Only the footer, even where the guest's first sector looks like one."""
+    """Only the footer is shown, even if the guest's first sector looks like one."""
     footer = Vhd().footer()
     assert list(dumps(Vhd(disk_type=FIXED, data=footer))) == ["footer"]
 
 
 def test_damaged_structures_are_shown_with_their_state() -> None:
-    """Nothing is refused: a damaged footer, header or locator is shown as it stands, and called what it is."""
+    """A damaged footer, header or locator is shown as it is, and called damaged."""
     shown = dumps(child(tail=b"\xc7" * 512))
     assert "0xC7" in shown["footer"].state and shown["footer copy"].state == "good"
     broken = child().build()
@@ -53,7 +53,7 @@ def test_damaged_structures_are_shown_with_their_state() -> None:
 
 
 def test_anything_can_be_dumped() -> None:
-    """Noise, and a file too short for anything, give structures marked absent and no error."""
+    """Noise, and a file too short for any structure, give structures marked absent and no error."""
     image = Vhd().build()
     for size in (0, 1, 511, 512, 600):
         image.size = size

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dynamic and differencing images that others wrote: where blocks may lie, and what their bits mean."""
+"""Dynamic and differencing images of other programs: where blocks may be, and what their bits mean."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _open(image: Vhd, **options: bool) -> DynamicImage:
 @pytest.mark.parametrize("aligned", [False, True], ids=["unaligned", "4k-aligned"])
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (2, 1, 0)])
 def test_quirk_blocks_in_any_order_aligned_or_not(order: tuple[int, ...], aligned: bool) -> None:
-    """Quirk: blocks follow each other in any order, their data on 4 KiB (XenServer, Hyper-V) or not (QEMU)."""
+    """Quirk: blocks may be in any order, their data aligned to 4 KiB (XenServer, Hyper-V) or not (QEMU)."""
     image = Vhd(
         size=3 * SMALL,
         block_size=SMALL,
@@ -73,7 +73,7 @@ def test_clear_bits_in_a_dynamic_disk_read_as_zeros() -> None:
 
 
 def test_clear_bits_in_a_differencing_disk_are_the_parents() -> None:
-    """INV-SECTOR-RULE: there a clear bit says ABSENT, and `ignore_bitmaps` changes nothing."""
+    """INV-SECTOR-RULE: there a clear bit means ABSENT, and `ignore_bitmaps` does not change that."""
     image = child(size=SMALL, block_size=SMALL, blocks={0: Block(pattern(SMALL), bits=bits_of({3}, SMALL))})
     for layer in (_open(image), _open(image, ignore_bitmaps=True)):
         start = layer.block_offset(0)
@@ -85,7 +85,7 @@ def test_clear_bits_in_a_differencing_disk_are_the_parents() -> None:
 
 
 def test_unallocated_blocks_are_zeros_or_absent() -> None:
-    """A block the BAT does not name is nobody's in a child, and zeros in a dynamic disk."""
+    """A block without a BAT entry is ABSENT in a child, and zeros in a dynamic disk."""
     assert list(_open(Vhd(size=4 * MIB)).extents(0, 8192)) == [Extent(0, 8192, ExtentKind.ZERO)]
     assert list(_open(child(size=4 * MIB)).extents(1, 8190)) == [Extent(1, 8190, ExtentKind.ABSENT)]
 
@@ -105,7 +105,7 @@ def test_quirk_partial_bitmap_bytes_of_a_windows_child() -> None:
 
 @pytest.mark.parametrize("with_footer", [True, False])
 def test_quirk_last_block_cut_at_the_end_of_the_file(with_footer: bool) -> None:
-    """Quirk: a last block may be stored short; what is not in the file reads as zeros, the footer is not data."""
+    """Quirk: a last block may be stored short; the missing part reads as zeros, the footer is not data."""
     data = pattern(SMALL)
     built = Vhd(size=SMALL, block_size=SMALL, blocks={0: Block(data)}).build()
     footer = built.pieces.pop()[1]
@@ -124,7 +124,7 @@ def test_quirk_last_block_cut_at_the_end_of_the_file(with_footer: bool) -> None:
 
 
 def test_quirk_last_block_of_an_odd_size_may_be_stored_without_its_tail() -> None:
-    """Quirk: the disk ends inside the last block; a file that ends there too is whole."""
+    """Quirk: the disk ends inside the last block; a file that ends there too is complete."""
     size = SMALL + 5 * 512
     built = Vhd(size=size, block_size=SMALL, blocks={1: Block(pattern(5 * 512))}).build()
     footer = built.pieces.pop()[1]
@@ -146,7 +146,7 @@ def test_quirk_offsets_from_2_to_the_31_sectors() -> None:
 
 
 def test_quirk_xen_batmap_is_a_hint_only() -> None:
-    """Quirk: a batmap that calls a block full does not outvote the block's bitmap."""
+    """Quirk: a batmap that marks a block as full does not override the block's bitmap."""
     data = pattern(SMALL)
     image = child(
         size=SMALL,
@@ -171,8 +171,8 @@ def test_quirk_xen_batmap_is_a_hint_only() -> None:
         ({1: 3}, CorruptReason.BLOCK_OVER_METADATA, "BAT entry 1"),
     ],
 )
-def test_bad_entries_are_refused_by_name(entries: dict[int, int], reason: CorruptReason, place: str) -> None:
-    """An entry past the end of the file, or over its headers, is refused and named with its place in the table."""
+def test_bad_entries_are_refused_and_named(entries: dict[int, int], reason: CorruptReason, place: str) -> None:
+    """An entry past the end of the file, or over its headers, is refused, and the error gives its place."""
     image = Vhd(size=4 * SMALL, block_size=SMALL, blocks={0: Block(b"x")}, entries=entries)
     with pytest.raises(CorruptImage) as caught:
         _open(image)
@@ -182,7 +182,7 @@ def test_bad_entries_are_refused_by_name(entries: dict[int, int], reason: Corrup
 
 @pytest.mark.parametrize("distance", [0, 1, 512, 1024])
 def test_overlapping_blocks_are_not_written_to(distance: int) -> None:
-    """INV-BLOCKS-DISJOINT: where two blocks share a sector of the file both are read, and neither is written to."""
+    """INV-BLOCKS-DISJOINT: two blocks that share a sector of the file can be read, but not written to."""
     image = Vhd(size=4 * SMALL, block_size=SMALL, blocks={0: Block(b"x"), 2: Block(b"y")})
     start = image.build().starts[0] // 512
     image.entries = {1: start + distance}
@@ -204,8 +204,8 @@ def test_neighbouring_blocks_are_disjoint() -> None:
     assert open_dynamic(built.store()).allocated_blocks().tolist() == [True, True, True, False]
 
 
-def test_the_last_block_may_lie_close_when_the_disk_cuts_it() -> None:
-    """INV-BLOCKS-DISJOINT: a last block of five sectors needs room for five, and not one less."""
+def test_a_short_last_block_needs_only_its_sectors() -> None:
+    """INV-BLOCKS-DISJOINT: a last block of five sectors needs space for exactly five."""
     size = SMALL + 5 * 512
     last = Block(pattern(5 * 512))
     image = Vhd(size=size, block_size=SMALL, blocks={1: last, 0: Block(pattern(SMALL, 3))})
@@ -220,7 +220,7 @@ def test_the_last_block_may_lie_close_when_the_disk_cuts_it() -> None:
 
 
 def test_a_block_over_a_locator_is_refused() -> None:
-    """A block may not lie over the text that names the parent."""
+    """A block must not overlap the text that names the parent."""
     image = child(size=2 * SMALL, block_size=SMALL, blocks={0: Block(b"x")})
     image.entries = {1: (1536 + 512) // 512}
     with pytest.raises(CorruptImage) as caught:
@@ -228,8 +228,8 @@ def test_a_block_over_a_locator_is_refused() -> None:
     assert caught.value.reason is CorruptReason.BLOCK_OVER_METADATA
 
 
-def test_writing_to_an_image_of_others_changes_no_more_than_it_must() -> None:
-    """Unaligned blocks, spare BAT entries and the order of the blocks stay as they were; a reopen reads all."""
+def test_writing_to_a_foreign_image_changes_little() -> None:
+    """Unaligned blocks, spare BAT entries and the order of the blocks are kept; a reopen reads all data."""
     image = Vhd(size=3 * SMALL, block_size=SMALL, entry_count=500, hidden=1, blocks={2: Block(pattern(SMALL, 2))})
     store = image.build().store()
     layer = open_dynamic(store, writable=True)
@@ -258,7 +258,7 @@ def test_zeros_written_into_a_child_hide_its_parent() -> None:
 
 
 def test_zeros_over_nothing_in_a_dynamic_disk_allocate_nothing() -> None:
-    """There they are zeros already."""
+    """Unallocated blocks read as zeros already."""
     store = MemStore()
     create_dynamic(store, 4 * MIB)
     layer = open_dynamic(store, writable=True)

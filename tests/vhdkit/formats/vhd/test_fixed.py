@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fixed images: data, then one footer of 512 or 511 bytes that writing never touches."""
+"""Fixed images: data, then one footer of 512 or 511 bytes, which writes never touch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _read(layer: FixedImage, sector: int, count: int) -> bytes:
 
 @pytest.mark.parametrize("footer_size", [512, 511], ids=["footer-512", "quirk-footer-511"])
 def test_a_fixed_image_is_its_data(footer_size: int) -> None:
-    """Quirk: with a footer of 512 or of 511 bytes, the disk is what stands before it."""
+    """Quirk: with a footer of 512 or of 511 bytes, the disk is what precedes it."""
     image = Vhd(size=MIB, disk_type=FIXED, data=pattern(MIB), footer_size=footer_size)
     layer = open_fixed(image.build().store(frozen=True))
     assert (layer.size_bytes, layer.block_size_bytes, layer.writable) == (MIB, 0, False)
@@ -27,7 +27,7 @@ def test_a_fixed_image_is_its_data(footer_size: int) -> None:
     assert len(layer.allocated_blocks()) == 0 and layer.block_offset(0) == 0 and layer.owned_sectors(0) is None
 
 
-def test_holes_are_zeros_and_all_is_owned() -> None:
+def test_holes_are_zeros_and_every_sector_is_owned() -> None:
     """Holes of the file are ZERO, never ABSENT: a fixed disk has no parent."""
     image = Vhd(size=MIB, disk_type=FIXED, data=pattern(512))
     extents = list(open_fixed(image.build().store()).extents(0, 2048))
@@ -36,7 +36,7 @@ def test_holes_are_zeros_and_all_is_owned() -> None:
 
 @pytest.mark.parametrize("footer_size", [512, 511])
 def test_writing_leaves_the_footer_alone(footer_size: int) -> None:
-    """The last sector can be written and zeroed; the footer behind it stays byte for byte."""
+    """The last sector can be written and zeroed; the footer behind it does not change."""
     image = Vhd(size=MIB, disk_type=FIXED, footer_size=footer_size)
     store = image.build().store()
     layer = open_fixed(store, writable=True)
@@ -50,7 +50,7 @@ def test_writing_leaves_the_footer_alone(footer_size: int) -> None:
 
 
 def test_part_of_the_file_behind_the_disk_is_not_the_disk() -> None:
-    """A smaller current size leaves space before the footer that no read reaches."""
+    """A smaller current size leaves space before the footer that reads never reach."""
     image = Vhd(size=MIB, disk_type=FIXED, data=pattern(2 * MIB), data_size=2 * MIB)
     layer = open_fixed(image.build().store(frozen=True))
     assert layer.size_bytes == MIB
@@ -60,7 +60,7 @@ def test_part_of_the_file_behind_the_disk_is_not_the_disk() -> None:
 
 @pytest.mark.parametrize("creator", [b"win ", b"vpc ", b"wa\0\0"])
 def test_a_file_too_short_for_its_size_is_refused(creator: bytes) -> None:
-    """The footer claims more than stands before it: refused, never padded with zeros."""
+    """If the footer claims more than precedes it, the file is refused, never padded with zeros."""
     image = Vhd(size=MIB + 512, disk_type=FIXED, data_size=MIB, creator=creator, chs=(30, 4, 17))
     if creator == b"vpc ":
         image.chs = (31, 4, 17)

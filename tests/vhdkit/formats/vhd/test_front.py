@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Header and names stay before the first block, take no space for good, and are whole at every power cut."""
+"""Header and names stay before the first block, waste no space, and are complete after every power cut."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ NEAR = ParentLink(LINK.unique_id, 7, "moved.vhd", "..\\elsewhere\\moved.vhd", "\
 
 
 def places(store: MemStore) -> list[int]:
-    """Where the names lie."""
+    """Where the names are."""
     return [one.data_offset_bytes for one in read_metadata(store).locators]
 
 
 def misplaced(store: MemStore) -> bool:
-    """True when header or names lie behind the first block."""
+    """Whether header or names are behind the first block."""
     metadata = read_metadata(store)
     assert metadata.header is not None
     bat = Bat.load(store, metadata.header.table_offset, metadata.block_count)
@@ -43,7 +43,7 @@ def misplaced(store: MemStore) -> bool:
 
 
 def test_names_take_the_places_of_the_old_ones() -> None:
-    """Any number of changes leaves the file as long as it was, with the names where they were."""
+    """After any number of changes the file has its old length, and the names are where they were."""
     leaf = child_scene(1).leaf
     size, before = leaf.size(), places(leaf)
     for link in (NEAR, LINK, NEAR):
@@ -52,7 +52,7 @@ def test_names_take_the_places_of_the_old_ones() -> None:
 
 
 def test_longer_names_go_where_there_is_room_before_the_first_block() -> None:
-    """Names of two kilobytes fit between header and BAT, or behind the BAT, and the file does not grow for them."""
+    """Names of two kilobytes fit between header and BAT, or behind the BAT, and the file does not grow."""
     scene = child_scene(1)
     leaf, size = scene.leaf, scene.leaf.size()
     relink(open_dynamic(leaf, writable=True), FAR)
@@ -62,7 +62,7 @@ def test_longer_names_go_where_there_is_room_before_the_first_block() -> None:
 
 
 def test_names_of_an_image_without_blocks_may_push_its_footer() -> None:
-    """Without a block there is always room: the footer stands behind the names, and shorter ones give it back."""
+    """Without blocks there is always room: the footer follows the names, and shorter ones free the space."""
     leaf = MemStore("leaf.avhd")
     create_differencing(leaf, DISK_SIZE, LINK, block_size_bytes=BLOCK_SIZE)
     size = leaf.size()
@@ -74,14 +74,14 @@ def test_names_of_an_image_without_blocks_may_push_its_footer() -> None:
 
 
 def crowded(seed: int = 1) -> MemStore:
-    """A child whose first block begins right behind its one short name, at most some sectors from it."""
+    """A child whose first block begins right behind its one short name, at most a few sectors from it."""
     blocks = {0: Block(pattern(BLOCK_SIZE, seed)), 2: Block(pattern(BLOCK_SIZE, seed + 1))}
     image = child(size=DISK_SIZE, block_size=BLOCK_SIZE, blocks=blocks, chs=(45, 4, 17), table_offset=1536)
     return image.build().store()
 
 
 def test_a_block_makes_room_for_names_that_do_not_fit() -> None:
-    """The first block moves behind the others, what it leaves is a hole, and later changes move nothing."""
+    """The first block moves behind the others, leaving a hole, and later changes move nothing."""
     leaf = crowded()
     content = content_of(leaf, [])
     relink(open_dynamic(leaf, writable=True), FAR)
@@ -94,8 +94,8 @@ def test_a_block_makes_room_for_names_that_do_not_fit() -> None:
 
 
 @pytest.mark.parametrize("header", [False, True])
-def test_what_lies_behind_the_blocks_is_told_and_brought_to_the_front(header: bool) -> None:
-    """`check` warns of it; afterwards header and names are in front, the file is shorter, and the disk is the same."""
+def test_names_behind_the_blocks_are_reported_and_moved(header: bool) -> None:
+    """`check` warns; afterwards header and names are in front, the file is shorter, and the disk is the same."""
     store, parents = names_behind(child_scene(2).leaf, NEAR, header=header), child_scene(2).parents
     content, size = content_of(store, parents), store.size()
     assert "behind-blocks" in [one.code for one in check_vhd(store)] and faults_in(store)
@@ -106,8 +106,8 @@ def test_what_lies_behind_the_blocks_is_told_and_brought_to_the_front(header: bo
 
 
 @pytest.mark.parametrize("header", [False, True])
-def test_the_next_change_of_names_brings_them_to_the_front(header: bool) -> None:
-    """Images of an earlier vhdkit need no more than the next rebase."""
+def test_the_next_change_of_names_moves_them_to_the_front(header: bool) -> None:
+    """Images of an earlier vhdkit need only the next rebase."""
     store = names_behind(child_scene(2).leaf, NEAR, header=header)
     relink(open_dynamic(store, writable=True), LINK)
     assert faults_in(store) == [] and check_vhd(store) == []
@@ -115,8 +115,8 @@ def test_the_next_change_of_names_brings_them_to_the_front(header: bool) -> None
 
 @pytest.mark.parametrize("work", ["far", "settle", "settle header"])
 def test_inv_footer_copy_holds_while_the_front_changes(work: str) -> None:
-    """INV-FOOTER-COPY: a cut in any step of making room or of coming to the front leaves every byte, and old names or
-    new ones; then the work can be done again, and is cut once more."""
+    """INV-FOOTER-COPY: a cut in any step of making room or of moving to the front leaves every byte, and old names or
+    new ones; then the work can be repeated, and is cut once more."""
     start = crowded() if work == "far" else names_behind(child_scene(2).leaf, NEAR, header=work == "settle header")
     parents = [] if work == "far" else child_scene(2).parents
     old, content = read_metadata(start).locators[0].text, content_of(start, parents)
@@ -152,7 +152,7 @@ def test_inv_footer_copy_holds_while_the_front_changes(work: str) -> None:
 
 
 def test_xenservers_room_for_a_larger_table_is_left_alone() -> None:
-    """BAT entries that the disk does not need yet are no leak, and no name goes there."""
+    """BAT entries that the disk does not need yet are not lost space, and no name is put there."""
     name = {0: relative(".\\parent.vhd"), 1: Locator(b"MacX", b"file://./parent.vhd")}
     blocks = {1: Block(pattern(BLOCK_SIZE))}
     image = child(size=DISK_SIZE, block_size=BLOCK_SIZE, blocks=blocks, entry_count=200_000, locators=name)
@@ -165,7 +165,7 @@ def test_xenservers_room_for_a_larger_table_is_left_alone() -> None:
 
 
 def test_images_of_any_shape_keep_their_content_when_names_change() -> None:
-    """Gaps, unaligned blocks, batmaps: whatever lies where, the disk reads the same, and blocks stay disjoint."""
+    """Gaps, unaligned blocks, batmaps: whatever the layout, the disk reads the same, and blocks stay disjoint."""
     for seed in range(12):
         scene = crowd(seed, differencing=True, batmap=bool(seed % 2))
         for link in (FAR, NEAR):
@@ -177,7 +177,7 @@ def test_images_of_any_shape_keep_their_content_when_names_change() -> None:
 
 
 def test_a_dynamic_disk_has_a_front_too() -> None:
-    """The header alone can lie behind blocks, after a power cut in a resize."""
+    """After a power cut in a resize only the header may be behind the blocks."""
     store = Vhd(size=2 * BLOCK_SIZE, block_size=BLOCK_SIZE, blocks={0: Block(pattern(BLOCK_SIZE))}).build().store()
     metadata = read_metadata(store)
     assert metadata.header is not None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cylinders, heads and sectors against what Windows, QEMU and XenServer wrote, and whose size is the CHS product."""
+"""Cylinders, heads and sectors as Windows, QEMU and XenServer wrote them, and for which creators CHS is the size."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vhdkit.formats.vhd.layout import Footer, parse_footer
 
 
 def _naive(sectors: int) -> tuple[int, int, int]:
-    """The specification's "CHS Calculation", written once more as its C code stands there."""
+    """The specification's "CHS Calculation", transcribed from its C code."""
     total = min(sectors, 65535 * 16 * 255)
     if total >= 65535 * 16 * 63:
         per_track, heads = 255, 16
@@ -54,7 +54,7 @@ def test_geometry_is_what_others_write(size_bytes: int, chs: tuple[int, int, int
 
 @given(st.integers(min_value=1, max_value=4 * TIB // 512))
 def test_geometry_follows_the_specification(sectors: int) -> None:
-    """For any size, the algorithm of the specification; never more than the size."""
+    """For any size, the specification's algorithm; never more than the size."""
     shape = geometry.geometry_for(sectors * 512)
     assert shape == _naive(sectors)
     assert shape.size_bytes <= sectors * 512
@@ -62,7 +62,7 @@ def test_geometry_follows_the_specification(sectors: int) -> None:
 
 @pytest.mark.parametrize("edge", [17 * 1024 * 4, 17 * 1024 * 16, 31 * 1024 * 16, 65535 * 16 * 63, 65535 * 16 * 255])
 def test_geometry_at_the_edges_of_its_cases(edge: int) -> None:
-    """One sector below, at, and one above each place where the algorithm changes its mind."""
+    """One sector below, at, and one above each place where the algorithm changes."""
     for sectors in (edge - 1, edge, edge + 1):
         assert geometry.geometry_for(sectors * 512) == _naive(sectors)
 
@@ -78,7 +78,7 @@ def _footer(creator: bytes, chs: tuple[int, int, int], size: int, disk_type: int
     + [(one, False) for one in (b"xo  ", b"dutl", b"vbox", b"imgo", b"\0\0\0\0")],
 )
 def test_quirk_current_size_or_chs_by_creator(creator: bytes, means_chs: bool) -> None:
-    """Quirk: for `vpc ` and `qemu` the CHS product is the virtual size; for everybody else the current size."""
+    """Quirk: for `vpc ` and `qemu` the CHS product is the virtual size; for all other creators the current size."""
     footer = _footer(creator, (120, 4, 17), 4 * MIB)
     assert geometry.size_is_chs(footer) is means_chs
     assert geometry.virtual_size(footer, 0) == (120 * 4 * 17 * 512 if means_chs else 4 * MIB)
@@ -86,11 +86,11 @@ def test_quirk_current_size_or_chs_by_creator(creator: bytes, means_chs: bool) -
 
 @pytest.mark.parametrize(("chs"), [(65535, 16, 255), (0, 4, 17), (0, 0, 0)])
 def test_quirk_largest_or_empty_chs_means_current_size(chs: tuple[int, int, int]) -> None:
-    """Quirk: a geometry at its maximum says "larger than CHS can", an empty one says nothing."""
+    """Quirk: the maximum geometry means "larger than CHS can express", an empty one is unset."""
     assert geometry.virtual_size(_footer(b"qemu", chs, 8 * MIB), 0) == 8 * MIB
 
 
-def test_chs_beyond_a_fixed_file_cannot_be_meant() -> None:
+def test_chs_beyond_a_fixed_file_is_ignored() -> None:
     """A fixed image whose file holds less than the CHS product has its current size."""
     footer = _footer(b"vpc ", (121, 4, 17), 4 * MIB, FIXED)
     product = 121 * 4 * 17 * 512

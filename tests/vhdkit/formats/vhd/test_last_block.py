@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bits behind the end of the disk: nobody sets them, `check` tells of them, a repair clears them."""
+"""Bits behind the end of the disk: vhdkit sets none, `check` reports them, a repair clears them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def new(*, differencing: bool) -> MemStore:
 
 
 def set_sectors(store: MemStore) -> list[int]:
-    """The sectors of the last block whose bits are set, in the file."""
+    """The sectors of the last block whose bits are set in the file."""
     metadata = read_metadata(store)
     assert metadata.header is not None
     bat = Bat.load(store, metadata.header.table_offset, metadata.block_count)
@@ -56,7 +56,7 @@ def set_sectors(store: MemStore) -> list[int]:
 @pytest.mark.parametrize("ignoring", [False, True])
 @pytest.mark.parametrize("way", ["write", "write twice", "zeros", "copy"])
 def test_no_way_of_writing_sets_bits_behind_the_end(way: str, ignoring: bool, differencing: bool) -> None:
-    """Whoever writes up to the end of the disk owns the sectors of the disk, all of them and no more."""
+    """A write up to the end of the disk owns exactly the sectors of the disk."""
     store = new(differencing=differencing)
     image = open_dynamic(store, writable=True, ignore_bitmaps=ignoring)
     data = memoryview(pattern(INSIDE * SECTOR_SIZE))
@@ -78,7 +78,7 @@ def test_no_way_of_writing_sets_bits_behind_the_end(way: str, ignoring: bool, di
 
 
 def test_a_merge_sets_no_bits_behind_the_end(tmp_path: Path) -> None:
-    """XenServer can coalesce a child that took in another: vhdkit merged a whole short block into it."""
+    """XenServer can coalesce a child into which vhdkit merged a complete short block."""
     base, middle, leaf = (tmp_path / name for name in ("base.vhd", "middle.avhd", "leaf.avhd"))
     vhdkit.create_image(base, DISK_SIZE, block_size_bytes=BLOCK_SIZE)
     vhdkit.create_child(middle, base)
@@ -90,7 +90,7 @@ def test_a_merge_sets_no_bits_behind_the_end(tmp_path: Path) -> None:
 
 
 def test_a_smaller_disk_owns_nothing_behind_its_end() -> None:
-    """Shrinking into a block clears its bits behind the new end, and those of the batmap."""
+    """Shrinking into a block clears its bits behind the new end, and the batmap's."""
     blocks = {number: Block(pattern(BLOCK_SIZE // 2, number)) for number in range(4)}
     xen = {"creator": b"tap\0", "creator_version": 0x00010003, "batmap": b"\xf0", "chs": (60, 4, 17)}
     store = damaged(size=4 * BLOCK_SIZE, blocks=blocks, **xen)
@@ -103,15 +103,15 @@ def test_a_smaller_disk_owns_nothing_behind_its_end() -> None:
 
 
 def damaged(**fields: Any) -> MemStore:
-    """A child as an earlier vhdkit merged into it: all bits of a short last block are set."""
+    """A child as an earlier vhdkit left it after a merge: all bits of a short last block are set."""
     values: dict[str, Any] = {
         "size": DISK_SIZE, "block_size": BLOCK_SIZE, "chs": (45, 4, 17), "blocks": {LAST: Block(pattern(512))}
     }  # fmt: skip
     return child(**(values | fields)).build().store()
 
 
-def test_bits_behind_the_end_are_told_and_cleared() -> None:
-    """A child with such bits gets a warning that says who stumbles; a repair clears those bits and changes no more."""
+def test_bits_behind_the_end_are_reported_and_cleared() -> None:
+    """The warning names the programs that fail; a repair clears those bits and changes nothing else."""
     store = damaged()
     (found,) = check_vhd(store)
     assert (found.code, found.severity) == ("bits-behind-end", Severity.WARNING)
@@ -125,14 +125,14 @@ def test_bits_behind_the_end_are_told_and_cleared() -> None:
 
 
 def test_bits_behind_the_end_of_a_dynamic_disk_are_a_note() -> None:
-    """Nobody coalesces a disk without a parent, and QEMU sets all bits: that is no fault."""
+    """A disk without a parent is not coalesced, and QEMU sets all bits: this is not a fault."""
     image = Vhd(size=DISK_SIZE, block_size=BLOCK_SIZE, chs=(45, 4, 17), blocks={LAST: Block(pattern(512))})
     (found,) = check_vhd(image.build().store())
     assert (found.code, found.severity) == ("bits-behind-end", Severity.NOTE)
 
 
-def test_a_batmap_that_promises_too_much_is_cleared() -> None:
-    """A batmap's bits for a short last block, for blocks without space and for partly owned ones go, no others."""
+def test_a_batmap_that_claims_too_much_is_cleared() -> None:
+    """A batmap's bits for a short last block, for blocks without space and for partly owned ones are cleared."""
     blocks = {0: Block(pattern(BLOCK_SIZE)), 1: Block(b"x", bits_of({0}, BLOCK_SIZE)), LAST: Block(b"y")}
     store = damaged(blocks=blocks, creator=b"tap\0", creator_version=0x00010003, batmap=b"\xf0")
     assert sum(one.code == "batmap" for one in check_vhd(store)) == 3
@@ -144,7 +144,7 @@ def test_a_batmap_that_promises_too_much_is_cleared() -> None:
 
 
 def test_a_disk_that_fills_its_last_block_has_no_such_bits() -> None:
-    """Nothing lies behind the end of a whole block, nor of a block without space."""
+    """A whole block has nothing behind its end, and neither has a block without space."""
     whole = child(size=2 * BLOCK_SIZE, block_size=BLOCK_SIZE, blocks={1: Block(b"x")}).build().store()
     for store in (whole, damaged(blocks={})):
         metadata = read_metadata(store)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Field offsets against structures packed by hand, checksums, and cutting and building as inverses."""
+"""Field offsets compared with structures packed independently, checksums, and parsing and building as inverses."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tests.harness.vhd_builder import Vhd, checksum, child
 from vhdkit.formats.vhd import layout
 
 
-def test_footer_fields_lie_where_the_specification_says() -> None:
-    """A footer packed by hand from the specification is cut into the values it was made of."""
+def test_footer_fields_are_where_the_specification_says() -> None:
+    """A footer packed from the specification is parsed into the values it was made of."""
     image = Vhd(
         size=0x1122334455667788 & ~511,
         original_size=0x0102030405060708,
@@ -43,8 +43,8 @@ def test_footer_fields_lie_where_the_specification_says() -> None:
     assert layout.build_footer(footer) == image.footer()
 
 
-def test_header_fields_lie_where_the_specification_says() -> None:
-    """A dynamic header packed by hand is cut into its values, with its eight locator entries."""
+def test_header_fields_are_where_the_specification_says() -> None:
+    """A dynamic header packed from the specification is parsed into its values, with its eight locator entries."""
     image = child(
         table_offset=0x2000,
         header_version=0x00010003,
@@ -97,7 +97,7 @@ def test_the_field_table_is_gapless_and_names_the_dataclass(structure: str, kind
 
 @given(st.binary(min_size=512, max_size=1024), st.integers(min_value=0, max_value=508))
 def test_checksum_is_the_complement_of_the_sum(raw: bytes, at: int) -> None:
-    """The checksum agrees with a byte-by-byte one, and what its own field holds does not matter."""
+    """The checksum agrees with a byte-by-byte sum, whatever its own field holds."""
     assert layout.checksum(raw, at) == checksum(raw, at)
     sealed = layout.sealed(raw, at)
     assert layout.stored_checksum(sealed, at) == layout.checksum(sealed, at) == layout.checksum(raw, at)
@@ -111,7 +111,7 @@ def test_the_checksum_wraps_at_32_bits() -> None:
 
 
 def test_quirk_hidden_byte_counts_in_the_checksum() -> None:
-    """Quirk: XenServer's `hidden` byte at 85 is part of the checksum (DiscUtils takes it for zero)."""
+    """Quirk: XenServer's `hidden` byte at 85 is part of the checksum (DiscUtils assumes zero)."""
     plain, hidden = Vhd().footer(), Vhd(hidden=1).footer()
     assert layout.checksum(plain, 64) - layout.checksum(hidden, 64) == 1
     assert layout.parse_footer(hidden).hidden == 1

@@ -49,7 +49,7 @@ def test_every_kind_of_locator_is_read(code: bytes, raw: bytes, text: str) -> No
 
 
 def test_an_unknown_kind_is_kept_without_text() -> None:
-    """A locator of a kind nobody knows is listed, has no text, and is no fault."""
+    """A locator of an unknown kind is listed without text, and is not a fault."""
     found = _one(Locator(b"Mac ", b"\0\1\2alias"))
     assert (found.text, found.fault) == (None, None)
     assert found.structure == "parent locator 1 (Mac )"
@@ -57,7 +57,7 @@ def test_an_unknown_kind_is_kept_without_text() -> None:
 
 @pytest.mark.parametrize("slots", [(0, 1), (6, 7), (7, 0), (3,), tuple(range(8))])
 def test_quirk_locators_in_any_slot(slots: tuple[int, ...]) -> None:
-    """Quirk: Hyper-V fills slots 1 and 2, DiscUtils 7 and 8; empty slots between them are nothing."""
+    """Quirk: Hyper-V fills slots 1 and 2, DiscUtils 7 and 8; empty slots between them are skipped."""
     image = child(locators={slot: relative(f"p{slot}.vhd") for slot in slots})
     found = _metadata(image).locators
     assert [(one.slot, one.text) for one in found] == [(slot, f"p{slot}.vhd") for slot in sorted(slots)]
@@ -66,14 +66,14 @@ def test_quirk_locators_in_any_slot(slots: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("stated", "length", "space"),
     [
-        (1, 30, 512),  # sectors, as the specification has it
+        (1, 30, 512),  # sectors, as in the specification
         (2, 30, 1024),
         (511, 30, 511 * 512),
-        (512, 30, 512),  # bytes, as Virtual PC, Hyper-V and XenServer have it
+        (512, 30, 512),  # bytes, as in Virtual PC, Hyper-V and XenServer
         (1024, 30, 1024),
         (65536, 30, 65536),
         (0, 30, 30),
-        (1, 700, 700),  # less than the text: the text is there all the same
+        (1, 700, 700),  # less than the text, which is complete all the same
     ],
 )
 def test_quirk_data_space_in_sectors_or_bytes(stated: int, length: int, space: int) -> None:
@@ -100,8 +100,8 @@ def test_quirk_a_whole_path_in_the_header_name() -> None:
     assert metadata.parent_name == name
 
 
-def test_a_header_name_that_is_no_text_is_still_shown() -> None:
-    """Lone surrogates become a replacement character; nothing is raised."""
+def test_a_header_name_with_lone_surrogates_is_shown() -> None:
+    """Lone surrogates become a replacement character; no error is raised."""
     metadata = _metadata(child(parent_name=b"\xd8\x00" + "a".encode("utf-16-be")))
     assert metadata.parent_name == "\ufffda" or "\ufffd" in metadata.parent_name
 
@@ -122,8 +122,8 @@ def test_a_header_name_that_is_no_text_is_still_shown() -> None:
         (Locator(b"MacX", b"file:///\xff"), CorruptReason.LOCATOR_TEXT),
     ],
 )
-def test_a_damaged_locator_is_no_error_but_says_what_is_wrong(one: Locator, fault: CorruptReason) -> None:
-    """Another locator may serve, so the image still tells what it knows; this one has a fault and no text."""
+def test_a_damaged_locator_has_a_fault_and_no_text(one: Locator, fault: CorruptReason) -> None:
+    """Another locator may still work, so the image opens, and this one says what is wrong with it."""
     metadata = _metadata(child(locators={1: one, 5: relative("good.vhd")}))
     bad, good = metadata.locators
     assert (bad.slot, bad.text, bad.fault) == (1, None, fault)
@@ -132,7 +132,7 @@ def test_a_damaged_locator_is_no_error_but_says_what_is_wrong(one: Locator, faul
 
 @pytest.mark.parametrize(("length", "good"), [(LIMIT - 2, True), (LIMIT, True), (LIMIT + 2, False)])
 def test_locator_length_at_its_limit(length: int, good: bool) -> None:
-    """64 KiB of text are read, more are not even tried."""
+    """64 KiB of text are read; more is not even tried."""
     found = _one(Locator(b"W2ku", b"x\0" * (length // 2)))
     assert found.text == ("x" * (length // 2) if good else None)
     assert (found.fault is None) == good
@@ -140,19 +140,19 @@ def test_locator_length_at_its_limit(length: int, good: bool) -> None:
 
 @given(NAMES, st.sampled_from([b"W2ru", b"W2ku"]))
 def test_utf16_text_survives_writing_and_reading(name: str, code: bytes) -> None:
-    """Any text without NUL comes back, astral characters included."""
+    """Any text without NUL survives, including astral characters."""
     assert locator.decode(code, locator.encode(code, name)) == name
 
 
 @given(st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0"), min_size=1))
 def test_mac_paths_survive_as_urls(name: str) -> None:
-    """An absolute path becomes a file URL and comes back."""
+    """An absolute path becomes a file URL and is restored from it."""
     assert locator.decode(b"MacX", locator.encode(b"MacX", "/" + name)) == "/" + name
 
 
 @given(NAMES)
 def test_header_name_survives_up_to_its_512_bytes(name: str) -> None:
-    """The field is always 512 bytes; a name that fits comes back whole."""
+    """The field is always 512 bytes; a name that fits is kept completely."""
     raw = locator.encode_parent_name(name)
     assert len(raw) == 512
     if len(name.encode("utf-16-be")) <= 512:
@@ -161,7 +161,7 @@ def test_header_name_survives_up_to_its_512_bytes(name: str) -> None:
 
 @given(st.lists(st.tuples(st.sampled_from([b"W2ru", b"W2ku"]), NAMES), min_size=1, max_size=8))
 def test_placed_locators_do_not_overlap_and_read_back(texts: list[tuple[bytes, str]]) -> None:
-    """Laid-out locators lie on sectors one after the other and hold what they were given."""
+    """Locators are placed on consecutive sectors and hold what they were given."""
     entries, writes, end = locator.place_locators(texts, 8192)
     store = MemStore()
     store.truncate(end)
@@ -178,12 +178,12 @@ def test_placed_locators_do_not_overlap_and_read_back(texts: list[tuple[bytes, s
 
 
 def test_an_image_that_is_not_differencing_has_no_locators() -> None:
-    """Whatever stands in the entries of a dynamic disk is not looked at."""
+    """The entries of a dynamic disk are ignored."""
     image = Vhd(locators={0: absolute("/etc/passwd")})
     assert _metadata(image).locators == ()
 
 
-def test_reserved_field_of_an_entry_is_kept_apart() -> None:
+def test_the_reserved_field_of_an_entry_is_ignored() -> None:
     """The reserved word between length and offset belongs to neither."""
     image = child()
     built = image.build()

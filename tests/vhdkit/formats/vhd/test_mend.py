@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a writable open puts right, what it must not touch, and that a read-only open changes nothing."""
+"""What a writable open mends, what it must not touch, and that a read-only open changes nothing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _read(layer: DynamicImage) -> bytes:
 
 
 def test_a_sound_image_is_not_touched_by_opening_it() -> None:
-    """Opening for writing writes nothing where nothing is wrong."""
+    """Opening a sound image for writing writes nothing."""
     store = _image().build().store(frozen=True)
     assert _read(open_dynamic(store, writable=True)) == pattern(SMALL) + bytes(SMALL)
 
@@ -45,8 +45,8 @@ def test_a_bad_copy_is_restored_from_the_tail(copy: bytes) -> None:
 
 
 @pytest.mark.parametrize("tail", [b"", b"\0" * 512, b"\0" * 2048, put(Vhd().footer(), 300, b"!"), b"half"])
-def test_a_lost_trailing_footer_is_put_behind_everything(tail: bytes) -> None:
-    """INV-FOOTER-COPY: the footer comes back on a sector at the end, and no block loses a byte."""
+def test_a_lost_trailing_footer_is_rewritten_at_the_end(tail: bytes) -> None:
+    """INV-FOOTER-COPY: the footer is rewritten on a sector at the end, and no block loses a byte."""
     image = _image(tail=tail)
     built = image.build()
     store = built.store()
@@ -57,8 +57,8 @@ def test_a_lost_trailing_footer_is_put_behind_everything(tail: bytes) -> None:
     assert _read(layer) == pattern(SMALL) + bytes(SMALL)
 
 
-def test_a_lost_footer_is_not_put_over_a_locator_behind_the_blocks() -> None:
-    """The end of all structures counts, not that of the blocks."""
+def test_a_lost_footer_does_not_overwrite_a_locator() -> None:
+    """The footer goes behind all structures, not just behind the blocks."""
     image = child(size=SMALL, block_size=SMALL, blocks={0: Block(pattern(SMALL))}, tail=b"")
     image.locators[0].offset = 2 * SMALL
     store = image.build().store()
@@ -68,8 +68,8 @@ def test_a_lost_footer_is_not_put_over_a_locator_behind_the_blocks() -> None:
     assert layer.metadata.locators[0].text == ".\\parent.vhd"
 
 
-def test_a_511_byte_footer_is_no_damage() -> None:
-    """A short footer is good; the next block goes behind it on a sector."""
+def test_a_511_byte_footer_is_not_damage() -> None:
+    """A short footer is valid; the next block goes behind it on a sector."""
     image = _image(footer_size=511)
     built = image.build()
     store = built.store()
@@ -92,8 +92,8 @@ def test_a_511_byte_footer_is_no_damage() -> None:
     ],
     ids=["quirk-tail-0xC7", "copy-0xC7", "quirk-tail-poisoned", "copy-poisoned"],
 )
-def test_what_another_program_left_is_never_mended(fields: dict[str, object], kind: type[VhdkitError]) -> None:
-    """0xC7 and v_poison say that another program is at work: readable, refused for writing, not a byte changed."""
+def test_marks_of_another_program_are_never_mended(fields: dict[str, object], kind: type[VhdkitError]) -> None:
+    """0xC7 and v_poison mean that another program is at work: readable, refused for writing, no byte changed."""
     store = _image(**fields).build().store(frozen=True)
     assert _read(open_dynamic(store)) == pattern(SMALL) + bytes(SMALL)
     with pytest.raises(kind) as caught:
@@ -103,16 +103,16 @@ def test_what_another_program_left_is_never_mended(fields: dict[str, object], ki
         assert caught.value.reason is CorruptReason.FOOTER_POISONED
 
 
-def test_nothing_is_mended_while_the_table_is_bad() -> None:
-    """With a BAT entry outside the file nobody knows where the end is: refused, unchanged."""
+def test_an_image_with_a_bad_table_is_not_mended() -> None:
+    """With a BAT entry outside the file the end of the data is unknown: refused, unchanged."""
     store = _image(tail=b"", entries={1: 0x00FFFFFF}).build().store(frozen=True)
     with pytest.raises(CorruptImage) as caught:
         open_dynamic(store, writable=True)
     assert caught.value.reason is CorruptReason.BLOCK_OUTSIDE_FILE
 
 
-def test_a_short_last_block_is_made_whole_before_writing() -> None:
-    """Quirk: a block cut at the end of the file is completed with zeros, the footer moves out of its way."""
+def test_a_short_last_block_is_completed_before_writing() -> None:
+    """Quirk: a block cut by the end of the file is completed with zeros, and the footer moves behind it."""
     image = _image(size=SMALL)
     built = image.build()
     footer = built.pieces.pop()[1]
@@ -131,7 +131,7 @@ def test_a_short_last_block_is_made_whole_before_writing() -> None:
 
 @pytest.mark.parametrize("fields", [{"tail": b""}, {"copy": b"\0" * 512}, {"footer_size": 511}])
 def test_a_read_only_open_changes_nothing(fields: dict[str, object]) -> None:
-    """Whatever is damaged, reading leaves the file alone."""
+    """Whatever is damaged, a read-only open does not change the file."""
     store = _image(**fields).build().store(frozen=True)
     assert _read(open_dynamic(store)) == pattern(SMALL) + bytes(SMALL)
 
@@ -139,8 +139,8 @@ def test_a_read_only_open_changes_nothing(fields: dict[str, object]) -> None:
 @pytest.mark.parametrize("code", [b"what", b"W2ku"])
 @pytest.mark.parametrize("offset", [1 << 24, 1 << 40, (1 << 63) - 512, (1 << 64) - 1])
 def test_a_locator_outside_the_file_keeps_the_image_read_only(code: bytes, offset: int) -> None:
-    """INV-BOUNDED: a locator that points past the end, even of a kind nobody reads, neither grows the file nor
-    overflows: the image opens for reading, and for writing is refused unchanged."""
+    """INV-BOUNDED: a locator that points past the end, even of an unused kind, neither grows the file nor overflows:
+    the image opens read-only, and a writable open is refused without a change."""
     stray = Locator(code, b"", space=512, length=20, offset=offset)
     store = child(locators={0: relative(".\\parent.vhd"), 1: stray}, tail=b"").build().store(frozen=True)
     with pytest.raises(CorruptImage) as caught:
@@ -150,7 +150,7 @@ def test_a_locator_outside_the_file_keeps_the_image_read_only(code: bytes, offse
 
 
 def test_a_file_of_exabytes_without_a_footer_is_an_error_not_an_overflow() -> None:
-    """INV-BOUNDED: where no footer can be appended any more, a writable open says so and changes nothing."""
+    """INV-BOUNDED: if no footer can be appended, a writable open reports it and changes nothing."""
     store = child(tail=b"").build().store()
     store.truncate((1 << 63) - 1)
     store.frozen = True
@@ -158,8 +158,8 @@ def test_a_file_of_exabytes_without_a_footer_is_an_error_not_an_overflow() -> No
         open_dynamic(store, writable=True)
 
 
-def test_part_of_a_sector_stays_zeros() -> None:
-    """INV-FLUSHED-OR-NEWER: a file cut inside a sector reads zeros there, and still does when it is mended."""
+def test_a_partial_sector_stays_zeros() -> None:
+    """INV-FLUSHED-OR-NEWER: a file that ends inside a sector reads zeros there, and still does when it is mended."""
     built = _image(tail=b"").build()
     store = built.store()
     store.truncate(built.starts[0] + 512 + 5 * 512 + 300)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which footer is believed, and what headers may claim."""
+"""Which footer is used, and what headers may claim."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def _refusal(store: MemStore) -> CorruptImage:
     return caught.value
 
 
-def test_a_sound_image_has_nothing_to_say() -> None:
-    """Two good footers and a header: no findings, and everything as it was written."""
+def test_a_sound_image_has_no_findings() -> None:
+    """Two good footers and a header: no findings, and all fields as they were written."""
     image = Vhd(size=6 * MIB, blocks={0: Block(b"x")})
     found = read_metadata(image.build().store(frozen=True))
     assert (found.findings, found.kind, found.is_differencing) == ((), "dynamic", False)
@@ -78,7 +78,7 @@ def test_quirk_a_bad_trailing_footer_with_a_good_copy(tail: bytes, state: Footer
 
 @pytest.mark.parametrize("copy", [b"\0" * 512, KILLED, BROKEN, POISONED, NEWER])
 def test_a_bad_copy_with_a_good_trailing_footer(copy: bytes) -> None:
-    """INV-FOOTER-COPY: the other way round the trailing footer is used."""
+    """INV-FOOTER-COPY: with a bad copy the trailing footer is used."""
     image = Vhd(blocks={1: Block(pattern(512))}, copy=copy)
     found = read_metadata(image.build().store(frozen=True))
     assert found.tail.state is FooterState.GOOD and found.copy is not None and not found.copy.state.usable
@@ -97,30 +97,30 @@ def test_a_bad_copy_with_a_good_trailing_footer(copy: bytes) -> None:
     ],
 )
 def test_two_bad_footers_are_refused(tail: bytes, copy: bytes, reason: CorruptReason, structure: str) -> None:
-    """With neither footer usable the image is refused for what is wrong with the more telling one."""
+    """With neither footer usable the image is refused, with the reason of the more informative one."""
     built = Vhd(tail=tail, copy=copy).build()
     error = _refusal(built.store())
     assert (error.reason, error.structure) == (reason, structure)
     assert error.offset_bytes == (built.footer_at if structure == "footer" else 0)
 
 
-def test_the_trailing_footer_is_believed_before_the_copy() -> None:
-    """Both good but different: the one at the end counts."""
+def test_the_trailing_footer_is_preferred_to_the_copy() -> None:
+    """If both are good but different, the one at the end counts."""
     image = Vhd(size=4 * MIB)
     image.copy = replace(image, unique_id=b"\x77" * 16).footer()
     assert read_metadata(image.build().store()).footer.unique_id == image.unique_id
 
 
 def test_a_fixed_disks_guest_cannot_fake_a_footer() -> None:
-    """What the guest writes into the first sector of a fixed disk is data, also when it is a dynamic footer."""
+    """What the guest writes into the first sector of a fixed disk is data, even if it is a dynamic footer."""
     fake = Vhd(size=64 * MIB).footer() + Vhd(size=64 * MIB).header()
     store = Vhd(size=MIB, disk_type=FIXED, data=fake).build().store(frozen=True)
     found = read_metadata(store)
     assert (found.kind, found.size_bytes, found.copy, found.header) == ("fixed", MIB, None, None)
 
 
-def test_a_fixed_footer_at_offset_0_is_no_copy() -> None:
-    """A fixed disk has no footer copy, so a footer at 0 that says "fixed" helps nobody."""
+def test_a_fixed_footer_at_offset_0_is_not_a_copy() -> None:
+    """A fixed disk has no footer copy, so a footer at 0 that says "fixed" is not used."""
     store = Vhd(size=MIB, disk_type=FIXED, data=Vhd(disk_type=FIXED).footer(), tail=b"").build().store()
     assert _refusal(store).reason is CorruptReason.NO_FOOTER
 
@@ -142,27 +142,27 @@ def test_quirk_511_byte_footer_alone_carries_a_dynamic_image() -> None:
     assert found.tail.state is FooterState.SHORT and found.kind == "dynamic"
 
 
-def test_a_damaged_511_byte_footer_is_called_by_name() -> None:
-    """A short footer with a wrong checksum is reported where it stands."""
+def test_a_damaged_511_byte_footer_is_reported_in_place() -> None:
+    """A short footer with a wrong checksum is reported at its offset."""
     image = Vhd(size=MIB, disk_type=FIXED, tail=put(Vhd(size=MIB, disk_type=FIXED).footer(), 99, b"!")[:511])
     error = _refusal(image.build().store())
     assert (error.reason, error.offset_bytes) == (CorruptReason.FOOTER_CHECKSUM, MIB)
 
 
 def test_quirk_hidden_image_opens() -> None:
-    """Quirk: XenServer's `hidden` mark is inside the checksum and no reason to refuse."""
+    """Quirk: XenServer's `hidden` mark is part of the checksum and does not prevent opening."""
     assert read_metadata(Vhd(hidden=1).build().store()).footer.hidden == 1
 
 
-def test_quirk_saved_state_and_features_are_no_reason_to_refuse() -> None:
-    """Quirk: a saved state of 1, a temporary disk, and a later minor version open."""
+def test_quirk_saved_state_and_features_are_accepted() -> None:
+    """Quirk: an image with a saved state, a temporary disk, or a later minor version opens."""
     image = Vhd(saved_state=1, features=3, footer_version=0x00010005, header_version=0x00010001)
     assert read_metadata(image.build().store()).findings == ()
 
 
 @pytest.mark.parametrize("header_offset", [512, 1024, 4096, 3 * MIB])
 def test_quirk_header_elsewhere(header_offset: int) -> None:
-    """Quirk: the header usually follows the copy, but lies where the footer says."""
+    """Quirk: the header usually follows the copy, but is where the footer says."""
     image = Vhd(header_offset=header_offset, blocks={1: Block(pattern(512), start=5 * MIB)})
     assert open_dynamic(image.build().store(frozen=True)).block_offset(1) == 5 * MIB + 512
 
@@ -203,7 +203,7 @@ def test_quirk_bat_between_locator_areas() -> None:
     ],
 )
 def test_virtual_size_at_its_limits(size: int, disk_type: int, good: bool) -> None:
-    """At the limit a virtual size is accepted, one sector beyond it, and below one sector, it is not."""
+    """A virtual size at the limit is accepted; one sector more, or less than one sector, is not."""
     image = Vhd(size=size, disk_type=disk_type, block_size=256 * MIB)
     if size > TIB * 65:
         raw = image.footer()
@@ -256,7 +256,7 @@ def test_the_block_size_limits_are_the_documented_ones() -> None:
 
 
 def test_quirk_xen_batmap_is_found_behind_the_bat() -> None:
-    """Quirk: XenServer's batmap header follows the BAT, its body lies where it says, locators come after it."""
+    """Quirk: XenServer's batmap header follows the BAT, its body is where it says, locators come after it."""
     image = child(creator=b"tap\0", creator_version=0x00010003, batmap=b"\x80", blocks={0: Block(pattern(2 * MIB))})
     found = read_metadata(image.build().store(frozen=True))
     assert found.batmap is not None and found.batmap.batmap_size == 1
@@ -270,14 +270,14 @@ def test_quirk_xen_batmap_is_found_behind_the_bat() -> None:
 @pytest.mark.parametrize(
     ("creator", "version"), [(b"tap\0", 0x00000001), (b"win ", 0x000A0000), (b"qemu", 0x00050003)]
 )
-def test_a_batmap_of_anybody_else_is_none(creator: bytes, version: int) -> None:
-    """Only XenServer from version 1.1 on writes one; the same bytes elsewhere are nothing."""
+def test_only_xenservers_batmap_counts(creator: bytes, version: int) -> None:
+    """Only XenServer from version 1.1 on writes one; the same bytes elsewhere are ignored."""
     image = Vhd(creator=creator, creator_version=version, batmap=b"\x80", chs=(120, 4, 17))
     assert read_metadata(image.build().store()).batmap is None
 
 
 def test_footers_of_tiny_files() -> None:
-    """A file shorter than a footer has none, and nothing goes wrong while looking."""
+    """A file shorter than a footer has none, and the search for one raises no error."""
     for size in (0, 1, 510, 511, 512, 1023):
         store = MemStore("tiny.vhd")
         store.truncate(size)
@@ -287,22 +287,22 @@ def test_footers_of_tiny_files() -> None:
 
 
 def test_quirk_size_of_creators_meaning_chs_is_explained() -> None:
-    """Quirk: where the two sizes differ and CHS counts, a finding gives both."""
+    """Quirk: if the two sizes differ and CHS counts, a finding gives both."""
     found = read_metadata(Vhd(creator=b"qemu", chs=(120, 4, 17), size=4 * MIB).build().store())
     assert found.size_bytes == 8160 * 512
     assert [one.code for one in found.findings] == ["size-chs"]
     assert "4194304" in found.findings[0].message and str(8160 * 512) in found.findings[0].message
 
 
-def test_an_odd_current_size_is_noticed() -> None:
-    """A size that is not a whole number of sectors is cut and reported."""
+def test_an_odd_current_size_is_reported() -> None:
+    """A size that is not a whole number of sectors is rounded down and reported."""
     found = read_metadata(Vhd(size=4 * MIB + 100).build().store())
     assert found.size_bytes == 4 * MIB
     assert [one.code for one in found.findings] == ["size-odd"]
 
 
-def test_quirk_parent_timestamp_is_only_kept() -> None:
-    """Quirk: Hyper-V writes 0, others a time; reading does not judge it."""
+def test_quirk_parent_timestamp_is_not_judged() -> None:
+    """Quirk: Hyper-V writes 0, others a time; the reader keeps either."""
     for stamp in (0, 1, 0xFFFFFFFF):
         header = read_metadata(child(parent_timestamp=stamp).build().store()).header
         assert header is not None and header.parent_timestamp == stamp

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A fixed VHD that was made longer as if it were raw still has its footer."""
+"""A fixed VHD that was extended as if it were raw still has its footer."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def padded(tail: bytes, name: str = "disk.vhd") -> MemStore:
 @pytest.mark.parametrize("size", [1, 511, 512, 4096, 1000_001, MAX_PADDING_BYTES])
 @pytest.mark.parametrize("name", ["disk.vhd", "disk.img"])
 def test_the_footer_is_found_before_zeros(size: int, name: str) -> None:
-    """Up to 2 MiB from the end of the file, under any name, as the footer of a fixed VHD is without them."""
+    """Up to 2 MiB before the end of the file and under any name it is used as the footer of a fixed VHD."""
     assert identify(padded(FOOTER + bytes(size), name)).name == FormatName.VHD
 
 
@@ -46,15 +46,15 @@ def test_the_footer_is_found_before_zeros(size: int, name: str) -> None:
     ],
     ids=["too far", "data behind it", "bad checksum", "of another size", "dynamic", "nothing"],
 )
-def test_other_bytes_are_no_footer(tail: bytes) -> None:
-    """What stands further away, before data, or does not fit its place, belongs to the disk."""
+def test_other_bytes_are_not_a_footer(tail: bytes) -> None:
+    """A footer further away, before data, or unfit for its place belongs to the disk."""
     assert identify(padded(tail, "disk.img")).name == FormatName.RAW
     with pytest.raises(errors.CorruptImage):
         identify(padded(tail))
 
 
 def test_check_and_repair_of_a_disk_that_was_grown_as_raw(tmp_path: Path) -> None:
-    """It opens with its own size, takes writes and reads well; check warns, and repair cuts the zeros off."""
+    """It opens with its own size and can be read and written; check warns, and repair cuts the zeros off."""
     path = tmp_path / "disk.vhd"
     vhdkit.create_image(path, 3 * MIB, disk_format=DiskFormat.FIXED)
     sound = path.stat().st_size

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Notes are applied to the very state they were taken in, and to no other."""
+"""Notes are applied to exactly the state in which they were taken, and to no other."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from vhdkit.formats.vhd.opening import open_dynamic
 from vhdkit.store import FileStore
 from vhdkit.units import KIB, MIB, SECTOR_SIZE, whole_sectors
 
-# A killed process closes nothing: the images that play one are dropped.
+# A killed process closes no file: the images that stand for one are dropped.
 pytestmark = pytest.mark.filterwarnings("ignore:.*was never closed:ResourceWarning")
 
 __all__ = ["image", "notes"]
@@ -38,7 +38,7 @@ Meanwhile = Callable[[Path, bytes, os.stat_result], object]
 
 @contextlib.contextmanager
 def without_notes() -> Iterator[None]:
-    """What another process sees, which knows no folder of notes."""
+    """As in another process, which has no folder of notes."""
     folder = noting.folder_in_use()
     noting.use_folder(None)
     yield
@@ -46,7 +46,7 @@ def without_notes() -> Iterator[None]:
 
 
 def write(one: DynamicImage, model: bytearray, first: int, data: bytes) -> None:
-    """Write sectors, to the model too."""
+    """Write sectors to the image and to the model."""
     one.write(first, memoryview(data))
     model[first * SECTOR_SIZE : first * SECTOR_SIZE + len(data)] = data
 
@@ -71,19 +71,19 @@ def after_a_tick(path: Path) -> None:
 
 
 def copied_over(path: Path, backup: bytes, status: os.stat_result) -> None:
-    """`cp backup image`: the file stays, its content goes."""
+    """`cp backup image`: the file stays, its content is replaced."""
     after_a_tick(path)
     path.write_bytes(backup)
 
 
 def copied_over_with_times(path: Path, backup: bytes, status: os.stat_result) -> None:
-    """`cp -p`, `rsync -t --inplace`: the time is that of the backup."""
+    """`cp -p`, `rsync -t --inplace`: the time is the backup's."""
     path.write_bytes(backup)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def updated_in_place(path: Path, backup: bytes, status: os.stat_result) -> None:
-    """`rsync --inplace`: what differs is written, the rest is cut."""
+    """`rsync --inplace`: differing parts are written, the rest is cut off."""
     after_a_tick(path)
     old = path.read_bytes()
     with path.open("r+b") as file:
@@ -95,7 +95,7 @@ def updated_in_place(path: Path, backup: bytes, status: os.stat_result) -> None:
 
 
 def cut_and_back(path: Path, backup: bytes, status: os.stat_result) -> None:
-    """Its last sector is cut off and written again."""
+    """The last sector is cut off and written again."""
     after_a_tick(path)
     raw = path.read_bytes()
     with path.open("r+b") as file:
@@ -105,19 +105,19 @@ def cut_and_back(path: Path, backup: bytes, status: os.stat_result) -> None:
 
 
 def opened_for_writing(path: Path, backup: bytes, status: os.stat_result) -> None:
-    """A session of ours without the notes, which happens to write nothing."""
+    """A session of vhdkit without the notes that writes nothing."""
     open_disk(path, writable=True, options=noting.options()).close()
 
 
 def written_by_us(path: Path, backup: bytes, status: os.stat_result) -> None:
-    """A session of ours without the notes writes, at once, over what is owned and what is not."""
+    """A session of vhdkit without the notes that writes at once, over owned and other sectors."""
     with open_disk(path, writable=True, options=noting.options()) as disk:
         disk.write(0, b"z" * SECTOR_SIZE)
         disk.write(3 * MIB, b"z" * MIB)
 
 
 def repaired(path: Path, backup: bytes, status: os.stat_result) -> None:
-    """A repair, also of what needs none."""
+    """A repair, even if none is needed."""
     repair(path)
 
 
@@ -127,11 +127,11 @@ CHANGES = (
 
 
 def left_alone(path: Path, backup: bytes, status: os.stat_result) -> None:
-    """Nothing."""
+    """Nothing happens."""
 
 
 def touched(path: Path, backup: bytes, status: os.stat_result) -> None:
-    """Other rights, another name, other readers: its content is what it was."""
+    """Other permissions, another name, other readers: the content is unchanged."""
     path.chmod(0o640)
     os.link(path, path.with_suffix(".second"))
     check(path)
@@ -140,11 +140,11 @@ def touched(path: Path, backup: bytes, status: os.stat_result) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("meanwhile", [*CHANGES, left_alone, touched], ids=lambda one: one.__name__)
-def test_exact_or_not_at_all(
+def test_notes_are_applied_exactly_or_left_out(
     notes: Path, image: Path, meanwhile: Meanwhile, seed: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """INV-ANSWERED-SURVIVES: random writes, a backup somewhere among them, a kill, then something happens to the file:
-    all that was answered is there, or, where the file was changed, it reads as that left it, and that is told."""
+    """INV-ANSWERED-SURVIVES: random writes, a backup at some point, a kill, then something happens to the file: all
+    answered writes are there or, if the file was changed, it reads as the change left it, with a warning."""
     rng = random.Random(seed)
     model = bytearray(SIZE)
     one = opened(image)
@@ -154,7 +154,7 @@ def test_exact_or_not_at_all(
     write_randomly(one, model, rng, rng.randrange(8))
     write(one, model, SECTORS // 2, b"n" * SECTOR_SIZE)  # a new block
     if seed % 2:
-        write(one, model, SECTORS // 2, b"m" * SECTOR_SIZE)  # over what is noted already
+        write(one, model, SECTORS // 2, b"m" * SECTOR_SIZE)  # over what has been noted
     killed(one)
     with without_notes():
         meanwhile(image, backup, status)
@@ -164,26 +164,26 @@ def test_exact_or_not_at_all(
     again = opened(image)
     assert content(again) == expected
     again.close()
-    told = [one for one in check(image) if one.code == "notes-left-out"]
+    findings = [one for one in check(image) if one.code == "notes-left-out"]
     if meanwhile not in CHANGES:
-        assert list(notes.iterdir()) == [] and not told
+        assert list(notes.iterdir()) == [] and not findings
         return
     assert [path.suffix[:6] for path in notes.iterdir()] == [".kept-"] * 3
-    assert len(told) == 1 and ".kept-" in told[0].message
+    assert len(findings) == 1 and ".kept-" in findings[0].message
     assert any("left out" in record.message for record in caplog.records)
     with without_notes():
         repair(image)
     assert not [one for one in check(image) if one.code == "notes-left-out"]
 
 
-def test_check_tells_of_notes_that_wait(notes: Path, image: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """While notes wait for their server `check` says where they are; who writes without them hears it, too."""
+def test_check_reports_unwritten_notes(notes: Path, image: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """While notes wait for their server `check` names their folder; a writer without them gets a warning, too."""
     one = opened(image)
     write(one, bytearray(SIZE), 5, b"x" * SECTOR_SIZE)
     killed(one)
     with without_notes():
-        [told] = [one for one in check(image) if one.code == "notes-unwritten"]
-        assert str(notes) in told.message and "--remember" in told.message
+        [finding] = [one for one in check(image) if one.code == "notes-unwritten"]
+        assert str(notes) in finding.message and "--remember" in finding.message
         assert not caplog.records
         open_disk(image, writable=True, options=noting.options()).close()
         assert [one for one in check(image) if one.code == "notes-unwritten"] == []
@@ -191,7 +191,7 @@ def test_check_tells_of_notes_that_wait(notes: Path, image: Path, caplog: pytest
 
 
 def test_a_repair_writes_the_notes_of_its_folder_first(notes: Path, image: Path) -> None:
-    """INV-ANSWERED-SURVIVES: a repair that is given the folder of notes writes them first, and loses nothing."""
+    """INV-ANSWERED-SURVIVES: a repair that is given the folder of notes first writes them to the image."""
     one, model = opened(image), bytearray(SIZE)
     for first in (5, 2000, 6000):
         write(one, model, first, b"x" * SECTOR_SIZE)
@@ -205,8 +205,8 @@ def test_a_repair_writes_the_notes_of_its_folder_first(notes: Path, image: Path)
         assert disk.read(0, SIZE) == model
 
 
-def test_a_repair_of_what_cannot_be_written_to_keeps_the_notes(notes: Path, image: Path) -> None:
-    """An image that no writable open accepts is repaired without its notes, which stay in their folder."""
+def test_a_repair_of_an_unwritable_image_keeps_the_notes(notes: Path, image: Path) -> None:
+    """An image that cannot be opened for writing is repaired without its notes, which stay in their folder."""
     one, model = opened(image), bytearray(SIZE)
     write(one, model, 5, b"x" * SECTOR_SIZE)
     write(one, model, 6000, b"x" * SECTOR_SIZE)
@@ -216,7 +216,7 @@ def test_a_repair_of_what_cannot_be_written_to_keeps_the_notes(notes: Path, imag
     killed(one)
     before = sorted(path.name for path in notes.iterdir())
     table = one.metadata.header.table_offset if one.metadata.header is not None else 0
-    with image.open("r+b") as file:  # two blocks over each other
+    with image.open("r+b") as file:  # two overlapping blocks
         file.seek(table)
         entry = file.read(4)
         file.seek(table + 4)
@@ -229,8 +229,8 @@ def test_a_repair_of_what_cannot_be_written_to_keeps_the_notes(notes: Path, imag
 @pytest.mark.parametrize("moment", ["prepared", "frozen"])
 @pytest.mark.parametrize("writable", [True, False])
 def test_killed_while_a_leaf_gets_a_child(notes: Path, image: Path, moment: str, writable: bool) -> None:
-    """INV-ANSWERED-SURVIVES: a leaf is a parent when its server dies before it was flushed: what was noted of it is
-    written into it before anybody reads the chain, and the notes go."""
+    """INV-ANSWERED-SURVIVES: if the server dies after the leaf became a parent and before it was flushed, its notes
+    are written to it before the chain is read, and then removed."""
     disk, model = open_disk(image, writable=True, options=noting.options()), bytearray(SIZE)
     with pytest.raises(KeyboardInterrupt), freezing([(disk.chain, str(image.parent / "new.avhd"))]) as prepared:
         for first in (5, 2000, 6000):
@@ -240,7 +240,7 @@ def test_killed_while_a_leaf_gets_a_child(notes: Path, image: Path, moment: str,
             [chain] = prepared.freeze()
             chain.write(7000, memoryview(b"y" * SECTOR_SIZE))
             model[7000 * SECTOR_SIZE : 7001 * SECTOR_SIZE] = b"y" * SECTOR_SIZE
-        prepared.is_kept = True  # killed: nothing is taken back
+        prepared.is_kept = True  # killed: nothing is undone
         raise KeyboardInterrupt
     for layer in (*disk.chain.layers, *prepared.children):
         if isinstance(layer, DynamicImage):
@@ -255,7 +255,7 @@ def test_killed_while_a_leaf_gets_a_child(notes: Path, image: Path, moment: str,
 
 @pytest.mark.parametrize("after", range(6))
 def test_killed_while_notes_are_written(notes: Path, image: Path, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """INV-ANSWERED-SURVIVES: whoever writes the notes into the image may die in the middle of that, too."""
+    """INV-ANSWERED-SURVIVES: a process may also be killed while it writes the notes to the image."""
     one, model = opened(image), bytearray(SIZE)
     for first in (5, 2000, 6000):
         write(one, model, first, b"x" * SECTOR_SIZE)
@@ -280,7 +280,7 @@ def test_killed_while_notes_are_written(notes: Path, image: Path, after: int, mo
 
 
 def test_image_with_notes_is_in_use(notes: Path, image: Path) -> None:
-    """A layer with notes that another program reads cannot be completed: nobody is given the chain without them."""
+    """If another program reads a layer with notes, they cannot be written: the chain is not opened without them."""
     one = opened(image)
     write(one, bytearray(SIZE), 5, b"x" * SECTOR_SIZE)
     killed(one)
@@ -301,8 +301,8 @@ def test_image_with_notes_is_in_use(notes: Path, image: Path) -> None:
     ids=["in the middle", "an older file", "long after", "a little after", "at rest"],
 )
 def test_died_in_the_middle_of_a_change(notes: Path, image: Path, begun: bool, later: int, believed: bool) -> None:
-    """Of the last change of a process that died in it nobody noted the file's time: one shortly after its beginning
-    will do; without such a change the time is the one that was noted."""
+    """The last change of a process that died in it has no noted file time: a time shortly after its beginning is
+    accepted; without such a change only the noted time is."""
     one = opened(image)
     write(one, bytearray(SIZE), 5, b"x" * SECTOR_SIZE)
     killed(one)
@@ -315,8 +315,8 @@ def test_died_in_the_middle_of_a_change(notes: Path, image: Path, begun: bool, l
 
 
 @pytest.mark.parametrize("spoil", ["gone", "cut", "empty"])
-def test_witness_that_is_no_witness(notes: Path, image: Path, spoil: str) -> None:
-    """Notes whose witness is gone or damaged are of no state that anybody knows."""
+def test_notes_without_a_valid_witness_are_left_out(notes: Path, image: Path, spoil: str) -> None:
+    """Notes whose witness is missing or damaged belong to an unknown state."""
     one = opened(image)
     write(one, bytearray(SIZE), 5, b"x" * SECTOR_SIZE)
     killed(one)
@@ -331,21 +331,21 @@ def test_witness_that_is_no_witness(notes: Path, image: Path, spoil: str) -> Non
 @pytest.mark.parametrize(
     "value", [b"", b"\xff\xfe", b"zz top", b"\0" * 2000, b"x " + remember.boot_id() + b" ours\n" * 300]
 )
-def test_label_that_somebody_wrote(notes: Path, image: Path, value: bytes) -> None:
-    """Labels are anybody's: what is none of the notes' makes them those of another state, and is told in bounds."""
+def test_a_foreign_label_makes_the_notes_invalid(notes: Path, image: Path, value: bytes) -> None:
+    """Any user can write a label: notes with a foreign one are left out, and the message about it is bounded."""
     one = opened(image)
     write(one, bytearray(SIZE), 5, b"x" * SECTOR_SIZE)
     killed(one)
     os.setxattr(image, "user.vhdkit.notes", value)
     with without_notes():
-        told = [one for one in check(image) if one.code == "notes-unwritten"]
-        assert len(told) == (b"ours" in value)
-        assert all(len(one.message) < 4000 and one.message.isprintable() for one in told)
+        findings = [one for one in check(image) if one.code == "notes-unwritten"]
+        assert len(findings) == (b"ours" in value)
+        assert all(len(one.message) < 4000 and one.message.isprintable() for one in findings)
     assert found_in(image) == bytes(SIZE)
 
 
 def test_without_labels_the_witness_decides(notes: Path, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the file system has no labels all that was answered is there, and a later write is noticed."""
+    """If the file system has no labels, all answered writes are there, and a later write is noticed."""
     monkeypatch.setattr(FileStore, "set_label", lambda store, name, value: False)
     one = opened(image)
     write(one, bytearray(SIZE), 5, b"x" * SECTOR_SIZE)
@@ -361,7 +361,7 @@ def test_without_labels_the_witness_decides(notes: Path, image: Path, monkeypatc
 
 
 def test_notes_of_the_first_release(notes: Path, image: Path) -> None:
-    """Notes that vhdkit 0.1.0 left, without label and witness, are read as it wrote them."""
+    """Notes of vhdkit 0.1.0, without label and witness, are read as it wrote them."""
     one = opened(image)
     write(one, bytearray(SIZE), 5, b"x" * SECTOR_SIZE)
     killed(one)

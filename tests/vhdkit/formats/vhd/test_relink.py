@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Changing the parent's names: whole at every power cut."""
+"""Changing the parent's names: complete after every power cut."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ SEEDS = 12
 
 
 def names_of(store: MemStore) -> tuple[str, ...]:
-    """Every name the image has for its parent."""
+    """Every name that the image has for its parent."""
     metadata = read_metadata(store)
     return (metadata.parent_name, *(locator.text or "" for locator in metadata.locators))
 
 
-def test_relink_changes_the_names_and_nothing_else() -> None:
+def test_relink_changes_only_the_names() -> None:
     """After relinking, name, locators and timestamp are new; identity, blocks and both footers are as before."""
     leaf = child_scene(1).leaf
     before, blocks = read_metadata(leaf), open_dynamic(leaf).bat.entries.tolist()
@@ -41,7 +41,7 @@ def test_relink_changes_the_names_and_nothing_else() -> None:
 
 
 def test_relink_twice_keeps_working() -> None:
-    """Names can change any number of times; new blocks go behind whatever is left behind."""
+    """Names can change any number of times; new blocks go behind the leftovers."""
     leaf = child_scene(2).leaf
     for link in (NEW_LINK, LINK, NEW_LINK):
         relink(open_dynamic(leaf, writable=True), link)
@@ -67,7 +67,7 @@ def test_inv_footer_copy_holds_while_names_change() -> None:
             assert names in (old, new), (store.operation_count, seed, names)
             seen.add(names)
             assert open_dynamic(found, writable=True).bat.entries.tolist() == blocks
-            assert names_of(found) in (old, new)  # mending did not mix them
+            assert names_of(found) in (old, new)  # mending did not mix old and new names
 
     image = open_dynamic(store, writable=True)
     store.watcher = judge
@@ -76,7 +76,7 @@ def test_inv_footer_copy_holds_while_names_change() -> None:
 
 
 def test_a_header_overwritten_in_place_would_be_caught() -> None:
-    """The test above can fail: writing the header where the footers point loses it in a cut between its sectors."""
+    """The test above can fail: a header overwritten in place is lost in a cut between its sectors."""
     leaf = child_scene(4).leaf
     raw = leaf.pread(512, 1024)
     changed = bytes(byte ^ 1 if index in (70, 600) else byte for index, byte in enumerate(raw))
@@ -97,8 +97,8 @@ def test_a_header_overwritten_in_place_would_be_caught() -> None:
 
 
 @pytest.mark.parametrize("operation", ["reserve", "write"])
-def test_a_full_disk_leaves_the_image_as_it_was(operation: str) -> None:
-    """Without room for the second header nothing changes, not even the place of the trailing footer."""
+def test_a_full_disk_leaves_the_image_unchanged(operation: str) -> None:
+    """Without space for the second header nothing changes, not even the place of the trailing footer."""
     leaf = child_scene(5).leaf
     before = leaf.contents()
     store = FaultyStore(leaf, Fault(operation, no_space))

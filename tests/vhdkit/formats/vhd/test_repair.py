@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a damaged image needs: each fault, its consent, and what may never change."""
+"""The repair of a damaged image: each fault, the consent it needs, and what must never change."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ NONE = Consent()
 
 
 def sound(**fields: object) -> Vhd:
-    """A dynamic image with three blocks, sound in every way."""
+    """A dynamic image with three blocks and no faults."""
     blocks = {0: Block(pattern(BLOCK, 1)), 5: Block(pattern(BLOCK, 2)), 9: Block(pattern(4096, 3))}
     values: dict[str, object] = {"size": SIZE, "block_size": BLOCK, "chs": (240, 4, 17), "blocks": blocks}
     return Vhd(**(values | fields))  # type: ignore[arg-type]  # every name is one of Vhd's
 
 
 def repaired(store: MemStore, consent: Consent = NONE) -> tuple[MemStore, list[Fix]]:
-    """The store as a repair leaves it, and the fixes. The draft is put into the file by an undo-logged change."""
+    """The store after a repair, and the fixes. An undo-logged change writes the draft to the file."""
     before = store.contents()
     draft = DraftStore(store)
     fixes = repair_vhd(draft, consent)
@@ -72,7 +72,7 @@ def repaired(store: MemStore, consent: Consent = NONE) -> tuple[MemStore, list[F
 
 
 def content(store: MemStore) -> bytes:
-    """What the image alone reads as; zeros where it owns nothing."""
+    """The image without its parent; zeros where it owns nothing."""
     image = open_dynamic(store)
     buffer = bytearray(image.size_bytes)
     read_extents(store, image.extents(0, whole_sectors(image.size_bytes)), memoryview(buffer))
@@ -80,19 +80,19 @@ def content(store: MemStore) -> bytes:
 
 
 def faults(store: MemStore) -> list[str]:
-    """Codes of everything worse than a note."""
+    """The codes of everything worse than a note."""
     return [one.code for one in check_vhd(store) if one.severity > Severity.NOTE]
 
 
 def with_header(built: Built, at: int, raw: bytes) -> MemStore:
-    """The image with bytes of its header changed, and its checksum left alone."""
+    """The image with changed bytes in its header and an unchanged checksum."""
     store = built.store()
     store.pwrite(512 + at, raw)
     return store
 
 
 def leaking() -> MemStore:
-    """Blocks that nobody owns any more lie between the others."""
+    """Unused blocks are between the others."""
     image = sound()
     built = image.build()
     store = built.store()
@@ -101,7 +101,7 @@ def leaking() -> MemStore:
 
 
 def cut_short(tail: bytes | None = None) -> MemStore:
-    """The last block is stored only as far as it has data."""
+    """The last block is stored only up to the end of its data."""
     built = sound().build()
     end = built.starts[9] + 512 + 4096
     store = built.store()
@@ -133,8 +133,8 @@ HARMLESS: dict[str, tuple[Callable[[], MemStore], str]] = {
 
 
 @pytest.mark.parametrize("case", HARMLESS)
-def test_what_is_known_twice_is_restored(case: str) -> None:
-    """Faults that lose nothing are put right without any consent; the disk reads the same, and check is content."""
+def test_redundant_information_is_restored(case: str) -> None:
+    """Faults that lose no data are repaired without consent; the disk reads the same, and check finds nothing."""
     make, code = HARMLESS[case]
     store = make()
     made, fixes = repaired(store)
@@ -147,7 +147,7 @@ def test_what_is_known_twice_is_restored(case: str) -> None:
 
 
 def test_a_sound_image_is_left_alone() -> None:
-    """Nothing is written into an image with nothing wrong, nor for notes."""
+    """A sound image, even one with notes, is not written to."""
     for image in (sound(), sound(aligned=True), sound(entry_count=40), sound(hidden=1), sound(blocks={})):
         store = image.build().store()
         made, fixes = repaired(store, ALL)
@@ -160,7 +160,7 @@ def test_a_sound_image_is_left_alone() -> None:
     ids=["killed", "poisoned", "copy poisoned", "both poisoned"],
 )
 def test_marks_of_other_programs_need_consent(tail: bytes | None, copy: bytes | None) -> None:
-    """A 0xC7 footer and `v_poison` are never mended silently: only when the user says that the writer is dead."""
+    """A 0xC7 footer and `v_poison` are mended only if the user says that the writer is dead."""
     store = sound(tail=tail, copy=copy).build().store()
     made, fixes = repaired(store, Consent(data_loss=True))
     assert [fix.needs for fix in fixes if fix.code == "footer-mark"] == [DEAD]
@@ -180,15 +180,15 @@ def test_marks_of_other_programs_need_consent(tail: bytes | None, copy: bytes | 
     ],
     ids=["past the end", "over the copy", "over the header", "two"],
 )
-def test_entries_that_cannot_be_true(entries: dict[int, int], lost: list[int], doubtful: list[int]) -> None:
-    """INV-BLOCKS-DISJOINT is restored with consent only, and every range that loses its content is told."""
+def test_impossible_entries_need_consent(entries: dict[int, int], lost: list[int], doubtful: list[int]) -> None:
+    """INV-BLOCKS-DISJOINT is restored only with consent, and every range that loses its content is reported."""
     store = sound(entries=entries).build().store()
     made, fixes = repaired(store)
     assert [(fix.code, fix.needs) for fix in fixes] == [("bat", LOSS)]
     assert made.contents() == store.contents() and fixes[0].lost == tuple(ranges(lost))
     made, fixes = repaired(store, ALL)
     assert fixes[0].needs is None and fixes[0].lost == tuple(ranges(lost))
-    assert [offset // BLOCK for offset, _ in fixes[0].doubtful] == doubtful, "they lay over this one too"
+    assert [offset // BLOCK for offset, _ in fixes[0].doubtful] == doubtful, "they overlapped this one, too"
     expected = GOOD
     for block in lost:
         expected = put(expected, block * BLOCK, bytes(BLOCK))
@@ -207,8 +207,8 @@ def ranges(blocks: list[int]) -> list[tuple[int, int]]:
     return joined
 
 
-def test_blocks_over_each_other() -> None:
-    """INV-UNTANGLED: of blocks in one place each gets a copy, all of it doubtful; nothing reads other than before."""
+def test_overlapping_blocks_are_copied_apart() -> None:
+    """INV-UNTANGLED: of blocks in one place each gets a copy, all of it doubtful; everything reads as before."""
     built = sound().build()
     same = built.starts[5] // 512
     store = sound(entries={7: same, 12: same}).build().store()
@@ -221,15 +221,15 @@ def test_blocks_over_each_other() -> None:
 
 
 def test_a_differencing_image_shows_its_parent_there() -> None:
-    """A cleared block of a child is nobody's any more, and the message says so."""
+    """A cleared block of a child reads from the parent, and the message says so."""
     image = child(size=SIZE, block_size=BLOCK, blocks={1: Block(pattern(BLOCK))}, entries={2: 0x0FFFFFFF})
     made, fixes = repaired(image.build().store(), ALL)
     assert "parent's content" in fixes[0].message
     assert open_dynamic(made).bat.allocated().tolist().count(True) == 1
 
 
-def test_dropped_blocks_keep_their_space_for_once() -> None:
-    """What a cleared entry pointed at is not given back in the same repair: the next one may."""
+def test_space_of_dropped_blocks_is_kept_at_first() -> None:
+    """The space of a cleared entry is not freed in the same repair; the next one may free it."""
     built = sound().build()
     store = sound(entries={5: 2}).build().store()
     made, fixes = repaired(store, ALL)
@@ -241,8 +241,8 @@ def test_dropped_blocks_keep_their_space_for_once() -> None:
 
 
 @pytest.mark.parametrize("at", [16, 28, 32], ids=["table offset", "entries", "block size"])
-def test_a_header_that_nothing_speaks_for(at: int) -> None:
-    """A header with a wrong field is not made true by its checksum: refused, or by the user's word alone."""
+def test_a_header_without_supporting_evidence(at: int) -> None:
+    """A new checksum does not make a wrong header right: refused, or repaired with the user's consent only."""
     raw = sound().build().store().pread(512 + at, 4)
     for value in (b"\0\0\1\0", b"\0\x10\0\0", put(raw, 3, bytes([raw[3] ^ 0x40])), b"\xff\xff\xff\xff"):
         store = with_header(sound().build(), at, value)
@@ -252,7 +252,7 @@ def test_a_header_that_nothing_speaks_for(at: int) -> None:
 
 
 def test_table_entries_behind_the_disk_keep_their_blocks() -> None:
-    """Where the table goes on behind the disk's end, blocks it lists there are not taken for lost space."""
+    """Blocks that the table lists behind the disk's end do not count as lost space."""
     image = sound(entry_count=20, junk=struct.pack(">I", 9 * MIB // 512) * 4, footer_at=11 * MIB)
     store = image.build().store()
     store.pwrite(9 * MIB, b"\xff" * 512 + pattern(BLOCK, 9))
@@ -261,7 +261,7 @@ def test_table_entries_behind_the_disk_keep_their_blocks() -> None:
 
 
 def test_too_much_lost_space_is_left_to_compact() -> None:
-    """Space with more data than a backup should hold is told, not freed."""
+    """Space with more data than a backup should hold is reported, not freed."""
     store = sound(footer_at=40 * MIB).build().store()
     for offset in range(8 * MIB, 32 * MIB, 64 * KIB):
         store.pwrite(offset, pattern(64 * KIB))
@@ -270,7 +270,7 @@ def test_too_much_lost_space_is_left_to_compact() -> None:
 
 
 def test_stray_locators_are_cleared() -> None:
-    """A locator that claims a place outside the file keeps the image from being written to: it is cleared."""
+    """A locator that points outside the file prevents writing to the image: it is cleared."""
     odd = relative("far.vhd")
     odd.offset = 1 << 40
     image = child(size=SIZE, block_size=BLOCK, chs=(240, 4, 17), locators={0: relative(".\\parent.vhd"), 3: odd})
@@ -293,7 +293,7 @@ def test_stray_locators_are_cleared() -> None:
     ],
 )
 def test_fixed_images(fields: dict[str, object], code: str) -> None:
-    """A fixed disk has one footer: it is restored where the file's size speaks for it, and its data never changes."""
+    """The only footer of a fixed disk is restored if it agrees with the file's size; the data never changes."""
     values: dict[str, object] = {"disk_type": FIXED, "size": MIB, "chs": (30, 4, 17), "data": pattern(MIB)}
     store = Vhd(**(values | fields)).build().store()  # type: ignore[arg-type]
     made, fixes = repaired(store)
@@ -301,8 +301,8 @@ def test_fixed_images(fields: dict[str, object], code: str) -> None:
     assert made.size() == MIB + 512 and made.pread(0, MIB) == pattern(MIB)
 
 
-def test_a_guests_footer_is_no_footer_copy() -> None:
-    """A fixed disk's first sector is data, whatever it looks like: never overwritten, never believed."""
+def test_a_guests_footer_is_not_a_footer_copy() -> None:
+    """A fixed disk's first sector is data, whatever it looks like: never overwritten, never used."""
     for first in (POISONED, sound().footer(), b"\xc7" * 512):
         image = Vhd(disk_type=FIXED, size=MIB, chs=(30, 4, 17), data=first + pattern(MIB - 512))
         store = image.build().store()
@@ -310,8 +310,8 @@ def test_a_guests_footer_is_no_footer_copy() -> None:
         assert fixes == [] and made.contents() == store.contents()
 
 
-def test_what_cannot_be_repaired_is_left() -> None:
-    """No footer at all, a header somewhere else, no table: nothing is written, nothing hangs."""
+def test_unrepairable_images_are_left_alone() -> None:
+    """Without a footer, a header or a table nothing is written, and nothing hangs."""
     for store in (
         MemStore(size_bytes=5 * MIB),
         MemStore(size_bytes=1),
@@ -325,7 +325,7 @@ def test_what_cannot_be_repaired_is_left() -> None:
 
 @pytest.mark.parametrize("case", [*HARMLESS, "bat"])
 def test_inv_repair_whole_in_memory(case: str) -> None:
-    """INV-REPAIR-WHOLE: a cut at any write or sync of a repair leaves what its log takes back, or the end."""
+    """INV-REPAIR-WHOLE: a cut at any write or sync of a repair leaves a state that its log undoes, or the result."""
     store = HARMLESS[case][0]() if case in HARMLESS else sound(entries={5: 2, 7: 0x7FFFFFFF}).build().store()
     draft = DraftStore(store)
     repair_vhd(draft, ALL)
@@ -337,7 +337,7 @@ def test_inv_repair_whole_in_memory(case: str) -> None:
         for seed in range(6):
             cuts[0] += 1
             found = crash.after_cut(random.Random(f"{crash.operation_count} {seed}"))
-            _taken_back(found, log, store.contents())
+            _undone(found, log, store.contents())
 
     crash.watcher = judge
     apply_change(crash, log)
@@ -345,8 +345,8 @@ def test_inv_repair_whole_in_memory(case: str) -> None:
     assert crash.contents() == draft.pread(0, draft.size()) and cuts[0] >= 12
 
 
-def _taken_back(found: MemStore, log: UndoLog, before: bytes) -> None:
-    """The log belongs to what a cut left, and gives every byte back, also when that is cut again."""
+def _undone(found: MemStore, log: UndoLog, before: bytes) -> None:
+    """The log applies to what a cut left, and restores every byte, also after another cut."""
     assert belongs(found, log)
     again = CrashStore(found)
     roll_back(again, log)
@@ -355,7 +355,7 @@ def _taken_back(found: MemStore, log: UndoLog, before: bytes) -> None:
 
 @pytest.mark.parametrize("operation", ["read", "write", "sync"])
 def test_faults_while_planning_and_writing(operation: str) -> None:
-    """EIO and ENOSPC at the n-th call, for every n: a typed error, and a log that takes back what was done."""
+    """EIO and ENOSPC at the n-th call, for every n: a typed error, and a log that undoes what was done."""
     store = sound(tail=b"", copy=sound().footer(), entries={5: 2}, chs=(1, 1, 1)).build().store()
     for at in range(1, 60):
         faulty = FaultyStore(store, Fault(operation, io_failed if operation == "read" else no_space, at=at))
@@ -376,7 +376,7 @@ def test_faults_while_planning_and_writing(operation: str) -> None:
 
 
 def test_hostile_tables_are_repaired_in_bounds() -> None:
-    """INV-BOUNDED: a table of a million equal or crossing entries, and headers that claim everything, take seconds."""
+    """INV-BOUNDED: a table of a million equal or crossing entries, and headers with huge claims, take seconds."""
     size = 512 * 1024 * MIB
     count = size // BLOCK
     equal = struct.pack(">I", 20000) * count
@@ -396,8 +396,8 @@ def test_hostile_tables_are_repaired_in_bounds() -> None:
 
 
 @pytest.mark.parametrize("kind", [DYNAMIC, DIFFERENCING])
-def test_headers_that_claim_everything(kind: int) -> None:
-    """test_vhd_validate_header: impossible block sizes, counts, offsets and cookies end in bounds, nothing written."""
+def test_headers_with_impossible_claims(kind: int) -> None:
+    """test_vhd_validate_header: impossible block sizes, counts, offsets and cookies end in bounds, without a write."""
     patches = {
         "bad_blocksize": [(32, struct.pack(">I", one)) for one in (0, 1, 511, 3 * MIB, 1 << 31, 0xFFFFFFFF)],
         "bad_offset": [(16, struct.pack(">Q", one)) for one in (0, 511, 1 << 40, 1 << 63, (1 << 64) - 1)],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Another virtual size: old or new at every cut, every byte kept, nothing that was not there before."""
+"""Another virtual size: old or new after every cut, every byte kept, no old data exposed."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from vhdkit.image import Layer
 from vhdkit.units import GIB, MIB, SECTOR_SIZE, TIB
 
 KINDS = [(False, False), (True, False), (False, True), (True, True)]
-MANY = 140  # blocks: more than one sector of BAT, so that it grows over what stands behind it
+MANY = 140  # blocks: more than one sector of BAT, so that it grows over what follows it
 
 
 def grow(layers: list[Layer], size: int) -> int:
-    """Make the first of the layers larger, unless that is done already; how many blocks moved."""
+    """Make the first of the layers larger, unless it is already; returns the number of blocks moved."""
     image = layers[0]
     assert isinstance(image, DynamicImage)
     if image.size_bytes == size:
@@ -42,7 +42,7 @@ def grow(layers: list[Layer], size: int) -> int:
 
 
 def shrink(layers: list[Layer], size: int) -> None:
-    """Make the first of the layers smaller, unless that is done already."""
+    """Make the first of the layers smaller, unless it is already."""
     image = layers[0]
     assert isinstance(image, DynamicImage)
     if image.size_bytes != size:
@@ -50,7 +50,7 @@ def shrink(layers: list[Layer], size: int) -> None:
 
 
 def checked(scene: Crowd, content: bytes) -> None:
-    """The image holds `content`, its layout is sound, both footers and the geometry are right."""
+    """The image holds `content`, its layout is sound, and both footers and the geometry are right."""
     assert content_of(scene.store, scene.parents) == content
     assert not sound(scene.store), sound(scene.store)
     metadata = read_metadata(scene.store)
@@ -62,7 +62,7 @@ def checked(scene: Crowd, content: bytes) -> None:
 
 
 def extended(content: bytes, size: int) -> bytes:
-    """The disk after it grew."""
+    """The disk after it has grown."""
     return content.ljust(size, b"\0")
 
 
@@ -81,7 +81,7 @@ def test_inv_resize_grows_with_zeros(seed: int, differencing: bool, batmap: bool
 @pytest.mark.parametrize(("differencing", "batmap"), KINDS)
 @pytest.mark.parametrize("seed", range(daily_or_nightly(2, 3)))
 def test_inv_resize_whole_at_every_cut_of_growing(seed: int, differencing: bool, batmap: bool) -> None:
-    """INV-RESIZE-WHOLE: a cut in any write or sync, twice, leaves the old size or the new, and growing finishes."""
+    """INV-RESIZE-WHOLE: a cut in any write or sync, twice, leaves the old size or the new, and growing completes."""
     scene = crowd(40 + seed, blocks=4, differencing=differencing, batmap=batmap)
     size = (7 if seed else 140) * BLOCK
     states = (scene.content, extended(scene.content, size))
@@ -92,7 +92,7 @@ def test_inv_resize_whole_at_every_cut_of_growing(seed: int, differencing: bool,
 @pytest.mark.parametrize(("differencing", "batmap"), KINDS)
 @pytest.mark.parametrize("seed", range(daily_or_nightly(1, 2)))
 def test_inv_resize_whole_at_every_cut_of_shrinking(seed: int, differencing: bool, batmap: bool) -> None:
-    """INV-RESIZE-WHOLE: the same for a smaller size: never a disk of another content."""
+    """INV-RESIZE-WHOLE: the same for a smaller size: the disk never has other content."""
     scene = crowd(60 + seed, blocks=7, differencing=differencing, batmap=batmap)
     size = 3 * BLOCK + 5 * SECTOR_SIZE
     states = (scene.content, scene.content[:size])
@@ -101,7 +101,7 @@ def test_inv_resize_whole_at_every_cut_of_shrinking(seed: int, differencing: boo
 
 
 def test_a_header_written_in_place_would_be_caught() -> None:
-    """The tests above can fail: a BAT whose new part is not synced before the switch shows blocks that are not."""
+    """The tests above can fail: if the new part of a BAT is not synced before the switch, false blocks appear."""
 
     def careless(layers: list[Layer]) -> None:
         image = layers[0]
@@ -120,7 +120,7 @@ def test_a_header_written_in_place_would_be_caught() -> None:
 
 
 def test_an_extend_bat_and_move_blocks() -> None:
-    """The BAT grows where it is, and the blocks that stand in its way move behind the others."""
+    """The BAT grows in place, and the blocks in its way move behind the others."""
     blocks = {number: Block(pattern(BLOCK, number)) for number in range(3)}
     built = Vhd(size=3 * BLOCK, block_size=BLOCK, blocks=blocks).build()
     store = built.store()
@@ -136,7 +136,7 @@ def test_an_extend_bat_and_move_blocks() -> None:
 
 
 def test_spare_entries_are_used_and_cleaned() -> None:
-    """A BAT with room left does not move anything; junk in its spare entries points nowhere afterwards."""
+    """A BAT with spare entries moves nothing; junk in them is cleared."""
     blocks = {0: Block(pattern(BLOCK))}
     image = Vhd(size=BLOCK, block_size=BLOCK, blocks=blocks, entry_count=256, junk=b"\1\2\3\4" * 255)
     store = image.build().store()
@@ -147,8 +147,8 @@ def test_spare_entries_are_used_and_cleaned() -> None:
     assert store.size() == size_before
 
 
-def test_the_bat_begins_anew_behind_locators() -> None:
-    """Locators stay where they are: a longer BAT goes to the first place where only blocks are in the way."""
+def test_the_bat_moves_behind_locators() -> None:
+    """Locators stay in place: a longer BAT goes to the first place where only blocks are in the way."""
     scene = crowd(5, differencing=True)
     before = read_metadata(scene.store)
     grow(scene.layers, MANY * BLOCK)
@@ -161,7 +161,7 @@ def test_the_bat_begins_anew_behind_locators() -> None:
 
 
 def test_a_claimed_table_of_four_billion_entries_does_not_matter() -> None:
-    """Spare entries that a header claims over its own blocks are taken for what the disk needs, no more."""
+    """If a header claims spare entries over its own blocks, only the entries that the disk needs count."""
     store = Vhd(size=BLOCK, block_size=BLOCK, blocks={0: Block(pattern(BLOCK))}).build().store()
     store.pwrite(512, seal_header(put(store.pread(512, 1024), 28, b"\xff" * 4)))
     scene = Crowd(store, [], content_of(store, []))
@@ -169,8 +169,8 @@ def test_a_claimed_table_of_four_billion_entries_does_not_matter() -> None:
     assert content_of(store, []) == extended(scene.content, 3 * BLOCK)
 
 
-def test_what_lies_behind_the_end_does_not_appear() -> None:
-    """Bytes of the last block that nobody could see are zeros when the disk grows over them, in a child too."""
+def test_hidden_bytes_behind_the_end_do_not_appear() -> None:
+    """Hidden bytes of the last block are zeros when the disk grows over them, in a child, too."""
     size = BLOCK + 8 * SECTOR_SIZE
     for image in (
         Vhd(size=size, block_size=BLOCK, blocks={1: Block(pattern(BLOCK))}),
@@ -183,7 +183,7 @@ def test_what_lies_behind_the_end_does_not_appear() -> None:
 
 
 def test_shrinking_forgets_what_was_behind_the_end() -> None:
-    """Grown again after a shrink, the disk shows zeros where data had been."""
+    """If the disk grows again after a shrink, it has zeros where data had been."""
     scene = crowd(12, blocks=6)
     shrink(scene.layers, 2 * BLOCK + SECTOR_SIZE)
     kept = scene.content[: 2 * BLOCK + SECTOR_SIZE]
@@ -192,8 +192,8 @@ def test_shrinking_forgets_what_was_behind_the_end() -> None:
     checked(scene, extended(kept, 6 * BLOCK))
 
 
-def test_shrinking_gives_space_back() -> None:
-    """The file has no more blocks than the smaller disk allows, wherever they lay."""
+def test_shrinking_frees_space() -> None:
+    """The file has no more blocks than the smaller disk allows, wherever they were."""
     blocks = {number: Block(pattern(BLOCK, number)) for number in (9, 0, 8, 1, 7)}
     store = Vhd(size=10 * BLOCK, block_size=BLOCK, blocks=blocks).build().store()
     scene = Crowd(store, [], content_of(store, []))
@@ -202,8 +202,8 @@ def test_shrinking_gives_space_back() -> None:
     assert store.size() < 2 * BLOCK + 16 * SECTOR_SIZE
 
 
-def test_the_batmap_goes_with_the_bat() -> None:
-    """The map keeps what it promised, promises nothing of new blocks, and has the right checksum."""
+def test_the_batmap_grows_with_the_bat() -> None:
+    """The batmap keeps its bits, has none for new blocks, and has a correct checksum."""
     scene = crowd(8, batmap=True)
     before = read_metadata(scene.store)
     assert before.batmap is not None
@@ -221,7 +221,7 @@ def test_the_batmap_goes_with_the_bat() -> None:
 def test_every_failing_call_is_a_clean_error(
     operation: str, make_error: Callable[[], errors.VhdkitError], work: Callable[[list[Layer]], object]
 ) -> None:
-    """Whichever call fails, the error is told, the disk has its old size or the new one, and a second try works."""
+    """Whichever call fails, the error is reported, the size is old or new, and a second attempt works."""
     start = crowd(41, blocks=4)
     final = start.over(start.store.copy())
     work(final)
@@ -244,7 +244,7 @@ def test_every_failing_call_is_a_clean_error(
 
 
 def test_a_full_disk_keeps_the_file_as_long_as_it_was() -> None:
-    """When there is no room for the blocks that move, nothing has changed, not even the file's size."""
+    """Without space for the blocks that move nothing changes, not even the file's size."""
     start = crowd(40, blocks=4)
     store = FaultyStore(start.store, Fault("reserve", no_space))
     with pytest.raises(errors.NoSpace):
@@ -253,8 +253,8 @@ def test_a_full_disk_keeps_the_file_as_long_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("creator", [b"vpc ", b"qemu", b"tap\0", b"win ", b"xo  "])
-def test_the_size_is_the_one_that_was_asked_for(creator: bytes) -> None:
-    """Whoever made the image, it then has the size exactly, also by readers who take the original size or CHS."""
+def test_the_size_is_the_requested_one(creator: bytes) -> None:
+    """For any creator the image has exactly that size, also for readers that use the original size or CHS."""
     store = Vhd(size=4 * BLOCK, block_size=BLOCK, creator=creator, chs=(60, 4, 17)).build().store()
     grow([open_dynamic(store, writable=True)], 9 * BLOCK + SECTOR_SIZE)
     metadata = read_metadata(store)
@@ -274,7 +274,7 @@ def test_grown_to_the_limit() -> None:
 
 
 def test_blocks_that_would_go_past_two_tebibytes_do_not_move() -> None:
-    """A BAT entry cannot express such a place: that is no space, and nothing changes."""
+    """A BAT entry cannot express such a place: the error is NoSpace, and nothing changes."""
     blocks = {0: Block(pattern(SECTOR_SIZE))}
     store = Vhd(size=BLOCK, block_size=BLOCK, blocks=blocks, footer_at=2 * TIB).build().store()
     with pytest.raises(errors.NoSpace):
@@ -282,7 +282,7 @@ def test_blocks_that_would_go_past_two_tebibytes_do_not_move() -> None:
 
 
 def test_a_footer_for_another_size_keeps_its_other_fields() -> None:
-    """Identity, time, saved state and reserved bytes stay."""
+    """Identity, time, saved state and reserved bytes are kept."""
     store = Vhd(size=BLOCK, block_size=BLOCK, hidden=1, saved_state=1, blocks={0: Block(bits=bits_of({1}, BLOCK))})
     footer = read_metadata(store.build().store()).footer
     other = resized_footer(footer, 7 * BLOCK)
@@ -291,7 +291,7 @@ def test_a_footer_for_another_size_keeps_its_other_fields() -> None:
 
 
 def test_a_last_block_without_room_does_not_grow() -> None:
-    """INV-BLOCKS-DISJOINT: what the disk does not use of its last block may be another one's: it is not made zeros."""
+    """INV-BLOCKS-DISJOINT: the unused part of the last block may belong to another block: it is not zeroed."""
     size = BLOCK + 5 * SECTOR_SIZE
     image = Vhd(size=size, block_size=BLOCK, blocks={1: Block(pattern(5 * SECTOR_SIZE)), 0: Block(pattern(BLOCK, 3))})
     image.blocks[0].start = image.build().starts[1] + 6 * SECTOR_SIZE
@@ -302,9 +302,9 @@ def test_a_last_block_without_room_does_not_grow() -> None:
 
 @pytest.mark.parametrize("differencing", [False, True])
 @pytest.mark.parametrize("count", [129, 1024, 1025, 100_000])
-def test_nothing_is_left_to_say_after_growing(differencing: bool, count: int) -> None:
-    """What blocks and the table leave when the table grows is a hole before the first block: no leak, and no gap that
-    a block would fit into."""
+def test_growing_leaves_no_findings(differencing: bool, count: int) -> None:
+    """The space that blocks and table leave when the table grows is a hole before the first block: no lost space, and
+    no gap that a block would fit into."""
     size = 5 * BLOCK + 3 * SECTOR_SIZE
     store = MemStore("image.vhd")
     if differencing:

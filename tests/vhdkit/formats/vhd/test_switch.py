@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Another header and other footers: whole at every power cut, and at every failing call."""
+"""Another header and other footers: complete after every power cut, and after every failing call."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SMALLER = DISK_SIZE - BLOCK_SIZE
 
 
 def shrink(image: DynamicImage) -> None:
-    """Change the header and both footers: a block less."""
+    """Change the header and both footers: one block less."""
     header, footer = image.metadata.header, image.metadata.footer
     assert header is not None
     entry_count = header.max_table_entries - 1
@@ -29,14 +29,14 @@ def shrink(image: DynamicImage) -> None:
 
 
 def state_of(store: MemStore) -> tuple[int, int]:
-    """Entries by the header, size by the footer that is believed."""
+    """Entries according to the header, size according to the footer that is used."""
     metadata = read_metadata(store)
     assert metadata.header is not None
     return metadata.header.max_table_entries, metadata.size_bytes
 
 
 def test_header_and_footers_change_together() -> None:
-    """Afterwards both footers have the new fields and point at the old place, where the new header is."""
+    """Afterwards both footers have the new fields and point to the old place, where the new header is."""
     leaf = dynamic_scene(1).leaf
     before = read_metadata(leaf)
     shrink(open_dynamic(leaf, writable=True))
@@ -47,7 +47,7 @@ def test_header_and_footers_change_together() -> None:
 
 
 def test_inv_footer_copy_holds_while_the_header_changes() -> None:
-    """INV-FOOTER-COPY: a cut inside any step, and another one while life goes on, leaves the old state or the new."""
+    """INV-FOOTER-COPY: a cut inside any step, and another one later, leaves the old state or the new."""
     scene = child_scene(2)
     old, new, seen = state_of(scene.leaf), (3, SMALLER), set()
     store = CrashStore(scene.leaf)
@@ -60,7 +60,7 @@ def test_inv_footer_copy_holds_while_the_header_changes() -> None:
             assert state in (old, new), (store.operation_count, seed)
             seen.add(state)
             open_dynamic(found, writable=True)
-            assert state_of(found) == state  # mending did not mix them
+            assert state_of(found) == state  # mending did not mix the two states
             if state == old and seed < 4:
                 again = CrashStore(found)
                 again.watcher = lambda crash=again, luck=rng: judge_again(crash, luck)
@@ -78,7 +78,7 @@ def test_inv_footer_copy_holds_while_the_header_changes() -> None:
 @pytest.mark.parametrize("operation", ["reserve", "write", "sync"])
 @pytest.mark.parametrize("make_error", [io_failed, no_space, sync_failed])
 def test_a_failing_call_leaves_one_state(operation: str, make_error: Callable[[], errors.VhdkitError]) -> None:
-    """Whichever call fails, the error is told and the image is as it was or as it was to be."""
+    """Whichever call fails, the error is reported and the image is in the old state or in the new one."""
     scene, states = dynamic_scene(3), set()
     for at in range(1, 12):
         store = FaultyStore(scene.leaf)
@@ -95,7 +95,7 @@ def test_a_failing_call_leaves_one_state(operation: str, make_error: Callable[[]
 
 
 def test_the_file_is_as_long_as_before() -> None:
-    """The second header that is needed meanwhile leaves nothing behind; the trailing footer stands where it did."""
+    """The temporary second header leaves nothing behind; the trailing footer is where it was."""
     leaf = dynamic_scene(4).leaf
     before = leaf.contents()
     image = open_dynamic(leaf, writable=True)
@@ -104,8 +104,8 @@ def test_the_file_is_as_long_as_before() -> None:
     assert leaf.contents() == before
 
 
-def test_a_header_that_touches_nothing_in_use_needs_no_second_one() -> None:
-    """Where header and texts go to free sectors, the file does not grow meanwhile, and a full disk does not matter."""
+def test_a_header_in_free_space_needs_no_second_one() -> None:
+    """If header and texts go to free sectors, the file does not grow, and a full disk does not matter."""
     leaf = dynamic_scene(4).leaf
     store = FaultyStore(leaf, Fault("reserve", no_space))
     image = open_dynamic(store, writable=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blocks that lie over each other are moved apart: nothing is in doubt but what they shared."""
+"""Overlapping blocks are moved apart: only what they shared is in doubt."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ COUNT = 6
 
 @dataclass(frozen=True)
 class Scene:
-    """An image by where its blocks begin, in sectors from the first place for one; `bits_last`: bitmaps win."""
+    """An image given by its blocks' first sectors, relative to the first possible one; `bits_last`: bitmaps win."""
 
     starts: dict[int, int]
     differencing: bool = False
@@ -42,7 +42,7 @@ class Scene:
     size: int = COUNT * BLOCK
 
     def bits(self, block: int) -> list[bool]:
-        """Which sectors the block was meant to own: all of a dynamic disk's, runs of a differencing one's."""
+        """The sectors the block was meant to own: all of a dynamic disk's, runs of a differencing one's."""
         rng = random.Random(f"{self.seed} {block}")
         if not self.differencing or rng.random() < 0.5:
             return [True] * SECTORS
@@ -55,7 +55,7 @@ class Scene:
         return b"".join(whole[at * 512 : at * 512 + 512] if owned[at] else bytes(512) for at in range(SECTORS))
 
     def made(self) -> tuple[MemStore, int]:
-        """The file, and the sector where the first block may begin."""
+        """The file, and the first sector where a block may begin."""
         image = Vhd(size=self.size, block_size=BLOCK, chs=(90, 4, 17))
         if self.differencing:
             image = child(size=self.size, block_size=BLOCK, chs=(90, 4, 17), locators={0: relative(".\\p.vhd")})
@@ -76,7 +76,7 @@ class Scene:
         return store, base
 
     def sharing(self) -> set[tuple[int, int]]:
-        """(block, sector in it) of all data that lies where another block's data or bitmap does."""
+        """(block, sector in it) of all data that overlaps another block's data or bitmap."""
         users: dict[int, int] = {}
         for start in self.starts.values():
             for place in range(start, start + SPACE):
@@ -89,13 +89,13 @@ class Scene:
         }
 
     def shares_its_bitmap(self, block: int) -> bool:
-        """True when another block lies over this one's bitmap."""
+        """Whether another block overlaps this one's bitmap."""
         place = self.starts[block]
         return any(one != block and start <= place < start + SPACE for one, start in self.starts.items())
 
 
 def read(image: DynamicImage) -> bytes:
-    """What the image alone reads as, ABSENT sectors as zeros."""
+    """What the image itself reads as, ABSENT sectors as zeros."""
     buffer = bytearray(image.size_bytes)
     read_extents(image.store, image.extents(0, whole_sectors(image.size_bytes)), memoryview(buffer))
     return bytes(buffer)
@@ -110,7 +110,7 @@ def owners(image: DynamicImage) -> list[bool]:
 
 
 def repaired(store: MemStore, *, data_loss: bool = False) -> tuple[MemStore, list[Fix]]:
-    """What a repair makes of it, by way of its undo log."""
+    """The store after a repair, made through its undo log."""
     draft = DraftStore(store)
     fixes = repair_vhd(draft, Consent(data_loss))
     made = store.copy()
@@ -123,12 +123,12 @@ def repaired(store: MemStore, *, data_loss: bool = False) -> tuple[MemStore, lis
 
 
 def within(ranges: tuple[tuple[int, int], ...], offset: int) -> bool:
-    """True when one of the ranges covers the byte."""
+    """Whether one of the ranges covers the byte."""
     return any(start <= offset < start + size for start, size in ranges)
 
 
 def judge(scene: Scene) -> None:
-    """Repair it; what is wrong afterwards was shared and is told, and the image is whole."""
+    """Repair it; only shared data may be wrong afterwards and is reported, and the image is sound."""
     store, _ = scene.made()
     before = open_dynamic(store)
     assert before.damage is not None and not before.writable
@@ -146,16 +146,16 @@ def judge(scene: Scene) -> None:
             at = block * BLOCK + sector * 512
             found = now[at : at + 512]
             if found != meant[sector * 512 : sector * 512 + 512]:
-                assert (block, sector) in sharing, f"sector {sector} of block {block} is wrong, and was its own"
+                assert (block, sector) in sharing, f"sector {sector} of block {block} is wrong, and was not shared"
                 assert within(fix.doubtful, at)
             if scene.differencing and owned[at // 512] != meant_bits[sector]:
                 assert scene.shares_its_bitmap(block) and within(fix.doubtful, at)
             if found != shown[at : at + 512] or owned[at // 512] != owned_before[at // 512]:
-                assert scene.shares_its_bitmap(block), "what a reader saw that ignores the damage has changed"
+                assert scene.shares_its_bitmap(block), "what a reader sees that ignores the damage has changed"
         if not scene.differencing:
-            told = {sector for sector in range(SECTORS) if within(fix.doubtful, block * BLOCK + sector * 512)}
+            in_doubt = {sector for sector in range(SECTORS) if within(fix.doubtful, block * BLOCK + sector * 512)}
             shared = {sector for one, sector in sharing if one == block}
-            assert told <= shared or scene.shares_its_bitmap(block), "more is doubted than was shared"
+            assert in_doubt <= shared or scene.shares_its_bitmap(block), "more is in doubt than was shared"
     again, more = repaired(made)
     assert "blocks-overlap" not in [one.code for one in more]
     assert read(open_dynamic(again)) == now
@@ -176,9 +176,9 @@ SCENES = st.builds(Scene, STARTS, st.booleans(), st.booleans(), st.integers(0, 9
 @settings(derandomize=False, max_examples=20)
 @given(SCENES)
 def test_only_what_was_shared_may_be_wrong(scene: Scene) -> None:
-    """INV-UNTANGLED: blocks overlapped at random: nothing is wrong after the repair but what two of them shared.
+    """INV-UNTANGLED: blocks overlap at random: after the repair only what two of them shared may be wrong.
 
-    Looks at other examples in every run, in CI too.
+    Uses other examples in every run, in CI too.
     """
     judge(scene)
 
@@ -209,7 +209,7 @@ def test_each_bitmap_on_its_neighbours_last_sector(differencing: bool, bits_last
 @pytest.mark.parametrize("differencing", [False, True])
 @pytest.mark.parametrize("inside", [1, 2, 3])
 def test_a_block_over_headers_keeps_the_rest(inside: int, differencing: bool) -> None:
-    """INV-UNTANGLED: of a block that begins on the last sectors of the headers only what lies on them is lost."""
+    """INV-UNTANGLED: a block that begins on the last sectors of the headers loses only what overlaps them."""
     image = Vhd(size=COUNT * BLOCK, block_size=BLOCK, chs=(90, 4, 17))
     if differencing:
         image = child(size=COUNT * BLOCK, block_size=BLOCK, chs=(90, 4, 17), parent_id=PARENT_ID)
@@ -236,8 +236,8 @@ def test_a_block_over_headers_keeps_the_rest(inside: int, differencing: bool) ->
     assert read_metadata(made).footer == read_metadata(store).footer
 
 
-def test_a_block_that_the_file_cuts_is_moved_whole() -> None:
-    """INV-UNTANGLED: where the footer stands inside a block, what is behind it reads as zeros after the move too."""
+def test_a_block_cut_by_the_footer_is_moved_completely() -> None:
+    """INV-UNTANGLED: if the footer is inside a block, the part behind it still reads as zeros after the move."""
     scene = Scene({0: 0, 1: SECTORS})
     store, base = scene.made()
     cut = (base + SECTORS + 100) * 512
@@ -253,7 +253,7 @@ def test_a_block_that_the_file_cuts_is_moved_whole() -> None:
 
 
 def test_large_overlaps_are_left_to_convert() -> None:
-    """INV-BOUNDED: more than one change of a file can hold is not moved; it can be read, and so be copied."""
+    """INV-BOUNDED: more than one change can hold is not moved; the image can be read, and so be copied."""
     count, size = 40, 2 * MIB
     image = Vhd(size=count * size, block_size=size, chs=(65535, 16, 255), first_block=8 * KIB)
     image.entries = {block: 16 + block * 4096 for block in range(count)}
