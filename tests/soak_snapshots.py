@@ -403,9 +403,7 @@ class Driver:
     def _journal(self) -> str | None:
         """The operation and phase that is unfinished."""
         journal = self._tree().get("journal")
-        if journal is not None:
-            return " ".join(str(journal[key]) for key in ("op", "phase") if key in journal)
-        return "backup" if (self._home() / "backup.json").exists() else None
+        return None if journal is None else " ".join(str(journal[key]) for key in ("op", "phase") if key in journal)
 
 
 def _snapshots() -> MachineSnapshots:

@@ -17,7 +17,7 @@ import os
 import re
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, TypeGuard
 
 import vhdkit
 from vmm.api import machines
@@ -29,7 +29,7 @@ from vmm.snapshots.steps import child_path, options_of_all, relocated, store_pro
 from vmm.store import registry
 from vmm.store.backup_note import has_note, is_child_name, remove_note
 from vmm.store.registry import Changing, Machine
-from vmm.store.snapshots.journal import CreateLive, words_of
+from vmm.store.snapshots.journal import Backup, CreateLive, Journal, words_of
 from vmm.store.snapshots.store import Held, holding, load_tree
 from vmm.store.snapshots.tree import Tree
 
@@ -63,7 +63,7 @@ def look(machine: Machine, *, leaf: str | None = None, give_up_missing: bool = F
     if tree.journal is not None or has_note(machine.paths):
         doing = words_of(tree.journal) if tree.journal is not None else "a backup"
         found.append(RepairStep("operation", f"{doing} was cut short", "it is settled, as the next command would do"))
-    if isinstance(tree.journal, CreateLive) and tree.journal.pivoted:
+    if _needs_new_leaves(tree.journal):
         found += [
             _missing(one.disk, one.child, one.frozen, (), give_up=give_up_missing)
             for one in tree.journal.pivots if not os.path.lexists(one.child)
@@ -107,7 +107,7 @@ def _repair(held: Held, leaf: str | None, give_up_missing: bool) -> list[RepairS
         except VmmError as error:
             problem = error
             journal = held.take_over()
-            if give_up_missing and isinstance(journal, CreateLive):
+            if give_up_missing and _needs_new_leaves(journal):
                 settle_journal(held, replace(journal, pivoted=False))
                 problem = None
     done = [one for one in steps if one.kind == "operation" and problem is None]
@@ -120,11 +120,23 @@ def _repair(held: Held, leaf: str | None, give_up_missing: bool) -> list[RepairS
     if problem is not None:
         if not disks or any(one.remedy is None for one in disks):
             raise problem
-        held.done()
+        if held.tree.journal is not None:
+            held.done()
         remove_note(held.machine)
     for step in disks:
         add_event(held.machine.events, "repaired", disk=step.disk, problem=step.problem, path=step.chain[-1:])
     return [*done, *disks]
+
+
+def _needs_new_leaves(journal: Journal | None) -> TypeGuard[CreateLive | Backup]:
+    """True if the guest wrote to the new leaves that the journal names, and none of them may be gone yet."""
+    match journal:
+        case CreateLive():
+            return journal.pivoted
+        case Backup():
+            return journal.pivoted and not journal.merging
+        case _:
+            return False
 
 
 def _take_on(held: Held, step: RepairStep) -> Changing:

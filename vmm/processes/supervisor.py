@@ -163,9 +163,8 @@ class Supervisor:
     # -- the server ----------------------------------------------------------------------------------------------
 
     def _start_server(self) -> None:
-        # A live snapshot moves the leaf, and a backup that was interrupted has left one (backup).
-        has_moved = not self._is_first_start or os.path.exists(os.path.join(self._machine.folder, "backup.json"))
-        exports = {"exports": exports_of(self._runtime, follow_leaf=has_moved), "known_images": known_images()}
+        follow_leaf = not self._is_first_start  # a live snapshot or backup may have moved it since
+        exports = {"exports": exports_of(self._runtime, follow_leaf=follow_leaf), "known_images": known_images()}
         path = os.path.join(self._runtime.folder, "exports.json")
         write_whole(path, json.dumps(exports).encode(), durable=False)
         notes = os.path.join(self._runtime.folder, "notes")

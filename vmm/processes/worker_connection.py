@@ -287,13 +287,12 @@ def start(name: str, *, discard_saved: bool = False, progress: Progress | None =
         place = MachineRef.of(name)
         refuse_copy(name)
         _refuse_running(place)
-        if has_tree(place.machine):  # nobody merges its images from here on until it runs, and then nobody can
-            held = stack.enter_context(holding(place.machine, name))
-            journal = held.take_over()
-            if journal is not None:
-                from vmm.snapshots.recovery import settle_journal
+        if has_tree(place.machine) or has_note(place.machine):
+            held = stack.enter_context(holding(place.machine, name))  # until it runs, so its images are not merged
+            if is_left(place.machine):
+                from vmm.snapshots.recovery import settle
 
-                settle_journal(held, journal)
+                settle(held, starts=True)
         if discard_saved and saved.is_saved(place.machine):
             _look_before_discarding(place)
             saved.discard(place.machine)

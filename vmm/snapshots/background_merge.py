@@ -163,7 +163,8 @@ def merge_files(
 
 def spawn(machine: MachinePaths, runtime: RuntimePaths) -> int | None:
     """Start the pending merges in the background, if the tree has images; returns the pid. Raises OSError."""
-    if not load_tree(machine).images:
+    tree = load_tree(machine)
+    if not tree.images and tree.journal is None:
         return None
     return spawn_detached(
         python_command("vmm.snapshots.background_merge", machine.folder, runtime.folder),

@@ -8,7 +8,8 @@
     Delete              the remaining folders are removed
     MergeOff            if its data is complete it is finished; otherwise it continues at the next opportunity
     MergeLive           the newest image in the chain that the merge left becomes the machine's disk
-    the note of a backup    the new images become the machine's disks, as after CreateLive
+    Backup              the newest images become the machine's disks, as after CreateLive and MergeLive
+    the note of a backup    becomes such a journal
 
 Decides nothing about images that are not in the journal, and removes no image that contains data. The machine does not
 run, and its tree is locked. The operations of a running machine are settled by its worker (`worker.recovery`).
@@ -38,12 +39,13 @@ from vmm.snapshots.steps import (
     store_problem,
 )
 from vmm.store import registry
-from vmm.store.backup_note import Stacked, has_note, read_note, remove_note
+from vmm.store.backup_note import has_note, read_note, remove_note
 from vmm.store.images import guarded
 from vmm.store.registry import Changing, Machine
 from vmm.store.removal import refuse_needed_folder, remove_image
 from vmm.store.snapshots.journal import (
     Apply,
+    Backup,
     CreateLive,
     CreateOff,
     Delete,
@@ -82,17 +84,20 @@ def is_pending(held: Held) -> bool:
     return held.tree.journal is not None or has_note(held.machine)
 
 
-def settle(held: Held) -> Changing:
-    """Settle an interrupted operation; returns the machine. Raises VmmError, and the next command retries."""
+def settle(held: Held, *, starts: bool = False) -> Changing:
+    """Settle an interrupted operation; returns the machine. Raises VmmError, and the next command retries.
+
+    `starts`: the machine is about to be started, and its worker settles what is better done while the guest runs.
+    """
     journal = held.take_over()
     if journal is not None:
-        settle_journal(held, journal)
+        settle_journal(held, journal, starts=starts)
     if has_note(held.machine):
-        settle_backup(held)
+        settle_journal(held, take_over_note(held), starts=starts)
     return registry.load_for_change(held)
 
 
-def settle_journal(held: Held, journal: Journal) -> None:
+def settle_journal(held: Held, journal: Journal, *, starts: bool = False) -> None:
     """Settle a journal that the caller has taken over. Raises VmmError; the journal then stays."""
     try:
         match journal:
@@ -118,6 +123,10 @@ def settle_journal(held: Held, journal: Journal) -> None:
                 _settle_merge(held, journal)
             case MergeLive():
                 _follow(held, journal)
+                held.done()
+            case Backup():
+                _settle_backup(held, journal, starts=starts)
+                return
             case _:
                 assert_never(journal)
     except OSError as error:
@@ -195,31 +204,47 @@ def adopt(
     return registry.update(held, lambda spec: pivoted(spec, there), check_images=False)
 
 
-def settle_backup(held: Held) -> Changing:
-    """After an interrupted backup, make the newest images the machine's disks; they are merged in the background.
+# -- backups ---------------------------------------------------------------------------------------------------------
 
-    Raises StoreFailed for a damaged note, Refused.
-    """
+
+def take_over_note(held: Held) -> Backup:
+    """Turn the note that 0.1.0 left of an interrupted backup into a journal. Raises StoreFailed for a damaged note."""
     note = read_note(held.machine)
-    machine = registry.load_for_change(held)
-    try:
-        for stacked in note.values():
-            _finish_complete(machine, stacked.frozen)
-    except vhdkit.VhdkitError as error:
-        raise store_problem(error, "settle the machine's backup") from error
-    pivots = [
+    journal = Backup(tuple(
         Pivot(disk.id, one.frozen, one.child, "raw" if disk.format == "raw" else "vhd")
-        for disk in machine.spec.disks
-        if (one := note.get(disk.id)) is not None and _is_on(disk.path, one)
-    ]
-    adopted = adopt(held, pivots)
+        for disk in registry.load_for_change(held).spec.disks
+        if (one := note.get(disk.id)) is not None and _is_on(disk.path, one.frozen)
+    ))  # fmt: skip
+    held.begin(journal)
     remove_note(held.machine)
-    add_event(held.machine.events, "backup-settled", disks=[one.disk for one in pivots if os.path.exists(one.child)])
-    return adopted
+    return journal
 
 
-def _is_on(path: str | None, one: Stacked) -> bool:
-    return path is not None and os.path.realpath(path) == os.path.realpath(one.frozen)
+def _is_on(path: str | None, frozen: str) -> bool:
+    return path is not None and os.path.realpath(path) == os.path.realpath(frozen)
+
+
+def _settle_backup(held: Held, journal: Backup, *, starts: bool) -> None:
+    """Make the newest images the machine's disks. They are merged away when the machine is off; if it is about to
+    start, by its worker (`worker.recovery`), for which the journal stays.
+    """
+    for one in journal.pivots:
+        _finish_complete(registry.load_for_change(held), _known(held, one.frozen))
+    if journal.merging:
+        for one in journal.pivots:
+            _follow(held, MergeLive(one.disk, one.frozen, (one.child,)))
+    else:
+        adopt(held, journal.pivots, must=journal.pivoted)
+    disks = {disk.id: disk.path for disk in registry.load_for_change(held).spec.disks}
+    left = [one for one in journal.pivots if one.disk in disks and not _is_on(disks[one.disk], one.frozen)]
+    if starts and left:
+        held.go_on(Backup(tuple(left), pivoted=True, merging=True))
+        return
+    for one in journal.pivots:
+        held.tree.forget_users_image(_known(held, one.frozen))
+    held.done()
+    held.remove_empty()
+    add_event(held.machine.events, "backup-settled", disks=[one.disk for one in left])
 
 
 # -- merges ----------------------------------------------------------------------------------------------------------
@@ -263,7 +288,6 @@ def _follow(held: Held, journal: MergeLive) -> None:
     machine = registry.load_for_change(held)
     disk = machine.spec.disk(journal.disk)
     if disk is None or disk.path is None:
-        held.done()
         return
     _finish_complete(machine, _known(held, journal.target))
     path = disk.path
@@ -279,20 +303,21 @@ def _follow(held: Held, journal: MergeLive) -> None:
             )  # fmt: skip
         path = children[0]  # a leaf that the merge put on top in the meantime
     chain = vhdkit.chain_paths(path, options=options_of_all(machine.spec))
-    took_over(held, journal, {one: vhdkit.image_id(one) for one in chain})
+    record_chain(held, journal, {one: vhdkit.image_id(one) for one in chain})
 
 
-def took_over(held: Held, journal: MergeLive, chain: Mapping[str, str | None]) -> Changing:
-    """Record the chain that the disk has now (leaf first, path -> id) in definition and tree, and end the merge.
+def record_chain(held: Held, journal: MergeLive, chain: Mapping[str, str | None]) -> Changing:
+    """Record the chain that the disk has after a merge (leaf first, path -> id) in definition and tree.
 
-    The definition is written first: repeating this with the same journal has the same result.
+    The definition is written, and the tree with the caller's next step: repeating this with the same journal has the
+    same result.
     """
     tree, paths = held.tree, list(chain)
     if not os.path.lexists(journal.layers[0]):
         tree.merged(_known(held, journal.target), journal.layers)
     image = tree.images.get(paths[0])
     leaf = (paths[0], image.format if image is not None else "vhd")
-    for child, parent in pairwise(paths):
+    for child, parent in reversed(list(pairwise(paths))):  # the oldest first: a new leaf may stand on a new one
         known = tree.images.get(child)
         if known is None and parent in tree.images:
             tree.images[child] = Image(parent, ours=True, id=chain[child])  # made by the merge
@@ -307,6 +332,4 @@ def took_over(held: Held, journal: MergeLive, chain: Mapping[str, str | None]) -
             return spec
         return relocated(spec, {journal.disk: leaf})
 
-    machine = registry.update(held, follow, check_images=False)
-    held.done()
-    return machine
+    return registry.update(held, follow, check_images=False)

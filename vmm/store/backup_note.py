@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The note of a backup in progress: the new image that stands on each disk meanwhile.
+"""The note that vmm 0.1.0 left of a backup in progress: the new image that stands on each disk meanwhile.
 
     MACHINE-FOLDER/backup.json        {disk id: {"frozen": image, "child": the one that takes the writes}}
 
-Decides what the note contains and how it is validated. It is untrusted, and images are merged because of it, so a
-child must lie beside the image on which it stands and have a name of the form that `vmm backup` gives. Light: every
-command looks for it.
+Today a backup has a journal like every other operation, and a note that is found becomes one (`snapshots.recovery`).
+Decides what is believed of a note. It is untrusted, and images are merged because of it, so a child must lie beside
+the image on which it stands and have a name of the form that 0.1.0 gave. Light: every command looks for it.
 """
 
 from __future__ import annotations
@@ -14,12 +14,10 @@ import contextlib
 import json
 import os
 import re
-import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vmm.model.errors import StoreFailed, of_os_error
-from vmm.model.paths import MachinePaths, sync_folder, write_whole
+from vmm.model.paths import MachinePaths, sync_folder
 
 _MAX_NOTE_BYTES = 4 << 20
 _CHILD_NAME = re.compile(r".+\.backup-[0-9]{1,20}(-[0-9]{1,9})?\.avhd")
@@ -39,28 +37,13 @@ def note_path(machine: MachinePaths) -> str:
 
 
 def has_note(machine: MachinePaths) -> bool:
-    """True while a backup is in progress or was interrupted."""
+    """True if a backup by vmm 0.1.0 is in progress or was interrupted."""
     return os.path.lexists(note_path(machine))
 
 
-def child_name(path: str) -> str:
-    """An unused name for a new image beside this one."""
-    stem = f"{os.path.splitext(path)[0]}.backup-{int(time.time())}"
-    name, number = f"{stem}.avhd", 1
-    while os.path.lexists(name):
-        name, number = f"{stem}-{number}.avhd", number + 1
-    return name
-
-
 def is_child_name(path: str) -> bool:
-    """True if `child_name` could have returned this path."""
+    """True for the path of an image that 0.1.0 made for a backup."""
     return _CHILD_NAME.fullmatch(os.path.basename(path)) is not None
-
-
-def write_note(machine: MachinePaths, stacked: Mapping[str, Stacked]) -> None:
-    """Write the note; called before the first new image is made. Raises VmmError."""
-    document = {disk: {"frozen": one.frozen, "child": one.child} for disk, one in stacked.items()}
-    write_whole(note_path(machine), json.dumps(document).encode() + b"\n")
 
 
 def read_note(machine: MachinePaths) -> dict[str, Stacked]:
@@ -92,7 +75,7 @@ def _stacked(row: dict[str, object]) -> Stacked:
 
 
 def remove_note(machine: MachinePaths) -> None:
-    """Remove the note: the backup is over. Raises VmmError."""
+    """Remove the note: the backup is over, or a journal stands for it. Raises VmmError."""
     try:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(note_path(machine))

@@ -62,9 +62,15 @@ def being_merged(own_id: str) -> dict[str, str]:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             machine = MachinePaths(_folder_of(name))
             journal = (_read(os.path.join(machine.folder, "snapshots.json")) or {}).get("journal") or {}
-            is_merge = journal.get("op") in ("merge", "live-merge")
-            if is_merge and (_read(machine.definition) or {}).get("id") != own_id:
-                found.update(dict.fromkeys(_real(journal["target"], *journal["layers"]), name))
+            match journal.get("op"):
+                case "merge" | "live-merge":
+                    images = [journal["target"], *journal["layers"]]
+                case "backup":
+                    images = [word for row in journal["children"] for word in row[1:3]]
+                case _:
+                    continue
+            if (_read(machine.definition) or {}).get("id") != own_id:
+                found.update(dict.fromkeys(_real(*images), name))
     return found
 
 

@@ -1,51 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A copy of all disks of a machine at one moment, while it runs or not.
+"""A copy of all disks of a running machine at one moment: a snapshot without memory, then a live merge.
 
-Decides the order in which a snapshot is taken, copied and merged away again, and what is left to do after a crash. The
-machine's definition does not change meanwhile: a note in its folder (`backup.json`) says that the newest image on each
-disk is the one to serve, until it has been merged away.
+    journal -> guest's file systems frozen -> new leaves on all disks at one moment -> thawed -> definitions follow
+            -> the frozen chains copied -> leaves merged into the frozen images while the guest runs -> journal done
 
-    note -> guest's file systems frozen -> all disks frozen at one moment (new children take the writes) -> thawed
-         -> the frozen chains copied -> children merged into the frozen images while the guest runs -> note removed
-
-Must not know how an image is copied (`vmm.processes.disk_copies`).
+Decides this order, and what an early end leaves: from the journal on, the definitions and the journal together say
+which images the guest writes to, and whoever settles the journal merges what stands on the frozen images
+(`recovery`; when the machine is off, `snapshots.recovery`). Must not know how an image is copied
+(`processes.disk_copies`), nor how leaves are made and merged (`new_leaves`, `live_merge`).
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from vmm.host.proc import python_command, python_environment
-from vmm.model.errors import VmmError
-from vmm.model.paths import MachinePaths
-from vmm.model.spec import DiskSpec, MachineSpec
-from vmm.processes.disk_copies import (
-    check_target,
-    copy_disks,
-    disks_to_copy,
-    error_in,
-    parent_words,
-    told_when_failed,
-)
+from vmm.model.errors import StoreFailed, VmmError
+from vmm.processes.disk_copies import check_target, copy_disks, disks_to_copy, told_when_failed
 from vmm.processes.rpc import Progress
-from vmm.store.backup_note import Stacked, child_name, has_note, read_note, remove_note, write_note
-from vmm.store.snapshots.store import holding
+from vmm.snapshots.dependents import images_of
+from vmm.snapshots.steps import pivots_for
+from vmm.store.snapshots.journal import Backup, MergeLive, Pivot
+from vmm.store.snapshots.store import Held, holding
+from vmm.worker.live_merge import merge_served
+from vmm.worker.new_leaves import NewLeaves
+from vmm.worker.served import follow_merge, follow_pivots, served_layers, served_leaves, wait_merged
 
 if TYPE_CHECKING:
+    from vmm.model.spec import DiskSpec
+    from vmm.worker.disk_hotplug import Plugging
     from vmm.worker.running import Running
 
-MERGE_SECONDS = 24 * 3600.0
-FREEZE_SECONDS = 10.0
+FREEZE_SECONDS = 10.0  # the guest's file systems thaw by themselves then
 
 
-class Backup:
-    """Backups of a running machine, and the rest of one that was interrupted."""
+class Backups:
+    """The backups of one running machine."""
 
-    def __init__(self, running: Running) -> None:
+    def __init__(self, running: Running, plugging: Plugging) -> None:
         self._running = running
+        self._plugging = plugging
 
     async def take(self, params: dict[str, Any], progress: Progress) -> object:
         """Copy all disks as they are at one moment; {"folder": absolute path}: {"folder", "disks", "consistent"}."""
@@ -54,34 +50,36 @@ class Backup:
         with told_when_failed(running.tell, folder):
             target = check_target(folder)
             disks = disks_to_copy(running.spec)
-            with running.busy("backup"):
-                copies, consistent = await self._take(disks, target, progress)
+            with running.busy("backup"), holding(running.machine, running.spec.name) as held:
+                copies, consistent = await self._take(held, disks, target, progress)
         running.tell("backed-up", folder=target, consistent=consistent)
         return {"folder": target, "disks": copies, "consistent": consistent}
 
-    async def _take(self, disks: list[DiskSpec], target: str, progress: Progress) -> tuple[dict[str, str], bool]:
-        running = self._running
-        if has_note(running.machine):
-            await self.merge_away(progress)
-        children = {disk.id: child_name(str(disk.path)) for disk in disks if not disk.read_only}
-        with holding(running.machine, running.spec.name) as held:
-            held.need_settled()
-            write_note(running.machine, {
-                disk.id: Stacked(str(disk.path), children[disk.id]) for disk in disks if disk.id in children
-            })  # fmt: skip
+    async def _take(
+        self, held: Held, disks: list[DiskSpec], target: str, progress: Progress
+    ) -> tuple[dict[str, str], bool]:
+        running, spec = self._running, self._running.spec  # the definition of the moment that is copied
+        pivots = pivots_for(spec, held.tree, images_of(spec))
+        held.need_settled()
+        if not pivots:
+            return await copy_disks(running.machine, spec, disks, target, progress, self._is_over), True
+        journal = Backup(tuple(pivots))
+        held.begin(journal)
         try:
-            consistent = await self._freeze(children) if children else True
-            copies = await copy_disks(running.machine, running.spec, disks, target, progress, self._is_over)
+            leaves = NewLeaves(running, self._plugging, held, pivots)
+            consistent = await self._freeze(leaves)
+            journal = await leaves.follow(journal)
+            copies = await copy_disks(running.machine, spec, disks, target, progress, self._is_over)
         finally:
-            if not running.exited.is_set():
-                await self.merge_away(progress)
+            if not running.exited.is_set():  # else the journal is settled when the machine is off, or started again
+                await merge_away(running, held, journal, progress)
         return copies, consistent
 
     def _is_over(self) -> bool:
         return self._running.exited.is_set() or self._running.gives_way
 
-    async def _freeze(self, children: dict[str, str]) -> bool:
-        """All disks at one moment, the guest's file systems written out where its agent can; True when it did."""
+    async def _freeze(self, leaves: NewLeaves) -> bool:
+        """All disks at one moment; True if the guest's agent could write the file systems out before."""
         running = self._running
         async with contextlib.AsyncExitStack() as frozen:
             consistent = False
@@ -89,34 +87,46 @@ class Backup:
                 with contextlib.suppress(VmmError):
                     await frozen.enter_async_context(running.agent.frozen(max_seconds=FREEZE_SECONDS))
                     consistent = True
-            await running.server.call("snapshot", exports=children)
+            await leaves.put_on()
         return consistent
 
-    async def merge_away(self, progress: Progress) -> None:
-        """Merge the children of a backup into the images they stand on, while the guest runs. Raises StoreFailed."""
-        running = self._running
-        for disk_id, one in read_note(running.machine).items():
-            if not os.path.exists(one.child):
-                continue
-            progress({"step": f"merging {disk_id}"})
-            await running.server.call("merge", export=disk_id, into=one.frozen, timeout_seconds=MERGE_SECONDS)
-        remove_note(running.machine)
+
+async def merge_away(running: Running, held: Held, journal: Backup, progress: Progress) -> None:
+    """Merge what stands on a backup's frozen images into them while the guest runs, and end the backup.
+
+    Raises StoreFailed, TimedOut; the journal then stays, and the rest is merged when it is settled.
+    """
+    if not journal.merging:
+        moved = await served_leaves(running)
+        await follow_pivots(running, held, journal.pivots, moved)
+        done = tuple(one for one in journal.pivots if moved.get(one.disk) == one.child)
+        journal = replace(journal, pivots=done, pivoted=True, merging=True)
+        held.go_on(journal)
+    for one in journal.pivots:
+        await _merge_away(running, held, one, progress)
+        held.tree.forget_users_image(one.frozen)
+        held.go_on(journal)
+    held.done()
+    held.remove_empty()
 
 
-async def merge_away_offline(machine: MachinePaths, spec: MachineSpec) -> None:
-    """The same when nothing serves the disks any more. Raises StoreFailed; the next start tries again."""
-    for disk_id, one in read_note(machine).items():
-        disk = spec.disk(disk_id) or DiskSpec(id=disk_id, path=one.child)
-        if not os.path.exists(one.child):
-            continue
-        process = await asyncio.create_subprocess_exec(
-            *python_command("vhdkit", "merge", one.child, "--into", one.frozen, *parent_words(disk), "--json"),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.PIPE,
-            env=python_environment(),
-        )
-        _, said = await process.communicate()
-        if process.returncode != 0:
-            raise error_in(said, disk)
-    remove_note(machine)
+async def _merge_away(running: Running, held: Held, one: Pivot, progress: Progress) -> None:
+    await wait_merged(running, one.disk)
+    chain = (await served_layers(running)).get(one.disk)
+    if chain is None:
+        raise StoreFailed(f"the disks' server does not serve {one.disk}", hint=f"vmm repair {held.name}")
+    real, frozen = [os.path.realpath(path) for path in chain], os.path.realpath(one.frozen)
+    if frozen not in real:
+        raise StoreFailed("is not in the chain of its disk any more", path=one.frozen, hint=f"vmm repair {held.name}")
+    above = chain[: real.index(frozen)]
+    merge = MergeLive(one.disk, one.frozen, tuple(above) or (one.child,))
+    if above and above[0] != one.child:  # a merge that was cut short had put another leaf on top
+        await follow_merge(running, held, merge)
+        held.save()
+    progress({"step": f"merging {one.disk}"})
+    try:
+        if above:
+            await merge_served(running, merge, progress)
+    finally:
+        if not running.exited.is_set():
+            await follow_merge(running, held, merge)

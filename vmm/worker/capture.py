@@ -26,18 +26,17 @@ from typing import TYPE_CHECKING, Any
 
 from vmm.kvm import background
 from vmm.kvm.background import Capturing, Mode
-from vmm.model.errors import InUse, VmmError, WrongState
+from vmm.model.errors import VmmError, WrongState
 from vmm.processes.rpc import Method, Progress, parameter
 from vmm.snapshots.create import SnapshotRequest, begin
-from vmm.snapshots.steps import pivoted
-from vmm.store.backup_note import has_note
 from vmm.store.snapshots.journal import CreateLive, Memory
 from vmm.store.snapshots.memory import SnapshotFolder, description_document
 from vmm.store.snapshots.snapshot import Snapshot
 from vmm.store.snapshots.store import Held, holding
 from vmm.store.state import MachineState
 from vmm.worker.adapter_hotplug import told_mtus
-from vmm.worker.recovery import follow_pivots, served_ids, served_leaves
+from vmm.worker.new_leaves import NewLeaves
+from vmm.worker.served import follow_pivots, served_leaves
 from vmm.worker.states import Verb
 
 if TYPE_CHECKING:
@@ -74,8 +73,6 @@ class Capture:
             raise WrongState("is paused: its guest cannot freeze its file systems", hint="without --consistent")
         with running.busy(OPERATION), holding(running.machine, running.spec.name) as held:
             held.need_settled()
-            if has_note(running.machine):
-                raise InUse("a backup is still being merged away", hint="try again in a moment")
             taking = _Taking(running, self._plugging, held, request)
             try:
                 snapshot = await taking.run(progress)
@@ -95,15 +92,15 @@ class _Taking:
 
     def __init__(self, running: Running, plugging: Plugging, held: Held, request: SnapshotRequest) -> None:
         self._running = running
-        self._plugging = plugging
         self._held = held
         self._mode = Mode(request.mode) if request.mode else None
         self._consistent = request.consistent
         self._was_running = running.state is MachineState.RUNNING
-        snapshot, self._pivots = begin(held, running.spec, request, "running" if self._was_running else "paused")
+        snapshot, pivots = begin(held, running.spec, request, "running" if self._was_running else "paused")
+        self._leaves = NewLeaves(running, plugging, held, pivots)
         self._snapshot = replace(snapshot, consistent=request.consistent)
         self._folder = SnapshotFolder(snapshot.folder)
-        self._journal = CreateLive(snapshot.folder, tuple(self._pivots))
+        self._journal = CreateLive(snapshot.folder, tuple(pivots))
         self._is_begun = False
         self._capturing: Capturing | None = None
 
@@ -131,13 +128,12 @@ class _Taking:
             self._journal = replace(self._journal, memory=memory)
             self._held.go_on(self._journal)
             await capturing.prepare()
-            if self._pivots:
-                await running.server.call("prepare", exports=self._leaves())
+            await self._leaves.prepare()
             async with contextlib.AsyncExitStack() as frozen:
                 if self._consistent:
                     await frozen.enter_async_context(running.agent.frozen(max_seconds=FREEZE_SECONDS))
                 await capturing.take(self._pivot, progress)
-            await self._follow()
+            self._journal = await self._leaves.follow(self._journal)
             size = await capturing.finish(progress)
             await asyncio.to_thread(self._folder.complete_memory, descriptor, size, description)
         finally:
@@ -149,24 +145,10 @@ class _Taking:
         await capturing.reset()
         return snapshot
 
-    def _leaves(self) -> dict[str, str]:
-        return {one.disk: one.child for one in self._pivots}
-
     async def _pivot(self) -> None:
         """All disks at once, and what else QEMU writes to while the guest runs."""
-        if self._pivots:
-            await self._running.server.call("snapshot", exports=self._leaves())
+        await self._leaves.put_on()
         self._folder.copy_uefi(self._running.machine, self._running.spec)
-
-    async def _follow(self) -> None:
-        """The definitions say where the disks are now, and the tree knows the images."""
-        self._journal = replace(self._journal, pivoted=True)
-        ids = await served_ids(self._running) if self._pivots else {}
-        for one in self._pivots:
-            self._held.tree.grow(one.frozen, one.child, one.format, child_id=ids.get(one.child))
-        self._held.go_on(self._journal)
-        if self._pivots:
-            await asyncio.to_thread(self._plugging.write_down, self._held, pivoted(self._running.spec, self._pivots))
 
     async def take_back(self) -> None:
         """After a failure: what was pivoted stays so, the rest goes. What cannot be put in order now stands in the

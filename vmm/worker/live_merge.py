@@ -16,13 +16,12 @@ import contextlib
 import os
 from typing import TYPE_CHECKING, Any
 
-from vmm.model.errors import InUse, InvalidSpec, Refused, VmmError
+from vmm.model.errors import InvalidSpec, Refused, VmmError
 from vmm.processes.rpc import Method, Progress, parameter
 from vmm.snapshots.steps import begin_merge
-from vmm.store.backup_note import has_note
 from vmm.store.snapshots.journal import MergeLive
 from vmm.store.snapshots.store import Held, holding
-from vmm.worker.recovery import follow_merge, served_layers
+from vmm.worker.served import follow_merge, served_layers
 from vmm.worker.states import Verb
 
 if TYPE_CHECKING:
@@ -52,17 +51,16 @@ class LiveMerges:
         rate = parameter(params, "max_rate_bytes", int)
         with running.busy(OPERATION), holding(running.machine, running.spec.name) as held:
             held.need_settled()
-            if has_note(running.machine):
-                raise InUse("a backup is still being merged away", hint="try again in a moment")
             self._check(held, target, layers)
             disk = await self._disk_of(target, layers)
             journal = MergeLive(disk, target, tuple(layers))
             begin_merge(held, journal)
             try:
-                result = await self._served_merge(disk, target, layers, rate, progress)
+                result = await merge_served(running, journal, progress, max_rate_bytes=rate)
             finally:
                 if not running.exited.is_set():
                     await follow_merge(running, held, journal)
+                    held.done()
         running.tell("snapshots-merged", into=target, layers=layers, held_seconds=result["held_seconds"])
         return {name: result[name] for name in ("passes", "held_seconds", "copied_bytes")} | {"target": target}
 
@@ -88,26 +86,28 @@ class LiveMerges:
                 return disk
         raise InvalidSpec("is not part of a disk of the running machine", path=layers[0])
 
-    async def _served_merge(
-        self, disk: str, target: str, layers: list[str], rate: int | None, progress: Progress
-    ) -> dict[str, Any]:
-        server = self._running.server
-        chain = (await served_layers(self._running))[disk]
-        request: dict[str, Any] = {"export": disk, "into": target, "max_rate_bytes": rate}
-        if os.path.realpath(chain[0]) != os.path.realpath(layers[0]):
-            request["layer"] = layers[0]
-        merging = asyncio.create_task(server.call("merge", timeout_seconds=MERGE_SECONDS, **request))
-        while not merging.done():
-            await asyncio.wait({merging}, timeout=_LOOK_SECONDS)
-            with contextlib.suppress(VmmError, KeyError, TypeError, StopIteration):
-                status = await server.call("status", timeout_seconds=5)
-                told = next(one["merge"] for one in status["exports"] if one["name"] == disk)
-                if told:
-                    progress({"step": f"merging {disk}", "done": told["done_bytes"], "total": told["total_bytes"]})
-        result: dict[str, Any] = merging.result()
-        return result
-
     async def _cancel(self, params: dict[str, Any], progress: Progress) -> object:
         """Stop the merge that is under way; {"cancelled"}. What was copied is found again by the next."""
         done = await self._running.server.call("cancel")
         return {"cancelled": bool(done["exports"])}
+
+
+async def merge_served(
+    running: Running, merge: MergeLive, progress: Progress, *, max_rate_bytes: int | None = None
+) -> dict[str, Any]:
+    """Have the disks' server merge layers of a disk that it serves; returns its answer. Raises StoreFailed, InUse."""
+    server, disk, newest = running.server, merge.disk, merge.layers[0]
+    chain = (await served_layers(running))[disk]
+    request: dict[str, Any] = {"export": disk, "into": merge.target, "max_rate_bytes": max_rate_bytes}
+    if os.path.realpath(chain[0]) != os.path.realpath(newest):
+        request["layer"] = newest
+    merging = asyncio.create_task(server.call("merge", timeout_seconds=MERGE_SECONDS, **request))
+    while not merging.done():
+        await asyncio.wait({merging}, timeout=_LOOK_SECONDS)
+        with contextlib.suppress(VmmError, KeyError, TypeError, StopIteration):
+            status = await server.call("status", timeout_seconds=5)
+            told = next(one["merge"] for one in status["exports"] if one["name"] == disk)
+            if told:
+                progress({"step": f"merging {disk}", "done": told["done_bytes"], "total": told["total_bytes"]})
+    result: dict[str, Any] = merging.result()
+    return result

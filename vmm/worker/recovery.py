@@ -5,10 +5,10 @@
                       the new leaves that are served are the machine's disks, and there is no snapshot
     MergeLive         continues in the disk server: it is waited for, and what is served then is the machine's disk
     Delete, MergeOff  settled as when the machine is off: no guest uses the files concerned
-    a backup's note   its images are merged away
+    Backup            what stands on its frozen images is merged away; the note of a backup becomes such a journal
 
-Decides that the disk server is the authority on which image takes a guest's writes, whether or not QEMU lives. From
-the moment at which this module takes over a journal, no snapshot or merge begins before it is settled.
+Decides that from the moment at which this module takes over a journal, no snapshot, merge or backup begins before it
+is settled. Which image takes a guest's writes, the disk server says (`served`).
 
 No numpy here, so that the worker stays small. What needs it is done by the command that asks (`machine_snapshots`).
 """
@@ -18,41 +18,37 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, assert_never
 
 from vmm.kvm import background
 from vmm.kvm.background import Mode
-from vmm.model.errors import InUse, QemuFailed, StoreFailed, TimedOut, VmmError, WrongState
+from vmm.model.errors import InUse, QemuFailed, StoreFailed, VmmError, WrongState
 from vmm.processes.rpc import Method, Progress
-from vmm.snapshots.recovery import adopt, remove_unused, settle_journal, took_over
-from vmm.snapshots.steps import pivoted
+from vmm.snapshots.recovery import settle_journal, take_over_note
 from vmm.store.backup_note import has_note
 from vmm.store.snapshots.journal import (
     Apply,
+    Backup,
     CreateLive,
     CreateOff,
     Delete,
     Memory,
     MergeLive,
     MergeOff,
-    Pivot,
     PutInPlace,
     words_of,
 )
 from vmm.store.snapshots.memory import SnapshotFolder
 from vmm.store.snapshots.snapshot import Snapshot
 from vmm.store.snapshots.store import Held, has_tree, holding, load_tree
-from vmm.store.state import WorkerPhase
+from vmm.worker.backup import merge_away
+from vmm.worker.served import follow_merge, follow_pivots, served_leaves, wait_merged
 
 if TYPE_CHECKING:
-    from vmm.model.spec import MachineSpec
-    from vmm.worker.backup import Backup
     from vmm.worker.running import Running
 
 OPERATION = "settle"
-SERVER_SECONDS = 30.0  # for the disks' server to be back, when it was killed
 _HOLD_SECONDS = 30.0
 _LOOK_SECONDS = 0.1
 
@@ -60,9 +56,8 @@ _LOOK_SECONDS = 0.1
 class Recovery:
     """What was left undone on one running machine."""
 
-    def __init__(self, running: Running, backup: Backup) -> None:
+    def __init__(self, running: Running) -> None:
         self._running = running
-        self._backup = backup
         self._under_way = asyncio.Lock()
 
     def methods(self) -> dict[str, Method]:
@@ -106,10 +101,11 @@ class Recovery:
             async with contextlib.AsyncExitStack() as stack:
                 await self._wait_idle(stack)
                 with contextlib.ExitStack() as locks:
-                    await self.settle(await hold(self._running, locks))
-                if has_note(self._running.machine):
-                    await self._backup.merge_away(lambda document: None)
-                    self._running.tell("backup-cleaned-up", problem="a backup was cut short")
+                    held = await hold(self._running, locks)
+                    await self.settle(held)
+                    if has_note(held.machine):
+                        await asyncio.to_thread(take_over_note, held)
+                        await self.settle(held)
 
     async def _wait_idle(self, stack: contextlib.AsyncExitStack) -> None:
         """Nothing else is done to the machine. What another command does ends, and is settled by itself as a rule."""
@@ -136,6 +132,10 @@ class Recovery:
                 await self._merge(held, journal)
             case Delete() | MergeOff():
                 await asyncio.to_thread(settle_journal, held, journal)
+                return
+            case Backup():
+                await merge_away(self._running, held, journal, lambda document: None)
+                self._running.tell("backup-cleaned-up", problem="a backup was cut short")
                 return
             case CreateOff() | Apply() | PutInPlace():
                 raise WrongState(
@@ -224,18 +224,9 @@ class Recovery:
     # -- a merge -----------------------------------------------------------------------------------------------------
 
     async def _merge(self, held: Held, journal: MergeLive) -> None:
-        running = self._running
-        await wait_serving(running)
-        while await self._is_merging(journal.disk):
-            await asyncio.sleep(_LOOK_SECONDS)
-        await follow_merge(running, held, journal)
-
-    async def _is_merging(self, disk: str) -> bool:
-        status = await self._running.server.call("status", timeout_seconds=30)
-        return any(one["name"] == disk and one["merge"] for one in status["exports"])
-
-
-# -- what the disks' server says --------------------------------------------------------------------------------------
+        await wait_merged(self._running, journal.disk)
+        await follow_merge(self._running, held, journal)
+        held.done()
 
 
 def has_qemu(running: Running) -> bool:
@@ -254,79 +245,3 @@ async def hold(running: Running, stack: contextlib.ExitStack) -> Held:
             if loop.time() > deadline:
                 raise
             await asyncio.sleep(_LOOK_SECONDS)
-
-
-async def wait_serving(running: Running) -> None:
-    """Return when the disks' server answers; one that was killed is waited for. Raises TimedOut, WrongState."""
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + SERVER_SECONDS
-    while not await running.server.is_serving():
-        if running.note.phase is WorkerPhase.ENDED:
-            raise WrongState("is being switched off", hint="try again in a moment")
-        if loop.time() > deadline:
-            raise TimedOut(f"the disks' server did not answer within {SERVER_SECONDS:g} s")
-        await asyncio.sleep(_LOOK_SECONDS)
-
-
-async def served_leaves(running: Running) -> dict[str, str]:
-    """Disk id -> the image that takes its writes now. Raises StoreFailed.
-
-    A snapshot that the server is in the middle of is waited for: it does one thing after the other. New leaves that it
-    has only prepared go.
-    """
-    await wait_serving(running)
-    with contextlib.suppress(VmmError):
-        await running.server.call("prepare", exports={})
-    return {disk: layers[0] for disk, layers in (await served_layers(running)).items()}
-
-
-async def served_layers(running: Running) -> dict[str, list[str]]:
-    """Disk id -> the images it is read from, leaf first. Raises StoreFailed."""
-    return {disk: list(layers) for disk, layers in (await _served(running)).items()}
-
-
-async def served_ids(running: Running) -> dict[str, str | None]:
-    """The ids of all images that are served, by their paths. Raises StoreFailed."""
-    return {path: image_id for layers in (await _served(running)).values() for path, image_id in layers.items()}
-
-
-async def _served(running: Running) -> dict[str, dict[str, str | None]]:
-    """Disk id -> its images with their ids, leaf first."""
-    status = await running.server.call("status")
-    return {
-        one["name"]: {layer["path"]: layer["unique_id"] for layer in one["layers"]} for one in status["exports"]
-    }  # fmt: skip
-
-
-async def follow_pivots(running: Running, held: Held, pivots: Sequence[Pivot], moved: dict[str, str]) -> None:
-    """Those new leaves that are served are the machine's disks. Raises VmmError, OSError.
-
-    One that is not served was prepared and never used, or made by a server that was killed before it served it; it
-    goes, unless it holds something.
-    """
-    done = [one for one in pivots if moved.get(one.disk) == one.child]
-    rest = [one for one in pivots if one not in done]
-    if any(os.path.lexists(one.child) for one in rest):
-        await asyncio.to_thread(remove_unused, held, rest)
-    adopt(held, done, ids=await served_ids(running))
-    _follow(running, pivoted(running.spec, done))
-
-
-async def follow_merge(running: Running, held: Held, journal: MergeLive) -> None:
-    """The tree and the definitions say what the server serves. One that was killed is waited for: the merge died
-    with it, and it is back with the newest image.
-
-    Raises StoreFailed, TimedOut; the journal stays then.
-    """
-    await wait_serving(running)
-    served = (await _served(running)).get(journal.disk)
-    if served is None:
-        raise StoreFailed(f"the disks' server does not serve {journal.disk}", hint=f"vmm repair {held.name}")
-    machine = took_over(held, journal, served)
-    disks = {one.id: one for one in machine.spec.disks}
-    _follow(running, running.spec.changed(disks=[disks.get(one.id, one) for one in running.spec.disks]))
-
-
-def _follow(running: Running, spec: MachineSpec) -> None:
-    if spec != running.spec:  # else nothing can fail
-        running.redefine(spec)

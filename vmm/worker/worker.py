@@ -45,7 +45,7 @@ from vmm.store.state import (
     note_unclean,
 )
 from vmm.worker.adapter_hotplug import Wiring
-from vmm.worker.backup import Backup, merge_away_offline
+from vmm.worker.backup import Backups
 from vmm.worker.capture import Capture
 from vmm.worker.disk_hotplug import Plugging
 from vmm.worker.guest_services import GuestServices
@@ -82,8 +82,8 @@ class Worker:
         self._leaving = Leaving(self._running, self._saving)
         self._supervision = Supervision(machine, runtime, self._tell, self._reachable_no_more)
         self._plugging = Plugging(self._running)
-        self._backup = Backup(self._running)
-        self._recovery = Recovery(self._running, self._backup)
+        self._backups = Backups(self._running, self._plugging)
+        self._recovery = Recovery(self._running)
         self._capture = Capture(self._running, self._plugging)
         self._merges = LiveMerges(self._running)
         self._rest: asyncio.Task[None] | None = None  # of what a worker before this one had begun
@@ -209,7 +209,6 @@ class Worker:
             self._note.write(self._runtime)
         try:
             await self._end_server()
-            await merge_away_offline(self._machine, self._running.spec)
             if self._is_clean:
                 note_clean(self._machine)
             await asyncio.to_thread(saved.note_disks, self._machine, self._running.spec)
@@ -283,7 +282,7 @@ class Worker:
         if_settled: dict[str, Method] = {
             "save": self._save,
             "leave": self._leave,
-            "backup": self._backup.take,
+            "backup": self._backups.take,
             **self._plugging.methods(),
             **self._capture.methods(),
             **self._merges.methods(),

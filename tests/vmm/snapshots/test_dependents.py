@@ -7,16 +7,17 @@ import os
 
 import pytest
 
+import vhdkit
 from tests.vmm.snapshots.machines import Machines
 from tests.vmm.store.test_copies import copied
 from vmm.api.manager import DiskRequest, Manager
 from vmm.model.errors import InUse, WrongState
 from vmm.snapshots.background_merge import merge_files
 from vmm.snapshots.dependents import judge
-from vmm.snapshots.steps import begin_merge
+from vmm.snapshots.steps import begin_merge, child_path
 from vmm.store import registry
 from vmm.store.snapshots.deletion_plan import LayerMerge
-from vmm.store.snapshots.journal import MergeOff
+from vmm.store.snapshots.journal import Backup, MergeOff, Pivot
 from vmm.store.snapshots.store import holding, load_tree
 
 
@@ -73,6 +74,23 @@ def test_an_image_that_is_being_merged_is_refused(machines: Machines) -> None:
         merge_files(held, merge, meanwhile)
     assert set(refused) == {merge.target, *merge.layers}
     Manager().add_disk("other", DiskRequest(merge.target, read_only=True))
+
+
+def test_an_image_of_a_backup_is_not_given_to_another_machine(machines: Machines) -> None:
+    """INV-REMOVED-UNUSED: while a backup's journal exists, another machine is refused what will be merged, for reading
+    as well.
+    """
+    machines.create()
+    machines.create("other")
+    machine = registry.load("web")
+    frozen = str(machine.spec.disks[0].path)
+    pivot = Pivot("disk-0", frozen, child_path(frozen), "vhd")
+    vhdkit.create_child(pivot.child, frozen)
+    with holding(machine.paths, "web") as held:
+        held.begin(Backup((pivot,), pivoted=True))
+    for path in (pivot.frozen, pivot.child):
+        with pytest.raises(InUse, match="is being merged by the machine web"):
+            Manager().add_disk("other", DiskRequest(path, read_only=True))
 
 
 def test_an_image_that_another_machine_got_is_not_merged(machines: Machines) -> None:

@@ -15,26 +15,56 @@ import pytest
 import vhdkit
 import vmm
 from tests.vmm.snapshots.machines import DISK_BYTES, Machines
+from tests.vmm.snapshots.old_notes import child_name, write_note
 from tests.vmm.snapshots.test_recovery import after_each_kill
 from vmm.api.export_import.exporting import export
 from vmm.model.errors import Refused, VmmError
-from vmm.snapshots.steps import child_path, options_of_all
+from vmm.snapshots.steps import child_path, options_of_all, pivoted
 from vmm.store import registry
-from vmm.store.backup_note import Stacked, child_name, has_note, write_note
+from vmm.store.backup_note import Stacked, has_note
 from vmm.store.registry import Machine
-from vmm.store.snapshots.journal import Apply, CreateLive, CreateOff, Pivot
+from vmm.store.snapshots.journal import Apply, Backup, CreateLive, CreateOff, Pivot
 from vmm.store.snapshots.store import holding, load_tree
 from vmm.store.state import note_running, note_unclean
 
 Left = Callable[[Machine, str], str]
 
 
-def by_backup(machine: Machine, frozen: str) -> str:
-    """A backup whose children take the writes."""
+def by_old_backup(machine: Machine, frozen: str) -> str:
+    """A backup by vmm 0.1.0 whose children take the writes."""
     child = child_name(frozen)
     write_note(machine.paths, {"disk-0": Stacked(frozen, child)})
     vhdkit.create_child(child, frozen, options=options_of_all(machine.spec))
     return child
+
+
+def by_backup(machine: Machine, frozen: str, *, pivoted: bool = True) -> str:
+    """A backup whose new leaves take the writes, cut short before the definition named them."""
+    child = child_path(frozen)
+    with holding(machine.paths, machine.name) as held:
+        held.begin(Backup((Pivot("disk-0", frozen, child, "vhd"),), pivoted=pivoted))
+    vhdkit.create_child(child, frozen, options=options_of_all(machine.spec))
+    return child
+
+
+def by_merging_backup(machine: Machine, frozen: str) -> str:
+    """A backup whose copies are made, and whose leaves are being merged into the frozen images."""
+    pivot = Pivot("disk-0", frozen, child_path(frozen), "vhd")
+    vhdkit.create_child(pivot.child, frozen, options=options_of_all(machine.spec))
+    with holding(machine.paths, machine.name) as held:
+        held.begin(Backup((pivot,), pivoted=True))
+        held.tree.grow(frozen, pivot.child, "vhd", child_id=vhdkit.image_id(pivot.child))
+        registry.update(held, lambda spec: pivoted(spec, [pivot]), check_images=False)
+        held.go_on(Backup((pivot,), pivoted=True, merging=True))
+    return pivot.child
+
+
+def by_unfollowed_backup(machine: Machine, frozen: str) -> str:
+    """A backup that was cut short after the disks got their new leaves, before anything said so."""
+    return by_backup(machine, frozen, pivoted=False)
+
+
+BACKUPS = [by_backup, by_unfollowed_backup, by_merging_backup, by_old_backup]
 
 
 def by_create(machine: Machine, frozen: str) -> str:
@@ -95,7 +125,7 @@ def new_image(here: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("left", [by_backup, by_create])
+@pytest.mark.parametrize("left", [*BACKUPS, by_create])
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_finishes_the_interrupted_operation_first(machines: Machines, verb: str, left: Left) -> None:
     """Whichever verb comes next finds the image with the guest's last writes, and no operation is left unfinished."""
@@ -120,7 +150,7 @@ def by_create_off(machine: Machine, frozen: str) -> str:
     return child
 
 
-@pytest.mark.parametrize("left", [by_backup, by_create, by_create_off])
+@pytest.mark.parametrize("left", [*BACKUPS, by_create, by_create_off])
 def test_a_golden_image_in_another_folder(machines: Machines, left: Left) -> None:
     """Operations are finished or undone even if the disk's base lies in a folder that the disk allows: new leaves with
     content are the machine's disks, unused ones are removed, and merges continue."""
@@ -144,10 +174,11 @@ def test_a_golden_image_in_another_folder(machines: Machines, left: Left) -> Non
     assert machines.now("web") == now and os.listdir(own) == ["web.avhd"]
 
 
-def test_a_backups_merge_is_finished_before_its_disk_is_opened(machines: Machines) -> None:
+@pytest.mark.parametrize("left", [by_merging_backup, by_old_backup])
+def test_a_backups_merge_is_finished_before_its_disk_is_opened(machines: Machines, left: Left) -> None:
     """After everything was killed while a backup's image was being merged, the definition names an image that still
     exists after it was opened for writing, and the disk reads as before."""
-    frozen, newest, expected = cut(machines, by_backup)
+    frozen, newest, expected = cut(machines, left)
     ends = set()
     for _ in after_each_kill(machines, lambda: vhdkit.merge(newest, into=frozen)):
         leaf = str(manager.show("web").spec.disks[0].path)  # type: ignore[union-attr]
@@ -159,7 +190,7 @@ def test_a_backups_merge_is_finished_before_its_disk_is_opened(machines: Machine
     assert ends == {frozen, newest}
 
 
-@pytest.mark.parametrize("left", [by_backup, by_create])
+@pytest.mark.parametrize("left", [*BACKUPS, by_create])
 def test_copies_are_made_from_the_newest_image(machines: Machines, left: Left) -> None:
     """Backup and export copy what was flushed last; a machine that died is not reported as shut down."""
     _, _, expected = cut(machines, left)
@@ -169,7 +200,7 @@ def test_copies_are_made_from_the_newest_image(machines: Machines, left: Left) -
     assert content(machines.folder / "flat" / "disks" / "disk-0.vhd") == expected
 
 
-@pytest.mark.parametrize("left", [by_backup, by_create])
+@pytest.mark.parametrize("left", [*BACKUPS, by_create])
 def test_the_next_merge_leaves_one_image(machines: Machines, left: Left) -> None:
     """The next merge puts the last writes into the machine's own image, and only that is left."""
     frozen, newest, expected = cut(machines, left)
@@ -178,7 +209,7 @@ def test_the_next_merge_leaves_one_image(machines: Machines, left: Left) -> None
     assert not os.path.exists(newest) and machines.images() == {os.path.basename(frozen)}
 
 
-@pytest.mark.parametrize("left", [by_backup, by_create])
+@pytest.mark.parametrize("left", [*BACKUPS, by_create])
 def test_the_newest_image_is_removed_and_the_frozen_one_not_added(machines: Machines, left: Left) -> None:
     """`disk remove` names the newest image; adding the one below it is refused with the reason."""
     frozen, newest, _ = cut(machines, left)
@@ -207,9 +238,10 @@ def test_what_counts_as_consistent(machines: Machines) -> None:
     assert manager.backup("web", str(machines.folder / "4")).consistent is False
 
 
-def test_a_missing_newest_image_is_reported(machines: Machines) -> None:
+@pytest.mark.parametrize("left", [by_create, by_backup])
+def test_a_missing_newest_image_is_reported(machines: Machines, left: Left) -> None:
     """If the image with the guest's last writes is gone, no verb silently uses the one below it."""
-    _, newest, _ = cut(machines, by_create)
+    _, newest, _ = cut(machines, left)
     os.rename(newest, f"{newest}.elsewhere")
     for verb in ("show", "set", "backup", "snapshot create"):
         with pytest.raises(Refused, match=r"is missing.*put it back; vmm repair web"):

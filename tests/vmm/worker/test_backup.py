@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,15 @@ from tests.vmm.small_guests import (
 )
 from tests.waiting import wait_until
 from vmm.api.manager import DiskRequest, Manager
-from vmm.model.errors import AlreadyExists, NotFound, Refused, StoreFailed
+from vmm.model.errors import AlreadyExists, InUse, NotFound, Refused, StoreFailed, VmmError
 from vmm.model.spec import make_spec
 from vmm.processes import disk_copies
 from vmm.processes.rpc import ControlClient
 from vmm.processes.worker_connection import MachineRef
 from vmm.store.backup_note import note_path, read_note
+from vmm.store.snapshots.journal import Backup, Journal
+from vmm.store.snapshots.store import load_tree, tree_path
+from vmm.store.snapshots.tree import Tree
 
 pytestmark = pytest.mark.kvm
 
@@ -57,7 +62,7 @@ def test_backup_of_a_running_machine(manager: Manager, tmp_path: Path) -> None:
     result = manager.backup("small", str(tmp_path / "copy"))
     assert sorted(result.disks) == ["disk-0", "disk-1"] and result.consistent is False
     assert files_of(tmp_path) == before
-    assert not os.path.exists(note_path(MachineRef.of("small").machine))
+    assert not os.path.exists(tree_path(MachineRef.of("small").machine)), "as before the first backup"
     press(manager, "w")
     wait_until(lambda: "written " in console(manager), "the guest writes on")
     copy = tmp_path / "copy" / "disk-0.vhd"
@@ -169,22 +174,49 @@ def test_a_failed_copy_leaves_nothing(manager: Manager, tmp_path: Path, monkeypa
     wait_counting(manager)
 
 
-@pytest.mark.parametrize("victims", [("worker",), ("keeper", "worker", "server", "qemu")], ids="+".join)
-def test_a_backup_that_is_killed_while_it_copies(manager: Manager, tmp_path: Path, victims: tuple[str, ...]) -> None:
-    """The next command merges the snapshot; what was written to it in the meantime is in the machine's own image."""
+def journal() -> Journal | None:
+    """What the machine's journal says now."""
+    return load_tree(MachineRef.of("small").machine).journal
+
+
+def backup_elsewhere(manager: Manager, target: Path) -> int:
+    """A backup in a process of its own, whose number is returned; it ends with the backup, however that ends."""
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            manager.backup("small", str(target))
+        os._exit(0)
+    return child
+
+
+@pytest.fixture
+def writing(manager: Manager, tmp_path: Path) -> Path:
+    """A running machine whose guest writes to its disk all the time; its image."""
     leaf = make_disk(tmp_path, "small", BootOptions(print_every=4, write_every=4))
     manager.create("small", disks=[DiskRequest(str(leaf))], memory_bytes=16 * MIB, accelerator="tcg")
     manager.start("small")
     wait_counting(manager)
-    before = files_of(tmp_path)
-    note = note_path(MachineRef.of("small").machine)
-    child = os.fork()
-    if child == 0:
-        try:
-            manager.backup("small", str(tmp_path / "copy"))
-        finally:
-            os._exit(0)
-    wait_until(lambda: os.path.exists(note) and files_of(tmp_path) != before, "the snapshot is there")
+    return leaf
+
+
+def check_merged_away(manager: Manager, leaf: Path, before: list[str]) -> None:
+    """The guest runs on its own image alone, which is sound; nothing of the backup is left."""
+    wait_until(lambda: files_of(leaf.parent) == before and journal() is None, "the new leaf is merged away", 120)
+    wait_counting(manager)
+    shown = manager.show("small").spec
+    assert shown is not None and shown.disks[0].path == str(leaf)
+    manager.stop("small")
+    assert files_of(leaf.parent) == before and vhdkit.check(leaf) == []
+    assert load_tree(MachineRef.of("small").machine) == Tree(), "as before the first backup"
+
+
+@pytest.mark.parametrize("victims", [("worker",), ("server",), ("keeper", "worker", "server", "qemu")], ids="+".join)
+def test_a_backup_that_is_killed_while_it_copies(manager: Manager, writing: Path, victims: tuple[str, ...]) -> None:
+    """The next command merges the new leaf; what was written to it in the meantime is in the machine's own image."""
+    before = files_of(writing.parent)
+    child = backup_elsewhere(manager, writing.parent / "copy")
+    wait_until(lambda: isinstance(now := journal(), Backup) and now.pivoted, "the disks have their new leaves")
+    assert files_of(writing.parent) != before
     living = processes()
     for part in victims:
         os.kill(living[part].pid, 9)
@@ -194,10 +226,153 @@ def test_a_backup_that_is_killed_while_it_copies(manager: Manager, tmp_path: Pat
         manager.start("small")
     wait_whole(but={part: living[part] for part in victims})
     wait_counting(manager)
-    wait_until(lambda: files_of(tmp_path) == before and not os.path.exists(note), "the snapshot is merged away")
+    check_merged_away(manager, writing, before)
+
+
+# A worker that kills itself before or after it writes its journal the nth time: sitecustomize for its interpreter.
+KILLER = """
+import os, sys
+if "vmm.worker.worker" in sys.orig_argv and os.path.exists({plan!r}):
+    from vmm.store.snapshots.store import Held
+    when, number = open({plan!r}).read().split()
+    save, saved = Held.save, 0
+
+    def killing(held):
+        global saved
+        saved += 1
+        if saved == int(number) and when == "before":
+            end()
+        save(held)
+        if saved == int(number):
+            end()
+
+    def end():
+        os.unlink({plan!r})
+        os.kill(os.getpid(), 9)
+
+    Held.save = killing
+"""
+STEPS = {"begun": 1, "new leaves": 2, "followed": 3, "merging": 4, "merged": 5, "done": 6}
+EVERY_DAY = {("after", "begun"), ("before", "new leaves"), ("after", "merging")}
+MOMENTS = [
+    pytest.param(when, step, marks=[] if (when, step) in EVERY_DAY else [pytest.mark.nightly])
+    for step in STEPS for when in ("before", "after")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("when", "step"), MOMENTS)
+def test_a_worker_killed_at_each_step(
+    manager: Manager, tmp_path: Path, when: str, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever step of its journal the worker dies at, its successor merges the new leaf away under the guest."""
+    leaf = make_disk(tmp_path, "small", BootOptions(print_every=4, write_every=4))
+    plan, code = tmp_path / "plan", tmp_path / "code"
+    code.mkdir()
+    (code / "sitecustomize.py").write_text(KILLER.format(plan=str(plan)))
+    plan.write_text(f"{when} {STEPS[step]}")
+    monkeypatch.setenv("PYTHONPATH", str(code))
+    manager.create("small", disks=[DiskRequest(str(leaf))], memory_bytes=16 * MIB, accelerator="tcg")
+    manager.start("small")
     wait_counting(manager)
-    manager.stop("small")
-    assert vhdkit.check(leaf) == []
+    before, worker = files_of(tmp_path), processes()["worker"]
+    child = backup_elsewhere(manager, tmp_path / "copy")
+    wait_until(lambda: not worker.is_alive(), "the worker has killed itself")
+    assert not plan.exists()
+    os.waitpid(child, 0)
+    wait_whole(but={"worker": worker})
+    check_merged_away(manager, leaf, before)
+
+
+# A worker whose disks' server refuses to put new leaves on the disks.
+REFUSER = """
+import sys
+if "vmm.worker.worker" in sys.orig_argv:
+    from vmm.kvm.drives import DiskServer
+    from vmm.model.errors import StoreFailed
+    call = DiskServer.call
+
+    async def refusing(self, method, **params):
+        if method == "snapshot":
+            raise StoreFailed("there is no room for new leaves")
+        return await call(self, method, **params)
+
+    DiskServer.call = refusing
+"""
+
+
+def test_disks_that_cannot_be_frozen(manager: Manager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the disks do not get their new leaves, the backup fails, an event says why, and nothing of it is left."""
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "sitecustomize.py").write_text(REFUSER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "code"))
+    leaf = make_machine(manager, tmp_path)
+    manager.start("small")
+    before = files_of(tmp_path)
+    with pytest.raises(StoreFailed, match="no room for new leaves"):
+        manager.backup("small", str(tmp_path / "copy"))
+    assert "no room for new leaves" in events(manager, "backup-failed")[0]["problem"]
+    assert not list(tmp_path.glob("copy*"))
+    check_merged_away(manager, leaf, before)
+
+
+def test_a_merge_that_is_refused_is_made_later(manager: Manager, writing: Path) -> None:
+    """While an image of others stands on the frozen one, nothing is merged into it; the next verb after that does."""
+    before = files_of(writing.parent)
+    stranger = writing.parent / "child.avhd"
+    vhdkit.create_child(stranger, writing, options=vhdkit.OpenOptions(lock=False))
+    with pytest.raises(VmmError, match=r"child\.avhd"):
+        manager.backup("small", str(writing.parent / "copy"))
+    assert isinstance(journal(), Backup) and r"child.avhd" in events(manager, "backup-failed")[0]["problem"]
+    wait_counting(manager)
+    stranger.unlink()
+    manager.backup("small", str(writing.parent / "again"))
+    check_merged_away(manager, writing, before)
+
+
+# A worker that copies disks when it is allowed to, and not before.
+WAITER = """
+import os, sys, time
+if "vmm.worker.worker" in sys.orig_argv:
+    from vmm.processes import disk_copies
+    convert = disk_copies._convert
+
+    async def waiting(*words):
+        import asyncio
+        while not os.path.exists({gate!r}):
+            await asyncio.sleep(0.05)
+        await convert(*words)
+
+    disk_copies._convert = waiting
+"""
+
+
+def test_one_at_a_time(manager: Manager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """INV-ONE-JOURNAL: while a backup copies, no snapshot, merge or other backup begins, and its journal stays."""
+    gate = tmp_path / "gate"
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "sitecustomize.py").write_text(WAITER.format(gate=str(gate)))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "code"))
+    leaf = make_machine(manager, tmp_path)
+    manager.start("small")
+    before = files_of(tmp_path)
+    child = backup_elsewhere(manager, tmp_path / "copy")
+    wait_until(lambda: isinstance(now := journal(), Backup) and now.pivoted, "the disks have their new leaves")
+    begun = journal()
+    verbs: tuple[Callable[[], object], ...] = (
+        lambda: manager.snapshots("small").create("a"),
+        lambda: manager.snapshots("small").set_limit(3),
+        lambda: manager.backup("small", str(tmp_path / "other")),
+    )
+    for verb in verbs:
+        with pytest.raises(InUse):
+            verb()
+        assert journal() == begun
+    (merge,) = manager.snapshots("small").merge_live()
+    assert "busy with another operation: backup" in str(merge.problem) and journal() == begun
+    gate.touch()
+    os.waitpid(child, 0)
+    assert (tmp_path / "copy" / "disk-0.vhd").exists()
+    check_merged_away(manager, leaf, before)
 
 
 def test_a_damaged_note_of_a_backup(manager: Manager, tmp_path: Path) -> None:

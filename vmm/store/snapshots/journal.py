@@ -6,12 +6,13 @@
     PutInPlace          it takes effect: this definition, saved state and UEFI variables are put in place
     Delete              these snapshots have left the tree, their folders are being removed
     MergeOff, MergeLive these layers, newest first, are being merged into the target
+    Backup              images are frozen to be copied; what stands on them is merged into them afterwards
 
 Decides the fields of each, their form as JSON, and how they are validated. A journal is untrusted: anyone who can
 write to the machine's folder can put anything there, and settling it removes files. So a new leaf must lie beside the
 image on which it stands and have a name of vmm's form, and a folder must have a snapshot's id as its name; anything
-else is damaged. vmm 0.1.0 wrote the same documents. What is done about a journal is decided in `snapshots.recovery`,
-and whether a file really is what its record says in `proof`. Pure.
+else is damaged. vmm 0.1.0 wrote the same documents, except those of backups (`backup_note`). What is done about a
+journal is decided in `snapshots.recovery`, and whether a file really is what its record says in `proof`. Pure.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, assert_never, get_args
 
 from vmm.model.errors import VmmError
+from vmm.store.backup_note import is_child_name
 from vmm.store.snapshots.snapshot import Snapshot, absolute_path, folder_path, snapshot_document, snapshot_of
 
 if TYPE_CHECKING:
@@ -135,7 +137,20 @@ class MergeLive:
     layers: tuple[str, ...]
 
 
-Journal: TypeAlias = CreateOff | CreateLive | Apply | PutInPlace | Delete | MergeOff | MergeLive
+@dataclass(frozen=True, slots=True)
+class Backup:
+    """A backup of a running machine: a snapshot without memory, of which nothing is kept but the copies.
+
+    `pivoted`: True if the new leaves certainly take the guest's writes. `merging`: True once what stands on the frozen
+    images is being merged into them, so any of the new leaves may be gone.
+    """
+
+    pivots: tuple[Pivot, ...]
+    pivoted: bool = False
+    merging: bool = False
+
+
+Journal: TypeAlias = CreateOff | CreateLive | Apply | PutInPlace | Delete | MergeOff | MergeLive | Backup
 
 
 def words_of(journal: Journal) -> str:
@@ -151,6 +166,8 @@ def words_of(journal: Journal) -> str:
             return "deleting a snapshot"
         case MergeOff() | MergeLive():
             return "merging images"
+        case Backup():
+            return "a backup"
         case _:
             assert_never(journal)
 
@@ -176,13 +193,18 @@ def journal_document(journal: Journal) -> dict[str, Any]:
             return {"op": "merge", "target": target, "layers": list(layers)}
         case MergeLive(disk, target, layers):
             return {"op": "live-merge", "disk": disk, "target": target, "layers": list(layers)}
+        case Backup(pivots, is_pivoted, merging):
+            return {"op": "backup", "children": _rows(pivots), "pivoted": is_pivoted, "merging": merging}
         case _:
             assert_never(journal)
 
 
 def _prepare(op: str, folder: str | None, pivots: Sequence[Pivot], *, live: bool) -> dict[str, Any]:
-    rows = [[one.disk, one.frozen, one.child, one.format] for one in pivots]
-    return {"op": op, "phase": "prepare", "folder": folder, "children": rows, "live": live}
+    return {"op": op, "phase": "prepare", "folder": folder, "children": _rows(pivots), "live": live}
+
+
+def _rows(pivots: Sequence[Pivot]) -> list[list[str]]:
+    return [[one.disk, one.frozen, one.child, one.format] for one in pivots]
 
 
 def _memory_document(memory: Memory | None) -> dict[str, Any]:
@@ -225,6 +247,9 @@ def _decoded(document: object) -> Journal:
             return MergeOff(*_merge(document))
         case "live-merge":
             return MergeLive(_text(document["disk"]), *_merge(document))
+        case "backup":
+            pivots, merging = _pivots(document["children"], of_backup=True), document["merging"] is True
+            return Backup(pivots, document["pivoted"] is True, merging)
     raise ValueError("op")
 
 
@@ -260,14 +285,14 @@ def _commit(document: dict[str, Any]) -> PutInPlace:
     return PutInPlace(definition, saved, uefi)
 
 
-def _pivots(rows: object) -> tuple[Pivot, ...]:
+def _pivots(rows: object, *, of_backup: bool = False) -> tuple[Pivot, ...]:
     found = []
     for row in _list(rows):
         disk, frozen, child, kind = _list(row)
         frozen, child = absolute_path(frozen), absolute_path(child)
         if kind not in ("vhd", "raw") or os.path.dirname(child) != os.path.dirname(frozen) or child == frozen:
             raise ValueError("children")
-        if not OWN_NAME.fullmatch(os.path.basename(child)):
+        if not (OWN_NAME.fullmatch(os.path.basename(child)) or (of_backup and is_child_name(child))):
             raise ValueError("children")
         found.append(Pivot(_text(disk), frozen, child, kind))
     if len({one.child for one in found}) < len(found) or len({one.disk for one in found}) < len(found):

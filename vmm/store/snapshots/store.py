@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from vmm.host.proc import HeldLock, Lock, ProcessRef, machine_lock
 from vmm.model.errors import InUse, VmmError, of_os_error
-from vmm.model.paths import MachinePaths, write_whole
+from vmm.model.paths import MachinePaths, sync_folder, write_whole
 from vmm.store.snapshots.journal import Journal, words_of
 from vmm.store.snapshots.tree import MAX_DOCUMENT_BYTES, Snapshot, Tree, read_tree
 
@@ -96,6 +96,17 @@ class Held(HeldLock):
         self._need_owner()
         self._write(None)
         self._is_owner = False
+
+    def remove_empty(self) -> None:
+        """Remove the stored tree if it says nothing, as before the first operation. Raises AccessDenied."""
+        if self.tree.to_json() != Tree().to_json():
+            return
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(tree_path(self.machine))
+            sync_folder(self.machine.folder)
+        except OSError as error:
+            raise of_os_error(error, "remove the empty tree of snapshots", path=tree_path(self.machine)) from error
 
     def take_over(self) -> Journal | None:
         """Take over the pending journal, which the caller must settle; None if there is none."""

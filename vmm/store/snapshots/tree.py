@@ -154,6 +154,13 @@ class Tree:
         """Drop an image that no longer exists, or that is the user's own again."""
         self.images.pop(path, None)
 
+    def forget_users_image(self, path: str) -> None:
+        """Drop an image that was not made for the machine, unless an image or a snapshot in the tree needs it."""
+        image = self.images.get(path)
+        is_needed = path in self.frozen() or any(one.parent == path for one in self.images.values())
+        if image is not None and not image.ours and not is_needed:
+            self.forget(path)
+
     def rename_users_images(self, rename: Callable[[str], str]) -> None:
         """Replace the paths of images that were not made for the machine by what `rename` returns for them."""
         names = {path: new for path, one in self.images.items() if not one.ours and (new := rename(path)) != path}

@@ -18,6 +18,7 @@ from vmm.store import registry
 from vmm.store.snapshots.journal import (
     NO_VARIABLES,
     Apply,
+    Backup,
     CreateLive,
     CreateOff,
     Delete,
@@ -51,6 +52,8 @@ JOURNALS: list[Journal] = [
     MergeOff("/disks/a.avhd", ("/disks/c.avhd", "/disks/b.avhd")),
     MergeLive("disk-0", "/disks/a.avhd", ("/disks/b.avhd",)),
     PutInPlace({"name": "web"}, "drop", NO_VARIABLES),
+    Backup((PIVOT,)),
+    Backup((PIVOT, Pivot("disk-1", "/disks/a.raw", "/disks/a.backup-1764460800.avhd", "raw")), True, True),
 ]
 
 
@@ -121,6 +124,11 @@ def _row(*changed: object) -> list[list[object]]:
         _spoilt(JOURNALS[7], layers=["/disks/a.avhd"]),
         _spoilt(JOURNALS[8], disk=None),
         _spoilt(JOURNALS[8], layers=None),
+        _spoilt(JOURNALS[10], children=None),
+        _spoilt(JOURNALS[10], children=_row("disk-0", "/disks/web.vhd", "/etc/web_0123abcd.avhd")),
+        _spoilt(JOURNALS[10], children=_row("disk-0", "/disks/web.vhd", "/disks/precious.vhd")),
+        _spoilt(JOURNALS[0], children=_row("disk-0", "/disks/web.vhd", "/disks/web.backup-1764460800.avhd")),
+        {"op": "backup", "children": []},
     ],
 )
 def test_other_documents_are_damaged(document: object) -> None:
