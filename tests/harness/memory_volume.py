@@ -8,6 +8,7 @@ compare a memory volume with the file system.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
@@ -174,6 +175,8 @@ class MemoryVolume:
 
     def open_record(self, place: str) -> MemoryFile:
         """See `Volume.open_record`."""
+        if self.absolute(place) in self.links:
+            raise errors.InvalidArgument(f"cannot open: {os.strerror(errno.ELOOP)}", path=place)
         return self.open_regular(place, follow_links=False)
 
     def follow(self, place: str, folders: Sequence[str]) -> Place:

@@ -27,7 +27,9 @@ from vhdkit.chain.records.pending import file_of, view
 from vhdkit.errors import printable, quoted
 from vhdkit.finding import Finding, Severity, left_by_repair
 from vhdkit.image import ID_BYTES, ImageFacts, ParentRef
+from vhdkit.local_volume import LOCAL
 from vhdkit.store import FileStore, Store
+from vhdkit.volume import Volume, VolumeFile
 from vhdkit.xattrs import drop_attribute, read_attribute, write_attribute
 
 _CHILD, _PARENT = "parent", "generation"  # names of the notes
@@ -162,14 +164,14 @@ def finding_of(child: Store, facts: ImageFacts, parent: Store) -> Finding | None
     return Finding(Severity.WARNING, WRITTEN, message, facts.path)
 
 
-def timestamp_finding(facts: ImageFacts, parent: Store) -> Finding | None:
+def timestamp_finding(facts: ImageFacts, parent: VolumeFile, volume: Volume = LOCAL) -> Finding | None:
     """The note about a parent whose time stamp differs from the child's record: no more than a hint.
 
     XenServer records when the parent's file was written, others when the parent was made.
     """
     recorded = parent_of(facts).timestamp
     try:
-        found = parent_format(facts).facts(view_of(parent)).timestamp
+        found = parent_format(facts).facts(view(parent, volume)).timestamp
     except (errors.CorruptImage, errors.InvalidArgument):
         return None
     if found is None or recorded in (0, found, _written_at(facts, parent)):
@@ -187,13 +189,7 @@ def _written_at(facts: ImageFacts, parent: Store) -> int | None:
     return None if file is None else formats.named(facts.format_name).written_at(file.modified_ns())
 
 
-def findings_about(child: Store, facts: ImageFacts, parent: Store) -> list[Finding]:
+def findings_about(child: Store, facts: ImageFacts, parent: VolumeFile, volume: Volume = LOCAL) -> list[Finding]:
     """All findings about the state of the parent."""
-    found = (timestamp_finding(facts, parent), finding_of(child, facts, parent))
+    found = (timestamp_finding(facts, parent, volume), finding_of(child, facts, parent))
     return [one for one in found if one is not None]
-
-
-def view_of(store: Store) -> Store:
-    """The parent as readers see it."""
-    file = file_of(store)
-    return store if file is None else view(file)

@@ -22,9 +22,10 @@ from vhdkit.finding import Finding, Severity, left_by_repair
 from vhdkit.formats.format import Format
 from vhdkit.formats.probe import format_of
 from vhdkit.image import ImageFacts
+from vhdkit.local_volume import LOCAL
 from vhdkit.named import opened_again
-from vhdkit.store import FileStore
-from vhdkit.volume import VolumeFile
+from vhdkit.store import Store
+from vhdkit.volume import Volume, VolumeFile
 
 
 @checked
@@ -35,34 +36,41 @@ def check(path: AnyPath, *, options: OpenOptions | None = None, progress: Progre
     Raises NotFound, AccessDenied, InvalidArgument, UnsupportedFormat, ImageInUse and IoFailed; any damage
     to the images is a finding. Nothing is changed.
     """
-    return opened_again(lambda: _checked(os.fsdecode(path), options or OpenOptions(), progress))
+    return check_on(LOCAL, os.fsdecode(path), options or OpenOptions(), progress)
 
 
-def _checked(leaf_path: str, options: OpenOptions, progress: Progress | None) -> list[Finding]:
-    folders = allowed_folders(leaf_path, options.parent_dirs)
+def check_on(volume: Volume, leaf: str, options: OpenOptions, progress: Progress | None = None) -> list[Finding]:
+    """`check` for a chain on any volume."""
+    return opened_again(lambda: _checked(volume, leaf, options, progress))
+
+
+def _checked(volume: Volume, leaf_path: str, options: OpenOptions, progress: Progress | None) -> list[Finding]:
+    folders = allowed_folders(leaf_path, options.parent_dirs, volume)
     findings: list[Finding] = []
     examined_bytes = 0
-    stores: list[VolumeFile] = [FileStore.open(leaf_path)]
+    stores = [volume.open(leaf_path)]
     image_format: Format | None = None
     try:
-        findings += mark_findings(stores[0], options)
+        findings += mark_findings(stores[0], options, volume)
         while True:
             store = stores[-1]
             if options.lock:
                 store.lock(writer=False)
-            facts = _check_one(store, findings, options, image_format, _after(progress, examined_bytes))
+            seen = pending.look(store, volume)
+            findings += seen.findings
+            facts = _check_one(seen.store, findings, options, image_format, _after(progress, examined_bytes))
             if facts is None or facts.parent is None:
                 return findings
             examined_bytes += facts.size_bytes
-            parent = _parent_of(facts, folders, options, findings)
+            parent = _parent_of(facts, folders, options, findings, volume)
             if parent is None:
                 return findings
             stores.append(parent)
             image_format = parent_format(facts)
             if _closes_loop(stores, facts, findings):
                 return findings
-            _check_link(facts, parent, folders, findings)
-            findings += lineage.findings_about(store, facts, parent)
+            _check_link(facts, parent, folders, findings, volume)
+            findings += lineage.findings_about(store, facts, parent, volume)
     finally:
         for store in stores:
             store.close()
@@ -74,32 +82,30 @@ def _after(progress: Progress | None, before_bytes: int) -> Progress | None:
 
 
 def _check_one(
-    store: VolumeFile,
+    image: Store,
     findings: list[Finding],
     options: OpenOptions,
     image_format: Format | None,
     progress: Progress | None,
 ) -> ImageFacts | None:
-    """Examine one file; returns its metadata if it is sound enough to have a parent.
+    """Examine one file, as it must be read; returns its metadata if it is sound enough to have a parent.
 
     `image_format` is the format recorded by its child, None for the leaf.
     """
-    seen = pending.look(store)
-    findings += seen.findings
     try:
-        image_format = image_format or format_of(seen.store, options.format_name)
+        image_format = image_format or format_of(image, options.format_name)
     except errors.CorruptImage as error:
-        findings.append(_finding(error, error.reason.value, store.name))
+        findings.append(_finding(error, error.reason.value, image.name))
         return None
-    findings += image_format.check(seen.store, ignore_bitmaps=options.ignore_bitmaps, progress=progress)
+    findings += image_format.check(image, ignore_bitmaps=options.ignore_bitmaps, progress=progress)
     try:
-        return image_format.facts(seen.store)
+        return image_format.facts(image)
     except (errors.CorruptImage, errors.InvalidArgument):
         return None  # the examination has reported it
 
 
 def _parent_of(
-    child: ImageFacts, folders: tuple[str, ...], options: OpenOptions, findings: list[Finding]
+    child: ImageFacts, folders: tuple[str, ...], options: OpenOptions, findings: list[Finding], volume: Volume
 ) -> VolumeFile | None:
     codes = {
         errors.ParentMissing: "parent-missing",
@@ -107,7 +113,7 @@ def _parent_of(
         errors.ParentRefused: "parent-refused",
     }
     try:
-        return find_parent(child, folders, options)
+        return find_parent(child, folders, options, volume)
     except errors.ParentError as error:
         findings.append(_finding(error, codes[type(error)], child.path))
         return None
@@ -131,9 +137,11 @@ def _closes_loop(stores: list[VolumeFile], child: ImageFacts, findings: list[Fin
     return True
 
 
-def _check_link(child: ImageFacts, store: VolumeFile, folders: tuple[str, ...], findings: list[Finding]) -> None:
+def _check_link(
+    child: ImageFacts, store: VolumeFile, folders: tuple[str, ...], findings: list[Finding], volume: Volume
+) -> None:
     """Differences between a child and its parent that are not errors."""
-    if not leads_to(child, store.name, folders):
+    if not leads_to(child, store.name, folders, volume):
         message = (
             f"its parent {errors.printable(store.name)} was found by its bare name; no locator leads there, so other"
             " programs may not find it (`vhdkit check --repair` or `vhdkit rebase` rewrites the names)"
@@ -142,7 +150,7 @@ def _check_link(child: ImageFacts, store: VolumeFile, folders: tuple[str, ...], 
     if parent_of(child).raw_allowed:
         return  # a raw file does not record the size of its disk
     try:
-        parent = parent_format(child).facts(pending.view(store))
+        parent = parent_format(child).facts(pending.view(store, volume))
     except (errors.CorruptImage, errors.InvalidArgument):
         return
     if child.size_bytes != parent.size_bytes:

@@ -26,9 +26,9 @@ from vhdkit.formats.format import Format, ImageDetails
 from vhdkit.formats.probe import format_of
 from vhdkit.image import ExtentKind, ImageFacts
 from vhdkit.local_volume import LOCAL
-from vhdkit.store import FileStore, Store
+from vhdkit.store import Store
 from vhdkit.units import whole_sectors
-from vhdkit.volume import VolumeFile
+from vhdkit.volume import Volume, VolumeFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,26 +84,26 @@ def describe_image(path: AnyPath, *, options: OpenOptions | None = None) -> Imag
     cannot be used.
     """
     options = options or OpenOptions()
-    with FileStore.open(path) as store:
+    with LOCAL.open(os.fsdecode(path)) as store:
         folders = allowed_folders(store.name, options.parent_dirs)
-        return _with_marks(store, _describe(store, folders, options, None)[0], options)
+        return _with_marks(store, _describe(store, folders, options, None, LOCAL)[0], options, LOCAL)
 
 
-def _with_marks(store: FileStore, image: ImageInfo, options: OpenOptions) -> ImageInfo:
-    return replace(image, findings=(*image.findings, *mark_findings(store, options)))
+def _with_marks(store: VolumeFile, image: ImageInfo, options: OpenOptions, volume: Volume) -> ImageInfo:
+    return replace(image, findings=(*image.findings, *mark_findings(store, options, volume)))
 
 
 def _describe(
-    store: VolumeFile, folders: tuple[str, ...], options: OpenOptions, image_format: Format | None
+    store: VolumeFile, folders: tuple[str, ...], options: OpenOptions, image_format: Format | None, volume: Volume
 ) -> tuple[ImageInfo, ImageFacts]:
     """Describe one image; `image_format` is the format recorded by its child, None for the leaf."""
-    seen = pending.look(store)
+    seen = pending.look(store, volume)
     if image_format is None:
         image_format = format_of(seen.store, options.format_name)
     facts, details = image_format.describe(seen.store)
     parent, noticed = None, image_format.check(seen.store) if image_format.is_plain else []
     if facts.parent is not None:
-        parent, noticed = _describe_parent(seen.store, facts, details, folders, options)
+        parent, noticed = _describe_parent(seen.store, facts, details, folders, options, volume)
     info = ImageInfo(
         path=store.name,
         kind=facts.kind,
@@ -134,16 +134,21 @@ def _describe(
 
 
 def _describe_parent(
-    image: Store, facts: ImageFacts, details: ImageDetails, folders: tuple[str, ...], options: OpenOptions
+    image: Store,
+    facts: ImageFacts,
+    details: ImageDetails,
+    folders: tuple[str, ...],
+    options: OpenOptions,
+    volume: Volume,
 ) -> tuple[ParentInfo, list[Finding]]:
     """What is known about the parent, and the findings about it."""
     path, problem, allowed_by = None, None, None
     noticed: list[Finding] = []
     try:
-        with find_parent(facts, folders, options) as store:
+        with find_parent(facts, folders, options, volume) as store:
             path = store.name
             allowed_by = next((one for one in folders if os.path.commonpath((path, one)) == one), None)
-            noticed += lineage.findings_about(image, facts, store)
+            noticed += lineage.findings_about(image, facts, store, volume)
     except errors.VhdkitError as error:
         problem = error.problem + errors.difference(error.expected, error.found)
         problem += f"; {error.hint}" if error.hint else ""
@@ -189,14 +194,17 @@ def describe_chain(path: AnyPath, *, options: OpenOptions | None = None) -> Chai
 
     Raises what `describe_image` raises for the leaf; `problem` reports what is wrong with its parents.
     """
-    options = options or OpenOptions()
-    leaf_path = os.fsdecode(path)
-    folders = allowed_folders(leaf_path, options.parent_dirs)
-    with FileStore.open(leaf_path) as store:
-        leaf, facts = _describe(store, folders, options, None)
-        images = [_with_marks(store, leaf, options)]
+    return describe_chain_on(LOCAL, os.fsdecode(path), options or OpenOptions())
+
+
+def describe_chain_on(volume: Volume, leaf_path: str, options: OpenOptions) -> ChainInfo:
+    """`describe_chain` for a chain on any volume."""
+    folders = allowed_folders(leaf_path, options.parent_dirs, volume)
+    with volume.open(leaf_path) as store:
+        leaf, facts = _describe(store, folders, options, None, volume)
+        images = [_with_marks(store, leaf, options, volume)]
     try:
-        _describe_parents(images, facts, options)
+        _describe_parents(images, facts, options, volume)
     except errors.CorruptImage as error:
         return _broken(images, str(error), damaged=True)
     lost = images[-1].parent
@@ -204,7 +212,7 @@ def describe_chain(path: AnyPath, *, options: OpenOptions | None = None) -> Chai
         return _broken(images, lost.problem or "its parent cannot be used", damaged=False)
     owned = [0] * (len(images) + 1)  # the last entry counts bytes that no layer owns
     try:
-        with Chain.open(leaf_path, options=replace(options, lock=False)) as chain:
+        with Chain.open(leaf_path, options=replace(options, lock=False), volume=volume) as chain:
             for extent in chain.extents(0, whole_sectors(chain.size_bytes)):
                 assert extent.kind is not ExtentKind.ABSENT
                 owned[extent.layer_index] += extent.size_bytes
@@ -214,20 +222,20 @@ def describe_chain(path: AnyPath, *, options: OpenOptions | None = None) -> Chai
     return ChainInfo(layers, owned[-1], None)
 
 
-def _describe_parents(images: list[ImageInfo], facts: ImageFacts, options: OpenOptions) -> None:
+def _describe_parents(images: list[ImageInfo], facts: ImageFacts, options: OpenOptions, volume: Volume) -> None:
     """Add the leaf's parents to `images`, down to the base or the first unusable one; `facts` are the leaf's.
 
     Raises CorruptImage for a parent that cannot be read, for a loop and for a chain that is too deep.
     """
-    folders = allowed_folders(images[0].path, options.parent_dirs)
-    with FileStore.open(images[0].path) as store:
+    folders = allowed_folders(images[0].path, options.parent_dirs, volume)
+    with volume.open(images[0].path) as store:
         seen: set[Hashable] = {store.identity}
     while (parent := images[-1].parent) is not None and parent.path is not None:
         child = images[-1].path
         if len(images) >= MAX_CHAIN_DEPTH:
             problem = f"the chain has more than {MAX_CHAIN_DEPTH} layers"
             raise errors.CorruptImage(CorruptReason.CHAIN_DEPTH, problem, path=child)
-        found = LOCAL.follow(parent.path, folders).store
+        found = volume.follow(parent.path, folders).store
         if found is None:
             raise errors.NotFound("disappeared while it was examined", path=parent.path)
         with found:
@@ -235,7 +243,7 @@ def _describe_parents(images: list[ImageInfo], facts: ImageFacts, options: OpenO
                 problem = "the chain of parents is circular"
                 raise errors.CorruptImage(CorruptReason.CHAIN_LOOP, problem, path=child)
             seen.add(found.identity)
-            image, facts = _describe(found, folders, options, parent_format(facts))
+            image, facts = _describe(found, folders, options, parent_format(facts), volume)
             images.append(image)
 
 

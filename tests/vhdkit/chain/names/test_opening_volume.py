@@ -30,6 +30,9 @@ from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.names.parents import leads_to
 from vhdkit.chain.records import pending
 from vhdkit.chain.records.intent import Intent, Named, Phase, record_of
+from vhdkit.chain.verbs import check, describe
+from vhdkit.chain.verbs.check import check_on
+from vhdkit.chain.verbs.describe import describe_chain_on
 from vhdkit.disk import Disk
 from vhdkit.formats.undo import apply_change, encode, plan_change
 from vhdkit.image import NameDialect, ParentName, ParentRef
@@ -352,6 +355,33 @@ def test_chain_opens_or_fails_as_in_the_file_system(
     assert not volume.open_files
     volume.write_to(Path("/"))
     assert found == opened(leaf, options, LOCAL)
+
+
+def examined(leaf: str, options: OpenOptions, volume: Volume) -> object:
+    """What `check` and `describe_chain` say of the chain, apart from the space that its files take."""
+    try:
+        described = describe_chain_on(volume, leaf, options)
+        images = [replace(layer.image, allocated_bytes=0) for layer in described.layers]
+        layers = tuple(replace(layer, image=one) for layer, one in zip(described.layers, images, strict=True))
+        return check_on(volume, leaf, options), replace(described, layers=layers)
+    except errors.VhdkitError as error:
+        return type(error), str(error), error.hint
+
+
+@pytest.mark.parametrize("scene", EXPECTED, ids=lambda scene: scene.__name__)
+def test_chain_is_checked_and_described_as_in_the_file_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scene: Scene
+) -> None:
+    """Findings and facts are those of the same files in a file system."""
+    monkeypatch.setattr(check, "MAX_CHAIN_DEPTH", 5)
+    monkeypatch.setattr(describe, "MAX_CHAIN_DEPTH", 5)
+    volume, root = MemoryVolume(), os.path.realpath(tmp_path)
+    leaf, options = scene(volume, root)
+    with without_files():
+        found = examined(leaf, options, volume)
+    assert not volume.open_files
+    volume.write_to(Path("/"))
+    assert found == examined(leaf, options, LOCAL)
 
 
 @pytest.mark.parametrize("scene", [outside, link_out], ids=lambda scene: scene.__name__)
