@@ -18,8 +18,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from vhdkit import errors, formats
 from vhdkit.arguments import AnyPath, checked
@@ -225,42 +225,76 @@ def _finish_complete(intent: Intent, image: str, options: OpenOptions) -> None:
     finish(intent, options, only_compare=True)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Remains:
+    """What is left of a merge whose target is complete and whose leaf is gone.
+
+    `held` are the files that are provably its sources, by path, each held as a writer; `left` are the paths of others
+    that have the names of sources. `size_bytes` is the virtual size of the target.
+    """
+
+    intent: Intent
+    size_bytes: int
+    held: Mapping[str, FileStore]
+    left: tuple[str, ...]
+
+
 def _remove_rest(intent: Intent, options: OpenOptions) -> Merge:
     """The target is complete and the leaf is gone: remove the layers in between, and the record."""
+    with _prepare_removal(intent, options) as remains:
+        going = tuple(one for one in intent.sources if one.path in remains.held)
+        remove_sources(replace(intent, sources=going), RealNames(intent.target.path, remains.held))
+        drop_stale_marks(intent.target.path)
+    merged, removed = tuple(one.path for one in intent.sources), tuple(remains.held)
+    return Merge(intent.target.path, merged, removed, (), remains.size_bytes, 0, 0, 0, left=remains.left)
+
+
+@contextlib.contextmanager
+def _prepare_removal(intent: Intent, options: OpenOptions) -> Iterator[_Remains]:
+    """Hold the target and those files that are provably sources of the merge (`INV-RECORD-PROVEN`). Changes nothing.
+
+    Raises ImageInUse, HasChildren, InvalidArgument, `Replaced`, AccessDenied, IoFailed.
+    """
     with contextlib.ExitStack() as held:
-        target = held.enter_context(FileStore.open_held(intent.target.path))
-        if intent_of(intent.target.path, (os.sep,)) != intent:
-            raise errors.Replaced("another program is merging into it", path=intent.target.path)
-        if _id_of(target) != intent.target.unique_id:
-            raise errors.InvalidArgument(
-                "is not the target of the recorded merge",
-                path=intent.target.path,
-                hint=f"the record is out of date: move {printable(record_of(intent.target.path))} away",
-            )
-        size = open_layer(pending.view(target)).size_bytes
+        size = _held_target_size(intent, held)
         rest: dict[str, FileStore] = {}
         left: list[str] = []
-        chain = [*intent.sources, intent.target]
         places = allowed_folders(intent.target.path, options.parent_dirs)
-        for one, below in itertools.pairwise(chain):
+        for one, below in itertools.pairwise([*intent.sources, intent.target]):
             if os.path.dirname(one.path) in places and is_there(one) and stands_on(one, below):
                 rest[one.path] = held.enter_context(FileStore.open_held(one.path, follow_links=False))
             elif exists(one.path):
                 left.append(one.path)
-        folders = (*places, *map(os.path.dirname, rest))
-        going = [one for one in intent.sources if one.path in rest]
-        families = standing_on([(linkage_id_of(rest[one.path]), one.path) for one in going], options, folders=folders)
-        for one, family in zip(going, families, strict=True):
-            if _id_of(rest[one.path]) != one.unique_id:
-                raise errors.Replaced("was replaced while it was examined", path=one.path)
-            children = [child for child in family if child.path not in rest]
-            if children:
-                raise merge_would_break(one.path, children)
-        names = RealNames(intent.target.path, rest)
-        remove_sources(replace(intent, sources=tuple(going)), names)
-        drop_stale_marks(intent.target.path)
-    merged = tuple(one.path for one in intent.sources)
-    return Merge(intent.target.path, merged, tuple(rest), (), size, 0, 0, 0, left=tuple(left))
+        _refuse_children([one for one in intent.sources if one.path in rest], rest, places, options)
+        yield _Remains(intent, size, rest, tuple(left))
+
+
+def _held_target_size(intent: Intent, held: contextlib.ExitStack) -> int:
+    """The virtual size of the target, which is held until `held` is closed, and is the image of the record."""
+    target = held.enter_context(FileStore.open_held(intent.target.path))
+    if intent_of(intent.target.path, (os.sep,)) != intent:
+        raise errors.Replaced("another program is merging into it", path=intent.target.path)
+    if _id_of(target) != intent.target.unique_id:
+        raise errors.InvalidArgument(
+            "is not the target of the recorded merge",
+            path=intent.target.path,
+            hint=f"the record is out of date: move {printable(record_of(intent.target.path))} away",
+        )
+    return open_layer(pending.view(target)).size_bytes
+
+
+def _refuse_children(
+    going: Sequence[Named], held: Mapping[str, FileStore], places: Sequence[str], options: OpenOptions
+) -> None:
+    """Raise HasChildren if an image outside the merge stands on one that will be removed."""
+    folders = (*places, *map(os.path.dirname, held))
+    families = standing_on([(linkage_id_of(held[one.path]), one.path) for one in going], options, folders=folders)
+    for one, family in zip(going, families, strict=True):
+        if _id_of(held[one.path]) != one.unique_id:
+            raise errors.Replaced("was replaced while it was examined", path=one.path)
+        children = [child for child in family if child.path not in held]
+        if children:
+            raise merge_would_break(one.path, children)
 
 
 def stands_on(one: Named, below: Named) -> bool:
