@@ -22,7 +22,7 @@ def main(leaf: str, backup: str) -> int:
     """Write the runs that `leaf` owns to `backup`."""
     try:
         with vhdkit.open_disk(leaf) as disk, Path(backup).open("xb") as output:
-            # A run that is a hole in the leaf's file is zeros, by the leaf's word: it hides what parents have there.
+            # A run that is a hole in the leaf's file is zeros that the leaf owns: it hides the parents' data there.
             runs = [run for run in disk.extents(find_holes=True) if run.layer_index == LEAF]
             for run in runs:
                 output.write(f"{run.offset_bytes} {run.size_bytes} {run.kind}\n".encode())

@@ -3,12 +3,12 @@
 
     python examples/copy_with_nbdcopy.py LEAF COPY
 
-nbdcopy (libnbd-bin in Debian, libnbd in Fedora) starts the server itself and hands it the socket: there is no address
-to choose and nothing to stop afterwards. The same on a command line:
+nbdcopy (libnbd-bin in Debian, libnbd in Fedora) starts the server itself and hands it the socket, so you need not
+choose an address or stop anything afterwards. The same on a command line:
 
     nbdcopy -- [ vhdkit serve --read-only leaf.avhd ] copy.raw
 
-nbdcopy asks what is holes and skips it, and uses several connections. Instead of a file COPY may be the URI of another
+nbdcopy asks for holes and skips them, and uses several connections. Instead of a file, COPY may be the URI of another
 server, `null:`, or a device.
 """
 
@@ -25,7 +25,7 @@ PIECE_BYTES = 1 << 20
 
 
 def copy(leaf: str, target: str) -> None:
-    """Let nbdcopy read the chain from a server of its own."""
+    """Have nbdcopy read the chain from a server that it starts."""
     server = [sys.executable, "-m", "vhdkit", "serve", "--read-only", leaf]
     subprocess.run(["nbdcopy", "--", "[", *server, "]", target], check=True)
 
@@ -40,7 +40,7 @@ def digest(leaf: str) -> str:
 
 
 def main(leaf: str, target: str) -> int:
-    """Copy the disk that `leaf` shows to `target`, which must not be there yet."""
+    """Copy the disk that `leaf` shows to `target`, which must not exist yet."""
     if Path(target).exists():
         print(f"{target} already exists", file=sys.stderr)
         return 1
@@ -54,7 +54,7 @@ def main(leaf: str, target: str) -> int:
         print("nbdcopy is not installed: it comes with libnbd (Debian: libnbd-bin)", file=sys.stderr)
         return 1
     except subprocess.CalledProcessError as error:
-        return int(error.returncode)  # nbdcopy has said why
+        return int(error.returncode)  # nbdcopy has printed the reason
     with Path(target).open("rb") as output:
         found = hashlib.file_digest(output, "sha256").hexdigest()
     print(f"{target}: {Path(target).stat().st_size} bytes, SHA-256 {found}")

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read an export of `vhdkit serve` with libnbd: its size, what of it is data, and a hash over that.
+"""Read an export of `vhdkit serve` with libnbd: its size, how much of it is data, and a hash of the data.
 
     vhdkit serve leaf.avhd --read-only --socket /tmp/disk.sock
     /usr/bin/python3 examples/read_over_nbd.py 'nbd+unix:///?socket=/tmp/disk.sock'
 
-libnbd's Python module is a package of the system (python3-libnbd in Debian and Fedora), so it is the system's Python
-that runs this. vhdkit itself need not be installed there: the program would read any other NBD server too.
+libnbd's Python module is a package of the system (python3-libnbd in Debian and Fedora), so the system's Python runs
+this. vhdkit itself need not be installed there: the program can read any other NBD server, too.
 
 Several reads are in flight at once, which is what makes NBD fast.
 """
@@ -18,13 +18,13 @@ import sys
 import nbd
 
 PIECE_BYTES = 1 << 20
-IN_FLIGHT = 8  # reads that are asked for before the first is waited for
-MAP_BYTES = 1 << 30  # of the disk asked for in one block status request
+IN_FLIGHT = 8  # reads that are sent before the first answer is awaited
+MAP_BYTES = 1 << 30  # bytes covered by one block status request
 HOLE = nbd.STATE_HOLE | nbd.STATE_ZERO
 
 
 def data_runs(handle: nbd.NBD) -> list[tuple[int, int]]:
-    """The (offset, size) of what may be other than zeros."""
+    """The (offset, size) of everything that may differ from zeros."""
     size = handle.get_size()
     if not handle.can_meta_context(nbd.CONTEXT_BASE_ALLOCATION):
         return [(0, size)]
@@ -39,7 +39,7 @@ def data_runs(handle: nbd.NBD) -> list[tuple[int, int]]:
             offset += length
         position = offset
 
-    while position < size:  # a server may answer for less, or for more, than was asked
+    while position < size:  # a server may answer for less, or for more, than was requested
         handle.block_status(min(MAP_BYTES, size - position), position, note)
     return runs
 
@@ -60,7 +60,7 @@ def digest(handle: nbd.NBD, runs: list[tuple[int, int]]) -> str:
 
     def finish_first() -> None:
         cookie, buffer = waiting.pop(0)
-        while not handle.aio_command_completed(cookie):  # raises nbd.Error when the read failed
+        while not handle.aio_command_completed(cookie):  # raises nbd.Error if the read failed
             handle.poll(-1)
         total.update(buffer.to_bytearray())
 
@@ -75,7 +75,7 @@ def digest(handle: nbd.NBD, runs: list[tuple[int, int]]) -> str:
 
 
 def main(uri: str) -> int:
-    """Say what there is at `uri`."""
+    """Print what `uri` offers."""
     handle = nbd.NBD()
     handle.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
     try:

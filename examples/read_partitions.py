@@ -3,7 +3,7 @@
 
     python examples/read_partitions.py IMAGE
 
-The image may be of any kind, and the leaf of a chain: what is read is the disk as a machine would see it.
+The image may be of any kind, or the leaf of a chain: the program reads the disk as a machine would see it.
 """
 
 from __future__ import annotations

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tests. Folders mirror the packages; what looks at the whole project lies here."""
+"""The tests. Folders mirror the packages; tests of the whole project are in this one."""

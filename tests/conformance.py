@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every format must do, whoever wrote it: the checks behind the `image.Layer` contract.
+"""What every format must do: the checks behind the `image.Layer` contract.
 
 `SUBJECTS` has a row for each kind of layer. A format that is not in it fails `tests/vhdkit/test_conformance.py`,
 so a new format begins with its row here. A check gets a `Subject` and makes what it needs from it.
@@ -43,7 +43,7 @@ class Subject:
     layer_class: type
     create: Callable[[Store], object]
     opener: Callable[..., Layer]
-    unit: int = 1  # sectors in which it is written
+    unit: int = 1  # sectors that are written together
     size: int = SIZE
 
     def whole(self, first: int, count: int) -> tuple[int, int]:
@@ -59,7 +59,7 @@ class Subject:
         return store
 
     def open(self, store: Store, *, writable: bool = False) -> Layer:
-        """The image in it."""
+        """Open the image in it."""
         return self.opener(store, writable=writable)
 
 
@@ -85,7 +85,7 @@ def format_modules() -> Iterator[object]:
 
 
 def classes_with_layer_methods() -> set[type]:
-    """Every class a format module defines that answers the contract's one question, `extents`."""
+    """Every class defined by a format module that implements the contract's one question, `extents`."""
     found = set()
     for module in format_modules():
         for _, one in inspect.getmembers(module, inspect.isclass):
@@ -95,7 +95,7 @@ def classes_with_layer_methods() -> set[type]:
 
 
 def openers() -> set[object]:
-    """Every `open_*` function a format module defines, but the one that chooses between them."""
+    """Every `open_*` function defined by a format module, except the one that chooses between them."""
     return {
         function
         for module in format_modules()
@@ -108,14 +108,14 @@ def openers() -> set[object]:
 
 
 def content_of(layer: Layer) -> bytes:
-    """All of a layer alone; what it does not own is zeros."""
+    """The content of a layer by itself; sectors that it does not own are zeros."""
     buffer = bytearray(b"\xee" * layer.size_bytes)
     read_extents(layer.store, layer.extents(0, whole_sectors(layer.size_bytes)), memoryview(buffer))
     return bytes(buffer)
 
 
 def check_shape(subject: Subject) -> None:
-    """Sizes, the unit of allocation and the tables fit together, and nothing is owned that is not stored."""
+    """Sizes, the unit of allocation and the tables are consistent, and nothing is owned that is not stored."""
     layer = subject.open(subject.new())
     assert all(hasattr(layer, name) for name in LAYER_METHODS)
     assert layer.size_bytes == subject.size and not layer.writable
@@ -131,7 +131,7 @@ def check_shape(subject: Subject) -> None:
 
 
 def check_extents(subject: Subject) -> None:
-    """Any range is covered in order, without gaps; data has a place in the file, the rest is what `unowned` says."""
+    """Any range is covered in order, without gaps; data has an offset in the file, the rest is what `unowned` says."""
     store, rng = subject.new(), random.Random(1)
     layer, end = subject.open(store, writable=True), whole_sectors(subject.size)
     for _ in range(12):
@@ -165,7 +165,7 @@ def check_extents(subject: Subject) -> None:
 
 
 def check_write_and_read(subject: Subject) -> None:
-    """What is written is read: at once, beside unflushed neighbours, and by whoever opens the file later."""
+    """Written data is read back: at once, next to unflushed neighbours, and when the file is opened later."""
     store, rng, end = subject.new(), random.Random(2), whole_sectors(subject.size)
     layer, expected = subject.open(store, writable=True), bytearray(subject.size)
     for turn in range(60):
@@ -198,7 +198,7 @@ def owned_count(layer: Layer) -> int:
 
 
 def check_zeroes(subject: Subject) -> None:
-    """Zeroed sectors read as zeros and, in an image that has a parent, are owned; their neighbours are unharmed."""
+    """Zeroed sectors read as zeros and, in an image with a parent, are owned; their neighbours are unchanged."""
     store, rng = subject.new(), random.Random(3)
     layer, end = subject.open(store, writable=True), whole_sectors(subject.size)
     expected = bytearray(rng.randbytes(BLOCK_SIZE)).ljust(subject.size, b"\0")
@@ -230,13 +230,13 @@ def check_trim(subject: Subject) -> None:
         expected[sectors_to_bytes(first) : sectors_to_bytes(first + count)] = bytes(sectors_to_bytes(count))
         assert content_of(layer) == expected
         assert owned_count(layer) == owned
-    assert store.allocated_bytes() <= used - BLOCK_SIZE, "the space was not given back"
+    assert store.allocated_bytes() <= used - BLOCK_SIZE, "the space was not freed"
     layer.close()
     assert content_of(subject.open(store.copy(frozen=True))) == expected
 
 
 def check_range(subject: Subject) -> None:
-    """What lies outside the image is refused by an assertion, before anything is written: `Disk` checks the range."""
+    """A range outside the image fails an assertion, before anything is written: `Disk` checks the range."""
     store = subject.new()
     layer, end = subject.open(store, writable=True), whole_sectors(subject.size)
     before = store.contents()
@@ -252,7 +252,7 @@ def check_range(subject: Subject) -> None:
 
 
 def check_read_only(subject: Subject) -> None:
-    """An image opened for reading never changes its store, not by flush or close either, and asserts on a write."""
+    """An image opened for reading never changes its store, not even by flush or close, and asserts on a write."""
     store = subject.new()
     store.frozen = True
     layer = subject.open(store)
@@ -267,7 +267,8 @@ def check_read_only(subject: Subject) -> None:
 
 
 def check_flush(subject: Subject) -> None:
-    """A flush syncs at least once, also with nothing to do; a failed one is failed for good, and no write is taken."""
+    """A flush syncs at least once, even with nothing to do; after a failed one all later ones fail, and no write is
+    accepted."""
     store = FaultyStore(subject.new())
     layer = subject.open(store, writable=True)
     for _ in range(2):
@@ -289,10 +290,10 @@ def check_flush(subject: Subject) -> None:
 
 
 def check_close(subject: Subject) -> None:
-    """Close syncs what was written, and lets go of the store even when that fails."""
+    """Close syncs what was written, and releases the store even if that fails."""
 
     class Watched(FaultyStore):
-        """Knows how often it was closed."""
+        """Counts how often it was closed."""
 
         closed = 0
 
@@ -316,7 +317,7 @@ def check_close(subject: Subject) -> None:
 
 
 def check_large(subject: Subject) -> None:
-    """A write longer than several blocks arrives whole."""
+    """A write longer than several blocks is complete."""
     store = subject.new()
     layer, data = subject.open(store, writable=True), random.Random(5).randbytes(subject.size)
     assert len(data) > MIB

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fixtures for every test, and how hard Hypothesis searches.
+"""Fixtures for every test, and how long Hypothesis searches.
 
-`HYPOTHESIS_PROFILE` chooses a profile: `default` looks at other examples in every run; `ci` (chosen by
-`CI=true`) looks at the same few in every run, so a red run can be repeated; `random` looks at a few others, given by
-a seed (`script/properties`); `long` searches for minutes.
+`HYPOTHESIS_PROFILE` chooses a profile: `default` tries other examples in every run; `ci` (chosen by `CI=true`) tries
+the same few in every run, so that a failed run can be repeated; `random` tries a few others, given by a seed
+(`script/properties`); `long` searches for minutes.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from tests.warm_commands import end_shared
 _RUN = pytest.StashKey[Run]()
 _LEFT = pytest.StashKey[list[str]]()
 
-# A runner in the background may hand SIGINT, SIGQUIT and SIGHUP down as ignored; they are to stop programs under test.
+# A background runner may pass on SIGINT, SIGQUIT and SIGHUP as ignored, but they must stop programs under test.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-# What the user who runs the tests has set for himself is no part of them.
+# The tests do not depend on settings of the user who runs them.
 os.environ.pop("VHDKIT_PARENT_DIRS", None)
 os.environ["XDG_CONFIG_HOME"] = "/nonexistent"
 # Tests start a thousand processes: without bytecode on disk each would compile all of both packages again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
-# No deadline: the first example pays for imports, and files on a busy disk take what they take.
-# Said outright: where CI is set Hypothesis derandomizes by itself.
+# No deadline: the first example pays for imports, and the time for file access depends on how busy the disk is.
+# Explicit: if CI is set, Hypothesis derandomizes by itself.
 settings.register_profile(
     "default", deadline=None, derandomize=False, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
 )
@@ -51,7 +51,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if in_ci() else 
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--nightly` runs the whole matrices too, `--properties` nothing but what Hypothesis searches."""
+    """`--nightly` also runs the full matrices, `--properties` runs only what Hypothesis searches."""
     parser.addoption("--nightly", action="store_true", help="run the tests marked nightly as well: hours on two cores")
     parser.addoption("--properties", action="store_true", help="run nothing but the tests that Hypothesis searches")
 
@@ -59,7 +59,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Sizes of matrices are chosen while the tests are collected (`support.daily_or_nightly`).
 
-    The run gets a temporary folder of its own, which its workers inherit.
+    The run gets its own temporary folder, which its workers inherit.
     """
     if config.getoption("--nightly"):
         os.environ["VHDKIT_NIGHTLY"] = "1"
@@ -79,7 +79,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Say what was left behind."""
+    """Report what was left behind."""
     if left := config.stash.get(_LEFT, []):
         terminalreporter.section("left behind by the tests", sep="=", red=True)
         for line in left:
@@ -87,7 +87,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the whole matrices out of an everyday run, and what is no property out of a run of those."""
+    """Leave the full matrices out of an everyday run, and everything but properties out of a properties run."""
     left_out = []
     if not config.getoption("--nightly"):
         left_out += [item for item in items if item.get_closest_marker("nightly") is not None]
@@ -99,7 +99,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """What collecting made stays to the end: the garbage collector need not look at it again and again."""
+    """Objects made while collecting stay to the end: the garbage collector need not examine them again and again."""
     gc.collect()
     gc.freeze()
 
@@ -119,7 +119,7 @@ def samples() -> Path:
 
 @pytest.fixture(params=(0, 0o022, 0o777), ids=("lets everybody in", "usual", "takes everything"))
 def umask(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Runs the test under each umask. The umask belongs to the whole process: code that changes it fails."""
+    """Run the test under each umask. The umask belongs to the whole process: code that changes it fails."""
     change = os.umask
 
     def refuse(mask: int) -> int:

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a page of documentation has people type, and a shell in which it is typed.
+"""The commands that a page of documentation shows, and a shell that runs them.
 
-A fenced block says by its language what it is:
+The language of a fenced block says what it is:
 
     ```console      `$ ` begins a command; the lines below it, up to the next one, are what it prints
     ```console similar          the same, where any number, id or time may stand for those that are shown
-    ```sh           nothing but commands, one a line (a backslash at the end goes on)
+    ```sh           only commands, one a line (a backslash at the end continues it)
     ```python       a program
     anything else   is for reading: ```text for drawings and output, ```ini for a file
 
-After a command, `# exit code 4` says how it ends when not well. In what it prints `...` stands for anything, and the
-lines that are shown must appear, in their order, others may come between them. `docs/*.md` and the README are read by
-`pages`; this module knows nothing of any particular page.
+After a command, `# exit code 4` gives its exit code if that is not 0. In its output `...` stands for anything, and the
+lines shown must appear in their order; other lines may come between them. `docs/*.md` and the README are read by
+`pages`; this module knows no particular page.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _EXIT_CODE = re.compile(r"#\s*exit code (\d+)")
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A command of a page: where it stands (below which heading), what is typed, how it ends, what it prints."""
+    """A command of a page: its place (and the heading above), its text, its exit code, its output."""
 
     page: str
     line: int
@@ -51,7 +51,7 @@ class Command:
 
     @property
     def words(self) -> str:
-        """What is typed, without its comment: the name by which a test speaks of it."""
+        """Its text without its comment: the name by which a test refers to it."""
         return re.sub(r"\s+#\s.*", "", self.text, flags=re.DOTALL).strip()
 
     @property
@@ -72,11 +72,11 @@ class Block:
 
     @property
     def is_console(self) -> bool:
-        """Commands and what they print."""
+        """True for commands with their output."""
         return self.language.split()[:1] == ["console"]
 
     def commands(self) -> Iterator[Command]:
-        """The commands in it, in their order; none in a block for reading."""
+        """The commands in it, in order; none in a block for reading."""
         lines = self.text.splitlines()
         number = 0
         while number < len(lines):
@@ -111,7 +111,7 @@ def pages() -> list[str]:
 
 
 def blocks(page: str, text: str | None = None) -> list[Block]:
-    """All fenced blocks of a page, in their order; `text` in place of what the page says."""
+    """All fenced blocks of a page, in order; `text` replaces the page's content."""
     text = (ROOT / page).read_text(encoding="utf-8") if text is None else text
     found = []
     for fence in _FENCE.finditer(text):
@@ -122,9 +122,10 @@ def blocks(page: str, text: str | None = None) -> list[Block]:
 
 
 def not_printed(wanted: tuple[str, ...], printed: str, *, similar: bool = False) -> str | None:
-    """The first of the lines that the output does not have, in their order; None when it has them all.
+    """The first of these lines that is missing from the output, in their order; None if all are there.
 
-    `...` stands for anything, runs of spaces for each other; with `similar` any number, id or time for another one.
+    `...` stands for anything, and runs of spaces for each other; with `similar`, any number, id or time matches
+    another one.
     """
     lines = iter(printed.splitlines())
     for want in filter(str.strip, wanted):
@@ -139,20 +140,20 @@ def not_printed(wanted: tuple[str, ...], printed: str, *, similar: bool = False)
 
 
 class Shell:
-    """A bash in which commands are typed one after the other; folder, variables and jobs stay. Use it with `with`."""
+    """A bash in which commands are run one after the other; folder, variables and jobs persist. Use it with `with`."""
 
     def __init__(self, folder: Path, printed: Path, environment: Mapping[str, str], *prefix: str) -> None:
-        """Start it in `folder`; what commands print is kept in the folder `printed`. `prefix` is what runs it."""
+        """Start it in `folder`; the output of commands is kept in the folder `printed`. `prefix` is what runs it."""
         self._printed = printed
         self._printed.mkdir(exist_ok=True)
         self._count = 0
-        self._ends, told = os.pipe()
+        self._ends, report = os.pipe()
         self._process = subprocess.Popen(
             [*prefix, "bash", "--noprofile", "--norc"], cwd=folder, env=dict(environment), stdin=subprocess.PIPE,
-            pass_fds=[told], start_new_session=True,
+            pass_fds=[report], start_new_session=True,
         )  # fmt: skip
-        os.close(told)
-        self._told = told
+        os.close(report)
+        self._code = report
 
     def __enter__(self) -> Shell:
         return self
@@ -169,22 +170,22 @@ class Shell:
         os.close(self._ends)
 
     def run(self, text: str, *, seconds: float = SECONDS) -> tuple[int, str]:
-        """Type a command and wait for its end: (exit code, all that it printed)."""
+        """Run a command and wait for its end: (exit code, all of its output)."""
         printed = self._new_file()
-        self._type(f"{{ {text}\n}} >{printed} 2>&1 </dev/null; echo $? >&{self._told}")
+        self._type(f"{{ {text}\n}} >{printed} 2>&1 </dev/null; echo $? >&{self._code}")
         code = self._end(seconds, text, printed)
-        if _IN_BACKGROUND.search(text):  # a server is ready when it has said so
+        if _IN_BACKGROUND.search(text):  # a server is ready when it reports that
             self._wait_for(".", text, printed, seconds, lambda: True)
         return code, printed.read_text(encoding="utf-8", errors="replace")
 
     def run_until(self, pattern: str, text: str, *, seconds: float = SECONDS) -> tuple[int, str]:
-        """Type a command that goes on by itself, and press Ctrl-C when it has printed the pattern: as `run`."""
+        """Run a command that does not end by itself, and press Ctrl-C when it has printed the pattern: like `run`."""
         printed = self._new_file()
         self._type(
-            f"{{ exec {text}\n}} >{printed} 2>&1 </dev/null & echo $! >&{self._told}; wait $!; echo $? >&{self._told}"
+            f"{{ exec {text}\n}} >{printed} 2>&1 </dev/null & echo $! >&{self._code}; wait $!; echo $? >&{self._code}"
         )
         pid = self._end(seconds, text, printed)
-        # (When it ends by itself it does so with its code, which the caller sees.)
+        # (If it ends by itself it does so with its exit code, which the caller sees.)
         self._wait_for(pattern, text, printed, seconds, lambda: os.path.exists(f"/proc/{pid}"))
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGINT)
@@ -212,22 +213,22 @@ class Shell:
         stdin.flush()
 
     def _end(self, seconds: float, text: str, printed: Path) -> int:
-        """The next number that the shell tells."""
+        """The next number that the shell reports."""
         with selectors.DefaultSelector() as selector:
             selector.register(self._ends, selectors.EVENT_READ)
-            told = b""
+            number = b""
             deadline = time.monotonic() + seconds
-            while not told.endswith(b"\n"):
+            while not number.endswith(b"\n"):
                 left = deadline - time.monotonic()
                 assert left > 0 and selector.select(left), f"{text}: not done in {seconds} s: {printed.read_text()}"
                 piece = os.read(self._ends, 1)
                 assert piece, f"{text}: the shell ended: {printed.read_text()}"
-                told += piece
-        return int(told)
+                number += piece
+        return int(number)
 
 
 def reader_environment(folder: Path, programs: Path) -> dict[str, str]:
-    """What somebody has who types in `folder`: a home of his own beside it, our commands on the search path."""
+    """The environment of a user who types in `folder`: a home next to it, our commands on the search path."""
     home = folder.parent / "home"
     home.mkdir(exist_ok=True)
     path = f"{programs}:{os.environ['PATH']}:/usr/sbin:/sbin"
@@ -235,7 +236,7 @@ def reader_environment(folder: Path, programs: Path) -> dict[str, str]:
 
 
 def type_in(shell: Shell, command: Command, *, until: str | None = None, seconds: float = SECONDS) -> str:
-    """Type a page's command, as far as `until`; it must end and print as the page says. What it printed."""
+    """Run a page's command, up to `until`; it must end and print as the page shows. Returns its output."""
     if until is None:
         code, printed = shell.run(command.text, seconds=seconds)
     else:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the reader of a page has and a test has not: a disk with files, an installed guest, an interrupted merge.
+"""What the reader of a page has and a test lacks: a disk with files, an installed guest, an interrupted merge.
 
-Each function gets the folder in which the page's commands are typed, which is the current folder, too.
+Each function gets the folder in which the page's commands are run, which is also the current folder.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from tests.vmm.net.machines import Namespaces
 from vmm.api.manager import DiskRequest, Manager
 
 MIB = 1 << 20
-_PARTITION = (MIB, 16 * MIB)  # where it begins, its size
+_PARTITION = (MIB, 16 * MIB)  # its beginning, its size
 
 
 def require_all() -> None:
-    """What the README's commands call."""
+    """The programs that the README's commands need."""
     require_fuse()
     require_nbdkit()
     require_boot_sector_guest()
@@ -40,7 +40,7 @@ def require_all() -> None:
 
 
 def require_networks() -> None:
-    """What a page about networks calls."""
+    """The programs that a page about networks needs."""
     require_root_and_namespaces()
     require_qemu()
     for tool in ("nft", "dnsmasq", "ping"):
@@ -63,7 +63,7 @@ def _raw_with_files(path: Path, size_bytes: int) -> None:
 
 
 def _copy_into(raw: Path, image: str) -> None:
-    """Write into the disk what the raw one has otherwise: what a guest would have written."""
+    """Write the difference to the raw disk into the disk, as a guest would have."""
     page_bytes = 4096
     with vhdkit.open_disk(image, writable=True) as disk, raw.open("rb") as file:
         for offset in range(0, min(disk.size_bytes, raw.stat().st_size), page_bytes):
@@ -73,7 +73,7 @@ def _copy_into(raw: Path, image: str) -> None:
 
 
 def partition_on_disk(folder: Path) -> None:
-    """`disk.vhd` has a partition with a file system, as if somebody had made them."""
+    """`disk.vhd` has a partition with a file system."""
     raw = folder / "stand-in.raw"
     _raw_with_files(raw, 20 * MIB)
     _copy_into(raw, "disk.vhd")
@@ -92,25 +92,25 @@ def interrupted_merge(folder: Path) -> None:
     with vhdkit.open_disk("half-merged.avhd", writable=True) as disk:
         disk.write(40 * MIB, b"newer")
     for number in range(6, 60):
-        assert killed_at(number, lambda: vhdkit.merge("half-merged.avhd")), "the merge came to its end"
+        assert killed_at(number, lambda: vhdkit.merge("half-merged.avhd")), "the merge ran to its end"
         if (folder / ".child.avhd.vhdkit-merge").exists():
             return
 
 
 def moved_base(folder: Path) -> None:
-    """Somebody moved the base."""
+    """The base has been moved."""
     (folder / "bases").mkdir()
     os.rename("disk.vhd", "bases/disk.vhd")
 
 
 def install_guest(image: str, text: bytes = boot_sector.READ_TEXT) -> None:
-    """Put the boot-sector guest on the disk: it counts, obeys the power button, and says the text when it starts."""
+    """Put the boot-sector guest on the disk: it counts, obeys the power button, and prints the text when it starts."""
     with vhdkit.open_disk(image, writable=True) as disk:
         boot_sector.install(disk, boot_sector.BootOptions(print_every=4), text=text)
 
 
 def installed_guest(folder: Path) -> None:
-    """An installer's disc, and a system on `web.vhd`, as if it had been installed from there."""
+    """An installer's disc, and a system on `web.vhd`, as if it had been installed from it."""
     (folder / "debian-12-netinst.iso").write_bytes(bytes(MIB))
     install_guest("web.vhd")
 
@@ -170,7 +170,7 @@ def running_machine(folder: Path) -> None:
 
 
 def machine_with_branches(folder: Path) -> None:
-    """Another machine takes the place of `web`: with the tree of snapshots that the page shows."""
+    """Another machine replaces `web`: with the tree of snapshots that the page shows."""
     manager = Manager()
     manager.delete("web", with_snapshots=True)
     snapshots = _running_machine("web-2.vhd").snapshots("web")
@@ -182,7 +182,7 @@ def machine_with_branches(folder: Path) -> None:
 
 
 def talking_machine(folder: Path) -> None:
-    """A running machine `web` whose guest asks for a login."""
+    """A running machine `web` whose guest prints a login prompt."""
     vhdkit.create_image("web.vhd", 64 * MIB)
     with vhdkit.open_disk("web.vhd", writable=True) as disk:
         boot_sector.install(disk, text=b"web login:")
@@ -196,14 +196,14 @@ def disk_for_networks(folder: Path) -> None:
 
 
 def installer(folder: Path) -> None:
-    """`installer.iso`, `drivers.iso`, and a system on `web.vhd`, as if it had been installed from there."""
+    """`installer.iso`, `drivers.iso`, and a system on `web.vhd`, as if it had been installed from the first."""
     for name in ("installer.iso", "drivers.iso"):
         (folder / name).write_bytes(bytes(MIB))
     install_guest("web.vhd")
 
 
 def host_with_card(spaces: Namespaces) -> str:
-    """A namespace with a card `eth0`, and one behind it with a gateway."""
+    """A namespace with a card `eth0`, and another one behind it with a gateway."""
     here, there = spaces.add("docs"), spaces.add("docs-lan")
     spaces.run(here, f"ip link add eth0 type veth peer name lan0 netns {there}")
     spaces.run(there, "ip addr add 10.9.0.254/24 dev lan0 && ip link set lan0 up")

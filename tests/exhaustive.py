@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every sequence of up to three verbs on a tiny chain, the power cut everywhere in the last, then every verb at once.
+"""Every sequence of up to three verbs on a tiny chain, with a power cut at every point of the last, then every verb.
 
     a chain --verb--> a folder --verb--> a folder --verb, cut at each boundary--> a folder --any verb--> judged
 
-A disk is known by what it must read as (`World.disks`), not by how many layers it has. After a cut each disk reads as
-before the verb or as after it; whatever verb comes next either does what it says or refuses and changes nothing, and
-where it refused because of what the cut left, it does what it says once the tool's own way out was taken (`_recover`).
+A disk is identified by its expected content (`World.disks`), not by its number of layers. After a cut each disk reads
+as before the verb or as after it. The next verb either succeeds, or refuses and changes nothing; if it refused because
+of the cut, it succeeds after the command that the message recommends (`_recover`).
 
-`python -m tests.exhaustive --depth 3` is the whole of it; `--sample N` takes each N-th cut; a failure prints the line
-that repeats it. Folders that hold the same are judged once: identifiers and times come from the seed.
+`python -m tests.exhaustive --depth 3` runs all of it; `--sample N` takes each N-th cut; a failure prints the command
+that repeats it. Folders with the same content are judged once: identifiers and times come from the seed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from vhdkit.units import PAGE_SIZE, SECTOR_SIZE
 
 
 class Wrong(AssertionError):
-    """A disk does not read as it must, or there is no way on."""
+    """A disk does not read as it must, or the user cannot proceed."""
 
 
 _MERGED_INTO = re.compile(r"was merged into (\S+): open that")
@@ -64,7 +64,7 @@ class State:
 
     @property
     def key(self) -> tuple[str, tuple[tuple[str, str], ...]]:
-        """The same for states that hold the same."""
+        """The same for states with the same content."""
         return key_of(self.files), tuple(sorted((name, head.path) for name, head in self.disks.items()))
 
 
@@ -88,7 +88,7 @@ def _is_one_of(found: bytes, before: bytes, after: bytes, mixed: bool) -> bool:
 
 
 def _is_about_the_cut(error: vhdkit.VhdkitError) -> bool:
-    """True for a refusal because of what a cut left; a base without a parent cannot be merged at any time."""
+    """True for a refusal caused by a power cut; a base without a parent cannot be merged at any time."""
     return any(word in f"{error} {error.hint}" for word in ("interrupted", "--resume", "merge record", "undo"))
 
 
@@ -109,7 +109,7 @@ class Explorer:
     _turn: int = 0
 
     def start(self) -> State:
-        """A base with content and an empty disk's worth of changes over it."""
+        """A base with content, and a child with a few changes."""
         folder = self.base / "here"
         fill(folder, {}, FOLDERS)
         with repeatable(f"{self.seed} start"):
@@ -124,7 +124,7 @@ class Explorer:
         return State(files_of(folder), world.disks)
 
     def explore(self, depth: int, *, first: Sequence[str] = ()) -> None:
-        """Breadth first: all sequences of up to so many verbs, those that begin with one of `first`. Raises Wrong."""
+        """Breadth first: all sequences of up to so many verbs that begin with one of `first`. Raises Wrong."""
         level, known = [self.start()], set()
         for number in range(depth):
             following = []
@@ -140,7 +140,8 @@ class Explorer:
             level = following
 
     def step(self, state: State, verb: str, seed: str) -> State | None:
-        """Run a verb, judge every cut in it; the state after it, None where it means nothing or was refused."""
+        """Run a verb, and judge every cut in it; returns the state after it, None if it does not apply or was
+        refused."""
         folder = self.base / "here"
         fill(folder, state.files, FOLDERS)
         world = World(folder, dict(state.disks), seed)
@@ -165,7 +166,7 @@ class Explorer:
         return done
 
     def judge(self, before: State, verb: str, after: dict[str, Head], cut: Cut) -> None:
-        """A folder after a cut: what the disks read as, then each verb at once. Raises Wrong."""
+        """Judge a folder after a cut: the content of the disks, then each verb as the next one. Raises Wrong."""
         key = (cut.key, verb, before.key)
         if key in self._judged:
             return
@@ -197,7 +198,7 @@ class Explorer:
             order = [new, old] if verb in NEW_LEAF or old is None else [old, new]
             heads = [head for head in order if head is not None and (folder / head.path).exists()]
             if not heads and old is None:
-                continue  # a new disk that is not there yet
+                continue  # a new disk that does not exist yet
             problems = []
             for head in heads:
                 try:
@@ -211,7 +212,7 @@ class Explorer:
                         break
                     problems.append(f"{head.path} reads otherwise")
                 if verb != "relocate" and not (verb in NEW_LEAF or old is None):
-                    break  # the old leaf, while it is there, is the disk
+                    break  # the old leaf, while it exists, is the disk
             else:
                 if old is None:
                     continue
@@ -220,7 +221,7 @@ class Explorer:
         return disks
 
     def _at_once(self, found: State, verb: str, where: str) -> None:
-        """The next verb after the power came back, and again once the way out was taken."""
+        """Run the next verb after the power cut, and again once the recommended command has been run."""
         folder = self.base / "here"  # one place for all: images hold absolute paths
         fill(folder, found.files, FOLDERS)
         self.counts["verbs after a cut"] += 1
@@ -238,7 +239,8 @@ class Explorer:
             self._write(folder, disks, name, where)
 
     def _write(self, folder: Path, disks: dict[str, Head], name: str, where: str) -> None:
-        """The disk can be written: at once, where its leaf has become another file, or once the way out was taken."""
+        """The disk can be written to: at once, or, if its leaf is another file now, or a command was recommended,
+        after that."""
         refusal: vhdkit.VhdkitError | None = None
         for attempt in range(3):
             head = disks[name]
@@ -274,7 +276,7 @@ class Explorer:
         return None
 
     def _follow(self, folder: Path, disks: dict[str, Head], error: vhdkit.VhdkitError) -> None:
-        """A refusal may have finished a merge; it says then which image is the disk now."""
+        """A refusal may have finished a merge; then it says which image is the disk now."""
         merged = _MERGED_INTO.search(str(error))
         for name, head in disks.items():
             if merged and not (folder / head.path).exists():
@@ -310,7 +312,7 @@ class Explorer:
 
 @contextlib.contextmanager
 def scratch() -> Iterator[Path]:
-    """A folder in memory where there is one."""
+    """A folder in memory, if there is one."""
     memory = Path("/dev/shm")
     base = Path(tempfile.mkdtemp(prefix="vhdkit-exhaustive-", dir=memory if memory.is_dir() else None))
     try:
@@ -320,7 +322,7 @@ def scratch() -> Iterator[Path]:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Explore, and say what was seen."""
+    """Explore, and report the result."""
     parser = argparse.ArgumentParser(prog="python -m tests.exhaustive", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--depth", type=int, default=3)
     parser.add_argument("--sample", type=int, default=1, help="judge each n-th cut")

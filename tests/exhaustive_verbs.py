@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verbs that `tests/exhaustive.py` strings together, and the disks that they change.
+"""The verbs that `tests/exhaustive.py` combines, and the disks that they change.
 
-Each verb does one thing to the disk `MAIN` of a `World`, as a user would, and brings what the world knows up to date:
-which file is the disk's leaf now, and what the disk must read as.
+Each verb does one thing to the disk `MAIN` of a `World`, as a user would, and updates the world: which file is the
+disk's leaf now, and what the disk must read as.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ MAIN, TWIN, COPY = "main", "twin", "copy"
 
 
 class Unfit(Exception):
-    """The verb means nothing in this folder."""
+    """The verb does not apply to this folder."""
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """A disk: the path of its leaf inside the folder, and what it reads as."""
+    """A disk: the path of its leaf inside the folder, and its expected content."""
 
     path: str
     content: bytes
@@ -42,13 +42,13 @@ class World:
     seed: str
 
     def place(self, disk: str) -> str:
-        """The leaf of a disk. Raises Unfit where there is none."""
+        """The leaf of a disk. Raises Unfit if it does not exist."""
         if disk not in self.disks:
             raise Unfit
         return str(self.folder / self.disks[disk].path)
 
     def moved(self, disk: str, path: str) -> None:
-        """The disk's leaf is another file now."""
+        """Record that the disk's leaf is another file now."""
         self.disks[disk] = replace(self.disks[disk], path=str(Path(path).relative_to(self.folder)))
 
 
@@ -56,7 +56,7 @@ class World:
 
 
 def write(world: World) -> None:
-    """A sector, some pages and some zeros."""
+    """Write a sector, some pages and some zeros."""
     path, rng = world.place(MAIN), random.Random(f"write {world.seed}")
     content = bytearray(world.disks[MAIN].content)
     with vhdkit.open_disk(path, writable=True) as disk:
@@ -72,12 +72,12 @@ def write(world: World) -> None:
 
 
 def snapshot(world: World) -> None:
-    """A new leaf under a default name."""
+    """Make a new leaf with a default name."""
     world.moved(MAIN, vhdkit.snapshot(world.place(MAIN)))
 
 
 def clone(world: World) -> None:
-    """The disk's leaf becomes the base of two."""
+    """Make two children on the disk's leaf."""
     base = Path(world.place(MAIN))
     if TWIN in world.disks:
         raise Unfit
@@ -88,18 +88,18 @@ def clone(world: World) -> None:
 
 
 def merge(world: World) -> None:
-    """The leaf into its parent."""
+    """Merge the leaf into its parent."""
     world.moved(MAIN, vhdkit.merge(world.place(MAIN)).target)
 
 
 def merge_all(world: World) -> None:
-    """Every layer into the base."""
+    """Merge every layer into the base."""
     leaf = world.place(MAIN)
     world.moved(MAIN, vhdkit.merge(leaf, into=vhdkit.chain_paths(leaf)[-1]).target)
 
 
 def merge_middle(world: World) -> None:
-    """The layer under the leaf into its parent; the leaf is repointed."""
+    """Merge the layer below the leaf into its parent; the leaf gets another parent."""
     chain = vhdkit.chain_paths(world.place(MAIN))
     if len(chain) < 3:
         raise Unfit
@@ -107,12 +107,12 @@ def merge_middle(world: World) -> None:
 
 
 def compact(world: World) -> None:
-    """The leaf's file becomes smaller."""
+    """Compact the leaf's file."""
     vhdkit.compact(world.place(MAIN))
 
 
 def compact_base(world: World) -> None:
-    """The base's file becomes smaller."""
+    """Compact the base's file."""
     chain = vhdkit.chain_paths(world.place(MAIN))
     if len(chain) < 2:
         raise Unfit
@@ -120,14 +120,14 @@ def compact_base(world: World) -> None:
 
 
 def resize(world: World) -> None:
-    """The disk gets a block more."""
+    """Grow the disk by a block."""
     path, head = world.place(MAIN), world.disks[MAIN]
     size = vhdkit.resize(path, len(head.content) + BLOCK_SIZE).virtual_size_after_bytes
     world.disks[MAIN] = replace(head, content=head.content.ljust(size, b"\0"))
 
 
 def rebase(world: World) -> None:
-    """The names of the parent are written anew."""
+    """Write the names of the parent again."""
     chain = vhdkit.chain_paths(world.place(MAIN))
     if len(chain) < 2:
         raise Unfit
@@ -135,7 +135,7 @@ def rebase(world: World) -> None:
 
 
 def relocate(world: World) -> None:
-    """The chain goes into the other folder."""
+    """Move the chain to the other folder."""
     leaf = Path(world.place(MAIN))
     other = world.folder / FOLDERS[1 - FOLDERS.index(leaf.parent.name)]
     vhdkit.relocate(leaf, other)
@@ -143,19 +143,19 @@ def relocate(world: World) -> None:
 
 
 def repair(world: World) -> None:
-    """What is wrong with the leaf is put right."""
+    """Repair the leaf."""
     vhdkit.repair(world.place(MAIN))
 
 
 def collect_garbage(world: World) -> None:
-    """Layers that no disk needs go."""
+    """Remove layers that no disk needs."""
     folder = Path(world.place(MAIN)).parent
     keep = [str(world.folder / head.path) for head in world.disks.values()]
     vhdkit.collect_garbage(folder, [path for path in keep if Path(path).parent == folder], delete=True)
 
 
 def convert(world: World) -> None:
-    """A copy in one file, which replaces an earlier one."""
+    """Copy the disk to one file, which replaces an earlier one."""
     source = Path(world.place(MAIN))
     target = source.with_name("flat.vhd")
     vhdkit.convert(source, target, vhdkit.DiskFormat.DYNAMIC, block_size_bytes=BLOCK_SIZE, replace=True)
@@ -170,4 +170,4 @@ VERBS: dict[str, Callable[[World], None]] = {
     )
 }  # fmt: skip
 CHANGES_CONTENT = {"write", "resize"}
-NEW_LEAF = {"snapshot", "clone"}  # the newest leaf is the disk once it is there
+NEW_LEAF = {"snapshot", "clone"}  # the newest leaf is the disk as soon as it exists

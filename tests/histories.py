@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Histories of changes to a store, the same made to plain bytes, and what must hold of every view that they give."""
+"""Histories of changes to a store, applied to plain bytes as well, and what must hold for every view of them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def store_of(raw: bytes) -> MemStore:
 
 
 def step(store: Store, kind: str, offset: int, argument: int | bytes) -> None:
-    """One change of a store."""
+    """Apply one change to a store."""
     if isinstance(argument, bytes):
         if kind == "write":
             store.pwrite(offset, argument)
@@ -48,7 +48,7 @@ def step(store: Store, kind: str, offset: int, argument: int | bytes) -> None:
 
 
 def modelled(model: bytearray, kind: str, offset: int, argument: int | bytes) -> None:
-    """The same change made to plain bytes."""
+    """Apply the same change to plain bytes."""
     if isinstance(argument, bytes):
         if argument:
             model.extend(bytes(max(offset + len(argument) - len(model), 0)))
@@ -64,7 +64,7 @@ def modelled(model: bytearray, kind: str, offset: int, argument: int | bytes) ->
 
 
 def assert_reads_as(store: ReadStore, model: bytes) -> None:
-    """Every way to read a store says what the bytes say, also across its end."""
+    """Every way to read a store gives these bytes, also across its end."""
     assert store.size() == len(model)
     for offset, size in ((0, 2 * LIMIT), (1, 511), (513, 700), (len(model), 9), (len(model) + 700, 9)):
         assert store.pread(offset, size) == model[offset : offset + size]
@@ -82,9 +82,8 @@ def assert_reads_as(store: ReadStore, model: bytes) -> None:
 
 
 def assert_its_diff_makes_it(view: PatchedStore, start: bytes, model: bytes) -> None:
-    """Base + diff = view: by hand, as a patched store, and by way of an undo log, which gives the base back from any
-    point of the change.
-    """
+    """Base + diff = view: by hand, as a patched store, and through an undo log, which restores the base from any point
+    of the change."""
     made = bytearray(start)
     patches, end = Patches(), -1
     for offset, raw in view.diff():

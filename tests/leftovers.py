@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run of the tests leaves behind: nothing, or the run fails and says what it was.
+"""What a run of the tests leaves behind: nothing, or the run fails and lists it.
 
-A run has a temporary folder of its own, `$TMPDIR` for all that it starts, which goes in the end with all that programs
-killed by tests have left in it. Its processes are known by a mark in their environment. Mounts and loop devices are
-the run's when they lie below that folder. Names of network namespaces cannot be told from those of other runs at the
-same time, so they are looked at in CI only, where there are none.
+A run has its own temporary folder, `$TMPDIR` for everything that it starts, which is removed at the end with
+everything that killed programs have left in it. Its processes are identified by a mark in their environment. Mounts
+and loop devices belong to the run if they lie below that folder. Names of network namespaces cannot be attributed to
+one of several runs at the same time, so they are checked only in CI, where there is one run.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from tests.support import in_ci
 from tests.waiting import becomes
 
 MARK = "VHDKIT_TEST_RUN"
-_SECONDS = 10.0  # for what is ending when the last test is over
-_START_SECONDS = 10.0  # for a program that is being started to be seen
+_SECONDS = 10.0  # for processes that are ending when the last test is over
+_START_SECONDS = 10.0  # for a program that is being started to become visible
 
 
 class Run:
-    """One run of pytest, with workers or without."""
+    """One run of pytest, with or without workers."""
 
     def __init__(self, temporary: str | None = None) -> None:
         above = tempfile.gettempdir() if temporary is None else temporary
@@ -34,14 +34,14 @@ class Run:
         self.folder.chmod(0o711)
         self.mark = f"run:{self.folder.name}:"
         self._former = {name: os.environ.get(name) for name in ("TMPDIR", "PYTEST_DEBUG_TEMPROOT", MARK)}
-        # pytest's own folders, which it keeps for whoever looks at a failure, stay where they were.
+        # pytest's own folders, which it keeps for debugging a failure, stay where they were.
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", above)
         os.environ["TMPDIR"] = tempfile.tempdir = str(self.folder)
         os.environ[MARK] = (self._former[MARK] or "") + self.mark  # a run within a test belongs to both
         self._namespaces = _namespaces()
 
     def end(self) -> list[str]:
-        """Remove the folder; lists what else was left, one line each."""
+        """Remove the folder; returns what else was left, one line each."""
         for name, value in self._former.items():
             os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
         tempfile.tempdir = None
@@ -49,12 +49,12 @@ class Run:
             tracking._resource_tracker._stop()  # Python keeps it beside a process that has used processes of its own
         becomes(lambda: not self.left(), _SECONDS, pause=0.1)
         left = self.left()
-        if not any(line.startswith("mount ") for line in left):  # never through a mount into somebody's files
+        if not any(line.startswith("mount ") for line in left):  # never through a mount into the user's files
             shutil.rmtree(self.folder, ignore_errors=True)
         return left
 
     def left(self) -> list[str]:
-        """What is there at this moment that should not be."""
+        """What exists at this moment and should not."""
         lines = [f"process {pid}: {words}" for pid, words in self._processes()]
         lines += [f"mount {path}" for path in _mounts() if self._ours(path)]
         lines += [f"loop device {device} on {path}" for device, path in _loops() if self._ours(path)]
@@ -70,7 +70,7 @@ class Run:
         for entry in Path("/proc").iterdir():
             if not entry.name.isdigit() or int(entry.name) == os.getpid():
                 continue
-            with contextlib.suppress(OSError):  # it has just ended, or is another user's
+            with contextlib.suppress(OSError):  # it has just ended, or belongs to another user
                 words = _command(entry)
                 if self.mark.encode() in (entry / "environ").read_bytes():
                     found.append((int(entry.name), words[:200]))
@@ -83,7 +83,7 @@ def _command(entry: Path) -> str:
     def has_one() -> bool:
         if (entry / "cmdline").read_bytes():
             return True
-        os.readlink(entry / "exe")  # fails for the kernel's processes and for zombies, which get none
+        os.readlink(entry / "exe")  # fails for kernel processes and for zombies, which never get one
         return False
 
     becomes(has_one, _START_SECONDS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images on a `MemoryVolume`, and a block in which no file may be looked at."""
+"""Images on a `MemoryVolume`, and a block in which the file system must not be accessed."""
 
 from __future__ import annotations
 

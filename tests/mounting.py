@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real mounts for tests: what they need, and that none is left behind, whatever happens."""
+"""Real mounts for tests: their requirements, and that none is left behind, whatever happens."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from tests.waiting import wait_until
 from tests.warm_commands import warm
 
 COMMAND = (sys.executable, "-m", "vhdkit")
-SECONDS = 250.0  # a busy disk takes its time to flush; the test runner gives up at 300
+SECONDS = 250.0  # flushing may take long on a busy disk; the test runner gives up at 300
 
 
 def require_fuse() -> None:
-    """FUSE mounts must be possible, or the test ends."""
+    """Skip the test unless FUSE mounts are possible."""
     require_module("mfusepy")
     require_tool("fusermount3")
     try:
@@ -35,13 +35,13 @@ def require_fuse() -> None:
 
 
 def require_root() -> None:
-    """Root, or the end of the test: where it is not even in CI, an ordinary user is meant."""
+    """Skip the test unless it runs as root, even in CI, where an ordinary user may be intended."""
     if os.geteuid() != 0:
         not_available("needs root")
 
 
 def require_loop() -> None:
-    """Loop devices, which root has."""
+    """Skip the test without loop devices, which require root."""
     require_root()
     require_tool("losetup")
     if not os.path.exists("/dev/loop-control"):
@@ -49,7 +49,7 @@ def require_loop() -> None:
 
 
 def vhdkit(*words: str | Path, code: int = 0, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run the command as a process of its own, which must end with this code."""
+    """Run the command as a separate process, which must end with this code."""
     changed = options.pop("env", {})
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **changed}
     started = (
@@ -65,7 +65,7 @@ def vhdkit(*words: str | Path, code: int = 0, **options: Any) -> subprocess.Comp
 
 @contextlib.contextmanager
 def mounted(image: Path, mountpoint: Path, *words: str | Path) -> Iterator[Path]:
-    """`vhdkit mount`, and in the end `vhdkit umount`, which must succeed."""
+    """`vhdkit mount`, and at the end `vhdkit umount`, which must succeed."""
     if not mountpoint.exists():
         mountpoint.mkdir()
     with cleaned(mountpoint):
@@ -77,7 +77,7 @@ def mounted(image: Path, mountpoint: Path, *words: str | Path) -> Iterator[Path]
 
 @contextlib.contextmanager
 def cleaned(mountpoint: Path) -> Iterator[None]:
-    """Whatever is left at the mount point in the end is taken away by force."""
+    """Whatever is left at the mount point at the end is removed by force."""
     try:
         yield
     finally:
@@ -90,7 +90,7 @@ def cleaned(mountpoint: Path) -> Iterator[None]:
 
 
 def is_mounted(path: Path) -> bool:
-    """Without looking at the mount itself, whose server may be dead."""
+    """True if it is mounted; does not access the mount itself, whose server may be dead."""
     wanted = str(path).replace(" ", "\\040")
     lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     return any(line.split(" ")[4] == wanted for line in lines)
@@ -111,7 +111,7 @@ def kill(pid: int) -> None:
 
 
 def can_mount_kernel(kind: str) -> bool:
-    """True when the kernel has this file system; in CI it must."""
+    """True if the kernel has this file system; in CI it must."""
     found = f"\t{kind}\n" in Path("/proc/filesystems").read_text()
     if not found and in_ci():
         not_available(f"needs a kernel with {kind}")

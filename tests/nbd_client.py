@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A raw NBD client for the tests, and a server in a thread for it to talk to.
+"""A raw NBD client for the tests, and a server in a thread for it to connect to.
 
-The client speaks simple, structured and extended headers and sends illegal things as willingly as legal ones. Numbers
-and layouts are written down once more here, from the protocol document, so that a slip in `nbd.wire` shows.
+The client speaks simple, structured and extended headers, and sends illegal requests as readily as legal ones. Numbers
+and layouts are repeated here from the protocol document, so that a mistake in `nbd.wire` shows.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ def option(number: int, data: bytes = b"", *, magic: bytes = OPTION_MAGIC) -> by
 
 
 def go_data(name: str | bytes = "", infos: Sequence[int] = (3,)) -> bytes:
-    """What GO and INFO carry."""
+    """The data of GO and INFO."""
     return text(name) + struct.pack(f">H{len(infos)}H", len(infos), *infos)
 
 
 def meta_data(queries: Sequence[str], export: str = "") -> bytes:
-    """What LIST_META_CONTEXT and SET_META_CONTEXT carry."""
+    """The data of LIST_META_CONTEXT and SET_META_CONTEXT."""
     return text(export) + struct.pack(">I", len(queries)) + b"".join(text(one) for one in queries)
 
 
@@ -93,7 +93,7 @@ def option_replies(raw: bytes) -> list[tuple[int, int, bytes]]:
 
 @dataclass(slots=True)
 class Answer:
-    """All that came back for one request. `kinds` lists the chunks; a simple reply has none."""
+    """Everything received for one request. `kinds` lists the chunks; a simple reply has none."""
 
     cookie: int
     error: int = 0
@@ -105,7 +105,7 @@ class Answer:
     statuses: dict[int, list[tuple[int, int]]] = field(default_factory=dict)  # context id: (length, flags)
 
     def content(self, offset: int, length: int) -> bytes:
-        """What a read answered, put together: every byte once."""
+        """The content of a read's answer, assembled: every byte exactly once."""
         covered = bytearray(length)
         filled = bytearray(length)
         pieces = [*self.data, *((start, bytes(size)) for start, size in self.holes)]
@@ -115,7 +115,7 @@ class Answer:
             assert not any(filled[begin : begin + len(raw)]), "row 34: overlapping"
             covered[begin : begin + len(raw)] = raw
             filled[begin : begin + len(raw)] = b"\1" * len(raw)
-        assert all(filled), "row 34: not all was answered"
+        assert all(filled), "row 34: not all of the range was answered"
         return bytes(covered)
 
 
@@ -124,7 +124,7 @@ class HungUp(Exception):
 
 
 class Client:
-    """One connection. Whatever waits longer than PATIENCE_SECONDS raises TimeoutError."""
+    """One connection. Any wait longer than PATIENCE_SECONDS raises TimeoutError."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -145,11 +145,11 @@ class Client:
     # -- bytes --------------------------------------------------------------------------------------------------
 
     def send_bytes(self, raw: bytes) -> None:
-        """Send as they are."""
+        """Send the bytes as they are."""
         self.sock.sendall(raw)
 
     def take(self, size: int) -> bytes:
-        """Exactly so many bytes. Raises HungUp."""
+        """Exactly that many bytes. Raises HungUp."""
         pieces = []
         while size:
             try:
@@ -163,7 +163,7 @@ class Client:
         return b"".join(pieces)
 
     def is_hung_up(self) -> bool:
-        """True when the server closes the connection; False when it sends something."""
+        """True if the server closes the connection; False if it sends something."""
         try:
             self.take(1)
         except HungUp:
@@ -173,12 +173,12 @@ class Client:
     # -- handshake ----------------------------------------------------------------------------------------------
 
     def greet(self, flags: int = 3) -> None:
-        """Take the greeting and answer it."""
+        """Receive the greeting and answer it."""
         assert self.take(18) == b"NBDMAGICIHAVEOPT\0\3"
         self.send_bytes(struct.pack(">I", flags))
 
     def option(self, number: int, data: bytes = b"") -> list[tuple[int, bytes]]:
-        """Ask for an option; (kind, payload) of its replies, the last one ACK or an error."""
+        """Send an option; returns (kind, payload) of its replies, the last one ACK or an error."""
         self.send_bytes(option(number, data))
         return self.option_replies(number)
 
@@ -230,7 +230,7 @@ class Client:
         return cookie
 
     def call(self, command: int, offset: int = 0, length: int = 0, *, flags: int = 0, payload: bytes = b"") -> Answer:
-        """Send a request and take its answer, the only one outstanding."""
+        """Send a request and receive its answer, the only one outstanding."""
         cookie = self.send(command, offset, length, flags=flags, payload=payload)
         answer = self.answer()
         assert answer.cookie == cookie
@@ -243,7 +243,7 @@ class Client:
         return answer.content(offset, length)
 
     def answers(self, count: int) -> dict[int, Answer]:
-        """The next `count` answers by cookie."""
+        """The next `count` answers, by cookie."""
         found = {}
         for _ in range(count):
             answer = self.answer()
@@ -251,7 +251,7 @@ class Client:
         return found
 
     def answer(self) -> Answer:
-        """The next answer that is complete. Raises HungUp."""
+        """The next complete answer. Raises HungUp."""
         while True:
             (magic,) = struct.unpack(">I", self.take(4))
             if magic == 0x67446698:
@@ -351,23 +351,23 @@ class Running:
         return client.go(name, contexts=contexts)
 
     def on_loop(self) -> None:
-        """Return when the loop has done what was posted before."""
+        """Return when the loop has run the callbacks posted before."""
         done = threading.Event()
         self.server.loop.post(done.set)
         assert done.wait(PATIENCE_SECONDS)
 
     def end(self) -> None:
-        """Stop the server and see it end."""
+        """Stop the server and wait for its end."""
         self.server.stop()
         self.join()
 
     def join(self) -> None:
-        """See the server end."""
+        """Wait for the server's end."""
         self._thread.join(PATIENCE_SECONDS)
         assert not self._thread.is_alive(), "the server does not end"
 
     def close(self) -> None:
-        """Hang up all clients, stop."""
+        """Disconnect all clients, then stop."""
         for sock in self._clients:
             sock.close()
         self.end()
@@ -380,7 +380,7 @@ def serving(
     tls_mode: TlsMode = TlsMode.OFF,
     exit_last: bool = False,
 ) -> Iterator[Running]:
-    """A running server; an error of its last flush fails the test unless `failure` was looked at and cleared."""
+    """A running server; an error of its last flush fails the test unless `failure` was examined and cleared."""
     running = Running(NbdServer(exports, tls_context=tls_context, tls_mode=tls_mode, exit_last=exit_last))
     try:
         yield running

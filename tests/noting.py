@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process that a test plays: it opens everything with its folder of notes, as `vhdkit serve --remember` does.
+"""The process that a test imitates: it opens everything with its folder of notes, like `vhdkit serve --remember`.
 
-The library has no such state: each file that is opened here is given the folder.
+The library itself has no such state: each file that is opened here is given the folder.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ _folder: list[str] = []
 
 
 def use_folder(path: str | None) -> None:
-    """From now on the test plays a server with this folder; None: another program."""
+    """From now on the test imitates a server with this folder; None: another program."""
     _folder[:] = [] if path is None else [os.path.abspath(path)]
 
 
 def folder_in_use() -> str | None:
-    """The folder of the process that is played now."""
+    """The folder of the process that is imitated now."""
     return _folder[0] if _folder else None
 
 
@@ -31,7 +31,7 @@ def options() -> OpenOptions:
 
 
 def opened_file(path: str | Path, *, writable: bool = False) -> FileStore:
-    """How it opens a file; nobody looks for locks here."""
+    """How it opens a file; no locks are taken here."""
     store = FileStore.open(path, writable=writable)
     store.notes_folder = folder_in_use()
     return store

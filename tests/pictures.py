@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Looks into PNG files, with nothing but the standard library: that one is whole, its size, its colours.
+"""Examines PNG files with only the standard library: completeness, size, colours.
 
-Knows what QEMU writes: 8 bits a channel, grey, RGB or RGBA, not interlaced (PNG specification, 3rd edition).
+It reads what QEMU writes: 8 bits a channel, grey, RGB or RGBA, not interlaced (PNG specification, 3rd edition).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Picture:
 
 
 def read_png(data: bytes) -> Picture:
-    """The picture in a PNG file. Fails where the file is not whole: every checksum is verified."""
+    """The picture in a PNG file. Fails if the file is incomplete: every checksum is verified."""
     assert data.startswith(_SIGNATURE), data[:8]
     position, compressed = len(_SIGNATURE), b""
     width = height = channels = 0
@@ -46,11 +46,11 @@ def read_png(data: bytes) -> Picture:
         position += 12 + length
         if kind == b"IHDR":
             width, height = int.from_bytes(content[:4], "big"), int.from_bytes(content[4:8], "big")
-            assert content[8] == 8 and content[12] == 0, "8 bits, not interlaced"
+            assert content[8] == 8 and content[12] == 0, "the picture must have 8 bits a channel and not be interlaced"
             channels = _CHANNELS[content[9]]
         elif kind == b"IDAT":
             compressed += content
-    assert position == len(data), "something follows the end"
+    assert position == len(data), "data follows the end"
     lines = _unfiltered(zlib.decompress(compressed), width * channels, height, channels)
     colours: Counter[tuple[int, ...]] = Counter()
     for line in lines:

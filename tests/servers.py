@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vhdkit serve` as a process of its own, for tests: started, waited for, and surely ended."""
+"""`vhdkit serve` as a separate process, for tests: started, waited for, and always ended."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ SECONDS = 30
 
 @dataclass
 class Server:
-    """A running server and what it said when it was ready."""
+    """A running server and its report of being ready."""
 
     process: subprocess.Popen[str]
     ready: dict[str, Any]
 
     @property
     def uri(self) -> str:
-        """Of the first export."""
+        """The URI of the first export."""
         return str(self.ready["uris"][0])
 
     def stop(self, number: int = signal.SIGTERM) -> tuple[int, str]:
-        """Send a signal; (exit code, standard error)."""
+        """Send a signal; returns (exit code, standard error)."""
         self.process.send_signal(number)
         return self.wait()
 
@@ -44,7 +44,7 @@ class Server:
 
 @contextlib.contextmanager
 def serving(*words: str | Path, **options: Any) -> Iterator[Server]:
-    """A server that is ready, with these words on its command line; killed at the end when it still runs."""
+    """A server that is ready, with these words on its command line; killed at the end if it still runs."""
     process = start_server(*words, **options)
     try:
         yield Server(process, read_ready(process))
@@ -67,7 +67,7 @@ def start_server(*words: str | Path, **options: Any) -> subprocess.Popen[str]:
 
 
 def read_ready(process: subprocess.Popen[str]) -> dict[str, Any]:
-    """What it prints when it is ready; fails with its words when it ends instead."""
+    """What it prints when it is ready; fails with its messages if it ends instead."""
     assert process.stdout is not None
     text = ""
     for line in process.stdout:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Commands killed with SIGKILL at random moments, on real files: a bounded loop over a table of scenes.
 
-    prepare a folder -> run the command in a process of its own -> kill it -> look -> recover, killed too now and then
-    -> look -> recover for good -> look
+    prepare a folder -> run the command in a separate process -> kill it -> check -> recover, sometimes killed, too
+    -> check -> recover completely -> check
 
-`SCENES` is the table; a scene says what is made, which command is run, what must be true after any kill, and how one
-goes on. `python -m tests.soak SECONDS [SCENE...]` is what `script/soak` runs; `test_soak.py` runs each for moments.
-The command runs in a fork of this process, which saves the start of an interpreter for each of hundreds of kills.
+`SCENES` is the table; a scene says what is prepared, which command is run, what must be true after any kill, and how
+to recover. `script/soak` runs `python -m tests.soak SECONDS [SCENE...]`; `test_soak.py` runs each scene briefly. The
+command runs in a fork of this process, which saves starting an interpreter for each of hundreds of kills.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ Work: TypeAlias = Sequence[str] | Callable[[], None]
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """One thing that is killed. All of it happens in a folder of its own, the working directory.
+    """One thing that is killed. Everything happens in its own folder, the working directory.
 
     `prepare` makes the files, the same each time. `command` is what follows `vhdkit`, or a function. `look` raises
-    AssertionError when something is wrong after a kill; `done` is true for it once recovery has finished. `recover`
-    is the next command to run, or None when nothing is left to do.
+    AssertionError if something is wrong after a kill; its `done` is true once recovery has finished. `recover` is the
+    next command to run, or None if nothing is left to do.
     """
 
     name: str
@@ -55,13 +55,14 @@ class Tally:
     """What a run did."""
 
     kills: int = 0
-    finished: int = 0  # commands that were quicker than their killer
+    finished: int = 0  # commands that were faster than their killer
     recoveries: int = 0
     states: dict[str, int] = field(default_factory=dict)  # what the folder looked like after a kill
 
 
 def run_killed(command: Work, seconds: float | None) -> bool:
-    """Run `vhdkit COMMAND`, or the function, in a process of its own and kill it after so long; True when killed."""
+    """Run `vhdkit COMMAND`, or the function, in a separate process and kill it after that time; True if it was
+    killed."""
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
@@ -89,7 +90,7 @@ def run_killed(command: Work, seconds: float | None) -> bool:
 
 
 def soak(scene: Scene, seconds: float, seed: int = 1, *, kills: int = 0) -> Tally:
-    """Kill the scene's command for so long, and at least so often.
+    """Kill the scene's command for that long, and at least that often.
 
     Raises AssertionError; the folder is then kept and named.
     """
@@ -118,12 +119,12 @@ def soak(scene: Scene, seconds: float, seed: int = 1, *, kills: int = 0) -> Tall
 
 
 def _one(scene: Scene, rng: random.Random, duration: float, tally: Tally) -> float:
-    """One command killed, looked at, recovered; returns how long the command takes, as far as is known."""
+    """Kill one command, check, recover; returns how long the command takes, as far as that is known."""
     begin = time.monotonic()
     killed = run_killed(scene.command, rng.uniform(0, duration))
     if killed:
         tally.kills += 1
-        duration *= 1.02  # until it finishes now and then: kills reach its very end
+        duration *= 1.02  # until it sometimes finishes: kills reach its very end
     else:
         tally.finished += 1
         duration = max((time.monotonic() - begin) * 0.98, 0.002)
@@ -178,7 +179,7 @@ def _content(path: str) -> bytes:
 
 
 def _look_at_merge(done: bool) -> None:
-    """The leaf, or once it is gone the base, and a child there may be, read as before."""
+    """The leaf, or once it is gone the base, and a child if there is one, read as before."""
     expected = Path("expected").read_bytes()
     there = [name for name in _LAYERS if os.path.exists(name)]
     readable = "leaf.avhd" if "leaf.avhd" in there else "base.vhd"
@@ -224,7 +225,7 @@ def _make_fixed() -> None:
 
 
 def _make_full() -> None:
-    """A dynamic image with all blocks, the first of which a longer BAT pushes away."""
+    """A dynamic image with all blocks, the first of which has to make room for a longer BAT."""
     vhdkit.create_image("base.vhd", _DISK, block_size_bytes=_BLOCK)
     with vhdkit.open_disk("base.vhd", writable=True) as disk:
         disk.write(0, random.Random("full").randbytes(_DISK))
@@ -232,7 +233,7 @@ def _make_full() -> None:
 
 
 def _look_at_size(sizes: tuple[int, ...]) -> Callable[[bool], None]:
-    """The disk has its old size or the last of `sizes`, which it has in the end, and reads as it did."""
+    """The disk has its old size or the last of `sizes`, which it has at the end, and reads as before."""
 
     def look(done: bool) -> None:
         expected, found = Path("expected").read_bytes(), _content("base.vhd")
@@ -247,13 +248,13 @@ def _look_at_size(sizes: tuple[int, ...]) -> Callable[[bool], None]:
 
 
 def _look_at_large(done: bool) -> None:
-    """As `_look_at_size`, of a disk whose end is too far away to be read whole."""
+    """Like `_look_at_size`, for a disk whose end is too far away to read everything."""
     expected = Path("expected").read_bytes()
     with vhdkit.open_disk("base.vhd") as disk:
         assert disk.size_bytes in (_DISK, _LARGER) and (not done or disk.size_bytes == _LARGER)
         assert disk.read(0, _DISK) == expected, "the disk reads otherwise"
         rest = disk.extents(_DISK, disk.size_bytes - _DISK)
-        assert all(extent.kind is vhdkit.ExtentKind.ZERO for extent in rest), "there is something behind the old end"
+        assert all(extent.kind is vhdkit.ExtentKind.ZERO for extent in rest), "there is data after the old end"
 
 
 def _again(*command: str) -> Callable[[], Sequence[str]]:
@@ -318,7 +319,7 @@ SCENES = {
     )
 }
 
-# No rows of the table: their machine lives on from kill to kill, and what one spoils, the next commands find.
+# Not in the table: their machine survives from kill to kill, and the next commands find what one has damaged.
 OTHERS: dict[str, Callable[[float, int], Counter[str]]] = {
     "snapshots": lambda seconds, seed: soak_snapshots.run(1, seed, seconds=seconds),
     "snapshots-running": lambda seconds, seed: soak_snapshots.run(1, seed, seconds=seconds, running=True),
@@ -329,7 +330,7 @@ OTHERS: dict[str, Callable[[float, int], Counter[str]]] = {
 
 
 def main() -> None:
-    """Share the time among the scenes, and tell what was done."""
+    """Divide the time among the scenes, and report what was done."""
     parser = argparse.ArgumentParser(prog="script/soak", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("seconds", type=float, help="for all scenes together")
     parser.add_argument("scenes", nargs="*", choices=[[], *SCENES, *OTHERS], default=[], help="only these")

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A machine's processes killed in a live snapshot, live merge or backup, and another verb at once, for `soak`.
+"""A machine's processes are killed in a live snapshot, live merge or backup, and another verb follows at once, for
+`soak`.
 
-    an operation in a process of its own -> kill the worker, QEMU, both, or everything -> any verb, at once
-    -> all that is left is settled -> every disk is read by a second reader (`plain_reader`) -> the next round
+    an operation in a separate process -> kill the worker, QEMU, both, or everything -> any verb, at once
+    -> unfinished operations are ended -> every disk is read by a second reader (`plain_reader`) -> the next round
 
-The guest counts on its disk, so that an image of which anything was lost reads an older number than the console told.
-Three scenes: `cut-create`, `cut-merge`, `cut-backup`.
+The guest counts on its disk, so an image that lost a write has an older number than the console showed. Three scenes:
+`cut-create`, `cut-merge`, `cut-backup`.
 """
 
 from __future__ import annotations
@@ -45,14 +46,15 @@ NAME = "small"
 _BOOTS = re.compile(r"\[vmm: started|BOOT-OK")
 SCENES = ("cut-create", "cut-merge", "cut-backup")
 _VICTIMS = (("worker",), ("qemu",), ("worker", "qemu"), ("server",), ("keeper", "worker", "qemu", "server"))
-_STATIC = (MIB, 3 * MIB)  # what the guest leaves alone
+_STATIC = (MIB, 3 * MIB)  # what the guest does not write to
 _BEHIND = 3  # ticks that the console may be ahead of the disk
 _PATIENCE_SECONDS = 120.0
-_MANY = 5  # snapshots, from which on one goes
+_MANY = 5  # snapshots, above which one is deleted
 
 
 def run(scene: str, seconds: float, seed: int = 1, *, kills: int = 0) -> Counter[str]:
-    """Kill for so long, and at least so often; what was killed, and what came next. Raises AssertionError."""
+    """Kill for that long, and at least that often; returns what was killed, and what came next. Raises
+    AssertionError."""
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vhdkit-soak-", dir=_fast())))
         manager = stack.enter_context(machine_stage(folder, stack.enter_context(pytest.MonkeyPatch.context())))
@@ -63,7 +65,7 @@ def run(scene: str, seconds: float, seed: int = 1, *, kills: int = 0) -> Counter
             kept = tempfile.mkdtemp(prefix="vhdkit-soak-kept-")
             shutil.copytree(folder, kept, dirs_exist_ok=True, symlinks=True)
             events = [f"{one.name} {one.details.get('problem', '')}" for one in manager.events(NAME)[-25:]]
-            error.add_note(f"{scene}, seed {seed}: {cut.told}; kept in {kept}; events {events}")
+            error.add_note(f"{scene}, seed {seed}: {cut.summary}; kept in {kept}; events {events}")
             raise
 
 
@@ -72,13 +74,13 @@ def _fast() -> str | None:
 
 
 class _Cut:
-    """One machine, and what is known of it."""
+    """One machine, and the expected state of it."""
 
     def __init__(self, manager: Manager, folder: Path, rng: random.Random, scene: str) -> None:
         self._manager, self._folder, self._rng = manager, folder, rng
         self._operation = scene.removeprefix("cut-")
         self._number = 0
-        self.told = ""
+        self.summary = ""
         leaf = make_disk(folder, NAME, BootOptions(print_every=1, write_every=1))
         with vhdkit.open_disk(leaf, writable=True) as disk:
             disk.write(_STATIC[0], rng.randbytes(_STATIC[1] - _STATIC[0]))
@@ -94,9 +96,9 @@ class _Cut:
         end = time.monotonic() + seconds
         while time.monotonic() < end or tally.total() < kills:
             victims, verb = self._rng.choice(_VICTIMS), self._rng.choice(list(self._verbs()))
-            self.told = f"{'+'.join(victims)} in {self._operation}, then {verb}"
+            self.summary = f"{'+'.join(victims)} in {self._operation}, then {verb}"
             self._round(victims, verb)
-            tally[self.told] += 1
+            tally[self.summary] += 1
         return tally
 
     def _round(self, victims: tuple[str, ...], verb: str) -> None:
@@ -113,7 +115,7 @@ class _Cut:
                 living[part].wait(_PATIENCE_SECONDS)
         ticks = self._ticks()
         if self._rng.random() < 0.7:
-            os.kill(command, signal.SIGKILL)  # else it goes on beside what comes next
+            os.kill(command, signal.SIGKILL)  # otherwise it continues alongside what comes next
         with contextlib.suppress(VmmError):
             self._verbs()[verb]()
         os.waitpid(command, 0)
@@ -128,7 +130,7 @@ class _Cut:
     # -- what is done ------------------------------------------------------------------------------------------------
 
     def _prepare(self) -> None:
-        """It runs, its guest counts, and there is something to merge."""
+        """Start it, wait until its guest counts, and make something to merge."""
         small = self._manager.snapshots(NAME)
         names = [one.name for one in small.tree().snapshots.values()]
         for name in names[: max(0, len(names) - _MANY)]:
@@ -137,7 +139,7 @@ class _Cut:
             for _ in range(2):
                 self._number += 1
                 small.create(f"m{self._number}")
-                with vhdkit.open_disk(_leaf(), writable=True) as disk:  # the same again: a merge has work
+                with vhdkit.open_disk(_leaf(), writable=True) as disk:  # the same again: so that a merge has work
                     disk.write(_STATIC[0], self._static)
             small.delete(f"m{self._number}")
         with self._settled():
@@ -195,22 +197,22 @@ class _Cut:
     # -- what must be true -------------------------------------------------------------------------------------------
 
     def _ticks(self) -> int:
-        """What the guest counted to since it booted last, as far as it told."""
+        """The guest's last number since it booted, as far as it has printed it."""
         said = _BOOTS.split(console(self._manager))[-1]
         return max((int(one) for one in re.findall(r"tick (\d+)\r?\n", said)), default=0)
 
     @contextlib.contextmanager
     def _settled(self) -> Iterator[None]:
-        """Nothing is left to settle, and no merge in the background changes anything while one looks."""
+        """No operation is unfinished, and no merge in the background changes anything during the check."""
         self._manager.disks(NAME)
         paths = registry.load(NAME).paths
         with holding(paths, NAME) as held:
             settle(held)
-            assert load_tree(paths).journal is None and not has_note(paths), "something is left to settle"
+            assert load_tree(paths).journal is None and not has_note(paths), "an operation is unfinished"
             yield
 
     def _put_away(self) -> None:
-        """It is off, and no process of it lives."""
+        """It is off, and no process of it is left."""
         runtime = MachineRef.of(NAME).runtime.folder
 
         def is_off() -> bool:
@@ -225,14 +227,14 @@ class _Cut:
             self._manager.discard_saved(NAME)
 
     def _check_count(self, ticks: int) -> None:
-        """The disk has what the guest wrote last: its counter is not behind what the console told."""
+        """The disk has the guest's last writes: its counter is not behind the console's."""
         at = COUNT_LBA * SECTOR
         found = int.from_bytes(read_chain(_leaf(), at, at + SECTOR)[:4], "little")
-        told = max(ticks, self._ticks())
-        assert found >= told - _BEHIND, f"the disk counts to {found}, the guest told {told}"
+        printed = max(ticks, self._ticks())
+        assert found >= printed - _BEHIND, f"the disk counts to {found}, the guest printed {printed}"
 
     def _look(self) -> None:
-        """Every state reads as it did by the second reader, and nothing that is not known lies there."""
+        """Every state reads as before with the second reader, and no unknown files are left."""
         tree = load_tree(registry.load(NAME).paths)
         assert read_chain(_leaf(), *_STATIC) == self._static, "the disk reads otherwise"
         states = {}
@@ -244,9 +246,9 @@ class _Cut:
         self._states = states
         known = {os.path.basename(one) for one in (*tree.images, *tree.frozen(), _leaf())}
         there = {one.name for one in self._folder.iterdir() if one.suffix in (".vhd", ".avhd")}
-        assert there <= known | {f"{NAME}.vhd", f"{NAME}.avhd"}, f"nobody knows of {there - known}"
+        assert there <= known | {f"{NAME}.vhd", f"{NAME}.avhd"}, f"unknown files: {there - known}"
         for parent in {os.path.dirname(one.folder) for one in tree.snapshots.values()}:
-            assert set(os.listdir(parent)) == set(tree.snapshots), "a folder of no snapshot is left"
+            assert set(os.listdir(parent)) == set(tree.snapshots), "a folder without a snapshot is left"
 
 
 def _leaf() -> str:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A snapshot of a machine that runs is interrupted, and any other command follows at once, for `soak`.
+"""A snapshot of a running machine is interrupted, and any other command follows at once, for `soak`.
 
-    `create` in a process of its own -> Ctrl-C or SIGKILL to it at a random moment, while the worker goes on
-    -> at once another command, of any kind -> look -> the next round
+    `create` in a separate process -> Ctrl-C or SIGKILL to it at a random moment, while the worker continues
+    -> at once another command, of any kind -> check -> the next round
 
-The guest counts, and writes what it counted to its disk. Each time its disk must be the image that the definition
-names, and each snapshot must read as it did; now and then the power goes off, and what the guest had written must
-be on the disk. The machine is not put back in between.
+The guest counts, and writes its counter to its disk. Each time its disk must be the image that the definition names,
+and each snapshot must read as before; sometimes the machine is powered off, and what the guest had written must be on
+the disk. The machine is not restored in between.
 """
 
 from __future__ import annotations
@@ -40,17 +40,18 @@ from vmm.store.snapshots.store import holding
 from vmm.store.state import MachineState
 
 NAME = "small"
-MANY = 8  # snapshots, from which on one goes in each round
+MANY = 8  # snapshots, above which one is deleted in each round
 MEMORY_BYTES = 32 * MIB
 _LONGEST_SECONDS = 0.9  # of a snapshot of that much memory, here
 _PATIENCE_SECONDS = 90.0
 _POWER_OFF_CHANCE = 0.15
-_LAG_TICKS = 4  # of what the guest says behind what it writes, and the other way round
+_LAG_TICKS = 4  # of the console's number relative to the disk's, in either direction
 Verb = Callable[[], object]
 
 
 def run(seconds: float, seed: int = 1, *, rounds: int = 0) -> Counter[str]:
-    """So many seconds, and at least so many rounds; how often what came after what. Raises AssertionError."""
+    """Run for so many seconds, and at least so many rounds; returns how often what came after what. Raises
+    AssertionError."""
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vhdkit-soak-")))
         manager = stack.enter_context(machine_stage(folder, stack.enter_context(pytest.MonkeyPatch.context())))
@@ -58,12 +59,12 @@ def run(seconds: float, seed: int = 1, *, rounds: int = 0) -> Counter[str]:
         try:
             return soak.run(seconds, rounds)
         except (AssertionError, VmmError) as error:
-            told = [one.name for one in manager.events(NAME)[-12:]]
-            raise AssertionError(f"interrupted, seed {seed}, {soak.story[-6:]}: {error}; events: {told}") from error
+            events = [one.name for one in manager.events(NAME)[-12:]]
+            raise AssertionError(f"interrupted, seed {seed}, {soak.story[-6:]}: {error}; events: {events}") from error
 
 
 class _Soak:
-    """One machine, and what is known of it."""
+    """One machine, and the expected state of it."""
 
     def __init__(self, manager: Manager, folder: Path, rng: random.Random) -> None:
         self._manager, self._rng, self._folder = manager, rng, folder
@@ -106,10 +107,10 @@ class _Soak:
     # -- what is done ------------------------------------------------------------------------------------------------
 
     def _interrupted(self, number: signal.Signals) -> str:
-        """Begin a snapshot and interrupt the command; what became of it."""
+        """Begin a snapshot and interrupt the command; returns what happened to it."""
         self._number += 1
         name = f"number {self._number}"
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # not before the child is where it ends by it
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # not before the point at which an interrupt ends it
         child = os.fork()
         if child == 0:
             with contextlib.suppress(BaseException):
@@ -125,7 +126,7 @@ class _Soak:
         return "was done" if status == 0 else number.name
 
     def _next(self) -> tuple[str, Verb]:
-        """The command that comes at once, and its name."""
+        """The command that follows at once, and its name."""
         manager, small, rng = self._manager, self._small, self._rng
         known = list(self._states)
         one = rng.choice(known) if known else ""
@@ -152,7 +153,7 @@ class _Soak:
         self._manager.resume(NAME)
 
     def _plug(self) -> None:
-        """A disk is plugged in, or out."""
+        """Add or remove a disk."""
         disk = next((one for one in registry.load(NAME).spec.disks if "plugged" in str(one.path)), None)
         if disk is None:
             self._manager.add_disk(NAME, DiskRequest(str(self._folder / "plugged.vhd"), controller="scsi"))
@@ -160,7 +161,7 @@ class _Soak:
             self._manager.remove_disk(NAME, disk.id)
 
     def _done(self, verb: Verb) -> str:
-        """Whether it was done; a refusal is fine, as long as everything is as it must be."""
+        """True if it was done; a refusal is allowed, as long as everything is consistent."""
         try:
             verb()
         except InUse:
@@ -174,12 +175,12 @@ class _Soak:
         self._wait_counting("the guest counts")
 
     def _wait_counting(self, what: str) -> None:
-        """The guest says another number; a lower one, where it has started anew or gone back."""
+        """Wait for another number of the guest; a lower one if it has restarted or was restored."""
         before = console(self._manager).count("tick")
         wait_until(lambda: console(self._manager).count("tick") > before, what, _PATIENCE_SECONDS)
 
     def _last_said(self) -> int:
-        """The number that the guest said last."""
+        """The guest's last number."""
         return int((re.findall(r"tick (\d+)\n", console(self._manager)) or ["0"])[-1])
 
     def _power_off(self) -> None:
@@ -194,14 +195,14 @@ class _Soak:
     # -- what is looked at -------------------------------------------------------------------------------------------
 
     def _look(self) -> None:
-        """It runs and has settled; its disks are those of its definition; every snapshot reads as it did."""
+        """It runs and nothing is unfinished; its disks are those of its definition; every snapshot reads as before."""
         runtime = MachineRef.of(NAME).runtime.folder
 
         def is_back() -> bool:
             state = self._manager.state(NAME)
             if state in (MachineState.OFF, MachineState.SAVED) and not os.path.exists(runtime):
                 self._look_at_files()
-                with contextlib.suppress(InUse):  # what is merged when it is off has the lock for moments
+                with contextlib.suppress(InUse):  # the merge in the background has the lock for moments
                     self._manager.start(NAME)
             return state is MachineState.RUNNING and set(processes(NAME)) == set(PARTS) and self._is_settled()
 
@@ -217,7 +218,8 @@ class _Soak:
         return self._small.tree().journal is None
 
     def _look_at_files(self) -> None:
-        """While nobody changes them; of a machine that is off what was cut short is settled first, as always."""
+        """Check the files while nothing changes them; for a machine that is off, unfinished operations are ended
+        first, as always."""
         with _patiently(), holding(registry.load(NAME).paths, NAME) as held:
             for disk in registry.load_for_change(held).spec.disks:
                 assert os.path.exists(str(disk.path)), f"{disk.id} is gone: {disk.path}"
@@ -234,7 +236,7 @@ class _Soak:
 
 @contextlib.contextmanager
 def _patiently() -> Iterator[None]:
-    """The machine's lock, when the merging process, which has it for moments, has given it back."""
+    """Take the machine's lock as soon as the merging process, which holds it for moments, has released it."""
     with contextlib.ExitStack() as stack:
 
         def is_ours() -> bool:

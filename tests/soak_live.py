@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A disk that is written to while its layers are merged, for `soak` to kill: what was flushed, or newer, is there.
+"""A disk is written to while its layers are merged, for `soak` to kill: everything flushed, or something newer, is
+there.
 
-The writer keeps a log, a line for each write and each flush, which SIGKILL cannot take back. After a kill every sector
-must read as the last write to it before the last whole flush, or as one of those that came after it.
+The writer keeps a log, a line for each write and each flush, which survives SIGKILL. After a kill every sector must
+read as the last write to it before the last complete flush, or as a later one.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ _SECTORS = DISK // SECTOR_SIZE
 
 
 def pattern(number: int, first: int, count: int) -> bytes:
-    """What write `number` puts there: each sector says which write and which sector it is."""
+    """The data of write `number`: each sector says which write and which sector it is."""
     words = (number << 32 | index for index in range(first, first + count))
     return b"".join(word.to_bytes(8, "little") * (SECTOR_SIZE // 8) for word in words)
 
 
 def make_chain() -> None:
-    """Four layers; the log begins with what is on them, flushed."""
+    """Four layers; the log begins with their content, flushed."""
     with Path(_LOG).open("w") as log:
         number, rng = 0, random.Random("live")
         for layer in reversed(range(len(LAYERS))):
@@ -57,7 +58,7 @@ def _write(disk: vhdkit.Disk, number: int, rng: random.Random, log: int) -> None
 
 
 def newest() -> str:
-    """The image that is the disk now: the upper end of the chain whose base is there."""
+    """The image that is the disk now: the upper end of the chain whose base exists."""
     path = "base.vhd"
     while True:
         children = [name for name in sorted(os.listdir()) if name.endswith(".avhd") and _stands_on(name, path)]
@@ -74,7 +75,8 @@ def _stands_on(child: str, parent: str) -> bool:
 
 
 def merge_while_writing() -> None:
-    """Serve the disk without a client, write from one thread, merge from another: first the middle, then all of it."""
+    """Serve the disk without a client, write from one thread, merge from another: first the middle, then
+    everything."""
     leaf = newest()
     rng = random.Random(os.getpid())
     log = os.open(_LOG, os.O_WRONLY | os.O_APPEND)
@@ -115,7 +117,7 @@ def merge_while_writing() -> None:
 
 
 def look(done: bool) -> None:
-    """Every sector is explained by the log; in the end only the base is left."""
+    """Every sector is explained by the log; at the end only the base is left."""
     _settle()
     written = _written()
     with vhdkit.open_disk(newest(), options=vhdkit.OpenOptions(lock=False)) as disk:
@@ -136,7 +138,8 @@ def look(done: bool) -> None:
 def _written() -> dict[int, set[int]]:
     """Which writes each sector may show: the last one before the last flush, and all later ones.
 
-    What a killed process had not flushed may be there or not, and no later flush of another process decides that.
+    Unflushed writes of a killed process may be there or not, and a later flush of another process does not decide
+    that.
     """
     flushed: dict[int, set[int]] = {}
     since: dict[int, list[int]] = {}

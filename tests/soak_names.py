@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images that are opened and written to while others merge, clear away, replace and rename them, for `soak` to kill.
+"""Images are opened and written to while others merge, remove, replace and rename them, for `soak` to kill.
 
-All of it happens in threads of one process, which SIGKILL ends together: locks belong to an opening of a file, so
-threads keep each other out as processes do. What must be true: while an image is held for writing its name leads to
+Everything happens in threads of one process, which SIGKILL ends together: locks belong to an opening of a file, so
+threads exclude each other as processes do. What must be true: while an image is held for writing, its name leads to
 it, and every write whose flush has returned is read through the newest image, or something newer.
 """
 
@@ -36,7 +36,7 @@ def prepare() -> None:
 
 
 def work() -> None:
-    """Everything at once, for a moment."""
+    """Everything concurrently, for a moment."""
     sys.setswitchinterval(1e-5)
     end, failures = time.monotonic() + _SECONDS, list[BaseException]()
     jobs: list[Callable[[random.Random], None]] = [_write] * _WRITERS
@@ -46,7 +46,7 @@ def work() -> None:
         rng = random.Random(f"{time.time_ns()} {number}")
         try:
             while time.monotonic() < end:
-                with contextlib.suppress(vhdkit.VhdkitError):  # in use, replaced, not there: as it should be
+                with contextlib.suppress(vhdkit.VhdkitError):  # in use, replaced, missing: as intended
                     job(rng)
         except BaseException as error:
             failures.append(error)
@@ -67,12 +67,12 @@ def _newest() -> str:
 def _assert_named(disk: vhdkit.Disk) -> None:
     file = disk.chain.leaf.store
     assert isinstance(file, FileStore)
-    if not os.path.exists(_AWAY):  # renamed by hand: it comes back
+    if not os.path.exists(_AWAY):  # renamed by hand: the name comes back
         assert file.still_named() or os.path.exists(_AWAY), f"{disk.path} is written to and has lost its name"
 
 
 def _write(rng: random.Random) -> None:
-    """Count up in a sector; what the log says has been flushed."""
+    """Count up in a sector; the log has the flushed numbers."""
     sector = rng.randrange(_DISK // SECTOR_SIZE)
     with vhdkit.open_disk(_newest(), writable=True) as disk:
         number = int.from_bytes(disk.read(sector * SECTOR_SIZE, 8), "big") + 1
@@ -113,15 +113,15 @@ def _replace(rng: random.Random) -> None:
 
 
 def _rename(rng: random.Random) -> None:
-    """By hand, without any lock: the base is away for a moment."""
-    time.sleep(rng.uniform(0, 0.05))  # the others run meanwhile
+    """By hand, without any lock: the base is missing for a moment."""
+    time.sleep(rng.uniform(0, 0.05))  # the others run in the meantime
     os.rename("base.vhd", _AWAY)
-    time.sleep(rng.uniform(0, 0.002))  # the others do without it for that long
+    time.sleep(rng.uniform(0, 0.002))  # the others go without it for that long
     os.rename(_AWAY, "base.vhd")
 
 
 def look(done: bool) -> None:
-    """What was flushed is there, or newer; once recovered, the images are sound."""
+    """Flushed data is there, or newer data; after recovery the images are sound."""
     if os.path.exists(_AWAY):
         os.rename(_AWAY, "base.vhd")
     flushed: dict[int, int] = {}
@@ -140,7 +140,7 @@ def look(done: bool) -> None:
 
 
 def finish() -> None:
-    """Whatever was cut short is finished."""
+    """Finish everything that was interrupted."""
     if vhdkit.merge_under_way("base.vhd") is not None:
         vhdkit.resume_merge("base.vhd")
     vhdkit.collect_garbage(".", [_newest(), "other.vhd"], delete=True)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server with `--remember`, killed while it takes snapshots and merges, for `soak`: all that was answered is there.
+"""A server with `--remember` is killed while it takes snapshots and merges, for `soak`: every answered write is there.
 
     serve BASE --follow-leaf --remember NOTES, always the same; a writer, and beside it a thread that prepares leaves,
-    takes snapshots and merges them away -> SIGKILL -> the same command line again -> look
+    takes snapshots and merges them away -> SIGKILL -> the same command line again -> check
 
-The writer keeps a log, a line before each write and one after it was answered, which SIGKILL cannot take back: each
-sector must read as the last answered write to it, or as the one that was in flight when the process died. Flushes do
-not matter to that, so there are few. The log is the model; nothing of the server's is believed.
+The writer keeps a log, a line before each write and one after it was answered, which survives SIGKILL: each sector
+must read as the last answered write to it, or as the one that was in flight when the process died. Flushes do not
+affect that, so there are few. The log is the model; no data of the server is trusted.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def prepare() -> None:
 
 
 def serve_and_change() -> None:
-    """Serve the newest leaf of the base, write, and change the chain under the writer."""
+    """Serve the newest leaf of the base, write, and change the chain while writing."""
     exports = open_exports([Wanted(os.path.abspath(BASE), "disk")], _manner())
     rng = random.Random(os.getpid())
     server = NbdServer(exports)
@@ -68,7 +68,7 @@ def serve_and_change() -> None:
 
 
 def prepare_and_die() -> None:
-    """A new leaf is made for a snapshot, then a write is answered, then the server is killed: no chance is in it."""
+    """A new leaf is made for a snapshot, then a write is answered, then the server is killed: deterministic."""
     exports = open_exports([Wanted(os.path.abspath(BASE), "disk")], _manner())
     server = NbdServer(exports)
     Operations(server, exports).methods()["prepare"].work({"exports": {"disk": None}})

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Snapshots of a machine that runs, with one of its processes killed in the middle of each, for `soak`.
+"""Snapshots of a running machine, with one of its processes killed in the middle of each, for `soak`.
 
-    a verb (create, apply, delete, live merge) in a process of its own -> kill the worker, the disks' server, QEMU or
-    the command -> what died comes back, or the machine is started again -> look -> the next verb
+    a verb (create, apply, delete, live merge) in a separate process -> kill the worker, the disk server, QEMU or
+    the command -> dead processes are replaced, or the machine is started again -> check -> the next verb
 
-The machine is not put back in between: what one kill spoils shows in one of the next rounds. Every snapshot must read
-as it did when it was taken, the disk as its guest left it, and nothing may be left over.
+The machine is not restored in between: the damage of one kill shows in one of the next rounds. Every snapshot must
+read as it did when it was taken, the disk as its guest left it, and nothing may be left over.
 """
 
 from __future__ import annotations
@@ -39,14 +39,15 @@ from vmm.store.state import MachineState
 NAME = "small"
 _VERBS = ("create", "apply", "delete", "merge")
 _VICTIMS = ("worker", "server", "qemu", "command")
-_MANY = 6  # snapshots, from which on one goes
-_STATIC = (MIB, 6 * MIB)  # the part of the disk that the guest leaves alone
+_MANY = 6  # snapshots, above which one is deleted
+_STATIC = (MIB, 6 * MIB)  # the part of the disk that the guest does not write to
 _PATIENCE_SECONDS = 90.0
 _GUEST_SECONDS = 40.0  # its BIOS waits for a disk for 32 s
 
 
 def run(seconds: float, seed: int = 1, *, kills: int = 0) -> Counter[str]:
-    """Kill for so long, and at least so often; how often each was killed in each verb. Raises AssertionError."""
+    """Kill for that long, and at least that often; returns how often each was killed in each verb. Raises
+    AssertionError."""
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vhdkit-soak-")))
         manager = stack.enter_context(machine_stage(folder, stack.enter_context(pytest.MonkeyPatch.context())))
@@ -58,7 +59,7 @@ def run(seconds: float, seed: int = 1, *, kills: int = 0) -> Counter[str]:
 
 
 class _Soak:
-    """One machine, and what is known of it."""
+    """One machine, and the expected state of it."""
 
     def __init__(self, manager: Manager, folder: Path, rng: random.Random) -> None:
         self._manager, self._rng = manager, rng
@@ -117,7 +118,7 @@ class _Soak:
         return lambda small: small.merge_live(max_rate_bytes=2 * MIB)
 
     def _killed(self, work: Callable[[MachineSnapshots], object], victim: str) -> bool:
-        """True when there was somebody to kill."""
+        """True if there was a process to kill."""
         child = os.fork()
         if child == 0:
             with contextlib.suppress(BaseException):
@@ -136,7 +137,7 @@ class _Soak:
         return killed and (victim != "command" or os.WIFSIGNALED(status))
 
     def _come_back(self) -> None:
-        """All four processes live, the guest runs, and nobody is at work on the snapshots."""
+        """All four processes live, the guest runs, and no process works on the snapshots."""
         runtime = MachineRef.of(NAME).runtime.folder
 
         def is_back() -> bool:
@@ -154,8 +155,8 @@ class _Soak:
                 _GUEST_SECONDS,
             )
         except AssertionError as error:
-            told = [one.name for one in self._manager.events(NAME)[-20:]]
-            error.add_note(f"it said {console(self._manager)[-200:]!r}, and its machine {told}")
+            events = [one.name for one in self._manager.events(NAME)[-20:]]
+            error.add_note(f"its console: {console(self._manager)[-200:]!r}; its events: {events}")
             raise
 
     def _look(self) -> None:
@@ -170,10 +171,10 @@ class _Soak:
                 assert os.stat(os.path.join(snapshot.folder, f"{snapshot.id}.bin")).st_size == snapshot.memory_bytes
         parents = {os.path.dirname(one.folder) for one in tree.snapshots.values()}
         folders = {name for parent in parents for name in os.listdir(parent)}
-        assert folders == set(tree.snapshots), "a folder of no snapshot is left"
+        assert folders == set(tree.snapshots), "a folder without a snapshot is left"
         known = {os.path.basename(path) for path in (*tree.images, *tree.frozen(), _leaf())}
         strange = self._machines.images() - known - {f"{NAME}.vhd", f"{NAME}.avhd"}
-        assert not strange, f"nobody knows of {strange}"
+        assert not strange, f"unknown files: {strange}"
 
     def _read_states(self) -> dict[str, dict[str, str]]:
         return {one: self._machines.of_snapshot(NAME, one) for one in self._small.tree().snapshots}

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A machine under random commands, each of which may be killed or interrupted anywhere, and the next drawn at random.
+"""A machine under random commands, each of which may be killed or interrupted anywhere, and the next one drawn at
+random.
 
-    a command, in a process of its own:   to its end, or
+    a command, in a separate process:     to its end, or
                                           killed, or stopped by Ctrl-C, before its n-th change of a file, or
                                           just before or after it wrote its n-th journal, whatever that says
-    the next command, whichever it is     settles what the one before left
+    the next command, whichever it is     finishes or undoes what the previous one left
     every disk of every state is read by `plain_reader` and compared with what it must be
 
-`Driver` knows of each snapshot what it must read as, and of the present state all that it may be: a command that was
-cut short happened or did not. `python -m tests.soak_snapshots --steps 1000 --seed 7` runs it; the same seed draws the
-same commands. With `--running` the machine is started now and then: commands meet a guest that runs, while its worker,
-its disks' server, QEMU, the command, or all of them are killed, at any moment or as soon as a journal is there. The
-guest writes nothing but what it wrote when it was first started, so every state is known to the byte.
+`Driver` knows the expected content of each snapshot, and every possible content of the present state: a command that
+was cut short happened or did not. `python -m tests.soak_snapshots --steps 1000 --seed 7` runs it; the same seed draws
+the same commands. With `--running` the machine is sometimes started: commands run against a running guest, while its
+worker, its disk server, QEMU, the command, or all of them are killed, at any moment or as soon as a journal exists.
+The guest writes only what it wrote when it was first started, so every state is known to the byte.
 """
 
 from __future__ import annotations
@@ -52,13 +53,13 @@ from vmm.store.state import MachineState
 NAME = "soak"
 _DISK = 1 << 20
 _IMAGES = ("one.vhd", "two.vhd")
-_MANY = 7  # snapshots, from which on some go
+_MANY = 7  # snapshots, above which some are deleted
 _FIRST = 64 << 10  # below it is the guest's own
-_SESSIONS = 0.08  # of all commands are a start, and what follows while the guest runs
+_SESSIONS = 0.08  # share of starts among the commands, with what follows while the guest runs
 _VICTIMS = ("nothing", "nothing", "command", "worker", "server", "qemu", "all")
 _JOURNAL = Journal(store, "write_whole", "snapshots.json")
 _ENDS = ("done", "refused", "interrupted", "failed")
-_JOURNAL_SECONDS = 1.0  # for a journal to be there
+_JOURNAL_SECONDS = 1.0  # for a journal to appear
 
 State = tuple[str, ...]  # the hash of each disk
 Work = Callable[[vmm.Manager, MachineSnapshots], object]
@@ -66,18 +67,18 @@ Work = Callable[[vmm.Manager, MachineSnapshots], object]
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One command: what it does, what the machine may be afterwards, and what it says when it was done."""
+    """One command: what it does, what the machine may be afterwards, and what it returns when it is done."""
 
     name: str
     work: Work
     target: str | None = None  # the snapshot it is about
     after: State | None = None  # what the present state may be afterwards
     takes: bool = False  # a snapshot of the present state
-    check: Callable[[], None] | None = None  # when it was done
+    check: Callable[[], None] | None = None  # after it was done
 
 
 class Driver:
-    """One machine with two disks, and what is known of it."""
+    """One machine with two disks, and the expected state of it."""
 
     def __init__(self, manager: vmm.Manager, folder: Path, seed: int, *, running: bool = False) -> None:
         self.rng, self.running = random.Random(seed), running
@@ -94,7 +95,7 @@ class Driver:
             NAME, disks=[vmm.DiskRequest(str(self.images / name)) for name in _IMAGES],
             memory_bytes=16 << 20, accelerator="tcg", background_capture=True,
         )  # fmt: skip
-        if running:  # what it writes when it starts stands there from now on
+        if running:  # what it writes when it starts is there from now on
             manager.start(NAME)
             wait_until(lambda: "tick" in console(manager, NAME), "the guest counts")
             self._end_session()
@@ -102,19 +103,19 @@ class Driver:
         self.snapshots: dict[str, State] = {}
         self.tally: Counter[str] = Counter()
         self.history: list[str] = []
-        self._lengths: dict[str, int] = {}  # of each command: how many changing calls it makes
+        self._lengths: dict[str, int] = {}  # for each command: how many changing calls it makes
         self._number = 0
 
     # -- running ------------------------------------------------------------------------------------------------
 
     def run(self, steps: int, seconds: float = 0.0) -> None:
-        """At least so many commands for at least so long, half of them cut short. Raises AssertionError."""
+        """Run at least that many commands for at least that long, half of them cut short. Raises AssertionError."""
         end = time.monotonic() + seconds
         try:
             while len(self.history) < steps or time.monotonic() < end:
                 self._step()
             self._one(self._merge(), Injection(""))
-            assert self._journal() is None, "a journal is left in the end"
+            assert self._journal() is None, "a journal is left at the end"
         except AssertionError as error:
             error.add_note("the last commands: " + "; ".join(self.history[-8:]))
             raise
@@ -143,7 +144,7 @@ class Driver:
             step.check()
 
     def _in_a_process(self, step: Step, injection: Injection) -> tuple[str, str]:
-        """("done", "refused", "interrupted", "killed" or "failed", what it said)."""
+        """("done", "refused", "interrupted", "killed" or "failed", its message)."""
         reading, writing = os.pipe()
         child = os.fork()
         if child == 0:
@@ -157,8 +158,8 @@ class Driver:
             finally:
                 os._exit(0)
         os.close(writing)
-        with os.fdopen(reading, "rb") as told:
-            raw = told.read()
+        with os.fdopen(reading, "rb") as outcome:
+            raw = outcome.read()
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if status == KILLED:
             return "killed", ""
@@ -259,7 +260,7 @@ class Driver:
         return Step("backup", lambda manager, snapshots: manager.backup(NAME, str(folder)), check=check)
 
     def _write(self) -> Step:
-        """What a guest would have written, to both disks; never cut short here: images have tests of that."""
+        """Write to both disks as a guest would; never cut short here: that has its own tests."""
         offset, data = self.rng.randrange(_FIRST, _DISK, 4096), self.rng.randbytes(4096)
 
         def write(manager: vmm.Manager, snapshots: MachineSnapshots) -> None:
@@ -274,7 +275,7 @@ class Driver:
     # -- a guest that runs -----------------------------------------------------------------------------------------
 
     def _session(self) -> None:
-        """Start the machine, have some commands meet it while something of it is killed, and end it in some way."""
+        """Start the machine, run some commands against it while something of it is killed, and end it in some way."""
         self._one(Step("start", lambda manager, snapshots: manager.start(NAME)), Injection(""))
         for _ in range(self.rng.randint(1, 3)):
             makers = [self._create, self._merge_live, self._backup]
@@ -295,14 +296,15 @@ class Driver:
             else:
                 self._kill_all()
         if self._journal() is not None:
-            return  # the next command, whichever it is, puts it in order
+            return  # the next command, whichever it is, repairs it
         self._judge(before | self.now)
 
     def _merge_live(self) -> Step:
         return Step("merge --live", lambda manager, snapshots: snapshots.merge_live())
 
     def _meet(self, step: Step, victim: str, seconds: float | None) -> str:
-        """Run the command against the running machine and kill the victim after so long, or beside a journal."""
+        """Run the command against the running machine and kill the victim after that time, or when a journal
+        appears."""
         child = os.fork()
         if child == 0:
             try:
@@ -329,7 +331,7 @@ class Driver:
             time.sleep(seconds)  # the moment of the kill
 
     def _end_session(self) -> None:
-        """Switch it off, whatever state it is in."""
+        """Power it off, whatever state it is in."""
         with contextlib.suppress(VmmError):
             self.manager.stop(NAME)
         self._kill_all()
@@ -340,16 +342,16 @@ class Driver:
     # -- what must be -------------------------------------------------------------------------------------------
 
     def _expect(self, step: Step, end: str) -> None:
-        """Take into account what the command did, or may have done."""
-        if step.name == "write":  # cut short, some of the disks have it
+        """Record what the command did, or may have done."""
+        if step.name == "write":  # if it was cut short, only some of the disks have it
             self.now = {self._present()}
         elif step.after is not None:
             self.now = {step.after} if end == "done" else self.now | {step.after}
 
     def _judge(self, taken: set[State]) -> None:
-        """Read every state that is there; a new snapshot is one of those `taken`.
+        """Read every existing state; a new snapshot must be one of those `taken`.
 
-        The present one is judged once nothing is unfinished.
+        The present state is judged when no operation is unfinished.
         """
         tree = self._tree()
         settled = self._journal() is None
@@ -378,10 +380,10 @@ class Driver:
         known = {os.path.basename(path) for path in tree["images"]} | set(_IMAGES)
         known |= {os.path.basename(path) for path in self._paths()}
         strange = {path.name for path in self.images.iterdir() if path.suffix in (".vhd", ".avhd")} - known
-        assert not strange, f"no definition knows {sorted(strange)}"
+        assert not strange, f"no definition names {sorted(strange)}"
         folders = {os.path.dirname(one["folder"]) for one in tree["snapshots"]}
         left = {name for folder in folders if os.path.isdir(folder) for name in os.listdir(folder)}
-        assert left <= {one["id"] for one in tree["snapshots"]}, "a folder of no snapshot is left"
+        assert left <= {one["id"] for one in tree["snapshots"]}, "a folder without a snapshot is left"
 
     def _home(self) -> Path:
         return Path(os.environ["VMM_HOME"]) / "machines" / NAME
@@ -408,7 +410,7 @@ class Driver:
 
 def _snapshots() -> MachineSnapshots:
     snapshots = vmm.Manager().snapshots(NAME)
-    # Merging is a command of its own here.
+    # Merging is a separate command here.
     StoppedMachine.merge_in_background = lambda self: None  # type: ignore[method-assign]
     return snapshots
 
@@ -426,7 +428,7 @@ def _outcome(work: Callable[[], object]) -> dict[str, str]:
 
 
 def run(steps: int, seed: int = 1, *, seconds: float = 0.0, running: bool = False) -> Counter[str]:
-    """So many commands on a machine of its own; how each ended, and which followed which journal."""
+    """Run that many commands on a new machine; returns how each ended, and which followed which journal."""
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vhdkit-soak-")))
         manager = stack.enter_context(machine_stage(folder, stack.enter_context(pytest.MonkeyPatch.context())))
@@ -442,7 +444,7 @@ def run(steps: int, seed: int = 1, *, seconds: float = 0.0, running: bool = Fals
 
 
 def main() -> None:
-    """Run it, and say what was seen."""
+    """Run it, and report the result."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.soak_snapshots", description=(__doc__ or "").splitlines()[0]
     )

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests share: what they need from the machine, where samples are, which files make up the project.
+"""What tests share: their requirements on the machine, where the samples are, which files belong to the project.
 
-A test asks here for a tool. Where it is missing the test is skipped with the reason on a developer's machine
-and fails with it in CI (`CI=true`), so that a green run in CI has run everything. Only the samples are
-optional in both: they are not part of the project.
+A test requests its tools here. If one is missing, the test is skipped with the reason on a developer's machine and
+fails with it in CI (`CI=true`), so that a green run in CI has run everything. Only the samples are optional in both:
+they are not part of the project.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ _DEBIAN_PACKAGE = {
 
 
 def in_ci() -> bool:
-    """True where a missing tool must make a test fail."""
+    """True if a missing tool must make a test fail."""
     return os.environ.get("CI", "").lower() in ("1", "true", "yes")
 
 
@@ -92,14 +92,14 @@ def daily_or_nightly(daily: int, nightly: int) -> int:
 
 
 def not_available(reason: str) -> NoReturn:
-    """End the test: skipped with the reason on a developer's machine, failed in CI."""
+    """End the test: skip it with the reason on a developer's machine, fail it in CI."""
     if in_ci():
         pytest.fail(f"{reason} (a test may not be skipped in CI)", pytrace=False)
     pytest.skip(reason)
 
 
 def require_tool(name: str) -> str:
-    """The full path of a command, or the end of the test."""
+    """The full path of a command; ends the test if it is missing."""
     path = shutil.which(name, path=_TOOL_PATH)
     if path is None:
         not_available(f"needs the command {name}: {_how_to_get(name)}")
@@ -113,7 +113,7 @@ def require_root() -> None:
 
 
 def require_root_and_namespaces() -> None:
-    """End the test unless it can make network namespaces: root, `ip`, and a kernel that lets us."""
+    """End the test unless it can make network namespaces: root, `ip`, and a kernel that allows it."""
     if os.geteuid() != 0:
         not_available("needs root, for network namespaces of its own")
     name = f"vmmt-probe-{os.getpid()}"
@@ -126,17 +126,17 @@ def require_module(name: str) -> None:
     """End the test unless this Python has the module."""
     try:
         found = importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # the package that should hold it is missing
+    except ModuleNotFoundError:  # the package that should contain it is missing
         found = False
     if not found:
         not_available(f"needs the Python module {name}: run script/setup")
 
 
 def require_pyvhdi() -> str:
-    """A Python interpreter that can `import pyvhdi`, or the end of the test.
+    """A Python interpreter that can `import pyvhdi`; ends the test if there is none.
 
-    libvhdi's binding comes as a package of the system, so the system's interpreter has it and ours has not:
-    run a small program with it (`run([require_pyvhdi(), "-c", program, path])`).
+    libvhdi's binding is a package of the system, so the system's interpreter has it and ours does not: run a small
+    program with it (`run([require_pyvhdi(), "-c", program, path])`).
     """
     if not _imports(SYSTEM_PYTHON, "pyvhdi"):
         not_available(f"needs the module pyvhdi in {SYSTEM_PYTHON}: {_how_to_get('pyvhdi')}")
@@ -144,7 +144,7 @@ def require_pyvhdi() -> str:
 
 
 def require_nbdkit() -> str:
-    """nbdkit, with a python plugin that can load us, or the end of the test."""
+    """nbdkit, with a python plugin that can load our modules; ends the test if there is none."""
     program = require_tool("nbdkit")
     dump = subprocess.run([program, "python", "--dump-plugin"], capture_output=True, text=True, check=False).stdout
     if not dump:
@@ -156,26 +156,28 @@ def require_nbdkit() -> str:
 
 
 def require_libnbd() -> str:
-    """A Python interpreter that can `import nbd`, or the end of the test: libnbd's binding is the system's, too."""
+    """A Python interpreter that can `import nbd`; ends the test if there is none. libnbd's binding is the system's,
+    too."""
     if not _imports(SYSTEM_PYTHON, "nbd"):
         not_available(f"needs the module nbd in {SYSTEM_PYTHON}: {_how_to_get('nbd')}")
     return SYSTEM_PYTHON
 
 
 def require_qemu() -> str:
-    """The machine emulator, or the end of the test."""
+    """The machine emulator; ends the test if it is missing."""
     return require_tool("qemu-system-x86_64")
 
 
 def require_boot_sector_guest() -> str:
-    """QEMU, with what the boot-sector guest (tests.vmm.guests.boot_sector) is made with, or the end of the test."""
+    """QEMU and the tools that make the boot-sector guest (tests.vmm.guests.boot_sector); ends the test if one is
+    missing."""
     require_tool("as")
     require_tool("ld")
     return require_qemu()
 
 
 def require_linux_guest() -> LinuxGuest:
-    """The Linux guest (tests.vmm.guests.linux), made when it must be, and QEMU; or the end of the test."""
+    """The Linux guest (tests.vmm.guests.linux), made if necessary, and QEMU; ends the test if one is missing."""
     from tests.vmm.guests import linux, tools
 
     require_qemu()
@@ -186,7 +188,7 @@ def require_linux_guest() -> LinuxGuest:
 
 
 def require_kvm() -> str:
-    """QEMU on a machine whose KVM this user may open, or the end of the test."""
+    """QEMU, on a machine whose KVM this user may open; ends the test otherwise."""
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         not_available("needs /dev/kvm, readable and writable for this user")
     return require_qemu()
@@ -205,7 +207,7 @@ def _how_to_get(name: str) -> str:
 
 
 def run(command: Sequence[str | os.PathLike[str]], *, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    """Run a program that must succeed; when it does not, the test fails with what it said."""
+    """Run a program that must succeed; if it does not, the test fails with its output."""
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
     if done.returncode != 0:
         words = " ".join(os.fspath(word) for word in command)
@@ -221,7 +223,7 @@ def _samples_folder() -> Path:
 def samples_dir() -> Path:
     """The folder of real images: $VHDKIT_SAMPLES, else `../shared/samples` beside the project.
 
-    Where it is absent the test is skipped, in CI too: the samples are not part of the project.
+    If it is absent the test is skipped, even in CI: the samples are not part of the project.
     """
     folder = _samples_folder()
     if not folder.is_dir():
@@ -238,10 +240,10 @@ def sample(name: str) -> Path:
 
 
 def expected_samples(name: str = "expected.json") -> dict[str, dict[str, Any]]:
-    """What the samples must read as, from one of their `expected.json` files.
+    """The expected content of the samples, from one of their `expected.json` files.
 
-    Empty where the samples are absent, so that a `parametrize` over it collects everywhere (pytest then
-    shows one skipped case).
+    Empty if the samples are absent, so that a `parametrize` over it can be collected everywhere (pytest then shows one
+    skipped case).
     """
     try:
         text = (_samples_folder() / name).read_text(encoding="utf-8")
@@ -259,7 +261,7 @@ def python_files(*folders: str) -> Iterator[tuple[str, str]]:
 
 
 def project_text_files() -> Iterator[tuple[str, str]]:
-    """(path from the root, text) of every file that people wrote: code, scripts, documents, settings."""
+    """(path from the root, text) of every file written by hand: code, scripts, documents, settings."""
     yield from python_files(*CODE_FOLDERS)
     others = [path for folder in ("docs", "script", ".ci") for path in (ROOT / folder).rglob("*")]
     others += [*ROOT.glob("*.md"), *ROOT.glob("*.toml"), ROOT / ".gitignore"]

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Constructors of vhdkit only put values together: none takes a lock, opens a file, or reads or writes one.
+"""Constructors of vhdkit only combine values: none takes a lock, opens a file, or reads or writes one.
 
-What takes or reads something is a function, or a context that gives it back. So a value can be made in a test without
-a file, and what an operation holds is seen where it begins. The length of a file may be asked.
+Whatever takes a lock or reads something is a function, or a context that releases it. So a value can be made in a test
+without a file, and what an operation holds is visible where it begins. A constructor may ask for the length of a file.
 
-The source is parsed, never imported. A constructor is followed into the methods and functions of its own module; what
-other modules do counts by its name. One bad line proves for every way to break the rule that it can fail.
+The source is parsed, never imported. A constructor is followed into the methods and functions of its own module; calls
+into other modules count by their names. For every way to break the rule, one bad line proves that the check can fail.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.support import python_files
 from tests.test_layering import OS_EVERYWHERE, parsed
 
 CONSTRUCTORS = {"__init__", "__new__", "__post_init__"}
-# Calls by these names, of whatever object or module.
+# Calls with these names, on any object or module.
 LOCKING = {
     "become_reader",
     "become_writer",
@@ -84,7 +84,7 @@ CHANGING = {
 }
 FORBIDDEN = LOCKING | OPENING | READING | CHANGING
 OS_ALLOWED = OS_EVERYWHERE | {"getegid", "geteuid", "getgid", "getpid", "getuid"}
-# Classes that are a thing of the system, which exists from the constructor on and is given back by `close` or `with`.
+# Classes that represent a resource of the system, from the constructor on; `close` or `with` releases it.
 RESOURCES = {
     "vhdkit/folder.py": {"NewFile"},
     "vhdkit/shared_words.py": {"SharedWords"},
@@ -93,7 +93,7 @@ RESOURCES = {
 
 
 def complaints(path: str, source: str) -> Iterator[str]:
-    """The calls of constructors that do more than put values together."""
+    """The calls in constructors that do more than combine values."""
     tree = parsed(source)
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
     for node in ast.walk(tree):
@@ -106,7 +106,7 @@ def complaints(path: str, source: str) -> Iterator[str]:
 def _calls(
     todo: list[ast.FunctionDef], methods: dict[str, ast.FunctionDef], functions: dict[str, ast.FunctionDef]
 ) -> Iterator[tuple[int, str]]:
-    """(line, call) of what is forbidden in these functions, and in those of this module that they call."""
+    """(line, call) of forbidden calls in these functions, and in those of this module that they call."""
     seen: set[str] = set()
     while todo:
         for node in ast.walk(todo.pop()):
@@ -130,14 +130,14 @@ def _calls(
                 todo.append(inner)
 
 
-def test_constructors_only_put_values_together() -> None:
+def test_constructors_only_combine_values() -> None:
     """No constructor in vhdkit takes a lock, opens, reads or writes."""
     found = [one for path, source in python_files("vhdkit") for one in complaints(path, source)]
     assert not found, "\n" + "\n".join(found)
 
 
 def test_every_listed_resource_needs_its_exception() -> None:
-    """The list of exceptions names no class that keeps the rule."""
+    """The list of exceptions names no class that follows the rule."""
     sources = dict(python_files("vhdkit"))
     for path, names in RESOURCES.items():
         without = list(complaints("elsewhere.py", sources[path]))
@@ -161,7 +161,7 @@ def test_every_listed_resource_needs_its_exception() -> None:
 )
 @pytest.mark.parametrize("name", sorted(CONSTRUCTORS))
 def test_the_rule_can_fail(name: str, body: str) -> None:
-    """Self-test: it complains about each way to break it, also by way of a method or a function."""
+    """Self-test: each violation is reported, also through a method or a function."""
     source = f"class A:\n    def {name}(self, store, path):\n        {body}\n"
     source += "    def _take(self):\n        self.store.lock(writer=True)\n\n\ndef take(store):\n    store.lock()\n"
     assert list(complaints("vhdkit/chain/verbs/merge.py", source))

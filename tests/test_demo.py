@@ -30,8 +30,8 @@ def start_demo(folder: Path) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def test_what_the_readme_shows_is_in_it() -> None:
-    """Each command that README.md shows of its output is one that it runs, and prints."""
+def test_the_demo_runs_what_the_readme_shows() -> None:
+    """Each command of the output in README.md is run by the demo and printed."""
     script = (ROOT / "script" / "demo").read_text(encoding="utf-8")
     shown = re.findall(r"^\$ (.*)", _shown_in_readme(), re.MULTILINE)
     assert len(shown) > 3
@@ -40,8 +40,8 @@ def test_what_the_readme_shows_is_in_it() -> None:
         assert said in script, line
 
 
-def test_in_ci_nothing_is_left_out(tmp_path: Path) -> None:
-    """A missing program is named, with what comes instead; with CI=true the demo fails there."""
+def test_missing_programs_fail_in_ci(tmp_path: Path) -> None:
+    """A missing program is named, with the replacement; with CI=true the demo fails."""
     programs = tmp_path / "programs"
     programs.mkdir()
     for name in ("bash", "dirname", "mktemp", "rm", "mkdir", "seq", "head", "truncate", "cat", "dd"):
@@ -63,9 +63,9 @@ def test_in_ci_nothing_is_left_out(tmp_path: Path) -> None:
         assert list(scratch.iterdir()) == []
 
 
-@pytest.mark.nightly  # CI runs the demo by itself, where it fails by itself
-def test_demo(tmp_path: Path) -> None:
-    """It ends well, shows the verbs, proves one content four ways, and cleans up."""
+@pytest.mark.nightly  # CI runs the demo separately, where it fails by itself
+def test_the_demo_succeeds(tmp_path: Path) -> None:
+    """It exits with 0, shows the verbs, proves the same content in four ways, and cleans up."""
     require_tool("mke2fs")
     require_tool("debugfs")
     require_tool("nbdcopy")
@@ -89,7 +89,7 @@ def test_demo(tmp_path: Path) -> None:
         "$ vhdkit compact base.vhd", "resized 64.0 MiB (67108864 bytes) -> 128.0 MiB",
     ):  # fmt: skip
         assert words in output
-    for line in re.findall(r"^\$ .*", _shown_in_readme(), re.MULTILINE):  # what the README shows of it
+    for line in re.findall(r"^\$ .*", _shown_in_readme(), re.MULTILINE):  # what the README shows
         assert f"\n{line}\n" in output, line
     hashes = [line.split()[0] for line in output.splitlines() if len(line.split(" ")[0]) == 64]
     assert len(hashes) == 4 and len(set(hashes)) == 1

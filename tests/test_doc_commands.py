@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every command and program in the README and in docs/ runs, in the order given, and prints what the page shows.
 
-A page is a `Scene`: what must be there before its commands are typed (files that the reader has, a guest in place of
-one that he installs), and which commands go on until Ctrl-C. A page without one runs in an empty folder. What is not
-run is in LEFT_OUT, with the reason. docs/recovery.md has a scene for each of its cases: test_recovery.py.
+A page is a `Scene`: what must exist before its commands are run (files that the reader has, a guest in place of an
+installed one), and which commands run until Ctrl-C. A page without one runs in an empty folder. LEFT_OUT has the
+commands that are not run, with the reason. docs/recovery.md has a scene for each of its cases: test_recovery.py.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ Prepare = Callable[[Path], object]
 
 @dataclass(frozen=True)
 class Scene:
-    """What a page's commands need. Commands are named by their text without the comment."""
+    """What a page's commands need. Commands are identified by their text without the comment."""
 
     before: Mapping[str, Prepare] = field(default_factory=dict)  # a command, or the heading of a section
     until: Mapping[str, str] = field(default_factory=dict)  # what a command begins with -> printed before Ctrl-C
     needs: Callable[[], object] = lambda: None
-    namespace: Callable[[Namespaces], str] | None = None  # the network namespace that all of it runs in
+    namespace: Callable[[Namespaces], str] | None = None  # the network namespace in which everything runs
 
 
 # (page, command) -> why it is not run.
@@ -101,7 +101,7 @@ def warm() -> Iterator[WarmCommands]:
 
 
 def things(page: str, *, install: bool = False) -> list[Command | Block]:
-    """The page's commands, and its programs as blocks, in their order; those under "Install" apart from the others."""
+    """The page's commands, and its programs as blocks, in order; those under "Install" or the others."""
     found: list[Command | Block] = []
     for block in (one for one in blocks(page) if (one.heading == "Install") == install):
         found += [block] if block.language == "python" else block.commands()
@@ -122,7 +122,7 @@ def without_mounts(folder: Path) -> Iterator[None]:
 
 
 def type_page(page: str, scene: Scene, shell: Shell, folder: Path) -> None:
-    """Type everything that the page has, in its order."""
+    """Run everything on the page, in order."""
     heading = ""
     for thing in things(page):
         if thing.heading != heading and (prepare := scene.before.get(thing.heading)):
@@ -143,7 +143,7 @@ def type_page(page: str, scene: Scene, shell: Shell, folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in pages() if page not in OWN_TEST and things(page)])
 def test_page(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warm: WarmCommands) -> None:
-    """Each command of the page ends and prints as the page says."""
+    """Each command of the page exits and prints as the page shows."""
     scene = SCENES.get(page, Scene())
     scene.needs()
     folder = tmp_path / "reader"
@@ -164,12 +164,13 @@ def test_page(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warm: 
 
 @pytest.mark.slow
 def test_install(tmp_path: Path) -> None:
-    """The README's lines install both commands from a clone, the wheel has both packages; no network is used."""
+    """The README's lines install both commands from a clone, and the wheel contains both packages; no network is
+    used."""
     clone, home, libraries = tmp_path / "clone", tmp_path / "home", tmp_path / "libraries"
     for folder in (home, libraries):
         folder.mkdir()
     clone_into(clone)
-    # The new environment finds what ours has, so that pip needs no index; our own project it must install.
+    # The new environment finds the packages of ours, so that pip needs no index; it must install our own project.
     for path in Path(sysconfig.get_path("purelib")).iterdir():
         if "vhdkit" not in path.name:
             (libraries / path.name).symlink_to(path)
@@ -191,7 +192,7 @@ def test_install(tmp_path: Path) -> None:
 
 
 def clone_into(clone: Path) -> None:
-    """What a wheel is built from, and the environment that script/setup makes."""
+    """The files that a wheel is built from, and the environment that script/setup makes."""
     for name in ("vhdkit", "vmm"):
         shutil.copytree(ROOT / name, clone / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -200,7 +201,7 @@ def clone_into(clone: Path) -> None:
 
 
 def test_debian_packages() -> None:
-    """What the README has people install with apt is what script/setup installs under the same names."""
+    """The packages in the README's apt commands are those that script/setup installs under the same names."""
     setup = (ROOT / "script" / "setup").read_text(encoding="utf-8")
     known = {line.split()[1] for line in setup.split("TOOLS='")[1].split("'")[0].splitlines() if line}
     table = (ROOT / "README.md").read_text(encoding="utf-8").split("| extra |")[1].split("\n\n")[0]
@@ -208,7 +209,7 @@ def test_debian_packages() -> None:
     assert named and named <= known, named - known
 
 
-def test_what_is_left_out_is_there() -> None:
+def test_exceptions_are_still_needed() -> None:
     """Each exception, stand-in and Ctrl-C belongs to a command that a page still has."""
     for page, words in LEFT_OUT:
         assert words in {one.words for one in things(page) if isinstance(one, Command)}, (page, words)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands that a page, a help text or a docstring only mentions are there: the verb, and each option it is given."""
+"""Commands that a page, a help text or a docstring mentions exist: the verb, and each of its options."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vhdkit.cli.main import main as vhdkit_main
 from vmm.cli.main import main as vmm_main
 
 ROOTS: dict[str, click.Command] = {"vhdkit": vhdkit_main, "vmm": vmm_main}
-WITHOUT_JSON = ("vmm console",)  # what it prints is the guest's
+WITHOUT_JSON = ("vmm console",)  # its output is the guest's
 _MENTIONED = re.compile(r"`((?:vhdkit|vmm) [a-z][^`]*)`")
 _IN_CODE = re.compile(r"`((?:vhdkit|vmm) [a-z][^`{}]*)`")
 
@@ -30,7 +30,7 @@ def options_of(command: click.Command) -> set[str]:
 
 
 def complaint(text: str) -> str | None:
-    """What is wrong with a command that is mentioned; None when its verb and options are there."""
+    """What is wrong with a mentioned command; None if its verb and options exist."""
     words = re.sub(r"\s+", " ", text.split(" -- ")[0]).split(" ")
     command = ROOTS[words[0]]
     rest = words[1:]
@@ -51,7 +51,7 @@ def complaint(text: str) -> str | None:
 
 
 def mentioned() -> Iterator[tuple[str, str]]:
-    """(place, command) of every command of ours between backquotes, in pages and in code."""
+    """(place, command) of every command of ours in backquotes, in pages and in code."""
     for page in pages():
         text = (ROOT / page).read_text(encoding="utf-8")
         text = re.sub(r"^```.*?^```", lambda block: "\n" * block[0].count("\n"), text, flags=re.MULTILINE | re.DOTALL)
@@ -62,14 +62,14 @@ def mentioned() -> Iterator[tuple[str, str]]:
             yield f"{path}:{text.count(chr(10), 0, found.start()) + 1}", found[1].replace("\\", "")
 
 
-def test_mentioned_commands_are_there() -> None:
-    """Each command between backquotes has a verb that exists, and no option that it does not know."""
-    wrong = [f"{place}: {told}" for place, text in mentioned() if (told := complaint(text)) is not None]
+def test_mentioned_commands_exist() -> None:
+    """Each command in backquotes has an existing verb, and only options that the verb has."""
+    wrong = [f"{place}: {fault}" for place, text in mentioned() if (fault := complaint(text)) is not None]
     assert not wrong, "\n" + "\n".join(wrong)
 
 
 def verbs(command: click.Command, name: str) -> Iterator[tuple[str, click.Command]]:
-    """A command and all below it, with their full names."""
+    """A command and all commands below it, with their full names."""
     yield name, command
     if isinstance(command, click.Group):
         for word in command.list_commands(click.Context(command)):
@@ -83,7 +83,8 @@ ALL = [one for name, command in ROOTS.items() for one in verbs(command, name)]
 
 @pytest.mark.parametrize(("name", "command"), ALL, ids=[name for name, _ in ALL])
 def test_help(name: str, command: click.Command) -> None:
-    """Help fits 80 columns, cuts no sentence off, has an example whose words exist, and `--json` where it may be."""
+    """Help fits 80 columns, has only whole sentences, has an example of existing commands, and `--json` where
+    possible."""
     context = click.Context(command, info_name=name, terminal_width=80, max_content_width=80)
     lines = command.get_help(context).splitlines()
     assert not [line for line in lines if len(line) > 80]

@@ -42,7 +42,7 @@ def test_offset_tables_agree_with_the_layout() -> None:
 
 
 def test_changelog_has_every_release_with_its_date() -> None:
-    """What is not released comes first; each release below it has its date, the newest first, down to 0.1.0."""
+    """The unreleased changes come first; each release below has its date, the newest first, down to 0.1.0."""
     heads = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert heads[0] == "Next (unreleased)"
     releases = [re.fullmatch(r"(\d+\.\d+\.\d+) \((\d{4}-\d\d-\d\d)\)", head) for head in heads[1:]]
@@ -51,24 +51,24 @@ def test_changelog_has_every_release_with_its_date() -> None:
     assert found == sorted(found, reverse=True) and found[-1][0] == [0, 1, 0]
 
 
-def test_every_fenced_block_says_what_it_is() -> None:
-    """Commands are in blocks of commands, which tests/test_doc_commands.py runs, and nowhere else.
+def test_every_fenced_block_has_its_language() -> None:
+    """Commands are only in blocks of commands, which tests/test_doc_commands.py runs.
 
-    Write ```console (`$ ` and what is printed), ```sh (nothing but commands), ```python, or, for reading, ```text.
+    Use ```console (`$ ` and the output), ```sh (only commands), ```python, or, for reading, ```text.
     """
     command = re.compile(r"^(\$ )?(vhdkit|vmm|script/\w+|pip|nbdkit) [a-z]")
     for page in pages():
         for block in blocks(page):
             where = f"{page}:{block.line}"
-            assert block.language, f"{where}: say what this block is"
+            assert block.language, f"{where}: the block needs a language"
             if block.language in ("console", "console similar", "sh", "python"):
-                assert block.language == "python" or list(block.commands()), f"{where}: no command in it"
+                assert block.language == "python" or list(block.commands()), f"{where}: the block has no command"
             elif not block.text.startswith("3. The newest layer's"):  # the demo's own output (tests/test_demo.py)
                 typed = [line for line in block.text.splitlines() if command.match(line) and "──" not in line]
                 assert not typed, f"{where}: commands in a block for reading: {typed}"
 
 
-def test_every_invariant_is_tested_and_every_tested_one_is_listed() -> None:
+def test_invariants_are_listed_and_tested() -> None:
     """The invariants of invariants.md and those named in test docstrings are the same set."""
     listed = set(re.findall(r"^\| (INV-[A-Z-]+) \|", (ROOT / "docs/invariants.md").read_text(), re.MULTILINE))
     tested = set(INVARIANT.findall(docstrings_of_tests()))
@@ -85,7 +85,7 @@ def test_hacking_lists_what_the_rules_allow() -> None:
     assert set(re.findall(r"`(\w+)`", listed)) == {marker.split(":")[0] for marker in markers}
 
 
-def test_no_row_stands_twice() -> None:
+def test_no_row_is_repeated() -> None:
     """Each invariant has one row, and no line of a table or of the changelog is repeated."""
     rows = re.findall(r"^\| (INV-[A-Z-]+) \|", (ROOT / "docs/invariants.md").read_text(), re.MULTILINE)
     assert sorted(rows) == sorted(set(rows))
@@ -94,7 +94,7 @@ def test_no_row_stands_twice() -> None:
         assert not {line for line in lines if lines.count(line) > 1}, name
 
 
-def test_architecture_draws_the_layers_that_are_tested() -> None:
+def test_architecture_shows_the_layers_that_are_tested() -> None:
     """The order of the rooms in architecture.md is that of test_layering."""
     pages = (ROOT / "docs/architecture.md").read_text().split("```text\n")
     for drawn, layers, package in ((pages[1], LAYERS, "vhdkit"), (pages[2], VMM_LAYERS, "vmm")):
@@ -104,14 +104,14 @@ def test_architecture_draws_the_layers_that_are_tested() -> None:
 
 
 def test_invariants_named_in_the_code_are_listed() -> None:
-    """No module speaks of an invariant that the page does not have."""
+    """Every invariant named in a module is on the page."""
     listed = set(INVARIANT.findall((ROOT / "docs/invariants.md").read_text()))
     for path in (ROOT / "vhdkit").rglob("*.py"):
         assert set(INVARIANT.findall(path.read_text())) <= listed, path
 
 
 def rooms_of_architecture() -> list[str]:
-    """The modules that the tables of architecture.md name: "vmm/store/registry"; whole packages as well."""
+    """The modules named in the tables of architecture.md: "vmm/store/registry"; whole packages as well."""
     found = []
     package = "vhdkit"
     for line in (ROOT / "docs/architecture.md").read_text().splitlines():
@@ -126,7 +126,7 @@ def rooms_of_architecture() -> list[str]:
 
 
 def test_architecture_names_every_room() -> None:
-    """The tables of architecture.md name each module of both packages once, and none that is not there."""
+    """The tables of architecture.md name each module of both packages once, and only existing ones."""
     tree = {
         path.relative_to(ROOT).with_suffix("").as_posix()
         for package in ("vhdkit", "vmm")
@@ -157,7 +157,7 @@ def rows_named(text: str) -> set[int]:
 
 
 def test_nbd_support_names_tests_that_exist() -> None:
-    """Each row of nbd-support.md names tests that exist and name the row; each row a test names is on the page."""
+    """Each row of nbd-support.md names existing tests that name the row; each row that a test names is on the page."""
     text = (ROOT / "docs/nbd-support.md").read_text()
     tests = nbd_tests()
     named = re.findall(r"`(test_\w+::test_\w+)`", text)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What both programs print when a command fails is a line for people: nothing twice, and hints can be followed."""
+"""The error lines of both programs are written for users: nothing twice, and hints that can be followed."""
 
 from __future__ import annotations
 
@@ -368,7 +368,7 @@ snapshot create small --consistent
 
 
 def faults(program: str, printed: str) -> list[str]:
-    """What is wrong with what a failed command of `program` printed on standard error."""
+    """What is wrong with the error output of a failed command of `program`."""
     if printed.count("\n") != 1 or not printed.startswith(f"{program}: "):
         return ["is not one line of the program"]
     line = printed.strip().removeprefix(f"{program}: ")
@@ -379,9 +379,9 @@ def faults(program: str, printed: str) -> list[str]:
         found.append("has a doubled or lost sign")
     if re.match(r"(is|has|does|was|holds|names|lies|cannot|belongs) ", line):
         found.append("does not say what it is about")
-    found += [told for one in COMMAND.findall(line) if (told := complaint(one.strip())) is not None]
+    found += [fault for one in COMMAND.findall(line) if (fault := complaint(one.strip())) is not None]
     plain = re.sub(r"`[^`]*`|\b(?:qemu-img|gunzip|mkdir|file -s) [^;()]*", "", COMMAND.sub("", line))
-    own = re.sub(r"'[^']*'", "", plain)  # what the user wrote is quoted
+    own = re.sub(r"'[^']*'", "", plain)  # quotes of the user's input
     found += [f"names {one}" for one in re.findall(r"(?<![\w-])--[a-z][a-z-]+", own) if one not in OPTIONS[program]]
     names = [os.path.abspath(one.rstrip(":;,.)")) for one in NAME.findall(plain)]
     found += [f"names {one} twice" for one in sorted(set(names)) if names.count(one) > 1]
@@ -393,7 +393,7 @@ def faults(program: str, printed: str) -> list[str]:
 
 
 def all_faults(program: str, commands: str, run: Callable[..., Result]) -> list[str]:
-    """The faults of every command in a list; one that does not fail is a fault of the list."""
+    """The faults of every command in a list; a command that does not fail is a fault of the list."""
     wrong = []
     for line in commands.strip().splitlines():
         result = run(*shlex.split(line.replace("LONG", LONG)))
@@ -404,7 +404,7 @@ def all_faults(program: str, commands: str, run: Callable[..., Result]) -> list[
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Images and other files, good and bad, in the working folder; nothing that is called locked can be opened."""
+    """Images and other files, good and bad, in the working folder; files that are called locked cannot be opened."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
     for name in ("a.vhd", "b.vhd", "base.vhd", "gone.vhd", "swap.vhd", "alone.vhd", "busy.vhd"):
@@ -448,14 +448,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_vhdkit(folder: Path) -> None:
-    """No failure of `vhdkit` says a thing twice, speaks to programmers, or gives a hint that cannot be followed."""
+    """No failure of `vhdkit` says a thing twice, uses programmers' terms, or gives a hint that cannot be followed."""
     with vhdkit.open_disk("busy.vhd", writable=True):
         wrong = all_faults("vhdkit", VHDKIT, run_vhdkit)
     assert not wrong, "\n" + "\n".join(wrong)
 
 
 def test_vmm(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same of `vmm`, with machines that do not run."""
+    """The same for `vmm`, with machines that do not run."""
     require_tool("qemu-system-x86_64")
     with machine_stage(folder, monkeypatch):
         for words in (
@@ -470,7 +470,7 @@ def test_vmm(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.kvm
 def test_vmm_of_a_running_machine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same with a machine that runs, of what is refused then."""
+    """The same for a running machine, with commands that are refused then."""
     require_tool("qemu-system-x86_64")
     with machine_stage(folder, monkeypatch) as manager:
         start(manager, folder)
@@ -479,7 +479,7 @@ def test_vmm_of_a_running_machine(folder: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def start(manager: Manager, folder: Path) -> None:
-    """A machine `small` that runs, and an image beside it on which another one stands."""
+    """A running machine `small`, and an image beside it that has a child."""
     make_machine(manager, folder)
     vhdkit.create_image("extra.vhd", 8 * MIB)
     vhdkit.create_child("extra.avhd", "extra.vhd")
@@ -501,17 +501,17 @@ def start(manager: Manager, folder: Path) -> None:
     ],
 )
 def test_faults_are_found(line: str, fault: str) -> None:
-    """Each kind of fault in a line is seen."""
+    """Each kind of fault in a line is detected."""
     assert any(fault in one for one in faults("vmm", f"vmm: {line}\n"))
 
 
 def test_a_good_line_has_no_fault() -> None:
-    """A path, what is wrong, and a command with the path once more."""
+    """A line with a path, what is wrong, and a command with the path is accepted."""
     assert faults("vmm", "vmm: a.vhd: there is no such image (make one: vhdkit create a.vhd --size 10G)\n") == []
 
 
 def texts(source: str) -> Iterator[str]:
-    """The texts in a module that are no docstrings; X stands for what an f-string puts in."""
+    """The texts in a module that are not docstrings; X stands for the values of an f-string."""
     tree = ast.parse(source)
     apart = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in ast.walk(node)}
     for node in ast.walk(tree):
@@ -524,24 +524,24 @@ def texts(source: str) -> Iterator[str]:
             yield node.value
 
 
-def test_what_the_source_recommends_is_there() -> None:
-    """A text in the code names only verbs that are there, with their options, and no option of the other program."""
+def test_recommendations_in_the_source_exist() -> None:
+    """A text in the code names only existing verbs with their options, and no option of the other program."""
     wrong = []
     for path, source in python_files("vhdkit", "vmm"):
         own = path.partition("/")[0]
         others = set().union(*OPTIONS.values()) - OPTIONS[own]
         for text in texts(source):
-            found = [told for one in COMMAND.findall(text) if (told := complaint(one.strip())) is not None]
+            found = [fault for one in COMMAND.findall(text) if (fault := complaint(one.strip())) is not None]
             if " " in (plain := re.sub(r"`[^`]*`", "", COMMAND.sub("", text))):
                 found += [one for one in re.findall(r"(?<![\w-])--[a-z][a-z-]+", plain) if one in others]
             wrong += [f"{path}: {one}" for one in found]
     assert not wrong, "\n" + "\n".join(wrong)
 
 
-def test_a_group_alone_prints_its_help() -> None:
-    """A group without a verb is no failure: its help, as of the program alone."""
+def test_a_group_without_a_verb_prints_its_help() -> None:
+    """A group without a verb is not a failure: it prints its help, like the program alone."""
     for name, command in ((name, one) for root in ROOTS.items() for name, one in verbs(root[1], root[0])):
         if isinstance(command, click.Group):
             run = run_vmm if name.startswith("vmm") else run_vhdkit
-            told = run(*name.split(" ")[1:])
-            assert (told.exit_code, told.stderr) == (0, "") and told.stdout.startswith("Usage: "), name
+            result = run(*name.split(" ")[1:])
+            assert (result.exit_code, result.stderr) == (0, "") and result.stdout.startswith("Usage: "), name

@@ -21,7 +21,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
 def run_example(name: str, *words: str | Path, code: int = 0, interpreter: str = sys.executable) -> str:
-    """Run an example as a user would; what it printed."""
+    """Run an example as a user would; return its output."""
     done = subprocess.run(
         [interpreter, ROOT / "examples" / name, *words],
         env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
@@ -63,7 +63,7 @@ def test_back_up_leaf(tmp_path: Path) -> None:
 
 
 def test_write_to_child(tmp_path: Path) -> None:
-    """The child has the text, the parent's file is the same as before."""
+    """The child has the text, and the parent's file is unchanged."""
     base, leaf = tmp_path / "base.vhd", tmp_path / "leaf.avhd"
     vhdkit.create_image(base, 8 << 20)
     before = base.read_bytes()
@@ -75,7 +75,7 @@ def test_write_to_child(tmp_path: Path) -> None:
 
 
 def make_chain(folder: Path) -> Path:
-    """A leaf on a base, with data in both; the leaf."""
+    """Make a leaf on a base, with data in both; return the leaf."""
     base, leaf = folder / "base.vhd", folder / "my leaf.avhd"
     vhdkit.create_image(base, 8 << 20)
     with vhdkit.open_disk(base, writable=True) as disk:
@@ -89,7 +89,7 @@ def make_chain(folder: Path) -> Path:
 
 @pytest.mark.interop
 def test_read_over_nbd(tmp_path: Path) -> None:
-    """The size, how much is data, and the hash of that data, as the file has it; a wrong address is told."""
+    """The size, the amount of data, and the hash of that data match the file; a wrong address is reported."""
     interpreter = require_libnbd()
     leaf = make_chain(tmp_path)
     with vhdkit.open_disk(leaf) as disk:
@@ -105,7 +105,7 @@ def test_read_over_nbd(tmp_path: Path) -> None:
 
 @pytest.mark.interop
 def test_copy_with_nbdcopy(tmp_path: Path) -> None:
-    """The raw file is the disk that the chain shows; one that is there already stays."""
+    """The raw file is the disk that the chain shows; an existing file is not overwritten."""
     require_tool("nbdcopy")
     leaf, target = make_chain(tmp_path), tmp_path / "copy.raw"
     text = run_example("copy_with_nbdcopy.py", leaf, target)
@@ -118,7 +118,7 @@ def test_copy_with_nbdcopy(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_use_public_names(path: Path) -> None:
-    """An example imports vhdkit and nothing below it, and uses only what it lists."""
+    """An example imports only vhdkit, nothing below it, and uses only what `__all__` lists."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sequences of verbs, cut everywhere, with any verb at once after it (`tests/exhaustive.py`).
+"""Sequences of verbs, cut at every point, followed by any verb (`tests/exhaustive.py`).
 
-Every run takes a sample of what one and two verbs give; `script/test --nightly` takes all sequences of three.
+Every run takes a sample of the cuts in one and two verbs; `script/test --nightly` takes all sequences of three.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ def _explore(depth: int, *, sample: int = 1, after_sample: int = 1, verbs: tuple
     return explorer
 
 
-def test_no_cut_in_one_verb_leaves_a_dead_end() -> None:
-    """Whatever verb is cut wherever, every disk reads right and each verb that follows at once does what it says."""
+def test_cuts_in_one_verb() -> None:
+    """Whichever verb is cut at whatever point, every disk reads correctly and each verb that follows succeeds."""
     counts = _explore(1, after_sample=4).counts
     assert counts["verbs"] >= len(VERBS) - 2
     assert counts["cuts"] > 50 and counts["verbs after a cut"] > 150
 
 
-def test_a_sample_of_two_verbs_leaves_no_dead_end() -> None:
+def test_a_sample_of_cuts_in_two_verbs() -> None:
     """The second of two verbs may be cut as well."""
     counts = _explore(2, sample=17, after_sample=5).counts
     assert counts["cuts"] > 25
@@ -41,23 +41,23 @@ def test_a_sample_of_two_verbs_leaves_no_dead_end() -> None:
 @pytest.mark.nightly
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("first", VERBS)
-def test_no_cut_in_three_verbs_leaves_a_dead_end(first: str) -> None:
-    """All sequences of up to three verbs, each cut of the last, each verb after it."""
+def test_cuts_in_three_verbs(first: str) -> None:
+    """All sequences of up to three verbs, each cut of the last one, each verb after it."""
     with scratch() as base:
         explorer = Explorer(base)
         explorer.explore(3, first=(first,))
         assert explorer.counts["cuts"]
 
 
-def test_a_flush_that_does_nothing_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file system that keeps no promise loses a disk: what is judged here can fail."""
+def test_a_flush_without_effect_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Self-test: a file system that breaks its promises loses a disk, and that is reported."""
     monkeypatch.setattr(FileStore, "sync", lambda self: None)
     with pytest.raises(Wrong, match=r"main"):
         _explore(1, verbs=("write", "merge"))
 
 
 def test_a_name_that_is_not_flushed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder that is never flushed loses the merged image, or keeps the removed one."""
+    """Self-test: a folder that is never flushed loses the merged image, or keeps the removed one."""
     for module in (folder, relocate):
         monkeypatch.setattr(module, "sync_directory", lambda directory: None)
     with pytest.raises(Wrong):
@@ -65,7 +65,7 @@ def test_a_name_that_is_not_flushed_is_found(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_same_seed_gives_the_same_cuts(tmp_path: Path) -> None:
-    """A failure is repeated by its seed: identifiers, times and torn pages come from it."""
+    """A failure is repeated with its seed, which determines identifiers, times and torn pages."""
     runs = []
     for _ in range(2):
         explorer = Explorer(tmp_path, sample=10_000)
@@ -76,7 +76,7 @@ def test_the_same_seed_gives_the_same_cuts(tmp_path: Path) -> None:
 
 
 def test_cuts_lose_what_was_not_flushed(tmp_path: Path) -> None:
-    """The recorder gives the file as it was last flushed, as it is, and the names of both times."""
+    """The recorder gives the file as last flushed and as it is now, and the names of both times."""
     place = tmp_path / "here"
     place.mkdir()
     (place / "one").write_bytes(b"old")
@@ -94,7 +94,7 @@ def test_cuts_lose_what_was_not_flushed(tmp_path: Path) -> None:
     assert {"one": b"new"} in found
 
 
-def test_the_command_line_counts_what_it_did(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_reports_its_counts(capsys: pytest.CaptureFixture[str]) -> None:
     """`python -m tests.exhaustive` says how much it judged."""
     assert main(["--depth", "1", "--verbs", "snapshot", "write"]) == 0
     assert "verbs after a cut" in capsys.readouterr().out

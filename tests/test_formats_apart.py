@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""No module outside the formats knows one of them: not by an import, not by the class of an open image."""
+"""No module outside the formats knows a particular format: neither by an import nor by the class of an open image."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import pytest
 from tests.support import python_files
 from tests.test_layering import imports_of, is_in, module_of, parsed
 
-# The formats themselves, and the classes of their open images: for the contract's own side only.
+# The formats themselves, and the classes of their open images: only for the contract's own side.
 FORMATS = ("vhdkit.formats.vhd", "vhdkit.formats.raw", "vhdkit.formats.linear")
 IMAGES = {"DynamicImage", "FixedImage", "LinearImage"}
-# What the chain may see of the formats: the contract, the list, and what knows no image.
+# What the chain may use of the formats: the contract, the list, and modules that do not know images.
 OF_EVERY_FORMAT = {
     "vhdkit.formats",
     "vhdkit.formats.azure",
@@ -42,7 +42,7 @@ GOOD: tuple[tuple[str, str], ...] = (
 
 
 def check_formats(path: str, source: str) -> Iterator[str]:
-    """Outside the formats no module knows one of them: it asks `formats.format.Format`, never a class of images."""
+    """Outside the formats, modules use `formats.format.Format`, never a particular format or a class of images."""
     here = module_of(path)
     if not is_in(here, "vhdkit") or is_in(here, "vhdkit.formats"):
         return
@@ -58,7 +58,7 @@ def check_formats(path: str, source: str) -> Iterator[str]:
 
 
 def test_no_module_outside_knows_a_format() -> None:
-    """Every file of vhdkit obeys the rule."""
+    """Every file of vhdkit follows the rule."""
     complaints = [one for path, source in python_files("vhdkit") for one in check_formats(path, source)]
     assert not complaints, "\n" + "\n".join(complaints)
 
@@ -71,5 +71,5 @@ def test_the_rule_can_fail(path: str, source: str) -> None:
 
 @pytest.mark.parametrize(("path", "source"), GOOD)
 def test_the_rule_lets_good_code_pass(path: str, source: str) -> None:
-    """Self-test: the contract, and a format's own side, are fine."""
+    """Self-test: the contract, and a format's own side, are accepted."""
     assert list(check_formats(path, source)) == []

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`script/fresh`: what it takes along, and that it leaves nothing, with a stand-in for debootstrap.
+"""`script/fresh`: which settings it copies, and that it leaves nothing behind, with a stand-in for debootstrap.
 
-The whole of it, a real root with everything in it, is what CI runs.
+CI runs the whole script, with a real root and everything in it.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from tests.waiting import wait_until
 
 SCRIPT = ROOT / "script" / "fresh"
 FAILS = "echo E: no such suite; exit 1"
-# Enough of a root for the settings to be put in, but nothing that could run in it.
+# Enough of a root for the settings to be copied into, but nothing that could run in it.
 EMPTY = 'for arg; do case $arg in */system) mkdir -p "$arg"/{etc/apt,etc/dpkg/dpkg.cfg.d,usr/sbin,opt} ;; esac; done'
 HANGS = f'{EMPTY}; sleep 1000 & echo $! >"$NOTES"; readlink /proc/self/ns/pid >>"$NOTES"; wait'
 
 
 class Stage:
-    """A home with settings, a folder for roots, and programs that stand before the real ones."""
+    """A home with settings, a folder for roots, and programs that take precedence over the real ones."""
 
     def __init__(self, folder: Path) -> None:
         self.roots, self.home, self.programs = folder / "roots", folder / "home", folder / "programs"
@@ -35,12 +35,12 @@ class Stage:
         self.started: list[subprocess.Popen[str]] = []
 
     def program(self, name: str, script: str) -> None:
-        """A command of this name that does this."""
+        """Install a command of this name with this script."""
         (self.programs / name).write_text(f"#!/bin/bash\n{script}\n")
         (self.programs / name).chmod(0o755)
 
     def start(self, *words: str, **environment: str) -> subprocess.Popen[str]:
-        """Run script/fresh with what stands in for debootstrap and the list of apt's sources."""
+        """Run script/fresh with the stand-in for debootstrap and the list of apt's sources."""
         self.program(
             "apt-get", 'case $1 in indextargets) echo "$VERSION_CODENAME http://127.0.0.1/debian main" ;; esac'
         )
@@ -58,13 +58,13 @@ class Stage:
         return process
 
     def run(self, *words: str, **environment: str) -> tuple[int, str]:
-        """The exit code, and what was said."""
+        """The exit code, and the output."""
         process = self.start(*words, **environment)
         said = process.communicate(timeout=120)[0]
         return process.returncode, said
 
     def hanging(self) -> tuple[subprocess.Popen[str], str]:
-        """A run in the middle of debootstrap, and the name of the namespace of its processes."""
+        """A run in the middle of debootstrap, and the name of its process namespace."""
         self.program("debootstrap", HANGS)
         process = self.start("true")
 
@@ -77,7 +77,7 @@ class Stage:
 
 
 def processes_in(namespace: str) -> list[str]:
-    """The processes whose namespace of processes this is."""
+    """The processes in this process namespace."""
     found = []
     for path in Path("/proc").glob("[0-9]*/ns/pid"):
         try:
@@ -89,7 +89,7 @@ def processes_in(namespace: str) -> list[str]:
 
 @pytest.fixture
 def stage(tmp_path: Path) -> Iterator[Stage]:
-    """Root, namespaces, and nothing of the stage mounted in the end."""
+    """Root, namespaces, and no mount of the stage left at the end."""
     require_root_and_namespaces()
     yield (stage := Stage(tmp_path))
     for process in stage.started:
@@ -99,7 +99,7 @@ def stage(tmp_path: Path) -> Iterator[Stage]:
 
 
 def test_a_root_that_cannot_be_made_fails(stage: Stage) -> None:
-    """It says what failed and runs nothing in place of it; the folder is gone."""
+    """It reports what failed and runs nothing in its place; the folder is removed."""
     stage.program("debootstrap", FAILS)
     code, said = stage.run(f"touch {stage.notes}")
     assert code != 0 and "no such suite" in said and "debootstrap could not make the root" in said
@@ -107,8 +107,8 @@ def test_a_root_that_cannot_be_made_fails(stage: Stage) -> None:
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_interrupted(stage: Stage, sent: signal.Signals) -> None:
-    """Ctrl-C, a polite end and a closed terminal leave no process, no folder and no mount."""
+def test_an_interrupted_run(stage: Stage, sent: signal.Signals) -> None:
+    """Ctrl-C, SIGTERM and a closed terminal leave no process, no folder and no mount."""
     process, namespace = stage.hanging()
     assert processes_in(namespace)
     os.kill(process.pid, sent)
@@ -117,8 +117,8 @@ def test_interrupted(stage: Stage, sent: signal.Signals) -> None:
     assert not processes_in(namespace) and not list(stage.roots.iterdir())
 
 
-def test_killed(stage: Stage) -> None:
-    """What `kill -9` leaves is no process, and the next run removes the folder; a root in use and a kept one stay."""
+def test_a_killed_run(stage: Stage) -> None:
+    """`kill -9` leaves no process, and the next run removes the folder; a root in use and a kept one stay."""
     process, namespace = stage.hanging()
     stage.program("debootstrap", FAILS)
     assert "which a killed run left" not in stage.run("true")[1]
@@ -134,8 +134,8 @@ def test_killed(stage: Stage) -> None:
     assert list(stage.roots.iterdir()) == [kept]
 
 
-def test_settings_are_carried_over(stage: Stage, tmp_path: Path) -> None:
-    """Those of apt, pip and npm come along, from files and the environment, and so does what they name."""
+def test_settings_are_copied(stage: Stage, tmp_path: Path) -> None:
+    """Those of apt, pip and npm are copied, from files and the environment, with the local folders that they name."""
     wheels, certificate = tmp_path / "wheels", tmp_path / "authority.pem"
     wheels.mkdir()
     certificate.touch()
@@ -146,7 +146,7 @@ def test_settings_are_carried_over(stage: Stage, tmp_path: Path) -> None:
     code, said = stage.run(
         "--keep", "true", PIP_CERT=str(certificate), https_proxy="http://127.0.0.1:1/a b", OTHER="no"
     )
-    assert code != 0, said  # nothing can run in a root with nothing in it
+    assert code != 0, said  # nothing can run in an empty root
     (work,) = stage.roots.iterdir()
     root = work / "system"
     assert (root / "root/.npmrc").read_text() == "fund=false\n"
@@ -163,13 +163,13 @@ def test_settings_are_carried_over(stage: Stage, tmp_path: Path) -> None:
     assert str(missing) in (work / "named").read_text().split() or (work / "named").read_text()
 
 
-def test_in_place_only_when_asked(stage: Stage) -> None:
-    """Without a root every command runs, each failure is named, and the code is the last one's."""
+def test_in_place_only_on_request(stage: Stage) -> None:
+    """Without a root every command runs, each failure is named, and the exit code is the last one's."""
     code, said = stage.run("--in-place", "exit 3", f"touch {stage.notes}")
     assert (code, stage.notes.exists()) == (3, True) and "exit code 3 from: exit 3" in said
     assert stage.run("--in-place", "--keep")[0] == 2 and stage.run("--nonsense")[0] == 2
 
 
 def test_ci_runs_it() -> None:
-    """So nothing that happens to be installed makes a submission pass."""
+    """CI runs it, so that software that happens to be installed cannot make a submission pass."""
     assert 'exec bash script/fresh "$@"' in (ROOT / ".ci" / "run").read_text()

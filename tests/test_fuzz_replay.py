@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """INV-BOUNDED in the normal test run: every seed of the fuzz targets, and several hundred mutations of them.
 
-Decides how much is replayed (about ten seconds) and what is out of proportion: a case may take five seconds and,
-beyond a fixed part, a few times the bytes that its file stores. The long runs are `python -m fuzz.fuzz_open`,
-`fuzz_chain` and `fuzz_merge`.
+This module decides how much is replayed (about ten seconds) and what is out of proportion: a case may take five
+seconds and, beyond a fixed amount of memory, a few times the bytes that its file stores. The long runs are `python -m
+fuzz.fuzz_open`, `fuzz_chain` and `fuzz_merge`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ MEMORY_PER_STORED_BYTE = 12  # a table of 4 Mi entries is 16 MiB; a few arrays o
 
 
 def replay(target: Target, data: bytes) -> None:
-    """One case within its bounds of time and memory."""
+    """Replay one case within its bounds of time and memory."""
     stored = sum(len(raw) * repeat for _, raw, repeat in decode(data).records)
     tracemalloc.start()
     try:
@@ -70,7 +70,7 @@ def test_seed(name: str, data: bytes) -> None:
 
 @pytest.mark.parametrize(("name", "seed", "count"), BATCHES)
 def test_mutations(name: str, seed: int, count: int) -> None:
-    """INV-BOUNDED holds for mutations of the seeds, most of them with their checksums made right again."""
+    """INV-BOUNDED holds for mutations of the seeds, most of them with corrected checksums."""
     target, mutate = TARGETS[name]
     inputs = [
         data for file, data in loop.seeds(CORPUS_OF.get(name, name)) if not file.endswith("ib")
@@ -83,8 +83,8 @@ def test_mutations(name: str, seed: int, count: int) -> None:
             raise
 
 
-def test_corpus_is_what_its_generator_makes() -> None:
-    """The seeds on disk are those of make_corpus, byte for byte; only found-* files may be there beside them."""
+def test_the_corpus_matches_its_generator() -> None:
+    """The seeds on disk are those of make_corpus, byte for byte; only found-* files may exist in addition."""
     for name, made in corpus().items():
         found = dict(loop.seeds(name))
         assert {file: data for file, data in found.items() if not file.startswith("found-")} == made
@@ -92,14 +92,14 @@ def test_corpus_is_what_its_generator_makes() -> None:
 
 
 def test_mutations_reach_deep() -> None:
-    """INV-BOUNDED would be worth little if mutations died early: a good part of them still opens."""
+    """INV-BOUNDED would mean little if mutations failed early: a good part of them still open."""
     inputs = [data for file, data in loop.seeds("fuzz_open") if not file.endswith("ib")]
     opened = sum(fuzz_open.opens(data) for data in loop.mutations(inputs, mutate_image, 1, 100))
     assert 20 < opened < 95
 
 
 def test_nbd_mutations_reach_requests() -> None:
-    """INV-BOUNDED of the NBD server is tried where it matters: many mutations get as far as requests."""
+    """INV-BOUNDED of the NBD server is tested where it matters: many mutations get as far as requests."""
     inputs = [data for _, data in loop.seeds("fuzz_nbd")]
     counts = [fuzz_nbd.reaches_requests(data) for data in loop.mutations(inputs, fuzz_nbd.mutate, 1, 200)]
     assert 25 < sum(count > 2 for count in counts) < 190
@@ -135,8 +135,8 @@ def test_touching_the_outside_is_reported() -> None:
         fuzz_chain._judge([("open", "/above/outside/other.vhd", 0)], ["/above/allowed"], None, ["/above", "/"])
 
 
-def test_the_real_place_is_judged(tmp_path: Path) -> None:
-    """Self-test: a name beneath a descriptor, a descriptor's own name and a link are seen where they really lead."""
+def test_the_real_path_is_checked(tmp_path: Path) -> None:
+    """Self-test: a name beneath a descriptor, a descriptor's own name and a link are checked by where they lead."""
     (tmp_path / "inside").mkdir()
     (tmp_path / "inside" / "link").symlink_to("../secret")
     (tmp_path / "secret").write_bytes(b"secret")
@@ -159,8 +159,8 @@ def test_the_real_place_is_judged(tmp_path: Path) -> None:
     assert seen == [real + "/secret", real + "/secret", real + "/inside/link", real + "/secret", real + "/inside"]
 
 
-def test_sparse_input_means_its_file() -> None:
-    """What is encoded comes back: size, bytes far away, repeats, later records over earlier ones."""
+def test_sparse_input_decodes_to_its_file() -> None:
+    """Encoded files decode to the same: size, distant bytes, repeats, later records over earlier ones."""
     image = Sparse(1 << 40)
     image.put(3, b"ab", 1000)
     image.put(1 << 39, b"\xff" * 4, 512)

@@ -10,8 +10,8 @@ import sys
 from tests.support import ROOT
 
 
-def test_script_fuzz_runs_what_it_is_asked_for() -> None:
-    """It runs the named targets, says the seed, and fails for a target that is none."""
+def test_script_fuzz_runs_the_requested_targets() -> None:
+    """It runs the named targets, prints the seed, and fails for an unknown target."""
     environment = {**os.environ, "VHDKIT_PYTHON": sys.executable, "SEED": "7"}
     command = ["bash", str(ROOT / "script" / "fuzz"), "0", "fuzz_chain"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guests that tests make keep their word."""
+"""The guests for tests do what they promise."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_boots_reads_writes_and_powers_off(tmp_path: Path, controller: str) -> N
 
 
 def test_counts_and_obeys_keys(tmp_path: Path) -> None:
-    """It prints ticks, writes the counter each n-th time and when asked to, answers keys, resets and powers off."""
+    """It prints ticks, writes the counter at each n-th and on request, answers keys, resets and powers off."""
     qemu = require_boot_sector_guest()
     disk = tmp_path / "disk.raw"
     boot_sector.write_raw_disk(disk, BootOptions(print_every=2, write_every=4))
@@ -66,7 +66,7 @@ def test_counts_and_obeys_keys(tmp_path: Path) -> None:
 
 
 def test_runs_under_kvm(tmp_path: Path) -> None:
-    """The processor itself runs it, where it can."""
+    """The processor itself runs it, if it can."""
     qemu = require_boot_sector_guest()
     require_kvm()
     disk = tmp_path / "disk.raw"
@@ -82,7 +82,7 @@ def test_runs_under_kvm(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("obeys", [True, False])
 def test_power_button(tmp_path: Path, obeys: bool) -> None:
-    """ACPI's power button ends it, unless it was told to ignore it."""
+    """ACPI's power button ends it, unless it is configured to ignore it."""
     qemu = require_boot_sector_guest()
     disk = tmp_path / "disk.raw"
     boot_sector.write_raw_disk(disk, BootOptions(power_button=obeys))
@@ -93,19 +93,19 @@ def test_power_button(tmp_path: Path, obeys: bool) -> None:
             launch.read_until(serial, b"power button")
             assert guest.wait() == 0
         else:
-            time.sleep(0.3)  # in which it would obey
+            time.sleep(0.3)  # the time in which it would obey
             serial.sendall(b"c")
             assert b"power" not in launch.read_until(serial, b"count ")
 
 
 def linux_words() -> list[str]:
-    """The words for a Linux guest that is booted without a disk."""
+    """The command line for a Linux guest that is booted without a disk."""
     guest = require_linux_guest()
     return ["-kernel", str(guest.kernel), "-initrd", str(guest.initrd), "-append", guest.append]
 
 
 def test_linux_shell(tmp_path: Path) -> None:
-    """Commands run inside with their exit codes and output, large or binary; it powers off by ACPI."""
+    """Commands run inside, with their exit codes and output, large or binary; it powers off by ACPI."""
     words = linux_words()
     with (
         launch.running(require_qemu(), tmp_path, *words, memory=linux.MEMORY) as guest,

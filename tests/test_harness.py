@@ -15,7 +15,7 @@ PAGE = (HARNESS / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_page_lists_every_module() -> None:
-    """Table and folder name the same modules."""
+    """The table and the folder have the same modules."""
     there = {path.stem for path in HARNESS.glob("*.py")} - {"__init__"}
     assert set(re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE)) == there
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who may import whom, which file may use which foreign library, and who may touch files, print or exit.
+"""Which module may import which, which file may use which foreign library, and which may touch files, print or exit.
 
-The layers are the table below. Every rule is a function from (path, source) to complaints, run over the
-whole project and, to prove that it can fail, over one bad line each. The source is parsed, never imported.
+The layers are the table below. Every rule is a function from (path, source) to complaints, which is run over the whole
+project and, to prove that it can fail, over one bad line each. The source is parsed, never imported.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ VMM_LAYERS: tuple[tuple[str, ...], ...] = (
     ("vmm.worker", "vmm.api"),
     ("vmm", "vmm.__main__", "vmm.keeper", "vmm.cli"),
 )
-# These see nothing of vhdkit but what is listed, and none of these modules of Python.
+# These see only the listed parts of vhdkit, and none of these modules of Python.
 SANS_IO: dict[str, set[str]] = {
     "vhdkit.jsonrpc": set(),
     "vhdkit.serve.nbd.wire": {"vhdkit.units", "vhdkit.errors"},
@@ -60,7 +60,7 @@ SANS_IO: dict[str, set[str]] = {
     },
 }
 NOT_SANS_IO = {"asyncio", "os", "select", "selectors", "socket", "ssl", "threading"}
-# Packages that do not see each other.
+# Packages that must not see each other.
 STRANGERS = (("vmm.kvm", "vmm.net"), ("vmm.worker", "vmm.api"))
 # A foreign library and the only files that may import it ("*" also matches "/").
 FOREIGN_HOMES = {
@@ -73,7 +73,7 @@ FOREIGN_HOMES = {
     "qemu": ("vmm/kvm/qmp.py",),
     "rich": ("vhdkit/cli/*", "vmm/cli/*"),
 }
-# The only file I/O in vhdkit: bytes and names. Elsewhere `os` gives what is listed here and nothing else.
+# The only file I/O in vhdkit: bytes and names. Elsewhere `os` provides only what is listed here.
 FILE_ROOMS = (
     "vhdkit/store.py",
     "vhdkit/named.py",
@@ -93,11 +93,11 @@ FILE_ROOMS = (
     "vhdkit/descriptor.py",
     "vhdkit/attributes.py",
 )
-# Beside them, files that are the kernel's and no bytes of a disk: its tables of mounts, its switches.
+# In addition, files of the kernel, not bytes of a disk: its tables of mounts, its switches.
 KERNEL_ROOMS = ("vhdkit/serve/mount/host.py",)
 FILE_MODULES = {"ctypes", "fcntl", "fileinput", "glob", "mmap", "shutil", "tempfile"}
-MODULES_OF_ROOM = {"vhdkit/serve/mount/fuse.py": {"ctypes"}}  # libfuse's buffers, no files
-FILE_METHODS = {"fromfile", "memmap", "tofile"}  # numpy's own ways to a file
+MODULES_OF_ROOM = {"vhdkit/serve/mount/fuse.py": {"ctypes"}}  # libfuse's buffers, not files
+FILE_METHODS = {"fromfile", "memmap", "tofile"}  # numpy's own ways to access files
 OS_EVERYWHERE = {
     "PathLike",
     "cpu_count",
@@ -158,7 +158,7 @@ OS_OF_ROOM = {
 }
 # The properties that name a file with a definition, and the only files that write it.
 DEFINITION_WRITERS = {
-    # of a machine, of a snapshot, of the copy that a backup is
+    # of a machine, of a snapshot, of a backup's copy
     "definition": ("vmm/store/registry.py", "vmm/store/snapshots/memory.py", "vmm/processes/disk_copies.py"),
     "running": ("vmm/worker/running.py", "vmm/processes/worker_connection.py"),  # while it runs, at its start
 }
@@ -175,7 +175,7 @@ TALKING_METHODS = {"addHandler", "setLevel"}
 
 
 def module_of(path: str) -> str:
-    """The dotted name of a file of ours."""
+    """The dotted name of one of our files."""
     return path.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
 
 
@@ -185,16 +185,16 @@ def modules() -> frozenset[str]:
     return frozenset(module_of(path) for path, _ in python_files("vhdkit", "vmm"))
 
 
-@lru_cache(maxsize=1)  # a tree is large, and the rules look at one file after another
+@lru_cache(maxsize=1)  # a tree is large, and the rules examine one file after another
 def parsed(source: str) -> ast.Module:
-    """The syntax tree, which several rules look at."""
+    """The syntax tree, which several rules examine."""
     return ast.parse(source)
 
 
 def imports_of(path: str, source: str) -> Iterator[tuple[int, str, str]]:
     """(line, module, name) of every import, inside functions too; the name is empty for `import module`.
 
-    `from package import module` is given as that module with an empty name, a relative import as absolute.
+    `from package import module` is reported as that module with an empty name, a relative import as absolute.
     """
     package = module_of(path).split(".")
     if not path.endswith("__init__.py"):
@@ -215,12 +215,12 @@ def imports_of(path: str, source: str) -> Iterator[tuple[int, str, str]]:
 
 
 def is_in(module: str, room: str) -> bool:
-    """True when `module` is `room` or inside it."""
+    """True if `module` is `room` or inside it."""
     return module == room or module.startswith(room + ".")
 
 
 def rank_of(module: str) -> int | None:
-    """Which row of its package's table a module is in; None for one that no table knows."""
+    """The row of its package's table that a module is in; None if it is in no table."""
     for rank, rooms in enumerate(VMM_LAYERS if is_in(module, "vmm") else LAYERS):
         for room in rooms:
             if module == room or (room not in ("vhdkit", "vmm") and is_in(module, room)):
@@ -242,7 +242,7 @@ def public_names() -> frozenset[str]:
 
 
 def check_layers(path: str, source: str) -> Iterator[str]:
-    """Each package's table holds inside it, and vhdkit never sees vmm."""
+    """Each package follows its table, and vhdkit never sees vmm."""
     here = module_of(path)
     package = here.split(".")[0]
     if package not in ("vhdkit", "vmm"):
@@ -263,7 +263,7 @@ def check_layers(path: str, source: str) -> Iterator[str]:
 
 
 def check_sans_io(path: str, source: str) -> Iterator[str]:
-    """The protocols know no sockets, threads or disks."""
+    """The protocols use no sockets, threads or disks."""
     allowed = SANS_IO.get(module_of(path))
     if allowed is None:
         return
@@ -275,7 +275,7 @@ def check_sans_io(path: str, source: str) -> Iterator[str]:
 
 
 def check_public_door(path: str, source: str) -> Iterator[str]:
-    """vmm sees vhdkit only through its public names, and its strangers not each other."""
+    """vmm sees vhdkit only through its public names, and packages that must not see each other do not."""
     here = module_of(path)
     if not is_in(here, "vmm"):
         return
@@ -314,7 +314,7 @@ def names_of_modules(tree: ast.AST) -> dict[str, str]:
 
 
 def uses(tree: ast.AST) -> Iterator[tuple[int, str, str]]:
-    """(line, module, name) of `module.name` and `from module import name`; `os.path.join` is of "os.path"."""
+    """(line, module, name) of `module.name` and `from module import name`; `os.path.join` counts as "os.path"."""
     bound = names_of_modules(tree)
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and not node.level:
@@ -329,7 +329,7 @@ def uses(tree: ast.AST) -> Iterator[tuple[int, str, str]]:
 
 
 def builtin_calls(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """(line, name) of calls of a bare name that this module does not itself define or import."""
+    """(line, name) of calls of a bare name that this module neither defines nor imports."""
     own = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -387,7 +387,7 @@ def check_silent(path: str, source: str) -> Iterator[str]:
 
 
 def check_harness(path: str, source: str) -> Iterator[str]:
-    """The test harness could be part of a package of its own: it knows vhdkit, not vmm and not the tests."""
+    """The test harness could be a separate package: it uses vhdkit, not vmm and not the tests."""
     if not path.startswith("tests/harness/"):
         return
     for line, module, _ in imports_of(path, source):
@@ -398,7 +398,7 @@ def check_harness(path: str, source: str) -> Iterator[str]:
 
 
 def check_one_door(path: str, source: str) -> Iterator[str]:
-    """Whether a machine runs is asked in one place: `vmm.api.machines` opens it, and the rest uses the port."""
+    """Only one place checks whether a machine runs: `vmm.api.machines` opens it, and the rest uses the port."""
     if not path.startswith("vmm/") or path.startswith("vmm/processes/") or path == "vmm/api/machines.py":
         return
     for line, module, name in imports_of(path, source):
@@ -412,7 +412,7 @@ def check_one_door(path: str, source: str) -> Iterator[str]:
 
 
 def check_definitions(path: str, source: str) -> Iterator[str]:
-    """A machine's definition, stored or running, is written in one place each, and named in one."""
+    """A machine's definition, stored or running, is written in one place each, and its path named in one."""
     if not path.startswith("vmm/"):
         return
     for node in ast.walk(parsed(source)):
@@ -519,7 +519,7 @@ GOOD: tuple[tuple[str, str], ...] = (
 
 @cache
 def complaints_of_rules() -> dict[Rule, list[str]]:
-    """What each rule says of all files: each file is parsed once."""
+    """What each rule reports for all files: each file is parsed once."""
     said: dict[Rule, list[str]] = {rule: [] for rule in RULES}
     for path, source in python_files("vhdkit", "vmm", "tests/harness"):
         for rule in RULES:
@@ -529,25 +529,25 @@ def complaints_of_rules() -> dict[Rule, list[str]]:
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_rule_holds(rule: Rule) -> None:
-    """Every file of the two packages and of the test harness obeys the rule."""
+    """Every file of the two packages and of the test harness follows the rule."""
     complaints = complaints_of_rules()[rule]
     assert not complaints, "\n" + "\n".join(complaints)
 
 
 @pytest.mark.parametrize(("rule", "path", "source"), BAD)
 def test_rule_can_fail(rule: Rule, path: str, source: str) -> None:
-    """Self-test: the rule complains about a line that breaks it."""
+    """Self-test: the rule reports a line that breaks it."""
     assert list(rule(path, source))
 
 
 @pytest.mark.parametrize(("path", "source"), GOOD)
 def test_rules_let_good_code_pass(path: str, source: str) -> None:
-    """Self-test: no rule complains about what is allowed."""
+    """Self-test: no rule reports allowed code."""
     assert [one for rule in RULES for one in rule(path, source)] == []
 
 
 def find_cycle(graph: dict[str, set[str]]) -> list[str]:
-    """Some way from a module back to itself, or an empty list."""
+    """Some path of imports from a module back to itself, or an empty list."""
     done: set[str] = set()
 
     def walk(node: str, way: list[str]) -> list[str]:
@@ -568,7 +568,7 @@ def find_cycle(graph: dict[str, set[str]]) -> list[str]:
 
 
 def test_no_import_cycles() -> None:
-    """No module reaches itself by imports, so each can be read from the bottom up."""
+    """No module reaches itself through imports, so the modules can be read from the bottom up."""
     graph = {
         module_of(path): {module for _, module, _ in imports_of(path, source) if module in modules()}
         for path, source in python_files("vhdkit", "vmm")
@@ -577,6 +577,6 @@ def test_no_import_cycles() -> None:
 
 
 def test_cycles_are_found() -> None:
-    """Self-test: a way round is found, a diamond is none."""
+    """Self-test: a cycle is found, and a diamond is not reported."""
     assert find_cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
     assert find_cycle({"a": {"b", "c"}, "b": {"d"}, "c": {"d"}}) == []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run that leaves something behind fails, and says what."""
+"""A run that leaves something behind fails, and lists it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_that_leaves():
 
 @pytest.mark.parametrize("workers", [(), ("-n", "1")])
 def test_a_run_that_leaves_a_process_fails(tmp_path: Path, workers: tuple[str, ...]) -> None:
-    """The test passes and the run fails, naming the process; the temporary folder is as it was."""
+    """The test passes and the run fails, naming the process; the temporary folder is unchanged."""
     (tmp_path / "test_sample.py").write_text(LEAVES)
     (tmp_path / "conftest.py").write_text("import tests.leftovers\ntests.leftovers._SECONDS = 0.1\n")
     above = tmp_path / "tmp"
@@ -44,8 +44,9 @@ def test_a_run_that_leaves_a_process_fails(tmp_path: Path, workers: tuple[str, .
     assert not list(above.iterdir())
 
 
-def test_a_process_that_has_just_begun_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also between the start of a program and its first instruction, when it shows neither words nor environment."""
+def test_a_new_process_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even between the start of a program and its first instruction, when it has neither command line nor
+    environment."""
     for name in ("TMPDIR", "PYTEST_DEBUG_TEMPROOT", MARK):
         monkeypatch.setenv(name, os.environ.get(name, ""))
     run = Run(str(tmp_path))
@@ -58,8 +59,8 @@ def test_a_process_that_has_just_begun_is_found(tmp_path: Path, monkeypatch: pyt
     assert run.end() == []
 
 
-def test_a_mount_is_ours_when_it_lies_in_our_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mounts and loop devices of others are left alone; with one of ours the folder stays."""
+def test_mounts_in_our_folder_are_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mounts and loop devices of others are left alone; if one of ours is left, the folder stays."""
     for name in ("TMPDIR", "PYTEST_DEBUG_TEMPROOT", MARK):
         monkeypatch.setenv(name, os.environ.get(name, ""))
     former = os.environ.copy()

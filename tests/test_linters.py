@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The linters and the type checker, as tests: `pytest` is the whole gate."""
+"""The linters and the type checker, as tests: `pytest` is the complete gate."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all threads of a process share is left alone, and contexts are entered by `with`.
+"""State shared by all threads of a process is not changed, and contexts are entered by `with`.
 
-The source is parsed, never imported. One bad line proves for every way to break a rule that it can fail.
+The source is parsed, never imported. For every way to break a rule, one bad line proves that the check can fail.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from tests.support import python_files
 from tests.test_layering import parsed, uses
 
 SHARED = {"chdir", "fchdir", "umask"}
-OWN_PROCESSES = ("vhdkit/cli/background.py", "vmm/net/enclosed.py")  # whatever is in them runs in a process of its own
+OWN_PROCESSES = ("vhdkit/cli/background.py", "vmm/net/enclosed.py")  # these run as separate processes
 CONTEXT_METHODS = {"__aenter__", "__aexit__", "__enter__", "__exit__"}
 
 
 def complaints(path: str, source: str) -> Iterator[str]:
-    """Only a process's `main` sets what belongs to all of it; only `with` and ExitStack enter and leave contexts."""
+    """Only a process's `main` sets process-wide state; only `with` and ExitStack enter and leave contexts."""
     tree = parsed(source)
     mains = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main"]
     for line, module, name in uses(tree):
@@ -36,7 +36,7 @@ def complaints(path: str, source: str) -> Iterator[str]:
 
 
 def test_the_packages_leave_shared_state_alone() -> None:
-    """Nothing in either package changes the umask or the working folder behind the back of other threads."""
+    """Neither package changes the umask or the working folder while other threads may run."""
     found = [one for path, source in python_files("vhdkit", "vmm") for one in complaints(path, source)]
     assert not found, "\n" + "\n".join(found)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pass with a random seed: what it runs, and that its seed gives the same examples again."""
+"""The run with a random seed: which tests it includes, and that its seed gives the same examples again."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_plain():
 
 
 def examples(folder: Path, seed: int) -> str:
-    """What the tests of the sample saw in a pass with this seed."""
+    """The examples that the sample's tests saw in a run with this seed."""
     notes = folder / "notes"
     notes.unlink(missing_ok=True)
     (folder / "test_sample.py").write_text(SAMPLE)
@@ -54,14 +54,14 @@ def examples(folder: Path, seed: int) -> str:
 
 
 def test_a_seed_gives_the_same_examples_again(tmp_path: Path) -> None:
-    """Only what Hypothesis searches is run, state machines too; one seed is one pass, another one another."""
+    """Only tests with Hypothesis run, state machines too; one seed gives the same run, another one a different run."""
     first = examples(tmp_path, 12345)
     assert examples(tmp_path, 12345) == first != examples(tmp_path, 54321)
     assert "plain" not in first and len(first.splitlines()) > 100
 
 
 def test_the_script_prints_its_seed() -> None:
-    """Before the tests begin: a pass that hangs can be repeated as well."""
+    """It is printed before the tests begin, so a run that hangs can be repeated as well."""
     text = (ROOT / "script" / "properties").read_text()
     assert text.index('echo "property tests with seed $seed') < text.index("-m pytest")
     assert "STEPS=(script/demo script/test script/properties)" in (ROOT / "script" / "fresh").read_text()

@@ -34,14 +34,14 @@ Unsupported VmmError WrongState
 """
 
 
-def test_public_names_are_pinned() -> None:
-    """A name is added or taken away on purpose only: here, and in the changelog."""
+def test_public_names_change_only_on_purpose() -> None:
+    """A name is added or removed only on purpose: here, and in the changelog."""
     assert sorted(vhdkit.__all__) == sorted(PUBLIC.split())
     assert sorted(vmm.__all__) == sorted(MACHINES.split())
 
 
 def test_type_checkers_see_the_same_names() -> None:
-    """The imports of vmm that only type checkers read are those that a program gets, from the same modules."""
+    """The imports of vmm that only type checkers read are the same as at run time, from the same modules."""
     tree = ast.parse(Path(vmm.__file__).read_text(encoding="utf-8"))
     shown = {
         alias.name: node.module
@@ -52,27 +52,27 @@ def test_type_checkers_see_the_same_names() -> None:
 
 
 def test_every_public_name_is_documented() -> None:
-    """Each public class and function says what it is."""
+    """Each public class and function has a docstring."""
     undocumented = [name for name in vhdkit.__all__ if name != "Progress" and not getattr(vhdkit, name).__doc__]
     undocumented += [name for name in vmm.__all__ if not getattr(vmm, name).__doc__]
     assert undocumented == []
 
 
-def test_errors_and_the_control_client_cost_no_numpy() -> None:
-    """A program that only talks to a server or catches errors does not import what the disks need."""
+def test_errors_and_the_control_client_need_no_numpy() -> None:
+    """A program that only controls a server or catches errors does not import what disks need."""
     program = "import sys, vhdkit; vhdkit.ControlClient; vhdkit.VhdkitError; print('numpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     assert done.stdout.split() == ["False"]
 
 
-def test_version_is_the_packages() -> None:
-    """The version that programs ask for is the one that pip and --version show."""
+def test_the_version_is_that_of_the_package() -> None:
+    """The version in the module is the one that pip and --version show."""
     assert vhdkit.__version__ == importlib.metadata.version("vhdkit"), "run script/setup"
     assert f"vhdkit {vhdkit.__version__}, " in good("--version")
 
 
 def test_unknown_names_are_attribute_errors() -> None:
-    """A misspelt name fails as in any module, and dir() lists the public ones."""
+    """A misspelt name fails as in any module, and dir() lists the public names."""
     with pytest.raises(AttributeError, match="opendisk"):
         vhdkit.opendisk  # type: ignore[attr-defined]  # noqa: B018
     with pytest.raises(AttributeError, match="Menager"):

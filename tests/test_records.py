@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every record that a machine keeps, with anything in it: a verb works or says what is damaged, and nothing goes."""
+"""Every record of a machine, with any content: a verb works or says what is damaged, and nothing is removed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ RECORDS = (
 
 
 def shapes(record: Path) -> Iterator[bytes]:
-    """Anything but what belongs there: other types at every place of it, and no JSON at all."""
+    """Malformed content: other types at every place of it, and text that is not JSON."""
     yield from (b"", b"\xff\xfe", b"[" * 5000, b"7", b'"x"', b"null", b"[]", b"{}", b'{"x": 1}')
     with contextlib.suppress(OSError, ValueError):
         document = json.loads(record.read_bytes())
@@ -53,7 +53,7 @@ def shapes(record: Path) -> Iterator[bytes]:
 
 
 def places(document: object, way: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The way to each value of a document."""
+    """The path to each value of a document."""
     if way:
         yield way
     if isinstance(document, dict):
@@ -76,7 +76,8 @@ def changed(document: Any, way: tuple[Any, ...], value: object) -> Any:
 
 @pytest.mark.parametrize("name", RECORDS)
 def test_any_shape_is_a_typed_error(machines: Machines, name: str) -> None:
-    """INV-PROVEN-OURS: whatever stands in a record, a verb works or fails with an error of vmm's, and no more."""
+    """INV-PROVEN-OURS: whatever a record contains, a verb works or fails with an error of vmm's, and nothing is
+    removed."""
     machines.create().create("a")
     machine = registry.load("web")
     runtime = Path(machine.runtime.folder)

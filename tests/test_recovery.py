@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/recovery.md, case by case: a scene with the heading's name breaks the files, then the commands are typed."""
+"""docs/recovery.md, case by case: a scene with the heading's name damages the files, then the commands are run."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def chain(base: str = "base.vhd", leaf: str = "leaf.avhd") -> None:
 
 
 def image(**fields: object) -> None:
-    """`disk.vhd`, dynamic, with two blocks, sound but for what the fields say."""
+    """`disk.vhd`, dynamic, with two blocks, sound except for the given fields."""
     blocks = {0: Block(pattern(BLOCK)), 2: Block(pattern(BLOCK, 2))}
     values: dict[str, object] = {"size": 8 * MIB, "block_size": BLOCK, "blocks": blocks, "chs": GEOMETRY}
     Vhd(**(values | fields)).build().write(Path("disk.vhd"))  # type: ignore[arg-type]
@@ -82,7 +82,7 @@ def header() -> None:
 def merging() -> None:
     chain()
     for number in range(6, 40):
-        assert killed_at(number, lambda: vhdkit.merge("leaf.avhd")), "the merge came to its end"
+        assert killed_at(number, lambda: vhdkit.merge("leaf.avhd")), "the merge ran to its end"
         if Path(".base.vhd.vhdkit-merge").exists():
             return
 
@@ -91,7 +91,7 @@ def changing() -> None:
     image(tail=b"")
     whole = Path("disk.vhd").read_bytes()
     for number in range(1, 40):
-        assert killed_at(number, lambda: vhdkit.repair("disk.vhd")), "the repair came to its end"
+        assert killed_at(number, lambda: vhdkit.repair("disk.vhd")), "the repair ran to its end"
         unfinished = any(one.code == "change-unfinished" for one in vhdkit.check("disk.vhd"))
         if unfinished and Path("disk.vhd").read_bytes() != whole:
             return
@@ -101,7 +101,7 @@ def changing() -> None:
 
 
 def noted() -> None:
-    """A killed server's notes, and another program that wrote to the image before the server came back."""
+    """A killed server's notes, and another program that wrote to the image before the server was started again."""
     image()
     Path("notes").mkdir()
     with FileStore.open("disk.vhd", writable=True) as store:
@@ -117,7 +117,7 @@ def freezing() -> None:
         vhdkit.create_image(name, MIB)
     pairs = [("one.vhd", "one.avhd"), ("two.vhd", "two.avhd")]
     for number in range(1, 40):
-        assert killed_at(number, lambda: vhdkit.snapshot_many(pairs)), "the snapshot came to its end"
+        assert killed_at(number, lambda: vhdkit.snapshot_many(pairs)), "the snapshot ran to its end"
         if Path("one.avhd").exists():
             assert not Path("two.avhd").exists()
             return
@@ -169,17 +169,17 @@ def warm() -> Iterator[WarmCommands]:
 
 
 def test_every_case_has_a_scene() -> None:
-    """No case of the page is untested, and no scene is left over."""
+    """Every case of the page is tested, and every scene is used."""
     assert list(cases()) == list(SCENES)
 
 
-# A killed process closes nothing: what plays one in a scene is dropped.
+# A killed process closes nothing: what imitates one in a scene is dropped.
 @pytest.mark.filterwarnings("ignore:.*was never closed:ResourceWarning")
 @pytest.mark.parametrize(("heading", "typed"), cases().items(), ids=cases())
 def test_case(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warm: WarmCommands, heading: str, typed: list[Command]
 ) -> None:
-    """The commands of the case do on a chain broken so what the page says."""
+    """The commands of the case do what the page says, on a chain damaged in that way."""
     assert typed, "a case without a command"
     folder = tmp_path / "reader"
     folder.mkdir()

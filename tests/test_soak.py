@@ -21,15 +21,16 @@ from vmm.api import machine_snapshots as door
 
 @pytest.mark.parametrize("name", SCENES)
 def test_kills_at_random_moments(name: str) -> None:
-    """INV-MERGE-PRESERVES and its like with real files: after each kill everything reads as it must, and recovery,
-    killed as well now and then, finishes the work."""
+    """INV-MERGE-PRESERVES and similar ones with real files: after each kill everything reads correctly, and recovery,
+    sometimes killed as well, finishes the work."""
     tally = soak.soak(SCENES[name], daily_or_nightly(1, 10), kills=daily_or_nightly(3, 20))
     assert tally.recoveries > 0, tally
 
 
 @pytest.mark.parametrize("written", [True, False])
 def test_a_lost_answered_write_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: bool) -> None:
-    """INV-ANSWERED-SURVIVES: the `remember` scene fails for the sector when a frozen layer's notes are not written."""
+    """INV-ANSWERED-SURVIVES: the `remember` scene fails, naming the sector, if a frozen layer's notes are not
+    written."""
     monkeypatch.chdir(tmp_path)
     soak_remember.prepare()
     assert soak.run_killed(soak_remember.prepare_and_die, None)
@@ -43,28 +44,30 @@ def test_a_lost_answered_write_is_found(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.kvm
 def test_kills_under_a_running_machine() -> None:
-    """Worker, disks' server, QEMU or the command killed in snapshots of a machine that runs: all states stay."""
+    """If the worker, the disk server, QEMU or the command is killed in snapshots of a running machine, all states
+    stay."""
     require_boot_sector_guest()
     assert soak_running.run(0, kills=2).total() >= 2
 
 
 @pytest.mark.kvm
 def test_any_command_after_an_interrupted_snapshot() -> None:
-    """INV-READ-UNDER-LOCK: a snapshot's command is interrupted, its worker goes on, and another command follows."""
+    """INV-READ-UNDER-LOCK: a snapshot's command is interrupted, its worker continues, and another command follows."""
     require_boot_sector_guest()
     assert soak_interrupted.run(0, rounds=2).total() >= 2
 
 
 @pytest.mark.kvm
 @pytest.mark.parametrize("scene", soak_cut.SCENES)
-def test_cut_with_any_verb_next(scene: str) -> None:
-    """INV-ONE-JOURNAL: processes killed in a live operation, then any verb: a second reader finds every disk."""
+def test_killed_operations_followed_by_any_verb(scene: str) -> None:
+    """INV-ONE-JOURNAL: processes are killed in a live operation, then any verb follows: a second reader finds every
+    disk."""
     require_boot_sector_guest()
     assert soak_cut.run(scene, 0, kills=1).total() == 1
 
 
-def test_the_second_reader_reads_what_the_first_does(tmp_path: Path) -> None:
-    """A chain with blocks here and there, and an image in between that grew, read alike by both."""
+def test_both_readers_agree(tmp_path: Path) -> None:
+    """A chain with scattered blocks, and an image in between that grew, reads the same with both."""
     rng = random.Random("second")
     paths = [tmp_path / "base.vhd", tmp_path / "middle.avhd", tmp_path / "leaf.avhd"]
     vhdkit.create_image(paths[0], 4 << 20, block_size_bytes=512 << 10)
@@ -79,14 +82,14 @@ def test_the_second_reader_reads_what_the_first_does(tmp_path: Path) -> None:
             assert read_chain(path) == disk.read(0, disk.size_bytes)
 
 
-def test_commands_cut_short_on_a_machine() -> None:
-    """INV-DELETE-RULE: what is killed or interrupted, and whatever comes next, each state reads as it did."""
+def test_killed_and_interrupted_commands_on_a_machine() -> None:
+    """INV-DELETE-RULE: whatever is killed or interrupted, and whatever comes next, each state reads as before."""
     tally = soak_snapshots.run(25, seed=3)
     assert sum(count for what, count in tally.items() if what.endswith((": killed", ": interrupted"))) > 3, tally
 
 
-def test_the_driver_finds_an_apply_that_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Self-test: a command that says it went back and did not is found by the look after it."""
+def test_the_driver_finds_an_apply_without_effect(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Self-test: a command that reports success without applying is found by the check after it."""
 
     def write_or_go_back(driver: soak_snapshots.Driver) -> list[Callable[[], soak_snapshots.Step]]:
         return [driver._write, driver._apply] if driver.snapshots else [driver._create]
@@ -97,8 +100,8 @@ def test_the_driver_finds_an_apply_that_does_nothing(monkeypatch: pytest.MonkeyP
         soak_snapshots.run(60, seed=1)
 
 
-def test_what_is_wrong_is_found() -> None:
-    """Self-test: a scene whose command leaves less than it should fails, and its folder is kept."""
+def test_lost_data_is_found() -> None:
+    """Self-test: a scene whose command loses data fails, and its folder is kept."""
 
     def prepare() -> None:
         soak._make_chain()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What short commands may not import: start-up is what one waits for. No clocks: names of modules only."""
+"""What short commands must not import: users wait for the start. Only names of modules are checked, no times."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 import vhdkit
 
-# Run the command, then say which modules are loaded, whatever way it ends.
+# Run the command, then print which modules are loaded, however it ends.
 PROGRAM = """
 import gc, sys
 from {entry} import main
@@ -24,14 +24,14 @@ finally:
     print(*sorted(sys.modules), "collects" if gc.isenabled() else "", file=sys.stderr)
 """
 ENTRIES = {"vhdkit": "vhdkit.cli.entry", "vmm": "vmm.cli.entry"}
-# What takes long and serves none of these commands.
+# Slow to import, and used by none of these commands.
 ALWAYS = ("asyncio", "concurrent", "ctypes", "email", "multiprocessing", "ssl", "xml", "http")
 LARGE = ("construct", "mfusepy", "numpy", "PIL", "pydantic", "pyroute2", "qemu", "rich")
 SMALL = ("fractions", "secrets", "socket", "subprocess", "tempfile", "tomllib", "urllib")
 
 
 def loaded(name: str, *words: str, home: Path) -> set[str]:
-    """The modules that are loaded when the command has ended, which must be well."""
+    """The modules loaded when the command, which must succeed, has ended."""
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM.format(entry=ENTRIES[name], name=name), *words],
         capture_output=True,
@@ -56,8 +56,8 @@ def found(modules: set[str], *unwanted: str) -> list[str]:
 
 @pytest.mark.parametrize("name", ENTRIES)
 @pytest.mark.parametrize("word", ["--help", "--version", ""])
-def test_help_loads_no_verb(name: str, word: str, tmp_path: Path) -> None:
-    """The list of verbs and the version need the command line library and nothing of ours but the command line."""
+def test_help_does_not_load_verbs(name: str, word: str, tmp_path: Path) -> None:
+    """The list of verbs and the version need the command line library and only our modules of the command line."""
     modules = loaded(name, *word.split(), home=tmp_path)
     assert found(modules, *ALWAYS, *LARGE, *SMALL) == []
     rooms = {module.split(".")[1] for module in modules if module.startswith(f"{name}.")}
@@ -65,8 +65,9 @@ def test_help_loads_no_verb(name: str, word: str, tmp_path: Path) -> None:
     assert found(modules, *(f"vhdkit.{room}" for room in ("chain", "disk", "formats", "serve", "store"))) == []
 
 
-def test_info_loads_no_rich_and_no_server(tmp_path: Path) -> None:
-    """`info` reads an image and its parents: numpy and the layout's construct, but no bars, sockets or servers."""
+def test_info_does_not_load_rich_or_servers(tmp_path: Path) -> None:
+    """`info` reads an image and its parents with numpy and the layout's construct, but without bars, sockets or
+    servers."""
     image, child = tmp_path / "a.vhd", tmp_path / "b.avhd"
     vhdkit.create_image(image, 1 << 20)
     vhdkit.create_child(child, image)
@@ -77,8 +78,9 @@ def test_info_loads_no_rich_and_no_server(tmp_path: Path) -> None:
         assert found(modules, "vhdkit.serve", "vhdkit.disk", "vhdkit.sockets", "vhdkit.formats.vhd.dump") == []
 
 
-def test_list_loads_no_qemu_and_no_switches(tmp_path: Path) -> None:
-    """`vmm list` reads definitions by pydantic, asks workers by plain sockets: no loop, monitor, switch, disk."""
+def test_list_does_not_load_qemu_or_switches(tmp_path: Path) -> None:
+    """`vmm list` reads definitions with pydantic and asks workers over plain sockets: no loop, monitor, switch or
+    disk."""
     with tempfile.TemporaryDirectory(prefix="vmm-start-") as folder:
         home = Path(folder)
         loaded("vmm", "create", "web", "--memory", "64M", home=home)

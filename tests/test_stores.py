@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stores that the proofs stand on: that power cuts lose what they may, and never what they may not."""
+"""The stores on which the proofs rest: power cuts lose what they may, and never more."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def test_memory_behaves_as_a_file(
         assert memory.contents() == Path(path).read_bytes()
 
 
-def test_huge_holes_cost_nothing() -> None:
-    """A store of many terabytes takes memory for its data only."""
+def test_holes_take_no_memory() -> None:
+    """A store of many terabytes takes memory only for its data."""
     store = MemStore()
     store.truncate(1 << 46)
     store.pwrite(1 << 45, b"x")
@@ -62,8 +62,8 @@ def test_huge_holes_cost_nothing() -> None:
     assert store.allocated_bytes() == SECTOR_SIZE
 
 
-def test_a_frozen_store_fails_the_test_that_writes() -> None:
-    """Every way to change a frozen store is an AssertionError, which no handler of the engine catches."""
+def test_writing_to_a_frozen_store_fails() -> None:
+    """Every way to change a frozen store is an AssertionError, which the engine never catches."""
     store = MemStore(size_bytes=4096, frozen=True)
     with pytest.raises(AssertionError):
         store.pwrite(0, b"x")
@@ -76,7 +76,7 @@ def test_a_frozen_store_fails_the_test_that_writes() -> None:
 
 
 def possible_files(store: CrashStore) -> set[bytes]:
-    """What a thousand cuts leave."""
+    """The results of a thousand cuts."""
     return {store.after_cut(random.Random(seed)).contents() for seed in range(1000)}
 
 
@@ -85,17 +85,17 @@ def sectors(text: str) -> bytes:
     return b"".join(letter.encode() * SECTOR_SIZE for letter in text)
 
 
-def test_what_was_synced_survives_every_cut() -> None:
-    """After a sync there is one possible file only."""
+def test_synced_data_survives_every_cut() -> None:
+    """After a sync only one file is possible."""
     store = CrashStore(MemStore())
     store.pwrite(0, sectors("abc"))
     store.sync()
     assert possible_files(store) == {sectors("abc")}
 
 
-def test_unsynced_sectors_land_one_by_one() -> None:
-    """Every subset of the unsynced sectors is possible, also the later without the earlier, and an older version
-    of one beside the newest of another."""
+def test_unsynced_sectors_are_written_independently() -> None:
+    """Every subset of the unsynced sectors is possible, also a later one without an earlier one, and an older version
+    of one next to the newest of another."""
     store = CrashStore(MemStore())
     store.pwrite(0, sectors("abc"))
     store.sync()
@@ -106,8 +106,8 @@ def test_unsynced_sectors_land_one_by_one() -> None:
     assert possible_files(store) == {sectors(one + "b" + other) for one in "axy" for other in "cz"}
 
 
-def test_the_length_is_anything_between() -> None:
-    """An extended file may be short after a cut, and what landed behind its end is gone; the rest reads as zeros."""
+def test_an_unsynced_length_may_be_anything_between() -> None:
+    """An extended file may be short after a cut, and data beyond its end is lost; the rest reads as zeros."""
     store = CrashStore(MemStore())
     store.pwrite(0, sectors("a"))
     store.sync()
@@ -120,7 +120,7 @@ def test_the_length_is_anything_between() -> None:
 
 
 def test_punches_and_truncates_may_be_lost_too() -> None:
-    """A punch or a truncate that was not synced happened, or did not."""
+    """A punch or a truncate that was not synced has happened or not."""
     store = CrashStore(MemStore())
     store.pwrite(0, sectors("ab"))
     store.sync()
@@ -131,7 +131,7 @@ def test_punches_and_truncates_may_be_lost_too() -> None:
 
 
 def test_only_footers_are_torn() -> None:
-    """A footer in flight may be neither old nor new; any other sector, one with its cookie too, is one of the two."""
+    """A footer in flight may be neither old nor new; any other sector, even one with its cookie, is one of the two."""
     store = CrashStore(MemStore(size_bytes=2 * SECTOR_SIZE))
     footer, other = Vhd(size=8 * MIB).footer(), b"conectix".ljust(SECTOR_SIZE, b"f")
     store.pwrite(0, footer + other)
@@ -143,7 +143,7 @@ def test_only_footers_are_torn() -> None:
 
 
 def test_power_is_cut_inside_the_nth_operation() -> None:
-    """A write that is cut may have landed, a sync that is cut has promised nothing; then the store is dead."""
+    """A write that is cut may have been done, a sync that is cut promises nothing; afterwards the store is dead."""
     for cut_at, expected in ((1, {"a", "x"}), (2, {"a", "x"}), (3, {"x", "y"})):
         start = MemStore()
         start.pwrite(0, sectors("a"))
@@ -163,8 +163,8 @@ def test_power_is_cut_inside_the_nth_operation() -> None:
         assert possible_files(store) == {sectors(text) for text in expected}
 
 
-def test_faults_strike_when_they_should() -> None:
-    """A fault fails the n-th call of its kind in its place, once or for ever, and can leave half of a write."""
+def test_faults_occur_as_configured() -> None:
+    """A fault fails the n-th call of its kind at its place, once or permanently, and can leave half of a write."""
     store = FaultyStore(
         MemStore(),
         Fault("write", no_space, at=2, partly=True),

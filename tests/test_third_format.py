@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contract of a format is whole: one that is registered in `FORMATS` alone can do all that a VHD can.
+"""The contract of a format is complete: one that is only registered in `FORMATS` can do everything that a VHD can.
 
-The format is made up (`tests.harness.sparse_format`): sectors of 4096 bytes, ids by a rule of its own. No line of the
+The format is made up (`tests.harness.sparse_format`): sectors of 4096 bytes, ids by its own rule. No line of the
 packages knows it. It runs through the conformance suite, the model of a chain, the power cuts, and the verbs.
 """
 
@@ -44,17 +44,17 @@ PARENT = ParentRef.of_paths(b"p" * 16, 0, relative=".\\base.sparse", absolute="\
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The format is in the list, and nowhere else."""
+    """The format is registered in the list, and nowhere else."""
     monkeypatch.setattr(formats, "FORMATS", (SPARSE, *formats.FORMATS))
 
 
 def base_in(store: Store, size_bytes: int) -> None:
-    """Make the store an empty image."""
+    """Make an empty image in the store."""
     SPARSE.create(store, CreateRequest(size_bytes, "sparse"))
 
 
 def child_in(store: Store, parent: ParentRef, size_bytes: int) -> None:
-    """Make the store an empty child."""
+    """Make an empty child in the store."""
     SPARSE.create_child(store, size_bytes, parent, block_size_bytes=PAGE_SIZE)
 
 
@@ -115,8 +115,8 @@ def test_every_cut_leaves_flushed_or_newer(scene: Callable[[int], Scene]) -> Non
     assert run.operations > run.syncs > 3 and run.judged > run.cuts * run.operations
 
 
-def test_a_wrong_order_of_writes_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Self-test: a table that is written before the data it points at loses what was flushed."""
+def test_a_wrong_order_of_writes_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Self-test: a table that is written before its data loses what was flushed."""
     monkeypatch.setattr(SparseLayer, "flush", lambda self: None)
     with pytest.raises(AssertionError):
         PowerRun(base_scene(1), 1, steps=22).run()
@@ -147,7 +147,7 @@ class SparseMachine(DiskMachine):
         self._open(child(f"layer{len(self.parents)}.asparse", ref, size))
 
     def teardown(self) -> None:
-        """What is left behind is a sound image."""
+        """The image left behind is sound."""
         if self.disk is not None:
             self.read_everything()
             self.disk.close()
@@ -161,13 +161,13 @@ def test_a_chain_behaves_as_a_bytearray() -> None:
 
 
 def test_a_part_of_a_large_sector_is_written_as_a_whole_one() -> None:
-    """A write of 512 bytes, zeros and trims of less than a sector leave the rest of the 4096 bytes as they were."""
+    """A write of 512 bytes, zeros and trims of less than a sector leave the rest of the 4096 bytes unchanged."""
     with open_mem(base("a.sparse"), writable=True) as disk:
         disk.write(0, b"a" * 2 * PAGE_SIZE)
         disk.write(512, b"b" * 512)
         disk.write_zeroes(1024, 512)
         disk.trim(2048, 512)
-        assert not disk.try_write(512, memoryview(b"c" * 512)), "this takes a read first"
+        assert not disk.try_write(512, memoryview(b"c" * 512)), "this requires a read first"
         expected = b"a" * 512 + b"b" * 512 + bytes(512) + b"a" * 512
         assert disk.read(0, 2048) == expected and disk.read(2048, 6144) == b"a" * 6144
 
@@ -184,21 +184,21 @@ def made(folder: Path) -> Path:
 
 
 def write(path: Path, words: dict[int, bytes]) -> None:
-    """Write into the disk."""
+    """Write to the disk."""
     with vhdkit.open_disk(path, writable=True) as disk:
         for offset, word in words.items():
             disk.write(offset, word)
 
 
 def content(path: Path | str) -> bytes:
-    """All of the disk."""
+    """The whole content of the disk."""
     with vhdkit.open_disk(path) as disk:
         return disk.read(0, disk.size_bytes)
 
 
 @pytest.fixture
 def chain(tmp_path: Path) -> Iterator[list[Path]]:
-    """Three layers, leaf first, each with a word of its own; the disk reads the same when the test ends."""
+    """Three layers, leaf first, each with its own word; the disk reads the same when the test ends."""
     path = made(tmp_path)
     (middle,) = [Path(vhdkit.snapshot(path))]
     write(middle, {MIB: b"middle", 100: b"over"})
@@ -211,7 +211,7 @@ def chain(tmp_path: Path) -> Iterator[list[Path]]:
 
 
 def test_children_are_named_and_linked_by_their_format(chain: list[Path]) -> None:
-    """A snapshot is of the same format, with its suffix, and records the id that is not the file's own."""
+    """A snapshot has the same format, with its suffix, and records the linkage id, not the file id."""
     leaf, middle, path = chain
     assert [one.name for one in (leaf, middle)] == ["disk-1.asparse", "disk.asparse"]
     with vhdkit.open_disk(leaf) as disk:
@@ -225,14 +225,14 @@ def test_children_are_named_and_linked_by_their_format(chain: list[Path]) -> Non
 
 
 def test_check_and_info(chain: list[Path]) -> None:
-    """`check` examines each layer by its format and their links; `describe_chain` says what each owns."""
+    """`check` examines each layer with its format, and the links; `describe_chain` says what each layer owns."""
     from vhdkit.chain.verbs.describe import describe_chain
 
     leaf, middle, _ = chain
     assert vhdkit.check(leaf) == []
-    told = describe_chain(leaf)
-    assert told.problem is None and [one.image.title for one in told.layers][-1] == "sparse"
-    assert [one.owned_bytes for one in told.layers] == [PAGE_SIZE, PAGE_SIZE, PAGE_SIZE]
+    described = describe_chain(leaf)
+    assert described.problem is None and [one.image.title for one in described.layers][-1] == "sparse"
+    assert [one.owned_bytes for one in described.layers] == [PAGE_SIZE, PAGE_SIZE, PAGE_SIZE]
     raw = bytearray(middle.read_bytes())
     broken = leaf.with_name("broken.asparse")
     raw[2 * PAGE_SIZE + 4 : 2 * PAGE_SIZE + 8] = raw[2 * PAGE_SIZE : 2 * PAGE_SIZE + 4] = b"\0\0\0\3"
@@ -243,7 +243,7 @@ def test_check_and_info(chain: list[Path]) -> None:
 
 @pytest.mark.parametrize("into", [1, 2])
 def test_merge(chain: list[Path], into: int) -> None:
-    """Layers go into one below them; what is removed is known by the file's own id."""
+    """Layers are merged into one below them; removed files are identified by their file ids."""
     leaf = chain[0]
     merged = vhdkit.merge(leaf, into=chain[into])
     assert merged.removed == tuple(str(one) for one in chain[:into])
@@ -251,7 +251,7 @@ def test_merge(chain: list[Path], into: int) -> None:
 
 
 def test_merge_to_a_new_file(chain: list[Path], tmp_path: Path) -> None:
-    """The result is of the same format, and stands on what the layers stood on."""
+    """The result has the same format, and its parent is that of the merged layers."""
     leaf, middle, path = chain
     vhdkit.merge(leaf, into=middle, to=tmp_path / "new.asparse")
     assert vhdkit.chain_paths(tmp_path / "new.asparse") == [str(tmp_path / "new.asparse"), str(path)]
@@ -259,7 +259,7 @@ def test_merge_to_a_new_file(chain: list[Path], tmp_path: Path) -> None:
 
 
 def test_an_interrupted_merge_is_resumed(chain: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """INV-RECORD-PROVEN: the record names files by their own ids; the merge is finished from it."""
+    """INV-RECORD-PROVEN: the record names files by their file ids; the merge is finished from it."""
     from vhdkit.chain.verbs import merge_steps
 
     leaf, middle, _ = chain
@@ -315,8 +315,8 @@ def test_convert_from_smaller_sectors(tmp_path: Path, seed: int) -> None:
     assert content(made) == content(source[1])
 
 
-def test_what_the_format_cannot_do_is_refused(chain: list[Path]) -> None:
-    """A format without `Resizable` and `Compactable` says so, and nothing happens."""
+def test_unsupported_operations_are_refused(chain: list[Path]) -> None:
+    """A format without `Resizable` and `Compactable` leads to an error, and nothing happens."""
     with pytest.raises(vhdkit.InvalidArgument, match="size cannot be changed"):
         vhdkit.resize(chain[0], 4 * MIB)
     with pytest.raises(vhdkit.InvalidArgument, match="cannot be made smaller"):
@@ -324,7 +324,7 @@ def test_what_the_format_cannot_do_is_refused(chain: list[Path]) -> None:
 
 
 def test_relocate_and_garbage(chain: list[Path], tmp_path: Path) -> None:
-    """A chain moves with its names, and what no leaf reaches is found."""
+    """A chain moves with its names, and unreferenced layers are found."""
     place = tmp_path / "place"
     place.mkdir()
     expected = content(chain[0])
@@ -338,7 +338,7 @@ def test_relocate_and_garbage(chain: list[Path], tmp_path: Path) -> None:
 
 
 def test_snapshot_and_merge_while_the_disk_is_open(chain: list[Path], tmp_path: Path) -> None:
-    """An open chain grows, and its layers are merged, as a server does it."""
+    """An open chain grows, and its layers are merged, as by a server."""
     leaf, expected = chain[0], content(chain[0])
     disk = vhdkit.open_disk(leaf, writable=True)
     with freezing([(disk.chain, None)]) as prepared:
@@ -370,7 +370,7 @@ def ids_of(path: Path) -> tuple[bytes | None, bytes | None, tuple[bytes, ...]]:
 
 
 def test_the_linkage_id_changes_once_in_a_session(tmp_path: Path) -> None:
-    """Reading leaves it, the first write changes it, later writes do not; the file's own id stays."""
+    """Reading does not change it, the first write does, later writes do not; the file id stays."""
     path = made(tmp_path)
     first = ids_of(path)
     content(path)
@@ -385,7 +385,7 @@ def test_the_linkage_id_changes_once_in_a_session(tmp_path: Path) -> None:
 
 
 def test_a_merge_renews_the_id_of_its_target(chain: list[Path]) -> None:
-    """The target has another id, which its children record after the merge; the base is not written to."""
+    """The target gets another id, which its children record after the merge; the base is not written to."""
     leaf, middle, path = chain
     others = [leaf.with_name(f"{name}.asparse") for name in ("one", "two")]
     vhdkit.clone(leaf, others)
@@ -399,14 +399,14 @@ def test_a_merge_renews_the_id_of_its_target(chain: list[Path]) -> None:
 
 
 def _links_hold(leaf: Path, target: Path, expected: bytes) -> None:
-    """The leaf, or if it is gone its merge's target, and each child of it read as before."""
+    """The leaf, or if it is gone the merge's target, and each child of it read as before."""
     for path in (leaf if leaf.exists() else target, *leaf.parent.glob("child*")):
         assert content(path) == expected, path
 
 
 @pytest.mark.parametrize("into", [1, 2])
 @pytest.mark.parametrize("relink", [False, True])
-def test_every_cut_of_a_merge_leaves_every_link_true(tmp_path: Path, into: int, relink: bool) -> None:
+def test_every_cut_of_a_merge_leaves_valid_links(tmp_path: Path, into: int, relink: bool) -> None:
     """INV-MERGE-PRESERVES: wherever the power is cut in a merge whose target gets another id, every image finds its
     parent and reads as before; the merge is then resumed, cut again, and resumed to its end."""
     folder, names = tmp_path / "work", ["leaf.asparse", "middle.asparse", "disk.sparse"]
@@ -445,7 +445,7 @@ def test_every_cut_of_a_merge_leaves_every_link_true(tmp_path: Path, into: int, 
 
 
 def write_chain(folder: Path, names: list[str], *, relink: bool) -> None:
-    """A chain of these names, leaf first, each with words of its own; with `relink` the leaf has two children."""
+    """Make a chain of these names, leaf first, each with its own words; with `relink` the leaf has two children."""
     size = 16 * PAGE_SIZE
     vhdkit.create_image(folder / names[-1], size, disk_format="sparse")
     for number in reversed(range(len(names))):
@@ -459,28 +459,28 @@ def write_chain(folder: Path, names: list[str], *, relink: bool) -> None:
 
 
 @pytest.mark.parametrize("verb", ["merge_in_place", "live_merge"])
-def test_a_merge_that_does_not_announce_the_id_is_caught(
+def test_a_merge_that_does_not_announce_the_id_is_detected(
     verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Self-test: if the layer above did not record the new id first, the tests of cuts and kills would fail."""
     monkeypatch.setattr(f"vhdkit.chain.verbs.{verb}.accept_renewed_id", lambda child, target: None)
     with pytest.raises(vhdkit.ParentError):
         if verb == "live_merge":
-            test_every_kill_of_a_live_merge_leaves_every_link_true(tmp_path, 1)
+            test_every_kill_of_a_live_merge_leaves_valid_links(tmp_path, 1)
         else:
-            test_every_cut_of_a_merge_leaves_every_link_true(tmp_path, 1, False)
+            test_every_cut_of_a_merge_leaves_valid_links(tmp_path, 1, False)
 
 
-def test_a_link_with_the_id_from_before_the_merge_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Self-test: children that record the id that the target had before it was filled do not find it."""
+def test_a_link_with_the_id_from_before_the_merge_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Self-test: children that record the target's id from before it was filled do not find it."""
     monkeypatch.setattr("vhdkit.chain.verbs.merge_in_place._target_now", lambda plan: plan.target.facts)
     with pytest.raises(vhdkit.ParentError):
-        test_every_cut_of_a_merge_leaves_every_link_true(tmp_path, 1, True)
+        test_every_cut_of_a_merge_leaves_valid_links(tmp_path, 1, True)
 
 
 @pytest.mark.parametrize("written", ["never", "before", "prepared"])
 def test_a_leaf_that_is_frozen_while_it_is_written_to(tmp_path: Path, written: str) -> None:
-    """Its child finds it whether the id changed before the child was made, after that, or not at all; and a child in
+    """Its child finds it whether the id changed before the child was made, afterwards, or not at all; and a child in
     another folder leaves a mark that protects it."""
     path, place = made(tmp_path), tmp_path / "place"
     place.mkdir()
@@ -505,7 +505,7 @@ def test_a_leaf_that_is_frozen_while_it_is_written_to(tmp_path: Path, written: s
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_every_kill_of_a_live_merge_leaves_every_link_true(tmp_path: Path, first: int) -> None:
+def test_every_kill_of_a_live_merge_leaves_valid_links(tmp_path: Path, first: int) -> None:
     """INV-MERGE-PRESERVES: a server that dies anywhere in a live merge leaves a chain in which every image finds its
     parent; what the leaf had flushed is there, and the merge is resumed."""
     folder, names = tmp_path / "work", ["leaf.asparse", "middle.asparse", "disk.sparse"]
@@ -534,8 +534,8 @@ def test_every_kill_of_a_live_merge_leaves_every_link_true(tmp_path: Path, first
     assert count > 10
 
 
-def test_a_live_merge_that_is_stopped_leaves_a_leaf_that_takes_writes(tmp_path: Path) -> None:
-    """The leaf records both ids of its parent while it is open; afterwards it is written to as before."""
+def test_after_a_stopped_live_merge_the_leaf_can_be_written_to(tmp_path: Path) -> None:
+    """The leaf records both ids of its parent while it is open; afterwards it can be written to as before."""
     names = ["leaf.asparse", "middle.asparse", "disk.sparse"]
     write_chain(tmp_path, names, relink=False)
     disk = vhdkit.open_disk(tmp_path / names[0], writable=True)
@@ -555,7 +555,7 @@ def test_a_live_merge_that_is_stopped_leaves_a_leaf_that_takes_writes(tmp_path: 
 
 
 def test_serve(chain: list[Path]) -> None:
-    """A client reads and writes the disk; the export says what it is."""
+    """A client reads and writes the disk; the export is described correctly."""
     (export,) = open_exports([Wanted(str(chain[0]), "disk")], Manner(vhdkit.OpenOptions()))
     assert export.description.startswith("sparse child, 2.0 MiB, disk-1.asparse, chain of 3")
     with serving(export) as running, running.client("disk") as client:

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Style that a program can judge: how files begin, words, sizes, left-over notes, tests mirroring the code.
 
-Every rule is a function from (path, text) to complaints, run over the whole project and, to prove that it
-can fail, over one bad text each. Words that would make this file complain about itself are put together from
-two.
+Every rule is a function from (path, text) to complaints, which is run over the whole project and, to prove that it can
+fail, over one bad text each. Words that would make this file complain about itself are composed of two.
 """
 
 from __future__ import annotations

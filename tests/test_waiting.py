@@ -10,8 +10,8 @@ import pytest
 from tests.waiting import becomes, until, wait_until
 
 
-def test_what_happens_is_returned() -> None:
-    """The condition is asked until it is true, and what it returned then is the result."""
+def test_a_condition_that_becomes_true_is_returned() -> None:
+    """The condition is called until it is true, and its result is returned."""
     answers = iter([None, "", "here"])
     assert wait_until(lambda: next(answers), "something comes") == "here"
     later = iter([False, True])
@@ -20,8 +20,8 @@ def test_what_happens_is_returned() -> None:
     asyncio.run(until(lambda: next(now), "something comes"))
 
 
-def test_what_does_not_happen_fails_and_is_named() -> None:
-    """After the deadline the test fails with what it waited for; words that are a function are made then."""
+def test_a_condition_that_stays_false_fails_with_its_description() -> None:
+    """After the deadline the test fails with the description; if that is a function, it is called only then."""
     seen: list[int] = []
     with pytest.raises(AssertionError, match=r"not within 0\.05 s: 3 come: 0$"):
         wait_until(lambda: len(seen) == 3, lambda: f"3 come: {len(seen)}", 0.05)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A warm command is where its caller is, and ends as its caller does."""
+"""A warm command works where its caller is, and ends when its caller does."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.warm_commands import COMMANDS, PYTHON, warm
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_streams_and_exit_codes(name: str) -> None:
+def test_output_and_exit_codes(name: str) -> None:
     """Output, errors and exit codes are the real command's."""
     helped = subprocess.run([*warm(name), "--help"], capture_output=True, text=True, timeout=60, check=False)
     assert helped.returncode == 0 and helped.stdout.startswith("Usage:") and not helped.stderr
@@ -45,13 +45,13 @@ def test_a_module_by_its_name() -> None:
     good = subprocess.run([*warm(PYTHON), "-m", "vhdkit", "--version"], capture_output=True, timeout=60, check=False)
     assert good.returncode == 0 and good.stdout.startswith(b"vhdkit"), good
     quiet = subprocess.run([*warm(PYTHON), "-m", "this"], capture_output=True, timeout=60, check=False)
-    assert quiet.returncode == 0 and b"Zen" in quiet.stdout, "a module that comes to its end without an exit"
+    assert quiet.returncode == 0 and b"Zen" in quiet.stdout, "a module that runs to its end without an exit"
     bad = subprocess.run([*warm(PYTHON), "-m", "no.such.module"], capture_output=True, timeout=60, check=False)
     assert bad.returncode == 1 and b"no.such" in bad.stderr, bad
 
 
-def test_ends_with_the_tests() -> None:
-    """The loaded process ends when the process that started it was killed."""
+def test_the_loaded_process_ends_with_the_tests() -> None:
+    """It ends when the process that started it was killed."""
     program = "from tests.warm_commands import warm\nprint(warm('vmm')[0], flush=True)\ninput()"
     with subprocess.Popen(
         [sys.executable, "-c", program], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -66,8 +66,8 @@ def test_ends_with_the_tests() -> None:
     shutil.rmtree(Path(command).parent.parent.parent)
 
 
-def test_many_callers_at_once() -> None:
-    """Each gets its own answer."""
+def test_concurrent_callers() -> None:
+    """Each caller gets its own answer."""
     with ThreadPoolExecutor(4) as pool:
         words = [[*warm("vhdkit"), f"verb{number}"] for number in range(24)]
         ended = pool.map(lambda one: subprocess.run(one, capture_output=True, timeout=60, check=False), words)
@@ -76,7 +76,7 @@ def test_many_callers_at_once() -> None:
 
 
 def following(folder: Path) -> subprocess.Popen[bytes]:
-    """A command that runs until it is ended."""
+    """A command that runs until it is stopped."""
     home = {**os.environ, "VMM_HOME": str(folder / "home"), "VMM_RUNTIME": str(folder / "run")}
     made = [*warm("vmm"), "create", "web", "--memory", "16M"]
     assert subprocess.run(made, env=home, capture_output=True, timeout=60, check=False).returncode == 0
@@ -86,16 +86,16 @@ def following(folder: Path) -> subprocess.Popen[bytes]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_ends_with_its_caller(tmp_path: Path, number: signal.Signals) -> None:
-    """A signal is passed on, and the copy of a caller that was killed dies: nothing writes any more."""
+def test_a_copy_ends_with_its_caller(tmp_path: Path, number: signal.Signals) -> None:
+    """A signal is passed on, and the copy of a killed caller dies: nothing is written any more."""
     with following(tmp_path) as process:
         process.send_signal(number)
         assert process.stdout is not None
-        assert process.stdout.read() == b""  # the copy held the other end
+        assert process.stdout.read() == b""  # the copy had the other end
         assert process.wait(60) in (130, 0, -signal.SIGKILL)
 
 
-def test_a_copy_that_is_killed(tmp_path: Path) -> None:
+def test_a_killed_copy(tmp_path: Path) -> None:
     """The caller of a copy that was killed ends with 137."""
     with following(tmp_path) as process:
         for pid in wait_until(lambda: _writers_of(process), "the copy runs"):
@@ -104,7 +104,7 @@ def test_a_copy_that_is_killed(tmp_path: Path) -> None:
 
 
 def _writers_of(process: subprocess.Popen[bytes]) -> list[int]:
-    """The processes whose standard output is that process's, without itself."""
+    """The other processes that share that process's standard output."""
     wanted = os.readlink(f"/proc/{process.pid}/fd/1")
     found = []
     for entry in Path("/proc").iterdir():
@@ -117,8 +117,8 @@ def _writers_of(process: subprocess.Popen[bytes]) -> list[int]:
 
 
 @pytest.mark.netns
-def test_in_a_network_of_its_own() -> None:
-    """It sees the network of the namespace in which it was called: a card of the host is not there."""
+def test_a_call_from_another_network_namespace() -> None:
+    """It sees the network of the namespace in which it was called: the host's cards are absent."""
     require_root_and_namespaces()
     create = ["switch", "create", "lan", "--type", "external", "--nic", "warm0", "--dry-run", "--backend", "bridge"]
     made = "ip link add warm0 type dummy && ip link set warm0 up && "

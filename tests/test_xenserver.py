@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images stay such that XenServer's tools and Xen Orchestra take them, whatever verbs were used on them."""
+"""XenServer's tools and Xen Orchestra accept images, whichever verbs changed them."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from vhdkit.units import KIB, MIB, SECTOR_SIZE
 
 BLOCK = 512 * KIB
 SIZE = 3 * BLOCK + 37 * SECTOR_SIZE
-ROOM = 1024 * BLOCK  # what a BAT of one page is enough for
+ROOM = 1024 * BLOCK  # as much as a BAT of one page can address
 SPARE = 200_000  # entries of a BAT, as for 100 GiB
-SEEN = 8 * MIB  # of a disk that grew to more than that
+SEEN = 8 * MIB  # of a disk that grew beyond that
 LONG = "a folder with a name as long as people like them to be, to have room for all that they say " * 2
 
 
@@ -37,12 +37,12 @@ class World:
         self.content = bytearray(SEEN)
 
     def path(self) -> Path:
-        """A new name, now and then a long one."""
+        """A new name, sometimes a long one."""
         self.number += 1
         return self.folder / f"{self.number}{'-long' * self.rng.choice((0, 0, 40))}.avhd"
 
     def start(self, kind: str) -> None:
-        """A base and a child, ours or as XenServer makes them."""
+        """A base and a child, made by us or as XenServer makes them."""
         base, leaf = self.path().with_suffix(".vhd"), self.path()
         if kind == "ours":
             vhdkit.create_image(base, SIZE, block_size_bytes=BLOCK)
@@ -59,7 +59,7 @@ class World:
         return [Path(path) for path in vhdkit.chain_paths(self.leaf)]
 
     def write(self) -> None:
-        """Some sectors, at the end of the disk too."""
+        """Write some sectors, also at the end of the disk."""
         with vhdkit.open_disk(self.leaf, writable=True) as disk:
             for place in (self.rng.randrange(SIZE - BLOCK), min(self.size, SEEN) - 9 * SECTOR_SIZE):
                 data = self.rng.randbytes(self.rng.choice((1, 5, 9)) * SECTOR_SIZE)
@@ -70,7 +70,7 @@ class World:
             self.content[place : place + BLOCK] = bytes(BLOCK)
 
     def fill(self) -> None:
-        """The last block of the disk as it was at first, to its end."""
+        """Fill the last block of the original disk, to its end."""
         start = SIZE // BLOCK * BLOCK
         with vhdkit.open_disk(self.leaf, writable=True) as disk:
             data = self.rng.randbytes(min(self.size, start + BLOCK) - start)
@@ -78,19 +78,19 @@ class World:
             self.content[start : start + len(data)] = data
 
     def snapshot(self) -> None:
-        """A child more."""
+        """Add a child."""
         if len(self.chain) < 5:
             leaf = self.path()
             vhdkit.create_child(leaf, self.leaf)
             self.leaf = leaf
 
     def merge(self) -> None:
-        """The leaf goes into its parent."""
+        """Merge the leaf into its parent."""
         if len(self.chain) > 2:
             self.leaf = Path(vhdkit.merge(self.leaf).target)
 
     def merge_middle(self) -> None:
-        """A layer in the middle goes, and its child is repointed."""
+        """Merge a layer in the middle; its child gets another parent."""
         if len(self.chain) > 2:
             vhdkit.merge(self.chain[1], relink_children=True)
 
@@ -109,34 +109,34 @@ class World:
         chain.close()
 
     def rebase(self) -> None:
-        """A parent gets another name."""
+        """Give a parent another name."""
         number = self.rng.randrange(1, len(self.chain))
         child, parent, *_ = self.chain[number - 1 :]
         moved = parent.rename(self.path().with_suffix(parent.suffix))
         vhdkit.rebase(child, moved)
 
     def relocate(self) -> None:
-        """The whole chain goes elsewhere."""
+        """Move the whole chain to another folder."""
         there = self.folder.parent / self.rng.choice(("here", "there", LONG.strip()[:200]))
         there.mkdir(exist_ok=True)
         vhdkit.relocate(self.leaf, there)
         self.folder, self.leaf = there, there / self.leaf.name
 
     def grow(self) -> None:
-        """The disk becomes larger, once past its BAT."""
+        """Grow the disk, once beyond its BAT."""
         self.size = self.rng.choice((self.size + 5 * SECTOR_SIZE, self.size + BLOCK, max(self.size, ROOM) + BLOCK))
         vhdkit.resize(self.leaf, self.size)
 
     def compact(self) -> None:
-        """A layer's file becomes smaller."""
+        """Compact a layer's file."""
         vhdkit.compact(self.rng.choice(self.chain))
 
     def repair(self) -> None:
-        """There is nothing to repair."""
+        """A repair finds nothing to do."""
         assert not vhdkit.repair(self.leaf).fixes
 
     def judge(self, after: str) -> None:
-        """Every file is such that others take it, ours say nothing against it, and the disk reads as it should."""
+        """Others accept every file, our check reports nothing, and the disk reads as it should."""
         for path in self.chain:
             assert not faults_of(path), (after, faults_of(path))
         found = [one for one in vhdkit.check(self.leaf) if one.severity > Severity.NOTE]
@@ -154,7 +154,7 @@ VERBS: tuple[Callable[[World], None], ...] = (
 
 
 def xen_names(parent: str) -> dict[int, Locator]:
-    """The three that XenServer writes, all relative."""
+    """The three names that XenServer writes, all relative."""
     return {
         0: Locator(b"MacX", f"file://./{parent}".encode()),
         1: absolute(f".\\{parent}"),
@@ -163,7 +163,8 @@ def xen_names(parent: str) -> dict[int, Locator]:
 
 
 def make_xen_chain(base: Path, leaf: Path, *, spare: bool) -> None:
-    """As vhd-util lays them out: BAT behind the header, batmap, names, aligned blocks; or with a BAT to grow into."""
+    """Lay out a chain like vhd-util: BAT after the header, batmap, names, aligned blocks; or with a BAT to grow
+    into."""
     fields: dict[str, Any] = {
         "size": SIZE, "block_size": BLOCK, "creator": b"tap\0", "creator_version": 0x00010003, "host_os": b"\0\0\0\0",
         "aligned": True, "entry_count": SPARE if spare else None, "chs": (45, 4, 17),
@@ -182,22 +183,22 @@ def make_xen_chain(base: Path, leaf: Path, *, spare: bool) -> None:
 
 
 def run(folder: Path, kind: str, seed: int, steps: int) -> None:
-    """Random verbs; each is judged."""
+    """Run random verbs, and judge the result of each."""
     (folder / "here").mkdir()
     world = World(folder / "here", random.Random(f"xenserver {kind} {seed}"))
     world.start(kind)
-    told = [kind]
+    history = [kind]
     world.judge(kind)
     for _ in range(steps):
         verb = world.rng.choice(VERBS)
-        told.append(verb.__name__)
+        history.append(verb.__name__)
         verb(world)
-        world.judge(" ".join(told))
+        world.judge(" ".join(history))
 
 
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("kind", ["ours", "xen", "spare"])
-def test_xenserver_takes_what_any_verbs_leave(kind: str, seed: int, tmp_path: Path) -> None:
+def test_xenserver_accepts_images_after_any_verbs(kind: str, seed: int, tmp_path: Path) -> None:
     """Random verbs on a chain of ours or of XenServer's leave images that vhd-util and vhd-lib call valid."""
     run(tmp_path, kind, seed, 7)
 
@@ -205,6 +206,6 @@ def test_xenserver_takes_what_any_verbs_leave(kind: str, seed: int, tmp_path: Pa
 @pytest.mark.nightly
 @pytest.mark.parametrize("seed", range(100, 140))
 @pytest.mark.parametrize("kind", ["ours", "xen", "spare"])
-def test_xenserver_takes_what_many_verbs_leave(kind: str, seed: int, tmp_path: Path) -> None:
-    """The same at length."""
+def test_xenserver_accepts_images_after_many_verbs(kind: str, seed: int, tmp_path: Path) -> None:
+    """The same with more verbs."""
     run(tmp_path, kind, seed, 25)

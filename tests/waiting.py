@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How tests wait: they look again and again until a condition holds, and fail after a deadline that is long enough.
+"""How tests wait: they check a condition until it holds, and fail after a deadline that is long enough.
 
-A test never sleeps for a fixed time in the hope that something has happened meanwhile. Where the time itself is what
-is tested (nothing may happen for a while, a rate, a random moment for a kill), a comment beside the sleep says so.
+A test never sleeps for a fixed time in the hope that something has happened by then. If the time itself is tested
+(nothing may happen for a while, a rate, a random moment for a kill), a comment beside the sleep says so.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 def becomes(condition: Callable[[], object], seconds: float = SECONDS, *, pause: float = PAUSE_SECONDS) -> bool:
-    """True as soon as the condition holds; False when it still does not after so many seconds."""
+    """True as soon as the condition holds; False if it still does not after that many seconds."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -38,7 +38,8 @@ def wait_until(
     """Return what the condition returns once that is true; fails after so many seconds, and says that `what` did not
     happen.
 
-    `what` may be a function, for words that are only known then. Give a longer `pause` for an expensive condition.
+    `what` may be a function, for a description that is only known then. Give a longer `pause` for an expensive
+    condition.
     """
     deadline = time.monotonic() + seconds
     while not (found := condition()):
@@ -48,7 +49,7 @@ def wait_until(
 
 
 async def until(condition: Callable[[], object], what: str, seconds: float = SECONDS) -> None:
-    """The same in a coroutine, while the event loop goes on."""
+    """The same in a coroutine, while the event loop runs."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands `vhdkit` and `vmm` without their start: a process that has them loaded forks one for each call.
+"""The commands `vhdkit` and `vmm` without the cost of starting: a process that has loaded them forks one for each
+call.
 
-A shell finds programs of these names in `WarmCommands.bin`; each hands its words, folder, environment, standard
+A shell finds programs of these names in `WarmCommands.bin`; each passes its arguments, folder, environment, standard
 streams, umask and namespaces (network and mounts) to the loaded process, waits for the exit code of the copy that runs
-them, and passes signals on to it; when it is killed, so is the copy. What the copy runs is what the installed command
-runs, in a process of its own. A user or a group other than the loaded process's is refused.
+them, and forwards signals to it; if it is killed, so is the copy. The copy runs what the installed command runs, as a
+separate process. A user or a group other than the loaded process's is refused.
 
-For tests of what a command does. A test of the process itself, of its start, its terminal or its death, starts the
-real one. `warm("vmm")` gives the words to use in place of `[sys.executable, "-m", "vmm"]`, and `warm(PYTHON)` those in
+For tests of what a command does. A test of the process itself (its start, its terminal, its death) starts the real
+command. `warm("vmm")` gives the words to use in place of `[sys.executable, "-m", "vmm"]`, and `warm(PYTHON)` those in
 place of Python for `-m MODULE`.
 """
 
@@ -98,7 +99,7 @@ class WarmCommands:
             self._process.stdin.close()
 
     def _has_ended(self) -> bool:
-        """True when no process of the group is left."""
+        """True if no process of the group is left."""
         self._process.poll()
         try:
             os.killpg(self._process.pid, 0)
@@ -109,8 +110,8 @@ class WarmCommands:
 
 @contextlib.contextmanager
 def warm_commands(*prefix: str) -> Iterator[WarmCommands]:
-    """Both commands, loaded; ended and without a trace afterwards."""
-    folder = Path(tempfile.mkdtemp(prefix="warm-", dir="/tmp"))  # sockets have short names, whatever TMPDIR is
+    """Both commands, loaded; ended afterwards without a trace."""
+    folder = Path(tempfile.mkdtemp(prefix="warm-", dir="/tmp"))  # sockets need short names, whatever TMPDIR is
     try:
         with contextlib.closing(WarmCommands(folder / "w", *prefix)) as commands:
             yield commands
@@ -161,7 +162,7 @@ def _serve(address: str) -> NoReturn:
         if sys.stdin.fileno() in events:  # the process that started this one is gone
             os.killpg(0, signal.SIGTERM)
         for fd in events:
-            if fd in pairs:  # one of the two has ended, and so must the other
+            if fd in pairs:  # one of the two has ended, so the other must end, too
                 link, copy = pairs[fd]
                 del pairs[copy], pairs[link.fileno()]
                 _end(copy, link)
@@ -180,7 +181,8 @@ def _serve(address: str) -> NoReturn:
 
 
 def _copy(link: socket.socket, ours: Sequence[socket.socket | select.epoll]) -> int | None:
-    """Fork the copy that runs a call, without `ours`; its process's descriptor, or None where the caller has gone."""
+    """Fork the copy that runs a call, without `ours`; returns its process's descriptor, or None if the caller is
+    gone."""
     head, fds, _, _ = socket.recv_fds(link, 4, 5)
     if not head:
         return None
@@ -195,7 +197,7 @@ def _copy(link: socket.socket, ours: Sequence[socket.socket | select.epoll]) -> 
 
 
 def _end(copy: int, link: socket.socket) -> None:
-    """Kill the copy where it still runs, and report its exit code to the caller where that is there."""
+    """Kill the copy if it still runs, and report its exit code to the caller if that still exists."""
     signal.pidfd_send_signal(copy, signal.SIGKILL)  # one that has ended is not yet waited for
     ended = os.waitid(os.P_PIDFD, copy, os.WEXITED)
     assert ended is not None
@@ -205,7 +207,7 @@ def _end(copy: int, link: socket.socket) -> None:
 
 
 def _enter(namespaces: list[int]) -> None:
-    """Go where the caller is: its mounts and its network."""
+    """Enter the caller's mounts and network."""
     for name, fd in zip(("mnt", "net"), namespaces, strict=True):
         if os.fstat(fd).st_ino != os.stat(f"/proc/self/ns/{name}").st_ino and _LIBC.setns(fd, 0) != 0:
             raise OSError(ctypes.get_errno(), f"cannot enter the caller's namespace of {name}")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What XenServer and Xen Orchestra demand of an image, applied to its bytes.
+"""What XenServer and Xen Orchestra require of an image, applied to its bytes.
 
-Facts about `vhd-util check`, `vhd-util coalesce` (blktap) and vhd-lib's readers, put down anew: nothing of the library
-is used, so a rule that the library gets wrong is found here. Stricter in two points: blocks of any size are looked at,
-and so is the last one, which the end of the disk may cut.
+Facts about `vhd-util check`, `vhd-util coalesce` (blktap) and vhd-lib's readers, written independently: no code of the
+library is used, so a rule that the library gets wrong is found here. It is stricter in two points: blocks of any size
+are checked, and so is the last one, which the end of the disk may cut.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ NOTHING = bytes(24)
 
 
 class Bytes(Protocol):
-    """A file as it is read here."""
+    """A file, as it is read here."""
 
     def pread(self, offset_bytes: int, size_bytes: int) -> bytes:
         """The bytes at an offset."""
         ...
 
     def size(self) -> int:
-        """How many there are."""
+        """The size in bytes."""
         ...
 
 
@@ -60,7 +60,7 @@ def faults_of(path: Path) -> list[str]:
 
 
 def faults_in(file: Bytes) -> list[str]:
-    """The same for an image that has no path: whether its parent is there is not looked at."""
+    """The same for an image that has no path: whether its parent exists is not checked."""
     return list(_Judge(file, None).faults())
 
 
@@ -122,7 +122,7 @@ class _Judge:
 
     @property
     def locators(self) -> list[tuple[bytes, int, int, int, int]]:
-        """(code, space, length, reserved, offset) of the eight, as they stand there."""
+        """(code, space, length, reserved, offset) of the eight locators, as stored."""
         return [struct.unpack_from(">4sIIIQ", self.header, 576 + 24 * slot) for slot in range(8)]
 
     # -- rules --------------------------------------------------------------------------------------------------
@@ -274,7 +274,7 @@ def _up(size: int) -> int:
 
 
 def _space(space: int) -> int:
-    """Sectors, or bytes from one sector on."""
+    """Sectors, or bytes, from one sector on."""
     return space * SECTOR if space < SECTOR else space
 
 
@@ -283,7 +283,7 @@ def _sum_is_right(raw: bytes, at: int) -> bool:
 
 
 def _largest_geometry(size: int) -> tuple[int, int, int]:
-    """The geometry of a disk of this size, in the specification's way."""
+    """The geometry of a disk of this size, calculated as in the specification."""
     count = min(max(-(-size // SECTOR), 1), 65535 * 16 * 255)
     if count >= 65535 * 16 * 63:
         return count // 255 // 16, 16, 255
