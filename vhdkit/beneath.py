@@ -3,8 +3,8 @@
 
 Decides how a name from an image or a record is followed: component by component through folder descriptors, so that
 nothing outside the allowed folders is examined, listed or opened, even if names change or become links in the
-meantime. Only regular files are opened, because opening a device or a pipe may have side effects. Must not know where
-names come from.
+meantime (`INV-NAME-WITHIN`). Only regular files are opened, because opening a device or a pipe may have side effects.
+Must not know where names come from.
 
 A link is followed if its target lies beneath an allowed folder, which may itself be reached through links.
 For a name that leads nowhere, `was_removed` decides whether the file was removed or may only be out of sight.

@@ -8,8 +8,8 @@ and for anything else. The file system is `local_volume`. Must not know images o
 A place is the name of a file on a volume: parts with "/" between them, as in a path. `real` and `absolute` make it
 absolute. Splitting and joining places is a matter of text, the same for every volume (`os.path`).
 
-- What a name in an image leads to is decided and opened in one step (`follow`): between a check and an opening by name
-  the name could come to lead out of the allowed folders.
+- `INV-NAME-WITHIN`: what a name in an image leads to is decided and opened in one step (`follow`), because between a
+  check and an opening by name the name could come to lead out of the allowed folders.
 - A file is identified and held through the opened file, not by its place, which may lead to another file by now
   (`INV-NAME-HELD`).
 - Reads and writes go to the opened file; the volume is not involved.

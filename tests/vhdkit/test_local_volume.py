@@ -47,7 +47,7 @@ def test_both_volumes_answer_alike(tmp_path: Path) -> None:
 
 
 def test_listed_file_that_becomes_a_link_is_not_followed(tmp_path: Path) -> None:
-    """A file that was a regular one in a listing and is a link when it is opened is not opened, on either volume."""
+    """INV-NAME-WITHIN: a listed file that is a link by the time it is opened is not opened, on either volume."""
     volume, root = MemoryVolume(), os.path.realpath(tmp_path)
     volume.add(f"{root}/secret").pwrite(0, b"secret")
     volume.links[f"{root}/link"] = "secret"

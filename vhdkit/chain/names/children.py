@@ -288,7 +288,7 @@ class _Search:
 
     def _look(self, path: str, nearby: bool, may_have_log: bool) -> None:
         try:
-            with self._volume.open_regular(path) as store:
+            with self._volume.open_regular(path, follow_links=False) as store:  # it was listed, or is a real path
                 child = self._child(store, may_have_log)
                 identity = store.identity
         except errors.VhdkitError:

@@ -6,7 +6,8 @@ what an untrusted image may point at. Must not know blocks or bitmaps.
 
 - `INV-PARENT-ID`: a file is a parent only if its linkage id is one that the child recorded. A child that recorded
   none has a raw parent, which is opened only if the caller allows it.
-- A parent lies, after links are followed, in the leaf's own folder or below it, or in a folder the user named.
+- `INV-NAME-WITHIN`: a parent lies, after links are followed, in the leaf's own folder or below it, or in a folder the
+  user named; `Volume.follow` ensures that nothing else is examined.
 """
 
 from __future__ import annotations

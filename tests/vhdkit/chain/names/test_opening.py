@@ -397,7 +397,7 @@ def _looked_at(monkeypatch: pytest.MonkeyPatch, *, opened: bool = False) -> list
 def test_nothing_outside_the_folder_is_examined(
     tmp_path: Path, text: str, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """INV-PARENT-ID: an image cannot make us look into other folders: that might hang, or mount file systems."""
+    """INV-NAME-WITHIN: an image cannot make us look into other folders: that might hang, or mount file systems."""
     inside, outside = tmp_path / "inside", tmp_path / "outside"
     inside.mkdir()
     outside.mkdir()
@@ -442,7 +442,7 @@ def test_links_that_stay_inside_are_followed(tmp_path: Path, kind: str) -> None:
 
 
 def test_a_folder_that_becomes_a_link_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replacing a folder by a link at any moment of the search never makes a file outside the parent."""
+    """INV-NAME-WITHIN: replacing a folder by a link while a parent is searched makes no file outside the parent."""
     inside, outside = tmp_path / "inside", tmp_path / "outside"
     (inside / "sub").mkdir(parents=True)
     outside.mkdir()

@@ -386,7 +386,7 @@ def test_chain_is_checked_and_described_as_in_the_file_system(
 
 @pytest.mark.parametrize("scene", [outside, link_out], ids=lambda scene: scene.__name__)
 def test_nothing_outside_the_allowed_folders_is_opened(scene: Scene) -> None:
-    """A name that leads out of the folders does not lead to an opened file."""
+    """INV-NAME-WITHIN: a name that leads out of the folders does not lead to an opened file."""
     volume = MemoryVolume()
     leaf, options = scene(volume, "/srv")
     with pytest.raises(errors.ParentRefused):
