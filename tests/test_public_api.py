@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import inspect
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -16,14 +19,14 @@ import vmm
 from tests.vhdkit.cli.running import good
 
 PUBLIC = """
-AccessDenied AddressInUse AlreadyExists Cancelled CompactResult Comparison ControlClient CorruptImage CorruptReason
-Disk DiskClosed DiskFormat DiskSize Extent ExtentKind Finding Fix FormatName GarbageItem GarbageKind HasChildren
-ImageInUse InvalidArgument IoFailed Merge Move NoSpace NotFound OpenOptions OutOfRange ParentError ParentMismatch
-ParentMissing ParentRefused Progress ReadOnly Repair Replaced ResizeResult Severity SyncFailed TrustedFolder
-TrustedFolders Unprotected UnsupportedFormat VhdkitError __version__ chain_held chain_paths check clone
-collect_garbage compact compare convert create_child create_image find_children image_id is_maker_dead json_text
-jsonrpc maker_word mark_parents merge merge_under_way open_disk parse_disk_size rebase relocate repair resize restore
-resume_merge snapshot snapshot_many trusted_parent_dirs
+AccessDenied AddressInUse AlreadyExists ByteRange Cancelled CompactResult Comparison ControlClient CorruptImage
+CorruptReason Disk DiskClosed DiskFormat DiskSize Extent ExtentKind Finding Fix FormatName GarbageItem GarbageKind
+HasChildren ImageInUse InvalidArgument IoFailed KnownRun Merge Move NoSpace NotFound OpenOptions OutOfRange
+ParentError ParentMismatch ParentMissing ParentRefused Progress ReadOnly Repair Replaced ResizeResult Severity
+SyncFailed TrustedFolder TrustedFolders Unprotected UnsupportedFormat VhdkitError __version__ chain_held chain_paths
+check clone collect_garbage compact compare convert create_child create_image find_children image_id is_maker_dead
+json_text jsonrpc maker_word mark_parents merge merge_under_way open_disk parse_disk_size rebase relocate repair
+resize restore resume_merge snapshot snapshot_many trusted_parent_dirs
 """
 MACHINES = """
 AccessDenied AdapterSpec AgentUnavailable AlreadyExists Applied AutomaticSpec BackupResult ConsoleConnection Deleted
@@ -78,3 +81,66 @@ def test_unknown_names_are_attribute_errors() -> None:
     with pytest.raises(AttributeError, match="Menager"):
         vmm.Menager  # type: ignore[attr-defined]  # noqa: B018
     assert set(vhdkit.__all__) <= set(dir(vhdkit)) and set(vmm.__all__) <= set(dir(vmm))
+
+
+# What a caller holds is typed all the same: these are JSON whose keys are open.
+OPEN_DOCUMENTS = {
+    "vmm.Event.details": "each event has details of its own",
+    "vmm.MachineInfo.at_next_start": "each setting has a value of its own type",
+}
+
+
+def held_by_callers(module: ModuleType) -> Iterator[tuple[str, str]]:
+    """Each public function, method, property and field that our packages define, and its type as it is written."""
+    for name in module.__all__:
+        public = getattr(module, name)
+        if inspect.isfunction(public):
+            yield f"{module.__name__}.{name}", str(public.__annotations__.get("return", "None"))
+        elif inspect.isclass(public):
+            for base in public.__mro__:
+                if base.__module__.split(".")[0] in ("vhdkit", "vmm"):
+                    yield from ((f"{module.__name__}.{name}.{of}", words) for of, words in members(base))
+
+
+def members(public: type) -> Iterator[tuple[str, str]]:
+    """The same for one class."""
+    yield from ((of, str(words)) for of, words in inspect.get_annotations(public).items() if not of.startswith("_"))
+    for of, member in vars(public).items():
+        function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+        if inspect.isfunction(function) and (not of.startswith("_") or of in ("__enter__", "__iter__", "__getitem__")):
+            yield of, str(function.__annotations__.get("return", "None"))
+
+
+def untyped(words: str) -> bool:
+    """True for a type whose parts have no names or types of their own: `tuple[int, str]`, `dict[str, Any]`."""
+    for node in ast.walk(ast.parse(words, mode="eval")):
+        if isinstance(node, ast.Subscript):
+            kind = ast.unparse(node.value).rpartition(".")[2]
+            inner = [
+                ast.unparse(one) for one in (node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice])
+            ]
+            if kind == "tuple" and inner[1:] != ["..."]:
+                return True
+            if kind in ("dict", "Mapping") and {"Any", "object"} & set(inner):
+                return True
+    bare = [ast.unparse(node) for node in ast.walk(ast.parse(words, mode="eval")) if isinstance(node, ast.Name)]
+    return ("tuple" in bare and "tuple[" not in words) or ("dict" in bare and "dict[" not in words)
+
+
+def test_callers_hold_typed_results() -> None:
+    """No public function, method, property or field is a tuple of several things or a document, but those listed."""
+    found = {where for module in (vhdkit, vmm) for where, words in held_by_callers(module) if untyped(words)}
+    assert found == set(OPEN_DOCUMENTS)
+
+
+@pytest.mark.parametrize(
+    ("words", "is_untyped"),
+    [
+        ("tuple[str, int]", True), ("list[tuple[int, int]]", True), ("dict[str, Any]", True), ("tuple", True),
+        ("Mapping[str, object] | None", True), ("tuple[str, ...]", False), ("dict[str, int]", False),
+        ("list[DiskInfo]", False), ("None", False),
+    ],
+)  # fmt: skip
+def test_untyped_results_are_found(words: str, is_untyped: bool) -> None:
+    """Self-test: the rule knows a tuple and a document from a sequence and a table."""
+    assert untyped(words) is is_untyped

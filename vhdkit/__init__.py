@@ -64,9 +64,9 @@ if TYPE_CHECKING:
         VhdkitError,
     )
     from vhdkit.finding import Finding, Severity
-    from vhdkit.formats.format import Fix
+    from vhdkit.formats.format import ByteRange, Fix
     from vhdkit.formats.probe import FormatName
-    from vhdkit.image import Extent, ExtentKind
+    from vhdkit.image import Extent, ExtentKind, KnownRun
     from vhdkit.jsontext import json_text
     from vhdkit.maker import is_maker_dead, maker_word
     from vhdkit.serve.control.client import ControlClient
@@ -79,6 +79,7 @@ __all__ = [
     "AccessDenied",
     "AddressInUse",
     "AlreadyExists",
+    "ByteRange",
     "Cancelled",
     "CompactResult",
     "Comparison",
@@ -100,6 +101,7 @@ __all__ = [
     "ImageInUse",
     "InvalidArgument",
     "IoFailed",
+    "KnownRun",
     "Merge",
     "Move",
     "NoSpace",
@@ -184,8 +186,8 @@ _HOMES = {
     ),
     "vhdkit.finding": "Finding Severity",
     "vhdkit.formats.probe": "FormatName",
-    "vhdkit.formats.format": "Fix",
-    "vhdkit.image": "Extent ExtentKind",
+    "vhdkit.formats.format": "ByteRange Fix",
+    "vhdkit.image": "Extent ExtentKind KnownRun",
     "vhdkit.jsontext": "json_text",
     "vhdkit.maker": "is_maker_dead maker_word",
     "vhdkit.serve.control.client": "ControlClient",

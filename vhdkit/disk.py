@@ -38,7 +38,7 @@ from vhdkit.chain.records import pending
 from vhdkit.chain.verbs.merge_recovery import open_settled
 from vhdkit.descriptor import when_forked
 from vhdkit.finding import Finding
-from vhdkit.image import Extent
+from vhdkit.image import Extent, KnownRun
 from vhdkit.store import Buffer
 from vhdkit.units import KIB, SECTOR_MASK, SECTOR_SIZE, covering_sectors, round_down, round_up, whole_sectors
 
@@ -264,8 +264,8 @@ class Disk:
         self._refuse_reentry()
         self.chain.flush()
 
-    def known_holes(self, offset_bytes: int, size_bytes: int) -> list[tuple[int, int, bool]]:
-        """The range as (offset, size, True if it is certainly zeros that no layer owns), without reading anything.
+    def known_holes(self, offset_bytes: int, size_bytes: int) -> list[KnownRun]:
+        """The range in parts that are certainly zeros, which no layer owns, and others; reads nothing.
 
         Coarser than `extents`, and never waits. The range lies inside the disk and is not empty.
         """
@@ -276,7 +276,7 @@ class Disk:
         clipped = []
         for index, count, is_hole in runs:
             start, stop = max(index * SECTOR_SIZE, offset_bytes), min((index + count) * SECTOR_SIZE, end)
-            clipped.append((start, stop - start, is_hole))
+            clipped.append(KnownRun(start, stop - start, is_hole))
         return clipped
 
     def has_known_holes(self, offset_bytes: int, size_bytes: int) -> bool:

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,6 +71,14 @@ class Extent:
     def size_bytes(self) -> int:
         """How long the run is."""
         return sectors_to_bytes(self.sector_count)
+
+
+class KnownRun(NamedTuple):
+    """A part of a disk that is certainly zeros, which no layer owns (`is_hole`), or may be anything."""
+
+    offset_bytes: int
+    size_bytes: int
+    is_hole: bool
 
 
 @dataclass(frozen=True, slots=True)

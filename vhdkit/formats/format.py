@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,19 +95,25 @@ class Consent:
     writer_is_dead: bool = False
 
 
+class ByteRange(NamedTuple):
+    """A range of a disk."""
+
+    offset_bytes: int
+    size_bytes: int
+
+
 @dataclass(frozen=True, slots=True)
 class Fix:
     """One problem that is fixed, or would be: `needs` is the missing consent, None if it was fixed.
 
-    `lost` are the ranges of the disk, (offset, size) in bytes, whose content is dropped; `doubtful` those whose
-    content may belong elsewhere.
+    `lost` are the ranges of the disk whose content is dropped, `doubtful` those whose content may belong elsewhere.
     """
 
     code: str
     message: str
     needs: str | None = None
-    lost: tuple[tuple[int, int], ...] = ()
-    doubtful: tuple[tuple[int, int], ...] = ()
+    lost: tuple[ByteRange, ...] = ()
+    doubtful: tuple[ByteRange, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

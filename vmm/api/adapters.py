@@ -173,19 +173,30 @@ def delete_switch(name: str, *, force: bool = False) -> DeletedSwitch:
     return DeletedSwitch(users, switches.delete(name, force=force))
 
 
-def connection(machine: Machine, adapter: AdapterSpec) -> tuple[bool | None, str]:
-    """(whether it is connected, the same in words); None for a machine that is off and whose switch is there."""
+@dataclass(frozen=True, slots=True)
+class AdapterConnection:
+    """Whether an adapter is connected to its switch, and the same in words. None for a machine that is off and whose
+    switch exists.
+    """
+
+    is_connected: bool | None
+    words: str
+
+
+def connection(machine: Machine, adapter: AdapterSpec) -> AdapterConnection:
+    """Whether an adapter is connected to its switch, as the host and the machine's processes show it."""
     if adapter.switch is None:
-        return False, "not plugged into any switch"
+        return AdapterConnection(False, "not plugged into any switch")
     runs = "qemu" in processes_of(machine.runtime)
     try:
         host = HostSide(switches.load(adapter.switch))
         if not runs:
-            return None, "machine is off"
+            return AdapterConnection(None, "machine is off")
         if is_plugged(adapter, machine.spec.id, host):
-            return True, "connected"
-        return False, f"disconnected from switch {adapter.switch!r}; vmm events {machine.name} says why"
+            return AdapterConnection(True, "connected")
+        problem = f"disconnected from switch {adapter.switch!r}; vmm events {machine.name} says why"
+        return AdapterConnection(False, problem)
     except NotFound as error:
-        return False, f"disconnected: {error.problem}"
+        return AdapterConnection(False, f"disconnected: {error.problem}")
     except VmmError as error:
-        return (False if runs else None), f"disconnected: {error.problem}"
+        return AdapterConnection(False if runs else None, f"disconnected: {error.problem}")

@@ -97,13 +97,13 @@ def list_command(name: str, as_json: bool, quiet: bool) -> None:
     from vmm.api.adapters import connection
 
     machine = registry.load(name)
-    found = [(one, *connection(machine, one)) for one in machine.spec.adapters]
+    found = [(one, connection(machine, one).is_connected) for one in machine.spec.adapters]
     if as_json:
-        print_json([{**one.model_dump(mode="json"), "connected": is_connected} for one, is_connected, _ in found])
+        print_json([{**one.model_dump(mode="json"), "connected": is_connected} for one, is_connected in found])
     elif not quiet:
         rows = [
             [one.id, one.switch or "-", one.kind, one.mac or "-", vlan_words(one), link_words(one, is_connected)]
-            for one, is_connected, _ in found
+            for one, is_connected in found
         ]
         print_table(("ADAPTER", "SWITCH", "TYPE", "MAC", "VLAN", "LINK"), rows)
 
@@ -120,12 +120,16 @@ def show_command(name: str, adapter: str, as_json: bool, quiet: bool) -> None:
     found = adapters.find(machine, adapter)
     status = _port_status(machine.spec, found)
     path = _data_path(found)
-    is_connected, words = adapters.connection(machine, found)
+    connection = adapters.connection(machine, found)
     if as_json:
-        document = {**found.model_dump(mode="json"), "connected": is_connected, "connection": words}
+        document = {
+            **found.model_dump(mode="json"),
+            "connected": connection.is_connected,
+            "connection": connection.words,
+        }
         print_json({**document, "data_path": path, "port": status})
     elif not quiet:
-        print_pairs(_pairs(found, path, status, words))
+        print_pairs(_pairs(found, path, status, connection.words))
 
 
 def vlan_words(adapter: AdapterSpec) -> str:

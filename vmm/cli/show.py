@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,6 +14,9 @@ from vmm.cli.common import epilog, format_size, output_options, print_aside, pri
 from vmm.cli.integration import guest_pairs
 from vmm.model.errors import to_document
 from vmm.model.spec import AdapterSpec, MachineSpec
+
+if TYPE_CHECKING:
+    from vmm.api.adapters import AdapterConnection
 
 
 @click.command("list", epilog=epilog("vmm list", "vmm list --json"))
@@ -132,20 +135,20 @@ def _adapter_documents(one: MachineInfo) -> list[dict[str, Any]]:
     if one.spec is None or not one.spec.adapters:
         return []
     return [
-        {"id": adapter.id, "switch": adapter.switch, "mac": adapter.mac, "connected": is_connected,
-         "connection": words, "addresses": addresses_of(one, adapter)}
-        for adapter, is_connected, words in _connections(one)
+        {"id": adapter.id, "switch": adapter.switch, "mac": adapter.mac, "connected": found.is_connected,
+         "connection": found.words, "addresses": addresses_of(one, adapter)}
+        for adapter, found in _connections(one)
     ]  # fmt: skip
 
 
-def _connections(one: MachineInfo) -> list[tuple[AdapterSpec, bool | None, str]]:
-    """Each adapter, whether it is on its switch, and the same in words."""
+def _connections(one: MachineInfo) -> list[tuple[AdapterSpec, AdapterConnection]]:
+    """Each adapter, and whether it is connected to its switch."""
     from vmm.api.adapters import connection
     from vmm.store import registry
 
     assert one.spec is not None
     machine = registry.load(one.name)
-    return [(adapter, *connection(machine, adapter)) for adapter in one.spec.adapters]
+    return [(adapter, connection(machine, adapter)) for adapter in one.spec.adapters]
 
 
 @click.command("show", epilog=epilog("vmm show web", "vmm show web --json"))
@@ -241,8 +244,14 @@ def _print_adapters(one: MachineInfo) -> None:
     if not one.spec.adapters:
         return
     rows = [
-        [adapter.id, adapter.switch or "-", adapter.mac or "-", ", ".join(addresses_of(one, adapter)) or "-", words]
-        for adapter, _, words in _connections(one)
+        [
+            adapter.id,
+            adapter.switch or "-",
+            adapter.mac or "-",
+            ", ".join(addresses_of(one, adapter)) or "-",
+            found.words,
+        ]
+        for adapter, found in _connections(one)
     ]
     click.echo()
     print_table(("ADAPTER", "SWITCH", "MAC", "ADDRESSES", "CONNECTION"), rows)

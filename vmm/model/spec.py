@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Sequence
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
@@ -44,6 +44,13 @@ UNITS: dict[Controller, tuple[int, int]] = {
     "virtio": (1, VIRTIO_UNITS),
 }
 DeviceId = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
+
+
+class DiskPlace(NamedTuple):
+    """Where a disk is attached: the number of its controller among those of its kind, and its unit on it."""
+
+    controller_index: int
+    unit: int
 
 
 class _Settings(BaseModel):
@@ -252,14 +259,14 @@ class MachineSpec(_Settings):
         taken = {one.id for one in self.adapters}
         return next(name for number in range(len(taken) + 1) if (name := f"nic-{number}") not in taken)
 
-    def free_place(self, controller: Controller) -> tuple[int, int]:
-        """(controller, unit) of the first free place. Raises InvalidSpec if all are taken."""
+    def free_place(self, controller: Controller) -> DiskPlace:
+        """The first free place. Raises InvalidSpec if all are taken."""
         taken = {(disk.controller_index, disk.unit) for disk in self.disks if disk.controller == controller}
         controllers, units = UNITS[controller]
         for index in range(controllers):
             for unit in range(units):
                 if (index, unit) not in taken:
-                    return index, unit
+                    return DiskPlace(index, unit)
         raise InvalidSpec(
             f"all {controllers * units} places on {controller} are taken",
             machine=self.name,

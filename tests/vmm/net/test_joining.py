@@ -142,16 +142,16 @@ def test_machines_on_a_switch(manager: Manager, tmp_path: Path) -> None:
             adapters.delete_switch("lab")
         small = registry.load("small")
         (nic,) = small.spec.adapters
-        assert adapters.connection(small, nic) == (None, "machine is off")
+        assert adapters.connection(small, nic) == adapters.AdapterConnection(None, "machine is off")
         manager.start("small")
-        assert adapters.connection(small, nic) == (True, "connected")
+        assert adapters.connection(small, nic) == adapters.AdapterConnection(True, "connected")
         assert adapters.delete_switch("lab", force=True).disconnected == ["small/nic-0"]
         wait_until(lambda: events("adapter-disconnected"), "the machine hears of it")
-        is_connected, words = adapters.connection(small, nic)
-        assert is_connected is False and "there is no switch 'lab'" in words
+        found = adapters.connection(small, nic)
+        assert found.is_connected is False and "there is no switch 'lab'" in found.words
         switches.create(make_switch(name="lab"))
         wait_until(lambda: events("adapter-connected"), "the machine joins")
-        assert adapters.connection(small, nic) == (True, "connected")
+        assert adapters.connection(small, nic) == adapters.AdapterConnection(True, "connected")
         make_machine(manager, tmp_path, "other")
         with registry.changing("other") as machine:
             registry.save(machine, machine.spec.changed(adapters=[nic]))

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from vhdkit.errors import CorruptImage, CorruptReason, printable
 from vhdkit.formats.draft import DraftStore
-from vhdkit.formats.format import Consent, Fix
+from vhdkit.formats.format import ByteRange, Consent, Fix
 from vhdkit.formats.vhd import batmap, bitmap, geometry, layout
 from vhdkit.formats.vhd.bat import ENTRIES_PER_SECTOR, Bat
 from vhdkit.formats.vhd.check import (
@@ -203,13 +203,13 @@ def _clear_the_end(draft: DraftStore, metadata: Metadata, bat: Bat) -> None:
         draft.punch(round_down(size, SECTOR_SIZE), SECTOR_SIZE)
 
 
-def _ranges(metadata: Metadata, blocks: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
-    """The chosen blocks as ranges of the disk in bytes, neighbours joined."""
+def _ranges(metadata: Metadata, blocks: NDArray[np.bool_]) -> Iterator[ByteRange]:
+    """The chosen blocks as ranges of the disk, neighbours joined."""
     assert metadata.header is not None
     size = metadata.header.block_size
     for first, count, chosen in bitmap.runs(blocks):
         if chosen:
-            yield first * size, min((first + count) * size, metadata.size_bytes) - first * size
+            yield ByteRange(first * size, min((first + count) * size, metadata.size_bytes) - first * size)
 
 
 def _clear_promises(draft: DraftStore, metadata: Metadata) -> Iterator[Fix]:

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vhdkit.formats.draft import DraftStore
+from vhdkit.formats.format import ByteRange
 from vhdkit.formats.vhd import bitmap
 from vhdkit.formats.vhd.bat import Bat
 from vhdkit.formats.vhd.entries import used_sizes
@@ -37,13 +38,13 @@ Runs = NDArray[np.int64]  # (first sector, end) of the file, disjoint, in order
 class Untangling:
     """The blocks to move, and those to drop because nothing of them lies outside headers and other blocks.
 
-    `lost`, of the blocks that move, and `doubtful` are ranges of the disk, (offset, size) in bytes.
+    `lost`, of the blocks that move, and `doubtful` are ranges of the disk.
     """
 
     moved: list[int] = field(default_factory=list)
     dropped: list[int] = field(default_factory=list)
-    lost: list[tuple[int, int]] = field(default_factory=list)
-    doubtful: list[tuple[int, int]] = field(default_factory=list)
+    lost: list[ByteRange] = field(default_factory=list)
+    doubtful: list[ByteRange] = field(default_factory=list)
     cut_count: int = 0  # moved blocks that lose a part
     too_much: bool = False  # more would move than one change of the file can hold: nothing is planned
 
@@ -121,26 +122,26 @@ class Tangle:
         """Note what of a block is lost, and what is doubtful."""
         block = int(self._blocks[position])
         first, end = self._data(position)
-        base = block * self._block_size
         made.cut_count += bool(len(_within(self._headers, first, end)))
         for low, high in _within(self._headers, first, end).tolist():
-            made.lost.append((base + sectors_to_bytes(low - first), self._inside(block, low - first, high - low)))
+            made.lost.append(self._part(block, low - first, high - low))
         for low, high in _within(self._shared, first, end).tolist():
-            made.doubtful.append((base + sectors_to_bytes(low - first), self._inside(block, low - first, high - low)))
+            made.doubtful.append(self._part(block, low - first, high - low))
         if not len(_within(self._shared, int(self._starts[position]), first)):
             return
         found = self._found_bits(block)
         is_whole = found[: whole_sectors(self._size_of(block))].all()
         if self._is_differencing and not is_whole:
-            made.doubtful.append((base, self._size_of(block)))
+            made.doubtful.append(ByteRange(block * self._block_size, self._size_of(block)))
         elif not is_whole:
             for number, count, is_odd in bitmap.runs(self._has_data(block) & ~found):
                 if is_odd:
-                    made.doubtful.append((base + sectors_to_bytes(number), self._inside(block, number, count)))
+                    made.doubtful.append(self._part(block, number, count))
 
-    def _inside(self, block: int, first: int, count: int) -> int:
-        """The bytes of `count` sectors of a block that are inside the disk."""
-        return max(min(sectors_to_bytes(count), self._size_of(block) - sectors_to_bytes(first)), 0)
+    def _part(self, block: int, first: int, count: int) -> ByteRange:
+        """`count` sectors of a block, as far as they are inside the disk."""
+        start, size_bytes = sectors_to_bytes(first), sectors_to_bytes(count)
+        return ByteRange(block * self._block_size + start, max(min(size_bytes, self._size_of(block) - start), 0))
 
     def _found_bits(self, block: int) -> NDArray[np.bool_]:
         """The block's bits as they are in the file."""
@@ -258,18 +259,18 @@ def _lengths(runs: Runs, starts: Runs, ends: Runs) -> Runs:
     return before(ends) - before(starts)
 
 
-def joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """(offset, size) in order, with adjacent and overlapping ranges joined."""
-    return list(_join(sorted(one for one in ranges if one[1])))
+def joined(ranges: list[ByteRange]) -> list[ByteRange]:
+    """The ranges in order, with adjacent and overlapping ranges joined."""
+    return list(_join(sorted(one for one in ranges if one.size_bytes)))
 
 
-def _join(ranges: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+def _join(ranges: list[ByteRange]) -> Iterator[ByteRange]:
     start = end = -1
     for offset, size in ranges:
         if offset > end:
             if end > start >= 0:
-                yield start, end - start
+                yield ByteRange(start, end - start)
             start, end = offset, offset
         end = max(end, offset + size)
     if end > start >= 0:
-        yield start, end - start
+        yield ByteRange(start, end - start)
