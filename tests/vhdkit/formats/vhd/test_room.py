@@ -59,7 +59,7 @@ def test_a_vhd_on_a_device_takes_writes(tmp_path: Path, footer_at_end: bool) -> 
             model[:3] = bytes(3)
             disk.flush()
             assert disk.read(0, SIZE) == model
-            with pytest.raises(errors.NoSpace, match=r"no room for another block .* before its footer"):
+            with pytest.raises(errors.NoSpace, match=r"no space for another block .* before its footer"):
                 for number in range(16):
                     disk.write(number * BLOCK, model[number * BLOCK : number * BLOCK + 512])
             assert disk.read(0, SIZE) == model
