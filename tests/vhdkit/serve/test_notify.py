@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Words to the service manager."""
+"""Notifications to the service manager."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vhdkit.serve.notify import READY, notify
 
 
 @pytest.mark.parametrize("kind", ["path", "abstract"])
-def test_the_manager_hears(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_manager_is_notified(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The state arrives as one datagram, at a path or at an abstract name."""
     name = str(tmp_path / "n.sock") if kind == "path" else f"@vhdkit-test-{os.getpid()}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
@@ -24,8 +24,8 @@ def test_the_manager_hears(kind: str, tmp_path: Path, monkeypatch: pytest.Monkey
         assert manager.recv(100) == b"READY=1"
 
 
-@pytest.mark.parametrize("name", [None, "", "@", "relative", "/no/such/socket", "@nobody-is-here-vhdkit"])
-def test_nobody_listens(name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", [None, "", "@", "relative", "/no/such/socket", "@no-manager-here-vhdkit"])
+def test_without_a_listening_manager(name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a manager, or with one that is gone, nothing happens."""
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
     if name is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which paths of a control owner are taken."""
+"""Which paths of a control owner are accepted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vhdkit.serve.control.confinement import confined_to
 
 @pytest.fixture
 def scene(tmp_path: Path) -> Path:
-    """A folder to be confined to, with an image and a folder in it, and things that lead out of it."""
+    """A folder to be confined to, with an image and a subfolder, and links that lead out of it."""
     room = tmp_path / "room"
     (room / "below").mkdir(parents=True)
     (tmp_path / "other").mkdir()
@@ -31,7 +31,7 @@ def scene(tmp_path: Path) -> Path:
 
 
 def test_images_inside(scene: Path) -> None:
-    """INV-CONTROL-CONFINED: by any spelling that ends in the folder, also when the folder was named by a link."""
+    """INV-CONTROL-CONFINED: any spelling that ends in the folder is accepted, also if a link names the folder."""
     confined = confined_to([str(scene.parent / "alias")])
     for path in ("a.vhd", "below/../a.vhd", "./a.vhd", "below/b.vhd", "in.vhd"):
         for room in (scene, scene.parent / "alias"):
@@ -41,7 +41,7 @@ def test_images_inside(scene: Path) -> None:
 
 @pytest.mark.parametrize("path", ["out.vhd", "out/c.vhd", "../other/c.vhd", "../../etc/passwd", "..", ""])
 def test_images_outside(scene: Path, path: str) -> None:
-    """INV-CONTROL-CONFINED: whatever leads out is refused, whether something is there or not."""
+    """INV-CONTROL-CONFINED: a path that leads out is refused, whether the file exists or not."""
     confined = confined_to([str(scene)])
     with pytest.raises((errors.AccessDenied, errors.InvalidArgument)):
         confined.image(os.path.join(scene, path))
@@ -49,8 +49,8 @@ def test_images_outside(scene: Path, path: str) -> None:
         confined_to([]).image(str(scene / "a.vhd"))
 
 
-def test_what_is_no_image(scene: Path) -> None:
-    """A relative path, nothing, a folder, a pipe (which is not opened): typed errors."""
+def test_paths_that_are_not_images(scene: Path) -> None:
+    """A relative path, an empty one, a folder, a pipe (which is not opened): typed errors."""
     confined = confined_to([str(scene)])
     for path in ("a.vhd", str(scene / "pipe"), str(scene / "below"), "/a\0b"):
         with pytest.raises(errors.InvalidArgument):
@@ -61,7 +61,7 @@ def test_what_is_no_image(scene: Path) -> None:
 
 
 def test_new_files(scene: Path) -> None:
-    """INV-CONTROL-CONFINED: a new file lies in a folder inside, links followed first."""
+    """INV-CONTROL-CONFINED: a new file must be in a folder inside, after links are followed."""
     confined = confined_to([str(scene)])
     assert confined.new_file(str(scene / "n.avhd")) == str(scene / "n.avhd")
     assert confined.new_file(str(scene / "below" / ".." / "below" / "n.avhd")) == str(scene / "below" / "n.avhd")
@@ -77,7 +77,7 @@ def test_new_files(scene: Path) -> None:
 
 @pytest.mark.parametrize("mode", [0o775, 0o757, 0o1777])
 def test_folders_that_others_can_change(scene: Path, mode: int) -> None:
-    """INV-CONTROL-CONFINED: where somebody else could exchange a file after it was looked at, none is taken."""
+    """INV-CONTROL-CONFINED: no file is accepted where another user could exchange it after the check."""
     confined = confined_to([str(scene)])
     (scene / "below").chmod(mode)
     with pytest.raises(errors.AccessDenied, match="is writable by users other than"):
@@ -90,13 +90,13 @@ def test_folders_that_others_can_change(scene: Path, mode: int) -> None:
     with pytest.raises(errors.AccessDenied):
         confined_to([str(scene / "below")])
     scene.chmod(mode)
-    is_sticky = mode == 0o1777  # others make files there and rename none of ours
+    is_sticky = mode == 0o1777  # other users can make files there, but not rename ours
     (scene / "below").chmod(0o755)
     assert (unguarded(str(scene / "below")) is None) == is_sticky
 
 
 def test_folders_of_others(scene: Path) -> None:
-    """INV-CONTROL-CONFINED: a folder that belongs to somebody else is his to exchange, and so is all below it."""
+    """INV-CONTROL-CONFINED: the owner of a folder can exchange it, and everything below it."""
     if os.geteuid() != 0:
         pytest.skip("needs root")
     os.chown(scene, 65534, -1)
@@ -105,8 +105,8 @@ def test_folders_of_others(scene: Path) -> None:
         confined_to([str(scene / "below")])
 
 
-def test_a_link_is_no_folder(scene: Path) -> None:
-    """Real paths alone are judged: a link that came meanwhile is refused."""
+def test_a_link_is_not_a_folder(scene: Path) -> None:
+    """Only real paths are judged: a link created meanwhile is refused."""
     with pytest.raises(errors.VhdkitError):
         unguarded(str(scene / "out"))
     with pytest.raises(errors.NotFound):

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Merging under clients: nothing they write is lost, they wait for moments only, and it can be stopped at any time."""
+"""Merging under clients: none of their writes is lost, they wait only for moments, and a merge can always be
+cancelled."""
 
 from __future__ import annotations
 
@@ -21,12 +22,12 @@ HALF = SIZE // 2
 
 
 def has_copied(bench: Bench) -> bool:
-    """True when the merge of the first export has copied something."""
+    """Whether the merge of the first export has copied something."""
     return bool((bench.do("status")["exports"][0]["merge"] or {}).get("done_bytes"))  # type: ignore[index]
 
 
 def frozen_often(bench: Bench, times: int, writers: list[Writer]) -> list[str]:
-    """Freeze export a so often while the writers write; its layers, leaf first."""
+    """Freeze export a that many times while the writers write; returns its layers, leaf first."""
     for _ in range(times):
         write_on(writers, 3)
         bench.do("snapshot", exports={"a": None})
@@ -34,7 +35,7 @@ def frozen_often(bench: Bench, times: int, writers: list[Writer]) -> list[str]:
 
 
 def writers_of(bench: Bench) -> list[Writer]:
-    """Two clients of export a, each with its half."""
+    """Two clients of export a, each writing to its half."""
     writers = [Writer(bench.running.client("a"), first, HALF, index) for index, first in enumerate((0, HALF))]
     for writer in writers:
         writer.start()
@@ -42,7 +43,7 @@ def writers_of(bench: Bench) -> list[Writer]:
 
 
 def finished(bench: Bench, writers: list[Writer], leaf: str, depth: int) -> None:
-    """What the writers wrote is in the files, in so many layers."""
+    """What the writers wrote is in the files, in that many layers."""
     model = b"".join(bytes(writer.finish()) for writer in writers)
     bench.running.end()
     with open_disk(leaf, writable=True) as disk:
@@ -51,7 +52,7 @@ def finished(bench: Bench, writers: list[Writer], leaf: str, depth: int) -> None
 
 
 def test_middle_layers_under_writing_clients(tmp_path: Path) -> None:
-    """INV-MERGE-PRESERVES: layers below the leaf become one while clients write and compare; their files are gone."""
+    """INV-MERGE-PRESERVES: layers below the leaf become one while clients write and compare; their files go."""
     with bench_in(tmp_path) as bench:
         writers = writers_of(bench)
         layers = frozen_often(bench, 4, writers)
@@ -66,21 +67,21 @@ def test_middle_layers_under_writing_clients(tmp_path: Path) -> None:
 
 
 def test_a_leaf_under_writing_clients(tmp_path: Path) -> None:
-    """The whole chain becomes one image while clients write: passes, then a moment in which they wait."""
+    """The whole chain becomes one image while clients write: in passes, then a moment in which they wait."""
     with bench_in(tmp_path) as bench:
         writers = writers_of(bench)
         layers = frozen_often(bench, 2, writers)
         done = bench.do("merge", export="a", into=layers[-1])
         assert done["leaf"] == layers[-1] and done["into"] == layers[-1]
         write_on(writers, 3)
-        bench.do("snapshot", exports={"a": None})  # what took the writes over is a leaf like any other
+        bench.do("snapshot", exports={"a": None})  # the layer that took over the writes is an ordinary leaf
         leaf = bench.exports[0].image_path
         finished(bench, writers, leaf, 2)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["a.avhd", "a.vhd", "b.vhd"]
 
 
-def test_a_leaf_that_grows_too_fast_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is written faster than it is merged stays a leaf, with a sentence that says so; nothing is lost."""
+def test_a_leaf_that_grows_too_fast_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If data is written faster than it is merged, it stays in a leaf; the result says so, and nothing is lost."""
     monkeypatch.setattr(merging, "LAST_PASS_BYTES", -1)
     monkeypatch.setattr(merging, "PATIENT_BYTES", -1)
     monkeypatch.setattr(merging, "MAX_PASSES", 2)
@@ -92,8 +93,8 @@ def test_a_leaf_that_grows_too_fast_is_given_up(tmp_path: Path, monkeypatch: pyt
         finished(bench, writers, bench.exports[0].image_path, 2)
 
 
-def test_stopped_in_the_middle(tmp_path: Path) -> None:
-    """A slow merge is seen by status, keeps others from the chain, and stops at once when asked; the next finishes."""
+def test_cancelled_in_the_middle(tmp_path: Path) -> None:
+    """Status shows a slow merge; it locks the chain and stops at once when cancelled; the next one completes."""
     with bench_in(tmp_path) as bench:
         writers = writers_of(bench)
         layers = frozen_often(bench, 3, writers)
@@ -127,7 +128,7 @@ def test_stopped_in_the_middle(tmp_path: Path) -> None:
 
 
 def test_a_merge_waits_for_a_snapshot_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A merge that comes in the middle of a snapshot merges below the new leaf; nothing written to that is lost."""
+    """A merge requested during a snapshot merges below the new leaf; nothing written to that is lost."""
     with bench_in(tmp_path) as bench:
         client = bench.running.client("a")
         client.call(Command.WRITE, 0, 3, payload=b"old")
@@ -162,8 +163,8 @@ def test_a_merge_waits_for_a_snapshot_under_way(tmp_path: Path, monkeypatch: pyt
         assert disk.read(0, 3) == b"new" and len(disk.chain.layers) == 3
 
 
-def test_a_server_that_ends_stops_its_merge(tmp_path: Path) -> None:
-    """The end of the server does not wait for a slow merge, and closes no file under it."""
+def test_a_stopping_server_cancels_its_merge(tmp_path: Path) -> None:
+    """The server does not wait for a slow merge when it ends, and closes no file that the merge uses."""
     with bench_in(tmp_path) as bench:
         writers = writers_of(bench)
         layers = frozen_often(bench, 2, writers)
@@ -187,8 +188,8 @@ def test_a_server_that_ends_stops_its_merge(tmp_path: Path) -> None:
     assert vhdkit.resume_merge(layers[1]).target == layers[2]
 
 
-def test_what_cannot_be_merged(tmp_path: Path) -> None:
-    """Layers that are not there or the wrong way round, a lone image, wrong parameters, read-only exports."""
+def test_refused_merges(tmp_path: Path) -> None:
+    """Unknown layers, layers in the wrong order, a single image, wrong parameters, read-only exports."""
     with bench_in(tmp_path) as bench:
         client = bench.running.client("a")
         client.call(Command.WRITE, 0, 5, payload=b"hello")
@@ -211,5 +212,5 @@ def test_what_cannot_be_merged(tmp_path: Path) -> None:
                 bench.do("merge", **params)
         assert client.read(0, 5) == b"hello"
         bench.do("set-read-only", export="a")
-        bench.do("merge", export="a", into=layers[1])  # the files are still ours to change
+        bench.do("merge", export="a", into=layers[1])  # the files can still be changed
         assert client.read(0, 5) == b"hello" and bench.files() == ["a.vhd", "b.vhd"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the control socket does to a server with clients: nothing they write is lost, and sets are all or none."""
+"""Operations of the control socket on a server with clients: no write is lost, and sets are all or none."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SECONDS = 30
 
 
 class Bench:
-    """Two exports, `a` and `b`, and what can be done to them."""
+    """Two exports, `a` and `b`, and what can be done with them."""
 
     def __init__(self, folder: Path, manner: Manner) -> None:
         self.folder = folder
@@ -68,13 +68,13 @@ class Bench:
         return done[0]  # type: ignore[return-value]
 
     def files(self) -> list[str]:
-        """What lies in the folder."""
+        """The names in the folder."""
         return sorted(path.name for path in self.folder.iterdir())
 
 
 @contextlib.contextmanager
 def bench_in(folder: Path, **manner: bool) -> Iterator[Bench]:
-    """A bench that surely ends."""
+    """A bench that ends in any case."""
     one = Bench(folder, Manner(OpenOptions(), **manner))  # type: ignore[arg-type]
     try:
         yield one
@@ -92,7 +92,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 
 
 class Writer(threading.Thread):
-    """A client that writes to its own half of an export and reads back, until told to stop; it keeps a model."""
+    """A client that writes to its own half of an export and reads back until stopped; it keeps a model."""
 
     def __init__(self, client: Client, first: int, size: int, seed: int) -> None:
         super().__init__(daemon=True)
@@ -127,7 +127,7 @@ class Writer(threading.Thread):
         assert client.read(self.first + start, count) == self.model[start : start + count]
 
     def finish(self) -> bytearray:
-        """Its model, when all went well."""
+        """Its model, if there was no error."""
         self.stopped.set()
         self.join(SECONDS)
         assert self.failure is None, self.failure
@@ -135,7 +135,7 @@ class Writer(threading.Thread):
 
 
 def write_on(writers: list[Writer], rounds: int) -> None:
-    """Return when each has written so many more rounds, or has failed."""
+    """Wait until each has written that many more rounds, or has failed."""
     goal = [writer.rounds + rounds for writer in writers]
     wait_until(
         lambda: all(one.rounds >= least or one.failure for one, least in zip(writers, goal, strict=True)),
@@ -147,7 +147,7 @@ def write_on(writers: list[Writer], rounds: int) -> None:
 def test_snapshots_under_writing_clients(bench: Bench) -> None:
     """INV-LIVE-PRESERVES: while clients write, flush and compare, both disks are frozen five times; nothing is lost.
 
-    Each frozen layer holds the same at the end as right after its snapshot.
+    At the end each frozen layer holds the same as right after its snapshot.
     """
     half = SIZE // 2
     places = [("a", 0), ("a", half), ("b", 0), ("b", half)]
@@ -171,7 +171,7 @@ def test_snapshots_under_writing_clients(bench: Bench) -> None:
 
 
 def test_a_set_is_all_or_none(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When the second disk's flush fails no child stays, nobody is disconnected, and the next snapshot works."""
+    """If the second disk's flush fails, no child is left, no client is disconnected, and the next snapshot works."""
     client = bench.running.client("a")
     client.call(Command.WRITE, 0, 5, payload=b"hello")
     leaf = bench.exports[1].disk.chain.leaf
@@ -208,14 +208,14 @@ def test_a_set_is_all_or_none(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> 
     ],
 )
 def test_wrong_snapshots(bench: Bench, params: dict[str, object], kind: type[Exception]) -> None:
-    """Wrong parameters are refused by name, and nothing is made."""
+    """Wrong parameters are refused by name, and no file is made."""
     with pytest.raises(kind):
         bench.do("snapshot", **params)
     assert bench.files() == ["a.vhd", "b.vhd"]
 
 
-def test_what_cannot_be_frozen(tmp_path: Path) -> None:
-    """Exports that are only read, and temporary overlays, have no leaf to freeze."""
+def test_exports_that_cannot_be_frozen(tmp_path: Path) -> None:
+    """Read-only exports and temporary overlays have no leaf to freeze."""
     for number, (manner, kind) in enumerate(
         (({"read_only": True}, errors.ReadOnly), ({"overlay": True}, errors.InvalidArgument))
     ):
@@ -225,8 +225,8 @@ def test_what_cannot_be_frozen(tmp_path: Path) -> None:
             bench.do("snapshot")
 
 
-def test_context_of_the_old_leaf_goes_on(bench: Bench) -> None:
-    """A client that watches the old leaf's dirty bitmap sees after the snapshot what changes above it too."""
+def test_the_context_of_the_old_leaf_continues(bench: Bench) -> None:
+    """A client that uses the old leaf's dirty bitmap also sees changes made after the snapshot."""
     client = bench.running.client("a", contexts=["qemu:allocation-depth"])
     client.call(Command.WRITE, 0, PAGE_SIZE, payload=bytes([1]) * PAGE_SIZE)
     bench.do("snapshot", exports={"a": None})
@@ -237,7 +237,7 @@ def test_context_of_the_old_leaf_goes_on(bench: Bench) -> None:
 
 
 def test_a_disk_grows_and_shrinks_under_a_writing_client(bench: Bench) -> None:
-    """INV-LIVE-PRESERVES: nothing is lost; who is connected keeps the size, who comes anew sees the new one."""
+    """INV-LIVE-PRESERVES: nothing is lost; connected clients keep the size, new ones see the new size."""
     client = bench.running.client("a")
     writer = Writer(client, 0, SIZE, 1)
     writer.start()
@@ -255,8 +255,8 @@ def test_a_disk_grows_and_shrinks_under_a_writing_client(bench: Bench) -> None:
     assert not check(bench.folder / "a.vhd")
 
 
-def test_what_cannot_be_resized_goes_on_as_it_was(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """A size that would cut off data is refused with a word, the disk is written to as before; so with wrong words."""
+def test_a_refused_resize_changes_nothing(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A size that would cut off data is refused, and so are wrong parameters; the disk is written to as before."""
     client = bench.running.client("a")
     assert not client.call(Command.WRITE, SIZE - PAGE_SIZE, PAGE_SIZE, payload=b"x" * PAGE_SIZE).error
     with pytest.raises(errors.InvalidArgument, match="would cut off data"):
@@ -274,8 +274,8 @@ def test_what_cannot_be_resized_goes_on_as_it_was(bench: Bench, tmp_path_factory
         other.do("resize", export="a", size_bytes=2 * SIZE)
 
 
-def test_shrinking_is_said_and_not_done_under_clients(bench: Bench) -> None:
-    """INV-SHRINK-KEEPS: a smaller size wants a word, and another one while a client is connected."""
+def test_shrinking_under_clients_needs_consent(bench: Bench) -> None:
+    """INV-SHRINK-KEEPS: a smaller size needs one parameter, and another one while a client is connected."""
     bench.do("resize", export="a", size_bytes=2 * SIZE)
     with pytest.raises(errors.InvalidArgument, match="fewer than"):
         bench.do("resize", export="a", size_bytes=SIZE)
@@ -290,7 +290,7 @@ def test_shrinking_is_said_and_not_done_under_clients(bench: Bench) -> None:
 
 
 def test_read_only_and_back(bench: Bench) -> None:
-    """Connected clients get EPERM for every way of writing, may read and flush, and write again when allowed."""
+    """Connected clients get EPERM for every kind of write, may read and flush, and can write again afterwards."""
     client = bench.running.client("a")
     assert not client.call(Command.WRITE, 0, 4, payload=b"kept").error
     bench.do("set-read-only")
@@ -308,8 +308,8 @@ def test_read_only_and_back(bench: Bench) -> None:
             bench.do("set-read-only", **params)
 
 
-def test_strangers_are_confined(tmp_path: Path) -> None:
-    """INV-CONTROL-CONFINED: what a control owner adds, and where his leaves go, lies in the named folders alone."""
+def test_control_owners_are_confined(tmp_path: Path) -> None:
+    """INV-CONTROL-CONFINED: the images that a control owner adds, and their leaves, are in the named folders only."""
     inside, outside = tmp_path / "inside", tmp_path / "outside"
     for folder in (inside, outside):
         folder.mkdir(mode=0o755)
@@ -341,14 +341,14 @@ def test_strangers_are_confined(tmp_path: Path) -> None:
         added = bench.methods["add"].work(wanted)
         assert added["export"]["path"] == str(inside / "more.vhd")  # type: ignore[index]
         bench.do("snapshot", exports={"a": str(inside / "named.avhd"), "b": None})
-        inside.chmod(0o777)  # from now on anybody could put a link in the place of a file
+        inside.chmod(0o777)  # from now on any user could put a link in the place of a file
         for exports in ({"a": str(inside / "again.avhd")}, {"a": None}):
             with pytest.raises(errors.AccessDenied, match="is writable by users other than"):
                 bench.do("snapshot", exports=exports)
 
 
 def test_disconnect(bench: Bench) -> None:
-    """One client by number, or all of an export; the others stay."""
+    """One client by its number, or all of an export; the others stay connected."""
     first, second, other = (bench.running.client(name) for name in ("a", "a", "b"))
     clients = bench.do("status")["clients"]
     assert [row["export"] for row in clients] == ["a", "a", "b"]  # type: ignore[attr-defined]
@@ -366,12 +366,12 @@ def test_disconnect(bench: Bench) -> None:
             bench.do("disconnect", **params)
 
 
-def test_remove_wins_against_clients_that_come_again(bench: Bench) -> None:
-    """`remove` with `disconnect` ends while clients reconnect without a pause; they find no such export any more."""
+def test_remove_completes_while_clients_reconnect(bench: Bench) -> None:
+    """`remove` with `disconnect` completes while clients reconnect without a pause; then the export is gone."""
     stopped = threading.Event()
     refused: list[bool] = []
 
-    def come_again() -> None:
+    def keep_reconnecting() -> None:
         while not stopped.is_set():
             with contextlib.closing((client := bench.running.connect()).sock):
                 client.start()
@@ -384,7 +384,7 @@ def test_remove_wins_against_clients_that_come_again(bench: Bench) -> None:
 
     client = bench.running.client("b")
     client.call(nbd.WRITE, 0, payload=b"kept")
-    threads = [threading.Thread(target=come_again) for _ in range(3)]
+    threads = [threading.Thread(target=keep_reconnecting) for _ in range(3)]
     for thread in threads:
         thread.start()
     try:
@@ -400,7 +400,7 @@ def test_remove_wins_against_clients_that_come_again(bench: Bench) -> None:
 
 
 def test_remove_while_the_server_ends(tmp_path: Path) -> None:
-    """An export whose last client is hung up on, which ends the server, is flushed and closed all the same."""
+    """If disconnecting an export's last client ends the server, the export is flushed and closed all the same."""
     with bench_in(tmp_path) as bench:
         bench.server._exit_last = True
         client = bench.running.client("b")
@@ -412,7 +412,7 @@ def test_remove_while_the_server_ends(tmp_path: Path) -> None:
 
 
 def test_status(bench: Bench) -> None:
-    """Counters count, and a parameter that there is not is refused."""
+    """Counters count, and an unknown parameter is refused."""
     client = bench.running.client("b")
     for _ in range(10):
         client.read(0, 512)
@@ -426,7 +426,7 @@ def test_status(bench: Bench) -> None:
 
 
 def test_the_end_waits_for_a_snapshot(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server that ends in the middle of a snapshot ends after it, with the disk whole; later ones are refused."""
+    """A server asked to stop during a snapshot completes it first, with a sound disk; later ones are refused."""
     client = bench.running.client("a")
     client.call(Command.WRITE, 0, 4, payload=b"kept")
     leaf = bench.exports[0].disk.chain.leaf
@@ -443,7 +443,7 @@ def test_the_end_waits_for_a_snapshot(bench: Bench, monkeypatch: pytest.MonkeyPa
     thread.start()
     assert entered.wait(SECONDS)
     bench.do("shutdown")
-    time.sleep(0.1)  # in which a server that did not wait for the snapshot would end
+    time.sleep(0.1)  # time in which a server that did not wait would end
     gate.set()
     thread.join(SECONDS)
     assert done
@@ -455,8 +455,8 @@ def test_the_end_waits_for_a_snapshot(bench: Bench, monkeypatch: pytest.MonkeyPa
     assert bench.files() == ["a.avhd", "a.vhd", "b.vhd"]
 
 
-def test_a_new_leaf_lies_where_it_will_be_found(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """INV-LIVE-PRESERVES: a child that nobody looks for would let the frozen leaf be written to again: refused."""
+def test_a_new_leaf_must_be_where_it_will_be_found(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """INV-LIVE-PRESERVES: if a child cannot be found, the frozen leaf could be written to again: refused."""
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     with pytest.raises(errors.InvalidArgument, match="outside the folders that are searched"):
         bench.do("snapshot", exports={"a": str(elsewhere / "a.avhd")})
@@ -464,7 +464,7 @@ def test_a_new_leaf_lies_where_it_will_be_found(bench: Bench, tmp_path_factory: 
 
 
 def test_an_export_in_use_stays(bench: Bench) -> None:
-    """An export with a client is not removed; what the client wrote is in the file when it was, once it has gone."""
+    """An export with a client is not removed; after the client has gone, what it wrote is in the file."""
     with bench.running.client("b") as client:
         client.call(Command.WRITE, 0, PAGE_SIZE, payload=b"x" * PAGE_SIZE)
         with pytest.raises(errors.ImageInUse, match="used by client"):
@@ -482,8 +482,8 @@ def test_an_export_in_use_stays(bench: Bench) -> None:
     assert [one.name for one in bench.server.catalog()] == ["a"]
 
 
-def test_prepared_leaves_are_taken(bench: Bench) -> None:
-    """What was prepared is used by the same snapshot, which makes nothing, and by no other."""
+def test_prepared_leaves_are_used(bench: Bench) -> None:
+    """A prepared leaf is used by the same snapshot, which then makes no file, and by no other."""
     paths = {"a": str(bench.folder / "a1.avhd"), "b": str(bench.folder / "b1.avhd")}
     assert bench.do("prepare", exports=paths) == {"exports": paths}
     assert bench.files() == ["a.vhd", "a1.avhd", "b.vhd", "b1.avhd"]
@@ -493,7 +493,7 @@ def test_prepared_leaves_are_taken(bench: Bench) -> None:
     assert [export.disk.path for export in bench.exports] == [paths["a"], paths["b"]]
     bench.do("prepare", exports={"a": str(bench.folder / "a2.avhd")})
     other = str(bench.folder / "other.avhd")
-    bench.do("snapshot", exports={"a": other})  # another one: what was prepared goes
+    bench.do("snapshot", exports={"a": other})  # another one: the prepared leaf is removed
     assert bench.exports[0].disk.path == other and not (bench.folder / "a2.avhd").exists()
     with pytest.raises(errors.AlreadyExists):
         bench.do("prepare", exports={"a": paths["a"]})
@@ -501,8 +501,8 @@ def test_prepared_leaves_are_taken(bench: Bench) -> None:
         bench.do("prepare", exports=7)
 
 
-def test_prepared_leaves_go(bench: Bench) -> None:
-    """When nothing comes of them: asked for, at a resize, which they would be too small for, and at the end."""
+def test_unused_prepared_leaves_are_removed(bench: Bench) -> None:
+    """On request, at a resize, for which they would be too small, and at the end."""
     path = str(bench.folder / "a1.avhd")
     ways: tuple[Callable[[], object], ...] = (
         lambda: bench.do("prepare", exports={}),
@@ -515,14 +515,14 @@ def test_prepared_leaves_go(bench: Bench) -> None:
         forget()
         assert "a1.avhd" not in bench.files()
     bench.do("prepare", exports={"a": path})
-    Path(path).unlink()  # somebody cleaned up
+    Path(path).unlink()  # removed by another program
     bench.do("prepare", exports={})
     bench.do("snapshot", exports={"a": path})
     assert bench.exports[0].disk.path == path and bench.exports[0].disk.size_bytes == 2 * SIZE
 
 
-def test_what_is_prepared_may_be_resumed_from(bench: Bench) -> None:
-    """A leaf goes on being written to while its child is only prepared; then the child reads all of it."""
+def test_writes_continue_after_a_leaf_is_prepared(bench: Bench) -> None:
+    """While its child is only prepared a leaf is still written to; then the child reads all of it."""
     path = str(bench.folder / "a1.avhd")
     bench.do("prepare", exports={"a": path})
     bench.exports[0].disk.write(4096, b"after" * 100)

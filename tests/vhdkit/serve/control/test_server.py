@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The control socket's framing: whatever comes in, an answer or a closed connection, and the others go on."""
+"""The control socket's framing: any input leads to an answer or a closed connection, and other clients are served."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SECONDS = 60
 
 
 class Bench:
-    """Methods to be called, and the loop they are served on."""
+    """Methods to call, and the loop that serves them."""
 
     def __init__(self, path: Path) -> None:
         self.path = str(path)
@@ -70,14 +70,14 @@ class Bench:
         raise BadParams("not these")
 
     def connect(self) -> socket.socket:
-        """A client with patience."""
+        """A client with a generous timeout."""
         client = socket.socket(socket.AF_UNIX)
         client.connect(self.path)
         client.settimeout(SECONDS)
         return client
 
     def talk(self, raw: bytes) -> list[dict[str, Any]]:
-        """Everything that is answered to these bytes and the end of them."""
+        """All answers to these bytes followed by the end of the stream."""
         with self.connect() as client:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 client.sendall(raw)
@@ -89,13 +89,13 @@ class Bench:
         return [json.loads(line) for line in received.splitlines()]
 
     def code(self, raw: bytes) -> int:
-        """The error's code in the only answer."""
+        """The error code in the only answer."""
         (answer,) = self.talk(raw + b"\n")
         code: int = answer["error"]["code"]
         return code
 
     def end(self) -> None:
-        """Stop it all."""
+        """Stop everything."""
         self.gate.set()
         self.loop.stop()
         self.thread.join(SECONDS)
@@ -118,14 +118,14 @@ def line(method: str, number: object = 1, **params: object) -> bytes:
 
 
 def test_requests_are_answered_in_order(bench: Bench) -> None:
-    """Several lines at once, blank ones between, numbers and texts as ids."""
+    """Several lines at once, blank lines between, numbers and texts as ids."""
     raw = line("echo", 1, a=[1]) + b"\n  \n" + line("echo", "x") + b'{"jsonrpc":"2.0","id":2,"method":"echo"}\n'
     answers = bench.talk(raw)
     assert [(one["id"], one["result"]) for one in answers] == [(1, {"a": [1]}), ("x", {}), (2, {})]
 
 
 def test_notifications_are_not_answered(bench: Bench) -> None:
-    """Without an id the method runs and nothing comes back."""
+    """Without an id the method runs and there is no answer."""
     assert bench.talk(b'{"jsonrpc":"2.0","method":"note","params":{"n":1}}\n' + line("echo", 5))[0]["id"] == 5
     assert bench.notified == [{"n": 1}]
 
@@ -152,13 +152,13 @@ def test_notifications_are_not_answered(bench: Bench) -> None:
     ],
 )
 def test_refusals(bench: Bench, raw: bytes, code: int) -> None:
-    """Each way to be wrong has its number, and the next request is served."""
+    """Each kind of error has its code, and the next request is served."""
     assert bench.code(raw) == code
     assert bench.talk(line("echo"))[0]["result"] == {}
 
 
 def test_lines_are_bounded(bench: Bench) -> None:
-    """The longest line is served; a longer one is refused without being kept, and the client hung up on."""
+    """The longest line is served; a longer one is refused without being kept, and the client disconnected."""
     room = MAX_LINE_BYTES - len(line("echo", 1, a="")) + 1
     assert len(bench.talk(line("echo", 1, a="x" * room))[0]["result"]["a"]) == room
     assert bench.code(line("echo", 1, a="x" * (room + 1))[:-1]) == INVALID_REQUEST
@@ -166,8 +166,8 @@ def test_lines_are_bounded(bench: Bench) -> None:
     assert not answers or answers[0]["error"]["code"] == INVALID_REQUEST
 
 
-def test_a_long_method_stops_nobody(bench: Bench) -> None:
-    """While one client's request takes long, others are answered; its own next request waits its turn."""
+def test_a_long_method_does_not_block_other_clients(bench: Bench) -> None:
+    """While one client's request takes long, others are answered; its own next request waits."""
     with bench.connect() as slow:
         slow.sendall(line("long", 1) + line("echo", 2))
         assert bench.entered.wait(SECONDS)
@@ -179,8 +179,8 @@ def test_a_long_method_stops_nobody(bench: Bench) -> None:
         assert [json.loads(one)["id"] for one in received.splitlines()] == [1, 2]
 
 
-def test_a_client_that_goes_or_does_not_read(bench: Bench) -> None:
-    """One that hangs up while its request is worked on, and one that takes no answer, hurt nobody."""
+def test_clients_that_disconnect_or_do_not_read(bench: Bench) -> None:
+    """A client that disconnects during its request, or reads no answer, does not affect others."""
     with bench.connect() as gone:
         gone.sendall(line("long", 1))
         assert bench.entered.wait(SECONDS)
@@ -191,7 +191,7 @@ def test_a_client_that_goes_or_does_not_read(bench: Bench) -> None:
 
 
 def test_clients_are_bounded(bench: Bench) -> None:
-    """More clients than there may be are sent away; when some have gone there is room again."""
+    """Clients beyond the limit are disconnected; when some have gone, new ones are accepted."""
     with contextlib.ExitStack() as stack:
         for _ in range(MAX_CLIENTS):
             client = stack.enter_context(bench.connect())
@@ -206,11 +206,11 @@ def test_clients_are_bounded(bench: Bench) -> None:
         with contextlib.suppress(OSError):
             if bench.talk(line("echo", 4)):
                 return
-    raise AssertionError("there is no room again")
+    raise AssertionError("a new client is still refused")
 
 
 def test_a_thousand_clients_one_after_the_other(bench: Bench) -> None:
-    """Connections that come and go leave nothing behind."""
+    """Connections that open and close leave nothing behind."""
     for number in range(1000):
         with bench.connect() as client:
             if number % 2:
@@ -220,15 +220,15 @@ def test_a_thousand_clients_one_after_the_other(bench: Bench) -> None:
 
 @given(raw=st.binary(max_size=300))
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_bytes(bench: Bench, raw: bytes) -> None:
-    """Any bytes are answered line by line with errors, or not at all, and the server goes on."""
+def test_arbitrary_bytes(bench: Bench, raw: bytes) -> None:
+    """Any bytes are answered line by line with errors, or not at all, and the server continues."""
     for answer in bench.talk(raw + b"\n"):
         assert answer["error"]["code"] in (PARSE_ERROR, INVALID_REQUEST)
     assert bench.talk(line("echo", 3))[0]["id"] == 3
 
 
-def test_the_client_side(bench: Bench) -> None:
-    """A result comes back as it is; an error as one of its class, with path, hint and exit code."""
+def test_results_and_errors_at_the_client(bench: Bench) -> None:
+    """A result arrives unchanged; an error as an exception of its class, with path, hint and exit code."""
     with ControlClient(bench.path) as client:
         assert client.call("echo", a=1) == {"a": 1}
         with pytest.raises(errors.NoSpace) as caught:
@@ -242,8 +242,8 @@ def test_the_client_side(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("answer", [b"", b"nonsense\n", b"[]\n", b"{}\n", b'{"error": 3}\n', b'{"error": {}}\n'])
-def test_the_client_believes_nobody(tmp_path: Path, answer: bytes) -> None:
-    """Something else that listens there, or nothing, is an error that says so."""
+def test_the_client_reports_wrong_answers(tmp_path: Path, answer: bytes) -> None:
+    """If another program listens there, or none, a clear error says so."""
     path = str(tmp_path / "x.sock")
     with pytest.raises(errors.NotFound):
         ControlClient(path)

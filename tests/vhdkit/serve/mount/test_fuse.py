@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The way through libfuse and the kernel: what system calls on a real mount do."""
+"""System calls on a real mount, through libfuse and the kernel."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ def fallocate(fd: int, mode: int, offset: int, size: int) -> int:
 
 
 def refused(code: int, call: Callable[..., object], *arguments: Any) -> None:
-    """The call ends with this errno."""
+    """The call fails with this errno."""
     with pytest.raises(OSError) as caught:
         call(*arguments)
     assert caught.value.errno == code, caught.value
 
 
 def test_a_read_only_mount(chain: tuple[Path, bytearray], tmp_path: Path) -> None:
-    """Reads in all sizes and from several threads are right; everything that would change something is refused."""
+    """Reads of all sizes and from several threads are correct; every change is refused."""
     image, content = chain
     with mounted(image, tmp_path / "mnt") as mnt:
         disk = mnt / "disk.raw"
@@ -102,7 +102,7 @@ def test_a_read_only_mount(chain: tuple[Path, bytearray], tmp_path: Path) -> Non
 
 
 def test_a_writable_mount(chain: tuple[Path, bytearray], tmp_path: Path) -> None:
-    """Writes, holes, zeros and seeks do what they do on a sparse file of fixed size; the image has it all then."""
+    """Writes, holes, zeros and seeks work as on a sparse file of fixed size; afterwards the image has all data."""
     image, content = chain
     with mounted(image, tmp_path / "mnt", "--rw") as mnt:
         disk = mnt / "disk.raw"
@@ -145,7 +145,7 @@ def test_a_writable_mount(chain: tuple[Path, bytearray], tmp_path: Path) -> None
 
 
 def test_names_of_one_disk_agree(tmp_path: Path) -> None:
-    """What is written through a partition is seen in the disk by whoever opens it then, and the other way."""
+    """A write through a partition is visible in the disk to later readers, and vice versa."""
     require_fuse()
     image = tmp_path / "disk.vhd"
     vhdkit.create_image(image, SIZE)
@@ -156,7 +156,7 @@ def test_names_of_one_disk_agree(tmp_path: Path) -> None:
         disk.write(0, bytes(table))
     with mounted(image, tmp_path / "mnt", "--rw") as mnt:
         whole, part = mnt / "disk.raw", mnt / "partitions" / "1.raw"
-        whole.read_bytes(), part.read_bytes()  # the kernel may have kept all of it
+        whole.read_bytes(), part.read_bytes()  # the kernel may have cached all of it
         fd = os.open(part, os.O_WRONLY)
         os.pwrite(fd, b"by the partition", 0)
         os.close(fd)
@@ -183,10 +183,8 @@ class Opened:
         self.calls.open(ctypes.addressof(path), self.at)
 
 
-def test_writes_of_a_file_opened_for_it_are_on_the_device(
-    chain: tuple[Path, bytearray], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With O_SYNC and O_DSYNC the kernel says so with each write, and calls no fsync of its own."""
+def test_writes_with_o_sync_are_on_the_device(chain: tuple[Path, bytearray], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With O_SYNC and O_DSYNC the kernel flags each write, and sends no separate fsync."""
     flushes: list[int] = []
     data = ctypes.create_string_buffer(b"x" * 512)
     with vhdkit.open_disk(chain[0], writable=True) as disk, monkeypatch.context() as patch:
@@ -198,8 +196,8 @@ def test_writes_of_a_file_opened_for_it_are_on_the_device(
 
 
 @pytest.mark.parametrize("offered", [True, False])
-def test_shared_mappings_are_asked_for_where_they_can_be(chain: tuple[Path, bytearray], offered: bool) -> None:
-    """Of a kernel that lets files past the page cache be mapped; another one is not asked for what it has not."""
+def test_shared_mappings_are_requested_where_supported(chain: tuple[Path, bytearray], offered: bool) -> None:
+    """A kernel that can map files opened for direct I/O is asked to; another one is not."""
     fuse = fuse_mount.load()
     with vhdkit.open_disk(chain[0], writable=True) as disk:
         connection, config = fuse.fuse_conn_info(), fuse.fuse_config()
@@ -210,8 +208,8 @@ def test_shared_mappings_are_asked_for_where_they_can_be(chain: tuple[Path, byte
 
 
 def test_a_shared_writable_mapping(chain: tuple[Path, bytearray], tmp_path: Path) -> None:
-    """With libfuse 3.17 and Linux 6.6 what is written through one is in the image after msync and the last close;
-    otherwise mapping is refused as not possible. Private ones always work."""
+    """With libfuse 3.17 and Linux 6.6 writes through a mapping are in the image after msync and the last close;
+    otherwise mapping is refused as unsupported. Private mappings always work."""
     image, content = chain
     fuse = fuse_mount.load()
     version = fuse.fuse_version_major, fuse.fuse_version_minor
@@ -238,7 +236,7 @@ def test_a_shared_writable_mapping(chain: tuple[Path, bytearray], tmp_path: Path
 
 
 def test_any_size_of_request_costs_no_memory(chain: tuple[Path, bytearray]) -> None:
-    """A file opened for writing is read in whatever pieces a program likes: what is kept for each must have an end."""
+    """A file opened for writing is read in pieces of any size: the memory kept for each size must be bounded."""
     place = ctypes.create_string_buffer(64 * 1024)
     with vhdkit.open_disk(chain[0], writable=True) as disk:
         file = Opened(disk, os.O_RDWR)
@@ -246,19 +244,19 @@ def test_any_size_of_request_costs_no_memory(chain: tuple[Path, bytearray]) -> N
         for size in range(1, 3000):
             assert file.calls.read(0, ctypes.addressof(place), size, 4096, file.at) == size
             assert place.raw[:size] == chain[1][4096 : 4096 + size]
-        assert len(ctypes.Array.__subclasses__()) - before < 10  # types of ctypes
+        assert len(ctypes.Array.__subclasses__()) - before < 10  # types from ctypes
 
 
-def test_libfuse_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With what to install, instead of an ImportError from somewhere."""
+def test_missing_libfuse_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error says what to install, instead of a bare ImportError."""
     monkeypatch.delenv("FUSE_LIBRARY_PATH", raising=False)
     monkeypatch.setattr(fuse_mount, "_LIBRARIES", ("libfuse3.so.nowhere",))
     with pytest.raises(NotFound, match="libfuse 3 is not installed; install"):
         fuse_mount.load()
 
 
-def test_mfusepy_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It comes with an extra of the package."""
+def test_missing_mfusepy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names the package's extra that provides it."""
     require_fuse()
     real = builtins.__import__
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the system is asked: by real programs and the kernel's own files where that is possible."""
+"""Questions to the system, answered by real programs and the kernel's files where possible."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from vhdkit.serve.mount.table import Mount, server_address
 UNLIMITED = 9223372036854771712
 
 
-def test_what_is_at_a_mount_point(tmp_path: Path) -> None:
-    """A folder, a file, something else, or nothing."""
+def test_kinds_of_mount_points(tmp_path: Path) -> None:
+    """A folder, a file, another kind, or nothing."""
     (tmp_path / "file").touch()
     os.mkfifo(tmp_path / "pipe")
     kinds = [host.kind_of_place(str(tmp_path / name)) for name in (".", "file", "pipe", "nothing", "file/below")]
@@ -28,22 +28,22 @@ def test_what_is_at_a_mount_point(tmp_path: Path) -> None:
 
 
 def test_programs_run_without_a_shell(tmp_path: Path) -> None:
-    """Arguments stay what they are; the code, and the first lines of what was said, come back."""
-    told = host.run(["sh", "-c", 'printf "%s\\n" "$1" second third; exit 3', "x", "$HOME; echo"])
-    assert told == host.Finished(3, "$HOME; echo; second")
+    """Arguments are passed unchanged; the exit code and the first lines of the output are returned."""
+    result = host.run(["sh", "-c", 'printf "%s\\n" "$1" second third; exit 3', "x", "$HOME; echo"])
+    assert result == host.Finished(3, "$HOME; echo; second")
     with pytest.raises(NotFound, match="no-such-program"):
         host.run(["no-such-program"])
 
 
 def test_programs_that_hang_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And that is an error of its own."""
+    """A program that hangs is ended, which is its own kind of error."""
     monkeypatch.setattr(host, "PROGRAM_SECONDS", 0.05)
     with pytest.raises(IoFailed, match="timed out"):
         host.run(["sleep", "30"])
 
 
-def test_a_device_that_is_missing_or_closed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With what to do about it."""
+def test_a_missing_or_inaccessible_device_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error says what to do about it."""
     monkeypatch.setattr(host, "FUSE_DEVICE", str(tmp_path / "fuse"))
     with pytest.raises(NotFound, match="modprobe fuse"):
         host.check_fuse()
@@ -69,7 +69,7 @@ def test_a_device_that_is_missing_or_closed_is_named(tmp_path: Path, monkeypatch
 def test_where_loop_devices_are_safe(
     groups: str, limit: int | None, flusher: bool, safe: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not in a limited memory group of version 1, unless the kernel knows us as one that writes for others."""
+    """Not in a limited memory group of version 1, unless the kernel treats the process as a flusher for others."""
     files = {"/proc/self/cgroup": groups}
     if limit is not None:
         files["/sys/fs/cgroup/memory/box/memory.stat"] = f"cache 1\nhierarchical_memory_limit {limit}\n"
@@ -81,7 +81,7 @@ def test_where_loop_devices_are_safe(
 
 
 def test_a_server_is_found_and_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the device of its mount; who waits learns what went wrong in the end. Another user's socket is none."""
+    """By the device of its mount; the waiting process learns what went wrong. Another user's socket is ignored."""
     mount = Mount(f"0:{os.getpid()}-test", "/mnt", "fuse.vhdkit", "/x", frozenset({f"user_id={os.getuid()}"}))
     assert host.find_server(mount) is None
     monkeypatch.setattr(host, "mounts", lambda: [mount])
@@ -91,26 +91,26 @@ def test_a_server_is_found_and_waited_for(monkeypatch: pytest.MonkeyPatch) -> No
     assert host.find_server(other) is None
     server = host.find_server(mount)
     assert server is not None and server.pid == os.getpid()
-    told: list[str | None] = []
-    waiting = threading.Thread(target=lambda: told.append(server.wait()))
+    result: list[str | None] = []
+    waiting = threading.Thread(target=lambda: result.append(server.wait()))
     waiting.start()
     presence.leave()
     assert host.find_server(mount) is None
     following = host.Presence()
-    following.show("/mnt")  # the number of the device is used again, before the old server has ended
+    following.show("/mnt")  # the device number is reused before the old server has ended
     found = host.find_server(mount)
     assert found is not None
     found.close()
     presence.report("the disk is full")
     waiting.join(30)
-    assert told == ["the disk is full"]
+    assert result == ["the disk is full"]
     presence.close()
     following.close()
     assert host.find_server(mount) is None
 
 
-def test_a_server_is_found_however_often_it_was_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody stays in the queue, of which the kernel makes an end, and all who really wait are told."""
+def test_a_server_is_found_after_many_lookups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lookups do not fill the listen queue, which the kernel bounds, and all waiting processes get the result."""
     mount = Mount(f"0:{os.getpid()}-often", "/mnt", "fuse.vhdkit", "/x", frozenset())
     monkeypatch.setattr(host, "mounts", lambda: [mount])
     monkeypatch.setattr(host, "_LEAVING_SECONDS", 120.0)
@@ -128,7 +128,7 @@ def test_a_server_is_found_however_often_it_was_looked_for(monkeypatch: pytest.M
 
 
 def test_a_server_that_dies_ends_the_waiting() -> None:
-    """However it ends: nothing was told, then."""
+    """A server that dies without a result ends the wait."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     mount = Mount(f"0:{os.getpid()}-dies", "/mnt", "fuse.vhdkit", "/x", frozenset())
     listener.bind(server_address(mount.device))
@@ -139,19 +139,19 @@ def test_a_server_that_dies_ends_the_waiting() -> None:
     assert server.wait() is None
 
 
-def test_who_keeps_a_folder_busy(tmp_path: Path) -> None:
-    """By open files and working folders."""
+def test_users_of_a_busy_folder(tmp_path: Path) -> None:
+    """They are found by open files and working folders."""
     with (tmp_path / "file").open("w"):
         assert any(f"(process {os.getpid()})" in user for user in host.users_of(str(tmp_path)))
     assert host.users_of(str(tmp_path / "nothing")) == []
 
 
-def test_documents_that_are_none() -> None:
-    """What cannot be read, or says something else, is an empty document."""
+def test_invalid_documents() -> None:
+    """A file that cannot be read, or has other content, is an empty document."""
     assert host.read_json("/nowhere") == {} and host.read_json("/proc/self/mountinfo") == {}
 
 
 def test_files_of_the_kernel_are_read_as_they_are(tmp_path: Path) -> None:
-    """A carriage return may stand in a name, and so in the kernel's tables."""
+    """A name, and so the kernel's tables, may contain a carriage return."""
     (tmp_path / "table").write_bytes(b"a\rb\r\n\xff\n")
     assert host.read_text(str(tmp_path / "table")) == "a\rb\r\n\udcff\n"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real mounts: what is refused before anything happens, how stacks come and go, and what is left after a crash."""
+"""Real mounts: what is refused in advance, how stacks are mounted and unmounted, and what is left after a crash."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MIB = 1 << 20
 
 @pytest.fixture(autouse=True)
 def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where FUSE mounts under a file system lie: a folder of the test's own, in which nothing may be left."""
+    """The test's own folder for FUSE mounts under a file system; at the end it must be empty."""
     require_fuse()
     folder = tmp_path / "runtime"
     folder.mkdir()
@@ -45,7 +45,7 @@ def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
-    """16 MiB with an ext4 on it, no partitions, and a file in that."""
+    """16 MiB with an ext4 without a partition table, and a file in it."""
     (tmp_path / "tree").mkdir()
     (tmp_path / "tree" / "hello.txt").write_text("hello\n")
     raw, path = tmp_path / "disk.raw", tmp_path / "disk.vhd"
@@ -58,7 +58,7 @@ def image(tmp_path: Path) -> Path:
 
 
 def listed(mountpoint: Path) -> dict[str, Any]:
-    """What `vhdkit mounts` says of it."""
+    """What `vhdkit mounts` reports about it."""
     found = json.loads(command("mounts", "--json").stdout)["mounts"]
     (one,) = [entry for entry in found if entry["mountpoint"] == str(mountpoint)]
     return dict(one)
@@ -71,8 +71,8 @@ def failure(code: int, *words: str | Path) -> str:
     return lines[0]
 
 
-def test_mount_points_that_cannot_be(image: Path, tmp_path: Path) -> None:
-    """Missing, a file, a folder for --file, one that is not empty, a device: each says what to do."""
+def test_invalid_mount_points(image: Path, tmp_path: Path) -> None:
+    """Missing, a file, a folder for --file, a folder that is not empty, a device: each error says what to do."""
     full, file, empty = tmp_path / "tree", tmp_path / "file", tmp_path / "empty"
     file.touch()
     empty.mkdir()
@@ -96,7 +96,7 @@ def _empty(folder: Path) -> Path:
 
 
 def test_two_mounts_and_a_second_writer(image: Path, tmp_path: Path) -> None:
-    """Two readers are fine; a writer beside a reader or a writer is refused by name; a place is mounted on once."""
+    """Two readers are accepted; a writer beside another user is refused by name; a place is mounted on only once."""
     second = tmp_path / "second"
     second.mkdir()
     with mounted(image, tmp_path / "first") as first:
@@ -112,7 +112,7 @@ def test_two_mounts_and_a_second_writer(image: Path, tmp_path: Path) -> None:
 
 
 def test_busy_mounts(image: Path, tmp_path: Path) -> None:
-    """Who holds it is named; --lazy takes it away all the same, and the server ends with the last user."""
+    """The processes that use it are named; --lazy detaches it anyway, and the server ends with the last user."""
     mnt = tmp_path / "mnt"
     mnt.mkdir()
     with cleaned(mnt):
@@ -130,7 +130,7 @@ def test_busy_mounts(image: Path, tmp_path: Path) -> None:
 
 
 def wait_until_free(image: Path) -> None:
-    """Until nobody writes to it any more."""
+    """Wait until the image is no longer open for writing."""
 
     def is_free() -> bool:
         try:
@@ -143,7 +143,7 @@ def wait_until_free(image: Path) -> None:
 
 
 def test_a_killed_server(image: Path, tmp_path: Path) -> None:
-    """The mount is told to be dead, umount takes it away, and what was flushed is in the image."""
+    """The mount is reported as dead, umount removes it, and flushed data is in the image."""
     mnt = tmp_path / "mnt"
     mnt.mkdir()
     with cleaned(mnt):
@@ -164,15 +164,15 @@ def test_a_killed_server(image: Path, tmp_path: Path) -> None:
     command("check", image)
 
 
-def test_what_is_not_ours_stays(tmp_path: Path) -> None:
-    """Nothing, a plain folder, another file system: each is told for what it is."""
+def test_foreign_mounts_are_left_alone(tmp_path: Path) -> None:
+    """Nothing, a plain folder, another file system: each error says what it is."""
     assert "nothing is mounted there" in failure(1, "umount", tmp_path)
     assert "nothing is mounted there" in failure(1, "umount", tmp_path / "no")
     assert "is a mount of proc, not of vhdkit" in failure(2, "umount", "/proc")
 
 
-def test_an_image_that_is_gone(image: Path, tmp_path: Path) -> None:
-    """A file that was removed while mounted goes on until it is unmounted."""
+def test_a_removed_image(image: Path, tmp_path: Path) -> None:
+    """A file that was removed while mounted can be used until it is unmounted."""
     with mounted(image, tmp_path / "mnt", "--rw") as mnt:
         image.unlink()
         fd = os.open(mnt / "disk.raw", os.O_RDWR)
@@ -183,7 +183,7 @@ def test_an_image_that_is_gone(image: Path, tmp_path: Path) -> None:
 
 
 def test_over_one_file(image: Path, tmp_path: Path) -> None:
-    """--file shows the disk over any regular file, even over the image itself, which is back afterwards."""
+    """--file shows the disk over any regular file, even over the image itself, which reappears afterwards."""
     size = image.stat().st_size
     with mounted(image, image, "--file"):
         assert image.stat().st_size == 16 * MIB
@@ -199,7 +199,7 @@ def test_over_one_file(image: Path, tmp_path: Path) -> None:
 
 
 def test_overlays(image: Path, tmp_path: Path) -> None:
-    """What is written is thrown away, or kept as a child; the image stays as it is."""
+    """Writes are discarded, or kept as a child; the image is unchanged."""
     before = image.read_bytes()
     for words in (("--overlay",), ("--overlay", "--keep-overlay", tmp_path / "kept.avhd")):
         with mounted(image, tmp_path / "mnt", *words) as mnt:
@@ -216,7 +216,7 @@ def test_overlays(image: Path, tmp_path: Path) -> None:
 
 
 def test_a_file_system_by_the_kernel(image: Path, tmp_path: Path, runtime: Path) -> None:
-    """As root by a loop device; umount takes away all three, and so it does after a plain umount of the upper one."""
+    """As root through a loop device; umount removes all three mounts, also after a plain umount of the upper one."""
     require_loop()
     if not can_mount_kernel("ext4"):
         pytest.skip("needs a kernel with ext4")
@@ -224,7 +224,7 @@ def test_a_file_system_by_the_kernel(image: Path, tmp_path: Path, runtime: Path)
         assert (mnt / "hello.txt").read_text() == "hello\n"
         one = listed(mnt)
         assert one["driver"] == "ext4" and one["loop"].startswith("/dev/loop") and not one["writable"]
-    # By what it stood on: its number may be another program's by now.
+    # By its backing file: its number may be reused by another program by now.
     assert os.listdir(runtime) == [] and str(runtime) not in subprocess.getoutput("losetup -n -O BACK-FILE")
     with cleaned(mnt):
         command("mount", image, mnt, "--fs", "--overlay")
@@ -236,7 +236,7 @@ def test_a_file_system_by_the_kernel(image: Path, tmp_path: Path, runtime: Path)
 
 
 def test_a_server_killed_under_a_file_system(image: Path, tmp_path: Path, runtime: Path) -> None:
-    """umount takes the whole stack away; what was synced in the file system is there, after its journal."""
+    """umount removes the whole stack; data synced in the file system is there after its journal is replayed."""
     require_loop()
     if not can_mount_kernel("ext4"):
         pytest.skip("needs a kernel with ext4")
@@ -251,8 +251,8 @@ def test_a_server_killed_under_a_file_system(image: Path, tmp_path: Path, runtim
         kill(listed(mnt)["pid"])
         command("umount", mnt)
         assert not is_mounted(mnt) and os.listdir(runtime) == []
-        told = command("mount", image, mnt, "--fs")
-        assert "without the changes in its journal" in told.stderr
+        mounted = command("mount", image, mnt, "--fs")
+        assert "without the changes in its journal" in mounted.stderr
         command("umount", mnt)
         command("mount", image, mnt, "--fs", "--overlay")
         assert (mnt / "kept.txt").read_text() == "kept\n"
@@ -260,7 +260,7 @@ def test_a_server_killed_under_a_file_system(image: Path, tmp_path: Path, runtim
 
 
 def test_a_file_system_by_a_fuse_driver(image: Path, tmp_path: Path, runtime: Path) -> None:
-    """Where the kernel's driver is not to be had; what was written is there after umount, which waits for it."""
+    """If the kernel's driver is not available; written data is there after umount, which waits for it."""
     require_tool("fuse2fs")
     limited = "import vhdkit.serve.mount.host as h; h.is_root = lambda: False"
     site = tmp_path / "site"
@@ -280,10 +280,10 @@ def test_a_file_system_by_a_fuse_driver(image: Path, tmp_path: Path, runtime: Pa
         command("umount", mnt)
 
 
-def test_what_the_kernel_refuses_is_not_written_by_another_driver(
+def test_no_other_driver_writes_what_the_kernel_refuses(
     image: Path, tmp_path: Path, runtime: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The kernel's words are shown; read-only, or over an overlay, the next driver is tried, with a note."""
+    """The kernel's message is shown; read-only, or over an overlay, the next driver is tried, with a note."""
     tried: list[str] = []
     said = ""
 
@@ -318,8 +318,8 @@ def test_what_the_kernel_refuses_is_not_written_by_another_driver(
             assert (notes == ()) != verdict and all("Structure needs cleaning" in one for one in notes)
 
 
-def test_a_cut_file_system_is_refused_by_the_kernel(image: Path, tmp_path: Path, runtime: Path) -> None:
-    """The same with a real one: an ext4 that is cut off is not mounted to write, and nothing is left."""
+def test_a_truncated_file_system_is_refused_by_the_kernel(image: Path, tmp_path: Path, runtime: Path) -> None:
+    """The same with a real ext4 that is truncated: it is not mounted for writing, and nothing is left."""
     require_loop()
     if not can_mount_kernel("ext4"):
         pytest.skip("needs a kernel with ext4")
@@ -331,8 +331,8 @@ def test_a_cut_file_system_is_refused_by_the_kernel(image: Path, tmp_path: Path,
     assert os.listdir(runtime) == [] and not is_mounted(mnt)
 
 
-def test_a_file_system_nobody_mounts(tmp_path: Path, runtime: Path) -> None:
-    """The last driver's words, what helps, and nothing left behind."""
+def test_a_file_system_that_no_driver_mounts(tmp_path: Path, runtime: Path) -> None:
+    """The last driver's message, what helps, and nothing left behind."""
     raw, mnt = tmp_path / "luks.raw", tmp_path / "mnt"
     raw.write_bytes(b"LUKS\xba\xbe".ljust(MIB, b"\0"))
     mnt.mkdir()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which mounts are ours, from the kernel's own table."""
+"""Which mounts are ours, according to the kernel's table."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LOOPS = {"/dev/loop0": "/run/vhdkit-a/partitions/2.raw", "/dev/loop1": "/srv/own
 
 
 def test_lines_are_read() -> None:
-    """Blanks in names, optional fields and nonsense."""
+    """Names with blanks, optional fields, and nonsense."""
     mounts = parse(TABLE)
     assert len(mounts) == 8
     assert mounts[1].source == "/srv/my disk.vhd" and mounts[1].device == "0:39"
@@ -41,14 +41,14 @@ def test_lines_are_read() -> None:
 
 
 @pytest.mark.parametrize("end", ["\r", "\f", "\x1c", "\x85", "\u2028"])
-def test_names_end_no_line(end: str) -> None:
-    """The kernel escapes blanks and newlines alone: a name must not hide its mount, nor make up another."""
+def test_names_do_not_break_lines(end: str) -> None:
+    """The kernel escapes only blanks and newlines: a name must neither hide its mount nor invent another."""
     text = f"50 27 0:50 / /mnt/a{end}60 27 0:39 / /etc rw - fuse.vhdkit x rw - fuse.vhdkit /x{end}y ro\n"
     assert [one.mountpoint for one in parse(text)] == [f"/mnt/a{end}60"]
 
 
 def test_file_systems_are_found_on_their_base() -> None:
-    """One on a loop device over a file of ours, one of a FUSE driver that reads one, nobody else's."""
+    """One on a loop device over a file of ours, one of a FUSE driver that reads one, and no other."""
     found = list(stacks(parse(TABLE), LOOPS))
     assert [(one.base.mountpoint, [inner.mountpoint for inner, _ in one.inside]) for one in found] == [
         ("/run/vhdkit-a", ["/mnt/files"]),
@@ -58,7 +58,7 @@ def test_file_systems_are_found_on_their_base() -> None:
 
 
 def test_a_stack_is_found_by_either_end() -> None:
-    """The base, or what stands on it; not what only lies below it."""
+    """By the base or the file system on it, but not by what is below the base."""
     found = list(stacks(parse(TABLE), LOOPS))
     assert stack_at(found, "/mnt/files") is found[0] and stack_at(found, "/run/vhdkit-a") is found[0]
     assert stack_at(found, "/mnt/win") is found[1]
@@ -66,14 +66,14 @@ def test_a_stack_is_found_by_either_end() -> None:
 
 
 def test_a_file_beside_the_base_is_not_in_it() -> None:
-    """/mnt/disk2 only begins like /mnt/disk."""
+    """/mnt/disk2 only shares a prefix with /mnt/disk."""
     text = TABLE + "50 27 7:2 / /mnt/x ro - ext4 /dev/loop2 ro\n"
     found = list(stacks(parse(text), {"/dev/loop2": "/mnt/disk2/nbd"}))
     assert all(not any(inner.mountpoint == "/mnt/x" for inner, _ in one.inside) for one in found)
 
 
-def test_the_last_mount_at_a_place_is_seen() -> None:
-    """Of two mounts at one point the newer covers the other."""
+def test_the_last_mount_at_a_place_counts() -> None:
+    """Of two mounts at one place the newer hides the other."""
     text = TABLE + "51 27 0:50 / /mnt/win ro - tmpfs tmpfs rw\n"
     found = top_at(parse(text), "/mnt/win")
     assert found is not None and found.file_system == "tmpfs"
@@ -81,17 +81,17 @@ def test_the_last_mount_at_a_place_is_seen() -> None:
 
 
 def test_drivers_have_names() -> None:
-    """Also where FUSE is told none."""
+    """Even if FUSE gets none."""
     mounts = parse(TABLE)
     assert driver_name(mounts[4]) == "ntfs-3g" and driver_name(mounts[2]) == "ext4"
 
 
 def test_options_are_escaped() -> None:
-    """A comma in a path does not end the option; what is off is left out."""
+    """A comma in a path does not end the option; options that are off are omitted."""
     text = option_text({"fsname": "/a,b\\c", "ro": True, "allow_other": False, "subtype": "vhdkit"})
     assert text == "fsname=/a\\,b\\\\c,ro,subtype=vhdkit"
 
 
-def test_servers_have_one_address_each() -> None:
-    """By the mount's device number, in the abstract namespace."""
+def test_each_server_has_its_own_address() -> None:
+    """It is derived from the mount's device number, in the abstract namespace."""
     assert server_address("0:39") != server_address("0:40") and server_address("0:39").startswith("\0")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a mount looks like, without mounting: names, links, attributes, info.json, and errnos."""
+"""The tree of a mount, without mounting: names, links, attributes, info.json, and errnos."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Make = Callable[..., Model]
 
 @pytest.fixture
 def make(tmp_path: Path) -> Iterator[Make]:
-    """From the first bytes of a disk to the model of a chain on it: `leaf.avhd` on `base.vhd`."""
+    """Makes the model of a chain `leaf.avhd` on `base.vhd` from the first bytes of its disk."""
     with ExitStack() as stack:
 
         def model(head: bytes = b"", *, read_only: bool = True, overlay: bool = False) -> Model:
@@ -58,7 +58,7 @@ def make(tmp_path: Path) -> Iterator[Make]:
 
 
 def gpt_disk(*partitions: tuple[int, int, str]) -> bytes:
-    """The first MiB of a disk with these."""
+    """The first MiB of a disk with these partitions."""
     store = MemStore("gpt")
     store.truncate(SIZE)
     write_gpt(store, SIZE, *partitions)
@@ -98,7 +98,7 @@ def test_the_names_of_a_mount(make: Make) -> None:
 
 
 def test_extended_partitions(make: Make) -> None:
-    """Logical partitions of an MBR are there under Linux's numbers."""
+    """Logical partitions of an MBR have the numbers that Linux gives them."""
     head = bytearray(MIB)
     head[:512] = mbr((0x83, 64, 64), (0x05, 1024, 1024))
     head[1024 * 512 : 1025 * 512] = mbr((0x07, 8, 100), (0x05, 200, 100))
@@ -109,8 +109,8 @@ def test_extended_partitions(make: Make) -> None:
     assert isinstance(view, View) and (view.offset_bytes, view.size_bytes) == (1232 * 512, 50 * 512)
 
 
-def test_partitions_that_reach_behind_the_disk(make: Make) -> None:
-    """INV-BOUNDED: a table that lies is cut to the disk; what is wholly outside is no file."""
+def test_partitions_that_extend_behind_the_disk(make: Make) -> None:
+    """INV-BOUNDED: the ranges of a false table are cut to the disk; one entirely outside has no file."""
     model = make(mbr((0x83, 64, 0xFFFFFFFF), (0x83, 0xFFFFFF00, 10)))
     assert [(one.partition.number, one.size_bytes) for one in model.partitions] == [(1, SIZE - 64 * 512)]
     tree = build_folder(model, {})
@@ -119,7 +119,7 @@ def test_partitions_that_reach_behind_the_disk(make: Make) -> None:
 
 
 def test_attributes(make: Make) -> None:
-    """Types, permissions, sizes, and blocks that leave holes out."""
+    """Types, permissions, sizes, and block counts that exclude holes."""
     tree = build_folder(make(gpt_disk((2048, 4095, "x"))), {})
     disk = tree.attributes(tree.find("/disk.raw"))
     assert stat.S_ISREG(disk.mode) and disk.mode & 0o777 == 0o444 and disk.size_bytes == SIZE
@@ -131,7 +131,7 @@ def test_attributes(make: Make) -> None:
 
 
 def test_writable_mounts(make: Make) -> None:
-    """The disk and its partitions can be written to, its layers cannot; a write counts as a change of all of them."""
+    """The disk and its partitions can be written to, its layers cannot; a write changes the time of all of them."""
     tree = build_folder(make(gpt_disk((2048, 4095, "x")), read_only=False), {})
     assert tree.is_writable
     disk, layer = tree.find("/disk.raw"), tree.find("/layers/0-leaf.raw")
@@ -150,8 +150,8 @@ def test_writable_mounts(make: Make) -> None:
     assert tree.attributes(layer).modified_ns > before
 
 
-def test_a_layer_thrown_away_is_no_layer(make: Make) -> None:
-    """With changes that are thrown away the layers are the image's own, and show it as it is."""
+def test_a_temporary_overlay_is_not_a_layer(make: Make) -> None:
+    """If changes are discarded, the layers are the image's own and show it unchanged."""
     tree = build_folder(make(b"old".ljust(512, b"\0"), overlay=True), {})
     assert [path for path in paths(tree) if path.startswith("/layers/")] == [
         "/layers/0-leaf.raw",
@@ -165,8 +165,8 @@ def test_a_layer_thrown_away_is_no_layer(make: Make) -> None:
     assert bytes(buffer) == b"old"
 
 
-def test_what_is_refused(make: Make) -> None:
-    """Each with its errno."""
+def test_refusals(make: Make) -> None:
+    """Each refused call has its errno."""
     tree = build_folder(make(), {})
     for code, call in (
         (errno.ENOENT, lambda: tree.find("/nothing")),
@@ -184,7 +184,7 @@ def test_what_is_refused(make: Make) -> None:
 
 
 def test_the_document(make: Make, tmp_path: Path) -> None:
-    """info.json says what is what, in one place."""
+    """info.json describes everything in one place."""
     tree = build_folder(make(gpt_disk((2048, 4095, "x"))), {"mounted_at": "/mnt"})
     handle = tree.open("/info.json", write=False)
     buffer = bytearray(1 << 16)
@@ -199,7 +199,7 @@ def test_the_document(make: Make, tmp_path: Path) -> None:
 
 
 def test_one_file(make: Make) -> None:
-    """The mount may be the disk, or a partition, and nothing else."""
+    """The mount may consist of the disk, or of one partition, alone."""
     model = make(gpt_disk((2048, 4095, "x")))
     assert build_file(model, None).attributes(build_file(model, None).root).size_bytes == SIZE
     assert build_file(model, 1).attributes(build_file(model, 1).root).size_bytes == MIB
@@ -209,7 +209,7 @@ def test_one_file(make: Make) -> None:
 
 @given(st.text(max_size=300), st.sampled_from(["", ".raw", "-12"]))
 def test_any_name_is_a_file_name(text: str, ending: str) -> None:
-    """Partition names are a guest's: they never lead elsewhere, nor are they too long or unprintable."""
+    """Guests choose partition names: they never lead elsewhere, nor are they too long or unprintable."""
     name = safe_name(text, ending)
     assert name and name not in (".", "..") and "/" not in name and "\0" not in name
     assert len(os.fsencode(name)) <= 255 and name.isprintable() and name.endswith(ending)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A range of a disk as a file, without FUSE: what is read, written, refused and counted."""
+"""A range of a disk as a file, without FUSE: reads, writes, refusals and counts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SECTOR = 512
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[vhdkit.Disk]:
-    """A differencing disk: its parent has data in the first MiB, it has some itself from the fifth on."""
+    """A differencing disk: its parent has data in the first MiB, the child from the fifth on."""
     vhdkit.create_image(tmp_path / "base.vhd", SIZE, block_size_bytes=MIB)
     with vhdkit.open_disk(tmp_path / "base.vhd", writable=True) as base:
         base.write(0, b"\xaa" * MIB)
@@ -47,14 +47,14 @@ def view_of(disk: vhdkit.Disk, offset: int = 0, size: int = SIZE) -> View:
 
 
 def read(view: View, offset: int, size: int) -> bytes:
-    """As a process reads."""
+    """Read as a process does."""
     buffer = bytearray(size)
     done = view.open(write=False).read_into(offset, memoryview(buffer))
     return bytes(buffer[:done])
 
 
 def refused(code: int, function: object, *arguments: object) -> None:
-    """The call ends with this errno."""
+    """The call fails with this errno."""
     assert callable(function)
     with pytest.raises(OSError) as caught:
         function(*arguments)
@@ -62,7 +62,7 @@ def refused(code: int, function: object, *arguments: object) -> None:
 
 
 def test_reading_ends_where_the_range_ends(disk: vhdkit.Disk) -> None:
-    """Short at the end, nothing behind it, and nothing of what lies behind on the disk."""
+    """A read at the end is short, one behind it empty: bytes of the disk behind the range are not readable."""
     view = view_of(disk, MIB // 2, MIB)
     assert read(view, 0, 4) == b"\xaa" * 4
     assert read(view, MIB // 2 - 2, 4) == b"\xaa\xaa\0\0"
@@ -71,7 +71,7 @@ def test_reading_ends_where_the_range_ends(disk: vhdkit.Disk) -> None:
 
 
 def test_writing_ends_where_the_range_ends(disk: vhdkit.Disk) -> None:
-    """A write over the end is short, one behind it finds no space, as on a device; the neighbour is untouched."""
+    """A write across the end is short, one behind it gets ENOSPC, as on a device; the neighbour is unchanged."""
     view = view_of(disk, MIB, MIB)
     handle = view.open(write=True)
     assert handle.write(10, memoryview(b"hello")) == 5
@@ -80,8 +80,8 @@ def test_writing_ends_where_the_range_ends(disk: vhdkit.Disk) -> None:
     assert disk.read(MIB + 10, 5) == b"hello" and disk.read(2 * MIB - 2, 4) == b"wx\0\0"
 
 
-def test_what_is_read_only_cannot_be_opened_for_writing(disk: vhdkit.Disk) -> None:
-    """EACCES at open, EBADF for a write through a handle for reading."""
+def test_a_read_only_file_cannot_be_opened_for_writing(disk: vhdkit.Disk) -> None:
+    """EACCES at open, EBADF for a write through a read-only handle."""
     refused(errno.EACCES, lambda: View(LiveSource(disk, 1), SIZE).open(write=True))
     handle = view_of(disk).open(write=False)
     refused(errno.EBADF, handle.write, 0, memoryview(b"x"))
@@ -90,15 +90,15 @@ def test_what_is_read_only_cannot_be_opened_for_writing(disk: vhdkit.Disk) -> No
 
 @pytest.mark.parametrize("mode", [FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE, FALLOC_ZERO_RANGE])
 def test_holes_hide_what_the_parent_has(disk: vhdkit.Disk, mode: int) -> None:
-    """A punched or zeroed range reads as zeros, also where an ancestor has data; its neighbours stay."""
+    """A punched or zeroed range reads as zeros even if an ancestor has data; its neighbours are unchanged."""
     view_of(disk).open(write=True).zero(mode, 100, MIB // 2)
     assert disk.read(0, 100) == b"\xaa" * 100
     assert disk.read(100, MIB // 2) == bytes(MIB // 2)
     assert disk.read(100 + MIB // 2, 10) == b"\xaa" * 10
 
 
-def test_ways_of_fallocate(disk: vhdkit.Disk) -> None:
-    """Growing is refused, space cannot be promised, and a hole may reach behind the end."""
+def test_modes_of_fallocate(disk: vhdkit.Disk) -> None:
+    """Growing is refused, space cannot be promised, and a hole may extend behind the end."""
     handle = view_of(disk, 0, MIB).open(write=True)
     refused(errno.EOPNOTSUPP, handle.zero, 0, 0, 10)
     refused(errno.EOPNOTSUPP, handle.zero, FALLOC_PUNCH_HOLE, 0, 10)
@@ -108,7 +108,7 @@ def test_ways_of_fallocate(disk: vhdkit.Disk) -> None:
 
 
 def test_seeking_for_data_and_holes(disk: vhdkit.Disk) -> None:
-    """By who owns what; a hole always follows the end, and behind the last data there is none."""
+    """By ownership; there is always a hole at the end, and no data behind the last data."""
     handle = view_of(disk).open(write=False)
     assert [handle.seek(offset, SEEK_DATA) for offset in (0, 7, MIB, 5 * MIB + 3)] == [0, 7, 5 * MIB, 5 * MIB + 3]
     assert [handle.seek(offset, SEEK_HOLE) for offset in (0, MIB + 9, 5 * MIB)] == [MIB, MIB + 9, 6 * MIB]
@@ -120,7 +120,7 @@ def test_seeking_for_data_and_holes(disk: vhdkit.Disk) -> None:
 
 
 def test_allocated_bytes_follow_what_is_written(disk: vhdkit.Disk) -> None:
-    """Data counts, holes do not; a range counts its own alone."""
+    """Data counts, holes do not; a range counts only its own part."""
     view = view_of(disk)
     assert view.allocated_bytes() == 2 * MIB
     assert view_of(disk, 5 * MIB, MIB).allocated_bytes() == MIB
@@ -131,21 +131,21 @@ def test_allocated_bytes_follow_what_is_written(disk: vhdkit.Disk) -> None:
 
 
 def test_allocated_bytes_of_many_pieces_are_estimated(disk: vhdkit.Disk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Block by block where counting runs would take long: never less than there is."""
+    """Block by block if counting runs would take long: never less than the true number."""
     disk.write(7 * MIB, b"x" * 4096)
     monkeypatch.setattr("vhdkit.serve.mount.view.MAX_COUNTED_BLOCKS", 1)
     assert view_of(disk).allocated_bytes() == 3 * MIB
 
 
 def test_truncating_to_the_same_size_only(disk: vhdkit.Disk) -> None:
-    """EPERM, as ftruncate(2) says of file systems that cannot."""
+    """EPERM, as ftruncate(2) documents for file systems that cannot."""
     view_of(disk).truncate(SIZE)
     refused(errno.EPERM, view_of(disk).truncate, SIZE - 1)
     refused(errno.EPERM, view_of(disk).open(write=True).truncate, SIZE + 1)
 
 
 def test_closing_flushes_what_was_written(disk: vhdkit.Disk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once, and only through the handle that wrote."""
+    """Only once, and only through the handle that wrote."""
     flushes = []
     monkeypatch.setattr(disk, "flush", lambda: flushes.append(1))
     reader, writer = view_of(disk).open(write=False), view_of(disk).open(write=True)
@@ -159,7 +159,7 @@ def test_closing_flushes_what_was_written(disk: vhdkit.Disk, monkeypatch: pytest
 
 
 def test_a_flush_beside_a_write_does_not_cover_it(disk: vhdkit.Disk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Closing flushes again; and after a flush that failed, so that its closer learns of it."""
+    """Closing flushes again, also after a failed flush, so that the closing process learns of it."""
     flushes: list[int] = []
     writer = view_of(disk).open(write=True)
     monkeypatch.setattr(disk, "flush", lambda: flushes.append(1))
@@ -179,7 +179,7 @@ def test_a_flush_beside_a_write_does_not_cover_it(disk: vhdkit.Disk, monkeypatch
 
 
 def test_layers_show_the_disk_as_it_was(disk: vhdkit.Disk) -> None:
-    """The base does not have what the leaf wrote, whatever the leaf writes meanwhile."""
+    """The base does not show the leaf's writes, even while the leaf is written to."""
     disks = LayerDisks(disk.chain)
     view = View(LayerSource(disks, 1, 7), SIZE)
     disk.write(0, b"new")
@@ -189,7 +189,7 @@ def test_layers_show_the_disk_as_it_was(disk: vhdkit.Disk) -> None:
 
 
 def test_only_a_few_layers_are_kept_open(tmp_path: Path) -> None:
-    """INV-BOUNDED: looking at all layers of a deep chain keeps the maps of the last few; what is open stays usable."""
+    """INV-BOUNDED: reading all layers of a deep chain keeps only the last few maps; open files stay usable."""
     vhdkit.create_image(tmp_path / "0.vhd", MIB)
     depth = MAX_OPEN_LAYERS + 3
     for number in range(1, depth):

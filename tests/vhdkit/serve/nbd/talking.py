@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A client's side of a handshake without any socket: bytes to a `Handshake`, its replies taken apart."""
+"""A client's side of a handshake without sockets: bytes for a `Handshake`, and its replies parsed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def catalog() -> list[ExportInfo]:
 
 
 def begin(flags: int = FIXED | NO_ZEROES, *, tls: TlsMode = TlsMode.OFF) -> Handshake:
-    """A handshake whose greeting was taken and answered."""
+    """A handshake whose greeting was accepted and answered."""
     handshake = Handshake(catalog, tls=tls)
     assert handshake.take_output() == GREETING
     handshake.receive(struct.pack(">I", flags))
@@ -47,7 +47,7 @@ def kinds(handshake: Handshake, number: int, data: bytes = b"") -> list[int]:
 
 
 def feed(handshake: Handshake, data: bytes, *, size: int) -> bytes:
-    """Everything the server says while `data` comes in pieces of that size; TLS is secured at once."""
+    """Everything the server sends while `data` arrives in pieces of that size; TLS is secured at once."""
     said = handshake.take_output()
     for start in range(0, len(data), size):
         handshake.receive(data[start : start + size])
@@ -59,7 +59,7 @@ def feed(handshake: Handshake, data: bytes, *, size: int) -> bytes:
 
 
 def names(replies: list[tuple[int, bytes]]) -> list[str]:
-    """The contexts of a successful answer."""
+    """The contexts in a successful answer."""
     assert replies[-1] == (ACK, b"")
     assert all(kind == nbd.REP_META for kind, _ in replies[:-1])
     return [payload[4:].decode() for _, payload in replies[:-1]]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sockets on the loop: TLS from STARTTLS to the end, and what a client in plain text tries around it."""
+"""Sockets on the loop: TLS from STARTTLS to the end, and plain text injected around it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.timeout(120)
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a key and a certificate that signs itself."""
+    """A folder with a key and a self-signed certificate."""
     folder = tmp_path_factory.mktemp("tls")
     request = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
     files = ["-subj", "/CN=localhost", "-keyout", str(folder / "key"), "-out", str(folder / "certificate")]
@@ -34,7 +34,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tls(certificate: Path) -> Iterator[Running]:
-    """A server that insists on TLS."""
+    """A server that requires TLS."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate / "certificate", certificate / "key")
     with serving(export_of(child()), tls_context=context, tls_mode=TlsMode.REQUIRED) as running:
@@ -42,7 +42,7 @@ def tls(certificate: Path) -> Iterator[Running]:
 
 
 def encrypt(client: Client, certificate: Path, version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) -> Client:
-    """Ask for TLS and begin it."""
+    """Request TLS and start it."""
     assert client.option(nbd.STARTTLS) == [(nbd.ACK, b"")]
     context = ssl.create_default_context(cafile=certificate / "certificate")
     context.minimum_version = context.maximum_version = version
@@ -96,14 +96,14 @@ def test_plain_text_behind_starttls(tls: Running, certificate: Path, injected: b
     with pytest.raises(HungUp):
         while True:
             said += client.take(1)
-    assert b"\x00\x03\xe8\x89" not in said and len(said) < 50  # at most an alert of TLS
+    assert b"\x00\x03\xe8\x89" not in said and len(said) < 50  # at most a TLS alert
     with tls.connect() as other:
         other.greet()
         assert len(encrypt(other, certificate).go().read(0, 512)) == 512
 
 
 def test_half_a_tls_handshake_does_not_delay_the_end(tls: Running) -> None:
-    """Rows 21 and 41: a client that stops in the middle of its handshake is hung up on when the server ends."""
+    """Rows 21 and 41: a client that stops in the middle of its handshake is disconnected when the server ends."""
     client = tls.connect()
     client.greet()
     assert client.option(nbd.STARTTLS) == [(nbd.ACK, b"")]
@@ -114,7 +114,7 @@ def test_half_a_tls_handshake_does_not_delay_the_end(tls: Running) -> None:
 
 
 def test_unsent_is_kept_and_sent_later() -> None:
-    """What a socket does not take at once is sent whole and in order when there is room; a buffer is free at once."""
+    """What a socket does not accept at once is sent later, complete and in order; a buffer is free at once."""
     loop, (ours, theirs) = Loop(), socket.socketpair()
     ours.setblocking(False)
     channel = Channel(loop, ours, lambda events: None)
@@ -130,7 +130,7 @@ def test_unsent_is_kept_and_sent_later() -> None:
     assert received == b"a" * MIB + b"b" * MIB and not channel.unsent
     theirs.close()
     for _ in range(3):
-        channel.send(b"nobody")
+        channel.send(b"unread")
     assert channel.is_closed()
     channel.close()
     loop.close()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One client from accept to close: options in pieces, TCP, half-closed sockets, mistakes of ours."""
+"""One client from accept to close: options in pieces, TCP, half-closed sockets, bugs in the server."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.timeout(60)
 
 
 def test_handshake_byte_by_byte_with_requests_behind() -> None:
-    """A whole session in single bytes, its first request right behind GO, is answered as any other."""
+    """A session sent byte by byte, its first request right behind GO, is answered as any other."""
     scene = child()
     with serving(export_of(scene)) as running, running.connect() as client:
         options = nbd.option(99, b"junk") + nbd.option(nbd.GO, nbd.go_data("", ()))
@@ -31,7 +31,7 @@ def test_handshake_byte_by_byte_with_requests_behind() -> None:
 
 
 def test_abort_without_waiting() -> None:
-    """Row 7: a client that sends ABORT and leaves is no error for anybody."""
+    """Row 7: a client that sends ABORT and disconnects causes no error."""
     with serving(export_of(child())) as running, running.client() as good:
         for _ in range(20):
             client = running.connect()
@@ -45,7 +45,7 @@ def test_abort_without_waiting() -> None:
 
 
 def test_half_closed() -> None:
-    """A client that sends its requests and closes that direction still gets all answers."""
+    """A client that sends its requests and closes that direction still receives all answers."""
     with serving(export_of(child())) as running, running.client(structured=True) as client:
         cookies = {client.send(READ, 0, SIZE), *(client.send(READ, 3 * number, 700) for number in range(20))}
         client.sock.shutdown(socket.SHUT_WR)
@@ -67,8 +67,8 @@ def test_tcp() -> None:
             assert theirs.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
-def test_our_own_mistake_ends_one_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An exception nobody expects ends the connection it came from and leaves the others alone."""
+def test_a_bug_ends_only_one_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unforeseen exception ends the connection in which it occurred and does not affect the others."""
     with serving(export_of(child())) as running:
         client, other = running.client(), running.client()
 

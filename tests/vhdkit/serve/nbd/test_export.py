@@ -41,7 +41,7 @@ BOTH = pytest.mark.parametrize("extended", [False, True], ids=["structured", "ex
 
 
 def deep(depth: int = 4) -> Scene:
-    """A chain of `depth` layers with partial bitmaps over a base; each layer owns some sectors of its own."""
+    """A chain of `depth` layers with partial bitmaps over a base; each layer owns some sectors."""
     scene, rng = child(5), random.Random(5)
     leaf, parents, content = scene.leaf, list(scene.parents), bytearray(scene.content)
     for number in range(depth - 1):
@@ -58,7 +58,7 @@ def deep(depth: int = 4) -> Scene:
 
 
 def runs_of(client: Client, context: str, offset: int, length: int, *, flags: int = 0) -> list[tuple[int, int]]:
-    """The descriptors of one context, checked for what row 37 says of all of them."""
+    """The descriptors of one context, checked for what row 37 requires of all of them."""
     answer = client.call(STATUS, offset, length, flags=flags)
     assert answer.error == 0, answer
     assert set(answer.statuses) == set(client.contexts), "row 37: one chunk per context"
@@ -72,7 +72,7 @@ def runs_of(client: Client, context: str, offset: int, length: int, *, flags: in
 
 
 def whole_map(client: Client, context: str, *, flags: int = 0) -> list[tuple[int, int]]:
-    """The descriptors of the whole disk, in as many requests as it takes."""
+    """The descriptors of the whole disk, in as many requests as necessary."""
     found: list[tuple[int, int]] = []
     offset = 0
     while offset < client.size:
@@ -88,7 +88,7 @@ def by_sector(runs: list[tuple[int, int]]) -> list[int]:
 
 
 def owners(scene: Scene) -> list[int]:
-    """By sector, the layer that owns it by the plain rule; -1 for nobody."""
+    """For each sector, the layer that owns it by the plain rule; -1 for none."""
     layers: list[Layer] = [open_layer(scene.leaf), *scene.parents]
     return [walk_sector(layers, index)[0] for index in range(SIZE // SECTOR_SIZE)]
 
@@ -96,7 +96,7 @@ def owners(scene: Scene) -> list[int]:
 @BOTH
 @pytest.mark.parametrize("flags", [0, REQ_ONE])
 def test_maps_agree_with_the_layers(extended: bool, flags: int) -> None:
-    """Rows 37, 38 and 40, INV-SECTOR-RULE: allocation, depth and dirty bitmaps are those of the layers' sectors."""
+    """Rows 37, 38 and 40, INV-SECTOR-RULE: allocation, depth and dirty bitmaps agree with the layers' sectors."""
     scene = deep()
     export = export_of(scene)
     owned = owners(scene)
@@ -118,7 +118,7 @@ def test_maps_agree_with_the_layers(extended: bool, flags: int) -> None:
 
 @BOTH
 def test_status_of_odd_ranges(extended: bool) -> None:
-    """Row 37: ranges inside sectors and at the very end are answered without a run of no length."""
+    """Row 37: ranges inside sectors and at the very end are answered without empty runs."""
     scene = child()
     with serving(export_of(scene)) as running:
         client = running.client(extended=extended, contexts=[ALLOCATION])
@@ -130,7 +130,7 @@ def test_status_of_odd_ranges(extended: bool) -> None:
 
 @BOTH
 def test_runs_beyond_4_gib(extended: bool) -> None:
-    """Rows 35 and 37: runs of more than 4 GiB are cut to 32 bits, and whole with extended headers."""
+    """Rows 35 and 37: runs of more than 4 GiB are cut to 32 bits, and complete with extended headers."""
     with serving(export_of(sparse(2040 * GIB))) as running:
         client = running.client(extended=extended, contexts=[ALLOCATION, DEPTH])
         size = client.size
@@ -146,7 +146,7 @@ def test_runs_beyond_4_gib(extended: bool) -> None:
 
 
 def test_status_is_bounded() -> None:
-    """Rows 13 and 37: a checkered disk is answered in bounded pieces, and a client gets through by asking on."""
+    """Rows 13 and 37: a chequered disk is answered in bounded pieces, and repeated requests cover all of it."""
     scene = empty()
     with open_mem(scene.leaf, writable=True) as disk:
         for offset in range(0, SIZE, 2 * SECTOR_SIZE):
@@ -157,7 +157,7 @@ def test_status_is_bounded() -> None:
 
 
 def test_filter() -> None:
-    """With extended headers a payload chooses contexts; a crooked one is EINVAL, drained, and the session goes on."""
+    """With extended headers a payload selects contexts; a malformed one is EINVAL and drained."""
     with serving(export_of(child())) as running:
         client = running.client(extended=True, contexts=[ALLOCATION, DEPTH])
         assert client.flags & nbd.STATUS_PAYLOAD
@@ -177,7 +177,7 @@ def test_filter() -> None:
 
 
 def test_contexts_of_another_export() -> None:
-    """Row 19: contexts that were set for another export are void: BLOCK_STATUS is EINVAL."""
+    """Row 19: contexts that were set for another export are invalid: BLOCK_STATUS is EINVAL."""
     with serving(export_of(child(), name="a"), export_of(child(), name="b")) as running:
         client = running.connect().start(structured=True)
         replies = client.option(nbd.SET_META, nbd.meta_data([ALLOCATION], "a"))
@@ -187,7 +187,7 @@ def test_contexts_of_another_export() -> None:
 
 
 def test_holes_are_not_sent_as_zeros() -> None:
-    """Row 34: what nobody owns comes as a hole without bytes; with DF as zeros."""
+    """Row 34: sectors without an owner are sent as a hole without bytes; with DF as zeros."""
     with serving(export_of(sparse(64 * MIB))) as running, running.client(structured=True) as client:
         assert client.call(WRITE, 5 * MIB, payload=b"x" * 4096).error == 0
         answer = client.call(READ, 0, 16 * MIB)
@@ -203,7 +203,7 @@ def test_holes_are_not_sent_as_zeros() -> None:
 
 @pytest.mark.parametrize("flags", [0, NO_HOLE, FAST_ZERO, nbd.FUA | NO_HOLE])
 def test_write_zeroes(flags: int) -> None:
-    """Row 39: zeros wherever they were asked for, whatever lay there or in a parent; neighbours stay."""
+    """Row 39: the range reads as zeros, whatever it or a parent held; neighbours are unchanged."""
     scene, rng = child(), random.Random(6)
     model = bytearray(scene.content)
     with serving(export_of(scene)) as running, running.client() as client:
@@ -215,7 +215,7 @@ def test_write_zeroes(flags: int) -> None:
             assert client.read(0, SIZE) == model
 
 
-def test_no_hole_takes_space() -> None:
+def test_no_hole_allocates_space() -> None:
     """Row 39: with NO_HOLE the range is allocated in the file."""
     export = export_of(empty())
     with serving(export) as running:
@@ -226,7 +226,7 @@ def test_no_hole_takes_space() -> None:
 
 
 def test_fast_zero_fails_fast() -> None:
-    """Row 39: where zeros are not faster than data, FAST_ZERO is ENOTSUP and the data is untouched."""
+    """Row 39: if zeros are not faster than data, FAST_ZERO is ENOTSUP and the data is unchanged."""
 
     class Slow(MemStore):
         def punches(self) -> bool:
@@ -242,7 +242,7 @@ def test_fast_zero_fails_fast() -> None:
 
 
 def test_trim() -> None:
-    """A trim changes nothing outside its range, and reads back as zeros or as before."""
+    """A trim changes nothing outside its range, which reads as zeros or as before."""
     scene = empty()
     with serving(export_of(scene)) as running, running.client() as client:
         assert client.call(WRITE, 0, payload=b"x" * SIZE).error == 0
@@ -256,7 +256,7 @@ def test_trim() -> None:
 
 
 def test_flags_say_what_is_served() -> None:
-    """Row 23: HAS_FLAGS always, and every flag of a command that is served."""
+    """Row 23: HAS_FLAGS always, and the flag of every command that is supported."""
     with serving(export_of(child(), name="rw"), export_of(child(), name="ro", read_only=True)) as running:
         common = nbd.HAS_FLAGS | nbd.CAN_FLUSH | nbd.CAN_FUA | nbd.MULTI_CONN | nbd.CAN_CACHE
         writes = nbd.CAN_TRIM | nbd.CAN_ZERO | nbd.CAN_FAST_ZERO
@@ -266,7 +266,7 @@ def test_flags_say_what_is_served() -> None:
 
 
 @pytest.mark.parametrize("name", ["x" * 4097, "a\0b", "\udcff"])
-def test_names_nobody_could_ask_for(name: str) -> None:
+def test_names_that_cannot_be_requested(name: str) -> None:
     """Row 13: such a name is refused when the export is made."""
     with pytest.raises(errors.InvalidArgument):
         Export(name, open_mem(empty().leaf))

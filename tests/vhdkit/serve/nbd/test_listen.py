@@ -27,15 +27,15 @@ from vhdkit.serve.nbd.listen import Address, Listeners, is_activated, parse_addr
     ],
 )
 def test_addresses(text: str, expected: tuple[str, int]) -> None:
-    """HOST:PORT in its spellings."""
+    """HOST:PORT in its various spellings."""
     assert parse_address(text) == expected
 
 
 @pytest.mark.parametrize(
     "text", ["::1", "::1:7", "[::1", "[]:1", "[::1]7", "host:", "host:x", "host:65536", "host:-1", "h:٣"]
 )
-def test_no_addresses(text: str) -> None:
-    """What is no HOST:PORT is told so."""
+def test_invalid_addresses(text: str) -> None:
+    """Text that is not HOST:PORT is refused with an error that says so."""
     with pytest.raises(ValueError):
         parse_address(text)
 
@@ -56,7 +56,7 @@ def test_uris() -> None:
 
 
 def test_private_unix_socket(tmp_path: Path) -> None:
-    """The socket is its user's alone whatever the umask, and so is the folder made for one without a name."""
+    """The socket is private to its user whatever the umask, and so is the folder of one without a name."""
     before = os.umask(0)
     try:
         with Listeners() as listeners:
@@ -72,14 +72,14 @@ def test_private_unix_socket(tmp_path: Path) -> None:
 
 
 def test_shared_with_a_group(tmp_path: Path) -> None:
-    """With a group its members may connect too, whatever the umask."""
+    """With a group its members can connect, too, whatever the umask."""
     with Listeners() as listeners:
         listeners.add_unix(str(tmp_path / "a.sock"), owner=(os.getuid(), os.getgid()))
         assert stat.S_IMODE(os.stat(tmp_path / "a.sock").st_mode) == 0o660
 
 
 def test_stale_socket_is_replaced(tmp_path: Path) -> None:
-    """What a killed server left is taken over; a live server's socket, and any other file, is not."""
+    """The socket of a killed server is replaced; a live server's socket, and any other file, is not."""
     path = tmp_path / "a.sock"
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(path))
@@ -101,8 +101,8 @@ def test_stale_socket_is_replaced(tmp_path: Path) -> None:
         fourth.add_unix(str(link))
 
 
-def test_of_many_at_once_one_has_the_name(tmp_path: Path) -> None:
-    """Servers that start together over a stale socket: one listens, the others are refused."""
+def test_of_many_servers_at_once_one_gets_the_name(tmp_path: Path) -> None:
+    """Of servers that start together over a stale socket one listens, the others are refused."""
     path = str(tmp_path / "a.sock")
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(path)
@@ -129,7 +129,7 @@ def test_of_many_at_once_one_has_the_name(tmp_path: Path) -> None:
 
 
 def test_another_socket_under_the_name_stays(tmp_path: Path) -> None:
-    """At the end only the own socket is removed."""
+    """At the end a server removes only its own socket."""
     path = tmp_path / "a.sock"
     with Listeners() as listeners:
         listeners.add_unix(str(path))
@@ -141,7 +141,7 @@ def test_another_socket_under_the_name_stays(tmp_path: Path) -> None:
 
 
 def test_bad_paths(tmp_path: Path) -> None:
-    """A path too long for a socket, and a folder that is not there, are named."""
+    """A path too long for a socket, and a missing folder, are named."""
     with Listeners() as listeners:
         with pytest.raises(errors.InvalidArgument, match="at most 107 bytes"):
             listeners.add_unix(str(tmp_path / ("x" * 108)))
@@ -151,7 +151,7 @@ def test_bad_paths(tmp_path: Path) -> None:
 
 
 def test_tcp() -> None:
-    """Port 0 is a real port, one for all addresses of the host; a port that is taken is refused."""
+    """Port 0 is replaced by a real port, one for all addresses of the host; a port in use is refused."""
     with Listeners() as listeners, Listeners() as others:
         listeners.add_tcp("localhost", 0, open_to_all=False)
         (address,) = listeners.addresses
@@ -161,8 +161,8 @@ def test_tcp() -> None:
             others.add_tcp("127.0.0.1", address.port, open_to_all=False)
 
 
-def test_tcp_for_others_needs_a_word() -> None:
-    """Beyond loopback nothing listens unless that was asked for; names that do not resolve are told."""
+def test_tcp_beyond_loopback_needs_an_option() -> None:
+    """Without the option only loopback addresses are accepted; names that do not resolve are reported."""
     with Listeners() as listeners:
         for host in ("", "0.0.0.0", "::", "192.0.2.1"):
             with pytest.raises(errors.InvalidArgument, match="--insecure"):
@@ -177,7 +177,7 @@ def test_tcp_for_others_needs_a_word() -> None:
 
 
 def test_activation_is_for_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """LISTEN_FDS meant for another process, or without any number in it, is not ours."""
+    """LISTEN_FDS meant for another process, or without a number, is ignored."""
     for pid, count, expected in (("1", "1", False), (str(os.getpid()), "x", False), (str(os.getpid()), "0", False)):
         monkeypatch.setenv("LISTEN_PID", pid)
         monkeypatch.setenv("LISTEN_FDS", count)

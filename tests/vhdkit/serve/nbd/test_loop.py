@@ -12,8 +12,8 @@ from vhdkit.serve.nbd.loop import Lane, Loop
 pytestmark = pytest.mark.timeout(60)
 
 
-def test_jobs_run_elsewhere_and_are_told_here() -> None:
-    """A job runs on a worker, its result or exception comes back on the loop's thread, whichever exception it is."""
+def test_jobs_run_on_workers_and_report_to_the_loop() -> None:
+    """The result or exception of a job, whichever it is, is delivered on the loop's thread."""
     loop, seen = Loop(), list[object]()
 
     def fail() -> None:
@@ -36,7 +36,7 @@ def test_jobs_run_elsewhere_and_are_told_here() -> None:
 
 
 def test_lanes_do_not_wait_for_one_another() -> None:
-    """Jobs that fill one lane leave the others free."""
+    """Jobs that fill one lane do not block the others."""
     loop, gate, seen = Loop(), threading.Event(), list[str]()
 
     def flushed(result: object) -> None:
@@ -57,8 +57,8 @@ def test_lanes_do_not_wait_for_one_another() -> None:
     loop.close()
 
 
-def test_timers_come_in_order() -> None:
-    """Timers run by their time, those of one time in the order they were set."""
+def test_timers_run_in_order() -> None:
+    """Timers run by their time, those with the same time in the order they were set."""
     loop, seen = Loop(), list[int]()
     loop.call_later(0.02, lambda: seen.append(3))
     loop.call_later(0.0, lambda: seen.append(1))
@@ -70,7 +70,7 @@ def test_timers_come_in_order() -> None:
 
 
 def test_posts_from_many_threads() -> None:
-    """Nothing that is posted is lost, from however many threads; and after the end a post does no harm."""
+    """No post is lost, from however many threads; after the end a post is harmless."""
     loop, seen = Loop(), list[int]()
 
     def post(number: int) -> None:

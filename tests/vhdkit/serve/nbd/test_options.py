@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The handshake: every row of docs/nbd-support.md that concerns it, as bytes in and bytes out."""
+"""The handshake: every row of docs/nbd-support.md about it, as bytes in and bytes out."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from vhdkit.units import KIB, MIB
 
 
 def test_greeting() -> None:
-    """Row 1: NBDMAGIC, IHAVEOPT and the two flags there are, before the client says anything."""
+    """Row 1: NBDMAGIC, IHAVEOPT and both flags, before the client sends anything."""
     assert Handshake(catalog).take_output() == GREETING
 
 
@@ -47,7 +47,7 @@ def test_unknown_client_flag_closes(flags: int) -> None:
 
 @pytest.mark.parametrize("flags", [0, 1, 2, 3])
 def test_offered_client_flags_are_taken(flags: int) -> None:
-    """Row 2: any choice among the offered flags is fine; some clients set bit 0 alone."""
+    """Row 2: any choice among the offered flags is accepted; some clients set only bit 0."""
     handshake = begin(flags)
     handshake.receive(option(nbd.EXPORT_NAME, b"first"))
     assert handshake.state is HandshakeState.TRANSMISSION
@@ -62,7 +62,7 @@ def test_export_name_reply(flags: int, padding: int) -> None:
 
 
 def test_go_never_pads() -> None:
-    """Row 3: GO's answer has no zeroes, whatever the client's flags."""
+    """Row 3: GO's answer has no padding, whatever the client's flags."""
     handshake = begin(FIXED)
     replies = ask(handshake, nbd.GO, go_data("first", ()))
     assert replies == [(nbd.REP_INFO, struct.pack(">HQH", 0, 5 * MIB, FLAGS | 1)), (ACK, b"")]
@@ -84,14 +84,14 @@ def test_non_fixed_client_has_export_name_only(number: int) -> None:
 @pytest.mark.parametrize("size", [0, 1, 4096, 64 * KIB])
 @pytest.mark.parametrize("number", [4, 12, 99, 0xFFFFFFFF])
 def test_unknown_option_is_drained(number: int, size: int) -> None:
-    """Row 5: an unknown option is ERR_UNSUP, its data is skipped, the next option is understood."""
+    """Row 5: an unknown option is ERR_UNSUP, its data is skipped, and the next option is understood."""
     handshake = begin()
     assert kinds(handshake, number, bytes(size)) == [UNSUP]
     assert kinds(handshake, nbd.LIST)[-1] == ACK
 
 
 def test_bad_option_magic_closes() -> None:
-    """Row 6: what is no option ends the connection."""
+    """Row 6: bytes that are not an option end the connection."""
     handshake = begin()
     handshake.receive(option(nbd.LIST, magic=b"IHAVEOPX"))
     assert handshake.state is HandshakeState.CLOSED
@@ -99,7 +99,7 @@ def test_bad_option_magic_closes() -> None:
 
 @pytest.mark.parametrize("number", [nbd.GO, nbd.SET_META, nbd.LIST, 99])
 def test_long_option_is_skipped_not_kept(number: int) -> None:
-    """Row 6: a long option is ERR_TOO_BIG at once, nothing of it is kept, and the next one is understood."""
+    """Row 6: a long option is ERR_TOO_BIG at once, none of it is kept, and the next one is understood."""
     handshake = begin()
     size = nbd_options.MAX_SKIPPED_BYTES
     handshake.receive(nbd.OPTION_MAGIC + struct.pack(">II", number, size))
@@ -112,14 +112,14 @@ def test_long_option_is_skipped_not_kept(number: int) -> None:
 
 @pytest.mark.parametrize("size", [nbd_options.MAX_SKIPPED_BYTES + 1, 0xFFFFFFFF])
 def test_absurd_option_closes(size: int) -> None:
-    """Row 6: an option of gigabytes is not waited for."""
+    """Row 6: the server does not wait for an option of gigabytes."""
     handshake = begin()
     handshake.receive(nbd.OPTION_MAGIC + struct.pack(">II", nbd.GO, size))
     assert handshake.state is HandshakeState.CLOSED
 
 
 def test_options_without_end_close() -> None:
-    """Row 6: a client that never decides is sent away."""
+    """Row 6: a client that does not finish negotiation is disconnected."""
     handshake = begin()
     for _ in range(nbd_options.MAX_OPTIONS):
         handshake.receive(option(99))
@@ -131,7 +131,7 @@ def test_options_without_end_close() -> None:
 
 @pytest.mark.parametrize("data", [b"", b"goodbye", bytes(64 * KIB)])
 def test_abort(data: bytes) -> None:
-    """Row 7: ABORT is acknowledged and ends it, with data too."""
+    """Row 7: ABORT is acknowledged and ends the session, also with data."""
     handshake = begin()
     assert kinds(handshake, nbd.ABORT, data) == [ACK]
     assert handshake.state is HandshakeState.CLOSED
@@ -152,16 +152,16 @@ def test_list() -> None:
 
 
 @pytest.mark.parametrize("number", [nbd.LIST, nbd.STRUCTURED, nbd.EXTENDED])
-def test_options_that_take_no_data(number: int) -> None:
-    """Rows 8 and 15: data where none belongs is ERR_INVALID, and nothing is agreed on."""
+def test_options_without_data(number: int) -> None:
+    """Rows 8 and 15: unexpected data is ERR_INVALID, and nothing is agreed on."""
     handshake = begin()
     assert kinds(handshake, number, b"x") == [INVALID]
     assert kinds(handshake, nbd.SET_META, meta_data([])) == [INVALID]
 
 
 @pytest.mark.parametrize("number", [nbd.INFO, nbd.GO])
-def test_info_always_tells_the_export(number: int) -> None:
-    """Rows 9 and 36: INFO_EXPORT comes unasked, unknown kinds are ignored, asked ones come once, block sizes too."""
+def test_info_always_describes_the_export(number: int) -> None:
+    """Rows 9 and 36: INFO_EXPORT comes unrequested, unknown kinds are ignored, others come once; block sizes."""
     handshake = begin()
     replies = ask(handshake, number, go_data("first", (1, 2, 3, 3, 7, 0xFFFF)))
     assert replies == [
@@ -176,7 +176,7 @@ def test_info_always_tells_the_export(number: int) -> None:
 
 @pytest.mark.parametrize("number", [nbd.INFO, nbd.GO, nbd.LIST_META])
 def test_unknown_export(number: int) -> None:
-    """Row 9: an unknown name is ERR_UNKNOWN, and the session goes on."""
+    """Row 9: an unknown name is ERR_UNKNOWN, and the session continues."""
     handshake = begin()
     data = meta_data([], "none") if number == nbd.LIST_META else go_data("none")
     assert kinds(handshake, number, data) == [UNKNOWN]
@@ -200,15 +200,15 @@ def test_unknown_export(number: int) -> None:
     ],
 )
 @pytest.mark.parametrize("number", [nbd.INFO, nbd.GO])
-def test_crooked_info_and_go(number: int, data: bytes) -> None:
-    """Rows 9 and 13: short, trailing, overlong data and names that are no text are ERR_INVALID; it goes on."""
+def test_malformed_info_and_go(number: int, data: bytes) -> None:
+    """Rows 9 and 13: short, trailing or overlong data and invalid names are ERR_INVALID; the session continues."""
     handshake = begin()
     assert kinds(handshake, number, data) == [INVALID]
     assert kinds(handshake, nbd.GO, go_data("first"))[-1] == ACK
 
 
 def test_info_then_go() -> None:
-    """Row 10: INFO, then GO with the same arguments, says the same; contexts and structured replies included."""
+    """Row 10: INFO, then GO with the same arguments, give the same, including contexts and structured replies."""
     for negotiated in ((), (nbd.STRUCTURED,), (nbd.EXTENDED,)):
         handshake = begin()
         for number in negotiated:
@@ -221,7 +221,7 @@ def test_info_then_go() -> None:
 
 @pytest.mark.parametrize("name", [b"none", b"\xff", b"first\0", b"x" * 4097, b"FIRST"])
 def test_export_name_unknown_closes(name: bytes) -> None:
-    """Row 11: EXPORT_NAME has no error reply: the connection ends without a word."""
+    """Row 11: EXPORT_NAME has no error reply: the connection ends silently."""
     handshake = begin()
     handshake.receive(option(nbd.EXPORT_NAME, name))
     assert handshake.state is HandshakeState.CLOSED
@@ -229,7 +229,7 @@ def test_export_name_unknown_closes(name: bytes) -> None:
 
 
 def test_empty_name_is_the_default() -> None:
-    """Row 12: the empty name is the first export, by every option that has a name."""
+    """Row 12: the empty name means the first export, in every option with a name."""
     handshake = begin()
     assert ask(handshake, nbd.INFO, go_data("", (1,)))[1] == (nbd.REP_INFO, b"\0\1first")
     assert kinds(handshake, nbd.LIST_META, meta_data(["base:allocation"]))[-1] == ACK
@@ -237,8 +237,8 @@ def test_empty_name_is_the_default() -> None:
     assert handshake.session is not None and handshake.session.export == FIRST
 
 
-def test_an_export_may_be_called_nothing() -> None:
-    """Row 12: an export whose name is empty is the default, wherever it stands."""
+def test_an_export_may_have_an_empty_name() -> None:
+    """Row 12: an export whose name is empty is the default, wherever it is in the list."""
     nameless = replace(SECOND, name="")
     handshake = Handshake(lambda: [FIRST, nameless])
     handshake.receive(struct.pack(">I", 3) + option(nbd.GO, go_data("")))
@@ -246,7 +246,7 @@ def test_an_export_may_be_called_nothing() -> None:
 
 
 def test_no_exports() -> None:
-    """Row 12: without any export there is no default either."""
+    """Row 12: without exports there is no default either."""
     handshake = Handshake(list)
     handshake.take_output()
     handshake.receive(struct.pack(">I", 3))
@@ -271,7 +271,7 @@ def test_long_names_and_texts() -> None:
 
 
 def test_structured_reply() -> None:
-    """Rows 15 and 16: agreed on, also twice; then DF is offered, and not before."""
+    """Rows 15 and 16: agreed on, also twice; only then DF is offered."""
     handshake = begin()
     assert kinds(handshake, nbd.STRUCTURED) == [ACK]
     assert kinds(handshake, nbd.STRUCTURED)[0] in (ACK, INVALID)
@@ -286,7 +286,7 @@ def test_structured_reply() -> None:
 
 
 def test_extended_headers() -> None:
-    """Extended headers need no structured replies, are asked for once, and leave structured replies behind."""
+    """Extended headers need no structured replies, are negotiated once, and supersede structured replies."""
     handshake = begin()
     assert kinds(handshake, nbd.EXTENDED) == [ACK]
     assert kinds(handshake, nbd.EXTENDED) == [INVALID]
@@ -305,7 +305,7 @@ def test_extended_headers_exclude_export_name() -> None:
 
 @pytest.mark.parametrize(("contexts", "offered"), [(["base:allocation"], True), (["x:y"], False), (None, False)])
 def test_status_payload_is_offered_with_contexts_only(contexts: list[str] | None, offered: bool) -> None:
-    """BLOCK_STATUS_PAYLOAD is advertised after extended headers when there is a context to filter."""
+    """BLOCK_STATUS_PAYLOAD is advertised after extended headers if there is a context to filter."""
     handshake = begin()
     ask(handshake, nbd.EXTENDED)
     if contexts is not None:
@@ -328,7 +328,7 @@ def test_status_payload_is_offered_with_contexts_only(contexts: list[str] | None
     ],
 )
 def test_list_meta_context(queries: list[str], found: tuple[str, ...]) -> None:
-    """Row 17: no query lists all, a namespace its own, what is unknown is ignored; the ids are 0."""
+    """Row 17: no query lists all, a namespace its own, unknown ones are ignored; the ids are 0."""
     handshake = begin()
     for _ in range(2):
         replies = ask(handshake, nbd.LIST_META, meta_data(queries, "first"))
@@ -350,15 +350,15 @@ def test_list_meta_context(queries: list[str], found: tuple[str, ...]) -> None:
         text("first") + struct.pack(">I", 1) + text("base:" + "x" * 4096),
     ],
 )
-def test_crooked_queries(number: int, data: bytes) -> None:
-    """Rows 13 and 17: a query that ends early, runs over or is no text is ERR_INVALID."""
+def test_malformed_queries(number: int, data: bytes) -> None:
+    """Rows 13 and 17: a query that is short, overlong or not valid text is ERR_INVALID."""
     handshake = begin()
     ask(handshake, nbd.STRUCTURED)
     assert kinds(handshake, number, data) == [INVALID]
 
 
 def test_too_many_queries() -> None:
-    """Rows 6 and 17: more queries than anybody has a use for are ERR_TOO_BIG, and the count alone costs nothing."""
+    """Rows 6 and 17: more queries than a client can use are ERR_TOO_BIG, and the count alone costs nothing."""
     handshake = begin()
     ask(handshake, nbd.STRUCTURED)
     assert kinds(handshake, nbd.SET_META, text("first") + b"\xff\xff\xff\xff") == [nbd.TOO_BIG]
@@ -398,7 +398,7 @@ def test_set_meta_context() -> None:
     ],
 )
 def test_every_set_replaces_the_old_one(data: bytes, answer: int) -> None:
-    """Row 18: also one that fails leaves nothing of what was selected before."""
+    """Row 18: even one that fails clears the earlier selection."""
     handshake = begin()
     ask(handshake, nbd.STRUCTURED)
     assert names(ask(handshake, nbd.SET_META, meta_data(["base:allocation"], "first"))) == ["base:allocation"]
@@ -407,7 +407,7 @@ def test_every_set_replaces_the_old_one(data: bytes, answer: int) -> None:
 
 
 def test_contexts_of_another_export_are_void() -> None:
-    """Row 19: they were set for one export, another one is entered."""
+    """Row 19: they were set for one export, and another one is entered."""
     handshake = begin()
     ask(handshake, nbd.STRUCTURED)
     ask(handshake, nbd.SET_META, meta_data(["base:allocation"], "first"))
@@ -415,7 +415,7 @@ def test_contexts_of_another_export_are_void() -> None:
 
 
 def test_list_leaves_the_selection_alone() -> None:
-    """Row 18: asking what there is changes nothing."""
+    """Row 18: listing contexts changes nothing."""
     handshake = begin()
     ask(handshake, nbd.STRUCTURED)
     ask(handshake, nbd.SET_META, meta_data(["base:allocation"], "first"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The handshake: TLS, its end, and what no client can make it keep."""
+"""The handshake: TLS, its end, and limits on what a client can make it keep."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def secured(tls: TlsMode = TlsMode.REQUIRED, *before: tuple[int, bytes], behind:
 
 
 def test_tls_forgets_what_was_agreed() -> None:
-    """Row 20: structured replies, extended headers and contexts from before TLS are void."""
+    """Row 20: structured replies, extended headers and contexts agreed before TLS are dropped."""
     contexts = (nbd.SET_META, meta_data(["base:allocation"], "first"))
     for number in (nbd.STRUCTURED, nbd.EXTENDED):
         handshake = secured(TlsMode.OFFERED, (number, b""), contexts)
@@ -50,7 +50,7 @@ def test_tls_forgets_what_was_agreed() -> None:
 
 
 def test_no_tls() -> None:
-    """Row 21: a server without TLS refuses STARTTLS by policy, and goes on."""
+    """Row 21: a server without TLS refuses STARTTLS by policy, and continues."""
     handshake = begin()
     assert kinds(handshake, nbd.STARTTLS)[0] in (nbd.POLICY, UNSUP)
     assert kinds(handshake, nbd.GO, go_data("first"))[-1] == ACK
@@ -58,7 +58,7 @@ def test_no_tls() -> None:
 
 @pytest.mark.parametrize("number", [nbd.LIST, nbd.INFO, nbd.GO, nbd.STRUCTURED, nbd.LIST_META, nbd.EXTENDED, 99])
 def test_required_tls(number: int) -> None:
-    """Row 21: where TLS is required every option but STARTTLS and ABORT is ERR_TLS_REQD."""
+    """Row 21: if TLS is required, every option but STARTTLS and ABORT is ERR_TLS_REQD."""
     handshake = begin(tls=TlsMode.REQUIRED)
     assert kinds(handshake, number, go_data("first")) == [nbd.TLS_REQD]
     assert kinds(handshake, nbd.ABORT) == [ACK]
@@ -72,7 +72,7 @@ def test_required_tls_closes_export_name() -> None:
 
 
 def test_offered_tls_is_a_choice() -> None:
-    """Row 21: where TLS is offered, one may go without it."""
+    """Row 21: if TLS is offered, clients may go without it."""
     assert kinds(begin(tls=TlsMode.OFFERED), nbd.GO, go_data("first"))[-1] == ACK
 
 
@@ -83,7 +83,7 @@ def test_tls_twice() -> None:
 
 
 def test_plain_text_behind_starttls_is_dropped() -> None:
-    """Row 22: what was injected in plain text is not taken for the encrypted client's words."""
+    """Row 22: injected plain text is not taken for data of the encrypted client."""
     handshake = secured(TlsMode.OFFERED, behind=option(nbd.STRUCTURED) + option(nbd.GO, go_data("first")))
     assert handshake.state is HandshakeState.OPTIONS and handshake.take_output() == b""
     handshake.receive(b"")
@@ -95,7 +95,7 @@ def test_plain_text_behind_starttls_is_dropped() -> None:
 
 
 def test_shutting_down() -> None:
-    """Row 41: options are answered with ERR_SHUTDOWN, ABORT with ACK, EXPORT_NAME with the end."""
+    """Row 41: options are answered with ERR_SHUTDOWN, ABORT with ACK, EXPORT_NAME by closing."""
     handshake = begin()
     handshake.shut_down()
     assert kinds(handshake, nbd.GO, go_data("first")) == [nbd.SHUTDOWN]
@@ -107,7 +107,7 @@ def test_shutting_down() -> None:
 
 
 def test_first_requests_behind_go_are_handed_on() -> None:
-    """A client may send requests right behind GO: not a byte of them is lost."""
+    """A client may send requests right behind GO: no byte of them is lost."""
     handshake = begin()
     handshake.receive(option(nbd.GO, go_data("first")) + b"requests")
     assert handshake.state is HandshakeState.TRANSMISSION
@@ -115,7 +115,7 @@ def test_first_requests_behind_go_are_handed_on() -> None:
 
 
 def test_flood_of_lists_is_answered_in_turns() -> None:
-    """Row 6: 500 pipelined LISTs with long answers wait for room instead of filling the memory."""
+    """Row 6: 500 pipelined LISTs with long answers wait for space instead of filling the memory."""
     long = replace(FIRST, description="x" * 4096)
     handshake = Handshake(lambda: [replace(long, name=f"disk {number}") for number in range(20)])
     handshake.receive(struct.pack(">I", 3) + option(nbd.LIST) * 500)
@@ -150,7 +150,7 @@ OPTIONS = st.one_of(
 @given(st.integers(0, 3), st.lists(OPTIONS, max_size=12), st.sampled_from(list(TlsMode)), st.integers(1, 30))
 @settings(max_examples=80)
 def test_pieces_do_not_matter(flags: int, options: list[bytes], tls: TlsMode, size: int) -> None:
-    """The same conversation, whole and in pieces, has the same answers, the same end and the same session."""
+    """The same conversation, sent whole or in pieces, has the same answers, end and session."""
     data = struct.pack(">I", flags) + b"".join(options)
     ends = []
     for piece in (max(len(data), 1), 1, size):
@@ -163,7 +163,7 @@ def test_pieces_do_not_matter(flags: int, options: list[bytes], tls: TlsMode, si
 @given(st.binary(max_size=300), st.booleans())
 @settings(max_examples=80)
 def test_garbage_is_bounded(data: bytes, after_flags: bool) -> None:
-    """Any bytes: no exception, and no more kept than one option's header while its data is not waited for."""
+    """Any bytes raise no exception, and no more than one option's header is kept while its data is skipped."""
     handshake = Handshake(catalog, tls=TlsMode.OFFERED)
     handshake.receive(b"\0\0\0\3" if after_flags else b"")
     for start in range(0, len(data), 7):

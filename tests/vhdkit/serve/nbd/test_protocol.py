@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The transmission phase as bytes: which requests are refused with which number, and how answers are framed."""
+"""The transmission phase as bytes: which requests are refused with which error, and how answers are framed."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def parse(rules: Transmission, raw: bytes) -> Request | None:
 
 
 def judged(kind: Kind, command: int, offset: int = 0, length: int = 0, *, flags: int = 0, **rules: bool | int) -> int:
-    """The number a request is refused with."""
+    """The error a request is refused with."""
     transmission = kind.rules(**rules)  # type: ignore[arg-type]  # booleans and one size
     found = parse(transmission, kind.ask(command, offset, length, flags=flags))
     assert found is not None
@@ -87,13 +87,13 @@ def judged(kind: Kind, command: int, offset: int = 0, length: int = 0, *, flags:
 @KINDS
 @pytest.mark.parametrize("magic", [b"\0\0\0\0", b"\x25\x60\x95\x14", b"GET "])
 def test_bad_magic(kind: Kind, magic: bytes) -> None:
-    """Row 24: what is no request raises BrokenClient, for the connection to be closed."""
+    """Row 24: bytes that are not a request raise BrokenClient, for the connection to be closed."""
     with pytest.raises(BrokenClient):
         parse(kind.rules(), magic + kind.ask(READ, 0, 1)[4:])
 
 
 def test_the_other_modes_magic_is_bad() -> None:
-    """Row 24: a compact request in an extended session is none, nor is an extended one in a compact session."""
+    """Row 24: a compact request is invalid in an extended session, and vice versa."""
     with pytest.raises(BrokenClient):
         parse(EXTENDED.rules(), SIMPLE.ask(READ, 0, 1).ljust(32, b"\0"))
     with pytest.raises(BrokenClient):
@@ -101,8 +101,8 @@ def test_the_other_modes_magic_is_bad() -> None:
 
 
 @KINDS
-def test_request_that_is_not_all_there(kind: Kind) -> None:
-    """Every cut of a header is waited for, wherever it lies in the buffer."""
+def test_incomplete_request(kind: Kind) -> None:
+    """The rest of a header is waited for, wherever it is cut and wherever it is in the buffer."""
     raw = kind.ask(READ, 4096, 512)
     for size in range(len(raw)):
         assert kind.rules().next_request(memoryview(b"\xff" * 7 + raw), 7, 7 + size) is None
@@ -112,7 +112,7 @@ def test_request_that_is_not_all_there(kind: Kind) -> None:
 
 @KINDS
 def test_cookie_is_opaque(kind: Kind) -> None:
-    """Row 32: all 64 bits of it come back in every kind of answer."""
+    """Row 32: all its 64 bits are returned in every kind of answer."""
     for cookie in (0, 1, HUGE, 0x67446698 << 32):
         found = parse(kind.rules(), kind.ask(READ, 0, 512, cookie=cookie))
         assert found is not None
@@ -147,7 +147,7 @@ FINE = {
 @pytest.mark.parametrize("command", sorted(FINE))
 @pytest.mark.parametrize("bit", range(16))
 def test_every_flag_of_every_command(command: int, bit: int) -> None:
-    """Rows 25 and 26: FUA is fine on every command, each other flag only where it belongs, unknown bits nowhere."""
+    """Rows 25 and 26: FUA is allowed on every command, each other flag only where it belongs, unknown bits nowhere."""
     length = 0 if command == FLUSH else 512
     expected = 0 if 1 << bit & (FINE[command] | FUA) else EINVAL
     assert judged(STRUCTURED, command, 0, length, flags=1 << bit) == expected
@@ -170,9 +170,9 @@ def test_payload_len_belongs_to_writes_and_filters() -> None:
     [(DF, 0, 512, EINVAL), (0, SIZE, 1, ENOSPC), (0, HUGE, 512, EINVAL), (0, 0, 65 * MIB, EINVAL)],
 )
 def test_refused_write_is_drained(kind: Kind, flags: int, offset: int, length: int, error: int) -> None:
-    """Row 25: whatever a WRITE is refused for, its payload belongs to it."""
+    """Row 25: whatever the reason for refusing a WRITE, its payload belongs to it."""
     if kind.extended and length > 64 * MIB:
-        with pytest.raises(BrokenClient):  # that mode's document wants it so
+        with pytest.raises(BrokenClient):  # as the specification of that mode requires
             parse(kind.rules(), kind.ask(WRITE, offset, length, flags=flags))
         return
     found = parse(kind.rules(), kind.ask(WRITE, offset, length, flags=flags))
@@ -181,7 +181,7 @@ def test_refused_write_is_drained(kind: Kind, flags: int, offset: int, length: i
 
 @KINDS
 def test_absurd_payload(kind: Kind) -> None:
-    """Row 35: gigabytes are not drained for an answer nobody waits for."""
+    """Row 35: gigabytes are not drained just to send an error."""
     with pytest.raises(BrokenClient):
         parse(kind.rules(size=8 * GIB), kind.ask(WRITE, 0, (1 << 32) - 1))
 
@@ -189,7 +189,7 @@ def test_absurd_payload(kind: Kind) -> None:
 @KINDS
 @pytest.mark.parametrize("command", [WRITE, TRIM, ZEROES])
 def test_read_only(kind: Kind, command: int) -> None:
-    """Rows 23 and 27: what changes a read-only export is EPERM, and it still is where it is out of range."""
+    """Rows 23 and 27: a change to a read-only export is EPERM, even if it is out of range."""
     assert judged(kind, command, 0, 512, read_only=True) == EPERM
     assert judged(kind, command, SIZE, 512, read_only=True) == EPERM
     for harmless in (READ, CACHE):
@@ -215,7 +215,7 @@ def test_past_the_end(kind: Kind, offset: int, length: int) -> None:
 @pytest.mark.parametrize("command", [READ, WRITE, TRIM, CACHE, ZEROES, STATUS])
 @pytest.mark.parametrize(("offset", "length"), [(HUGE, 1), (HUGE - 511, 512), (HUGE, 0xFFFFFFF)])
 def test_overflow(kind: Kind, command: int, offset: int, length: int) -> None:
-    """Row 28: offset + length beyond 2^64 is EINVAL; nothing wraps to the beginning."""
+    """Row 28: offset + length beyond 2^64 is EINVAL; nothing wraps around to the start."""
     if command == WRITE:
         length = min(length, 512)
     assert judged(kind, command, offset, length) == EINVAL
@@ -225,7 +225,7 @@ def test_overflow(kind: Kind, command: int, offset: int, length: int) -> None:
 
 @KINDS
 def test_zero_lengths(kind: Kind) -> None:
-    """Row 29: nothing breaks; at the very end too."""
+    """Row 29: they are harmless, even at the very end."""
     for command in (READ, WRITE, TRIM, CACHE, ZEROES):
         assert judged(kind, command, 0, 0) == 0
         assert judged(kind, command, SIZE, 0) == 0
@@ -241,12 +241,12 @@ def test_flush_has_no_range(kind: Kind) -> None:
 
 @KINDS
 def test_disconnect_is_never_refused(kind: Kind) -> None:
-    """Row 31: DISC ends it, with odd fields and flags too."""
+    """Row 31: DISC ends the session, even with odd fields and flags."""
     assert judged(kind, DISC) == judged(kind, DISC, HUGE, 12, flags=FUA | REQ_ONE) == 0
 
 
 def test_large_reads() -> None:
-    """Rows 16, 27 and 35: 64 MiB are served; beyond, and beyond 1 MiB with DF, a structured client hears EOVERFLOW."""
+    """Rows 16, 27 and 35: 64 MiB are served; beyond, and beyond 1 MiB with DF, a structured client gets EOVERFLOW."""
     for kind in (SIMPLE, STRUCTURED, EXTENDED):
         assert judged(kind, READ, 0, 64 * MIB) == 0
         assert judged(kind, READ, 0, 64 * MIB + 1) == (EOVERFLOW if kind.structured else EINVAL)
@@ -273,7 +273,7 @@ def test_status_without_contexts() -> None:
 
 
 def test_status_filter() -> None:
-    """A payload chooses among the contexts; unknown and repeated ids, odd sizes and bad ranges are refused."""
+    """A payload selects among the contexts; unknown and repeated ids, odd sizes and bad ranges are refused."""
     rules = EXTENDED.rules(size=1 << 50)
     pack = struct.pack
     assert rules.status_filter(pack(">QI", 512, 2), 0) == (512, (2,))
@@ -295,7 +295,7 @@ def test_status_filter() -> None:
 
 
 def test_errors_of_the_system() -> None:
-    """Row 27: only the eight numbers of the protocol are ever sent."""
+    """Row 27: only the eight error numbers of the protocol are ever sent."""
     assert wire_errno(errnos.EDQUOT) == wire_errno(errnos.EFBIG) == wire_errno(errnos.ENOSPC) == ENOSPC
     assert wire_errno(errnos.EROFS) == wire_errno(errnos.EACCES) == EPERM
     assert {int(wire_errno(number)) for number in range(200)} <= {1, 5, 12, 22, 28, 75, 95, 108}
@@ -306,7 +306,7 @@ def test_errors_of_the_system() -> None:
 
 
 def test_simple_answers() -> None:
-    """Row 33: a simple reply is 16 bytes; one that tells an error has nothing behind it."""
+    """Row 33: a simple reply is 16 bytes; an error reply has no data behind it."""
     found = parse(SIMPLE.rules(), SIMPLE.ask(READ, 0, 512, cookie=7))
     assert found is not None
     assert SIMPLE.rules().error(found, 5, "words") == bytes.fromhex("67446698000000050000000000000007")
@@ -315,7 +315,7 @@ def test_simple_answers() -> None:
 
 @pytest.mark.parametrize("command", [READ, STATUS, WRITE, FLUSH, TRIM, CACHE, ZEROES, 77])
 def test_structured_where_it_must_be(command: int) -> None:
-    """Row 15: after structured replies every answer to READ and STATUS is structured, and early errors."""
+    """Row 15: after structured replies every answer to READ and STATUS is structured, also early errors."""
     for kind, chunk in ((STRUCTURED, b"\x66\x8e\x33\xef"), (EXTENDED, b"\x6e\x8a\x27\x8c")):
         found = parse(kind.rules(), kind.ask(command, HUGE, 512, flags=0x8000))
         assert found is not None and found.error == EINVAL
@@ -352,8 +352,8 @@ def test_chunks_byte_by_byte() -> None:
 
 
 @KINDS
-def test_two_ways_to_say_done(kind: Kind) -> None:
-    """The hot path's success of a write is the same bytes as everybody's."""
+def test_the_hot_paths_reply_is_the_usual_one(kind: Kind) -> None:
+    """The hot path's reply to a successful write has the same bytes as the general one."""
     found = parse(kind.rules(), kind.ask(WRITE, 4096, 512, cookie=9))
     assert found is not None
     buffer = memoryview(bytearray(b"\xaa" * 80))
@@ -371,8 +371,8 @@ def test_error_text_is_bounded() -> None:
 
 @given(st.binary(min_size=28, max_size=28), st.sampled_from([SIMPLE, STRUCTURED, EXTENDED]), st.booleans())
 @settings(max_examples=150)
-def test_any_header(raw: bytes, kind: Kind, read_only: bool) -> None:
-    """Any header with the right magic is a request to serve, one to refuse with a number of NBD, or BrokenClient."""
+def test_arbitrary_headers(raw: bytes, kind: Kind, read_only: bool) -> None:
+    """Any header with the right magic is a request to serve, one to refuse with an NBD error, or BrokenClient."""
     rules = kind.rules(read_only=read_only)
     head = kind.ask(0)[:4]
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The server as a whole: who comes and goes, hostile clients beside good ones, holding still, ending."""
+"""The server as a whole: clients that connect and disconnect, hostile clients, holding, ending."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.timeout(120)
 
 
 def listening(running: Running, path: Path) -> str:
-    """Let a running server listen on a unix socket."""
+    """Make a running server listen on a unix socket."""
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(path))
     running.server.loop.post(lambda: running.server.listen(listener))
@@ -37,8 +37,8 @@ def listening(running: Running, path: Path) -> str:
 # -- coming and going -------------------------------------------------------------------------------------------
 
 
-def test_many_who_come_and_go(tmp_path: Path) -> None:
-    """1,000 clients that connect and drop at once, or after half a word, leave nothing behind; others are served."""
+def test_many_short_connections(tmp_path: Path) -> None:
+    """1,000 clients that connect and drop at once, or in mid-word, leave nothing behind; others are served."""
     with serving(export_of(child())) as running:
         path = listening(running, tmp_path / "socket")
         with running.dial(path) as good:
@@ -56,7 +56,7 @@ def test_many_who_come_and_go(tmp_path: Path) -> None:
 
 
 def test_gone_before_the_greeting() -> None:
-    """A client that hung up before it was greeted is not kept among the connections."""
+    """A client that disconnected before the greeting is not kept among the connections."""
     with serving(export_of(child())) as running:
         for _ in range(20):
             running.connect().sock.close()
@@ -64,8 +64,8 @@ def test_gone_before_the_greeting() -> None:
         wait_until(lambda: not running.server.connections, "it has gone")
 
 
-def test_who_only_connects_makes_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the limit of clients the oldest that has chosen no export is sent away; those who have stay."""
+def test_idle_connections_do_not_exhaust_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the limit of clients the oldest without an export is disconnected; those with one stay."""
     monkeypatch.setattr(nbd_server, "MAX_CONNECTIONS", 5)
     with serving(export_of(child())) as running:
         path = listening(running, tmp_path / "socket")
@@ -81,8 +81,8 @@ def test_who_only_connects_makes_room(tmp_path: Path, monkeypatch: pytest.Monkey
         assert all(len(client.read(0, 512)) == 512 for client in working)
 
 
-def test_undecided_clients_are_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client that never chooses an export is hung up on after a while; one that has chosen may be silent."""
+def test_clients_that_do_not_finish_negotiation_are_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that never selects an export is disconnected after a while; one that has may be silent."""
     monkeypatch.setattr(nbd_server, "HANDSHAKE_SECONDS", 0.2)
     with serving(export_of(child())) as running:
         working, undecided = running.client(), running.connect()
@@ -92,13 +92,13 @@ def test_undecided_clients_are_sent_away(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_names_differ() -> None:
-    """Two exports of one name are refused."""
+    """Two exports with the same name are refused."""
     with pytest.raises(errors.InvalidArgument):
         NbdServer([export_of(child(), name="a"), export_of(child(), name="a")])
 
 
 def test_exit_last() -> None:
-    """With `exit_last` the server ends when the last client that used an export has gone, and not before one came."""
+    """With `exit_last` the server ends when the last client that used an export has gone, not before the first."""
     with serving(export_of(child()), exit_last=True) as running:
         running.connect().sock.close()
         running.on_loop()
@@ -114,7 +114,7 @@ def test_exit_last() -> None:
 
 
 def test_client_that_never_reads() -> None:
-    """Row 35: clients that ask and never read cost bounded memory, and others are served as before."""
+    """Row 35: clients that request but never read cost bounded memory, and others are served as before."""
     with serving(export_of(sparse(64 * MIB))) as running, running.client() as good:
         assert good.call(WRITE, 0, payload=b"x" * 4 * MIB).error == 0
         tracemalloc.start()
@@ -146,7 +146,7 @@ def test_flood_of_options_is_bounded() -> None:
             client.send_bytes(nbd.option(nbd.LIST) * 4000)
             with running.client("disk 1") as good:
                 assert good.read(0, 512) == bytes(512)
-            time.sleep(0.2)  # in which it would fill the memory
+            time.sleep(0.2)  # time in which it would fill the memory
             peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
@@ -156,7 +156,7 @@ def test_flood_of_options_is_bounded() -> None:
 
 
 def test_client_death_with_requests_in_flight() -> None:
-    """Clients that die with reads, writes and flushes in flight disturb nobody, and their jobs end."""
+    """Clients that die with reads, writes and flushes in flight affect no other client, and their jobs end."""
     with serving(export_of(child())) as running, running.client() as good:
         for turn in range(30):
             client = running.client(structured=turn % 2 == 0)
@@ -171,7 +171,7 @@ def test_client_death_with_requests_in_flight() -> None:
 
 
 class SlowReads(MemStore):
-    """A device: what is read has to be waited for, until `go` is set."""
+    """A device whose reads block until `go` is set."""
 
     def __init__(self, start: MemStore) -> None:
         super().__init__(start.name, sectors=dict(start._sectors), size_bytes=start.size())
@@ -179,7 +179,7 @@ class SlowReads(MemStore):
         self.go.set()
 
     def try_pread_into(self, offset_bytes: int, buffer: memoryview) -> bool:
-        """Never without waiting."""
+        """Never possible without waiting."""
         return False
 
     def pread_into(self, offset_bytes: int, buffer: memoryview) -> None:
@@ -208,7 +208,7 @@ def test_cold_reads_do_not_block_others() -> None:
 
 
 def test_hold() -> None:
-    """While an export is held no request is in flight and none begins; then all are answered, none is lost."""
+    """While an export is held no request is in flight and none begins; then all are answered."""
     scene = child()
     export = export_of(scene)
     with serving(export) as running:
@@ -224,7 +224,7 @@ def test_hold() -> None:
             with running.server.hold([export]):
                 assert export.jobs == 0
                 before = export.disk.read(0, SIZE)
-                time.sleep(0.02)  # in which a job that was not held would begin
+                time.sleep(0.02)  # time in which a job that was not held would begin
                 assert export.jobs == 0
                 assert export.disk.read(0, SIZE) == before
             for client, count in zip(clients, asked, strict=True):
@@ -233,7 +233,7 @@ def test_hold() -> None:
 
 
 def test_holds_take_turns_and_end_with_the_server() -> None:
-    """Two threads that hold do not hang each other; a hold of a server that has ended raises instead of waiting."""
+    """Two threads that hold do not deadlock; a hold on a server that has ended raises instead of waiting."""
     export = export_of(child())
     with serving(export) as running:
         inside: list[int] = []
@@ -260,7 +260,7 @@ def test_holds_take_turns_and_end_with_the_server() -> None:
 
 
 def test_stop_answers_what_is_in_flight() -> None:
-    """Row 41: at the end what the server has begun is answered, and everything answered is in the file."""
+    """Row 41: at the end started requests are answered, and everything answered is in the file."""
     scene = empty()
     export = export_of(scene)
     running = Running(NbdServer([export]))

@@ -47,13 +47,13 @@ Mode = dict[str, bool]
 
 
 def connect(running: Running, mode: Mode) -> Client:
-    """A client of that kind."""
+    """A client with that kind of framing."""
     return running.client(structured=mode.get("structured", False), extended=mode.get("extended", False))
 
 
 @MODES
 def test_reads_of_every_shape(mode: Mode) -> None:
-    """Rows 16, 34 and 35: reads of all sizes and places answer each byte once, also in holes and with DF."""
+    """Rows 16, 34 and 35: reads of all sizes and offsets answer each byte once, also in holes and with DF."""
     scene, rng = child(), random.Random(1)
     with serving(export_of(scene)) as running, connect(running, mode) as client:
         assert client.size == SIZE
@@ -69,7 +69,7 @@ def test_reads_of_every_shape(mode: Mode) -> None:
 
 @MODES
 def test_writes_of_every_shape(mode: Mode) -> None:
-    """Row 25: writes of all sizes, aligned or not, with and without FUA, read back; neighbours stay."""
+    """Row 25: writes of all sizes, aligned or not, with and without FUA, read back; neighbours are unchanged."""
     scene, rng = child(), random.Random(2)
     model = bytearray(scene.content)
     with serving(export_of(scene)) as running, connect(running, mode) as client:
@@ -84,7 +84,7 @@ def test_writes_of_every_shape(mode: Mode) -> None:
 
 @MODES
 def test_dribbled_bytes(mode: Mode) -> None:
-    """A client that sends byte by byte is answered as every other."""
+    """A client that sends byte by byte is answered like any other."""
     with serving(export_of(empty())) as running, connect(running, mode) as client:
         flags = nbd.PAYLOAD_LEN if client.extended else 0
         raw = nbd.request(WRITE, 1000, 600, flags=flags, cookie=5, extended=client.extended) + b"x" * 600
@@ -130,7 +130,7 @@ def test_pipelined_flood(mode: Mode) -> None:
     ],
 )
 def test_refused_writes_are_drained(mode: Mode, offset: int, size: int, flags: int, error: int) -> None:
-    """Row 25: a refused WRITE takes its payload with it, the next request is understood, nothing was changed."""
+    """Row 25: a refused WRITE takes its payload with it, the next request is understood, and nothing is changed."""
     with serving(export_of(empty())) as running, connect(running, mode) as client:
         payload = nbd.request(TRIM, 0, 512, cookie=666, extended=client.extended) * (size // 28 + 1)
         assert client.call(WRITE, offset, payload=payload[:size], flags=flags).error == error
@@ -138,7 +138,7 @@ def test_refused_writes_are_drained(mode: Mode, offset: int, size: int, flags: i
 
 
 def test_oversized_write_is_drained() -> None:
-    """Row 35: a WRITE of 65 MiB is refused, drained without being kept, and the session goes on."""
+    """Row 35: a WRITE of 65 MiB is refused, drained without being kept, and the session continues."""
     with serving(export_of(empty())) as running, running.client() as client:
         assert client.call(WRITE, 0, payload=bytes(65 * MIB)).error in (EINVAL, ENOSPC)
         assert client.read(0, 512) == bytes(512)
@@ -153,7 +153,7 @@ def test_oversized_payload_of_extended_headers_hangs_up() -> None:
 
 @MODES
 def test_read_only(mode: Mode) -> None:
-    """Rows 23 and 27: a read-only export says so, refuses with EPERM, drains, and still reads and flushes."""
+    """Rows 23 and 27: a read-only export advertises it, refuses with EPERM, drains, and still reads and flushes."""
     scene = child()
     with serving(export_of(scene, read_only=True)) as running, connect(running, mode) as client:
         assert client.flags & nbd.READ_ONLY and client.flags & nbd.HAS_FLAGS
@@ -166,7 +166,7 @@ def test_read_only(mode: Mode) -> None:
 
 @MODES
 def test_odd_requests_leave_the_session_alone(mode: Mode) -> None:
-    """Rows 25, 28 and 29: unknown commands, overflows, zero lengths: an answer each, and the session goes on."""
+    """Rows 25, 28 and 29: unknown commands, overflows, zero lengths: each is answered, and the session continues."""
     scene = child()
     with serving(export_of(scene)) as running, connect(running, mode) as client:
         assert client.call(99, 0, 512).error == EINVAL
@@ -183,7 +183,7 @@ def test_odd_requests_leave_the_session_alone(mode: Mode) -> None:
 
 @pytest.mark.parametrize("raw", [b"\0" * 28, b"GET / HTTP/1.1\r\n\r\n0123456789", bytes(range(100)), b"\xff" * 9000])
 def test_bad_magic_hangs_up(raw: bytes) -> None:
-    """Row 24: garbage ends that connection, and no other."""
+    """Row 24: garbage ends that connection only."""
     with serving(export_of(empty())) as running, running.client() as other, running.client() as client:
         client.send_bytes(raw)
         assert client.is_hung_up()
@@ -192,7 +192,7 @@ def test_bad_magic_hangs_up(raw: bytes) -> None:
 
 @MODES
 def test_disconnect(mode: Mode) -> None:
-    """Row 31: DISC lets what is in flight finish, is not answered itself, and closes."""
+    """Row 31: DISC lets requests in flight finish, is not answered itself, and closes."""
     with serving(export_of(empty())) as running, connect(running, mode) as client:
         cookies = {client.send(WRITE, 512 * number, payload=b"d" * 512, flags=FUA) for number in range(20)}
         cookies.add(client.send(FLUSH))
@@ -203,8 +203,8 @@ def test_disconnect(mode: Mode) -> None:
             client.answer()
 
 
-def test_half_a_request_then_gone() -> None:
-    """A client that leaves in the middle of a request or a payload takes nothing with it."""
+def test_disconnecting_inside_a_request() -> None:
+    """A client that disconnects inside a request or a payload leaves nothing behind."""
     scene = empty()
     with serving(export_of(scene)) as running:
         for raw in (b"\x25", nbd.request(READ, 0, 512)[:27], nbd.request(WRITE, 0, 4096) + b"x" * 4000):
@@ -216,7 +216,7 @@ def test_half_a_request_then_gone() -> None:
 
 
 def test_long_commands_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Row 35: a client that zeros its disk twenty times over does not keep the workers from others."""
+    """Row 35: a client that zeros its disk twenty times over does not block the workers for others."""
     monkeypatch.setattr("vhdkit.serve.nbd.serving.SLICE_BYTES", 256 * KIB)
     with serving(export_of(sparse(64 * MIB))) as running, running.client() as other:
         greedy = running.client(extended=True)
@@ -233,8 +233,8 @@ def test_long_commands_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
         assert other.read(0, 12) == b"\0" * 5 + b"other" + b"\0" * 2
 
 
-def test_a_long_command_does_not_keep_an_export_from_holding_still(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hold begins between two slices of a long command, which goes on afterwards and is answered."""
+def test_a_hold_begins_inside_a_long_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hold begins between two slices of a long command, which then continues and is answered."""
     monkeypatch.setattr("vhdkit.serve.nbd.serving.SLICE_BYTES", 64 * KIB)
     export = export_of(sparse(64 * MIB))
     with serving(export) as running, running.client(extended=True) as client:
@@ -246,8 +246,8 @@ def test_a_long_command_does_not_keep_an_export_from_holding_still(monkeypatch: 
         assert client.read(0, 4096) == bytes(4096)
 
 
-def test_who_hangs_up_with_answers_unread_is_forgotten() -> None:
-    """A client that shuts its socket down both ways but keeps it open makes no server spin."""
+def test_a_client_that_shuts_down_with_unread_answers() -> None:
+    """A client that shuts its socket down both ways but keeps it open does not make the server spin."""
     with serving(export_of(sparse(64 * MIB))) as running:
         client = running.client()
         for _ in range(8):
@@ -262,14 +262,14 @@ def test_who_hangs_up_with_answers_unread_is_forgotten() -> None:
 
 
 def in_block(number: int, store: FaultyStore) -> Fault:
-    """Reads that begin in the later half of the file fail; `number` is only for the look of it."""
+    """Reads that begin in the second half of the file fail; `number` is only part of the signature."""
     limit = store.size() // 2
     return Fault("read", io_failed, persistent=True, where=lambda offset: offset >= limit + number)
 
 
 @MODES
 def test_failing_reads(mode: Mode) -> None:
-    """Row 33: a bad sector is EIO for the request that needs it; its neighbours and other clients are served."""
+    """Row 33: a bad sector is EIO for the request that needs it; others are served."""
     scene = empty()
     store = FaultyStore(scene.leaf)
     with serving(export_of(scene, store=store)) as running, connect(running, mode) as client:
@@ -293,7 +293,7 @@ def test_failing_reads(mode: Mode) -> None:
 
 @MODES
 def test_long_read_that_fails_midway(mode: Mode) -> None:
-    """Rows 33 and 34: structured, an error chunk ends it and the session goes on; simple, the connection is closed."""
+    """Rows 33 and 34: structured, an error chunk ends it, the session continues; simple, the connection closes."""
     scene = empty()
     store = FaultyStore(scene.leaf)
     with serving(export_of(scene, store=store)) as running, connect(running, mode) as client:
@@ -314,7 +314,7 @@ def test_long_read_that_fails_midway(mode: Mode) -> None:
 
 @MODES
 def test_full_file_system(mode: Mode) -> None:
-    """Row 27: ENOSPC stays ENOSPC, for that write alone; what has its space is still written."""
+    """Row 27: ENOSPC stays ENOSPC, for that write only; writes that need no space succeed."""
     scene = empty()
     store = FaultyStore(scene.leaf)
     with serving(export_of(scene, store=store)) as running, connect(running, mode) as client:
@@ -331,10 +331,10 @@ def test_full_file_system(mode: Mode) -> None:
 
 @pytest.mark.parametrize("fua", [False, True])
 def test_failed_flush_is_never_forgotten(fua: bool) -> None:
-    """Row 30, INV-FLUSHED-OR-NEWER: after one failed sync that FLUSH is EIO, and no later one claims success."""
+    """Row 30, INV-FLUSHED-OR-NEWER: after one failed sync that FLUSH is EIO, and no later one reports success."""
     scene = empty()
     store = FaultyStore(scene.leaf)
-    with pytest.raises(errors.SyncFailed), serving(export_of(scene, store=store)) as running:  # and its end says so
+    with pytest.raises(errors.SyncFailed), serving(export_of(scene, store=store)) as running:  # and its end reports it
         client, other = running.client(), running.client(structured=True)
         assert client.call(WRITE, 0, payload=b"lost").error == 0
         store.faults.append(Fault("sync", sync_failed))
@@ -352,7 +352,7 @@ def test_failed_flush_is_never_forgotten(fua: bool) -> None:
 
 
 def survives(store: CrashStore, offset: int, data: bytes) -> bool:
-    """True when the data is there after a power cut right now, however it goes."""
+    """Whether the data survives every outcome of a power cut right now."""
     for seed in range(12):
         with open_mem(store.after_cut(random.Random(seed))) as disk:
             if disk.read(offset, len(data)) != data:
@@ -363,7 +363,7 @@ def survives(store: CrashStore, offset: int, data: bytes) -> bool:
 @MODES
 @pytest.mark.parametrize("size", [1, 512, 4096, 100_001, MIB + 512])
 def test_fua_is_durable_when_answered(mode: Mode, size: int) -> None:
-    """Rows 26 and 31, INV-FLUSHED-OR-NEWER: power cut right after the answer to a FUA write: the data is there."""
+    """Rows 26 and 31, INV-FLUSHED-OR-NEWER: a FUA write survives a power cut right after its answer."""
     store = CrashStore(empty().leaf)
     data = random.Random(size).randbytes(size)
     with serving(export_of(empty(), store=store)) as running, connect(running, mode) as client:
@@ -372,11 +372,11 @@ def test_fua_is_durable_when_answered(mode: Mode, size: int) -> None:
         assert client.call(ZEROES, 600, size, flags=FUA).error == 0
         assert survives(store, 600, bytes(size))
         unsure = client.call(WRITE, 600, payload=data)
-        assert unsure.error == 0 and not survives(store, 600, data), "this test could not fail"
+        assert unsure.error == 0 and not survives(store, 600, data), "the test could not fail"
 
 
 def test_flush_covers_all_connections() -> None:
-    """Row 30: MULTI_CONN: written on B, flushed on C, durable, and read on A."""
+    """Row 30: MULTI_CONN: written on B and flushed on C, data is durable and readable on A."""
     store = CrashStore(empty().leaf)
     with serving(export_of(empty(), store=store)) as running:
         clients = [running.client(), running.client(structured=True), running.client(extended=True)]
@@ -391,12 +391,12 @@ def test_flush_covers_all_connections() -> None:
 
 
 def test_flushes_are_shared_but_never_early() -> None:
-    """Row 30: while a slow flush runs, a write answered meanwhile is covered by the next flush, not by this one."""
+    """Row 30: a write answered during a slow flush is covered by the next flush, not by this one."""
 
     class Slow(CrashStore):
         def sync(self) -> None:
             super().sync()
-            time.sleep(0.02)  # what is written now is not in this sync
+            time.sleep(0.02)  # later writes are not in this sync
 
     store = Slow(empty().leaf)
     with serving(export_of(empty(), store=store)) as running:

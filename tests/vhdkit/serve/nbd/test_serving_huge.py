@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The largest requests at a server that is a process of its own: what they carry, and what they cost it."""
+"""The largest requests to a server process: their content and their cost."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CLIENTS = 8
 
 
 def check_read(client: Client, content: bytes) -> None:
-    """Read all of it in one request and compare every chunk where it belongs."""
+    """Read everything in one request and compare every chunk."""
     answer = client.call(READ, 0, len(content))
     assert answer.error == 0, answer
     assert sum(len(piece) for _, piece in answer.data) == len(content)
@@ -30,7 +30,7 @@ def check_read(client: Client, content: bytes) -> None:
 
 
 def connected(path: str, number: int) -> Client:
-    """A client in its transmission phase; three ways of framing in turn."""
+    """A client in its transmission phase; the three kinds of framing alternate."""
     sock = socket.socket(socket.AF_UNIX)
     client = Client(sock)
     sock.connect(path)

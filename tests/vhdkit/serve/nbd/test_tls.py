@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TLS with stock clients, and what is wrong with a folder of certificates."""
+"""TLS with stock clients, and errors in a folder of certificates."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def folder_with(certificates: Path, folder: Path, **files: str) -> Path:
 
 
 def size_of(path: Path, clients: Path | None, *, host: str = "localhost") -> subprocess.CompletedProcess[str]:
-    """What nbdinfo says of the export `a`, over TLS with these certificates or in plain text."""
+    """What nbdinfo reports for the export `a`, over TLS with these certificates or in plain text."""
     scheme = "nbd+unix" if clients is None else "nbds+unix"
     uri = f"{scheme}://{host}/a?socket={path}" + ("" if clients is None else f"&tls-certificates={clients}")
     command = [require_tool("nbdinfo"), "--size", uri]
@@ -58,40 +58,40 @@ def size_of(path: Path, clients: Path | None, *, host: str = "localhost") -> sub
 
 
 def test_clients_with_and_without_certificates(certificates: Path, tmp_path: Path) -> None:
-    """With a CA in the folder only its own clients get in; plain text is refused when TLS is required."""
+    """With a CA in the folder only its clients are admitted; plain text is refused if TLS is required."""
     create_image(tmp_path / "disk.vhd", MIB)
     servers = folder_with(certificates, tmp_path / "server", ca="ca", server="server")
     known = folder_with(certificates, tmp_path / "known", ca="ca", client="client")
     foreign = folder_with(certificates, tmp_path / "foreign", ca="ca", client="foreign")
-    nobody = folder_with(certificates, tmp_path / "nobody", ca="ca")
+    without_certificate = folder_with(certificates, tmp_path / "without_certificate", ca="ca")
     path = tmp_path / "s.sock"
     words = ("--export", f"a={tmp_path / 'disk.vhd'}", "--socket", path, "--tls-certs", servers)
     with serving(*words, "--tls-required") as server:
         assert server.uri.startswith("nbds+unix:///a?")
         assert size_of(path, known).stdout.strip() == str(MIB)
-        for clients in (foreign, nobody, None):
+        for clients in (foreign, without_certificate, None):
             refused = size_of(path, clients)
             assert refused.returncode and not refused.stdout, clients
         assert size_of(path, known).stdout.strip() == str(MIB)
         assert server.stop() == (0, "")
 
 
-def test_offered_and_for_everybody(certificates: Path, tmp_path: Path) -> None:
-    """Without --tls-required plain text is served too; without a CA in the folder any client is."""
+def test_tls_offered_to_every_client(certificates: Path, tmp_path: Path) -> None:
+    """Without --tls-required plain text is served, too; without a CA in the folder any client is."""
     create_image(tmp_path / "disk.vhd", MIB)
     servers = folder_with(certificates, tmp_path / "server", server="server")
-    nobody = folder_with(certificates, tmp_path / "nobody", ca="ca")
+    without_certificate = folder_with(certificates, tmp_path / "without_certificate", ca="ca")
     path = tmp_path / "s.sock"
     with serving("--export", f"a={tmp_path / 'disk.vhd'}", "--socket", path, "--tls-certs", servers):
-        assert size_of(path, nobody).stdout.strip() == str(MIB) == size_of(path, None).stdout.strip()
-        uri = f"nbds+unix://localhost/a?socket={path}&tls-certificates={nobody}"
+        assert size_of(path, without_certificate).stdout.strip() == str(MIB) == size_of(path, None).stdout.strip()
+        uri = f"nbds+unix://localhost/a?socket={path}&tls-certificates={without_certificate}"
         (tmp_path / "in.raw").write_bytes(bytes(range(256)) * (MIB // 256))
         run([require_tool("nbdcopy"), "--flush", tmp_path / "in.raw", uri])
         run([require_tool("nbdcopy"), uri, tmp_path / "out.raw"])
         assert (tmp_path / "out.raw").read_bytes() == (tmp_path / "in.raw").read_bytes()
 
 
-def test_old_versions_are_not_spoken(certificates: Path, tmp_path: Path) -> None:
+def test_old_versions_are_refused(certificates: Path, tmp_path: Path) -> None:
     """Nothing below TLS 1.2."""
     context = certificate_context(str(folder_with(certificates, tmp_path / "s", ca="ca", server="server")))
     assert context.options & ssl.OP_NO_RENEGOTIATION
@@ -101,7 +101,7 @@ def test_old_versions_are_not_spoken(certificates: Path, tmp_path: Path) -> None
 
 
 def test_bad_folders(certificates: Path, tmp_path: Path) -> None:
-    """What is missing or unusable is named by its path; a locked key does not ask for a password."""
+    """A missing or unusable file is named by its path; an encrypted key does not prompt for a password."""
     with pytest.raises(errors.NotFound, match=r"server-cert\.pem"):
         certificate_context(str(tmp_path))
     folder = folder_with(certificates, tmp_path / "s", ca="ca", server="server")
@@ -134,7 +134,7 @@ def test_keys_file(tmp_path: Path) -> None:
 
 
 def test_keys_need_a_newer_python(tmp_path: Path) -> None:
-    """Where Python's ssl module has no pre-shared keys, that is said; where it has, the file is used."""
+    """If Python's ssl module lacks pre-shared keys, the error says so; otherwise the file is used."""
     path = tmp_path / "keys.psk"
     path.write_text("alice:" + "ab" * 32)
     if hasattr(ssl.SSLContext, "set_psk_server_callback"):

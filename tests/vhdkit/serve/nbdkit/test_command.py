@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How nbdkit is started: words and environment, without starting it."""
+"""How nbdkit is started: arguments and environment, without starting it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def launch(*arguments: str, overlay: bool = False) -> NbdkitLaunch:
 
 
 def test_plain_command() -> None:
-    """nbdkit stays in the foreground, ends with us, and opens the image for writing at once."""
+    """nbdkit stays in the foreground, ends with its parent, and opens the image for writing at once."""
     assert nbdkit_command(NBDKIT, launch()) == [
         NBDKIT, "--foreground", "--exit-with-parent",
         "python", PLUGIN, "name=disk", "image=/d/disk.vhd", "access=write",
@@ -30,8 +30,8 @@ def test_plain_command() -> None:
     assert Path(PLUGIN).is_file()
 
 
-def test_every_option_has_its_word() -> None:
-    """What `serve` can be told reaches nbdkit, its filters and the plugin; what follows is passed on as it is."""
+def test_every_option_has_its_argument() -> None:
+    """Each option of `serve` reaches nbdkit, its filters and the plugin; what follows is passed on unchanged."""
     options = vhdkit.OpenOptions(
         parent_dirs=("/p q",), allow_raw_parent=True, ignore_bitmaps=True, format_name=vhdkit.FormatName.VHD
     )
@@ -50,7 +50,7 @@ def test_every_option_has_its_word() -> None:
 
 
 def test_tls() -> None:
-    """Certificates and keys are nbdkit's to use; clients that do not encrypt are let in unless that is refused."""
+    """Certificates and keys are passed to nbdkit; unencrypted clients are admitted unless that is refused."""
     certs = NbdkitLaunch((), vhdkit.OpenOptions(), tls_certs="/c", tls_required=True)
     assert nbdkit_command(NBDKIT, certs)[3:5] == ["--tls=require", "--tls-certificates=/c"]
     keys = NbdkitLaunch((), vhdkit.OpenOptions(), tls_psk="/keys.psk")
@@ -58,20 +58,20 @@ def test_tls() -> None:
 
 
 def test_overlay_is_the_cow_filter() -> None:
-    """With an overlay the images are opened for reading and the filter keeps what is written."""
+    """With an overlay the images are opened read-only and the filter keeps the writes."""
     words = nbdkit_command(NBDKIT, launch(overlay=True))
     assert "--filter=cow" in words and "access=read" in words
 
 
 @pytest.mark.parametrize("arguments", [("--filter=cow",), ("--filter", "cow"), ("-r",), ("--readonly",)])
 def test_arguments_that_protect_the_image(arguments: tuple[str, ...]) -> None:
-    """Who asks nbdkit itself to keep writes away gets an image that is opened for reading."""
+    """If nbdkit's own arguments prevent writes, the image is opened read-only."""
     assert not writes(launch(*arguments))
     assert writes(launch("--filter", "log", "cow=1"))
 
 
 def test_environment() -> None:
-    """Our modules come first, the Python beside nbdkit before any other, and ours is not forced upon it."""
+    """Our modules come first, the Python beside nbdkit before any other, and ours is not forced on it."""
     before = {
         "PATH": "/venv/bin:/usr/bin",
         "PYTHONPATH": "/mine",
@@ -90,7 +90,7 @@ def test_environment() -> None:
 
 
 def test_same_minor_version() -> None:
-    """A release of the same minor version will do, another minor version is refused with both numbers."""
+    """Another release of the same minor version is accepted, another minor version is refused with both numbers."""
     check_python(DUMP.format("3.11.1"), (3, 11, 9))
     with pytest.raises(vhdkit.InvalidArgument, match=r"built for Python 3\.12, this is Python 3\.11") as caught:
         check_python(DUMP.format("3.12.0"), (3, 11, 9))
@@ -99,6 +99,6 @@ def test_same_minor_version() -> None:
 
 
 def test_no_python_plugin() -> None:
-    """Without the plugin in the answer its package is named."""
+    """If nbdkit does not find the plugin, its package is named."""
     with pytest.raises(vhdkit.NotFound, match="nbdkit-plugin-python"):
         check_python("nbdkit: error: cannot open plugin 'python'", (3, 11))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""nbdkit's callbacks, called as nbdkit would, with a stand-in for the module that nbdkit gives its scripts."""
+"""nbdkit's callbacks, called as nbdkit would call them, with a stand-in for nbdkit's module."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NAMES = (
 
 
 class FakeNbdkit(ModuleType):
-    """What nbdkit 1.32 gives a script; remembers the last error number."""
+    """What nbdkit 1.32 gives a script; it records the last error number."""
 
     THREAD_MODEL_PARALLEL = 3
     FLAG_MAY_TRIM, FLAG_FUA, FLAG_REQ_ONE, FLAG_FAST_ZERO = 1, 2, 4, 8
@@ -40,21 +40,21 @@ class FakeNbdkit(ModuleType):
         self.said: list[str] = []
 
     def set_error(self, number: int) -> None:
-        """As nbdkit's."""
+        """As nbdkit's function."""
         self.error = number
 
     def debug(self, text: str) -> None:
-        """As nbdkit's."""
+        """As nbdkit's function."""
         self.said.append(text)
 
     def export_name(self) -> str:
-        """As nbdkit's."""
+        """As nbdkit's function."""
         return self.wanted_name
 
 
 @pytest.fixture
 def nbdkit(monkeypatch: pytest.MonkeyPatch) -> FakeNbdkit:
-    """The stand-in, where the plugin finds it."""
+    """The stand-in, where the plugin imports it."""
     module = FakeNbdkit()
     monkeypatch.setitem(sys.modules, "nbdkit", module)
     monkeypatch.setattr(sys, "tracebacklimit", 1000, raising=False)
@@ -63,7 +63,7 @@ def nbdkit(monkeypatch: pytest.MonkeyPatch) -> FakeNbdkit:
 
 @pytest.fixture
 def plugin(nbdkit: FakeNbdkit) -> Iterator[Any]:
-    """The plugin as nbdkit loads it, with nothing of the test before."""
+    """The plugin as nbdkit loads it, without state of earlier tests."""
     sys.modules.pop("vhdkit.serve.nbdkit.plugin", None)
     module = importlib.import_module("vhdkit.serve.nbdkit.plugin")
     yield module
@@ -72,7 +72,7 @@ def plugin(nbdkit: FakeNbdkit) -> Iterator[Any]:
 
 
 def started(plugin: Any, *settings: tuple[str, str], readonly: bool = False) -> Any:
-    """Go through nbdkit's start with KEY, VALUE pairs up to the first client; its handle."""
+    """Go through nbdkit's start with KEY, VALUE pairs up to the first client; returns its handle."""
     for key, value in settings:
         plugin.config(key, value)
     plugin.config_complete()
@@ -89,21 +89,21 @@ def image(folder: Path, name: str = "disk.vhd") -> str:
 
 
 def read(plugin: Any, handle: Any, offset: int, size: int) -> bytes:
-    """What a client would get."""
+    """What a client would read."""
     buffer = bytearray(size)
     plugin.pread(handle, memoryview(buffer), offset, 0)
     return bytes(buffer)
 
 
 def test_every_callback_is_there(plugin: Any) -> None:
-    """nbdkit looks its callbacks up by these names."""
+    """nbdkit looks up its callbacks by these names."""
     assert all(hasattr(plugin, name) for name in NAMES)
     assert plugin.API_VERSION == 2
     assert plugin.thread_model() == FakeNbdkit.THREAD_MODEL_PARALLEL
 
 
 def test_read_write_flush(plugin: Any, tmp_path: Path) -> None:
-    """What is written at any offset is read back, and is in the image when nbdkit has ended."""
+    """Writes at any offset are read back, and are in the image when nbdkit has ended."""
     path = image(tmp_path)
     handle = started(plugin, ("image", path))
     assert plugin.get_size(handle) == 8 * MIB
@@ -133,8 +133,8 @@ def test_fua_flushes(plugin: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(flushes) == 1
 
 
-def test_extents_of_part_ranges(plugin: Any, tmp_path: Path) -> None:
-    """Extents begin where they were asked for, cover the range, and say hole only of what reads as zeros."""
+def test_extents_of_partial_ranges(plugin: Any, tmp_path: Path) -> None:
+    """Extents begin at the requested offset, cover the range, and are holes only where it reads as zeros."""
     handle = started(plugin, ("image", image(tmp_path)))
     plugin.pwrite(handle, memoryview(b"d" * 2 * MIB), 2 * MIB, 0)
     hole = FakeNbdkit.EXTENT_HOLE | FakeNbdkit.EXTENT_ZERO
@@ -147,7 +147,7 @@ def test_extents_of_part_ranges(plugin: Any, tmp_path: Path) -> None:
 
 
 def test_zero(plugin: Any, nbdkit: FakeNbdkit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Zeros that may be holes are made here; where they must be data, or fast and are not, nbdkit is told so."""
+    """Zeros that may be holes are written here; if they must be data, or fast and are not, nbdkit gets an error."""
     handle = started(plugin, ("image", image(tmp_path)))
     plugin.pwrite(handle, memoryview(b"d" * MIB), 0, 0)
     with pytest.raises(OSError, match="zeros here"):
@@ -167,7 +167,7 @@ def test_zero(plugin: Any, nbdkit: FakeNbdkit, tmp_path: Path, monkeypatch: pyte
 def test_errors_have_the_numbers_of_nbd(
     plugin: Any, nbdkit: FakeNbdkit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A failing disk reaches the client as EIO, a full one as ENOSPC, and people get a line without a trace."""
+    """A failing disk reaches the client as EIO, a full one as ENOSPC, and the log gets a line without a traceback."""
     handle = started(plugin, ("image", image(tmp_path)))
     for error, number in ((vhdkit.IoFailed("broken"), errno.EIO), (vhdkit.NoSpace("full"), errno.ENOSPC),
                           (vhdkit.ImageInUse("busy"), errno.EIO)):  # fmt: skip
@@ -182,8 +182,8 @@ def test_errors_have_the_numbers_of_nbd(
     monkeypatch.undo()
 
 
-def test_a_bug_shows_where_it_is(plugin: Any, nbdkit: FakeNbdkit, tmp_path: Path) -> None:
-    """An error that nobody foresaw has its trace again, also after one that was."""
+def test_a_bug_has_a_traceback(plugin: Any, nbdkit: FakeNbdkit, tmp_path: Path) -> None:
+    """An unforeseen error has its traceback, even after a foreseen one."""
     handle = started(plugin, ("image", image(tmp_path)))
     with pytest.raises(vhdkit.OutOfRange):
         plugin.trim(handle, 512, 8 * MIB, 0)
@@ -193,7 +193,7 @@ def test_a_bug_shows_where_it_is(plugin: Any, nbdkit: FakeNbdkit, tmp_path: Path
 
 
 def test_read_only(plugin: Any, tmp_path: Path) -> None:
-    """A client that may not write leaves the image as it is; it can be read elsewhere meanwhile."""
+    """A read-only client leaves the image unchanged; meanwhile others can read the image."""
     path = image(tmp_path)
     before = Path(path).read_bytes()
     handle = started(plugin, ("image", path), readonly=True)
@@ -206,7 +206,7 @@ def test_read_only(plugin: Any, tmp_path: Path) -> None:
 
 
 def test_first_writer_opens_for_writing(plugin: Any, tmp_path: Path) -> None:
-    """The image is held as a reader until a client comes that may write; beside one that reads only, nobody writes."""
+    """The image is locked for reading until a client wants to write; beside another reader writing is refused."""
     path = image(tmp_path)
     reader = started(plugin, ("image", path), readonly=True)
     second = plugin.open(False)
@@ -225,7 +225,7 @@ def test_first_writer_opens_for_writing(plugin: Any, tmp_path: Path) -> None:
 
 
 def test_beside_another_reader(plugin: Any, nbdkit: FakeNbdkit, tmp_path: Path) -> None:
-    """A client that does not say what it wants may read an image that another program reads too, and is told so."""
+    """A client without a stated access may read an image that another program reads too, and gets a note."""
     path = image(tmp_path)
     with vhdkit.open_disk(path):
         handle = started(plugin, ("image", path))
@@ -235,8 +235,8 @@ def test_beside_another_reader(plugin: Any, nbdkit: FakeNbdkit, tmp_path: Path) 
     assert plugin.can_write(plugin.open(False))
 
 
-def test_access_is_said_beforehand(plugin: Any, tmp_path: Path) -> None:
-    """access=write takes the lock at start, and an image that others stand on is refused there and then."""
+def test_access_is_applied_at_start(plugin: Any, tmp_path: Path) -> None:
+    """access=write locks at start, and an image that has children is refused at once."""
     path = image(tmp_path)
     started(plugin, ("image", path), ("access", "write"), readonly=True)
     with pytest.raises(vhdkit.ImageInUse):
@@ -244,12 +244,12 @@ def test_access_is_said_beforehand(plugin: Any, tmp_path: Path) -> None:
 
 
 def test_access_read_never_writes(plugin: Any, tmp_path: Path) -> None:
-    """access=read holds for clients that would write too."""
+    """access=read applies to clients that want to write, too."""
     assert not plugin.can_write(started(plugin, ("image", image(tmp_path)), ("access", "read")))
 
 
 def test_failed_writable_open_still_reads(plugin: Any, nbdkit: FakeNbdkit, tmp_path: Path) -> None:
-    """A client that wants to write what may not be written is refused; one that only reads is served."""
+    """A client that wants to write to a protected image is refused; one that only reads is served."""
     path = image(tmp_path)
     vhdkit.create_child(tmp_path / "child.avhd", path)
     plugin.config("image", path)
@@ -297,7 +297,7 @@ def test_several_exports(plugin: Any, nbdkit: FakeNbdkit, tmp_path: Path) -> Non
     ],
 )
 def test_wrong_settings(plugin: Any, settings: list[tuple[str, str]], sentence: str) -> None:
-    """A setting that cannot be is named before anything is opened."""
+    """An invalid setting is named before an image is opened."""
     with pytest.raises(vhdkit.InvalidArgument, match=sentence):
         for key, value in settings:
             plugin.config(key, value)
@@ -305,7 +305,7 @@ def test_wrong_settings(plugin: Any, settings: list[tuple[str, str]], sentence: 
 
 
 def test_opening_options(plugin: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parents elsewhere, raw parents, bitmaps and the format are said as on the command line; paths stay right."""
+    """Parents elsewhere, raw parents, bitmaps and the format are given as on the command line; paths stay right."""
     bases, leaves = tmp_path / "bases", tmp_path / "leaves"
     bases.mkdir()
     leaves.mkdir()
@@ -325,7 +325,7 @@ def test_opening_options(plugin: Any, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_cleanup_closes_all(plugin: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the end every disk is closed, also after one that cannot be flushed, and that is said."""
+    """At the end every disk is closed, even after one that cannot be flushed, which is reported."""
     first = started(plugin, ("name", "1"), ("image", image(tmp_path, "1.vhd")),
                     ("name", "2"), ("image", image(tmp_path, "2.vhd")))  # fmt: skip
     closed = []
