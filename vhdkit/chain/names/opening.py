@@ -20,10 +20,10 @@ from vhdkit.chain.names.parents import (
     allowed_folders,
     find_parent,
     parent_format,
-    parent_of,
+    require_parent,
 )
 from vhdkit.chain.records import pending
-from vhdkit.errors import CorruptImage, CorruptReason, Replaced
+from vhdkit.errors import CorruptImage, CorruptReason
 from vhdkit.formats.probe import open_layer
 from vhdkit.image import ImageFacts, Layer
 from vhdkit.local_volume import LOCAL
@@ -155,8 +155,7 @@ def _open_parents(layers: list[Layer], leaf: VolumeFile, options: OpenOptions, v
 
 
 def _open_parent(store: VolumeFile, child: ImageFacts, options: OpenOptions, volume: Volume) -> Layer:
-    """Open the parent, which is held. It was found by its id before that, and an id may change with the content."""
-    view, parent = pending.view(store, volume), parent_of(child)
-    if not parent.raw_allowed and parent_format(child).linkage_id(view) not in parent.linkage_ids:
-        raise Replaced("became another disk while the chain was opened", path=store.name)
+    """Open the parent, which is held, in the format that the child records."""
+    view = pending.view(store, volume)
+    require_parent(child, view)
     return parent_format(child).open(view, ignore_bitmaps=options.ignore_bitmaps)

@@ -24,6 +24,7 @@ from vhdkit.chain.records import pending
 from vhdkit.formats.format import Format
 from vhdkit.image import NULL_ID, ImageFacts, NameDialect, ParentRef
 from vhdkit.local_volume import LOCAL
+from vhdkit.store import ReadStore
 from vhdkit.volume import Outcome, Volume, VolumeFile
 
 _MAX_PLACES_SHOWN = 32  # in one message: more than two folders and every kind of locator give
@@ -123,6 +124,16 @@ def _try(candidate: str, child: ImageFacts, folders: tuple[str, ...], search: _S
     search.mismatched.append((place.path, found or NULL_ID))
     place.store.close()
     return None
+
+
+def require_parent(child: ImageFacts, parent: ReadStore) -> None:
+    """Raise `Replaced` unless the image, as it must be read and now held, is still the parent of `child`.
+
+    It was found by its id before it was held, and an id may change with the content.
+    """
+    recorded = parent_of(child)
+    if not recorded.raw_allowed and parent_format(child).linkage_id(parent) not in recorded.linkage_ids:
+        raise errors.Replaced("became another disk while the chain was opened", path=parent.name)
 
 
 def linkage_id_of(store: VolumeFile, volume: Volume = LOCAL) -> bytes:

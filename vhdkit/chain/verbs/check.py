@@ -15,7 +15,7 @@ from vhdkit.chain.names import lineage
 from vhdkit.chain.names.children import mark_findings
 from vhdkit.chain.names.opening import MAX_CHAIN_DEPTH
 from vhdkit.chain.names.options import OpenOptions
-from vhdkit.chain.names.parents import allowed_folders, find_parent, leads_to, parent_format, parent_of
+from vhdkit.chain.names.parents import allowed_folders, find_parent, leads_to, parent_format, parent_of, require_parent
 from vhdkit.chain.records import pending
 from vhdkit.errors import CorruptReason
 from vhdkit.finding import Finding, Severity, left_by_repair
@@ -51,11 +51,11 @@ def _checked(volume: Volume, leaf_path: str, options: OpenOptions, progress: Pro
     stores = [volume.open(leaf_path)]
     image_format: Format | None = None
     try:
+        if options.lock:
+            stores[0].lock(writer=False)
         findings += mark_findings(stores[0], options, volume)
         while True:
             store = stores[-1]
-            if options.lock:
-                store.lock(writer=False)
             seen = pending.look(store, volume)
             findings += seen.findings
             facts = _check_one(seen.store, findings, options, image_format, _after(progress, examined_bytes))
@@ -69,6 +69,9 @@ def _checked(volume: Volume, leaf_path: str, options: OpenOptions, progress: Pro
             image_format = parent_format(facts)
             if _closes_loop(stores, facts, findings):
                 return findings
+            if options.lock:
+                parent.lock(writer=False)
+            require_parent(facts, pending.view(parent, volume))
             _check_link(facts, parent, folders, findings, volume)
             findings += lineage.findings_about(store, facts, parent, volume)
     finally:

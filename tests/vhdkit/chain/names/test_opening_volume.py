@@ -409,9 +409,12 @@ def test_parent_that_becomes_another_disk_before_its_lock_is_refused() -> None:
             store.truncate(0)
             store.pwrite(0, other.contents())
 
+    original = volume.files["/srv/vm/base.vhd"].copy()
     volume.when_locked = rewritten
     with pytest.raises(errors.ParentMismatch):
         open_layers(leaf, volume=volume)
+    volume.add("/srv/vm/base.vhd", original)
+    assert [finding.code for finding in check_on(volume, leaf, OpenOptions())] == ["parent-mismatch"]
     assert not volume.open_files
 
 
