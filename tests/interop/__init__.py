@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our images in other programs, and theirs in ours."""
+"""Our images in other programs, and their images in ours."""

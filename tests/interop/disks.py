@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Disks with known content for the tests with other programs.
 
-Decides what is written to a disk of ours so that another reader's mistake, or ours, shows: runs that begin and
-end inside sectors and blocks, whole blocks, zeros over data, data over zeros. Next to each disk a bytearray takes
-the same writes; it is what every reader must show.
+Decides what is written to our disks so that a mistake of another reader, or of ours, shows: runs that begin and end
+inside sectors and blocks, whole blocks, zeros over data, data over zeros. Next to each disk a bytearray takes the same
+writes; every reader must show its content.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MIB = 1024 * KIB
 
 @dataclass(frozen=True)
 class Shape:
-    """One image to create. Sizes in bytes; `block_size` means nothing for a fixed one."""
+    """One image to create. Sizes in bytes; `block_size` is ignored for a fixed one."""
 
     disk_format: DiskFormat
     size: int
@@ -48,7 +48,7 @@ DYNAMIC_SHAPES = (
 
 
 def create_with_content(path: Path, shape: Shape, seed: int = 1) -> bytes:
-    """Create the image, write to it, close it; returns what it must read as."""
+    """Create the image, write to it, close it; returns its expected content."""
     create_image(path, shape.size, disk_format=shape.disk_format, block_size_bytes=shape.block_size)
     model = bytearray(shape.size)
     with open_disk(path, writable=True) as disk:
@@ -58,7 +58,7 @@ def create_with_content(path: Path, shape: Shape, seed: int = 1) -> bytes:
 
 
 def scribble(disk: Disk, model: bytearray, seed: int, *, runs: int = 16) -> None:
-    """Write random runs, one in four of them zeros, to the disk and the model; the last sector gets its share."""
+    """Write random runs, one in four of them zeros, to the disk and the model, also to the last sector."""
     rng = random.Random(seed)
     for number in range(runs):
         size = min(rng.choice((1, SECTOR, 700, 4 * KIB, 33 * SECTOR, 200 * KIB)), len(model))
@@ -74,13 +74,13 @@ def scribble(disk: Disk, model: bytearray, seed: int, *, runs: int = 16) -> None
 
 
 def write(disk: Disk, model: bytearray, offset: int, data: bytes) -> None:
-    """The same write to both."""
+    """Write the same data to both."""
     disk.write(offset, data)
     model[offset : offset + len(data)] = data
 
 
 def erase(disk: Disk, model: bytearray, seed: int) -> None:
-    """Trim random whole sectors, which makes them zeros where nothing lies below, and write over one of them."""
+    """Trim random whole sectors, which makes them zeros where no layer below has data, and write over one of them."""
     rng = random.Random(-seed)
     sectors = len(model) // SECTOR
     for _ in range(4 if sectors > 1 else 0):
@@ -93,9 +93,10 @@ def erase(disk: Disk, model: bytearray, seed: int) -> None:
 
 
 def grow_chain(folder: Path, base: Shape, depth: int, *, seed: int = 1, whole_blocks: bool = False) -> list[bytes]:
-    """A base and `depth` children, `0.vhd` to `<depth>.vhd`; returns what each must read as, the base first.
+    """Make a base and `depth` children, `0.vhd` to `<depth>.vhd`; returns the expected content of each, the base
+    first.
 
-    With `whole_blocks` children own nothing but whole blocks.
+    With `whole_blocks` children own only whole blocks.
     """
     contents = [create_with_content(folder / "0.vhd", base, seed)]
     for number in range(1, depth + 1):
@@ -112,7 +113,7 @@ def grow_chain(folder: Path, base: Shape, depth: int, *, seed: int = 1, whole_bl
 
 
 def _fill_blocks(disk: Disk, model: bytearray, block_size: int, seed: int) -> None:
-    """Write every third block whole, beginning at another one for each seed."""
+    """Write every third block completely, beginning at another one for each seed."""
     rng = random.Random(seed)
     for offset in range(seed % 3 * block_size, len(model), 3 * block_size):
         write(disk, model, offset, rng.randbytes(min(block_size, len(model) - offset)))
@@ -125,7 +126,7 @@ def content_of(path: Path) -> bytes:
 
 
 def content_sha256(disk: Disk) -> str:
-    """The SHA-256 of everything on the disk, read in pieces that fit no block."""
+    """The SHA-256 of the whole disk, read in pieces that do not match blocks."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(5 * MIB + SECTOR))
     for offset in range(0, disk.size_bytes, len(buffer)):
@@ -141,7 +142,7 @@ def sha256(content: bytes) -> str:
 
 
 def unpack_tar(archive: Path, folder: Path) -> None:
-    """The regular files of an archive. `extractall` is not alike in all supported Python versions."""
+    """The regular files of an archive. `extractall` differs between the supported Python versions."""
     with tarfile.open(archive) as tar:
         for member in tar:
             source = tar.extractfile(member)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stock NBD clients on `vhdkit serve`: the three kinds of disk they are shown, and how they are run.
+"""Stock NBD clients on `vhdkit serve`: the three kinds of disk that they get, and how they are run.
 
-The system's own programs are used, whatever environment the tests run in: nbdsh wants the interpreter that has libnbd.
+The system's own programs are used, whatever environment the tests run in: nbdsh needs the interpreter that has libnbd.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _SECONDS = 60
 
 @dataclass(frozen=True)
 class Image:
-    """An image on disk and what it reads as."""
+    """An image on disk and its expected content."""
 
     path: Path
     content: bytes
 
 
 def make_image(folder: Path, kind: str) -> Image:
-    """A disk of one kind; the chain has four layers with partial bitmaps over a dynamic base."""
+    """Make a disk of one kind; the chain has four layers with partial bitmaps over a dynamic base."""
     if kind == "chain":
         contents = grow_chain(folder, Shape(vhdkit.DiskFormat.DYNAMIC, SIZE), DEPTH)
         return Image(folder / f"{DEPTH}.vhd", contents[-1])
@@ -52,7 +52,7 @@ def served(folder: Path, kind: str, *words: str) -> Iterator[tuple[Server, Image
 
 
 def client(*command: str | Path) -> str:
-    """Run a stock client that must succeed; what it prints."""
+    """Run a stock client that must succeed; return its output."""
     words = [require_tool(str(command[0])), *map(str, command[1:])]
     environment = {**os.environ, "PATH": "/usr/bin:/bin:/usr/sbin:/sbin"}
     done = subprocess.run(words, capture_output=True, text=True, timeout=_SECONDS, check=False, env=environment)
@@ -68,7 +68,7 @@ def qemu_opts(folder: Path, **more: str) -> str:
 
 
 def states_of_sectors(runs: Sequence[tuple[int, int, int]]) -> list[int]:
-    """(offset, length, state) runs as the state of each sector; they cover all, in order."""
+    """(offset, length, state) runs as the state of each sector; the runs cover all sectors, in order."""
     states: list[int] = []
     for offset, length, state in runs:
         assert offset == len(states) * SECTOR
@@ -77,6 +77,6 @@ def states_of_sectors(runs: Sequence[tuple[int, int, int]]) -> list[int]:
 
 
 def owners_of_sectors(path: Path) -> list[int]:
-    """By sector, which layer owns it, the leaf 0; -1 for nobody. From the library's own walk."""
+    """For each sector, the layer that owns it, 0 for the leaf; -1 for none. From the library's own walk."""
     with vhdkit.open_disk(path) as disk:
         return [extent.layer_index for extent in disk.extents() for _ in range(extent.sector_count)]

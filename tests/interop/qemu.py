@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""qemu-img and qemu-io for the tests: what they read, what they write, and qemu-io holding an image open."""
+"""qemu-img and qemu-io for the tests: reading, writing, and qemu-io holding an image open."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PATIENCE_SECONDS = 60
 
 
 def qemu_content(image: Path, scratch: Path, *, offset: int = 0, size: int | None = None) -> bytes:
-    """What qemu reads from a VHD: all of it, or a part."""
+    """qemu's content of a VHD: all of it, or a part."""
     part = f"offset={offset}," + ("" if size is None else f"size={size},")
     source = f"driver=raw,{part}file.driver=vpc,file.file.driver=file,file.file.filename={image}"
     raw = scratch / f"{image.name}.qemu-raw"
@@ -31,14 +31,14 @@ def qemu_content(image: Path, scratch: Path, *, offset: int = 0, size: int | Non
 
 
 def qemu_virtual_size(image: Path) -> int:
-    """The size `qemu-img info` gives a VHD."""
+    """The size that `qemu-img info` gives for a VHD."""
     said = run([require_tool("qemu-img"), "info", "-f", "vpc", "--output=json", str(image)])
     size: int = json.loads(said.stdout)["virtual-size"]
     return size
 
 
 def qemu_create(image: Path, size: int, subformat: str, *, force_size: bool) -> None:
-    """Let qemu create a VHD. Without `force_size` the size is rounded up to a CHS geometry."""
+    """Have qemu create a VHD. Without `force_size` the size is rounded up to a CHS geometry."""
     options = f"subformat={subformat},force_size={'on' if force_size else 'off'}"
     run([require_tool("qemu-img"), "create", "-q", "-f", "vpc", "-o", options, str(image), str(size)])
 
@@ -52,15 +52,15 @@ def qemu_io(image: Path, *commands: str) -> None:
 
 
 def refusal(command: list[str]) -> str:
-    """What a program says while it fails, as it must."""
+    """The message of a program that must fail."""
     done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_SECONDS, check=False)
-    assert done.returncode != 0, f"{command} went through: {done.stdout}"
+    assert done.returncode != 0, f"{command} succeeded: {done.stdout}"
     return done.stderr
 
 
 @contextlib.contextmanager
 def held_by_qemu(image: Path, *, writable: bool) -> Iterator[subprocess.Popen[bytes]]:
-    """A running qemu-io that has the VHD open; it is gone when the block is left, however that happens."""
+    """A running qemu-io that has the VHD open; it is ended when the block is left, however that happens."""
     command = [require_tool("qemu-io"), "-f", "vpc", *([] if writable else ["-r"]), str(image)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         try:
@@ -71,7 +71,7 @@ def held_by_qemu(image: Path, *, writable: bool) -> Iterator[subprocess.Popen[by
 
 
 def tell(process: subprocess.Popen[bytes], command: str) -> str:
-    """Give a command to a qemu-io that holds an image; returns what it answers."""
+    """Send a command to a qemu-io that holds an image; returns its answer."""
     assert process.stdin is not None
     process.stdin.write(command.encode() + b"\n")
     process.stdin.flush()

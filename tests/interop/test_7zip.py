@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""7-Zip reads our images as we do: the one installed reader that is right on partial bitmaps in chains."""
+"""7-Zip reads our images as we do: of the installed readers, it alone handles partial bitmaps in chains correctly."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ BASES = (
 
 
 def _seven_zip(path: Path) -> bytes:
-    """Everything 7-Zip reads; it finds the parents in the folder by itself."""
+    """7-Zip's content of the image; it finds the parents in the folder by itself."""
     command = [require_tool("7zz"), "x", "-so", "-tVHD", str(path)]
     done = subprocess.run(command, capture_output=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr.decode(errors="replace")
@@ -50,7 +50,7 @@ def _seven_zip(path: Path) -> bytes:
 
 @pytest.mark.parametrize("shape", FIXED_SHAPES + DYNAMIC_SHAPES, ids=str)
 def test_what_we_create_reads_the_same_in_7zip(tmp_path: Path, shape: Shape) -> None:
-    """Size and content of fixed and dynamic images of ours; 7-Zip also tests them without complaint."""
+    """Size and content of our fixed and dynamic images agree; 7-Zip's own test has no complaint."""
     path = tmp_path / "ours.vhd"
     expected = create_with_content(path, shape)
     assert content_of(path) == expected
@@ -61,7 +61,7 @@ def test_what_we_create_reads_the_same_in_7zip(tmp_path: Path, shape: Shape) -> 
 @pytest.mark.parametrize("depth", DEPTHS)
 @pytest.mark.parametrize("base", BASES, ids=str)
 def test_our_chains_with_partial_bitmaps_read_the_same_in_7zip(tmp_path: Path, base: Shape, depth: int) -> None:
-    """A leaf on one to four layers, each owning single sectors, reads as its writes say."""
+    """A leaf on one to four layers, each owning single sectors, reads as it was written."""
     contents = grow_chain(tmp_path, base, depth, seed=10 * depth)
     assert len(set(contents)) == depth + 1
     leaf = tmp_path / f"{depth}.vhd"
@@ -71,14 +71,14 @@ def test_our_chains_with_partial_bitmaps_read_the_same_in_7zip(tmp_path: Path, b
 
 
 def _partial_bytes(path: Path) -> bool:
-    """True when the leaf owns some sectors of a bitmap's byte and leaves others to its parents."""
+    """True if the leaf owns some sectors of a bitmap's byte and leaves others to its parents."""
     with vhdkit.open_disk(path) as disk:
         edges = [one.sector_index for one in disk.extents() if one.layer_index == 0]
     return any(edge % 8 for edge in edges)
 
 
 def test_zeros_in_a_child_hide_the_parent_in_7zip(tmp_path: Path) -> None:
-    """Zeros written over a parent's data, in a block the child had not, are zeros to 7-Zip and to us."""
+    """Zeros written over a parent's data, in a block that the child did not have, are zeros to 7-Zip and to us."""
     base, leaf = tmp_path / "base.vhd", tmp_path / "leaf.vhd"
     model = bytearray(create_with_content(base, BASES[1]))
     with vhdkit.open_disk(base, writable=True) as disk:
@@ -94,8 +94,8 @@ def test_zeros_in_a_child_hide_the_parent_in_7zip(tmp_path: Path) -> None:
     assert _seven_zip(leaf) == bytes(model)
 
 
-def test_a_chain_repointed_to_a_moved_parent_reads_the_same_in_7zip(tmp_path: Path) -> None:
-    """After a parent got another name and `rebase` said so, 7-Zip finds it by what stands in the child."""
+def test_a_chain_rebased_to_a_moved_parent_reads_the_same_in_7zip(tmp_path: Path) -> None:
+    """After a parent was renamed and `rebase` recorded that, 7-Zip finds it by the name in the child."""
     contents = grow_chain(tmp_path, BASES[0], 2)
     (tmp_path / "1.vhd").rename(tmp_path / "Zwischenstück ä 2.avhd")
     with pytest.raises(vhdkit.ParentMissing):
@@ -106,8 +106,8 @@ def test_a_chain_repointed_to_a_moved_parent_reads_the_same_in_7zip(tmp_path: Pa
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
-def test_chains_cut_by_hand_read_the_same_in_both(tmp_path: Path, depth: int) -> None:
-    """Random bitmaps, blocks in any order and of any size, in files vhdkit did not write: two readers agree."""
+def test_hand_made_chains_read_the_same_in_both(tmp_path: Path, depth: int) -> None:
+    """Random bitmaps, blocks in any order and of any size, in files that vhdkit did not write: both readers agree."""
     rng = random.Random(depth)
     size = 6 * MIB
     base = Vhd(size=size, blocks={number: Block(pattern(MIB, 1)) for number in (2, 0)}, unique_id=_id(0))
@@ -141,7 +141,7 @@ def _random_bits(rng: random.Random, block_size: int) -> bytes:
 
 
 def test_windows_partial_bitmap_reads_the_same_in_both(tmp_path: Path) -> None:
-    """The differencing sample of Windows, given a parent with the id it asks for, is one disk to both readers."""
+    """The differencing sample from Windows, with a parent of the recorded id, is the same disk to both readers."""
     leaf = tmp_path / "fat-differential.vhd"
     with gzip.open(sample("dfvfs/fat-differential.vhd.gz")) as packed, leaf.open("wb") as file:
         shutil.copyfileobj(packed, file)
@@ -160,7 +160,7 @@ def test_windows_partial_bitmap_reads_the_same_in_both(tmp_path: Path) -> None:
 
 
 def test_what_we_write_into_vhd_utils_chain_reads_the_same_in_7zip(tmp_path: Path) -> None:
-    """A child of ours on XenServer's third child, and writes into it, are right for 7-Zip."""
+    """Our child on XenServer's third child, with writes to it, reads correctly in 7-Zip."""
     unpack_tar(sample("peer-vhdutil/vhdutil-chain.tar.xz"), tmp_path)
     assert _seven_zip(tmp_path / "s3.vhd") == content_of(tmp_path / "s3.vhd")
     leaf = tmp_path / "ours.avhd"

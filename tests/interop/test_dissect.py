@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""dissect.hypervisor reads our fixed and dynamic images as we do. It knows no differencing ones."""
+"""dissect.hypervisor reads our fixed and dynamic images as we do. It does not support differencing ones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.interop
 
 
 def _dissect(path: Path) -> bytes:
-    """Everything dissect reads."""
+    """dissect's content of the image."""
     require_module("dissect.hypervisor")
     from dissect.hypervisor.disk.vhd import VHD
 
@@ -36,7 +36,8 @@ def _dissect(path: Path) -> bytes:
 
 @pytest.mark.parametrize("shape", FIXED_SHAPES + DYNAMIC_SHAPES, ids=str)
 def test_what_we_create_reads_the_same_in_dissect(tmp_path: Path, shape: Shape) -> None:
-    """Size and content of fixed and dynamic images; dissect ignores bitmaps, so what we never wrote must be zeros."""
+    """Size and content of fixed and dynamic images agree; dissect ignores bitmaps, so sectors never written must be
+    zeros."""
     path = tmp_path / "ours.vhd"
     expected = create_with_content(path, shape)
     assert content_of(path) == expected
@@ -45,7 +46,7 @@ def test_what_we_create_reads_the_same_in_dissect(tmp_path: Path, shape: Shape) 
 
 @pytest.mark.parametrize("disk_format", [DiskFormat.FIXED, DiskFormat.DYNAMIC])
 def test_a_converted_chain_reads_the_same_in_dissect(tmp_path: Path, disk_format: DiskFormat) -> None:
-    """What a chain of three shows is what dissect finds in the one image made of it."""
+    """dissect reads the image made from a chain of three as the chain's disk."""
     path = tmp_path / "flat.vhd"
     contents = grow_chain(tmp_path, Shape(DiskFormat.DYNAMIC, 5 * MIB + SECTOR), 2)
     convert(tmp_path / "2.vhd", path, disk_format, sync=False)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real file systems inside chains: what their own tools say of them after vhdkit moved every sector."""
+"""Real file systems inside chains: the verdict of their own tools after vhdkit moved every sector."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _store_files(folder: Path, files: dict[str, bytes]) -> None:
 
 
 def _write_changes(old: bytes, new: bytes, image: Path) -> int:
-    """Write what differs, page by page, as a guest would; returns how many pages."""
+    """Write the differences, page by page, as a guest would; returns how many pages."""
     changed = 0
     with vhdkit.open_disk(image, writable=True) as disk:
         for offset in range(0, len(new), PAGE):
@@ -46,7 +46,7 @@ def _write_changes(old: bytes, new: bytes, image: Path) -> int:
 
 
 def _layer(raw: Path, before: bytes, folder: Path, number: int) -> bytes:
-    """Add child `number`, which makes the disk what `raw` is now; returns that."""
+    """Add child `number`, which makes the disk equal to `raw`; returns its content."""
     after = raw.read_bytes()
     vhdkit.create_child(folder / f"{number}.vhd", folder / f"{number - 1}.vhd")
     assert 0 < _write_changes(before, after, folder / f"{number}.vhd") < len(after) // PAGE // 2
@@ -65,7 +65,7 @@ def _debugfs_write(raw: Path, *requests: str) -> None:
 
 
 def _assert_ext_holds(image: Path, files: dict[str, bytes], folder: Path) -> None:
-    """e2fsck finds nothing to say, and debugfs finds just these files with just these contents."""
+    """e2fsck reports nothing, and debugfs finds exactly these files with these contents."""
     run([require_tool("e2fsck"), "-f", "-n", str(image)])
     out = folder / f"out-{image.name}"
     out.mkdir()
@@ -74,8 +74,8 @@ def _assert_ext_holds(image: Path, files: dict[str, bytes], folder: Path) -> Non
     assert found == files
 
 
-def test_ext4_lives_through_a_chain(tmp_path: Path) -> None:
-    """A tree made by mke2fs, changed in two layers: every layer, converted to raw and fixed, is clean and right."""
+def test_ext4_in_a_chain(tmp_path: Path) -> None:
+    """A tree made by mke2fs, changed in two layers: every layer, converted to raw and fixed, is clean and correct."""
     raw, source = tmp_path / "disk.img", tmp_path / "tree"
     trees = [_files(1, 8)]
     _store_files(source, trees[0])
@@ -97,7 +97,7 @@ def test_ext4_lives_through_a_chain(tmp_path: Path) -> None:
 
 
 def test_e2fsck_notices_a_lost_layer(tmp_path: Path) -> None:
-    """Self-test: with the metadata of a layer and the data of another the same examination fails."""
+    """Self-test: with the metadata of one layer and the data of another the same check fails."""
     raw, source = tmp_path / "disk.img", tmp_path / "tree"
     _store_files(source, _files(1, 8))
     _make_ext(raw, source)
@@ -116,7 +116,7 @@ def _mtools(command: str, image: Path, *arguments: str) -> None:
 
 
 def _assert_fat_holds(image: Path, files: dict[str, bytes], folder: Path) -> None:
-    """fsck.fat finds nothing to say, and mtools finds just these files with just these contents."""
+    """fsck.fat reports nothing, and mtools finds exactly these files with these contents."""
     out = folder / f"out-{image.name}"
     out.mkdir()
     _mtools("mcopy", image, "-s", "-n", "::*", str(out))
@@ -124,8 +124,8 @@ def _assert_fat_holds(image: Path, files: dict[str, bytes], folder: Path) -> Non
     run([require_tool("fsck.fat"), "-n", str(image)])
 
 
-def test_fat_lives_through_a_chain(tmp_path: Path) -> None:
-    """Files put in by mtools in three layers come out of the fixed VHD and the raw disk made of each."""
+def test_fat_in_a_chain(tmp_path: Path) -> None:
+    """Files that mtools wrote in three layers are in the fixed VHD and the raw disk made from each layer."""
     raw, source = tmp_path / "disk.img", tmp_path / "tree"
     with raw.open("wb") as file:
         file.truncate(FAT_BYTES)
@@ -150,7 +150,8 @@ def test_fat_lives_through_a_chain(tmp_path: Path) -> None:
 
 
 def test_mtools_write_into_our_fixed_vhd(tmp_path: Path) -> None:
-    """A file that mtools puts straight into a fixed VHD is on the disk vhdkit shows, and the image stays sound."""
+    """A file that mtools writes directly to a fixed VHD is on the disk that vhdkit shows, and the image stays
+    sound."""
     image, raw, name = tmp_path / "fat.vhd", tmp_path / "disk.img", "hello.txt"
     vhdkit.create_image(image, FAT_BYTES, disk_format=DiskFormat.FIXED)
     sectors = FAT_BYTES // SECTOR

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """libvhdi reads our images as we do.
 
-It misreads bitmaps whose bytes are partly set, so its differencing chains own whole blocks only.
+It misreads bitmaps whose bytes are partly set, so the differencing chains here own only whole blocks.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ DIFFERENCING_NUMBER = 4
 
 
 def _libvhdi(*chain: Path) -> dict[str, object]:
-    """What libvhdi says of a chain, leaf first."""
+    """libvhdi's report about a chain, leaf first."""
     done = run([require_pyvhdi(), "-c", PROGRAM, *(str(path) for path in chain)])
     said: dict[str, object] = json.loads(done.stdout)
     return said
@@ -69,7 +69,7 @@ def _libvhdi(*chain: Path) -> dict[str, object]:
 
 @pytest.mark.parametrize("shape", FIXED_SHAPES + QUICK_SHAPES, ids=str)
 def test_what_we_create_reads_the_same_in_libvhdi(tmp_path: Path, shape: Shape) -> None:
-    """Kind, size and content of fixed and dynamic images of ours, for libvhdi."""
+    """libvhdi agrees on kind, size and content of our fixed and dynamic images."""
     path = tmp_path / "ours.vhd"
     expected = create_with_content(path, shape)
     assert content_of(path) == expected
@@ -83,7 +83,7 @@ def test_what_we_create_reads_the_same_in_libvhdi(tmp_path: Path, shape: Shape) 
 
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_a_chain_of_whole_blocks_reads_the_same_in_libvhdi(tmp_path: Path, block_size: int) -> None:
-    """Each level of a chain of four, linked by the ids libvhdi reads and named as libvhdi reads it."""
+    """Each level of a chain of four, linked by the ids and names that libvhdi reads."""
     shape = Shape(DiskFormat.DYNAMIC, 7 * block_size + 9 * SECTOR, block_size)
     contents = grow_chain(tmp_path, shape, 3, whole_blocks=True)
     assert len(set(contents)) == len(contents)

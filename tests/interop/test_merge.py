@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Merges of real chains, made by vhd-util and by us, and what other programs read in the result."""
+"""Merges of real chains, made by vhd-util and by us, and how other programs read the results."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ def chain(tmp_path: Path) -> Path:
 
 
 def hash_of(path: Path) -> str:
-    """What vhdkit reads."""
+    """The hash of vhdkit's content."""
     with vhdkit.open_disk(path) as disk:
         return content_sha256(disk)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
-def test_the_vhdutil_chain_merged(chain: Path, depth: int) -> None:
-    """INV-MERGE-PRESERVES: folded into each of its ancestors the hash is that of `expected.json`, and when it is the
-    base, qemu and libvhdi read it too, as they do what vhd-util itself coalesced."""
+def test_merging_the_vhdutil_chain(chain: Path, depth: int) -> None:
+    """INV-MERGE-PRESERVES: merged into each of its ancestors, the hash is that of `expected.json`, and if that is the
+    base, qemu and libvhdi agree, as they do for what vhd-util itself coalesced."""
     assert hash_of(chain / "s3.vhd") == EXPECTED["s3.vhd"]
     target = chain / CHAIN[depth]
     vhdkit.merge(chain / "s3.vhd", into=target)
@@ -62,8 +62,8 @@ def test_the_vhdutil_chain_merged(chain: Path, depth: int) -> None:
         assert hash_of(target) == EXPECTED["collapsed/base.vhd"]
 
 
-def test_the_vhdutil_chain_into_a_new_file(chain: Path) -> None:
-    """The new file holds the leaf's disk; every file of the chain is as it was."""
+def test_merging_the_vhdutil_chain_into_a_new_file(chain: Path) -> None:
+    """The new file has the leaf's disk; every file of the chain is unchanged."""
     before = {name: (chain / name).read_bytes() for name in CHAIN}
     vhdkit.merge(chain / "s3.vhd", into=chain / "base.vhd", to=chain / "new.vhd")
     assert {name: (chain / name).read_bytes() for name in CHAIN} == before
@@ -72,7 +72,8 @@ def test_the_vhdutil_chain_into_a_new_file(chain: Path) -> None:
 
 @pytest.mark.parametrize("base", [DiskFormat.DYNAMIC, DiskFormat.FIXED])
 def test_other_programs_read_the_result(tmp_path: Path, base: DiskFormat) -> None:
-    """A chain of five into its base: `qemu-img check` where it can, and the same bytes in qemu and libvhdi."""
+    """A chain of five is merged into its base: `qemu-img check` where possible, and the same bytes in qemu and
+    libvhdi."""
     shape = Shape(base, size=9 * (1 << 20) + 512, block_size=1 << 20)
     contents = grow_chain(tmp_path, shape, 4)
     vhdkit.merge(tmp_path / "4.vhd", into=tmp_path / "0.vhd")

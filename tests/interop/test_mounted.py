@@ -35,7 +35,7 @@ size=65536, type=U
 
 @pytest.fixture(autouse=True)
 def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """FUSE mounts under file systems lie in a folder of the test's own; none is left."""
+    """FUSE mounts below file systems lie in the test's own folder; none is left."""
     require_fuse()
     folder = tmp_path / "runtime"
     folder.mkdir()
@@ -45,7 +45,7 @@ def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def make_tree(folder: Path, *, plain: bool = False) -> Path:
-    """Files of all sizes, in folders, with odd names; only such as FAT and mtools have when they are to be `plain`."""
+    """Files of all sizes, in folders, with odd names; with `plain` only names that FAT and mtools support."""
     rng = random.Random(3)
     for number, name in enumerate(
         ("a", "with blank", "plain" if plain else "umlaut-\u00e4", "deep/er/still", "empty")
@@ -61,7 +61,7 @@ def make_tree(folder: Path, *, plain: bool = False) -> Path:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Path:
-    """A child, 420 MiB, with a partition table that sfdisk wrote through a mount."""
+    """A child of 420 MiB with a partition table that sfdisk wrote through a mount."""
     base, leaf = tmp_path / "base.vhd", tmp_path / "leaf.avhd"
     vhdkit.create_image(base, 420 * MIB)
     vhdkit.create_child(leaf, base)
@@ -81,8 +81,8 @@ MADE = {
 
 
 @pytest.mark.parametrize("kind", MADE)
-def test_a_file_system_from_its_making_to_its_check(kind: str, disk: Path, tmp_path: Path) -> None:
-    """Made, filled, found clean by its own tool, and `rsync -c` finds no difference; the parent has none of it."""
+def test_a_file_system_is_made_filled_and_checked(kind: str, disk: Path, tmp_path: Path) -> None:
+    """Its own tool finds it clean, and `rsync -c` finds no difference; the parent has none of it."""
     require_loop()
     number, maker, checker = MADE[kind]
     if kind != "ntfs" and not can_mount_kernel(kind):
@@ -102,12 +102,12 @@ def test_a_file_system_from_its_making_to_its_check(kind: str, disk: Path, tmp_p
         with below:
             assert os.lseek(below.fileno(), 0, os.SEEK_HOLE) == 0
     with mounted(disk, mnt, *words):
-        told = run([rsync, "-rlcni", "--delete", "--exclude=lost+found", f"{tree}/", f"{mnt}/"]).stdout
-        assert [line for line in told.splitlines() if line.startswith((">", "<", "c", "*"))] == []
+        changes = run([rsync, "-rlcni", "--delete", "--exclude=lost+found", f"{tree}/", f"{mnt}/"]).stdout
+        assert [line for line in changes.splitlines() if line.startswith((">", "<", "c", "*"))] == []
 
 
 def test_fat_through_mtools(disk: Path, tmp_path: Path) -> None:
-    """No driver is needed for FAT: mtools read and write the partition's file, and its checker finds it clean."""
+    """FAT needs no driver: mtools read and write the partition's file, and its checker finds it clean."""
     mnt, tree = tmp_path / "mnt", make_tree(tmp_path / "tree", plain=True)
     with mounted(disk, mnt, "--rw"):
         part = str(mnt / "partitions" / "4.raw")
@@ -141,8 +141,8 @@ def test_everyday_tools(tmp_path: Path) -> None:
         run(["cp", "--sparse=auto", str(file), str(tmp_path / "copy")])
         run(["cmp", str(tmp_path / "copy"), str(tmp_path / "raw")])
         assert (tmp_path / "copy").stat().st_blocks * 512 < 8 * MIB
-        told = int(run(["du", "--block-size=1", str(file)]).stdout.split()[0])
-        assert 3 * MIB <= told < 8 * MIB
+        used = int(run(["du", "--block-size=1", str(file)]).stdout.split()[0])
+        assert 3 * MIB <= used < 8 * MIB
         losetup = require_tool("losetup")
         part = ["--offset", str(7 * MIB), "--sizelimit", str(2 * MIB)]
         loop = run([losetup, "--find", "--show", "--read-only", *part, str(file)]).stdout.strip()
@@ -164,8 +164,8 @@ for number in range(100000):
 
 
 @pytest.mark.parametrize("pause", [0.05, 0.4])
-def test_what_was_synced_survives_a_killed_server(pause: float, tmp_path: Path) -> None:
-    """kill -9 of the server while somebody writes: every page that fsync answered for is there, or a newer one."""
+def test_synced_data_survives_a_killed_server(pause: float, tmp_path: Path) -> None:
+    """kill -9 of the server during writes: every page that fsync confirmed is there, or a newer one."""
     image, mnt = tmp_path / "disk.vhd", tmp_path / "mnt"
     vhdkit.create_image(image, 64 * MIB)
     mnt.mkdir()
@@ -190,8 +190,9 @@ def test_what_was_synced_survives_a_killed_server(pause: float, tmp_path: Path) 
             assert page == page[:4] * 1024 and found >= number and found % 4096 == number % 4096
 
 
-def test_a_full_host(tmp_path: Path) -> None:
-    """ENOSPC reaches whoever writes; what was there stays, the image stays whole, and room lets it go on."""
+def test_a_full_file_system_on_the_host(tmp_path: Path) -> None:
+    """The writer gets ENOSPC; earlier data stays, the image stays sound, and with free space it can be written to
+    again."""
     require_root()
     host, mnt = tmp_path / "host", tmp_path / "mnt"
     host.mkdir()
@@ -237,8 +238,8 @@ def _memory_group(limit: int) -> Path:
     not_available("needs memory groups that root may make")
 
 
-def test_dirty_pages_without_memory(tmp_path: Path) -> None:
-    """A writer with next to no memory fills a file system on a loop device: nothing waits for itself."""
+def test_dirty_pages_with_little_memory(tmp_path: Path) -> None:
+    """A writer with very little memory fills a file system on a loop device without a deadlock."""
     require_loop()
     if not can_mount_kernel("ext4"):
         pytest.skip("needs a kernel with ext4")
@@ -266,7 +267,7 @@ SAMPLES = {name: one for name, one in expected_samples().items() if one["type"] 
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_samples(name: str, tmp_path: Path) -> None:
-    """Disks of Windows and others: the content by its known hash, and the files that 7-Zip finds in each partition."""
+    """Disks of Windows and others: the content has its known hash, and each partition the files that 7-Zip finds."""
     image = tmp_path / Path(name).name
     packed = sample(SAMPLES[name]["packed"])
     image.write_bytes(gzip.decompress(packed.read_bytes()) if packed.suffix == ".gz" else packed.read_bytes())
@@ -289,11 +290,13 @@ def test_samples(name: str, tmp_path: Path) -> None:
 
 
 def _in_7zip(program: str, mnt: Path, number: int) -> set[str]:
-    """The files that 7-Zip finds in the file system, its own additions left out."""
+    """The files that 7-Zip finds in the file system, without its own additions."""
     file = mnt / "partitions" / f"{number}.raw" if number else mnt / "disk.raw"
-    told = subprocess.run([program, "l", "-slt", "-ba", str(file)], capture_output=True, text=True, check=True).stdout
+    listing = subprocess.run(
+        [program, "l", "-slt", "-ba", str(file)], capture_output=True, text=True, check=True
+    ).stdout
     names = set()
-    for block in told.split("\n\n"):
+    for block in listing.split("\n\n"):
         facts = dict(line.split(" = ", 1) for line in block.splitlines() if " = " in line)
         if facts.get("Folder") == "-" and not facts["Path"].startswith(("[SYSTEM]", "[UNKNOWN]", "[DELETED]")):
             names.add(facts["Path"])
@@ -302,7 +305,7 @@ def _in_7zip(program: str, mnt: Path, number: int) -> set[str]:
 
 def _in_mtools(mnt: Path, number: int) -> set[str]:
     file = mnt / "partitions" / f"{number}.raw"
-    # (An empty one it calls not found.)
+    # (For an empty one it reports "not found".)
     words = [require_tool("mdir"), "-/", "-a", "-b", "-i", str(file), "::"]
-    told = subprocess.run(words, capture_output=True, text=True, check=False).stdout
-    return {line.removeprefix("::/") for line in told.splitlines() if line and not line.endswith("/")}
+    listing = subprocess.run(words, capture_output=True, text=True, check=False).stdout
+    return {line.removeprefix("::/") for line in listing.splitlines() if line and not line.endswith("/")}

@@ -22,14 +22,14 @@ pytestmark = [pytest.mark.interop, pytest.mark.timeout(180)]
 
 
 def nbd_map(uri: str, context: str) -> list[int]:
-    """What nbdinfo prints as the map of a context, by sector."""
+    """The map of a context that nbdinfo prints, by sector."""
     entries = json.loads(client("nbdinfo", f"--map={context}", "--json", uri))
     return states_of_sectors([(one["offset"], one["length"], one["type"]) for one in entries])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nbdinfo(tmp_path: Path, kind: str) -> None:
-    """nbdinfo lists the export and says of it what is true, by INFO, LIST and one question at a time."""
+    """nbdinfo lists the export and describes it correctly, by INFO, LIST and single queries."""
     with served(tmp_path, kind) as (server, _):
         [export] = json.loads(client("nbdinfo", "--no-content", "--json", server.uri))["exports"]
         assert export["export-size"] == SIZE
@@ -80,7 +80,7 @@ def test_nbdcopy_out(tmp_path: Path, kind: str, options: tuple[str, ...]) -> Non
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nbdcopy_in(tmp_path: Path, kind: str) -> None:
-    """What nbdcopy writes, zeros and trims is what the image reads as afterwards."""
+    """The image reads afterwards as nbdcopy has written, zeroed and trimmed it."""
     rng = random.Random(kind)
     data = bytearray(SIZE)
     for _ in range(12):
@@ -127,7 +127,8 @@ h.shutdown()
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nbdsh(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows 25, 27 and 28: a shell of libnbd writes, zeros, reads, and sends what is illegal; all is as it must be."""
+    """Rows 25, 27 and 28: libnbd's shell writes, zeros, reads, and sends illegal requests, with the expected
+    results."""
     if subprocess.run([SYSTEM_PYTHON, "-c", "import nbd"], capture_output=True, check=False).returncode:
         not_available(f"needs the module nbd in {SYSTEM_PYTHON}: Debian's package python3-libnbd")
     monkeypatch.setenv("MODEL", str(tmp_path / "model"))
@@ -139,7 +140,7 @@ def test_nbdsh(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nbdkit_filters_in_front(tmp_path: Path, kind: str) -> None:
-    """nbdkit's nbd plugin with the cow filter reads us, writes to itself, and leaves our image alone."""
+    """nbdkit's nbd plugin with the cow filter reads from us, keeps writes to itself, and does not change our image."""
     require_tool("qemu-io")
     with served(tmp_path, kind, "--read-only") as (server, image):
         before = image.path.read_bytes()
@@ -151,7 +152,7 @@ def test_nbdkit_filters_in_front(tmp_path: Path, kind: str) -> None:
 
 
 def test_nbdfuse(tmp_path: Path) -> None:
-    """nbdfuse mounts us as a file that reads and writes like the disk."""
+    """nbdfuse mounts our export as a file that reads and writes like the disk."""
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
         not_available("needs /dev/fuse")
     umount = [require_tool("umount")] if os.geteuid() == 0 else [require_tool("fusermount3"), "-u"]
@@ -184,7 +185,8 @@ def test_nbdfuse(tmp_path: Path) -> None:
 
 
 def test_several_exports(tmp_path: Path) -> None:
-    """Rows 8 and 12: a server of two exports lists both; each name reads its own disk, no name the first one's."""
+    """Rows 8 and 12: a server with two exports lists both; each name reads its own disk, the empty name the first
+    one's."""
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     first, second = make_image(tmp_path / "a", "dynamic"), make_image(tmp_path / "b", "chain")

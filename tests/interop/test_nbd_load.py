@@ -23,12 +23,12 @@ from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(180)]
 PAGE = 4 * KIB
-FIRST = 5 * MIB  # fio has what lies before
+FIRST = 5 * MIB  # fio has the part before that
 
 
 def fio(uri: str, *words: str) -> list[str]:
     """A command line of fio on the first 4 MiB of an export."""
-    # In a thread: a job that is a process of its own outlives the program when that is killed.
+    # In a thread: a job in a separate process survives the program when that is killed.
     return [
         require_tool("fio"),
         "--name=v",
@@ -43,7 +43,7 @@ def fio(uri: str, *words: str) -> list[str]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_fio_verifies(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What fio wrote in random order, with flushes between, reads back with the right checksums."""
+    """What fio wrote in random order, with flushes in between, reads back with the right checksums."""
     monkeypatch.chdir(tmp_path)
     with served(tmp_path, kind) as (server, _):
         checks = ("--bsrange=512-128k", "--bs_unaligned=0", "--iodepth=16", "--fsync=16")
@@ -52,7 +52,7 @@ def test_fio_verifies(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 
 
 class Writer(threading.Thread):
-    """Writes numbered pages to the disk from 5 MiB on and flushes now and then, until the server is gone."""
+    """Writes numbered pages to the disk from 5 MiB on and flushes from time to time, until the server is gone."""
 
     def __init__(self, path: Path, seed: int) -> None:
         super().__init__(daemon=True)
@@ -62,11 +62,11 @@ class Writer(threading.Thread):
         self._rng = random.Random(seed)
 
     def has_flushed(self, pages: int) -> bool:
-        """True when a flush has covered more than so many pages."""
+        """True if a flush has covered more than that many pages."""
         return len(self.flushed) > pages
 
     def run(self) -> None:
-        """Write until it is hung up on."""
+        """Write until the connection is closed."""
         sock = socket.socket(socket.AF_UNIX)
         sock.connect(str(self._path))
         with Client(sock) as nbd:
@@ -91,8 +91,8 @@ class Writer(threading.Thread):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_kill_9_under_load(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """INV-FLUSHED-OR-NEWER: the server is killed while fio and we write; the image is sound, what was flushed
-    is there or what was written since, and a new server serves it."""
+    """INV-FLUSHED-OR-NEWER: the server is killed while fio and we write; the image is sound, flushed data or newer
+    data is there, and a new server serves it."""
     monkeypatch.chdir(tmp_path)
     image = make_image(tmp_path, kind)
     sock, rng = tmp_path / "sock", random.Random(kind)

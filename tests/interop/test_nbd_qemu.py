@@ -18,7 +18,7 @@ BY_KIND = pytest.mark.parametrize("kind", KINDS)
 
 @BY_KIND
 def test_convert_and_compare(tmp_path: Path, kind: str) -> None:
-    """qemu-img copies us byte by byte and finds no difference."""
+    """qemu-img copies our export byte by byte and finds no difference."""
     with served(tmp_path, kind) as (_, image):
         client("qemu-img", "convert", "--image-opts", qemu_opts(tmp_path), "-O", "raw", tmp_path / "copy.raw")
         assert (tmp_path / "copy.raw").read_bytes() == image.content
@@ -28,7 +28,7 @@ def test_convert_and_compare(tmp_path: Path, kind: str) -> None:
 
 @BY_KIND
 def test_convert_into(tmp_path: Path, kind: str) -> None:
-    """What qemu-img converts into us is what the image reads as afterwards."""
+    """The image reads afterwards as qemu-img has converted into it."""
     data = bytearray(SIZE)
     data[MIB : 3 * MIB] = b"\x5a" * (2 * MIB)
     data[-700:] = b"\xa5" * 700
@@ -42,7 +42,7 @@ def test_convert_into(tmp_path: Path, kind: str) -> None:
 
 
 def qemu_map(folder: Path, **more: str) -> list[dict[str, object]]:
-    """What `qemu-img map` says of us."""
+    """The map that `qemu-img map` prints for our export."""
     said = client("qemu-img", "map", "--output=json", "--image-opts", qemu_opts(folder, **more))
     found: list[dict[str, object]] = json.loads(said)
     return found
@@ -57,13 +57,13 @@ def is_data(entries: list[dict[str, object]]) -> list[int]:
 
 @BY_KIND
 def test_maps(tmp_path: Path, kind: str) -> None:
-    """Rows 38 and 40: qemu-img's map is true; with x-dirty-bitmap it shows depth and each layer's dirty sectors."""
+    """Rows 38 and 40: qemu-img's map is correct; with x-dirty-bitmap it shows depth and each layer's dirty sectors."""
     with served(tmp_path, kind, "--read-only") as (_, image):
         owners = owners_of_sectors(image.path)
         for index, data in enumerate(is_data(qemu_map(tmp_path))):
             assert data or not any(image.content[index * SECTOR : (index + 1) * SECTOR])
         depth = qemu_map(tmp_path, **{"x-dirty-bitmap": "qemu:allocation-depth"})
-        assert is_data(depth) == [int(owner != 0) for owner in owners]  # to qemu 1 is a hole
+        assert is_data(depth) == [int(owner != 0) for owner in owners]  # to qemu, 1 is a hole
         with vhdkit.open_disk(image.path) as disk:
             ids = disk.layer_ids
         for layer, name in enumerate(ids):
@@ -73,7 +73,7 @@ def test_maps(tmp_path: Path, kind: str) -> None:
 
 @BY_KIND
 def test_qemu_io(tmp_path: Path, kind: str) -> None:
-    """qemu-io's writes, zeros, discards and flushes do what they say, unaligned too."""
+    """qemu-io's writes, zeros, discards and flushes have their effects, unaligned too."""
     commands = (
         "w -P 0x44 4097 777",
         "r -P 0x44 4097 777",

@@ -24,12 +24,12 @@ DEPTH = 4
 
 @pytest.fixture(scope="module")
 def nbdkit() -> str:
-    """The program, with a Python that can load us."""
+    """The program, with a Python that can load our modules."""
     return require_nbdkit()
 
 
 def run_with(nbdkit: str, *words: str | Path, script: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run a shell script beside nbdkit, which serves our plugin with these words; `$uri` is where."""
+    """Run a shell script beside nbdkit, which serves our plugin with these words; `$uri` is its address."""
     command = [nbdkit, "-U", "-", "python", PLUGIN, *map(str, words), "--run", script]
     environment = nbdkit_environment(nbdkit, os.environ)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
@@ -38,7 +38,7 @@ def run_with(nbdkit: str, *words: str | Path, script: str, code: int = 0) -> sub
 
 
 def copied(nbdkit: str, folder: Path, *words: str | Path, options: str = "") -> str:
-    """The hash of what nbdcopy gets."""
+    """The hash of nbdcopy's copy."""
     require_tool("nbdcopy")
     target = folder / "copy.raw"
     target.unlink(missing_ok=True)
@@ -56,7 +56,7 @@ def test_content(nbdkit: str, tmp_path: Path, shape: Shape) -> None:
 
 
 def test_chain(nbdkit: str, tmp_path: Path) -> None:
-    """A chain with partial bitmaps reads as the disk it is, and its map says what is zeros."""
+    """A chain with partial bitmaps reads as its disk, and its map shows the zeros."""
     contents = disks.grow_chain(tmp_path, Shape(vhdkit.DiskFormat.DYNAMIC, 12 * MIB, 512 * KIB), DEPTH)
     leaf = tmp_path / f"{DEPTH}.vhd"
     assert copied(nbdkit, tmp_path, "-r", f"image={leaf}") == sha256(contents[-1])
@@ -69,8 +69,8 @@ def test_chain(nbdkit: str, tmp_path: Path) -> None:
             assert not any(contents[-1][run["offset"] : run["offset"] + run["length"]])
 
 
-def test_written_is_there_afterwards(nbdkit: str, tmp_path: Path) -> None:
-    """QEMU's writes, zeros and trims at odd places are in the image when nbdkit has ended, and the image is sound."""
+def test_writes_are_in_the_image_afterwards(nbdkit: str, tmp_path: Path) -> None:
+    """QEMU's writes, zeros and trims at odd offsets are in the image when nbdkit has ended, and the image is sound."""
     require_tool("qemu-io")
     disks.grow_chain(tmp_path, Shape(vhdkit.DiskFormat.DYNAMIC, 12 * MIB, 512 * KIB), 1)
     leaf, model = tmp_path / "1.vhd", bytearray(disks.content_of(tmp_path / "1.vhd"))
@@ -94,7 +94,7 @@ def test_written_is_there_afterwards(nbdkit: str, tmp_path: Path) -> None:
 
 
 def test_fio_verifies(nbdkit: str, tmp_path: Path) -> None:
-    """What fio writes with many requests in flight it reads back."""
+    """fio verifies everything that it wrote with many requests in flight."""
     require_tool("fio")
     path = tmp_path / "disk.vhd"
     vhdkit.create_image(path, 16 * MIB)
@@ -106,7 +106,7 @@ def test_fio_verifies(nbdkit: str, tmp_path: Path) -> None:
 
 
 def test_several_exports(nbdkit: str, tmp_path: Path) -> None:
-    """Each name is its own disk, the first is also the one without a name, and a wrong name is told."""
+    """Each name is its own disk, the first is also the one without a name, and a wrong name is reported."""
     require_tool("nbdinfo")
     for name, size in (("one", MIB), ("two", 2 * MIB)):
         vhdkit.create_image(tmp_path / f"{name}.vhd", size)
@@ -120,7 +120,7 @@ def test_several_exports(nbdkit: str, tmp_path: Path) -> None:
 
 
 def test_cow_filter_leaves_the_image(nbdkit: str, tmp_path: Path) -> None:
-    """Behind the cow filter clients write and the image stays, even when others stand on it."""
+    """Behind the cow filter clients can write and the image stays unchanged, even if it has children."""
     require_tool("qemu-io")
     path = tmp_path / "disk.vhd"
     vhdkit.create_image(path, 4 * MIB)
@@ -132,7 +132,7 @@ def test_cow_filter_leaves_the_image(nbdkit: str, tmp_path: Path) -> None:
 
 
 def test_other_filters(nbdkit: str, tmp_path: Path) -> None:
-    """A partition alone, errors that are injected, and unaligned clients: filters of nbdkit work in front of us."""
+    """A single partition, injected errors, and unaligned clients: nbdkit's filters work on our plugin."""
     require_tool("nbdcopy")
     path = tmp_path / "disk.vhd"
     vhdkit.create_image(path, 8 * MIB)
@@ -145,21 +145,21 @@ def test_other_filters(nbdkit: str, tmp_path: Path) -> None:
     failing = ("--filter=error", "error-pread-rate=100%")
     done = run_with(nbdkit, f"image={path}", *failing, script="nbdcopy --no-extents $uri null:", code=1)
     assert "Input/output error" in done.stderr
-    checked = ("--filter=checkwrite",)  # every write must be what the image holds already
+    checked = ("--filter=checkwrite",)  # every write must be in the image already
     raw = tmp_path / "same.raw"
     vhdkit.convert(path, raw, vhdkit.DiskFormat.RAW)
     run_with(nbdkit, f"image={path}", *checked, script=f"nbdcopy '{raw}' $uri")
 
 
-def test_what_cannot_be_opened(nbdkit: str, tmp_path: Path) -> None:
-    """An image that is not there ends nbdkit at start with one sentence."""
+def test_an_image_that_cannot_be_opened(nbdkit: str, tmp_path: Path) -> None:
+    """nbdkit ends at its start with one sentence."""
     done = run_with(nbdkit, f"image={tmp_path / 'gone.vhd'}", script="true", code=1)
     assert "gone.vhd: cannot open: No such file or directory" in done.stderr
     assert "File " not in done.stderr
 
 
-def test_mismatch_is_told_before_nbdkit_starts(nbdkit: str) -> None:
-    """The version that the real nbdkit tells is compared."""
+def test_a_python_mismatch_is_reported_before_nbdkit_starts(nbdkit: str) -> None:
+    """The version that the real nbdkit reports is compared."""
     dump = subprocess.run([nbdkit, "python", "--dump-plugin"], capture_output=True, text=True, check=True).stdout
     with pytest.raises(vhdkit.InvalidArgument, match="is built for Python"):
         check_python(dump, (sys.version_info[0], sys.version_info[1] + 1))

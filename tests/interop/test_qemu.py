@@ -35,7 +35,7 @@ SUBFORMATS = ("fixed", "dynamic")
 
 
 def _assert_same_in_qemu(path: Path, expected: bytes) -> None:
-    """qemu gives the image the size and the content, by `convert` and by `compare`."""
+    """qemu has the same size and content for the image, by `convert` and by `compare`."""
     assert qemu_virtual_size(path) == len(expected)
     assert qemu_content(path, path.parent) == expected
     raw = path.with_suffix(".expected")
@@ -45,9 +45,9 @@ def _assert_same_in_qemu(path: Path, expected: bytes) -> None:
 
 @pytest.mark.parametrize("shape", FIXED_SHAPES + DYNAMIC_SHAPES, ids=str)
 def test_what_we_create_reads_the_same_in_qemu(tmp_path: Path, shape: Shape) -> None:
-    """Written, zeroed and trimmed sectors, of odd sizes and many block sizes, are the same to qemu and to us.
+    """Written, zeroed and trimmed sectors, with odd sizes and many block sizes, are the same to qemu and to us.
 
-    qemu ignores the bitmap of a dynamic disk, so this also shows that the rest of each block is zeros.
+    qemu ignores the bitmap of a dynamic disk, so this also proves that the rest of each block is zeros.
     """
     path = tmp_path / "ours.vhd"
     expected = create_with_content(path, shape)
@@ -57,15 +57,15 @@ def test_what_we_create_reads_the_same_in_qemu(tmp_path: Path, shape: Shape) -> 
 
 @pytest.mark.parametrize("disk_format", [vhdkit.DiskFormat.FIXED, vhdkit.DiskFormat.DYNAMIC])
 @pytest.mark.parametrize("size", [SECTOR, 65 * MIB - SECTOR, 130 * 1024 * MIB, LARGEST_BYTES])
-def test_qemu_sees_the_size_we_gave(tmp_path: Path, disk_format: vhdkit.DiskFormat, size: int) -> None:
-    """From one sector to the largest disk, also beyond what CHS can say, the size is exact."""
+def test_qemu_sees_our_size(tmp_path: Path, disk_format: vhdkit.DiskFormat, size: int) -> None:
+    """From one sector to the largest disk, also beyond the limit of CHS, the size is exact."""
     path = tmp_path / "ours.vhd"
     vhdkit.create_image(path, size, disk_format=disk_format)
     assert qemu_virtual_size(path) == size
 
 
 def test_the_end_of_the_largest_disk_reads_the_same_in_qemu(tmp_path: Path) -> None:
-    """What we write into the last block of a disk of 2040 GiB is there for qemu."""
+    """Data that we write to the last block of a disk of 2040 GiB is there for qemu."""
     path, data = tmp_path / "ours.vhd", bytes(range(256)) * 256
     vhdkit.create_image(path, LARGEST_BYTES)
     with vhdkit.open_disk(path, writable=True) as disk:
@@ -74,8 +74,8 @@ def test_the_end_of_the_largest_disk_reads_the_same_in_qemu(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("disk_format", [vhdkit.DiskFormat.FIXED, vhdkit.DiskFormat.DYNAMIC])
-def test_what_we_convert_from_raw_reads_the_same_in_qemu(tmp_path: Path, disk_format: vhdkit.DiskFormat) -> None:
-    """A raw disk with data and holes, converted by us to a VHD, is the same disk to qemu."""
+def test_images_converted_from_raw_read_the_same_in_qemu(tmp_path: Path, disk_format: vhdkit.DiskFormat) -> None:
+    """A raw disk with data and holes that we converted to a VHD is the same disk to qemu."""
     raw, path = tmp_path / "disk.img", tmp_path / "ours.vhd"
     expected = create_with_content(tmp_path / "source.vhd", DYNAMIC)
     raw.write_bytes(expected)
@@ -86,7 +86,7 @@ def test_what_we_convert_from_raw_reads_the_same_in_qemu(tmp_path: Path, disk_fo
 @pytest.mark.parametrize("creator", [b"vpc ", b"qemu", b"qem2", b"win ", b"d2v ", b"tap\0", b"CTXS"], ids=repr)
 @pytest.mark.parametrize("disk_type", [FIXED, DYNAMIC_TYPE], ids=["fixed", "dynamic"])
 def test_the_size_of_each_creator_is_as_in_qemu(tmp_path: Path, creator: bytes, disk_type: int) -> None:
-    """Where geometry and current size differ, the creator decides which one counts, for qemu as for us."""
+    """If geometry and current size differ, the creator decides which one counts, for qemu as for us."""
     path, geometry = tmp_path / "odd.vhd", (60, 4, 17)
     Vhd(size=4 * MIB, creator=creator, chs=geometry, disk_type=disk_type).build().write(path)
     size = 60 * 4 * 17 * SECTOR if creator in (b"vpc ", b"qemu") else 4 * MIB
@@ -97,8 +97,8 @@ def test_the_size_of_each_creator_is_as_in_qemu(tmp_path: Path, creator: bytes, 
 @pytest.mark.parametrize("force_size", [False, True], ids=["chs", "forced"])
 @pytest.mark.parametrize("subformat", SUBFORMATS)
 @pytest.mark.parametrize("size", [MIB + SECTOR, ODD_BYTES, 64 * MIB])
-def test_what_qemu_creates_and_writes_reads_right(tmp_path: Path, subformat: str, force_size: bool, size: int) -> None:
-    """qemu's new image has the size qemu says, and holds what qemu-io wrote and nothing else."""
+def test_qemus_images_read_correctly(tmp_path: Path, subformat: str, force_size: bool, size: int) -> None:
+    """qemu's new image has the size that qemu reports, and only the content that qemu-io wrote."""
     path = tmp_path / "theirs.vhd"
     qemu_create(path, size, subformat, force_size=force_size)
     virtual_size = qemu_virtual_size(path)
@@ -120,8 +120,8 @@ def test_what_qemu_creates_and_writes_reads_right(tmp_path: Path, subformat: str
 
 @pytest.mark.parametrize("force_size", [False, True], ids=["chs", "forced"])
 @pytest.mark.parametrize("subformat", SUBFORMATS)
-def test_what_qemu_converts_reads_right(tmp_path: Path, subformat: str, force_size: bool) -> None:
-    """A raw disk of odd size that qemu-img made a VHD: its content, and zeros where qemu rounded up."""
+def test_qemus_conversions_read_correctly(tmp_path: Path, subformat: str, force_size: bool) -> None:
+    """A raw disk of odd size that qemu-img converted to a VHD has its content, and zeros where qemu rounded up."""
     raw, path = tmp_path / "disk.img", tmp_path / "theirs.vhd"
     content = create_with_content(tmp_path / "source.vhd", Shape(vhdkit.DiskFormat.DYNAMIC, ODD_BYTES))
     raw.write_bytes(content)
@@ -134,7 +134,7 @@ def test_what_qemu_converts_reads_right(tmp_path: Path, subformat: str, force_si
 
 @pytest.mark.parametrize("shape", [FIXED_SHAPES[2], DYNAMIC, DYNAMIC_SHAPES[1]], ids=str)
 def test_both_write_to_our_image_in_turn(tmp_path: Path, shape: Shape) -> None:
-    """We, then qemu, then we again: each finds what the other wrote, in old blocks and in new ones."""
+    """We write, then qemu, then we again: each finds what the other wrote, in old blocks and in new ones."""
     path = tmp_path / "ours.vhd"
     model = bytearray(create_with_content(path, shape))
     for offset, length in ((SECTOR, SECTOR), (shape.size - 300 * KIB, 299 * KIB), (2 * MIB - SECTOR, 2 * SECTOR)):
@@ -149,7 +149,7 @@ def test_both_write_to_our_image_in_turn(tmp_path: Path, shape: Shape) -> None:
 
 
 def test_we_write_to_qemus_dynamic_image(tmp_path: Path) -> None:
-    """Blocks we add to an image that qemu made, with its data on no page boundary, are right for qemu."""
+    """Blocks that we add to an image made by qemu, with its data not on page boundaries, are correct for qemu."""
     path = tmp_path / "theirs.vhd"
     qemu_create(path, ODD_BYTES, "dynamic", force_size=True)
     qemu_io(path, "write -P 1 1M 4k")
@@ -165,7 +165,7 @@ def test_we_write_to_qemus_dynamic_image(tmp_path: Path) -> None:
 
 @pytest.fixture(params=[vhdkit.DiskFormat.FIXED, vhdkit.DiskFormat.DYNAMIC])
 def image(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A small image of ours that begins with a known sector."""
+    """Our small image that begins with a known sector."""
     path = tmp_path / "locked.vhd"
     vhdkit.create_image(path, 4 * MIB, disk_format=request.param)
     with vhdkit.open_disk(path, writable=True) as disk:
@@ -186,7 +186,7 @@ def _with_path(command: list[str], image: Path) -> list[str]:
 
 
 def test_while_we_write_qemu_is_locked_out(image: Path) -> None:
-    """Every program of qemu fails with its own lock message, and works again once we have closed the disk."""
+    """Every program of qemu fails with its own lock message, and works again when we have closed the disk."""
     with vhdkit.open_disk(image, writable=True):
         for command in READERS:
             assert LOCK_MESSAGE.format("shared ") in refusal(_with_path(command, image))
@@ -223,7 +223,8 @@ def test_a_base_is_held_while_its_child_is_open(tmp_path: Path) -> None:
 
 
 def test_while_qemu_writes_we_are_locked_out(image: Path) -> None:
-    """Opening, for reading too, and checking raise ImageInUse; `info` works and says so; then all is free again."""
+    """Opening, even for reading, and checking raise ImageInUse; `info` works and reports it; then everything is free
+    again."""
     with held_by_qemu(image, writable=True) as process:
         for writable in (True, False):
             with pytest.raises(vhdkit.ImageInUse) as caught:
@@ -232,7 +233,7 @@ def test_while_qemu_writes_we_are_locked_out(image: Path) -> None:
         with pytest.raises(vhdkit.ImageInUse):
             vhdkit.check(image)
         assert describe_image(image).in_use
-        # A refused open must not have taken qemu's locks away or left ours behind.
+        # A refused open must not have removed qemu's locks or left ours behind.
         assert "wrote 512/512" in tell(process, "write -P 0x44 512 512")
         assert LOCK_MESSAGE.format("") in refusal(_with_path(WRITER, image))
     assert not describe_image(image).in_use
@@ -240,7 +241,7 @@ def test_while_qemu_writes_we_are_locked_out(image: Path) -> None:
 
 
 def test_while_qemu_reads_we_read_and_cannot_write(image: Path) -> None:
-    """A reader of qemu's keeps our writers out and lets our readers in."""
+    """A reader of qemu keeps our writers out and admits our readers."""
     with held_by_qemu(image, writable=False) as process:
         with pytest.raises(vhdkit.ImageInUse):
             vhdkit.open_disk(image, writable=True)
@@ -264,7 +265,7 @@ def test_a_parent_that_qemu_writes_to_refuses_the_child(tmp_path: Path) -> None:
 
 
 def test_an_image_in_use_by_qemu_is_not_replaced(image: Path, tmp_path: Path) -> None:
-    """Neither create nor convert puts a new image where qemu holds one, even when told to replace it."""
+    """Neither create nor convert replaces an image that qemu holds, even with the option to replace."""
     source, before = tmp_path / "source.img", image.read_bytes()
     source.write_bytes(b"\x13" * (64 * KIB))
     with held_by_qemu(image, writable=True):

@@ -29,7 +29,7 @@ SIZE = 24 * MIB
 
 
 def made(folder: Path, kind: str) -> tuple[Path, bytes]:
-    """An image with data here and there, and its content."""
+    """An image with scattered data, and its content."""
     rng, content = random.Random(6), bytearray(SIZE)
     for offset in rng.sample(range(0, 16 * MIB, MIB), 7):
         content[offset : offset + MIB] = rng.randbytes(MIB)
@@ -44,14 +44,14 @@ def made(folder: Path, kind: str) -> tuple[Path, bytes]:
 
 @pytest.mark.parametrize("kind", ["fixed", "dynamic"])
 @pytest.mark.parametrize("size", [SIZE + 512, 16 * MIB + 512 * 37, 100 * MIB])
-def test_qemu_and_libvhdi_read_what_was_resized(tmp_path: Path, kind: str, size: int) -> None:
-    """The right size and every byte, from both; and QEMU can write to it."""
+def test_qemu_and_libvhdi_read_resized_images(tmp_path: Path, kind: str, size: int) -> None:
+    """Both give the right size and every byte; and QEMU can write to it."""
     path, content = made(tmp_path, kind)
     vhdkit.resize(path, size, shrink=True)
     expected = content[:size].ljust(size, b"\0")
     assert qemu_virtual_size(path) == size and qemu_content(path, tmp_path) == expected
-    told = json.loads(run([require_pyvhdi(), "-c", PROGRAM, str(path)]).stdout)
-    assert (told["size"], told["sha256"]) == (size, hashlib.sha256(expected).hexdigest())
+    facts = json.loads(run([require_pyvhdi(), "-c", PROGRAM, str(path)]).stdout)
+    assert (facts["size"], facts["sha256"]) == (size, hashlib.sha256(expected).hexdigest())
     qemu_io(path, f"write -P 0xab {size - 4096} 4096")
     with vhdkit.open_disk(path) as disk:
         assert disk.read(0, size) == expected[: size - 4096] + b"\xab" * 4096
@@ -59,7 +59,7 @@ def test_qemu_and_libvhdi_read_what_was_resized(tmp_path: Path, kind: str, size:
 
 @pytest.mark.parametrize("kind", ["dynamic", "fixed"])
 def test_images_of_qemu_are_resized(tmp_path: Path, kind: str) -> None:
-    """An image that QEMU made, with its own idea of a size, then has exactly the size that was asked for."""
+    """An image that QEMU made, with its own rounding, has exactly the requested size afterwards."""
     path = tmp_path / "qemu.vhd"
     qemu_create(path, SIZE, kind, force_size=False)
     qemu_io(path, "write -P 0x11 1M 3M", "write -P 0x22 20M 64k")
@@ -72,8 +72,8 @@ def test_images_of_qemu_are_resized(tmp_path: Path, kind: str) -> None:
     assert vhdkit.check(path) == []
 
 
-def test_qemu_reads_what_was_compacted(tmp_path: Path) -> None:
-    """Dropped blocks are zeros for QEMU too, and moved ones hold what they held."""
+def test_qemu_reads_compacted_images(tmp_path: Path) -> None:
+    """Dropped blocks are zeros for QEMU, too, and moved ones have their content."""
     path, content = made(tmp_path, "dynamic")
     with vhdkit.open_disk(path, writable=True) as disk:
         for block in range(0, 12, 3):
@@ -88,7 +88,7 @@ def test_qemu_reads_what_was_compacted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("archive", ["peer-vhdutil/vhdutil-chain.tar.xz"])
 def test_real_chains_are_compacted(tmp_path: Path, archive: str) -> None:
-    """Every layer of XenServer's chains, batmaps and all, compacted: every leaf reads as before."""
+    """Every layer of XenServer's chains, with batmaps, is compacted: every leaf reads as before."""
     unpack_tar(sample(archive), tmp_path)
     images = sorted(path for path in tmp_path.rglob("*.vhd") if path.stat().st_size < 200 * MIB)
     before, sizes = {}, {}
@@ -109,7 +109,7 @@ def test_real_chains_are_compacted(tmp_path: Path, archive: str) -> None:
 
 @pytest.mark.parametrize("name", ["node-vhd/dynamic.vhd.gz", "node-vhd/fixed.vhd.gz", "dfvfs/ext2.vhd.gz"])
 def test_real_images_are_compacted_and_resized(tmp_path: Path, name: str) -> None:
-    """Images of Windows and others: compacted, grown, and shrunk again, the content is what it was."""
+    """Images of Windows and others are compacted, grown and shrunk again: the content is unchanged."""
     path = tmp_path / "disk.vhd"
     with gzip.open(sample(name)) as packed, path.open("wb") as file:
         shutil.copyfileobj(packed, file)
@@ -125,7 +125,7 @@ def test_real_images_are_compacted_and_resized(tmp_path: Path, name: str) -> Non
 
 
 def test_a_real_differencing_image_is_compacted_and_resized(tmp_path: Path) -> None:
-    """Hyper-V's own differencing image, on a parent made for it: compacted and grown, it shows what it showed."""
+    """Hyper-V's own differencing image, on a parent made for it, is compacted and grown: the content is unchanged."""
     path = tmp_path / "fat-differential.vhd"
     with gzip.open(sample("dfvfs/fat-differential.vhd.gz")) as packed, path.open("wb") as file:
         shutil.copyfileobj(packed, file)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every real image in the samples: it opens and hashes right, or is refused with the documented error."""
+"""Every real image in the samples opens with the right hash, or is refused with the documented error."""
 
 from __future__ import annotations
 
@@ -95,18 +95,18 @@ def _single(name: str, tmp_path: Path) -> Path:
     return path
 
 
-def test_the_samples_are_all_here() -> None:
+def test_every_sample_is_tested() -> None:
     """Every packed file in the folder belongs to a test below; a new one must be added here."""
     folder = samples_dir()
     packed = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    packed = {path for path in packed if not path.startswith("hyperv-machines/")}  # definitions of machines, no images
+    packed = {path for path in packed if not path.startswith("hyperv-machines/")}  # machines' definitions, no images
     described = {entry["packed"] for entry in SINGLE.values()} | set(ARCHIVED.values())
     assert {path for path in packed if not path.endswith((".json", ".md", ".txt"))} == described
 
 
 @pytest.mark.parametrize("name", [name for name in SINGLE if name.endswith(".vhd") and name != ORPHAN])
 def test_a_single_vhd_reads_as_nine_readers_agree(name: str, tmp_path: Path) -> None:
-    """Size and content are those of the samples' README; no finding, and opening it changed no byte."""
+    """Size and content are those of the samples' README; there is no finding, and opening it changed no byte."""
     path, expected = _single(name, tmp_path), SINGLE[name]
     with open_disk(path) as disk:
         assert disk.size_bytes == expected["virtual_size_bytes"]
@@ -129,7 +129,7 @@ def _vhdx(unpacked: dict[str, Path], tmp_path: Path) -> Iterator[Path]:
 
 
 def test_every_vhdx_is_refused_by_name(unpacked: dict[str, Path], tmp_path: Path) -> None:
-    """VHDX is another format: refused as such, read and write, never taken for a raw disk."""
+    """VHDX is another format: it is refused as such, for reading and writing, and never taken for a raw disk."""
     refused = 0
     for path in _vhdx(unpacked, tmp_path):
         for writable in (False, True):
@@ -153,15 +153,15 @@ def test_qemu_images(unpacked: dict[str, Path]) -> None:
             for force in ("on", "off")} <= seen  # fmt: skip
 
 
-def test_qemu_image_of_130_gib_is_empty(unpacked: dict[str, Path]) -> None:
-    """Larger than CHS can say: the current size counts, and all of it is one run of zeros."""
+def test_a_qemu_image_of_130_gib_is_empty(unpacked: dict[str, Path]) -> None:
+    """It is larger than CHS can describe: the current size counts, and the whole disk is one run of zeros."""
     with open_disk(unpacked["qemu"] / "empty-130G.vhd") as disk:
         assert disk.size_bytes == 130 << 30
         assert [(one.kind, one.layer_index) for one in disk.extents()] == [(ExtentKind.ZERO, -1)]
 
 
-def test_qemu_image_written_at_one_tebibyte(unpacked: dict[str, Path]) -> None:
-    """Data far out is found far out, and nowhere else."""
+def test_a_qemu_image_written_at_one_tebibyte(unpacked: dict[str, Path]) -> None:
+    """Data at a high offset is found there, and nowhere else."""
     with open_disk(unpacked["qemu"] / "far-1T.vhd") as disk:
         assert disk.size_bytes == TIB
         blocks = [one for one in disk.extents() if one.kind is ExtentKind.DATA]
@@ -178,7 +178,7 @@ def test_vhdutil_images_and_chains(name: str, unpacked: dict[str, Path]) -> None
 
 
 def test_vhdutil_chain_has_four_layers_and_partial_bitmaps(unpacked: dict[str, Path]) -> None:
-    """The chain is what the README says: s3, s2, s1, base, leaf first; some child block has a partial bitmap."""
+    """The chain is as in the README: s3, s2, s1, base, leaf first; some child block has a partial bitmap."""
     layers = open_layers(unpacked["vhdutil"] / "s3.vhd")
     try:
         assert [Path(one.store.name).name for one in layers] == ["s3.vhd", "s2.vhd", "s1.vhd", "base.vhd"]
@@ -194,7 +194,8 @@ def test_vhdutil_chain_has_four_layers_and_partial_bitmaps(unpacked: dict[str, P
 
 
 def test_the_orphan_names_its_parent_and_every_place(tmp_path: Path) -> None:
-    """Windows' differencing image without its parent: the error names the parent, its id and where it was sought."""
+    """The error for Windows' differencing image without its parent names the parent, its id and the places
+    searched."""
     path = _single(ORPHAN, tmp_path)
     for writable in (False, True):
         with pytest.raises(errors.ParentMissing) as caught:
@@ -211,7 +212,7 @@ def test_the_orphan_names_its_parent_and_every_place(tmp_path: Path) -> None:
 
 
 def test_the_orphans_metadata_still_reads(tmp_path: Path) -> None:
-    """With the parent missing, the image itself, its locators and its partial bitmap are readable."""
+    """With a missing parent, the image itself, its locators and its partial bitmap are readable."""
     with FileStore.open(_single(ORPHAN, tmp_path)) as store:
         metadata = read_metadata(store)
         assert (metadata.kind, metadata.size_bytes) == ("differencing", 4 * MIB)

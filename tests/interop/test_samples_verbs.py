@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every real image through the library's verbs: streamed, checked, described, refused at every door.
+"""Every real image with the library's verbs: streamed, checked, described, and refused where it must be.
 
 `test_samples.py` has their content.
 """
@@ -66,7 +66,7 @@ def unpack(tmp_path_factory: pytest.TempPathFactory) -> Unpack:
 
 
 def _find(unpack: Unpack, name: str) -> Path:
-    """The unpacked file of an entry in the main `expected.json`, proved to be the right one."""
+    """The unpacked file of an entry in the main `expected.json`, verified to be the right one."""
     packed: str = SAMPLES[name]["packed"]
     path = unpack(packed) / Path(name).relative_to(Path(packed).parent)
     with path.open("rb") as file:
@@ -83,7 +83,7 @@ def _streamed_sha256(path: Path) -> str:
 
 
 def _hashes(paths: list[Path]) -> dict[str, tuple[str, str]]:
-    """(hash of the disk in pieces that fit no block, hash of the stream) of each image, by file name."""
+    """(hash of the disk in pieces that do not match blocks, hash of the stream) of each image, by file name."""
     found = {}
     for path in paths:
         with vhdkit.open_disk(path) as disk:
@@ -96,8 +96,8 @@ def _errors(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("name", VHD_SAMPLES)
-def test_a_single_vhd_streams_checks_and_describes_right(unpack: Unpack, name: str) -> None:
-    """A disk of Windows or qemu streams its content, has no error, and is of the kind and creator it states."""
+def test_streaming_checking_and_describing_a_single_vhd(unpack: Unpack, name: str) -> None:
+    """A disk of Windows or qemu streams its content, has no error, and is of the kind and creator that it states."""
     path, expected = _find(unpack, name), SAMPLES[name]
     assert _hashes([path]) == {path.name: (expected["content_sha256"],) * 2}
     assert _errors(path) == []
@@ -107,8 +107,8 @@ def test_a_single_vhd_streams_checks_and_describes_right(unpack: Unpack, name: s
     assert (info.creator, info.creator_version) == (creator.rstrip(), version.strip())
 
 
-def test_a_fixed_vhd_reads_right_from_a_pipe(unpack: Unpack, tmp_path: Path) -> None:
-    """The bytes of Windows' fixed VHD, read as a stream, make a raw disk without the footer."""
+def test_a_fixed_vhd_from_a_pipe(unpack: Unpack, tmp_path: Path) -> None:
+    """Windows' fixed VHD, read as a stream, makes a raw disk without the footer."""
     packed, raw = sample("node-vhd/fixed.vhd.gz"), tmp_path / "disk.img"
     with gzip.GzipFile(packed) as file:
         import_stream(file.read, raw, vhdkit.DiskFormat.RAW, sync=False)
@@ -116,8 +116,9 @@ def test_a_fixed_vhd_reads_right_from_a_pipe(unpack: Unpack, tmp_path: Path) -> 
     assert hashlib.sha256(raw.read_bytes()).hexdigest() == SAMPLES[FIXED]["content_sha256"]
 
 
-def test_vhds_of_qemu_stream_check_and_describe_right(unpack: Unpack) -> None:
-    """Fixed and dynamic disks of qemu, with the size forced or rounded to CHS: size, stream, no error."""
+def test_streaming_checking_and_describing_vhds_of_qemu(unpack: Unpack) -> None:
+    """Fixed and dynamic disks of qemu, with the size forced or rounded to CHS: size and stream are right, without
+    errors."""
     images = sorted(unpack(QEMU_ARCHIVE).glob("*.vhd"))
     expected = expected_samples("peer-qemu/expected.json")
     paths = [path for path in images if path.name in expected]
@@ -128,8 +129,9 @@ def test_vhds_of_qemu_stream_check_and_describe_right(unpack: Unpack) -> None:
     assert {path.name: _errors(path) for path in images} == {path.name: [] for path in images}
 
 
-def test_chains_of_vhd_util_stream_check_and_describe_right(unpack: Unpack) -> None:
-    """XenServer's base, children with partial bitmaps, resized and fixed disks: stream, no error, all layers."""
+def test_streaming_checking_and_describing_chains_of_vhd_util(unpack: Unpack) -> None:
+    """XenServer's base, children with partial bitmaps, resized and fixed disks: the stream and all layers are right,
+    without errors."""
     images = sorted(unpack(VHDUTIL_ARCHIVE).glob("*.vhd"))
     expected: dict[str, Any] = expected_samples("peer-vhdutil/expected.json")
     assert {path.name for path in images} >= {"base.vhd", "s1.vhd", "s2.vhd", "s3.vhd"}
@@ -141,8 +143,8 @@ def test_chains_of_vhd_util_stream_check_and_describe_right(unpack: Unpack) -> N
     assert found == [(f"s{number}.vhd", "differencing") for number in (3, 2, 1)] + [("base.vhd", "dynamic")]
 
 
-def test_data_far_out_reads_as_in_qemu(unpack: Unpack, tmp_path: Path) -> None:
-    """Three blocks on a disk of 1 TiB lie where qemu finds them, and hold what it reads there."""
+def test_data_at_high_offsets_reads_as_in_qemu(unpack: Unpack, tmp_path: Path) -> None:
+    """Three blocks on a disk of 1 TiB lie where qemu finds them, with the same content."""
     path = unpack(QEMU_ARCHIVE) / "far-1T.vhd"
     with vhdkit.open_disk(path) as disk:
         data = [one for one in disk.extents() if one.kind is vhdkit.ExtentKind.DATA]
@@ -154,8 +156,8 @@ def test_data_far_out_reads_as_in_qemu(unpack: Unpack, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", VHDX_SAMPLES)
-def test_a_vhdx_is_refused_at_every_door(unpack: Unpack, tmp_path: Path, name: str) -> None:
-    """A VHDX is never taken for a raw disk: every verb says that it is one, also when it is called .vhd."""
+def test_every_verb_refuses_a_vhdx(unpack: Unpack, tmp_path: Path, name: str) -> None:
+    """A VHDX is never taken for a raw disk: every verb names the format, even if the file is called .vhd."""
     path = _find(unpack, name)
     renamed, target = tmp_path / "renamed.vhd", tmp_path / "target"
     renamed.symlink_to(path)
@@ -176,15 +178,16 @@ def test_a_vhdx_is_refused_at_every_door(unpack: Unpack, tmp_path: Path, name: s
 
 @pytest.fixture
 def orphan(unpack: Unpack, tmp_path: Path) -> Path:
-    """The differencing VHD whose parent is nowhere, in a folder of its own."""
+    """The differencing VHD without its parent, in its own folder."""
     sample("dfvfs/fat-differential.vhd.gz")
     folder = tmp_path / "orphan"
     folder.mkdir()
     return Path(shutil.copy(_find(unpack, ORPHAN), folder))
 
 
-def test_an_orphans_error_lists_just_the_places_searched(orphan: Path, tmp_path: Path) -> None:
-    """Both folders the parent was sought in, in this order, and no other; then the command that helps."""
+def test_an_orphans_error_lists_the_places_searched(orphan: Path, tmp_path: Path) -> None:
+    """It lists both folders in which the parent was searched, in this order, and no other; then the command that
+    helps."""
     other = tmp_path / "other"
     other.mkdir()
     with pytest.raises(vhdkit.ParentMissing) as caught:
@@ -197,8 +200,8 @@ def test_an_orphans_error_lists_just_the_places_searched(orphan: Path, tmp_path:
     assert f"vhdkit rebase {orphan} --parent" in said
 
 
-def test_an_orphan_is_still_described(orphan: Path) -> None:
-    """Facts and raw structures of an image need no parent, and its absence is told."""
+def test_an_orphan_can_be_described(orphan: Path) -> None:
+    """Facts and raw structures of an image need no parent; its absence is reported."""
     info = describe_image(orphan)
     assert (info.kind, info.virtual_size_bytes, info.allocated_block_count) == ("differencing", 4 * MIB, 1)
     assert info.parent is not None
@@ -215,14 +218,14 @@ def test_an_orphan_is_still_described(orphan: Path) -> None:
 
 
 def test_an_orphan_is_found_by_check(orphan: Path) -> None:
-    """The missing parent is the only fault of the orphan."""
+    """The missing parent is the orphan's only fault."""
     found = [one for one in vhdkit.check(orphan) if one.severity is vhdkit.Severity.ERROR]
     assert [one.code for one in found] == ["parent-missing"]
     assert ORPHANS_PARENT in found[0].message
 
 
 def test_reading_verbs_change_no_byte(unpack: Unpack, tmp_path: Path) -> None:
-    """Opening, checking, describing and converting a chain leave every byte of its files alone."""
+    """Opening, checking, describing and converting a chain change no byte of its files."""
     folder = unpack(VHDUTIL_ARCHIVE)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert len(content_of(folder / "s3.vhd")) % SECTOR == 0

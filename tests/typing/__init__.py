@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Programs that only have to type-check."""
+"""Programs that only have to pass the type checker."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A user's program over the whole public interface. Nobody runs it: it has to pass `mypy --strict`."""
+"""A user's program over the whole public interface. It is never run: it has to pass `mypy --strict`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import vhdkit
 
 
 def sectors_of_the_leaf(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The parts of the disk that the leaf itself holds."""
+    """The parts of the disk that the leaf itself owns."""
     options = vhdkit.OpenOptions(parent_dirs=("bases",), allow_raw_parent=False, ignore_bitmaps=False)
     with vhdkit.open_disk(path, options=options) as disk:
         size: int = disk.size_bytes

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the type checker must refuse: a change decided by what was read before the lock was held. INV-READ-UNDER-LOCK.
 
-Nobody runs this. Where mypy stopped refusing a line, it would complain about the comment that expects it to.
+This program is never run. If mypy stops refusing a line, it complains about the comment that expects the error.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from vmm.store import registry
 
 
 def decide_too_early() -> None:
-    """A machine that was only looked at is none that may be changed."""
+    """A machine opened without its lock must not be accepted where one is changed."""
     machine = registry.load("web")
     registry.save(machine, machine.spec)  # type: ignore[arg-type]
     registry.rename(machine, machine.spec)  # type: ignore[arg-type]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A user's program about machines, which only has to type-check (nobody runs it)."""
+"""A user's program about machines, which only has to pass the type checker (it is never run)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def look_after(manager: vmm.Manager, name: str) -> str:
 
 
 def look_inside(name: str) -> None:
-    """What it holds are values of public types, whichever folders the machines lie in."""
+    """Its attributes are values of public types, whichever folders the machines lie in."""
     manager = vmm.Manager(home="/srv/vmm", runtime="/run/vmm-lab")
     assert_type(manager.disks(name), tuple[vmm.DiskInfo, ...])
     assert_type(manager.backup(name, "/backups/web"), vmm.BackupResult)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the type checker must refuse: settings of a machine that are misspelt, or of the wrong kind.
+"""What the type checker must refuse: settings of a machine that are misspelt, or have the wrong type.
 
-Nobody runs this. Where mypy stopped refusing a line, it would complain about the comment that expects it to.
+This program is never run. If mypy stops refusing a line, it complains about the comment that expects the error.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import vmm
 
 
 def misspell(manager: vmm.Manager) -> None:
-    """Every setting by its name, and none by another."""
+    """Every setting is accepted by its name, and none by another."""
     manager.set("web", memory_bytes=1 << 30, name="www", automatic=vmm.AutomaticSpec(stop="shut-down"))
     manager.set("web", memory=1 << 30)  # type: ignore[call-arg]
     manager.set("web", memory_bytes="1G")  # type: ignore[arg-type]

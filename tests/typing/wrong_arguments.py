@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the type checker takes and refuses of a library's user: paths, sizes, formats, and one name for several.
+"""What the type checker accepts and refuses from a library's user: paths, sizes, formats, and one name for several.
 
-Nobody runs this. Where mypy stopped refusing a line, it would complain about the comment that expects it to.
+This program is never run. If mypy stops refusing a line, it complains about the comment that expects the error.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def right(path: Path) -> None:
 
 
 def wrong(path: Path) -> None:
-    """One name where several are meant, numbers that are none."""
+    """One name where several are expected, and values that are not numbers."""
     vhdkit.clone("base.vhd", "name.avhd")  # type: ignore[arg-type]
     vhdkit.clone("base.vhd", b"name.avhd")  # type: ignore[arg-type]
     vhdkit.clone("base.vhd", path)  # type: ignore[arg-type]
