@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""INV-OPTIONS-CHECKED: what a caller may give to the public functions and options."""
+"""INV-OPTIONS-CHECKED: what callers may pass to the public functions and options."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def _annotated() -> list[tuple[str, str, str]]:
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_every_public_function_looks_at_its_arguments(name: str) -> None:
-    """INV-OPTIONS-CHECKED: a new public function is `checked`, or fails here."""
+def test_every_public_function_checks_its_arguments(name: str) -> None:
+    """INV-OPTIONS-CHECKED: a new public function is `checked`, or this test fails."""
     assert hasattr(FUNCTIONS[name], "__wrapped__")
 
 
@@ -78,13 +78,13 @@ def test_wrong_values_are_refused_before_anything_happens(
 @pytest.mark.parametrize("wrong", ["/srv/x", b"/srv/x", Path("/srv/x"), ("",), ["a\0b"], (5,), 5, None])
 @pytest.mark.parametrize("name", ["parent_dirs", "known_images"])
 def test_folders_are_several_paths(name: str, wrong: object) -> None:
-    """INV-OPTIONS-CHECKED: a single text would be its letters, "/" among them, and an empty one the working folder."""
+    """INV-OPTIONS-CHECKED: a text would be its letters, "/" among them, an empty one the working folder."""
     with pytest.raises(vhdkit.InvalidArgument, match=name):
         vhdkit.OpenOptions(**{name: wrong})  # type: ignore[arg-type]
 
 
-def test_a_single_folder_is_told_how_to_be_written() -> None:
-    """The hint is what works."""
+def test_the_hint_for_a_single_folder() -> None:
+    """The hint shows a form that works."""
     with pytest.raises(vhdkit.InvalidArgument) as failure:
         vhdkit.OpenOptions(parent_dirs="/srv/x")  # type: ignore[arg-type]
     assert failure.value.hint == "write parent_dirs=('/srv/x',)"
@@ -92,7 +92,7 @@ def test_a_single_folder_is_told_how_to_be_written() -> None:
 
 
 def test_the_folder_of_notes_is_one_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """INV-OPTIONS-CHECKED: it stays the same folder wherever the process works later, and several are refused."""
+    """INV-OPTIONS-CHECKED: it stays the same if the process changes its working folder, and several are refused."""
     monkeypatch.chdir(tmp_path)
     assert vhdkit.OpenOptions(notes_folder=Path("notes")).notes_folder == str(tmp_path / "notes")
     wrong: tuple[Any, ...] = ("", "a\0b", 5, ["notes"])
@@ -116,7 +116,7 @@ def test_unknown_options_are_refused() -> None:
 
 
 def test_a_plain_text_names_a_format(tmp_path: Path) -> None:
-    """`format_name="raw"` is what `FormatName.RAW` is: a guest's raw disk with the header of a VHD stays raw."""
+    """`format_name="raw"` equals `FormatName.RAW`: a guest's raw disk with the header of a VHD stays raw."""
     options = vhdkit.OpenOptions(format_name="raw")
     assert options.format_name is vhdkit.FormatName.RAW
     for wrong in ("vhdx", "RAW", 1, "", b"raw"):
@@ -130,14 +130,14 @@ def test_a_plain_text_names_a_format(tmp_path: Path) -> None:
 
 
 def test_a_plain_text_names_a_disk_format_and_numbers_are_numbers(tmp_path: Path) -> None:
-    """`"raw"` makes a raw disk, and numpy's whole numbers are whole numbers."""
+    """`"raw"` makes a raw disk, and numpy's integers count as integers."""
     path = tmp_path / "d"
     vhdkit.create_image(path, np.int64(MIB), disk_format="raw")
     assert path.stat().st_size == MIB and path.read_bytes().count(0) == MIB
 
 
 def test_paths_may_be_bytes(tmp_path: Path) -> None:
-    """A path as bytes works like any other, and errors show it."""
+    """A path given as bytes works like any other, and errors show it."""
     path = bytes(tmp_path / "d.vhd")
     vhdkit.create_image(path, 4 * MIB)
     with vhdkit.open_disk(path, writable=True) as disk:
@@ -147,7 +147,7 @@ def test_paths_may_be_bytes(tmp_path: Path) -> None:
         vhdkit.open_disk(bytes(tmp_path / "none.vhd"))
 
 
-def test_sizes_are_numbers_or_what_people_write(tmp_path: Path) -> None:
+def test_sizes_are_numbers_or_text(tmp_path: Path) -> None:
     """ "10M", numpy's numbers and plain ones are the same size to every function that takes one."""
     ways: list[tuple[str | np.int64 | int, ...]] = [(10 * MIB, 512 << 10, 12 * MIB), ("10M", "512K", "12 MiB")]
     ways += [(np.int64(10 * MIB), np.int64(512 << 10), np.int64(12 * MIB))]
@@ -162,8 +162,8 @@ def test_sizes_are_numbers_or_what_people_write(tmp_path: Path) -> None:
     assert len({(tmp_path / f"{number}.vhd").stat().st_size for number in range(3)}) == 1
 
 
-def test_a_disk_takes_sizes_alike(tmp_path: Path) -> None:
-    """INV-OPTIONS-CHECKED: offsets and sizes of a disk's methods, in every way to say them, and wrong ones refused."""
+def test_a_disk_accepts_sizes_in_every_form(tmp_path: Path) -> None:
+    """INV-OPTIONS-CHECKED: the methods of a disk accept offsets and sizes in every form, and refuse wrong ones."""
     vhdkit.create_image(tmp_path / "d.vhd", "4M")
     with vhdkit.open_disk(tmp_path / "d.vhd", writable=True) as disk:
         ways: list[tuple[str | np.int64 | int, ...]] = [(MIB, 1024), ("1M", "1K"), (np.int64(MIB), np.int64(1024))]
@@ -199,7 +199,7 @@ def test_a_disk_takes_sizes_alike(tmp_path: Path) -> None:
 
 
 def test_a_set_of_snapshots_is_pairs() -> None:
-    """A text of two letters is no pair of a leaf and its child."""
+    """A text of two letters is not a pair of a leaf and its child."""
     for wrong in (["ab"], [("a",)], ["a.vhd"], [("a", "b", "c")], [b"ab"]):
         with pytest.raises(vhdkit.InvalidArgument, match="each pair"):
             vhdkit.snapshot_many(wrong)  # type: ignore[arg-type]

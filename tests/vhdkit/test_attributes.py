@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands in the way of a removal is known before anything is begun."""
+"""An obstacle to a later removal is detected before work begins."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vhdkit.chain.verbs.live_merge import live_merge
 
 
 def as_user(work: Callable[[], None]) -> None:
-    """Run it as an ordinary user, in a process of its own; an AssertionError there is one here."""
+    """Run `work` as an ordinary user, in a separate process; an AssertionError there is raised here."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -38,7 +38,7 @@ def as_user(work: Callable[[], None]) -> None:
 
 
 def refused(path: Path) -> None:
-    """It cannot be removed, and trying agrees."""
+    """`check_removable` refuses the file, and an attempt to remove it fails."""
     with pytest.raises(errors.AccessDenied):
         check_removable(str(path))
     with pytest.raises(OSError):
@@ -59,8 +59,8 @@ def public(tmp_path: Path) -> Iterator[Path]:
     folder.rmdir()
 
 
-def test_rights_of_the_folder(public: Path) -> None:
-    """A folder that may not be written to, and one in which only owners remove files."""
+def test_permissions_of_the_folder(public: Path) -> None:
+    """A read-only folder, and one in which only owners can remove files."""
     file = public / "file"
     file.write_bytes(b"x")
     file.chmod(0o666)
@@ -77,7 +77,7 @@ def test_rights_of_the_folder(public: Path) -> None:
 
 
 def marked(path: Path, flag: str) -> None:
-    """Set an attribute; skip where that cannot be."""
+    """Set an attribute; skip if the file system has none."""
     require_tool("chattr")
     if subprocess.run(["chattr", flag, path], check=False, capture_output=True).returncode:
         not_available("this file system has no attributes")
@@ -86,7 +86,7 @@ def marked(path: Path, flag: str) -> None:
 @pytest.mark.parametrize("flag", ["i", "a"])
 @pytest.mark.parametrize("what", ["file", "folder"])
 def test_attributes(public: Path, flag: str, what: str) -> None:
-    """A file, or a folder, that is marked as unchangeable or as one that only grows."""
+    """A file or a folder that is marked immutable or append-only."""
     file = public / "file"
     file.write_bytes(b"x")
     place = file if what == "file" else public
@@ -98,7 +98,7 @@ def test_attributes(public: Path, flag: str, what: str) -> None:
     check_removable(str(file))
 
 
-def test_merges_look_first(public: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_merges_check_first(public: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A leaf that cannot be removed is not merged, neither offline nor while it is served: nothing has changed."""
     monkeypatch.chdir(public)
     names = make_chain(3)
@@ -125,8 +125,8 @@ def test_merges_look_first(public: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert content(names[0]) == before
 
 
-def test_nothing_is_made_where_nothing_can_be_removed(public: Path) -> None:
-    """In an append-only folder a file under construction could never go: it is refused before it is there."""
+def test_no_file_is_made_in_an_append_only_folder(public: Path) -> None:
+    """A file under construction could never be removed there: it is refused in advance."""
     if subprocess.run(["chattr", "+a", public], check=False, capture_output=True).returncode:
         not_available("append-only folders")
     try:
@@ -138,8 +138,8 @@ def test_nothing_is_made_where_nothing_can_be_removed(public: Path) -> None:
     vhdkit.create_image(public / "a.vhd", "1M")
 
 
-def test_a_folder_too_deep(tmp_path: Path) -> None:
-    """Where the full path of an image could not be said, nothing is made: no child would find it."""
+def test_a_folder_that_is_too_deep(tmp_path: Path) -> None:
+    """If the full path of an image would be too long, no file is made: no child could find it."""
     vhdkit.create_image(tmp_path / "base.vhd", "1M")
     here = os.getcwd()
     os.chdir(tmp_path)
@@ -158,7 +158,7 @@ def test_a_folder_too_deep(tmp_path: Path) -> None:
         assert os.listdir() == []
         while len(os.getcwd()) + 1 + 255 >= 4096:
             os.chdir("..")
-        vhdkit.create_image("x" * 251 + ".vhd", "1M")  # all of a path's and a name's bytes are of use
+        vhdkit.create_image("x" * 251 + ".vhd", "1M")  # the longest path and the longest name can be used
         os.unlink("x" * 251 + ".vhd")
     finally:
         os.chdir(tmp_path)
@@ -168,7 +168,7 @@ def test_a_folder_too_deep(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [errno.EXDEV, errno.EPERM])
 def test_a_folder_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """A new file gets its name all the same, never over another one, and nothing half made stays."""
+    """A new file gets its name all the same, never replaces another one, and no partial file is left."""
 
     def refused(*arguments: object, **keywords: object) -> None:
         raise OSError(number, os.strerror(number))

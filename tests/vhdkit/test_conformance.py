@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every format keeps the layer contract; a format without a row in `tests/conformance.py` fails here."""
+"""Every format fulfils the layer contract; a format without a row in `tests/conformance.py` fails here."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def test_every_opener_is_registered() -> None:
 
 
 def test_every_check_runs() -> None:
-    """A check that somebody adds to the suite is not forgotten in its table."""
+    """Every check of the suite is in its table."""
     written = {check for name, check in vars(conformance).items() if name.startswith("check_")}
     assert written == set(CHECKS)
 
 
-def test_the_contract_has_its_names() -> None:
-    """The names a layer must have are read from the protocol itself."""
+def test_the_contract_lists_its_names() -> None:
+    """The names that a layer must have are read from the protocol itself."""
     assert {"store", "size_bytes", "extents", "write", "write_zeroes", "trim", "flush", "close"} <= LAYER_METHODS

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every way an image can be wrong, provoked once: a new `CorruptReason` needs a row here.
 
-Each row makes files in a folder and opens them as a user would; locators, of which one bad one is no error while
+Each row makes files in a folder and opens them as a user would; locators, of which a bad one is not an error while
 another is good, answer with a fault.
 """
 
@@ -97,14 +97,14 @@ def test_every_reason_is_provoked_here() -> None:
 
 @pytest.mark.parametrize("reason", RAISED)
 def test_opening_raises_the_reason(reason: CorruptReason, tmp_path: Path) -> None:
-    """The file is refused for this reason, with its path; both ways of opening say the same and change nothing."""
+    """The file is refused for this reason, with its path; both ways of opening agree and change nothing."""
     path, make = tmp_path / "leaf.vhd", RAISED[reason]
     if isinstance(make, Vhd):
         make.build().write(path)
     else:
         make(path)
     before = (path.stat().st_size, path.stat().st_mtime_ns)
-    # In a loop the leaf is somebody's parent too, so a writable open is refused earlier, for that.
+    # In a loop the leaf also has a child, so a writable open is refused earlier.
     ways = {CorruptReason.CHAIN_LOOP: (False,), CorruptReason.BLOCKS_OVERLAP: (True,)}  # the latter can be read
     for writable in ways.get(reason, (False, True)):
         with pytest.raises(CorruptImage) as caught:
@@ -118,7 +118,7 @@ def test_opening_raises_the_reason(reason: CorruptReason, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("reason", LOCATORS)
-def test_a_locator_answers_with_the_reason(reason: CorruptReason, tmp_path: Path) -> None:
+def test_a_locator_has_the_reason(reason: CorruptReason, tmp_path: Path) -> None:
     """A bad locator has the fault and no text."""
     path = child(locators={0: LOCATORS[reason]}).build().write(tmp_path / "leaf.vhd")
     with FileStore.open(path) as store:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The byte-addressed door: every edge of a request, every refusal, and several threads at once."""
+"""The byte-addressed interface: every edge of a request, every refusal, and several threads at once."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def disk() -> Iterator[Disk]:
 
 
 def everything(disk: Disk) -> bytes:
-    """All bytes of the disk."""
+    """The whole disk."""
     return disk.read(0, disk.size_bytes)
 
 
 @pytest.mark.parametrize("offset", OFFSETS)
 def test_reads_at_every_edge(disk: Disk, offset: int) -> None:
-    """A read gives exactly the bytes asked for, wherever it begins and ends inside a sector."""
+    """A read returns exactly the requested bytes, wherever it begins and ends inside a sector."""
     content = everything(disk)
     for size in SIZES:
         for start in (offset, disk.size_bytes - size - offset):
@@ -55,7 +55,7 @@ def test_reads_at_every_edge(disk: Disk, offset: int) -> None:
 @pytest.mark.parametrize("kind", ["write", "zero", "trim"])
 @pytest.mark.parametrize("offset", OFFSETS)
 def test_changes_at_every_edge(disk: Disk, offset: int, kind: str) -> None:
-    """A change touches exactly its bytes; a trim no part sector, and zeros or the old bytes are read behind it."""
+    """A change touches exactly its bytes; a trim only whole sectors, which read as zeros or as before."""
     model, rng = SectorModel(everything(disk)), random.Random(offset)
     for size in SIZES:
         for start in (offset, disk.size_bytes - size - offset):
@@ -75,8 +75,8 @@ def test_changes_at_every_edge(disk: Disk, offset: int, kind: str) -> None:
 
 
 @pytest.mark.parametrize("change", ["write", "zero", "trim"])
-def test_changes_of_nothing_change_nothing(change: str) -> None:
-    """A request of no bytes, also inside a sector, writes nothing at all: no block gets space for it."""
+def test_empty_changes_write_nothing(change: str) -> None:
+    """A request of zero bytes, also inside a sector, writes nothing: no block gets space for it."""
     scene = child_scene(1, writes=0)
     disk = open_mem(scene.leaf, scene.parents, writable=True)
     before = scene.leaf.contents()
@@ -92,7 +92,7 @@ def test_changes_of_nothing_change_nothing(change: str) -> None:
 
 
 def test_a_trim_leaves_the_parents_data_alone() -> None:
-    """A trim of sectors that the child does not own leaves what the parent has there; of its own, zeros."""
+    """A trim leaves the parent's data visible in sectors that the child does not own; its own become zeros."""
     scene = child_scene(1, writes=0)
     with open_mem(scene.leaf, scene.parents, writable=True) as disk:
         disk.write(SECTOR_SIZE, b"x" * SECTOR_SIZE)
@@ -102,7 +102,7 @@ def test_a_trim_leaves_the_parents_data_alone() -> None:
 
 
 def test_zeroes_hide_the_parent() -> None:
-    """Zeros over an unallocated block of a child hide what the parent has there, now and when it is opened again."""
+    """Zeros over an unallocated block of a child hide the parent's data, now and after a reopen."""
     scene = child_scene(1, writes=0)
     with open_mem(scene.leaf, scene.parents, writable=True) as disk:
         assert disk.read(0, BLOCK_SIZE) != bytes(BLOCK_SIZE)
@@ -115,7 +115,7 @@ def test_zeroes_hide_the_parent() -> None:
 
 @pytest.mark.parametrize(("offset", "size"), [(-1, 1), (-512, 512), (0, -1), (1, -1), (-1, 0)])
 def test_negative_ranges_are_refused(disk: Disk, offset: int, size: int) -> None:
-    """A range that begins before the disk or has a negative size raises OutOfRange, whatever is asked."""
+    """A range that begins before the disk or has a negative size raises OutOfRange in every method."""
     before = everything(disk)
     with pytest.raises(errors.OutOfRange):
         disk.read(offset, size)
@@ -149,8 +149,8 @@ def test_ranges_past_the_end_are_refused(disk: Disk, beyond: int) -> None:
     assert disk.read(end, 0) == b""
 
 
-def test_a_disk_for_reading_refuses_changes() -> None:
-    """INV-PARENT-READ-ONLY: a disk that was opened for reading raises ReadOnly and never touches its file."""
+def test_a_read_only_disk_refuses_changes() -> None:
+    """INV-PARENT-READ-ONLY: a disk that was opened read-only raises ReadOnly and never touches its file."""
     scene = dynamic_scene(1)
     scene.leaf.frozen = True
     with open_mem(scene.leaf) as disk:
@@ -166,7 +166,7 @@ def test_a_disk_for_reading_refuses_changes() -> None:
 
 
 def test_a_closed_disk_refuses_everything(disk: Disk) -> None:
-    """After close every request raises InvalidArgument; a second close is fine."""
+    """After close every request raises InvalidArgument; a second close is allowed."""
     disk.close()
     disk.close()
     with pytest.raises(errors.InvalidArgument, match="closed"):
@@ -186,7 +186,7 @@ def test_a_closed_disk_refuses_everything(disk: Disk) -> None:
 
 
 def test_buffers_of_any_kind(disk: Disk) -> None:
-    """Data may come and go in any contiguous buffer, of bytes or of larger items."""
+    """Data may be passed in any contiguous buffer, of bytes or of larger items."""
     numbers = memoryview(bytearray(b"abcdefgh" * 128)).cast("Q")
     disk.write(8, numbers)
     assert disk.read(8, 1024) == b"abcdefgh" * 128
@@ -195,8 +195,8 @@ def test_buffers_of_any_kind(disk: Disk) -> None:
     assert target.tobytes() == b"abcdefgh" * 128
 
 
-def test_extents_cover_the_range_asked_for(disk: Disk) -> None:
-    """Extents are whole sectors that cover the bytes asked for, by default to the end of the disk."""
+def test_extents_cover_the_requested_range(disk: Disk) -> None:
+    """Extents are whole sectors that cover the requested bytes, by default to the end of the disk."""
     for offset, size in ((0, None), (1, 1), (700, 5000), (BLOCK_SIZE - 1, 2), (disk.size_bytes, None)):
         runs = list(disk.extents(offset, size))
         end = disk.size_bytes if size is None else offset + size
@@ -206,7 +206,7 @@ def test_extents_cover_the_range_asked_for(disk: Disk) -> None:
 
 
 def test_flushed_writes_are_there_after_reopening(tmp_path: Path) -> None:
-    """Through real files: what was written to a child is read again, and the parent's file did not change."""
+    """With real files: what was written to a child is read again, and the parent's file did not change."""
     create_image(tmp_path / "base.vhd", 5 * MIB)
     with open_disk(tmp_path / "base.vhd", writable=True) as disk:
         disk.write(3 * MIB - 100, b"base" * 100)
@@ -221,7 +221,7 @@ def test_flushed_writes_are_there_after_reopening(tmp_path: Path) -> None:
 
 @pytest.fixture
 def hasty_threads() -> Iterator[None]:
-    """Threads take turns far more often than usual."""
+    """Make threads switch far more often than usual."""
     usual = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield
@@ -236,7 +236,7 @@ class Crew:
         self.failures: list[BaseException] = []
 
     def start(self, work: object, *args: object) -> None:
-        """Run `work(*args)` beside the others."""
+        """Run `work(*args)` in another thread."""
         assert callable(work)
 
         def guarded() -> None:
@@ -250,7 +250,7 @@ class Crew:
         self._threads.append(thread)
 
     def join(self) -> None:
-        """Wait for all; raise what the first failed with."""
+        """Wait for all, and raise the first failure."""
         for thread in self._threads:
             thread.join()
         if self.failures:
@@ -260,8 +260,8 @@ class Crew:
 @pytest.mark.usefixtures("hasty_threads")
 @pytest.mark.parametrize("disk_format", ["child", *DiskFormat])
 def test_writers_that_share_sectors(tmp_path: Path, disk_format: str) -> None:
-    """Threads that each change their own bytes, of sectors they share, lose nothing; a flush beside them is fine,
-    and so are readers, each of whom sees every byte either old or new."""
+    """Threads that change their own bytes of shared sectors lose nothing; a flush at the same time is harmless, and
+    readers see every byte either old or new."""
     path = tmp_path / ("disk.img" if disk_format == DiskFormat.RAW else "disk.vhd")
     if disk_format == "child":
         create_image(tmp_path / "base.vhd", 2 * MIB)
@@ -309,8 +309,8 @@ def test_writers_that_share_sectors(tmp_path: Path, disk_format: str) -> None:
 
 
 @pytest.mark.usefixtures("hasty_threads")
-def test_reading_beside_the_first_write_of_each_block() -> None:
-    """A reader beside a writer sees for each sector the parent's content or the new one, never anything else."""
+def test_reading_during_the_first_write_of_each_block() -> None:
+    """A concurrent reader sees for each sector the parent's content or the new one, never anything else."""
     scene = child_scene(2, writes=0)
     disk, crew = open_mem(scene.leaf, scene.parents, writable=True), Crew()
     size, done = disk.size_bytes // SECTOR_SIZE * SECTOR_SIZE, threading.Event()
@@ -343,7 +343,7 @@ def test_try_read_and_try_write_do_nothing_that_may_wait(tmp_path: Path) -> None
         assert disk.try_read_into(0, buffer) and bytes(buffer) == bytes(8192)
         assert disk.has_known_holes(0, 4 * MIB)
         assert disk.try_write(4096, memoryview(data))
-        assert not disk.try_read_into(4096, buffer), "its bitmap was not looked at yet"
+        assert not disk.try_read_into(4096, buffer), "its bitmap was already read"
         assert disk.read(4096, 8192) == data
         assert disk.try_read_into(4096, buffer) and bytes(buffer) == data
         assert not disk.try_write(1, memoryview(data)) and not disk.try_read_into(1, buffer)
@@ -360,8 +360,8 @@ def test_try_read_and_try_write_do_nothing_that_may_wait(tmp_path: Path) -> None
         disk.try_write(0, memoryview(data))
 
 
-def test_a_large_read_costs_its_own_size(tmp_path: Path) -> None:
-    """What is read is made once: there is no second copy of it at any moment."""
+def test_a_large_read_takes_only_its_own_memory(tmp_path: Path) -> None:
+    """The data of a read exists once: there is no second copy at any moment."""
     create_image(tmp_path / "d.vhd", 24 * MIB)
     with open_disk(tmp_path / "d.vhd", writable=True) as disk:
         disk.write(5 * MIB, b"x" * MIB)

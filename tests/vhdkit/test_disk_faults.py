@@ -25,7 +25,7 @@ from vhdkit.formats.vhd import commit
 from vhdkit.formats.vhd.create import create_fixed
 from vhdkit.units import KIB, MIB, SECTOR_SIZE
 
-BAT_OFFSET = 4096  # in the images we create
+BAT_OFFSET = 4096  # in the images that vhdkit creates
 MAKERS: dict[str, Callable[[], Scene]] = {
     "dynamic": lambda: dynamic_scene(1, writes=0),
     "child": lambda: child_scene(1, writes=0),
@@ -45,7 +45,7 @@ def scene_of(kind: str) -> Scene:
 
 
 def open_faulty(scene: Scene, *faults: Fault) -> tuple[Disk, FaultyStore]:
-    """The scene's image, writable, on a store that will fail."""
+    """The scene's image, writable, on a store that is going to fail."""
     store = FaultyStore(scene.leaf)
     is_raw = store.name.endswith(".img")
     disk = Disk(raw_chain(store)) if is_raw else open_mem(store, scene.parents, writable=True)
@@ -59,7 +59,7 @@ def raw_chain(store: MemStore) -> Chain:
 
 
 def everything(disk: Disk) -> bytes:
-    """All bytes of the disk."""
+    """The whole disk."""
     return disk.read(0, disk.size_bytes)
 
 
@@ -69,8 +69,8 @@ def everything(disk: Disk) -> bytes:
 @pytest.mark.parametrize("kind", ["dynamic", "child", "raw", "fixed"])
 @pytest.mark.parametrize("failing", [1, 2])
 def test_a_failed_flush_poisons_the_disk(kind: str, failing: int) -> None:
-    """INV-FLUSHED-OR-NEWER: after one failed fdatasync, and be it only that one, no flush ever claims success, and
-    no write is taken, until the image is opened again: the kernel has forgotten which pages were lost."""
+    """INV-FLUSHED-OR-NEWER: after one failed fdatasync, even a single one, no flush reports success and no write is
+    accepted until the image is opened again: the kernel has forgotten which pages were lost."""
     if kind in ("raw", "fixed") and failing > 1:
         failing = 1  # their flush is one sync
     disk, store = open_faulty(scene_of(kind), Fault("sync", sync_failed, at=failing))
@@ -92,11 +92,11 @@ def test_a_failed_flush_poisons_the_disk(kind: str, failing: int) -> None:
     with pytest.raises(errors.SyncFailed):  # INV-CLOSE-REPORTS
         disk.close()
     disk.close()
-    assert store.sync_count == syncs, "a sync after the failed one would have claimed success"
+    assert store.sync_count == syncs, "a sync after the failed one would have reported success"
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "child", "raw", "fixed"])
-def test_a_failed_flush_at_close_is_told(kind: str) -> None:
+def test_a_failed_flush_at_close_is_reported(kind: str) -> None:
     """A close whose flush fails raises SyncFailed; the files are closed all the same."""
     disk, _ = open_faulty(scene_of(kind), Fault("sync", sync_failed))
     disk.write(0, b"lost" * 128)
@@ -107,7 +107,7 @@ def test_a_failed_flush_at_close_is_told(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["dynamic", "child"])
 def test_metadata_is_not_written_after_a_failed_data_sync(kind: str) -> None:
-    """INV-DATA-BEFORE-METADATA: when the data did not reach the device, no bit and no BAT entry is written."""
+    """INV-DATA-BEFORE-METADATA: if the data did not reach the device, no bit and no BAT entry is written."""
     disk, store = open_faulty(scene_of(kind), Fault("sync", sync_failed))
     disk.write(0, b"lost" * 128)
     with pytest.raises(errors.SyncFailed):
@@ -124,8 +124,8 @@ def test_metadata_is_not_written_after_a_failed_data_sync(kind: str) -> None:
 @pytest.mark.parametrize(("operation", "at"), [("reserve", 1), ("reserve", 2), ("write", 1)])
 @pytest.mark.parametrize("flushed_before", [False, True])
 def test_no_space_for_a_block_changes_nothing(kind: str, operation: str, at: int, flushed_before: bool) -> None:
-    """When a new block finds no space, the write that needs it raises NoSpace; file and disk are as before, the
-    next flush has nothing to complain of, and once there is space the same write works."""
+    """If there is no space for a new block, the write that needs it raises NoSpace; file and disk are unchanged, the
+    next flush succeeds, and once there is space the same write works."""
     scene = scene_of(kind)
     disk, store = open_faulty(scene)
     disk.write(0, b"first block" * 100)
@@ -153,8 +153,8 @@ def test_no_space_for_a_block_changes_nothing(kind: str, operation: str, at: int
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "child"])
-def test_space_that_cannot_be_given_back_is_not_used(kind: str) -> None:
-    """INV-NO-REUSE: when even the clean-up of a failed allocation fails, the next block lies behind what it left."""
+def test_space_that_cannot_be_freed_is_not_used(kind: str) -> None:
+    """INV-NO-REUSE: if even the cleanup of a failed allocation fails, the next block goes behind its leftovers."""
     scene = scene_of(kind)
     disk, store = open_faulty(scene, Fault("write", no_space, partly=True), Fault("truncate", io_failed))
     with pytest.raises(errors.NoSpace):
@@ -172,7 +172,7 @@ def test_space_that_cannot_be_given_back_is_not_used(kind: str) -> None:
 @pytest.mark.parametrize("retry_first_block_only", [False, True])
 def test_a_write_that_fails_in_its_second_block(kind: str, zeroes: bool, retry_first_block_only: bool) -> None:
     """After a write over two blocks failed in the second, every sector is old or new, and later writes to the first
-    block are read back: the map has noticed that the leaf owns it."""
+    block are read back: the map knows that the leaf owns it."""
     scene = scene_of(kind)
     disk, store = open_faulty(scene)
     everything(disk)  # the map is settled
@@ -198,11 +198,11 @@ def test_a_write_that_fails_in_its_second_block(kind: str, zeroes: bool, retry_f
 @pytest.mark.parametrize("make_error", [no_space, io_failed])
 @pytest.mark.parametrize("at", [1, 2, 3, 4])
 @pytest.mark.parametrize("kind", ["dynamic", "child"])
-def test_a_failed_metadata_write_can_be_tried_again(
+def test_a_failed_metadata_write_can_be_retried(
     kind: str, at: int, make_error: Callable[[], errors.VhdkitError]
 ) -> None:
-    """INV-FLUSHED-OR-NEWER: when a bitmap, a BAT sector or the footer cannot be written, the flush says so; nothing
-    is forgotten, and the next flush that succeeds makes everything durable."""
+    """INV-FLUSHED-OR-NEWER: if a bitmap, a BAT sector or the footer cannot be written, the flush fails; nothing is
+    forgotten, and the next successful flush makes everything durable."""
     scene = scene_of(kind)
     store = FlakyCrashStore(scene.leaf)
     disk, model = open_mem(store, scene.parents, writable=True), SectorModel(scene.content)
@@ -238,8 +238,8 @@ class FlakyCrashStore(CrashStore):
 
 @pytest.mark.parametrize("kind", ["dynamic", "child"])
 def test_a_flush_inside_a_write_that_fails(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When a write's own flush (too much was dirty) finds no space, the write says so; the data it already put into
-    the leaf is not shadowed by an old map, and the write can be repeated."""
+    """If a write's own flush (too many dirty bitmaps) finds no space, the write fails; the data that it already put
+    into the leaf is not hidden by an old map, and the write can be repeated."""
     monkeypatch.setattr(commit, "MAX_DIRTY_BYTES", SECTOR_SIZE)
     scene = scene_of(kind)
     disk, store = open_faulty(scene)
@@ -263,7 +263,7 @@ def test_a_flush_inside_a_write_that_fails(kind: str, monkeypatch: pytest.Monkey
 
 
 def test_reading_writes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """When much is dirty and cannot be flushed, reads work all the same: only writers flush."""
+    """If many bitmaps are dirty and cannot be flushed, reads still work: only writers flush."""
     monkeypatch.setattr(commit, "MAX_DIRTY_BYTES", SECTOR_SIZE)
     scene = child_scene(1, writes=0)
     with open_mem(scene.leaf, scene.parents, writable=True) as disk:
@@ -284,7 +284,7 @@ def test_reading_writes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("kind", ["dynamic", "child", "raw", "fixed"])
 def test_a_bad_sector_fails_its_read_only(kind: str) -> None:
-    """A read error is an IoFailed for that request; the disk goes on working."""
+    """A read error is an IoFailed for that request; the disk stays usable."""
     disk, store = open_faulty(scene_of(kind))
     disk.write(0, b"x" * SECTOR_SIZE)
     content = everything(disk)
@@ -299,9 +299,9 @@ def test_a_bad_sector_fails_its_read_only(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["dynamic", "child"])
 @pytest.mark.parametrize("at", range(1, 12))
 def test_ctrl_c_anywhere_loses_nothing(kind: str, at: int) -> None:
-    """INV-FLUSHED-OR-NEWER, INV-CLOSE-REPORTS: an interrupt inside any store operation of a write leaves a disk that
-    takes no more writes, since memory may know half of one; it is flushed and closed with all that was written before,
-    and the file keeps every promise. An interrupted flush is simply made again."""
+    """INV-FLUSHED-OR-NEWER, INV-CLOSE-REPORTS: after an interrupt inside any store operation of a write the disk
+    refuses writes, since memory may hold half of one; it is flushed and closed with all that was written before, and
+    the file keeps every promise. An interrupted flush is simply repeated."""
     scene = scene_of(kind)
     store = CrashStore(scene.leaf)
     disk, model = open_mem(store, scene.parents, writable=True), SectorModel(scene.content)
@@ -331,7 +331,7 @@ def test_ctrl_c_anywhere_loses_nothing(kind: str, at: int) -> None:
             disk.write(0, b"more")
     model.flushed()
     if struck is not None:
-        model.write(*struck)  # this one may have happened, in part
+        model.write(*struck)  # this one may have been made in part
     if at % 2:
         disk.flush()
         for seed in range(3):
@@ -346,8 +346,8 @@ def test_ctrl_c_anywhere_loses_nothing(kind: str, at: int) -> None:
 @pytest.mark.parametrize("kind", ["dynamic", "child"])
 @pytest.mark.parametrize("seed", range(6))
 def test_random_faults_never_break_a_disk(kind: str, seed: int) -> None:
-    """INV-FLUSHED-OR-NEWER, INV-BLOCKS-DISJOINT: under a rain of transient faults each write either happens or may
-    have happened in part, and a flush that succeeds keeps its word over a power cut."""
+    """INV-FLUSHED-OR-NEWER, INV-BLOCKS-DISJOINT: under many transient faults each write is made, or may have been made
+    in part, and what a successful flush promised survives a power cut."""
     scene, rng = scene_of(kind), random.Random(seed)
     store = RainStore(scene.leaf, random.Random(seed))
     disk, model = open_mem(store, scene.parents, writable=True), SectorModel(scene.content)
@@ -373,7 +373,7 @@ def test_random_faults_never_break_a_disk(kind: str, seed: int) -> None:
 
 
 class RainStore(CrashStore):
-    """A store that loses power, and whose writes fail now and then, some half done."""
+    """A store that loses power, and whose writes fail now and then, some after half the data."""
 
     def __init__(self, start: MemStore, rng: random.Random) -> None:
         super().__init__(start)
@@ -397,7 +397,7 @@ class RainStore(CrashStore):
 
 
 def test_a_dead_store_stays_dead() -> None:
-    """After a power cut nothing the engine tries on its way out reaches the device."""
+    """After a power cut nothing that the engine tries on its way out reaches the device."""
     scene = scene_of("child")
     store = CrashStore(scene.leaf)
     disk = open_mem(store, scene.parents, writable=True)
@@ -430,8 +430,8 @@ def small_tmpfs(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("kind", ["dynamic", "child"])
 def test_a_full_file_system(small_tmpfs: Path, kind: str) -> None:
-    """On a file system that really fills up the write that needs space raises NoSpace (exit code 7); what was
-    written before can be flushed, and with space again the disk goes on."""
+    """On a file system that is really full the write that needs space raises NoSpace (exit code 7); earlier writes can
+    be flushed, and once there is space the disk is usable again."""
     path, size = small_tmpfs / "leaf.vhd", 64 * MIB
     create_image(small_tmpfs / "base.vhd", size)
     if kind == "child":

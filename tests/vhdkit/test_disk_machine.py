@@ -39,7 +39,7 @@ SIZES = st.integers(1, 3000).map(sectors_to_bytes)
 class DiskMachine(RuleBasedStateMachine):
     """The stores of a chain, leaf first; the leaf's is a `CrashStore`, the others are frozen."""
 
-    ranges = Bundle("ranges")  # drawn once and used again: overlapping requests are the interesting ones
+    ranges = Bundle("ranges")  # drawn once and reused: overlapping requests are the interesting ones
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,14 +93,14 @@ class DiskMachine(RuleBasedStateMachine):
 
     @rule()
     def reopen(self) -> None:
-        """Close and open again: everything was flushed."""
+        """Close and open again: everything has been flushed."""
         self.opened.close()
         self.model.flushed()
         self._open(self.store.after_cut(random.Random(0)))
 
     @rule(seed=st.integers(0, 1 << 16))
     def crash(self, seed: int) -> None:
-        """INV-FLUSHED-OR-NEWER: power is cut, and what is found holds flushed content or newer in every sector."""
+        """INV-FLUSHED-OR-NEWER: power is cut, and afterwards every sector holds flushed content or newer."""
         self._open(self.store.after_cut(random.Random(seed)))
         found = self.opened.read(0, self.opened.size_bytes)
         wrong = self.model.violations(found)
@@ -127,7 +127,7 @@ class DiskMachine(RuleBasedStateMachine):
         size=st.one_of(st.integers(0, 5000), st.sampled_from([512, 4096, 600_000])),
     )
     def a_range(self, start: float, size: int) -> tuple[int, int]:
-        """A range, for whatever size the disk has by then."""
+        """A range, adjusted to the current size of the disk."""
         return int(start * 3000 * SECTOR_SIZE), size
 
     def _within(self, drawn: tuple[int, int]) -> tuple[int, int]:
@@ -141,7 +141,7 @@ class DiskMachine(RuleBasedStateMachine):
         offset, size = self._within(drawn)
         data = random.Random(seed).randbytes(size)
         self.model.write(offset, data)
-        if fua or not self.opened.try_write(offset, memoryview(data)):  # a server tries first
+        if fua or not self.opened.try_write(offset, memoryview(data)):  # as a server does first
             self.opened.write(offset, data, fua=fua)
         if fua:
             self.model.flushed_range(offset, size)
@@ -155,7 +155,7 @@ class DiskMachine(RuleBasedStateMachine):
 
     @rule(drawn=ranges)
     def trim(self, drawn: tuple[int, int]) -> None:
-        """A trim: what the leaf owns is zeros afterwards, the rest is as it was."""
+        """A trim: afterwards what the leaf owns is zeros, the rest is unchanged."""
         offset, size = self._within(drawn)
         self.model.begin_trim(offset, size)
         self.opened.trim(offset, size)
@@ -163,29 +163,29 @@ class DiskMachine(RuleBasedStateMachine):
 
     @rule()
     def flush(self) -> None:
-        """From here on the current content is what survives."""
+        """From here on the current content survives."""
         self.opened.flush()
         self.model.flushed()
 
     @rule(drawn=ranges)
     def read(self, drawn: tuple[int, int]) -> None:
-        """A part of the disk reads as the model says."""
+        """A part of the disk reads as in the model."""
         offset, size = self._within(drawn)
         expected = self.model.current[offset : offset + size]
         buffer = memoryview(bytearray(size))
         assert not self.opened.try_read_into(offset, buffer) or buffer == expected
         assert self.opened.read(offset, size) == expected
 
-    # Rules, not invariants: reading settles the map, and some requests should find it unsettled.
+    # Rules, not invariants: reading settles the map, and some requests should meet an unsettled one.
 
     @rule()
     def read_everything(self) -> None:
-        """INV-LEAF-ONLY-WRITES: the disk is what the model says (and the frozen parents were not written to)."""
+        """INV-LEAF-ONLY-WRITES: the disk agrees with the model (and the frozen parents were not written to)."""
         assert self.opened.read(0, self.opened.size_bytes) == self.model.current
 
     @rule()
     def extents_cover_the_disk(self) -> None:
-        """The extents of the whole disk have no gap, and those nobody owns are zeros."""
+        """The extents of the whole disk have no gap, and those without an owner are zeros."""
         position = 0
         for extent in self.opened.extents():
             assert extent.offset_bytes == position
@@ -195,7 +195,7 @@ class DiskMachine(RuleBasedStateMachine):
         assert position == self.model.size_bytes
 
     def teardown(self) -> None:
-        """INV-BLOCKS-DISJOINT: what is left behind is a sound image."""
+        """INV-BLOCKS-DISJOINT: the remaining image is sound."""
         if self.disk is not None:
             self.read_everything()
             self.disk.close()
@@ -216,5 +216,5 @@ def sparse_copy(store: MemStore, path: Path) -> None:
 @pytest.mark.searched
 def test_a_chain_behaves_as_a_bytearray() -> None:
     """INV-FLUSHED-OR-NEWER, INV-LEAF-ONLY-WRITES, INV-SECTOR-RULE: whatever is done to a chain, through snapshots,
-    reopening and power cuts, it reads as the model."""
+    reopening and power cuts, it agrees with the model."""
     run_state_machine_as_test(DiskMachine, settings=settings(max_examples=80, stateful_step_count=30))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The library inside other people's programs: threads, asyncio, forks, pools, signal handlers, any buffers."""
+"""The library inside other programs: threads, asyncio, forks, process pools, signal handlers, all kinds of buffers."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ def _descriptors() -> set[str]:
 
 
 def _left_since(before: set[str]) -> dict[str, str]:
-    """Descriptors that were not there before, and what they are."""
+    """Descriptors that are new since then, and what they are."""
     left = {}
     for fd in _descriptors() - before:
-        with suppress(FileNotFoundError):  # of the listing itself
+        with suppress(FileNotFoundError):  # the listing's own
             left[fd] = os.readlink(f"/proc/self/fd/{fd}")
     return left
 
@@ -64,8 +64,8 @@ def _left_since(before: set[str]) -> dict[str, str]:
 # -- threads ----------------------------------------------------------------------------------------------------
 
 
-def test_a_read_beside_close_never_reads_another_file(image: Path, tmp_path: Path) -> None:
-    """INV-DESCRIPTOR-HELD: threads that read while the disk is closed get its bytes or DiskClosed, whatever file takes
+def test_a_read_during_close_never_reads_another_file(image: Path, tmp_path: Path) -> None:
+    """INV-DESCRIPTOR-HELD: threads that read while the disk is closed get its bytes or DiskClosed, whatever file gets
     the number of the descriptor next."""
     other = tmp_path / "other"
     other.write_bytes(b"!" * SIZE)
@@ -99,7 +99,7 @@ def test_a_read_beside_close_never_reads_another_file(image: Path, tmp_path: Pat
 
 
 def test_close_waits_for_a_read_under_way(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """INV-DESCRIPTOR-HELD: the number is not given back while a system call uses it; the reader gets its bytes."""
+    """INV-DESCRIPTOR-HELD: the number is not freed while a system call uses it; the reader gets its bytes."""
     disk = vhdkit.open_disk(image)
     inside, go_on, closing = threading.Event(), threading.Event(), threading.Event()
     preadv, fd = os.preadv, disk.chain.leaf.store._fd  # type: ignore[attr-defined]
@@ -144,8 +144,8 @@ CALLS: dict[str, Callable[[vhdkit.Disk], object]] = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_after_close_every_call_says_so(name: str, image: Path) -> None:
-    """A disk that was closed is told apart from one that fails: DiskClosed."""
+def test_after_close_every_call_raises_disk_closed(name: str, image: Path) -> None:
+    """A closed disk is distinguished from one that fails: DiskClosed."""
     disk = vhdkit.open_disk(image, writable=True)
     disk.close()
     with pytest.raises(vhdkit.DiskClosed, match="the disk is closed"):
@@ -154,7 +154,7 @@ def test_after_close_every_call_says_so(name: str, image: Path) -> None:
 
 
 def test_extents_under_way_end_with_the_disk(image: Path) -> None:
-    """An iterator that outlives its disk raises instead of making things up."""
+    """An iterator that outlives its disk raises instead of returning invented extents."""
     disk = vhdkit.open_disk(image)
     runs = disk.extents()
     next(runs)
@@ -164,7 +164,7 @@ def test_extents_under_way_end_with_the_disk(image: Path) -> None:
 
 
 def test_asyncio_with_threads(image: Path) -> None:
-    """Many tasks read and write one disk through `asyncio.to_thread`; closed beside them, each ends or says so."""
+    """Many tasks use one disk through `asyncio.to_thread`; when it is closed, each completes or gets DiskClosed."""
 
     async def main() -> None:
         disk = vhdkit.open_disk(image, writable=True)
@@ -177,7 +177,7 @@ def test_asyncio_with_threads(image: Path) -> None:
                     assert await asyncio.to_thread(disk.read, number * 8192, 1000) == data
 
         tasks = [asyncio.create_task(one(number)) for number in range(16)]
-        await asyncio.sleep(0.05)  # it is closed while they read and write
+        await asyncio.sleep(0.05)  # close it while they read and write
         await asyncio.to_thread(disk.close)
         await asyncio.gather(*tasks)
 
@@ -196,7 +196,7 @@ def _memory_disk() -> tuple[Disk, MemStore]:
 
 @st.composite
 def _buffers(draw: st.DrawFn) -> Any:
-    """Anything with a buffer: shapes, formats, orders and strides, also empty and read-only ones."""
+    """Any kind of buffer: shapes, formats, orders and strides, also empty and read-only ones."""
     kind = draw(st.sampled_from(["numpy", "array", "memoryview", "bytes", "bytearray"]))
     size = draw(st.integers(0, 2000))
     raw = random.Random(size).randbytes(size)
@@ -222,7 +222,7 @@ def _buffers(draw: st.DrawFn) -> Any:
 
 @given(_buffers(), st.sampled_from([0, 1, 511, 512, 4096, 512 * KIB - 700]), st.sampled_from(["write", "try_write"]))
 def test_any_buffer_is_written_as_its_bytes(buffer: Any, offset: int, call: str) -> None:
-    """INV-FLAT-BUFFERS: whatever its shape, format and strides, `bytes(view)` is what is written, and nothing else."""
+    """INV-FLAT-BUFFERS: whatever its shape, format and strides, exactly `bytes(view)` is written."""
     disk, _ = _memory_disk()
     disk.write(0, b"\xa5" * MIB)
     expected = bytearray(b"\xa5" * MIB)
@@ -240,7 +240,7 @@ def test_any_buffer_is_written_as_its_bytes(buffer: Any, offset: int, call: str)
 
 @given(_buffers(), st.sampled_from([0, 1, 511, 512, 4096]), st.booleans())
 def test_any_buffer_is_filled_or_refused(buffer: Any, offset: int, is_try: bool) -> None:
-    """INV-FLAT-BUFFERS: a writable buffer in one piece is filled to its last byte; any other is left alone."""
+    """INV-FLAT-BUFFERS: a contiguous writable buffer is filled to its last byte; any other is left unchanged."""
     disk, _ = _memory_disk()
     content = random.Random(3).randbytes(64 * KIB)
     disk.write(0, content)
@@ -261,7 +261,7 @@ def test_any_buffer_is_filled_or_refused(buffer: Any, offset: int, is_try: bool)
 
 
 def test_a_view_of_two_dimensions_stays_within_its_range(image: Path) -> None:
-    """INV-FLAT-BUFFERS: what `len()` says of a buffer is not its size: neighbours, bitmap and footer stay."""
+    """INV-FLAT-BUFFERS: `len()` of a buffer is not its size: neighbours, bitmap and footer are unchanged."""
     with vhdkit.open_disk(image, writable=True) as disk:
         before = disk.read(0, SIZE)
         data = memoryview(bytes([7]) * 512 * KIB).cast("B", (512, 1024))
@@ -276,7 +276,7 @@ def test_a_view_of_two_dimensions_stays_within_its_range(image: Path) -> None:
 
 
 def _in_fork(body: Callable[[], object]) -> None:
-    """Run `body` in a forked process; what it raises, or that it hangs, fails the test."""
+    """Run `body` in a forked process; an exception or a hang in it fails the test."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
@@ -305,8 +305,8 @@ def _all_refused(disk: vhdkit.Disk) -> None:
 
 
 def test_a_forked_disk_refuses_and_releases_nothing(image: Path) -> None:
-    """INV-FORK-APART: in the child every call is refused and closing does nothing; the parent's disk, its lock and
-    what it wrote are as if there had been no child."""
+    """INV-FORK-APART: in the child every call is refused and closing does nothing; the parent's disk, its lock and its
+    writes are as if there had been no child."""
     disk = vhdkit.open_disk(image, writable=True)
     disk.write(0, b"before" * 100)
 
@@ -326,8 +326,8 @@ def test_a_forked_disk_refuses_and_releases_nothing(image: Path) -> None:
     assert vhdkit.check(image) == []
 
 
-def test_a_fork_beside_threads_that_write_does_not_hang(image: Path) -> None:
-    """INV-FORK-APART: locks that other threads had at the moment of the fork keep the child from nothing."""
+def test_a_fork_during_writes_of_other_threads_does_not_hang(image: Path) -> None:
+    """INV-FORK-APART: locks that other threads held at the moment of the fork do not block the child."""
     disk, stop = vhdkit.open_disk(image, writable=True), threading.Event()
 
     def work(seed: int) -> None:
@@ -351,7 +351,7 @@ def test_a_fork_beside_threads_that_write_does_not_hang(image: Path) -> None:
 
 
 def test_a_child_that_lives_on_keeps_no_lock(image: Path) -> None:
-    """INV-FORK-APART: when the parent has closed the disk it can be opened, though a forked process still runs."""
+    """INV-FORK-APART: after the parent has closed the disk it can be opened, even if a forked process still runs."""
     disk = vhdkit.open_disk(image, writable=True)
     ready, wait = os.pipe(), os.pipe()
 
@@ -391,8 +391,8 @@ def _fail(path: str) -> None:
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_process_pools_open_for_themselves(method: str, image: Path, tmp_path: Path) -> None:
-    """A pool's processes open images of their own, beside a disk of the parent; a damaged one is an error of its task
-    and breaks no pool."""
+    """A pool's processes open their own images while the parent has a disk open; a damaged one is an error of its task
+    and does not break the pool."""
     damaged = tmp_path / "damaged.vhd"
     damaged.write_bytes(image.read_bytes()[:600] + bytes(100_000))
     with vhdkit.open_disk(image) as disk, warnings.catch_warnings():
@@ -410,12 +410,12 @@ def test_process_pools_open_for_themselves(method: str, image: Path, tmp_path: P
 
 
 class Struck(BaseException):
-    """What a signal handler raises: nothing that a library between catches by mistake."""
+    """What a signal handler raises: no library catches it by mistake."""
 
 
 @contextmanager
 def _striking(rng: random.Random, longest: float) -> Iterator[None]:
-    """An exception out of a signal handler at some moment of the block, if it lasts that long."""
+    """Raise an exception from a signal handler at a random moment of the block, if it lasts that long."""
 
     def strike(number: int, frame: object) -> None:
         raise Struck
@@ -431,8 +431,8 @@ def _striking(rng: random.Random, longest: float) -> Iterator[None]:
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_signal_handlers_leave_nothing_behind(image: Path) -> None:
-    """INV-CLOSE-REPORTS: exceptions out of signal handlers, at random moments of opening, writing, flushing and
-    closing, leak no descriptor, leave no lock, and lose no write that had returned once closing has succeeded."""
+    """INV-CLOSE-REPORTS: exceptions from signal handlers, at random moments of opening, writing, flushing and closing,
+    leak no descriptor, leave no lock, and lose no write that had returned once closing has succeeded."""
     rng, before, struck = random.Random(5), _descriptors(), 0
     for number in range(60):
         stamp, disk, written = number.to_bytes(4, "big") * 128, None, False
@@ -459,7 +459,7 @@ def test_signal_handlers_leave_nothing_behind(image: Path) -> None:
 
 
 def test_a_signal_handler_that_closes_does_not_hang(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Closing in the middle of a call of the same thread is refused in a write, and fine in a read."""
+    """Closing inside a call of the same thread is refused during a write, and allowed during a read."""
     disk, seen = vhdkit.open_disk(image, writable=True), []
 
     def handler(*_: object) -> None:
@@ -493,7 +493,7 @@ def test_a_signal_handler_that_closes_does_not_hang(image: Path, monkeypatch: py
 
 
 def test_a_refused_buffer_interrupts_nothing(image: Path) -> None:
-    """INV-CLOSE-REPORTS: after a call that could not be, earlier writes are there, and the disk goes on."""
+    """INV-CLOSE-REPORTS: after a refused call earlier writes are kept, and the disk stays usable."""
     with vhdkit.open_disk(image, writable=True) as disk:
         disk.write(0, b"1" * SECTOR_SIZE)
         for wrong in (None, "text", 7):
@@ -508,9 +508,8 @@ def test_a_refused_buffer_interrupts_nothing(image: Path) -> None:
         assert disk.read(0, 1024) == b"1" * SECTOR_SIZE + b"2" * SECTOR_SIZE
 
 
-def test_an_interrupted_close_says_what_it_lost(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """INV-CLOSE-REPORTS: when both tries of a close were struck, closing again raises SyncFailed, once; nothing stays
-    locked."""
+def test_an_interrupted_close_reports_the_loss(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """INV-CLOSE-REPORTS: if both attempts of a close were interrupted, a further one raises SyncFailed, once."""
     disk = vhdkit.open_disk(image, writable=True)
     disk.write(0, b"1" * SECTOR_SIZE)
 
@@ -528,7 +527,7 @@ def test_an_interrupted_close_says_what_it_lost(image: Path, monkeypatch: pytest
 
 
 def test_closing_after_an_error_does_not_hide_it(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A `with` block that failed fails with its own error; that closing failed too is a note to it."""
+    """A failing `with` block raises its own error; that closing failed as well is added as a note."""
 
     def fail(fd: int) -> None:
         raise OSError(5, "I/O error")
@@ -543,9 +542,8 @@ def test_closing_after_an_error_does_not_hide_it(image: Path, monkeypatch: pytes
 # -- dropped ----------------------------------------------------------------------------------------------------
 
 
-def test_a_dropped_disk_gives_everything_back(image: Path) -> None:
-    """A disk that nobody closed is told with its path, its descriptors are closed and its lock is free; what was
-    flushed is there."""
+def test_a_dropped_disk_releases_everything(image: Path) -> None:
+    """An unclosed disk is reported with its path, its descriptors are closed, its lock is free; flushed data stays."""
     before = _descriptors()
     disk = vhdkit.open_disk(image, writable=True)
     disk.write(0, b"flushed!")
@@ -558,9 +556,9 @@ def test_a_dropped_disk_gives_everything_back(image: Path) -> None:
         assert again.read(0, 8) == b"flushed!"
 
 
-def test_a_dropped_store_is_told_once(image: Path) -> None:
-    """What was closed is not told, and what was not is told once."""
-    with warnings.catch_warnings(record=True) as told:
+def test_a_dropped_store_is_reported_once(image: Path) -> None:
+    """A closed store is not reported, and an unclosed one only once."""
+    with warnings.catch_warnings(record=True) as caught_warnings:
         warnings.simplefilter("always")
         store = FileStore.open(image)
         store.close()
@@ -568,7 +566,7 @@ def test_a_dropped_store_is_told_once(image: Path) -> None:
         other = FileStore.open(image)
         del other
         gc.collect()
-        time.sleep(0)  # gives another thread, which may warn, its turn
-    assert [str(one.message) for one in told if one.category is ResourceWarning] == [
+        time.sleep(0)  # lets another thread run, which may warn
+    assert [str(one.message) for one in caught_warnings if one.category is ResourceWarning] == [
         f"{str(image)!r} was never closed"
     ]

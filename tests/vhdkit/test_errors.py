@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every error class: errno, exit code, and one printable line that says where and what to do."""
+"""Every error class: errno, exit code, and one printable line with the place and what to do."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_every_class_is_in_the_table() -> None:
 
 @pytest.mark.parametrize("kind", TABLE)
 def test_errno_and_exit_code(kind: type[VhdkitError]) -> None:
-    """Adapters translate by these two, which belong to the class."""
+    """Adapters use these two, which belong to the class."""
     assert (kind.errno, kind.exit_code) == TABLE[kind]
     assert issubclass(kind, VhdkitError)
 
@@ -88,7 +88,7 @@ def test_the_message_has_place_values_and_hint(kind: type[VhdkitError]) -> None:
 
 @pytest.mark.parametrize("kind", TABLE)
 def test_every_error_survives_pickling(kind: type[VhdkitError]) -> None:
-    """A process pool hands errors on as they were: class, words, fields, notes and an exit code of their own."""
+    """A process pool passes errors on unchanged: class, text, fields, notes and a special exit code."""
     places = {"path": "/d/x.vhd", "structure": "footer", "offset_bytes": 7, "expected": 1, "found": b"x", "hint": "h"}
     error = _make(kind, **places)
     error.exit_code = 42
@@ -101,8 +101,8 @@ def test_every_error_survives_pickling(kind: type[VhdkitError]) -> None:
 
 
 @pytest.mark.parametrize("path", [b"/d/\xff.vhd", Path("/d/x.vhd"), "/d/x.vhd"])
-def test_any_kind_of_path_can_be_told(path: object) -> None:
-    """Bytes, a Path or a text: the error has the path as a text, and can be shown."""
+def test_any_kind_of_path_can_be_shown(path: object) -> None:
+    """Bytes, a Path or a text: the error has the path as text, and can be printed."""
     error = VhdkitError("is wrong", path=path)  # type: ignore[arg-type]
     assert isinstance(error.path, str) and str(error).startswith("/d/")
 
@@ -119,8 +119,8 @@ def test_any_kind_of_path_can_be_told(path: object) -> None:
         ({"hint": "wait"}, "is wrong; wait"),
     ],
 )
-def test_what_is_not_known_is_left_out(places: dict[str, object], text: str) -> None:
-    """No empty brackets and no stray colons."""
+def test_unknown_parts_are_left_out(places: dict[str, object], text: str) -> None:
+    """There are no empty brackets and no stray colons."""
     assert str(_make(VhdkitError, **places)) == text
 
 
@@ -134,8 +134,8 @@ def test_a_hostile_name_stays_one_printable_line(kind: type[VhdkitError]) -> Non
 
 
 @given(st.text(st.characters()))
-def test_printable_is_printable_and_keeps_what_was(text: str) -> None:
-    """Any text comes out printable; printable text comes out unchanged."""
+def test_printable_text_is_unchanged(text: str) -> None:
+    """Any text becomes printable; printable text is unchanged."""
     shown = errors.printable(text)
     assert all(one.isprintable() for one in shown)
     shown.encode("utf-8")
@@ -155,11 +155,11 @@ def test_corrupt_image_carries_its_reason() -> None:
 
 
 def test_a_finding_about_a_hostile_name_is_one_printable_line() -> None:
-    """Findings are shown to people as errors are."""
+    """Findings are printed like errors."""
     assert str(Finding(Severity.NOTE, "code", "is odd", HOSTILE, "footer")).isprintable()
 
 
 def test_reasons_are_distinct_words() -> None:
-    """Each reason has a stable name of its own, lower case with hyphens."""
+    """Each reason has its own stable name, lower case with hyphens."""
     assert len({one.value for one in CorruptReason}) == len(list(CorruptReason))
     assert all(one.value == one.name.lower().replace("_", "-") for one in CorruptReason)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""New files that appear whole or not at all, scratch files, and names looked up as Windows does."""
+"""New files that appear complete or not at all, scratch files, and case-insensitive lookup of names as on Windows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _refusing(code: int) -> Callable[..., None]:
 
 @pytest.mark.parametrize("sync", [True, False])
 def test_a_new_file_appears_with_the_commit(sync: bool, tmp_path: Path) -> None:
-    """Before the commit the name is not there, after it the whole content is, and no other file."""
+    """Before the commit the name does not exist, after it the whole content is there, and no other file."""
     path = tmp_path / "new.vhd"
     with NewFile(path) as new:
         new.store.pwrite(0, b"content")
@@ -45,7 +45,7 @@ def test_an_error_leaves_nothing(kind: type[BaseException], tmp_path: Path) -> N
 
 
 def test_leaving_without_a_commit_leaves_nothing(tmp_path: Path) -> None:
-    """Forgetting the commit is like an error."""
+    """A missing commit has the effect of an error."""
     with NewFile(tmp_path / "new.vhd") as new:
         new.store.pwrite(0, b"half")
     assert list(tmp_path.iterdir()) == []
@@ -53,7 +53,7 @@ def test_leaving_without_a_commit_leaves_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("call", ["link", "fsync", "fdatasync"])
 def test_a_failing_commit_gives_a_typed_error(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A commit that fails raises; before the name is given nothing stays behind."""
+    """A failing commit raises; before the name is given no file is left."""
     with pytest.raises(errors.VhdkitError), NewFile(tmp_path / "new.vhd") as new:
         new.store.pwrite(0, b"x")
         monkeypatch.setattr(os, call, _refusing(errno.EIO))
@@ -62,7 +62,7 @@ def test_a_failing_commit_gives_a_typed_error(call: str, tmp_path: Path, monkeyp
 
 
 def test_an_existing_file_is_not_overwritten(tmp_path: Path) -> None:
-    """Not at the beginning, and not when it came while we were at work."""
+    """Neither at the start, nor if it was created during the work."""
     path = tmp_path / "there.vhd"
     path.write_bytes(b"precious")
     with pytest.raises(errors.AlreadyExists, match=r"already exists; choose another name$"):
@@ -77,7 +77,7 @@ def test_an_existing_file_is_not_overwritten(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("exists", [False, True])
 def test_file_systems_without_hard_links(exists: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There the file is renamed, and one that came meanwhile is still respected."""
+    """The file is renamed there, and one that was created meanwhile is still kept."""
     monkeypatch.setattr(os, "link", _refusing(errno.EPERM))
     path = tmp_path / "new.vhd"
     if not exists:
@@ -93,7 +93,7 @@ def test_file_systems_without_hard_links(exists: bool, tmp_path: Path, monkeypat
 
 
 def test_replacing_keeps_the_old_file_until_the_commit(tmp_path: Path) -> None:
-    """With `replace` the old content stays readable until the new one is whole; an error keeps it."""
+    """With `replace` the old content stays readable until the new one is complete; an error keeps it."""
     path = tmp_path / "there.vhd"
     path.write_bytes(b"old")
     with pytest.raises(RuntimeError), NewFile(path, whatever=True) as new:
@@ -110,7 +110,7 @@ def test_replacing_keeps_the_old_file_until_the_commit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("replace", [False, True])
 def test_a_link_is_never_written_through(replace: bool, tmp_path: Path) -> None:
-    """A link at the destination, dangling or not, is refused; what it points at stays as it is."""
+    """A link at the destination, dangling or not, is refused; its target is unchanged."""
     (tmp_path / "target").write_bytes(b"precious")
     for name, target in (("link", "target"), ("dangling", "none")):
         (tmp_path / name).symlink_to(target)
@@ -142,10 +142,10 @@ def test_a_device_is_not_replaced() -> None:
         ("x" * 300, errors.InvalidArgument),
     ],
 )
-def test_impossible_names_are_refused(
+def test_invalid_names_are_refused(
     name: str, kind: type[errors.VhdkitError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A folder, a name in a folder that is not there, a name that is too long; nothing is left behind."""
+    """A folder, a name in a missing folder, a name that is too long; no file is left."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_bytes(b"x")
@@ -154,7 +154,7 @@ def test_impossible_names_are_refused(
     assert {one.name for one in tmp_path.iterdir()} == {"folder", "file"}
 
 
-def test_a_relative_name_lands_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relative_name_is_in_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bare name needs no folder; the longest name a file may have works."""
     monkeypatch.chdir(tmp_path)
     for name in ("new.vhd", "x" * 255):
@@ -176,7 +176,7 @@ def test_new_files_are_private(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("supported", [True, False])
 def test_scratch_has_no_name(supported: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scratch space is a file nobody sees, also where the file system cannot make nameless files."""
+    """Scratch space is an invisible file, even if the file system cannot make nameless files."""
     if not supported:
         real_open = os.open
 
@@ -194,7 +194,7 @@ def test_scratch_has_no_name(supported: bool, tmp_path: Path, monkeypatch: pytes
 
 
 def test_names_are_found_ignoring_case(tmp_path: Path) -> None:
-    """Every component may be spelled otherwise; an exact one wins; what is not there is None."""
+    """Every component may differ in case; an exact match wins; a missing name is None."""
     (tmp_path / "Disks" / "SUB").mkdir(parents=True)
     (tmp_path / "Disks" / "SUB" / "Bäse.VHD").write_bytes(b"")
     (tmp_path / "Disks" / "a.vhd").write_bytes(b"")
@@ -210,21 +210,21 @@ def test_names_are_found_ignoring_case(tmp_path: Path) -> None:
 
 
 @given(st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0"), max_size=300))
-def test_no_name_makes_the_search_fail(name: str) -> None:
-    """Whatever an image says, looking for it gives a path or None."""
+def test_any_name_can_be_searched(name: str) -> None:
+    """Whatever name an image contains, the search returns a path or None."""
     found = folder.find_ignoring_case("/nowhere-at-all/" + name)
     assert found is None
 
 
 def test_within_means_the_folder_or_below() -> None:
-    """Not a neighbour whose name begins the same."""
+    """Not a sibling whose name begins the same."""
     assert folder.is_within("/a/b/c", ("/a/b",)) and folder.is_within("/a/b", ("/a/b",))
     assert not folder.is_within("/a/bc", ("/a/b",)) and not folder.is_within("/a", ("/a/b",))
     assert folder.is_within("/x/y", ("/a", "/x")) and folder.is_within("/x", ("/",))
 
 
 def test_regular_files_only(tmp_path: Path) -> None:
-    """Links, folders and pipes are left out; the order is that of the names; a missing folder is empty."""
+    """Links, folders and pipes are omitted; names are in order; a missing folder is empty."""
     for name in ("b", "a"):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "link").symlink_to("a")
@@ -237,7 +237,7 @@ def test_regular_files_only(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A failing sync of a folder is an error, except where the file system has none."""
+    """A failing sync of a folder is an error, except if the file system does not support it."""
     folder.sync_directory(str(tmp_path))
     monkeypatch.setattr(os, "fsync", _refusing(errno.EINVAL))
     folder.sync_directory(str(tmp_path))
@@ -247,14 +247,14 @@ def test_a_folder_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_file_names() -> None:
-    """Text with a zero byte or a lone surrogate names no file."""
+    """Text with a zero byte or a lone surrogate is not a file name."""
     assert folder.is_file_name("a/ä.vhd")
     assert not folder.is_file_name("a\0b")
     assert not folder.is_file_name("\ud800")
 
 
-def test_a_sidecar_lies_hidden_beside_the_real_file(tmp_path: Path) -> None:
-    """Through any name of an image its records are found in one place, also when the name leaves no room."""
+def test_a_sidecar_is_hidden_beside_the_real_file(tmp_path: Path) -> None:
+    """Through any name of an image its records are found in one place, even if the name leaves no room."""
     image, link = tmp_path / "disk.vhd", tmp_path / "elsewhere" / "link.vhd"
     link.parent.mkdir()
     link.symlink_to(image)
@@ -264,8 +264,8 @@ def test_a_sidecar_lies_hidden_beside_the_real_file(tmp_path: Path) -> None:
     assert all(len(Path(name).name) <= 255 for name in long_names)
 
 
-def test_parts_are_apart(tmp_path: Path) -> None:
-    """Files under construction are listed by themselves, and are no images of the folder: their names are exact."""
+def test_files_under_construction_are_listed_separately(tmp_path: Path) -> None:
+    """They do not count as images of the folder: their names are exact."""
     with folder.NewFile(tmp_path / "new.vhd"):
         (tmp_path / ".vhdkit-0123.part").touch()
         (tmp_path / ".vhdkit-0123456789abcdef.part.vhd").touch()

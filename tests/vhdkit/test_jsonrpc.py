@@ -16,7 +16,7 @@ from vhdkit import jsonrpc
 
 LIMIT_BYTES = 64
 LONG = b'{"jsonrpc": "2.0", "id": "' + b"x" * LIMIT_BYTES + b'"}\n'
-# Names of files have bytes that are not UTF-8, which Python keeps as halves of surrogate pairs.
+# File names may contain bytes that are not UTF-8, which Python keeps as lone surrogates.
 bytes_of_names = st.characters(min_codepoint=0xDC80, max_codepoint=0xDCFF, categories=["Cs"])
 texts = st.text(st.characters(exclude_categories=["Cs"]) | bytes_of_names, max_size=20)
 values = st.recursive(
@@ -29,7 +29,7 @@ ids = st.none() | st.integers() | texts | st.floats(allow_nan=False, allow_infin
 dialects = st.sampled_from(
     [jsonrpc.SPECIFIED, jsonrpc.Dialect(needs_version=False, not_json=-32600, bad_method=-32601, bad_params=-32600)]
 )
-# What nearly is a message: the right members with any values.
+# Near-messages: the right members with any values.
 nearly = st.dictionaries(
     st.sampled_from(["jsonrpc", "id", "method", "params", "result", "error"]),
     st.sampled_from(["2.0", {}, {"code": 1, "message": "x"}, {"code": "1"}, [], True, float("nan"), 1e999]) | values,
@@ -44,7 +44,7 @@ def in_pieces(data: bytes, cuts: Iterable[int]) -> Iterator[bytes]:
 
 
 def lines_of(buffer: jsonrpc.LineBuffer, pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """The lines, taken as they become whole; memory is looked at between the pieces."""
+    """The lines, taken as they become complete; the memory is checked between the pieces."""
     for piece in pieces:
         buffer.feed(piece)
         assert len(buffer) <= LIMIT_BYTES + len(piece)
@@ -58,7 +58,7 @@ def lines_of(buffer: jsonrpc.LineBuffer, pieces: Iterable[bytes]) -> Iterator[by
 @example(data=b"x" * (LIMIT_BYTES + 1) + b"\n", cuts=[])
 @example(data=b"\n" + b"x" * (LIMIT_BYTES + 1), cuts=[LIMIT_BYTES])
 def test_lines_do_not_depend_on_the_pieces(data: bytes, cuts: list[int]) -> None:
-    """The lines up to the first one that is too long, which ends the stream; the rest is dropped."""
+    """The lines up to the first overlong one, which ends the stream; the rest is dropped."""
     whole = data.split(b"\n")
     long = next((i for i, line in enumerate(whole) if len(line) > LIMIT_BYTES), None)
     buffer = jsonrpc.LineBuffer(LIMIT_BYTES)
@@ -75,8 +75,8 @@ def test_lines_do_not_depend_on_the_pieces(data: bytes, cuts: list[int]) -> None
         assert long is None and found == whole[:-1]
 
 
-def test_the_lines_before_one_that_is_too_long_are_given() -> None:
-    """Requests that arrived whole are served although the next line is too long, even in one piece."""
+def test_the_lines_before_an_overlong_one_are_returned() -> None:
+    """Complete requests are served although the next line is too long, even in one piece."""
     buffer = jsonrpc.LineBuffer(LIMIT_BYTES)
     buffer.feed(b"one\n" + b"x" * (LIMIT_BYTES + 1) + b"\nthree\n")
     assert buffer.next_line() == b"one"
@@ -90,7 +90,7 @@ def test_the_lines_before_one_that_is_too_long_are_given() -> None:
 @example(line=b"9" * 5000, dialect=jsonrpc.SPECIFIED)
 @example(line=b'{"id": 1e999, "method": "a"}', dialect=jsonrpc.Dialect(needs_version=False))
 def test_any_line_to_a_server_is_a_request_or_has_an_answer(line: bytes, dialect: jsonrpc.Dialect) -> None:
-    """No other exception; the answer to a refusal is a message that a caller understands."""
+    """There is no other exception; the answer to a refusal is a message that a caller understands."""
     try:
         request = jsonrpc.parse_request(line, dialect)
     except jsonrpc.RefusedRequest as problem:
@@ -106,7 +106,7 @@ def test_any_line_to_a_server_is_a_request_or_has_an_answer(line: bytes, dialect
 @example(data=LONG, cuts=[])
 @example(data=b"[" * LIMIT_BYTES + b"\n", cuts=[])
 def test_any_bytes_to_a_caller_are_messages_or_a_protocol_error(data: bytes, cuts: list[int]) -> None:
-    """In any pieces; a message that is given answers the last request, or no request that is known."""
+    """In any pieces; a returned message answers the last request, or no known request."""
     caller = jsonrpc.Caller(LIMIT_BYTES)
     caller.request("status", {})
     try:
@@ -121,15 +121,15 @@ def test_any_bytes_to_a_caller_are_messages_or_a_protocol_error(data: bytes, cut
 
 @given(method=texts, params=params_given)
 def test_a_request_arrives_as_it_was_sent(method: str, params: dict[str, Any]) -> None:
-    """Method and parameters come out as they went in, numbered from 1, on one line."""
+    """Method and parameters are unchanged, numbered from 1, on one line."""
     caller = jsonrpc.Caller(1 << 20)
     for number in (1, 2):
         sent = caller.request(method, params)
         assert sent.index(b"\n") == len(sent) - 1
         assert jsonrpc.parse_request(sent[:-1]) == jsonrpc.Request(number, method, params, is_notification=False)
-    told = jsonrpc.encode_notification(method, params)
-    assert jsonrpc.parse_request(told[:-1]) == jsonrpc.Request(None, method, params, is_notification=True)
-    assert jsonrpc.parse_message(told[:-1]) == jsonrpc.Notification(method, params)
+    notification = jsonrpc.encode_notification(method, params)
+    assert jsonrpc.parse_request(notification[:-1]) == jsonrpc.Request(None, method, params, is_notification=True)
+    assert jsonrpc.parse_message(notification[:-1]) == jsonrpc.Notification(method, params)
 
 
 @given(number=ids, result=values, code=st.integers(), text=texts, cut=st.integers(0, 1 << 16))
@@ -148,16 +148,16 @@ def test_answers_arrive_as_they_were_sent(number: jsonrpc.Id, result: object, co
 
 
 def test_answers_to_earlier_requests_are_skipped() -> None:
-    """A request that was given up does not lend its answer to the next one; notifications may be skipped."""
+    """The answer to an abandoned request is not taken for the next one's; notifications may be skipped."""
     caller = jsonrpc.Caller(1 << 10)
     caller.request("slow", {})
     caller.request("status", {})
-    told = jsonrpc.encode_notification("progress", {"done": 1})
+    notification = jsonrpc.encode_notification("progress", {"done": 1})
     for expected, ask in (
         (jsonrpc.Notification("progress", {"done": 1}), caller.next_message),
         (jsonrpc.Answer(2, "yes"), caller.next_answer),
     ):
-        caller.feed(told + jsonrpc.encode_result(1, "late") + told + jsonrpc.encode_result(2, "yes"))
+        caller.feed(notification + jsonrpc.encode_result(1, "late") + notification + jsonrpc.encode_result(2, "yes"))
         ask_once: Callable[[], object] = ask
         assert ask_once() == expected
     assert caller.next_answer() == jsonrpc.Answer(2, "yes")
@@ -165,7 +165,7 @@ def test_answers_to_earlier_requests_are_skipped() -> None:
 
 
 def test_an_error_without_an_id_counts() -> None:
-    """A server that could not read the request says so without its id; a result without an id answers no request."""
+    """A server reports an unreadable request without its id; a result without an id answers no request."""
     caller = jsonrpc.Caller(1 << 10)
     caller.request("status", {})
     caller.feed(jsonrpc.encode_result(None, "of another request"))
@@ -189,14 +189,14 @@ def test_an_error_without_an_id_counts() -> None:
     ],
 )
 def test_refusals_by_the_specification(line: bytes, code: int, number: jsonrpc.Id) -> None:
-    """Each way to be wrong has the code of the specification, and the id where it can be read."""
+    """Each kind of error has the code of the specification, and the id if it can be read."""
     with pytest.raises(jsonrpc.RefusedRequest) as caught:
         jsonrpc.parse_request(line)
     assert (caught.value.code, caught.value.request_id) == (code, number)
 
 
-def test_a_dialect_changes_codes_and_nothing_else() -> None:
-    """A server that refused with other codes keeps them; one that needs no version accepts requests without it."""
+def test_a_dialect_changes_only_codes() -> None:
+    """A server with its own codes for refusals keeps them; one that needs no version accepts requests without it."""
     dialect = jsonrpc.Dialect(needs_version=False, not_json=-1, bad_method=-2, bad_params=-3)
     for line, code in ((b"{", -1), (b'{"method": 1}', -2), (b'{"method": "a", "params": 1}', -3)):
         with pytest.raises(jsonrpc.RefusedRequest) as caught:
@@ -214,6 +214,6 @@ def test_a_dialect_changes_codes_and_nothing_else() -> None:
     ids=range(11),
 )  # fmt: skip
 def test_what_is_not_a_message(line: bytes) -> None:
-    """A typed error, whatever stands there instead."""
+    """A typed error, whatever the line contains."""
     with pytest.raises(jsonrpc.BadMessage):
         jsonrpc.parse_message(line)

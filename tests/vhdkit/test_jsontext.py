@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JSON that every reader takes, whatever a file is called and a number is."""
+"""JSON that every reader accepts, whatever names and numbers it contains."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from vhdkit.jsontext import json_text
         ({os.fsdecode(b"\xfe"): [("a", os.fsdecode(b"\xfd"))]}, {"\\xfe": [["a", "\\xfd"]]}),
     ],
 )
-def test_what_json_has_no_form_for(value: object, read: object) -> None:
-    """Bytes that are not UTF-8 become visible, numbers that are none null; the text is strict JSON in UTF-8."""
+def test_values_that_json_cannot_express(value: object, read: object) -> None:
+    """Bytes that are not UTF-8 become visible, numbers like NaN null; the text is strict JSON in UTF-8."""
 
     def refuse(word: str) -> None:
         raise AssertionError(f"{word} is not JSON")
@@ -32,4 +32,4 @@ def test_what_json_has_no_form_for(value: object, read: object) -> None:
     text = json_text({"value": value})
     found = json.loads(text, parse_constant=refuse)["value"]
     assert found == read
-    json.dumps(found, ensure_ascii=False).encode()  # no half of a pair is left
+    json.dumps(found, ensure_ascii=False).encode()  # no lone surrogate is left

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who may read what vhdkit makes: nobody who could not read what it was made from."""
+"""Who may read what vhdkit makes: only users who could read its sources."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ MODES = (0o600, 0o640, 0o644, 0o666, 0o604, 0o400, 0o444)
 
 @pytest.fixture(params=UMASKS, ids=oct, autouse=True)
 def umask(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Every test under a umask that lets everybody in, the usual one, and one that takes everything."""
+    """Run every test under a permissive umask, the usual one, and one that removes all permissions."""
     before = os.umask(request.param)
     yield
     os.umask(before)
 
 
 def mode_of(path: Path) -> int:
-    """The bits of its mode."""
+    """The permission bits of its mode."""
     return stat.S_IMODE(path.stat().st_mode)
 
 
 @pytest.fixture
 def room(tmp_path: Path) -> Path:
-    """A folder that can be worked in whatever the umask is."""
+    """A folder in which work is possible whatever the umask is."""
     path = tmp_path / "room"
     path.mkdir()
     path.chmod(0o700)
@@ -44,7 +44,7 @@ def room(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def parent(room: Path) -> Path:
-    """An image with something on it."""
+    """An image with some content."""
     path = room / "base.vhd"
     vhdkit.create_image(path, 4 * MIB, block_size_bytes=512 * KIB)
     with vhdkit.open_disk(path, writable=True) as disk:
@@ -53,13 +53,13 @@ def parent(room: Path) -> Path:
 
 
 def child_like(mode: int) -> int:
-    """The mode of what is made from a file with this one: its owner may write to it."""
+    """The mode of a file that is made from one with this mode: its owner may write to it."""
     return mode & 0o666 | 0o600
 
 
 @pytest.mark.parametrize("disk_format", vhdkit.DiskFormat)
-def test_new_images_are_their_owners_alone(room: Path, disk_format: vhdkit.DiskFormat) -> None:
-    """INV-NEW-PRIVATE: 0600 for every format; one that is replaced keeps its mode."""
+def test_new_images_are_private(room: Path, disk_format: vhdkit.DiskFormat) -> None:
+    """INV-NEW-PRIVATE: 0600 for every format; a replaced file keeps its mode."""
     path = room / "new.img"
     vhdkit.create_image(path, MIB, disk_format=disk_format)
     assert mode_of(path) == 0o600
@@ -69,7 +69,7 @@ def test_new_images_are_their_owners_alone(room: Path, disk_format: vhdkit.DiskF
 
 
 @pytest.mark.parametrize("mode", MODES, ids=oct)
-def test_children_are_like_their_parents(room: Path, parent: Path, mode: int) -> None:
+def test_children_have_their_parents_permissions(room: Path, parent: Path, mode: int) -> None:
     """INV-NEW-PRIVATE: snapshot, clone, create --parent, a kept overlay, and a leaf frozen while it is open."""
     parent.chmod(mode)
     made: dict[str, Callable[[Path], object]] = {
@@ -118,7 +118,7 @@ def test_copies_are_no_more_readable_than_all_their_sources(room: Path, parent: 
 
 
 @pytest.mark.parametrize("mode", MODES, ids=oct)
-def test_what_lies_beside_an_image_is_like_it(room: Path, mode: int) -> None:
+def test_files_beside_an_image_have_its_permissions(room: Path, mode: int) -> None:
     """INV-NEW-PRIVATE: a repair's backup and report, and the image after repair, resize, compact, relocate."""
     image = Vhd(size=4 * MIB, block_size=512 * KIB, blocks={0: Block(pattern(512 * KIB))}, tail=b"", entries={3: 2})
     path = image.build().write(room / "a.vhd")
@@ -137,7 +137,7 @@ def test_what_lies_beside_an_image_is_like_it(room: Path, mode: int) -> None:
 
 
 def test_streams_and_records(room: Path) -> None:
-    """INV-NEW-PRIVATE: what comes from a pipe, and whatever is written whole, are their owner's; a pid file is not."""
+    """INV-NEW-PRIVATE: images from a pipe, and whole records, are private to their owner; a pid file is not."""
     data = [bytes(MIB)]
     import_stream(lambda size: data.pop() if data else b"", room / "in.vhd", vhdkit.DiskFormat.FIXED)
     write_whole(str(room / "note"), b"x")
@@ -150,15 +150,15 @@ def test_streams_and_records(room: Path) -> None:
 
 
 def test_a_file_is_private_from_its_first_moment(room: Path, parent: Path) -> None:
-    """INV-NEW-PRIVATE: also under the name that it has while it is made."""
+    """INV-NEW-PRIVATE: also under its temporary name."""
     with NewFile(room / "new.vhd"):
         (part,) = [one for one in room.iterdir() if one.name.endswith(".part")]
         assert mode_of(part) & 0o077 == 0
 
 
 def test_owners_and_groups(room: Path, parent: Path) -> None:
-    """INV-NEW-PRIVATE: root's children belong to whom the parent belongs; of files of several owners a copy is root's,
-    and a group that cannot read one of them cannot read the copy."""
+    """INV-NEW-PRIVATE: children that root makes belong to the parent's owner; a copy of files of several owners
+    belongs to root, and a group that cannot read one of them cannot read the copy."""
     if os.geteuid() != 0:
         pytest.skip("needs root")
     os.chown(parent, 65534, 65533)
@@ -175,8 +175,8 @@ def test_owners_and_groups(room: Path, parent: Path) -> None:
         (room / "copy.raw").unlink()
 
 
-def test_merge_records_are_like_the_target(room: Path, parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """INV-NEW-PRIVATE: whoever may read the target may read what becomes of it, and nobody else."""
+def test_merge_records_have_the_targets_permissions(room: Path, parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """INV-NEW-PRIVATE: exactly the users who may read the target may read its record."""
     leaf = room / "leaf.avhd"
     vhdkit.create_child(leaf, parent)
     with vhdkit.open_disk(leaf, writable=True) as disk:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The file system as a volume, compared with one in memory."""
+"""The local file system as a volume, compared with a volume in memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vhdkit.volume import Volume
 
 
 def test_both_volumes_answer_alike(tmp_path: Path) -> None:
-    """Following names, real places and listings are the same in memory as in a file system."""
+    """Following names, real places and listings give the same in memory as in a file system."""
     volume, root = MemoryVolume(), os.path.realpath(tmp_path)
     for place in ("a/x.vhd", "a/Y.vhd", "a/b/z.vhd", "c/x.vhd", ".hidden", "a/.vhdkit-1.part"):
         volume.add(f"{root}/{place}").pwrite(0, place.encode())
@@ -47,7 +47,7 @@ def test_both_volumes_answer_alike(tmp_path: Path) -> None:
 
 
 def test_listed_file_that_becomes_a_link_is_not_followed(tmp_path: Path) -> None:
-    """INV-NAME-WITHIN: a listed file that is a link by the time it is opened is not opened, on either volume."""
+    """A regular file of a listing that is a link by the time it is opened is not opened, on either volume."""
     volume, root = MemoryVolume(), os.path.realpath(tmp_path)
     volume.add(f"{root}/secret").pwrite(0, b"secret")
     volume.links[f"{root}/link"] = "secret"

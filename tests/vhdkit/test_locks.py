@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Locks where there are none: what still works, what is said, what is refused. With locks: `test_store`."""
+"""File systems without locks: what works, what is reported, what is refused. With locks: `test_store`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SIZE = 4 * MIB
 
 @pytest.fixture(params=[errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS])
 def image(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An image on a file system that answers every question about locks with this number."""
+    """An image on a file system that answers every request for a lock with this error."""
     path = tmp_path / "d.vhd"
     vhdkit.create_image(path, SIZE)
     with vhdkit.open_disk(path, writable=True) as disk:
@@ -36,8 +36,8 @@ def image(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     return path
 
 
-def test_reading_works_and_says_what_is_not_protected(image: Path) -> None:
-    """A disk and its children are read, checked and copied; `check` says that nobody is kept away meanwhile."""
+def test_reading_works_and_check_warns(image: Path) -> None:
+    """A disk and its children are read, checked and copied; `check` warns that other programs are not excluded."""
     with vhdkit.open_disk(image) as disk:
         assert disk.read(0, 5) == b"there"
     child = vhdkit.snapshot(image)
@@ -50,8 +50,8 @@ def test_reading_works_and_says_what_is_not_protected(image: Path) -> None:
     assert image.with_name("copy.raw").read_bytes()[:5] == b"there"
 
 
-def test_writing_is_refused_unless_it_is_said(image: Path) -> None:
-    """Nothing is written by chance where nobody is kept away; a program that answers for it says `lock=False`."""
+def test_writing_is_refused_without_lock_false(image: Path) -> None:
+    """Without locks nothing is written by default; a program that takes responsibility passes `lock=False`."""
     for verb in (
         lambda: vhdkit.open_disk(image, writable=True),
         lambda: vhdkit.resize(image, 2 * SIZE),
@@ -67,7 +67,7 @@ def test_writing_is_refused_unless_it_is_said(image: Path) -> None:
 
 
 def test_no_garbage_is_removed(image: Path) -> None:
-    """`gc` cannot know who has an image open there, and leaves all."""
+    """`gc` cannot know which images are open there, and keeps all."""
     keep = image.with_name("keep.vhd")
     vhdkit.create_image(keep, SIZE)
     items = vhdkit.collect_garbage(image.parent, [keep], delete=True)

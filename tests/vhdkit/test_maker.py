@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A maker is taken for dead only where no other process, and no other host, can be the one that a word identifies."""
+"""A maker counts as dead only if no other process, and no other host, can be the one that a word identifies."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _OTHER_BOOT = "0123456789ab-4026531836-1-1"
 
 
 def facts(device: int = os.makedev(253, 7), changed_unix_seconds: float = 0) -> os.stat_result:
-    """Of a file; from before every boot, unless told otherwise."""
+    """Facts about a file, by default from before every boot."""
     times = (0, 0, changed_unix_seconds)
     return os.stat_result((0o100600, 1, device, 1, 0, 0, 0, *times))
 
@@ -47,7 +47,7 @@ def mount(kind: str, number: str = "253:7", tags: str = "shared:1 ") -> str:
 
 
 def test_a_process_that_lives_and_one_that_ended() -> None:
-    """Our own word identifies a living process, and that of a child identifies a dead one once the child has ended."""
+    """Our own word identifies a living process, and a child's word a dead one once the child has ended."""
     word = maker.maker_word()
     assert word is not None and not maker.is_maker_dead(word, facts())
     program = "import vhdkit; print(vhdkit.maker_word())"
@@ -55,16 +55,16 @@ def test_a_process_that_lives_and_one_that_ended() -> None:
     assert maker.is_maker_dead(done.stdout.strip(), facts())
 
 
-def test_a_number_that_was_given_again() -> None:
-    """A process that has the number but started at another time is not the maker."""
+def test_a_reused_process_number() -> None:
+    """A process with the same number but another start time is not the maker."""
     boot, namespace, pid, ticks = (maker.maker_word() or "").split("-")
     assert maker.is_maker_dead(f"{boot}-{namespace}-{pid}-{int(ticks) + 1}", facts())
     assert not maker.is_maker_dead(f"{boot}-{int(namespace) + 1}-{pid}-{int(ticks) + 1}", facts())
 
 
 @pytest.mark.parametrize("word", ["", "-", "x" * 500, "0123456789ab-1-1", "0123456789AB-1-1-1", "0123456789ab-1-١-1"])
-def test_words_that_are_none(word: str, mounted: Callable[[str], None]) -> None:
-    """Any other text identifies nobody."""
+def test_invalid_words(word: str, mounted: Callable[[str], None]) -> None:
+    """Any other text identifies no process."""
     mounted(mount("ext4"))
     assert not maker.is_maker_dead(word, facts())
 
@@ -86,13 +86,13 @@ def test_words_that_are_none(word: str, mounted: Callable[[str], None]) -> None:
 )
 def test_another_boot(table: str, is_dead: bool, mounted: Callable[[str], None]) -> None:
     """A maker of another boot is dead only on a file system that a single host mounts: a cluster file system on a
-    shared disk has other hosts' files."""
+    shared disk has files of other hosts."""
     mounted(table)
     assert maker.is_maker_dead(_OTHER_BOOT, facts()) is is_dead
 
 
-def test_another_boot_of_a_file_that_is_younger(mounted: Callable[[str], None]) -> None:
-    """A file that was written to since this host started is another's, as of a container with a boot id of its own."""
+def test_another_boot_of_a_younger_file(mounted: Callable[[str], None]) -> None:
+    """A file written after this host started belongs to another host, such as a container with its own boot id."""
     mounted(mount("ext4"))
     booted_seconds_ago = time.clock_gettime(time.CLOCK_BOOTTIME)
     assert not maker.is_maker_dead(_OTHER_BOOT, facts(changed_unix_seconds=time.time() - booted_seconds_ago / 2))
@@ -100,7 +100,7 @@ def test_another_boot_of_a_file_that_is_younger(mounted: Callable[[str], None]) 
 
 
 def test_processes_of_another_namespace_in_proc() -> None:
-    """Where /proc shows the processes of another PID namespace, a number in it means another process than ours."""
+    """If /proc shows the processes of another PID namespace, its numbers mean other processes than ours."""
     require_root()
     program = "import vhdkit; print(vhdkit.maker_word())"
     command = ["unshare", "--pid", "--fork", sys.executable, "-c", program]
@@ -109,17 +109,17 @@ def test_processes_of_another_namespace_in_proc() -> None:
 
 @pytest.mark.parametrize("kind", ["nfs4", "tmpfs", "ext4"])
 def test_another_boot_without_a_block_device(kind: str, mounted: Callable[[str], None]) -> None:
-    """A file system without a block device is a server's, or in memory: nothing is known."""
+    """A file system without a block device is on a server or in memory: nothing is known about its hosts."""
     mounted(mount(kind, number="0:45"))
     assert not maker.is_maker_dead(_OTHER_BOOT, facts(os.makedev(0, 45)))
 
 
 def test_a_host_without_a_mount_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the mount table cannot be read, nothing is known."""
+    """If the mount table cannot be read, nothing is known."""
 
     def refuse(*args: Any, **options: Any) -> Any:
         raise PermissionError
 
-    maker.maker_word()  # what this host is called was read before
+    maker.maker_word()  # the name of this host was read before
     monkeypatch.setattr(maker, "open", refuse, raising=False)
     assert not maker.is_maker_dead(_OTHER_BOOT, facts())

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""INV-NAME-HELD: files that are replaced, moved or removed while they are opened, held, or stacked on.
+"""INV-NAME-HELD: files that are replaced, moved or removed while they are opened, held, or given children.
 
-Another process is played by a hook in the lock's system calls: what it does happens at the worst moment, each time.
+A hook in the lock's system calls stands for another process: it acts at the worst moment, each time.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _first(path: str) -> bytes:
 
 
 def _replace(path: str) -> None:
-    """Another image, of another id, takes the name, as `convert --force` or a restore does it."""
+    """Another image with another id takes the name, as by `convert --force` or a restore."""
     _image("other.vhd", NEW)
     os.replace("other.vhd", path)
 
@@ -64,7 +64,7 @@ def _before_the_lock(monkeypatch: pytest.MonkeyPatch, path: str, act: Callable[[
 
 
 def _after(monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str, act: Callable[[], object]) -> None:
-    """`act` happens when this function of ours has returned."""
+    """`act` happens when this function of vhdkit has returned."""
     function = getattr(module, name)
 
     def racing(*arguments: Any, **keywords: Any) -> Any:
@@ -80,9 +80,8 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def test_what_was_replaced_before_its_lock_is_opened_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    """INV-NAME-HELD: a flushed write is in the file that has the name, though it came between the opening and the
-    lock."""
+def test_a_file_replaced_before_its_lock_is_reopened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """INV-NAME-HELD: a flushed write is in the named file, even if that came between opening and lock."""
     _image("a.vhd")
     _before_the_lock(monkeypatch, "a.vhd", lambda: _replace("a.vhd"))
     with vhdkit.open_disk("a.vhd", writable=True) as disk:
@@ -91,24 +90,24 @@ def test_what_was_replaced_before_its_lock_is_opened_anew(monkeypatch: pytest.Mo
     assert _first("a.vhd") == b"mine" * 128
 
 
-def test_what_was_removed_before_its_lock_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody writes into a file without a name."""
+def test_a_file_removed_before_its_lock_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No data is written to a file without a name."""
     _image("a.vhd")
     _before_the_lock(monkeypatch, "a.vhd", lambda: os.unlink("a.vhd"))
     with pytest.raises(vhdkit.NotFound):
         vhdkit.open_disk("a.vhd", writable=True)
 
 
-def test_a_name_that_never_rests_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Opening again is tried a bounded number of times, and then says what happens."""
+def test_a_name_that_keeps_changing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening is retried a bounded number of times, and then the error says what happens."""
     _image("a.vhd")
     _before_the_lock(monkeypatch, "a.vhd", lambda: _replace("a.vhd"), 1000)
     with pytest.raises(vhdkit.Replaced, match=r"a\.vhd: was moved, removed or replaced"):
         vhdkit.open_disk("a.vhd", writable=True)
 
 
-def test_a_replaced_parent_is_looked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A chain is opened anew when a file below its leaf was replaced: here by a copy of itself."""
+def test_a_replaced_parent_is_searched_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chain is reopened if a file below its leaf was replaced, here by a copy of itself."""
     _image("base.vhd")
     vhdkit.create_child("leaf.avhd", "base.vhd")
 
@@ -138,7 +137,7 @@ VERBS: dict[str, Callable[[], object]] = {
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_holds_the_file_that_has_the_name(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is done to an image, or made of it, is done to the one under the name, or to none."""
+    """Every verb works on the image under the name, or on none."""
     _image("a.vhd")
     os.mkdir("to")
     _before_the_lock(monkeypatch, "a.vhd", lambda: _replace("a.vhd"))
@@ -154,7 +153,7 @@ def test_every_verb_holds_the_file_that_has_the_name(verb: str, monkeypatch: pyt
 
 
 def test_a_file_is_replaced_only_if_it_is_the_one_that_was_held() -> None:
-    """`--force` replaces what it looked at; what came meanwhile stays, and nothing half-made is left."""
+    """`--force` replaces the file that it checked; one that came meanwhile stays, and no partial file is left."""
     _image("a.vhd")
     with FileStore.open_held("a.vhd") as old, NewFile("a.vhd", replace=True, old=old) as new:
         _replace("a.vhd")
@@ -168,8 +167,8 @@ def test_a_file_is_replaced_only_if_it_is_the_one_that_was_held() -> None:
     assert _first("b.vhd") == NEW and list(parts(".")) == []
 
 
-def test_a_new_file_cleared_away_before_its_lock_begins_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`gc` may take a file under construction for a dead one until it is locked."""
+def test_a_new_file_removed_before_its_lock_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`gc` may take a file under construction for an abandoned one until it is locked."""
 
     def clear() -> None:
         for path in parts("."):
@@ -180,8 +179,8 @@ def test_a_new_file_cleared_away_before_its_lock_begins_again(monkeypatch: pytes
     assert _first("a.vhd") == bytes(512)
 
 
-def test_garbage_looks_for_children_when_it_holds_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
-    """INV-NAME-HELD: a child that is made after the first look and before the lock keeps its parent."""
+def test_gc_searches_children_while_it_holds_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """INV-NAME-HELD: a child that is made after the first search and before the lock keeps its parent."""
     _image("keep.vhd")
     _image("base.vhd")
     _after(monkeypatch, garbage, "_doomed", lambda: vhdkit.create_child("child.avhd", "base.vhd"))
@@ -190,8 +189,8 @@ def test_garbage_looks_for_children_when_it_holds_the_image(monkeypatch: pytest.
     assert _first("child.avhd") == OLD
 
 
-def test_garbage_keeps_a_leaf_that_was_replaced_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """INV-NAME-HELD: a leaf to keep is what has its name when something is removed, not what had."""
+def test_gc_keeps_a_leaf_that_was_replaced_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """INV-NAME-HELD: the leaf to keep is the file that has the name at the time of removal."""
     _image("keep.vhd")
     _after(monkeypatch, garbage, "_reached", lambda: _replace("keep.vhd"))
     [item] = vhdkit.collect_garbage(".", ["keep.vhd"], delete=True)
@@ -204,9 +203,8 @@ def _moved_away() -> None:
 
 @pytest.mark.parametrize("act", [lambda: _replace("a.vhd"), _moved_away, lambda: os.unlink("a.vhd")])
 @pytest.mark.parametrize("moment", ["before", "prepared"])
-def test_nothing_is_stacked_on_a_name_that_leads_elsewhere(act: Callable[[], None], moment: str) -> None:
-    """INV-NAME-HELD: a live snapshot of an image that was replaced or moved is refused, makes no child, and the disk
-    goes on."""
+def test_a_changed_name_gets_no_child(act: Callable[[], None], moment: str) -> None:
+    """INV-NAME-HELD: a live snapshot of a replaced or moved image makes no child, and the disk stays usable."""
     _image("a.vhd")
     with Chain.open("a.vhd", writable=True) as chain:
         if moment == "before":
@@ -224,7 +222,7 @@ def test_nothing_is_stacked_on_a_name_that_leads_elsewhere(act: Callable[[], Non
 
 
 def test_a_moved_folder_is_noticed() -> None:
-    """The same when it is the folder that was moved, and another lies in its place."""
+    """The same if the folder was moved, and another one took its place."""
     os.mkdir("vm")
     _image("vm/a.vhd")
     with Chain.open("vm/a.vhd", writable=True) as chain:
@@ -236,7 +234,7 @@ def test_a_moved_folder_is_noticed() -> None:
     assert os.listdir("vm") == ["a.vhd"]
 
 
-def test_an_offline_snapshot_looks_again_before_it_names_the_child(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_offline_snapshot_checks_again_before_naming(monkeypatch: pytest.MonkeyPatch) -> None:
     """A leaf that is moved while its child is written gets no child under its old name."""
     _image("a.vhd")
     _after(monkeypatch, snapshot, "write_child", lambda: _replace("a.vhd"))
@@ -254,7 +252,7 @@ def _chain_of_three() -> None:
 
 
 def test_a_merge_removes_no_other_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    """INV-NAME-HELD: a source that is replaced while a merge copies is left, and `--resume` says so too."""
+    """INV-NAME-HELD: a source that is replaced while a merge copies is kept, and `--resume` keeps it, too."""
     _chain_of_three()
     _after(monkeypatch, merge_steps, "fold", lambda: _replace("leaf.avhd"))
     with pytest.raises(vhdkit.Replaced):
@@ -264,7 +262,7 @@ def test_a_merge_removes_no_other_file(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ["leaf.avhd", "middle.avhd", "base.vhd"])
 def test_a_live_merge_of_a_replaced_layer_is_refused(name: str) -> None:
-    """INV-NAME-HELD: before it begins, and before files change; the disk goes on as it was."""
+    """INV-NAME-HELD: before it begins, and before files change; the disk stays as it was."""
     _chain_of_three()
     with Chain.open("leaf.avhd", writable=True) as chain:
         with live_merge(chain, 1, 2) as merging:
@@ -299,8 +297,8 @@ def test_rebase_records_the_parent_that_has_the_name(monkeypatch: pytest.MonkeyP
         vhdkit.rebase("leaf.avhd", "base.vhd")
 
 
-def test_following_leads_to_a_chain_of_the_named_image(monkeypatch: pytest.MonkeyPatch) -> None:
-    """INV-NAME-HELD: the newest image that was found is replaced before it is opened: the line is followed anew."""
+def test_following_ends_at_the_named_images_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """INV-NAME-HELD: if the newest image is replaced before it is opened, the line is followed again."""
     _image("base.vhd")
     vhdkit.create_child("leaf.avhd", "base.vhd")
     _before_the_lock(monkeypatch, "leaf.avhd", lambda: _replace("leaf.avhd"))
@@ -310,8 +308,8 @@ def test_following_leads_to_a_chain_of_the_named_image(monkeypatch: pytest.Monke
     export.disk.close()
 
 
-def test_an_undo_log_is_not_laid_beside_another_file() -> None:
-    """A change that needs a log is refused when the image has lost its name: the log would be another's."""
+def test_an_undo_log_is_not_written_beside_another_file() -> None:
+    """A change that needs a log is refused if the image has lost its name: the log would apply to another file."""
     vhdkit.create_image("a.vhd", SIZE, disk_format=vhdkit.DiskFormat.FIXED)
     with FileStore.open_held("a.vhd", writable=True) as store:
         _replace("a.vhd")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Unix sockets under names: who may connect, whatever the umask is. Names of dead sockets: `test_listen`."""
+"""Unix sockets under names: which users may connect, whatever the umask. Names of dead sockets: `test_listen`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from vhdkit.sockets import SocketFile
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_who_may_connect(shared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, umask: None) -> None:
-    """INV-NEW-PRIVATE: a socket is its owner's, and a group's where one is named, and never anybody's more."""
-    monkeypatch.chdir(tmp_path)  # a socket's path is short
+def test_permitted_users(shared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, umask: None) -> None:
+    """INV-NEW-PRIVATE: a socket is private to its owner, or to a named group, and never wider."""
+    monkeypatch.chdir(tmp_path)  # a socket's path must be short
     seen: list[int] = []
 
     class Watched(socket.socket):

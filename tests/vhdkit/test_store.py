@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files as stores: bytes at offsets, holes, what is refused, and the locks that keep others away."""
+"""Files as stores: bytes at offsets, holes, refusals, and the locks that exclude others."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from vhdkit import errors
 from vhdkit.store import FileStore, close_all, translate
 from vhdkit.units import MIB
 
-PATIENCE = 20  # seconds, for what must not hang
+PATIENCE = 20  # seconds, for calls that must not hang
 
 
 def _new(path: Path, raw: bytes = b"") -> FileStore:
@@ -33,15 +33,15 @@ def _new(path: Path, raw: bytes = b"") -> FileStore:
 
 
 def _within_time(call: Callable[[], object]) -> None:
-    """Run `call` in a thread; a test that hangs would say nothing."""
+    """Run `call` in a thread: a test that hangs would report nothing."""
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
     thread.join(PATIENCE)
-    assert not thread.is_alive(), "it hangs"
+    assert not thread.is_alive(), "the call hangs"
 
 
 @contextmanager
-def nobody() -> Iterator[None]:
+def as_ordinary_user() -> Iterator[None]:
     """As a user to whom permissions apply: root drops to uid 65534 for a while."""
     if os.geteuid() != 0:
         yield
@@ -57,14 +57,14 @@ def nobody() -> Iterator[None]:
 
 @pytest.fixture
 def open_folder() -> Iterator[Path]:
-    """A folder that every user may enter, which pytest's own are not."""
+    """A folder that every user may enter, unlike pytest's own."""
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o755)
         yield Path(name)
 
 
 def test_reading_and_writing_at_offsets(tmp_path: Path) -> None:
-    """Bytes come back from where they were put; a write past the end grows the file with zeros between."""
+    """Bytes are read where they were written; a write past the end grows the file with zeros between."""
     with _new(tmp_path / "a", b"0123456789") as store:
         store.pwrite(3, b"abc")
         store.pwrite(20, bytearray(b"xy"))
@@ -75,7 +75,7 @@ def test_reading_and_writing_at_offsets(tmp_path: Path) -> None:
 
 
 def test_reads_past_the_end(tmp_path: Path) -> None:
-    """`pread` gives what there is; `pread_into` fills the rest of the buffer with zeros, also over old bytes."""
+    """`pread` returns what exists; `pread_into` fills the rest of the buffer with zeros, also over old bytes."""
     with _new(tmp_path / "a", b"0123456789") as store:
         assert store.pread(8, 10) == b"89"
         assert store.pread(10, 10) == store.pread(1 << 40, 10) == b""
@@ -87,7 +87,7 @@ def test_reads_past_the_end(tmp_path: Path) -> None:
 
 
 def test_short_reads_and_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The system may move fewer bytes than asked at a time; callers never notice."""
+    """The system may move fewer bytes than requested at a time, which callers never notice."""
     preadv, pwrite, pread = os.preadv, os.pwrite, os.pread
     monkeypatch.setattr(os, "preadv", lambda fd, buffers, at: preadv(fd, [memoryview(buffers[0])[:3]], at))
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, bytes(data)[:3], at))
@@ -104,7 +104,7 @@ def test_short_reads_and_writes_are_continued(tmp_path: Path, monkeypatch: pytes
 def test_punching_makes_zeros_and_keeps_the_length(
     supported: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A punched range reads as zeros, also where the file system cannot punch and past the end."""
+    """A punched range reads as zeros, also if the file system cannot punch, and past the end."""
     if not supported:
         monkeypatch.setattr("vhdkit.space._fallocate", _refusing(errno.EOPNOTSUPP))
     with _new(tmp_path / "a", b"x" * 3 * MIB) as store:
@@ -120,7 +120,7 @@ def test_punching_makes_zeros_and_keeps_the_length(
 
 @pytest.mark.parametrize("supported", [True, False])
 def test_reserving_grows_the_file_with_zeros(supported: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reserved range reads as zeros and has its space, also where it must be written to have it."""
+    """A reserved range reads as zeros and has its space, even if it must be written for that."""
     if not supported:
         monkeypatch.setattr("vhdkit.space._fallocate", _refusing(errno.EOPNOTSUPP))
     with _new(tmp_path / "a", b"x") as store:
@@ -146,7 +146,7 @@ def _refusing(code: int) -> Callable[..., None]:
 def test_a_failing_device_gives_typed_errors(
     code: int, kind: type[errors.VhdkitError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever call fails, the error has the path, and the offset where there is one."""
+    """Whatever call fails, the error has the path, and the offset if there is one."""
     with _new(tmp_path / "a", b"x" * 4096) as store:
         monkeypatch.setattr("vhdkit.space._fallocate", _refusing(code))
         for name in ("pread", "pwrite", "preadv", "ftruncate"):
@@ -192,8 +192,8 @@ def test_a_failing_sync_has_its_own_error(tmp_path: Path, monkeypatch: pytest.Mo
         (errno.ENXIO, errors.IoFailed),
     ],
 )
-def test_what_the_system_says_is_translated(code: int, kind: type[errors.VhdkitError]) -> None:
-    """One class for each cause a caller can handle; the sentence keeps the system's words."""
+def test_errors_of_the_system_are_translated(code: int, kind: type[errors.VhdkitError]) -> None:
+    """There is one class for each cause a caller can handle; the message keeps the system's words."""
     error = translate(OSError(code, os.strerror(code)), "x", "open")
     assert type(error) is kind and os.strerror(code) in str(error) and error.path == "x"
 
@@ -218,22 +218,22 @@ def test_data_runs_cover_the_range(tmp_path: Path) -> None:
 
 
 def test_data_runs_without_support_call_everything_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file system that cannot tell has one run of data."""
+    """A file system without this information has one run of data."""
     with _new(tmp_path / "a", bytes(8192)) as store:
         monkeypatch.setattr(os, "lseek", _refusing(errno.EINVAL))
         assert list(store.data_runs(512, 4096)) == [(512, 4096, True)]
 
 
 def test_truncating_cuts_and_extends(tmp_path: Path) -> None:
-    """Cut bytes are gone, new ones are zeros."""
+    """Bytes that were cut off are gone, new ones are zeros."""
     with _new(tmp_path / "a", b"0123") as store:
         store.truncate(2)
         store.truncate(4)
         assert store.pread(0, 9) == b"01\0\0"
 
 
-def test_closing_twice_is_fine(tmp_path: Path) -> None:
-    """And a descriptor that was reused meanwhile is not closed by mistake."""
+def test_closing_twice_is_allowed(tmp_path: Path) -> None:
+    """A descriptor that was reused meanwhile is not closed by mistake."""
     store = _new(tmp_path / "a")
     store.close()
     other = os.open(tmp_path / "a", os.O_RDONLY)
@@ -243,8 +243,8 @@ def test_closing_twice_is_fine(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("writable", [False, True])
-def test_what_is_no_image_file_is_refused(writable: bool, tmp_path: Path) -> None:
-    """A missing file, a folder, a character device, a zero byte in the name, a file taken for a folder."""
+def test_files_that_are_not_images_are_refused(writable: bool, tmp_path: Path) -> None:
+    """A missing file, a folder, a character device, a zero byte in the name, a file used as a folder."""
     (tmp_path / "file").write_bytes(b"x")
     cases: list[tuple[str, type[errors.VhdkitError], str]] = [
         (str(tmp_path / "none"), errors.NotFound, "No such file"),
@@ -262,7 +262,7 @@ def test_what_is_no_image_file_is_refused(writable: bool, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("writable", [False, True])
 def test_a_pipe_is_refused_without_waiting(writable: bool, tmp_path: Path) -> None:
-    """INV-BOUNDED: opening a named pipe that nobody writes to does not hang."""
+    """INV-BOUNDED: opening a named pipe without a writer does not block."""
     path = tmp_path / "pipe.vhd"
     os.mkfifo(path)
     caught: list[errors.VhdkitError] = []
@@ -277,8 +277,8 @@ def test_a_pipe_is_refused_without_waiting(writable: bool, tmp_path: Path) -> No
     assert [type(one) for one in caught] == [errors.InvalidArgument]
 
 
-def test_links_are_followed_unless_told_not_to(tmp_path: Path) -> None:
-    """A name the user gave may be a link, one from an image may not."""
+def test_links_are_followed_unless_forbidden(tmp_path: Path) -> None:
+    """A name from the user may be a link, one from an image may not."""
     (tmp_path / "file").write_bytes(b"x")
     (tmp_path / "link").symlink_to("file")
     with FileStore.open(tmp_path / "link") as store, FileStore.open(tmp_path / "file") as other:
@@ -287,12 +287,12 @@ def test_links_are_followed_unless_told_not_to(tmp_path: Path) -> None:
         FileStore.open(tmp_path / "link", follow_links=False)
 
 
-def test_no_permission_is_said_so(open_folder: Path) -> None:
-    """A file one may not read, or not write, is refused as that."""
+def test_missing_permission_is_reported(open_folder: Path) -> None:
+    """A file that the user cannot read, or cannot write to, is refused with that reason."""
     for name, mode in (("secret", 0o000), ("read-only", 0o444)):
         (open_folder / name).write_bytes(b"x")
         (open_folder / name).chmod(mode)
-    with nobody():
+    with as_ordinary_user():
         FileStore.open(open_folder / "read-only").close()
         with pytest.raises(errors.AccessDenied):
             FileStore.open(open_folder / "read-only", writable=True)
@@ -300,7 +300,7 @@ def test_no_permission_is_said_so(open_folder: Path) -> None:
             FileStore.open(open_folder / "secret")
 
 
-def test_a_writer_keeps_everybody_out(tmp_path: Path) -> None:
+def test_a_writer_excludes_all_others(tmp_path: Path) -> None:
     """Two descriptors in one process count as two programs: one writer, or any number of readers."""
     path = tmp_path / "a"
     with _new(path, b"x") as writer, FileStore.open(path) as reader, FileStore.open(path, writable=True) as other:
@@ -318,7 +318,7 @@ def test_a_writer_keeps_everybody_out(tmp_path: Path) -> None:
 
 
 def test_a_refused_lock_leaves_nothing_behind(tmp_path: Path) -> None:
-    """Who was refused holds no byte, so it stands in nobody's way."""
+    """A refused program holds no byte and so excludes no other."""
     path = tmp_path / "a"
     with _new(path, b"x") as reader, FileStore.open(path, writable=True) as writer:
         reader.lock(writer=False)
@@ -330,7 +330,7 @@ def test_a_refused_lock_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_a_lock_changes_its_role_both_ways(tmp_path: Path) -> None:
-    """A writer that becomes a reader lets readers in; a lone reader may become a writer."""
+    """A writer that becomes a reader admits readers; a single reader may become a writer."""
     path = tmp_path / "a"
     with _new(path, b"x") as first, FileStore.open(path) as second:
         first.lock(writer=True)
@@ -342,8 +342,8 @@ def test_a_lock_changes_its_role_both_ways(tmp_path: Path) -> None:
             third.lock(writer=False)
 
 
-def test_closing_gives_the_lock_up(tmp_path: Path) -> None:
-    """The next one may write."""
+def test_closing_releases_the_lock(tmp_path: Path) -> None:
+    """Afterwards another program may write."""
     path = tmp_path / "a"
     first = _new(path, b"x")
     first.lock(writer=True)
@@ -353,7 +353,7 @@ def test_closing_gives_the_lock_up(tmp_path: Path) -> None:
 
 
 def test_an_exclusive_lock_of_another_program_is_an_image_in_use(tmp_path: Path) -> None:
-    """A program that locks our bytes exclusively is named as such."""
+    """A program that locks our bytes exclusively is reported as such."""
     path = tmp_path / "a"
     with _new(path, b"x") as store, FileStore.open(path, writable=True) as other:
         fcntl.fcntl(other.fileno(), 37, _flock(fcntl.F_WRLCK))
@@ -377,7 +377,7 @@ with FileStore.open(sys.argv[1], writable=True) as store:
 
 @pytest.mark.parametrize(("holder", "as_reader", "as_writer"), [("writer", False, False), ("reader", True, False)])
 def test_locks_hold_between_processes(holder: str, as_reader: bool, as_writer: bool, tmp_path: Path) -> None:
-    """Another process that holds the file is seen, and gone when it has ended."""
+    """Another process that holds the file is noticed, and no longer after it has ended."""
     path = tmp_path / "a"
     path.write_bytes(b"x")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -401,7 +401,7 @@ def test_locks_hold_between_processes(holder: str, as_reader: bool, as_writer: b
 
 
 def test_copy_from_copies_between_and_within_files(tmp_path: Path) -> None:
-    """The bytes arrive where they should, and the source is as it was."""
+    """The bytes arrive at their destination, and the source is unchanged."""
     content = os.urandom(3 * MIB + 700)
     with _new(tmp_path / "a", content) as source, _new(tmp_path / "b", b"x" * 10) as store:
         store.copy_from(source, 300, 5, 2 * MIB + 77)
@@ -411,7 +411,7 @@ def test_copy_from_copies_between_and_within_files(tmp_path: Path) -> None:
 
 
 def test_copy_from_past_the_end_of_the_source_fails(tmp_path: Path) -> None:
-    """A source that is shorter than asked for is an error, not zeros."""
+    """A source shorter than requested is an error, and is not padded with zeros."""
     with (
         _new(tmp_path / "a", b"abc") as source,
         _new(tmp_path / "b") as store,
@@ -420,8 +420,8 @@ def test_copy_from_past_the_end_of_the_source_fails(tmp_path: Path) -> None:
         store.copy_from(source, 0, 0, 4)
 
 
-def test_closing_several_at_once_closes_all_and_tells_failures(tmp_path: Path) -> None:
-    """Every store is closed, also when one of them cannot be; that one is told."""
+def test_closing_several_closes_all_and_reports_failures(tmp_path: Path) -> None:
+    """Every store is closed, even if one of them fails, which is reported."""
 
     class Broken(FileStore):
         def close(self) -> None:

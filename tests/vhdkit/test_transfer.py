@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copying between files: every way gives the same bytes, and the file system decides which way it is."""
+"""Copying between files: every method gives the same bytes, and the file system decides which is used."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _files(folder: Path) -> Iterator[tuple[int, int]]:
 
 
 class _FakeClone:
-    """FICLONERANGE of a file system with blocks of one page, by copying; counts the bytes it shared."""
+    """FICLONERANGE of a file system with blocks of one page, simulated by copying; counts the shared bytes."""
 
     def __init__(self, refusal: int | None = None) -> None:
         self.shared_bytes = 0
@@ -63,7 +63,7 @@ class _FakeClone:
 
 
 def _copied(folder: Path, source_offset: int, offset: int, size: int) -> None:
-    """Copy, and compare the whole destination with what it must be."""
+    """Copy, and compare the whole destination with the expected content."""
     with _files(folder) as (source, here):
         copying = Transfer(here)
         there = max(min(size, _SIZE - source_offset), 0)
@@ -83,7 +83,7 @@ _sizes = st.integers(0, MIB) | st.sampled_from([0, PAGE_SIZE, 64 * KIB, MIB])
 def test_every_way_copies_exactly_the_range(
     source_offset: int, offset: int, size: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Through memory, shared and by the kernel the range arrives, nothing beside it changes, and its end is told."""
+    """Through memory, shared and by the kernel the range arrives, nothing else changes, and its end is returned."""
     folder = tmp_path_factory.mktemp("copy")
     with pytest.MonkeyPatch.context() as patch:
         _copied(folder, source_offset, offset, size)
@@ -95,20 +95,20 @@ def test_every_way_copies_exactly_the_range(
 
 
 def test_whole_pages_are_shared_and_only_the_edges_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A range that lies alike in both files shares all but its part pages; a small one is not worth it."""
+    """A range aligned alike in both files shares all but its partial pages; a small one is copied."""
     clone = _FakeClone()
     monkeypatch.setattr(fcntl, "ioctl", clone)
     _copied(tmp_path, 512, MIB + 512, MIB)
     assert clone.shared_bytes == MIB - PAGE_SIZE
     _copied(tmp_path, 0, 0, MIN_SHARED_BYTES - PAGE_SIZE)
-    _copied(tmp_path, 512, 0, MIB)  # lies at another place in its page
+    _copied(tmp_path, 512, 0, MIB)  # is at another offset in its page
     assert clone.calls == 1
     _copied(tmp_path, 0, 0, MIN_SHARED_BYTES)
     assert clone.calls == 2
 
 
-def test_what_cannot_be_shared_is_asked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file system without sharing is not asked again; a range that it refuses does not mean that."""
+def test_missing_support_for_sharing_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system without sharing is not asked again; the refusal of one range does not count as that."""
     for refusal, calls in ((errno.EOPNOTSUPP, 1), (errno.EXDEV, 1), (errno.EINVAL, 3)):
         clone = _FakeClone(refusal)
         monkeypatch.setattr(fcntl, "ioctl", clone)
@@ -122,7 +122,7 @@ def test_what_cannot_be_shared_is_asked_for_once(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.parametrize("way", ["clone", "read", "write", "kernel"])
 def test_real_failures_are_raised(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A full or broken device is no reason to try another way."""
+    """A full or broken device is not a reason to try another method."""
 
     def full(*args: Any) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -140,15 +140,15 @@ def test_real_failures_are_raised(way: str, tmp_path: Path, monkeypatch: pytest.
             copying.copy(source, 0, 0, MIB)
 
 
-def test_short_writes_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A write that takes a part only, as before a full disk or a signal, is continued where it stopped."""
+def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write that takes only a part, as before a full disk or at a signal, is continued where it stopped."""
     real = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: real(fd, memoryview(data)[:100_000], offset))
     _copied(tmp_path, 7, 9, MIB)
 
 
 def test_the_device_begins_early_and_close_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After enough was copied the kernel is told to write, and no thread outlives the descriptor."""
+    """After enough was copied the kernel is asked to write, and no thread outlives the descriptor."""
     monkeypatch.setattr(transfer, "_WRITE_BEHIND_BYTES", 2 * MIB)
     with _files(tmp_path) as (source, here):
         copying = Transfer(here)
@@ -179,7 +179,7 @@ def _xfs(folder: Path) -> Iterator[Path]:
 
 @pytest.mark.interop
 def test_a_real_file_system_shares(tmp_path: Path) -> None:
-    """On XFS a copied range takes no space of its own, and both files read the same."""
+    """On XFS a copied range takes no additional space, and both files read the same."""
     if os.geteuid() != 0:
         not_available("mounting needs root")
     with _xfs(tmp_path) as folder:

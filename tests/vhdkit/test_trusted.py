@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trusted folders that are set once: where they are named, and whose word counts."""
+"""Persistent settings of trusted folders: where they are made, and which sources count."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from vhdkit import trusted
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The user's configuration file, not yet there; the folders above it belong to whom they should."""
+    """The user's configuration file, not created yet; the folders above it have the right owners."""
     monkeypatch.setattr(trusted, "SYSTEM_CONFIG", str(tmp_path / "etc" / "config.toml"))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "xdg"))
 
-    def beneath(folder: str) -> str | None:  # what lies above the test's own folder is not the test's business
+    def beneath(folder: str) -> str | None:  # folders above the test's own are not judged
         status = os.stat(folder)
         return f"{folder} is writable by users other than its owner" if status.st_mode & 0o022 else None
 
@@ -35,13 +35,13 @@ def write(path: Path, text: str, mode: int = 0o644) -> None:
     path.chmod(mode)
 
 
-def test_nothing_is_set() -> None:
-    """Without a variable and files there are no folders and nothing to say."""
+def test_without_settings() -> None:
+    """Without a variable and files there are no folders and no messages."""
     assert vhdkit.trusted_parent_dirs() == vhdkit.TrustedFolders((), ())
 
 
-def test_no_file_in_a_folder_of_others_is_nothing_to_tell(config: Path) -> None:
-    """Who has no file hears nothing of folders in which others could put one: many homes are such folders."""
+def test_a_missing_file_causes_no_warning(config: Path) -> None:
+    """Without a file there is no warning about a folder in which others could create one, as in many homes."""
     config.parent.chmod(0o777)
     assert vhdkit.trusted_parent_dirs() == vhdkit.TrustedFolders((), ())
     config.parent.rmdir()
@@ -50,7 +50,7 @@ def test_no_file_in_a_folder_of_others_is_nothing_to_tell(config: Path) -> None:
 
 
 def test_the_variable_and_both_files(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All count, the variable's first; each folder is told with who named it."""
+    """All count, the variable's first; each folder is listed with its source."""
     monkeypatch.setenv("VHDKIT_PARENT_DIRS", "/srv/a::/srv/b/")
     monkeypatch.setenv("HOME", "/home/me")
     system = tmp_path / "etc" / "config.toml"
@@ -90,7 +90,7 @@ def _is_a_pipe(config: Path) -> None:
     [_others_may_write_the_file, _others_may_write_the_folder, _linked_from_a_folder_of_others, _is_a_pipe],
 )
 def test_a_file_that_others_may_change_is_ignored(config: Path, spoil: Callable[[Path], None]) -> None:
-    """It is not believed, and a warning says so; a link is as good as the folder it lies in."""
+    """It is ignored with a warning; a link is judged by the folder that it is in."""
     write(config, 'parent_dirs = ["/srv/a"]')
     assert vhdkit.trusted_parent_dirs().parent_dirs == ("/srv/a",)
     spoil(config)
@@ -99,12 +99,12 @@ def test_a_file_that_others_may_change_is_ignored(config: Path, spoil: Callable[
     (ignored,) = found.findings
     assert ignored.severity is vhdkit.Severity.WARNING and ignored.path == str(config)
     assert ignored.message.startswith("is ignored: ")
-    assert "--repair" not in ignored.message  # every command says it, and most have no such option
+    assert "--repair" not in ignored.message  # every command prints it, and most have no such option
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
 def test_a_file_of_another_user_is_ignored(config: Path) -> None:
-    """What belongs to another user than root is that user's word."""
+    """A file that belongs to a user other than root is that user's choice."""
     write(config, 'parent_dirs = ["/srv/a"]')
     os.chown(config, 12345, 12345)
     (ignored,) = vhdkit.trusted_parent_dirs().findings
@@ -124,8 +124,8 @@ def test_a_file_of_another_user_is_ignored(config: Path) -> None:
         ("#" * (1 << 17), "at most 65536 bytes"),
     ],
 )
-def test_what_is_not_understood_is_told(config: Path, text: str, words: str) -> None:
-    """A file that says nothing sensible is ignored with the reason, and never an error."""
+def test_an_invalid_file_is_reported(config: Path, text: str, words: str) -> None:
+    """An invalid file is ignored with the reason, and is never an error."""
     config.write_bytes(text.encode("utf-8", "surrogateescape"))
     config.chmod(0o600)
     found = vhdkit.trusted_parent_dirs()
@@ -139,7 +139,7 @@ def test_a_relative_folder_in_the_variable(monkeypatch: pytest.MonkeyPatch) -> N
     assert found.folders == () and "VHDKIT_PARENT_DIRS names 'bases'" in found.findings[0].message
 
 
-def test_the_library_looks_nowhere_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_library_does_not_read_settings_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A program passes on what it wants: without that a parent elsewhere is refused, with it it is found."""
     bases, leaves = tmp_path / "bases", tmp_path / "leaves"
     bases.mkdir()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What dead makers of files left is removed, and nothing that is not provably theirs."""
+"""Leftovers of dead makers are removed, and nothing that is not provably theirs."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ with NewFile(sys.argv[1]) as new:
 
 
 def killed(folder: Path) -> Path:
-    """What a program that was killed while it made a file left in the folder."""
+    """The file that a program left in the folder when it was killed while making it."""
     maker = subprocess.Popen([sys.executable, "-c", _MAKER, folder / "new.vhd"], stdout=subprocess.PIPE)
     try:
         assert maker.stdout is not None and maker.stdout.readline() == b"begun\n"
-        assert list_after_sweep(folder) != [], "its maker lives"
+        assert list_after_sweep(folder) != [], "its maker is still alive"
     finally:
         maker.kill()
         maker.communicate()
@@ -52,8 +52,8 @@ def renamed(path: Path, *, boot: str | None = None, namespace: str | None = None
     return path.rename(path.with_name(".vhdkit-" + "-".join(words)))
 
 
-def test_the_next_file_clears_away(tmp_path: Path) -> None:
-    """What a killed program left goes when a file is made beside it; what a living one makes stays."""
+def test_the_next_file_removes_leftovers(tmp_path: Path) -> None:
+    """The file of a killed program is removed when a file is made beside it; that of a living one stays."""
     left = killed(tmp_path)
     with NewFile(tmp_path / "other.vhd"):
         assert not left.exists() and len(list(unfinished.parts(str(tmp_path)))) == 1
@@ -61,8 +61,8 @@ def test_the_next_file_clears_away(tmp_path: Path) -> None:
         assert len(list(unfinished.parts(str(tmp_path)))) == 1
 
 
-def test_a_number_that_another_process_has(tmp_path: Path) -> None:
-    """A process of the same number that began at another time is not the maker; one that is the maker lives."""
+def test_a_reused_process_number(tmp_path: Path) -> None:
+    """A process with the same number but another start time is not the maker; the maker itself is alive."""
     left = killed(tmp_path)
     boot, namespace, _, ticks, chance = left.name.removeprefix(".vhdkit-").split("-")
     mine = left.rename(left.with_name(unfinished.part_name()))
@@ -72,15 +72,15 @@ def test_a_number_that_another_process_has(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("strange", [{"namespace": "1"}, {"pid": "0"}, {"pid": "9999999999"}])
-def test_a_maker_that_is_not_to_be_known(tmp_path: Path, strange: dict[str, str]) -> None:
-    """Of another namespace of processes, as of a container, and of numbers that are none, nobody knows who lives."""
+def test_a_maker_that_cannot_be_identified(tmp_path: Path, strange: dict[str, str]) -> None:
+    """Whether a maker in another PID namespace, or with an invalid number, lives is unknown."""
     left = renamed(killed(tmp_path), **strange)
     assert list_after_sweep(tmp_path) == [str(left)]
 
 
 @pytest.mark.parametrize("is_local", [True, False])
 def test_another_boot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_local: bool) -> None:
-    """What is left from before a restart goes from a local file system; elsewhere it may be another host's."""
+    """A leftover from before a restart is removed on a local file system; elsewhere it may belong to another host."""
     left = renamed(killed(tmp_path), boot="0123456789ab")
     monkeypatch.setattr("vhdkit.maker._is_local", lambda device: is_local)
     monkeypatch.setattr("vhdkit.maker._booted_unix_seconds", lambda: float("inf"))
@@ -88,14 +88,14 @@ def test_another_boot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_local:
 
 
 def test_a_name_without_a_maker(tmp_path: Path) -> None:
-    """The names of version 0.1.0, and those on a host that does not tell who we are, do not say who made the file."""
+    """The names of version 0.1.0, and those on a host without the necessary facts, do not identify the maker."""
     left = killed(tmp_path)
     left.rename(tmp_path / ".vhdkit-0123456789abcdef.part")
     assert list_after_sweep(tmp_path) == [str(tmp_path / ".vhdkit-0123456789abcdef.part")]
 
 
-def test_a_file_that_somebody_holds(tmp_path: Path) -> None:
-    """A dead maker's file that another process writes to, as a forked one may, stays until it is let go."""
+def test_a_file_in_use(tmp_path: Path) -> None:
+    """A dead maker's file that another process writes to, such as a forked one, stays until it is released."""
     left = killed(tmp_path)
     with FileStore.open(str(left), writable=True) as store:
         store.lock(writer=True)
@@ -104,8 +104,8 @@ def test_a_file_that_somebody_holds(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["link", "folder", "pipe"])
-def test_what_is_no_file(tmp_path: Path, kind: str) -> None:
-    """A link, a folder and a pipe with such a name stay, and what a link leads to is untouched."""
+def test_entries_that_are_not_files(tmp_path: Path, kind: str) -> None:
+    """A link, a folder and a pipe with such a name stay, and the link's target is not touched."""
     left = killed(tmp_path)
     target = left.rename(tmp_path / "precious")
     if kind == "link":
@@ -118,7 +118,7 @@ def test_what_is_no_file(tmp_path: Path, kind: str) -> None:
 
 
 def test_a_file_of_another_user(tmp_path: Path) -> None:
-    """Root does not clear away what another user's file is called."""
+    """Root does not remove another user's file because of its name."""
     require_root()
     left = killed(tmp_path)
     os.chown(left, 12345, 12345)
@@ -126,7 +126,7 @@ def test_a_file_of_another_user(tmp_path: Path) -> None:
 
 
 def test_a_command_that_is_killed_and_run_again(tmp_path: Path) -> None:
-    """`vhdkit create` after a killed one leaves its image in the folder, and nothing else."""
+    """After a killed `vhdkit create` a second one leaves its image in the folder, and nothing else."""
     killed(tmp_path)
     command = [sys.executable, "-m", "vhdkit", "create", str(tmp_path / "new.vhd"), "--size", "1M", "-q"]
     assert subprocess.run(command, check=False, timeout=60).returncode == 0
