@@ -18,7 +18,7 @@ import vhdkit
 from vhdkit import errors
 from vhdkit.serve.control.merging import MergeRequest, ServedMerge, plan_served_merge
 from vhdkit.serve.nbd.server import NbdServer
-from vhdkit.serve.opening import ImageExport, Manner
+from vhdkit.serve.opening import ImageExport, OpenMode
 from vhdkit.units import KIB, MIB, SECTOR_SIZE
 
 DISK = 8 * MIB
@@ -82,7 +82,7 @@ def merge_while_writing() -> None:
     log = os.open(_LOG, os.O_WRONLY | os.O_APPEND)
     os.write(log, b"start\n")
     number = sum(line.startswith("write") for line in Path(_LOG).read_text().splitlines())
-    export = ImageExport("disk", vhdkit.open_disk(leaf, writable=True), Manner(vhdkit.OpenOptions()))
+    export = ImageExport("disk", vhdkit.open_disk(leaf, writable=True), OpenMode(vhdkit.OpenOptions()))
     server = NbdServer([export])
     loop = threading.Thread(target=server.run)
     loop.start()

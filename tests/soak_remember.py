@@ -22,7 +22,7 @@ from tests.soak_live import pattern
 from vhdkit import errors
 from vhdkit.serve.control.operations import Operations
 from vhdkit.serve.nbd.server import NbdServer
-from vhdkit.serve.opening import ImageExport, Manner, Wanted, open_exports
+from vhdkit.serve.opening import ExportRequest, ImageExport, OpenMode, open_exports
 from vhdkit.units import KIB, MIB, SECTOR_SIZE
 
 DISK = 8 * MIB
@@ -31,8 +31,8 @@ _SECTORS = DISK // SECTOR_SIZE
 _LOG, _NOTES = "log", "notes"
 
 
-def _manner() -> Manner:
-    return Manner(vhdkit.OpenOptions(notes_folder=_NOTES), follow_leaf=True)
+def _open_mode() -> OpenMode:
+    return OpenMode(vhdkit.OpenOptions(notes_folder=_NOTES), follow_leaf=True)
 
 
 def prepare() -> None:
@@ -44,7 +44,7 @@ def prepare() -> None:
 
 def serve_and_change() -> None:
     """Serve the newest leaf of the base, write, and change the chain while writing."""
-    exports = open_exports([Wanted(os.path.abspath(BASE), "disk")], _manner())
+    exports = open_exports([ExportRequest(os.path.abspath(BASE), "disk")], _open_mode())
     rng = random.Random(os.getpid())
     server = NbdServer(exports)
     loop = threading.Thread(target=server.run)
@@ -69,7 +69,7 @@ def serve_and_change() -> None:
 
 def prepare_and_die() -> None:
     """A new leaf is made for a snapshot, then a write is answered, then the server is killed: deterministic."""
-    exports = open_exports([Wanted(os.path.abspath(BASE), "disk")], _manner())
+    exports = open_exports([ExportRequest(os.path.abspath(BASE), "disk")], _open_mode())
     server = NbdServer(exports)
     Operations(server, exports).methods()["prepare"].work({"exports": {"disk": None}})
     Path(_LOG).write_text("write 1 8 8\n")
@@ -110,7 +110,7 @@ def _write_on(server: NbdServer, export: ImageExport, rng: random.Random, stop: 
 
 def look(done: bool) -> None:
     """The same command line serves the disk again, and every sector is explained by the log."""
-    [export] = open_exports([Wanted(os.path.abspath(BASE), "disk")], _manner())
+    [export] = open_exports([ExportRequest(os.path.abspath(BASE), "disk")], _open_mode())
     try:
         raw = export.disk.read(0, DISK)
     finally:

@@ -34,7 +34,7 @@ from vhdkit.disk import Disk
 from vhdkit.formats.format import CreateRequest
 from vhdkit.formats.probe import open_layer
 from vhdkit.image import ParentRef
-from vhdkit.serve.opening import Manner, Wanted, open_exports
+from vhdkit.serve.opening import ExportRequest, OpenMode, open_exports
 from vhdkit.store import FileStore, Store
 from vhdkit.units import MIB, PAGE_SIZE, SECTOR_SIZE, whole_sectors
 
@@ -556,7 +556,7 @@ def test_after_a_stopped_live_merge_the_leaf_can_be_written_to(tmp_path: Path) -
 
 def test_serve(chain: list[Path]) -> None:
     """A client reads and writes the disk; the export is described correctly."""
-    (export,) = open_exports([Wanted(str(chain[0]), "disk")], Manner(vhdkit.OpenOptions()))
+    (export,) = open_exports([ExportRequest(str(chain[0]), "disk")], OpenMode(vhdkit.OpenOptions()))
     assert export.description.startswith("sparse child, 2.0 MiB, disk-1.asparse, chain of 3")
     with serving(export) as running, running.client("disk") as client:
         assert client.read(0, 4) == b"base" and client.read(MIB, 7) == b"midleaf"

@@ -116,7 +116,7 @@ def test_several_exports(nbdkit: str, tmp_path: Path) -> None:
     named = 'nbdinfo --size "nbd+unix:///two?socket=$unixsocket" && nbdinfo --size $uri'
     assert run_with(nbdkit, *words, script=named).stdout.split() == [str(2 * MIB), str(MIB)]
     wrong = run_with(nbdkit, *words, script='nbdinfo --size "nbd+unix:///six?socket=$unixsocket"', code=1)
-    assert "there is no export 'six'" in wrong.stderr and "Traceback" not in wrong.stderr
+    assert "no export is named 'six'" in wrong.stderr and "Traceback" not in wrong.stderr
 
 
 def test_cow_filter_leaves_the_image(nbdkit: str, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from vhdkit.chain.verbs import garbage, merge_steps, rebase, relocate, snapshot
 from vhdkit.chain.verbs.live import freezing
 from vhdkit.chain.verbs.live_merge import live_merge
 from vhdkit.folder import NewFile
-from vhdkit.serve.opening import Manner, Wanted, open_exports
+from vhdkit.serve.opening import ExportRequest, OpenMode, open_exports
 from vhdkit.store import FileStore
 from vhdkit.unfinished import parts
 from vhdkit.units import KIB, MIB
@@ -302,8 +302,8 @@ def test_following_ends_at_the_named_images_line(monkeypatch: pytest.MonkeyPatch
     _image("base.vhd")
     vhdkit.create_child("leaf.avhd", "base.vhd")
     _before_the_lock(monkeypatch, "leaf.avhd", lambda: _replace("leaf.avhd"))
-    manner = Manner(OpenOptions(), follow_leaf=True)
-    [export] = open_exports([Wanted("base.vhd")], manner)
+    open_mode = OpenMode(OpenOptions(), follow_leaf=True)
+    [export] = open_exports([ExportRequest("base.vhd")], open_mode)
     assert export.disk.path == "base.vhd"
     export.disk.close()
 

@@ -88,7 +88,7 @@ _FOLDER = click.Path(exists=True, file_okay=False)
 def image_options(*, leaf_format: bool = True) -> Callable[[Verb], Verb]:
     """The options of every verb that opens images; the verb gets them as one argument `common`.
 
-    Without `leaf_format` there is no `--format`: the verb has another meaning for it.
+    Without `leaf_format`, `--format` is left out: the verb has another meaning for it.
     """
 
     def decorate(verb: Verb) -> Verb:

@@ -27,7 +27,7 @@ from vhdkit.errors import printable, quoted
 from vhdkit.folder import exists
 from vhdkit.serve.mount.mounting import Mounted, MountRequest, mount
 from vhdkit.serve.mount.unmounting import Listed, listed, umount
-from vhdkit.serve.opening import Manner
+from vhdkit.serve.opening import OpenMode
 from vhdkit.units import format_size
 
 _SYSTEM_LOG = "/dev/log"
@@ -100,24 +100,24 @@ def mount_command(common: Common, fstab: tuple[str, ...], **words: Any) -> None:
     "base" is the FUSE mount itself, "driver" what mounted the file system in it
     (null without --fs).
     """
-    wished = _Words(**words)
+    given = _Words(**words)
     for text in fstab:
-        wished, common = _with_fstab(wished, common, text)
-    _check(wished)
-    _log(common, foreground=wished.foreground)
-    manner = Manner(
+        given, common = _with_fstab(given, common, text)
+    _check(given)
+    _log(common, foreground=given.foreground)
+    open_mode = OpenMode(
         common.options,
-        read_only=not (wished.rw or wished.overlay),
-        overlay=wished.overlay,
-        keep_overlay=wished.keep_overlay,
+        read_only=not (given.rw or given.overlay),
+        overlay=given.overlay,
+        keep_overlay=given.keep_overlay,
     )
-    wish = MountRequest(
-        wished.image, wished.mountpoint, manner, wished.as_file, wished.partition, wished.file_system,
-        wished.allow_other, wished.foreground,
+    request = MountRequest(
+        given.image, given.mountpoint, open_mode, given.as_file, given.partition, given.file_system,
+        given.allow_other, given.foreground,
     )  # fmt: skip
-    mounted = mount(wish, lambda body, talks: start(body, talks=talks))
-    _print_result(mounted, wish, common)
-    if wished.foreground:
+    mounted = mount(request, lambda body, talks: start(body, talks=talks))
+    _print_result(mounted, request, common)
+    if given.foreground:
         with unmeant_ignored():
             _stay(mounted, common)
 
@@ -176,7 +176,7 @@ def _log(common: Common, *, foreground: bool) -> None:
         logging.basicConfig(handlers=[logging.NullHandler()], force=True)
 
 
-def _print_result(mounted: Mounted, wish: MountRequest, common: Common) -> None:
+def _print_result(mounted: Mounted, request: MountRequest, common: Common) -> None:
     for text in mounted.notes:
         note(common, text)
     if common.json:
@@ -195,13 +195,17 @@ def _print_result(mounted: Mounted, wish: MountRequest, common: Common) -> None:
             }
         )
     elif not common.quiet:
-        overlay = wish.manner.overlay
-        kept = f", changes go to {wish.manner.keep_overlay}" if wish.manner.keep_overlay else ", changes are discarded"
+        overlay = request.open_mode.overlay
+        kept = (
+            f", changes go to {request.open_mode.keep_overlay}"
+            if request.open_mode.keep_overlay
+            else ", changes are discarded"
+        )
         access = ("writable" + (kept if overlay else "")) if mounted.writable else "read-only"
         what = f"{format_size(mounted.size_bytes)}, {access}"
         if mounted.file_system is not None:
             what = f"{mounted.file_system.kind} by {mounted.driver}, {access}"
-        print_text(printable(f"{wish.image} is at {wish.mountpoint}: {what}"))
+        print_text(printable(f"{request.image} is at {request.mountpoint}: {what}"))
     sys.stdout.flush()
 
 

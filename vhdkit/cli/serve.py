@@ -38,7 +38,7 @@ from vhdkit.serve.nbd.server import NbdServer
 from vhdkit.serve.nbd.tls import certificate_context, psk_context
 from vhdkit.serve.nbdkit.command import NbdkitLaunch, writes
 from vhdkit.serve.notify import READY, STOPPING, notify
-from vhdkit.serve.opening import ImageExport, Manner, Wanted, open_exports, wanted_of_file
+from vhdkit.serve.opening import ExportRequest, ImageExport, OpenMode, open_exports, requests_of_file
 from vhdkit.sockets import SocketFile
 from vhdkit.units import KIB
 
@@ -164,38 +164,38 @@ def serve_command(common: Common, **words: Any) -> None:
                    "read_only"}], "control",
       "addresses": [URI without an export's name, ...]}
     """
-    wish = ServeOptions(**words)
-    _check(wish)
+    given = ServeOptions(**words)
+    _check(given)
     _log_to_stderr(common)
     with unmeant_ignored():
-        _ENGINES[wish.engine](wish, common)
+        _ENGINES[given.engine](given, common)
 
 
-def _check(wish: ServeOptions) -> None:
+def _check(given: ServeOptions) -> None:
     """Raise UsageError for options that exclude each other."""
-    if not wish.image and not wish.export and wish.exports is None:
+    if not given.image and not given.export and given.exports is None:
         raise click.UsageError("give an IMAGE to serve")
-    if wish.exports is not None and (wish.overlay or wish.read_only or wish.engine != "builtin"):
+    if given.exports is not None and (given.overlay or given.read_only or given.engine != "builtin"):
         raise click.UsageError(
             "--exports states for each image how it is opened: leave out --read-only, --overlay and --engine"
         )
-    if wish.description is not None and (wish.exports is not None or len(wish.image) + len(wish.export) != 1):
+    if given.description is not None and (given.exports is not None or len(given.image) + len(given.export) != 1):
         raise click.UsageError('--description is for one image; in a file for --exports each may have a "description"')
-    if wish.overlay and wish.read_only:
+    if given.overlay and given.read_only:
         raise click.UsageError("--read-only and --overlay cannot be combined")
-    if is_activated() and (wish.socket or wish.listen):
+    if is_activated() and (given.socket or given.listen):
         raise click.UsageError("sockets were passed by LISTEN_FDS: leave out --socket and --listen")
-    if wish.keep_overlay is not None and (not wish.overlay or len(wish.image) + len(wish.export) != 1):
+    if given.keep_overlay is not None and (not given.overlay or len(given.image) + len(given.export) != 1):
         raise click.UsageError("--keep-overlay requires --overlay and one image")
-    if wish.tls_certs and wish.tls_psk:
+    if given.tls_certs and given.tls_psk:
         raise click.UsageError("--tls-certs and --tls-psk cannot be combined")
-    if wish.tls_required and not (wish.tls_certs or wish.tls_psk):
+    if given.tls_required and not (given.tls_certs or given.tls_psk):
         raise click.UsageError("--tls-required requires --tls-certs DIR")
-    if (wish.control_owner or wish.control_dir) and wish.control is None:
+    if (given.control_owner or given.control_dir) and given.control is None:
         raise click.UsageError("--control-owner and --control-dir require --control")
-    if wish.control_dir and not wish.control_owner:
+    if given.control_dir and not given.control_owner:
         raise click.UsageError("--control-dir requires --control-owner: without it, any file may be named")
-    if wish.socket_owner and wish.listen and not wish.socket:
+    if given.socket_owner and given.listen and not given.socket:
         raise click.UsageError("--socket-owner applies to a unix socket, not to --listen")
 
 
@@ -206,60 +206,60 @@ def _log_to_stderr(common: Common) -> None:
     logging.basicConfig(level=level, format=form, stream=sys.stderr, force=True)
 
 
-def _wanted(wish: ServeOptions, common: Common) -> list[Wanted]:
+def _wanted(given: ServeOptions, common: Common) -> list[ExportRequest]:
     """The images in the order of their kind: plain ones first."""
-    wanted = [Wanted(path, description=wish.description) for path in wish.image]
-    for word in wish.export:
+    wanted = [ExportRequest(path, description=given.description) for path in given.image]
+    for word in given.export:
         name, sign, path = word.partition("=")
         if not sign or not path:
             raise click.UsageError(f"--export {word!r} is not NAME=IMAGE")
-        wanted.append(Wanted(path, name, description=wish.description))
-    if wish.exports is not None:
-        wanted += [_trusting(one, common) for one in wanted_of_file(wish.exports)]
-    if not wanted and wish.control is None:
-        raise click.UsageError(f"{wish.exports} lists nothing, and without --control nothing can be added")
+        wanted.append(ExportRequest(path, name, description=given.description))
+    if given.exports is not None:
+        wanted += [_trusting(one, common) for one in requests_of_file(given.exports)]
+    if not wanted and given.control is None:
+        raise click.UsageError(f"{given.exports} lists nothing, and without --control nothing can be added")
     return wanted
 
 
-def _trusting(wanted: Wanted, common: Common) -> Wanted:
+def _trusting(wanted: ExportRequest, common: Common) -> ExportRequest:
     """A request from a file for --exports, with the folders that are allowed for every command."""
-    assert wanted.manner is not None
-    options = wanted.manner.options
+    assert wanted.open_mode is not None
+    options = wanted.open_mode.options
     options = replace(
         options,
         parent_dirs=(*options.parent_dirs, *common.trusted.parent_dirs),
         notes_folder=common.options.notes_folder,
     )
-    return replace(wanted, manner=replace(wanted.manner, options=options))
+    return replace(wanted, open_mode=replace(wanted.open_mode, options=options))
 
 
-def _serve_builtin(wish: ServeOptions, common: Common) -> None:
+def _serve_builtin(given: ServeOptions, common: Common) -> None:
     with contextlib.ExitStack() as unserved, contextlib.ExitStack() as cleanup:
-        tls = _tls(wish)
-        common = replace(common, options=replace(common.options, notes_folder=_notes_folder(wish)))
-        manner = Manner(common.options, wish.read_only, wish.overlay, wish.keep_overlay, wish.follow_leaf)
-        exports = open_exports(_wanted(wish, common), manner)
+        tls = _tls(given)
+        common = replace(common, options=replace(common.options, notes_folder=_notes_folder(given)))
+        open_mode = OpenMode(common.options, given.read_only, given.overlay, given.keep_overlay, given.follow_leaf)
+        exports = open_exports(_wanted(given, common), open_mode)
         for export in exports:
             cleanup.callback(_close, export)
-        if wish.keep_overlay is not None:
-            unserved.callback(_remove_quietly, wish.keep_overlay)
+        if given.keep_overlay is not None:
+            unserved.callback(_remove_quietly, given.keep_overlay)
         listeners = cleanup.enter_context(Listeners())
-        activated = _listen(wish, listeners)
-        mode = TlsMode.OFF if tls is None else TlsMode.REQUIRED if wish.tls_required else TlsMode.OFFERED
-        server = NbdServer(exports, tls_context=tls, tls_mode=mode, exit_last=wish.exit_last)
+        activated = _listen(given, listeners)
+        mode = TlsMode.OFF if tls is None else TlsMode.REQUIRED if given.tls_required else TlsMode.OFFERED
+        server = NbdServer(exports, tls_context=tls, tls_mode=mode, exit_last=given.exit_last)
         cleanup.callback(server.close)
         for sock in listeners.sockets:
             server.listen(sock)
-        if wish.control is not None:
-            _take_commands(wish, common, server, exports, cleanup)
+        if given.control is not None:
+            _take_commands(given, common, server, exports, cleanup)
         cleanup.enter_context(_stopped_in_order(server))
-        if wish.pid_file is not None:
-            cleanup.enter_context(_pid_file(wish.pid_file))
+        if given.pid_file is not None:
+            cleanup.enter_context(_pid_file(given.pid_file))
         if not activated or common.json:
-            _print_ready(exports, listeners, wish, common)
+            _print_ready(exports, listeners, given, common)
         notify(READY)
         unserved.pop_all()  # from now on clients may have written to it
-        if wish.stats:
+        if given.stats:
             from vhdkit.cli.statistics import stats_shown
 
             cleanup.enter_context(stats_shown(server))
@@ -267,13 +267,13 @@ def _serve_builtin(wish: ServeOptions, common: Common) -> None:
         server.run()
 
 
-def _notes_folder(wish: ServeOptions) -> str | None:
+def _notes_folder(given: ServeOptions) -> str | None:
     """Where changes of images are noted; changes that are discarded at the end need no notes. Raises NotFound."""
-    if wish.remember is not None:
-        if not is_folder(wish.remember):
-            raise vhdkit.NotFound("no such folder", path=wish.remember, hint="make it first")
-        NewFile.check(os.path.join(wish.remember, "notes"))  # now, not with the first write
-    return None if wish.overlay and wish.keep_overlay is None else wish.remember
+    if given.remember is not None:
+        if not is_folder(given.remember):
+            raise vhdkit.NotFound("no such folder", path=given.remember, hint="make it first")
+        NewFile.check(os.path.join(given.remember, "notes"))  # now, not with the first write
+    return None if given.overlay and given.keep_overlay is None else given.remember
 
 
 def _allow_descriptors() -> None:
@@ -283,23 +283,23 @@ def _allow_descriptors() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def _tls(wish: ServeOptions) -> ssl.SSLContext | None:
-    if wish.tls_psk is not None:
-        return psk_context(wish.tls_psk)
-    return certificate_context(wish.tls_certs) if wish.tls_certs is not None else None
+def _tls(given: ServeOptions) -> ssl.SSLContext | None:
+    if given.tls_psk is not None:
+        return psk_context(given.tls_psk)
+    return certificate_context(given.tls_certs) if given.tls_certs is not None else None
 
 
 def _take_commands(
-    wish: ServeOptions, common: Common, server: NbdServer, exports: list[ImageExport], cleanup: contextlib.ExitStack
+    given: ServeOptions, common: Common, server: NbdServer, exports: list[ImageExport], cleanup: contextlib.ExitStack
 ) -> None:
     """Open the control socket. If it is given to another user, that user's paths are confined."""
-    assert wish.control is not None
-    confined = confined_to(wish.control_dir)
+    assert given.control is not None
+    confined = confined_to(given.control_dir)
     try:
-        owner = parse_owner(wish.control_owner) if wish.control_owner else None
+        owner = parse_owner(given.control_owner) if given.control_owner else None
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    socket_file = SocketFile(wish.control, owner=owner)
+    socket_file = SocketFile(given.control, owner=owner)
     cleanup.callback(socket_file.close)
     operations = Operations(server, exports, notes_folder=common.options.notes_folder)
     control = Control(server.loop, operations.methods(), operations.methods(confined) if owner else None)
@@ -314,33 +314,33 @@ def _remove_quietly(path: str) -> None:
         remove_file(path)
 
 
-def _serve_nbdkit(wish: ServeOptions, common: Common) -> None:
+def _serve_nbdkit(given: ServeOptions, common: Common) -> None:
     """Open all images first, for better error messages than nbdkit's; then leave them to nbdkit."""
-    if wish.control or wish.keep_overlay or wish.stats:
+    if given.control or given.keep_overlay or given.stats:
         raise click.UsageError(
             "--control, --keep-overlay and --stats do not work with nbdkit: leave out --engine nbdkit"
         )
     program = find_nbdkit()
     launch = NbdkitLaunch(
-        (), common.options, wish.read_only, wish.overlay, wish.exit_last,
-        description=wish.description, tls_certs=wish.tls_certs, tls_psk=wish.tls_psk, tls_required=wish.tls_required,
-        arguments=click.get_current_context().meta.get(ARGUMENTS, ()),
+        (), common.options, given.read_only, given.overlay, given.exit_last,
+        description=given.description, tls_certs=given.tls_certs, tls_psk=given.tls_psk,
+        tls_required=given.tls_required, arguments=click.get_current_context().meta.get(ARGUMENTS, ()),
     )  # fmt: skip
-    manner = Manner(common.options, read_only=not writes(launch), follow_leaf=wish.follow_leaf)
-    exports = open_exports(_wanted(wish, common), manner)
+    open_mode = OpenMode(common.options, read_only=not writes(launch), follow_leaf=given.follow_leaf)
+    exports = open_exports(_wanted(given, common), open_mode)
     for export in exports:
         export.disk.close()
-        export.read_only = wish.read_only
+        export.read_only = given.read_only
     images = tuple((export.name, os.path.abspath(export.image_path)) for export in exports)
     with contextlib.ExitStack() as cleanup:
         listeners = cleanup.enter_context(Listeners())
-        activated = _listen(wish, listeners)
+        activated = _listen(given, listeners)
 
         def ready() -> None:
-            if wish.pid_file is not None:
-                cleanup.enter_context(_pid_file(wish.pid_file))
+            if given.pid_file is not None:
+                cleanup.enter_context(_pid_file(given.pid_file))
             if not activated or common.json:
-                _print_ready(exports, listeners, wish, common)
+                _print_ready(exports, listeners, given, common)
             notify(READY)
 
         run_nbdkit(program, replace(launch, exports=images), listeners.sockets, ready)
@@ -351,19 +351,19 @@ def _close(export: ImageExport) -> None:
     export.disk.close()
 
 
-def _listen(wish: ServeOptions, listeners: Listeners) -> bool:
+def _listen(given: ServeOptions, listeners: Listeners) -> bool:
     """Open the requested sockets. True when a service manager passed them, which then knows their addresses."""
     if listeners.add_activated():
         return True
     try:
-        owner = parse_owner(wish.socket_owner) if wish.socket_owner else None
-        address = parse_address(wish.listen) if wish.listen is not None else None
+        owner = parse_owner(given.socket_owner) if given.socket_owner else None
+        address = parse_address(given.listen) if given.listen is not None else None
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     if address is not None:
-        listeners.add_tcp(*address, open_to_all=wish.insecure or wish.tls_required)
-    if wish.socket is not None or address is None:
-        listeners.add_unix(wish.socket, owner=owner)
+        listeners.add_tcp(*address, open_to_all=given.insecure or given.tls_required)
+    if given.socket is not None or address is None:
+        listeners.add_unix(given.socket, owner=owner)
     return False
 
 
@@ -408,9 +408,9 @@ def _pid_file(path: str) -> Iterator[None]:
                 remove_file(path)
 
 
-def _print_ready(exports: list[ImageExport], listeners: Listeners, wish: ServeOptions, common: Common) -> None:
+def _print_ready(exports: list[ImageExport], listeners: Listeners, given: ServeOptions, common: Common) -> None:
     """Print the addresses of the exports."""
-    secure = bool(wish.tls_certs or wish.tls_psk)
+    secure = bool(given.tls_certs or given.tls_psk)
     addresses = [address.uri("", secure=secure) for address in listeners.addresses]
     uris = {
         export.name: [address.uri(export.name, secure=secure) for address in listeners.addresses] for export in exports
@@ -428,14 +428,14 @@ def _print_ready(exports: list[ImageExport], listeners: Listeners, wish: ServeOp
             for export in exports
         ]
         print_json({"pid": os.getpid(), "uris": [one for export in exports for one in uris[export.name]],
-                    "exports": rows, "control": wish.control, "addresses": addresses})  # fmt: skip
+                    "exports": rows, "control": given.control, "addresses": addresses})  # fmt: skip
     elif not common.quiet:
         for export in exports:
             for uri in uris[export.name]:
                 click.echo(uri)
         if not exports:
             click.echo(f"ready at {' '.join(addresses)}, with no export yet; to add one: vhdkit ctl"
-                       f" {shlex.quote(printable(wish.control or ''))} add NAME=IMAGE")  # fmt: skip
+                       f" {shlex.quote(printable(given.control or ''))} add NAME=IMAGE")  # fmt: skip
     sys.stdout.flush()
 
 

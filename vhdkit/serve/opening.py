@@ -40,7 +40,7 @@ _ENTRY_KINDS: dict[str, tuple[type, str]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Manner:
+class OpenMode:
     """How images are opened. `follow_leaf`: serve the newest image that stands on the named one in its place.
 
     `overlay`: writes go to a nameless temporary child that disappears when the server ends, or to a new child
@@ -55,15 +55,15 @@ class Manner:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """An image to serve: its path, its export name if it differs from the file's, and its own manner if it has one.
+class ExportRequest:
+    """An image to serve: its path, its export name if it differs from the file's, and its own mode if it has one.
 
     `description`: the text that clients receive for it, instead of the result of `described`.
     """
 
     path: str
     name: str | None = None
-    manner: Manner | None = None
+    open_mode: OpenMode | None = None
     description: str | None = None
 
     @property
@@ -75,9 +75,9 @@ class Wanted:
 class ImageExport(Export):
     """An export that knows how its image was opened, for operations on it while it is served."""
 
-    def __init__(self, name: str, disk: Disk, manner: Manner, description: str | None = None) -> None:
-        super().__init__(name, disk, description=description or "", read_only=manner.read_only)
-        self.manner = manner
+    def __init__(self, name: str, disk: Disk, open_mode: OpenMode, description: str | None = None) -> None:
+        super().__init__(name, disk, description=description or "", read_only=open_mode.read_only)
+        self.open_mode = open_mode
         self._chosen_description = description
         self._describe()
 
@@ -88,7 +88,7 @@ class ImageExport(Export):
     @property
     def is_temporary(self) -> bool:
         """True while the top layer is a nameless temporary one."""
-        return self.manner.overlay and self.manner.keep_overlay is None
+        return self.open_mode.overlay and self.open_mode.keep_overlay is None
 
     @property
     def image_path(self) -> str:
@@ -110,7 +110,7 @@ class ImageExport(Export):
         self._describe()
 
 
-def check_wanted(wanted: Sequence[Wanted]) -> None:
+def check_wanted(wanted: Sequence[ExportRequest]) -> None:
     """Raise InvalidArgument for invalid names, ImageInUse for an image that is listed twice."""
     names: set[str] = set()
     paths: set[str] = set()
@@ -137,7 +137,7 @@ def check_wanted(wanted: Sequence[Wanted]) -> None:
         paths.add(real)
 
 
-def wanted_of_document(document: object) -> Wanted:
+def request_of_document(document: object) -> ExportRequest:
     """Parse one entry of an exports file, or the parameters of `ctl add`. Raises InvalidArgument.
 
     {"name", "path", "description": null, "read_only": false, "follow_leaf": false, "format": "raw" | "vhd" | null,
@@ -172,11 +172,13 @@ def wanted_of_document(document: object) -> Wanted:
         format_name=FormatName(format_name) if format_name else None,
         known_images=tuple(known),
     )
-    manner = Manner(options, read_only=bool(document.get("read_only")), follow_leaf=bool(document.get("follow_leaf")))
-    return Wanted(path, document["name"], manner, document.get("description"))
+    open_mode = OpenMode(
+        options, read_only=bool(document.get("read_only")), follow_leaf=bool(document.get("follow_leaf"))
+    )
+    return ExportRequest(path, document["name"], open_mode, document.get("description"))
 
 
-def wanted_of_file(path: str) -> list[Wanted]:
+def requests_of_file(path: str) -> list[ExportRequest]:
     """The exports listed in a file. Raises NotFound, InvalidArgument, AccessDenied.
 
     A JSON array, or {"exports": the array, "known_images": []} for known images that all entries share.
@@ -197,7 +199,7 @@ def wanted_of_file(path: str) -> list[Wanted]:
         if not isinstance(entries, list):
             raise errors.InvalidArgument("is not a list of exports")
         common = {} if known is None else {"known_images": known}
-        return [wanted_of_document({**common, **entry} if isinstance(entry, dict) else entry) for entry in entries]
+        return [request_of_document({**common, **entry} if isinstance(entry, dict) else entry) for entry in entries]
     except (ValueError, RecursionError) as error:
         raise errors.InvalidArgument("is not a list of exports: it is not JSON", path=path) from error
     except errors.InvalidArgument as error:
@@ -205,13 +207,13 @@ def wanted_of_file(path: str) -> list[Wanted]:
         raise
 
 
-def open_exports(wanted: Sequence[Wanted], manner: Manner) -> list[ImageExport]:
+def open_exports(wanted: Sequence[ExportRequest], open_mode: OpenMode) -> list[ImageExport]:
     """Open all images, or none. Raises what opening an image raises."""
     check_wanted(wanted)
     exports: list[ImageExport] = []
     try:
         for one in wanted:
-            own = one.manner or manner
+            own = one.open_mode or open_mode
             exports.append(ImageExport(one.export_name, _open(one.path, own), own, one.description))
     except BaseException:
         for export in exports:
@@ -220,19 +222,19 @@ def open_exports(wanted: Sequence[Wanted], manner: Manner) -> list[ImageExport]:
     return exports
 
 
-def _open(path: str, manner: Manner) -> Disk:
-    if manner.follow_leaf:
-        return opened_again(lambda: _followed(path, manner))
-    return _open_this(path, manner)
+def _open(path: str, open_mode: OpenMode) -> Disk:
+    if open_mode.follow_leaf:
+        return opened_again(lambda: _followed(path, open_mode))
+    return _open_this(path, open_mode)
 
 
-def _followed(path: str, manner: Manner) -> Disk:
+def _followed(path: str, open_mode: OpenMode) -> Disk:
     """The newest image that stands on the named one. Raises `Replaced` if it no longer does once it is open."""
-    newest = newest_leaf(path, manner.options)
-    disk = _open_this(newest, manner)
+    newest = newest_leaf(path, open_mode.options)
+    disk = _open_this(newest, open_mode)
     try:
         with contextlib.suppress(errors.NotFound):  # the image was merged: opening the newest removed it
-            if manner.keep_overlay is None and real_path(newest_leaf(path, manner.options)) != real_path(newest):
+            if open_mode.keep_overlay is None and real_path(newest_leaf(path, open_mode.options)) != real_path(newest):
                 raise errors.Replaced("its children changed while the newest was searched for", path=path)
     except BaseException:
         disk.close()
@@ -240,12 +242,12 @@ def _followed(path: str, manner: Manner) -> Disk:
     return disk
 
 
-def _open_this(path: str, manner: Manner) -> Disk:
-    if manner.keep_overlay is not None:
-        return _open_kept(path, manner.keep_overlay, manner.options)
-    writable = not manner.read_only and not manner.overlay
-    disk = open_disk(path, writable=writable, options=manner.options)
-    if not manner.overlay:
+def _open_this(path: str, open_mode: OpenMode) -> Disk:
+    if open_mode.keep_overlay is not None:
+        return _open_kept(path, open_mode.keep_overlay, open_mode.options)
+    writable = not open_mode.read_only and not open_mode.overlay
+    disk = open_disk(path, writable=writable, options=open_mode.options)
+    if not open_mode.overlay:
         return disk
     try:
         return Disk(scratch_child(disk.chain, scratch_folder()))

@@ -52,7 +52,7 @@ def test_session(folder: Path) -> None:
         rows = document("ctl", "c", "snapshot", "leaf.avhd=x y.avhd", "other.vhd")["snapshots"]
         assert [row["leaf"] for row in rows] == [str(folder / "x y.avhd"), "other.avhd"]
         assert "already exists" in failure("ctl", "c", "snapshot", "leaf.avhd=x y.avhd", code=1)
-        assert "there is no export 'nope'" in failure("ctl", "c", "snapshot", "nope", code=1)
+        assert "no export is named 'nope'" in failure("ctl", "c", "snapshot", "nope", code=1)
         assert "other.vhd: 1.0 MiB -> 3.0 MiB" in good("ctl", "c", "resize", "other.vhd", "3M")
         assert "add --shrink" in failure("ctl", "c", "resize", "other.vhd", "2M", code=2)
         assert "-> 2.0 MiB" in good("ctl", "c", "resize", "other.vhd", "2M", "--shrink")

@@ -14,7 +14,7 @@ import vhdkit
 import vmm
 from tests.support import require_tool
 from tests.vmm.snapshots.machines import Machines
-from vhdkit.serve.opening import open_exports, wanted_of_file
+from vhdkit.serve.opening import open_exports, requests_of_file
 from vmm.kvm import program
 from vmm.model.errors import InUse, Refused
 from vmm.model.paths import write_whole
@@ -58,10 +58,10 @@ def refusals(machines: Machines, gold: Path) -> None:
     exports = machines.folder / "exports.json"
     exports.write_text(json.dumps({"exports": exports_of(runtime, follow_leaf=False),
                                    "known_images": known_images.known_images()}))  # fmt: skip
-    (wanted,) = wanted_of_file(str(exports))
-    assert wanted.manner is not None
+    (wanted,) = requests_of_file(str(exports))
+    assert wanted.open_mode is not None
     with pytest.raises(vhdkit.HasChildren, match=r"b\.avhd"):
-        open_exports([wanted], wanted.manner)
+        open_exports([wanted], wanted.open_mode)
     shutil.rmtree(runtime.folder)
     plan = manager.plan_delete("gold", with_disks=True)
     assert plan.disks == () and [one.path for one in plan.kept] == [str(gold)] and "b.avhd" in plan.kept[0].reason
@@ -109,9 +109,9 @@ def test_start_is_refused(machines: Machines, gold: Path) -> None:
     exports = machines.folder / "exports.json"
     exports.write_text(json.dumps({"exports": exports_of(machine.runtime, follow_leaf=False),
                                    "known_images": known_images.known_images()}))  # fmt: skip
-    (wanted,) = wanted_of_file(str(exports))
-    assert wanted.manner is not None
-    for export in open_exports([wanted], wanted.manner):
+    (wanted,) = requests_of_file(str(exports))
+    assert wanted.open_mode is not None
+    for export in open_exports([wanted], wanted.open_mode):
         export.disk.close()
     shutil.rmtree(machine.runtime.folder)
     assert content(gold) == before

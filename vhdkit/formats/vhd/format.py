@@ -66,7 +66,7 @@ class VhdFormat:
         killed = tail.state is FooterState.KILLED
         raise CorruptImage(
             CorruptReason.NO_FOOTER,
-            "there is no VHD footer at the end or at the beginning of the file"
+            "the file has no VHD footer at its end or at its beginning"
             + (f" (the end was {tail.state})" if killed else ""),
             path=store.name,
             structure=tail.structure,

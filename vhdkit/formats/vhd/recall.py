@@ -141,7 +141,7 @@ def _another_state(store: FileStore, unique_id: bytes, folder: str, last: _File,
         return None
     raw = read_whole(remember.note_paths(store, unique_id, folder)[2], KIB)
     if raw is None or len(raw) != _WORDS.size:
-        return "there is no record of the state in which it was left"
+        return "the state in which it was left was not recorded"
     words = _WORDS.unpack(raw)
     begun, (left_ns, read_ns) = [words[0], words[3]], max(zip(words[1::3], words[2::3], strict=True))
     now = store.modified_ns()

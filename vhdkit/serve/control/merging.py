@@ -58,15 +58,15 @@ class ServedMergePlan:
     max_rate_bytes: int | None
 
 
-def plan_served_merge(export: ImageExport, wish: MergeRequest) -> ServedMergePlan:
+def plan_served_merge(export: ImageExport, request: MergeRequest) -> ServedMergePlan:
     """Which layers a request means.
 
     Raises InvalidArgument for layers that do not exist, ReadOnly if the leaf is not open for writing here.
     """
     layers = export.disk.chain.layers
     top = 1 if export.is_temporary else 0
-    first = _index_of(export, wish.layer, top) if wish.layer is not None else top
-    target = _index_of(export, wish.into, top) if wish.into is not None else first + 1
+    first = _index_of(export, request.layer, top) if request.layer is not None else top
+    target = _index_of(export, request.into, top) if request.into is not None else first + 1
     if target >= len(layers):
         raise errors.InvalidArgument("has no parent: there is nothing to merge it into", path=_path(layers[first]))
     if target <= first:
@@ -78,7 +78,7 @@ def plan_served_merge(export: ImageExport, wish: MergeRequest) -> ServedMergePla
     if (first == 0 and export.is_temporary) or first < top:
         raise errors.InvalidArgument("is under a temporary overlay", path=export.image_path)
     merged = tuple(_path(layer) for layer in layers[first:target])
-    return ServedMergePlan(export, merged, _path(layers[target]), first == 0, wish.max_rate_bytes)
+    return ServedMergePlan(export, merged, _path(layers[target]), first == 0, request.max_rate_bytes)
 
 
 def _index_of(export: ImageExport, path: str, top: int = 0) -> int:
@@ -124,7 +124,7 @@ class ServedMerge:
         """Merge; returns what was done. Raises Cancelled, and ImageInUse if the leaf grows faster than the merge."""
         if self._plan.with_leaf:
             self._converge()
-            with live_merge(self._export.disk.chain, 0, 1, self._export.manner.options) as merging:
+            with live_merge(self._export.disk.chain, 0, 1, self._export.open_mode.options) as merging:
                 with self._server.hold([self._export]):
                     began = time.monotonic()
                     self._copied += sum(merging.copy())
@@ -176,7 +176,7 @@ class ServedMerge:
 
     def _pass_over(self, first: int, target: int) -> None:
         self._passes += 1
-        with live_merge(self._export.disk.chain, first, target, self._export.manner.options) as merging:
+        with live_merge(self._export.disk.chain, first, target, self._export.open_mode.options) as merging:
             self._copied += sum(merging.copy(_Pace(self)))
             with self._server.hold([self._export]):
                 began = time.monotonic()

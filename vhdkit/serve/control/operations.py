@@ -27,7 +27,7 @@ from vhdkit.serve.control.merging import MergeRequest, ServedMerge, plan_served_
 from vhdkit.serve.control.server import BadParams, Method, Params
 from vhdkit.serve.nbd.connection import Connection
 from vhdkit.serve.nbd.server import NbdServer
-from vhdkit.serve.opening import ImageExport, Wanted, open_exports, wanted_of_document
+from vhdkit.serve.opening import ExportRequest, ImageExport, open_exports, request_of_document
 
 
 class Operations:
@@ -67,7 +67,7 @@ class Operations:
             if export.name == name:
                 return export
         names = ", ".join(repr(export.name) for export in self._exports)
-        raise errors.NotFound(f"there is no export {name!r}; there are {names}")
+        raise errors.NotFound(f"no export is named {name!r}; there are {names}")
 
     def _one_or_all(self, params: Params) -> list[ImageExport]:
         """The export named by the parameter `export`, or all of them."""
@@ -108,12 +108,12 @@ class Operations:
         rate = params.get("max_rate_bytes")
         if rate is not None and (not isinstance(rate, int) or isinstance(rate, bool) or rate <= 0):
             raise BadParams('"max_rate_bytes" must be a positive number')
-        wish = MergeRequest(_text(params, "layer"), _text(params, "into"), rate)
+        request = MergeRequest(_text(params, "layer"), _text(params, "into"), rate)
         with self._changing:  # a snapshot in progress finishes first, and its chain is merged
             export = self._find(name)
             self._forget_prepared()
             self._refuse_merging([export])
-            merging = ServedMerge(self._server, plan_served_merge(export, wish))
+            merging = ServedMerge(self._server, plan_served_merge(export, request))
             self._merges[export.name] = merging
         try:
             with self._server.using():
@@ -196,7 +196,7 @@ class Operations:
         for export, _ in pairs:
             if export.is_temporary:
                 raise errors.InvalidArgument(
-                    f"export {export.name!r} is a temporary overlay: there is no image to freeze",
+                    f"export {export.name!r} is a temporary overlay, not an image that could be frozen",
                     path=export.image_path,
                 )
         if confined is not None:
@@ -236,7 +236,7 @@ class Operations:
         export, size = self._find(_text(params, "export")), params.get("size_bytes")
         if not isinstance(size, int) or isinstance(size, bool) or size <= 0:
             raise BadParams('"size_bytes" must be a positive number')
-        if export.manner.overlay:
+        if export.open_mode.overlay:
             raise errors.InvalidArgument("is under an overlay and is not changed", path=export.image_path)
         if export.read_only:
             raise errors.ReadOnly("is served read-only", path=export.image_path)
@@ -287,7 +287,7 @@ class Operations:
     def _add(self, confined: Confinement | None, params: Params) -> object:
         """Add an export; the parameters are those of an entry of an exports file (`opening`)."""
         try:
-            wanted = wanted_of_document(params)
+            wanted = request_of_document(params)
         except errors.InvalidArgument as error:
             raise BadParams(error.problem) from error
         if confined is not None:
@@ -295,10 +295,10 @@ class Operations:
         held = next((one for one in self._exports if real_path(one.image_path) == real_path(wanted.path)), None)
         if held is not None:
             raise errors.ImageInUse(f"is already served as {held.name!r}", path=wanted.path)
-        assert wanted.manner is not None
-        options = replace(wanted.manner.options, notes_folder=self._notes_folder)
-        manner = replace(wanted.manner, options=options)
-        [export] = open_exports([replace(wanted, manner=manner)], manner)
+        assert wanted.open_mode is not None
+        options = replace(wanted.open_mode.options, notes_folder=self._notes_folder)
+        open_mode = replace(wanted.open_mode, options=options)
+        [export] = open_exports([replace(wanted, open_mode=open_mode)], open_mode)
         try:
             self._server.add_export(export)
         except BaseException:
@@ -333,7 +333,7 @@ class Operations:
         elif isinstance(number, int) and not isinstance(number, bool):
             leaving = [one for one in self._server.connections if one.number == number]
             if not leaving:
-                raise errors.NotFound(f"there is no client {number}")
+                raise errors.NotFound(f"no client has the number {number}")
         else:
             raise BadParams('"client" must be a number')
         self._server.disconnect(leaving)
@@ -384,23 +384,23 @@ def _confined_place(confined: Confinement, export: ImageExport, path: str | None
     return confined.new_file(path)
 
 
-def _confined_image(confined: Confinement, wanted: Wanted) -> Wanted:
+def _confined_image(confined: Confinement, wanted: ExportRequest) -> ExportRequest:
     """A client of another user's request, with real paths. It may not ask which image is the newest, or where."""
-    assert wanted.manner is not None
-    if wanted.manner.follow_leaf:
+    assert wanted.open_mode is not None
+    if wanted.open_mode.follow_leaf:
         raise errors.AccessDenied(
             "a control owner must name the newest image, and cannot have the server search for it", path=wanted.path
         )
-    options = wanted.manner.options
+    options = wanted.open_mode.options
     folders = tuple(confined.folder(folder) for folder in options.parent_dirs)
     known = tuple(confined.image(image) for image in options.known_images)  # these are opened, too
-    manner = replace(wanted.manner, options=replace(options, parent_dirs=folders, known_images=known))
-    return replace(wanted, path=confined.image(wanted.path), manner=manner)
+    open_mode = replace(wanted.open_mode, options=replace(options, parent_dirs=folders, known_images=known))
+    return replace(wanted, path=confined.image(wanted.path), open_mode=open_mode)
 
 
 def _check_place(export: ImageExport, path: str | None) -> None:
     """Refuse a new leaf where an open of the frozen image would not find it: writes would then corrupt the leaf."""
-    folders = allowed_folders(export.image_path, export.manner.options.parent_dirs)
+    folders = allowed_folders(export.image_path, export.open_mode.options.parent_dirs)
     if path is not None and os.path.dirname(real_path(path)) not in folders:
         raise errors.InvalidArgument(
             f"the new leaf {errors.printable(path)} would be outside the folders that are searched for children",

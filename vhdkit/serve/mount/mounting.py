@@ -29,7 +29,7 @@ from vhdkit.serve.mount import drivers, host, table
 from vhdkit.serve.mount import fuse as fuse_mount
 from vhdkit.serve.mount.tree import DISK_NAME, PARTITIONS, Model, MountTree, build_file, build_folder, model_of
 from vhdkit.serve.mount.unmounting import umount
-from vhdkit.serve.opening import ImageExport, Manner, Wanted, open_exports
+from vhdkit.serve.opening import ExportRequest, ImageExport, OpenMode, open_exports
 from vhdkit.sockets import PrivateFolder
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class MountRequest:
 
     image: str
     mountpoint: str
-    manner: Manner
+    open_mode: OpenMode
     as_file: bool = False
     partition: int | None = None
     file_system: bool = False
@@ -75,37 +75,37 @@ class Mounted:
     notes: tuple[str, ...] = ()
 
 
-def mount(wish: MountRequest, start: Start) -> Mounted:
+def mount(request: MountRequest, start: Start) -> Mounted:
     """Mount an image; returns when it can be used. `start` creates the server process.
 
     Raises what opening the image raises, InvalidArgument, NotFound, AccessDenied, AlreadyExists (something is mounted
     there), UnsupportedFormat (no file system, or no driver for it), IoFailed.
     """
     host.check_fuse()
-    mountpoint = check_mountpoint(wish)
+    mountpoint = check_mountpoint(request)
     fuse_mount.load()
-    export = open_exports([Wanted(wish.image, "disk")], wish.manner)[0]
+    export = open_exports([ExportRequest(request.image, "disk")], request.open_mode)[0]
     with contextlib.ExitStack() as undo:
-        if wish.manner.keep_overlay is not None:
-            undo.callback(_remove_quietly, wish.manner.keep_overlay)
+        if request.open_mode.keep_overlay is not None:
+            undo.callback(_remove_quietly, request.open_mode.keep_overlay)
         undo.callback(_let_go, export)
         model = model_of(export, time.time_ns())
-        found = _wanted_file_system(wish, model) if wish.file_system else None
+        found = _wanted_file_system(request, model) if request.file_system else None
         base = mountpoint
         if found is not None:
             folder = PrivateFolder()
             undo.callback(folder.close)
             base = real_path(folder.path)
-        tree = _tree(wish, model, mountpoint)
-        plan = _plan(wish, found, model.writable) if found is not None else []
-        child = _start(start, wish, export, tree, base, root_needed=any(one.runs_as_root for one in plan[:1]))
+        tree = _tree(request, model, mountpoint)
+        plan = _plan(request, found, model.writable) if found is not None else []
+        child = _start(start, request, export, tree, base, root_needed=any(one.runs_as_root for one in plan[:1]))
         undo.callback(_take_down, base)
         if device := _device(base):
             host.read_ahead(device)
         driver: str | None = None
         notes: tuple[str, ...] = ()
         if found is not None:
-            driver, notes = _mount_inside(plan, found, _file_of(wish, base), mountpoint, export)
+            driver, notes = _mount_inside(plan, found, _file_of(request, base), mountpoint, export)
         undo.pop_all()
     _let_go(export)
     return Mounted(
@@ -121,9 +121,9 @@ def mount(wish: MountRequest, start: Start) -> Mounted:
     )
 
 
-def check_mountpoint(wish: MountRequest) -> str:
+def check_mountpoint(request: MountRequest) -> str:
     """The real path of the mount point, checked for use. Raises NotFound, InvalidArgument, AlreadyExists."""
-    path = wish.mountpoint
+    path = request.mountpoint
     kind = host.kind_of_place(path)
     real = real_path(path)
     if kind == "dead":
@@ -131,7 +131,7 @@ def check_mountpoint(wish: MountRequest) -> str:
             "a mount is there whose server has died", path=path, hint=f"run: vhdkit umount {errors.quoted(path)}"
         )
     if kind == "missing":
-        made = "touch" if wish.as_file else "mkdir"
+        made = "touch" if request.as_file else "mkdir"
         raise errors.NotFound("the mount point does not exist", path=path, hint=f"run: {made} {errors.quoted(path)}")
     if table.top_at(host.mounts(), real) is not None:
         raise errors.AlreadyExists(
@@ -139,13 +139,13 @@ def check_mountpoint(wish: MountRequest) -> str:
             path=path,
             hint="`vhdkit mounts` lists what vhdkit mounted, `vhdkit umount` unmounts it",
         )
-    if wish.as_file and kind != "file":
+    if request.as_file and kind != "file":
         raise errors.InvalidArgument("is not a file: --file mounts the disk over a regular file", path=path)
-    if not wish.as_file and kind != "folder":
+    if not request.as_file and kind != "folder":
         raise errors.InvalidArgument(
             "is not a folder", path=path, hint="to mount the disk over a regular file, add --file"
         )
-    if not wish.as_file and not host.is_empty(path):
+    if not request.as_file and not host.is_empty(path):
         raise errors.InvalidArgument(
             "is not empty: a mount would hide its content", path=path,
             hint="choose an empty folder",
@@ -153,10 +153,10 @@ def check_mountpoint(wish: MountRequest) -> str:
     return real
 
 
-def _wanted_file_system(wish: MountRequest, model: Model) -> FileSystem:
+def _wanted_file_system(request: MountRequest, model: Model) -> FileSystem:
     path = model.export.image_path
-    if wish.partition is not None:
-        partition = model.partition(wish.partition)
+    if request.partition is not None:
+        partition = model.partition(request.partition)
         found, file = partition.file_system, f"{PARTITIONS}/{partition.file_name}"
     elif model.table is not None and model.partitions:
         numbers = ", ".join(str(one.partition.number) for one in model.partitions)
@@ -173,11 +173,13 @@ def _wanted_file_system(wish: MountRequest, model: Model) -> FileSystem:
     )
 
 
-def _plan(wish: MountRequest, found: FileSystem, writable: bool) -> list[drivers.Attempt]:
+def _plan(request: MountRequest, found: FileSystem, writable: bool) -> list[drivers.Attempt]:
     """The installed drivers, in the order in which they are tried. Raises UnsupportedFormat if there are none."""
     is_root, safe_loop = host.is_root(), host.loop_writes_are_safe()
     possible = list(
-        drivers.attempts(found, writable=writable, is_root=is_root, allow_other=wish.allow_other, safe_loop=safe_loop)
+        drivers.attempts(
+            found, writable=writable, is_root=is_root, allow_other=request.allow_other, safe_loop=safe_loop
+        )
     )
     here = [one for one in possible if host.find_program(one.words[0]) is not None]
     if here:
@@ -189,20 +191,20 @@ def _plan(wish: MountRequest, found: FileSystem, writable: bool) -> list[drivers
         )
     else:
         hint = drivers.advice(found, is_root=is_root, file=DISK_NAME)
-    raise errors.UnsupportedFormat(f"no driver for its {found.kind} is installed", path=wish.image, hint=hint)
+    raise errors.UnsupportedFormat(f"no driver for its {found.kind} is installed", path=request.image, hint=hint)
 
 
-def _tree(wish: MountRequest, model: Model, mountpoint: str) -> MountTree:
-    if wish.as_file:
-        return build_file(model, wish.partition)
+def _tree(request: MountRequest, model: Model, mountpoint: str) -> MountTree:
+    if request.as_file:
+        return build_file(model, request.partition)
     facts: dict[str, Any] = {"mounted_at": mountpoint}
     return build_folder(model, facts)
 
 
-def _file_of(wish: MountRequest, base: str) -> str:
-    if wish.partition is None:
+def _file_of(request: MountRequest, base: str) -> str:
+    if request.partition is None:
         return os.path.join(base, DISK_NAME)
-    return os.path.join(base, PARTITIONS, f"{wish.partition}.raw")
+    return os.path.join(base, PARTITIONS, f"{request.partition}.raw")
 
 
 def _device(path: str) -> str | None:
@@ -232,9 +234,9 @@ def _take_down(base: str) -> None:
 
 
 def _start(
-    start: Start, wish: MountRequest, export: ImageExport, tree: MountTree, base: str, *, root_needed: bool
+    start: Start, request: MountRequest, export: ImageExport, tree: MountTree, base: str, *, root_needed: bool
 ) -> host.Child:
-    others = wish.allow_other or (root_needed and not host.is_root())  # then the base is in our private folder
+    others = request.allow_other or (root_needed and not host.is_root())  # then the base is in our private folder
     options = table.option_text(
         {
             "fsname": os.path.abspath(export.image_path),
@@ -244,10 +246,10 @@ def _start(
             "allow_other": others,
         }
     )
-    child = start(lambda ready: _serve(export, tree, base, options, ready), wish.stays)
+    child = start(lambda ready: _serve(export, tree, base, options, ready), request.stays)
     if not child.is_ready:
         child.wait()
-        raise _refused(child.output, base, others_wanted=wish.allow_other)
+        raise _refused(child.output, base, others_wanted=request.allow_other)
     return child
 
 

@@ -177,13 +177,13 @@ def parse_owner(text: str) -> tuple[int, int | None]:
     try:
         user_id = int(user) if user.isdecimal() else pwd.getpwnam(user).pw_uid
     except KeyError as error:
-        raise ValueError(f"there is no user {user!r}") from error
+        raise ValueError(f"unknown user {user!r}") from error
     if not colon:
         return user_id, None
     try:
         return user_id, int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
     except KeyError as error:
-        raise ValueError(f"there is no group {group!r}") from error
+        raise ValueError(f"unknown group {group!r}") from error
 
 
 def _resolved(host: str, port: int, place: str) -> list[tuple[socket.AddressFamily, str]]:

@@ -293,7 +293,7 @@ class Handshake:
         reader.end()
         export = self._find(name)
         if export is None:
-            self._reply(option, Reply.ERR_UNKNOWN, f"there is no export {name!r}")
+            self._reply(option, Reply.ERR_UNKNOWN, f"no export is named {name!r}")
             return
         info = _U16.pack(Info.EXPORT) + wire.EXPORT_NAME_REPLY.pack(export.size_bytes, self._enter(export))
         self._reply(option, Reply.INFO, info)  # row 9: even if not requested
@@ -337,7 +337,7 @@ class Handshake:
         reader.end()
         export = self._find(name)
         if export is None:
-            self._reply(option, Reply.ERR_UNKNOWN, f"there is no export {name!r}")
+            self._reply(option, Reply.ERR_UNKNOWN, f"no export is named {name!r}")
             return
         found = [one for one in export.contexts if _selects(queries, one, is_set=is_set)]
         ids = [number if is_set else 0 for number in range(1, len(found) + 1)]  # row 17: ids in LIST are 0

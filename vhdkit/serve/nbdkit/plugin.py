@@ -159,7 +159,7 @@ def config_complete() -> None:
     _check_order("name", _settings.next_name)
     _check_order("description", _settings.next_description)
     if not _settings.images:
-        raise errors.InvalidArgument("there is no image to serve: add image=PATH")
+        raise errors.InvalidArgument("nothing to serve: add image=PATH")
 
 
 def thread_model() -> int:
@@ -216,7 +216,7 @@ def open(readonly: bool) -> Export:
     name = nbdkit.export_name() or default_export(readonly, False)
     export = _exports.get(name)
     if export is None:
-        raise errors.NotFound(f"there is no export {errors.printable(name)!r}")
+        raise errors.NotFound(f"no export is named {errors.printable(name)!r}")
     with _opening:
         wants_to_write = not readonly and _settings.access is None and not export.disk.writable
         if wants_to_write and not _clients[name]:  # while another client has it read-only, this one is read-only too

@@ -28,7 +28,7 @@ from vhdkit.chain.verbs.merge_steps import RealNames
 from vhdkit.chain.verbs.newest import newest_leaf
 from vhdkit.folder import sidecar_path
 from vhdkit.formats.vhd.dynamic import DynamicImage
-from vhdkit.serve.opening import Manner, Wanted, open_exports
+from vhdkit.serve.opening import ExportRequest, OpenMode, open_exports
 from vhdkit.store import FileStore, Store
 
 
@@ -75,7 +75,7 @@ def merged_live(chain: Chain, first: int, target: int) -> Chain:
 
 def served(path: Path) -> bytes:
     """What clients read when this command line serves it again: `serve PATH --follow-leaf`."""
-    [export] = open_exports([Wanted(str(path))], Manner(noting.options(), follow_leaf=True))
+    [export] = open_exports([ExportRequest(str(path))], OpenMode(noting.options(), follow_leaf=True))
     try:
         assert export.disk.writable
         export.disk.write(0, export.disk.read(0, 512))

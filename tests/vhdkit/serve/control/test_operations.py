@@ -25,7 +25,7 @@ from vhdkit.serve.control.operations import Operations
 from vhdkit.serve.control.server import BadParams
 from vhdkit.serve.nbd.server import NbdServer
 from vhdkit.serve.nbd.wire import Command, CommandFlag
-from vhdkit.serve.opening import ImageExport, Manner, Wanted, open_exports
+from vhdkit.serve.opening import ExportRequest, ImageExport, OpenMode, open_exports
 from vhdkit.units import KIB, MIB, PAGE_SIZE
 
 SIZE = 8 * MIB
@@ -35,12 +35,12 @@ SECONDS = 30
 class Bench:
     """Two exports, `a` and `b`, and what can be done with them."""
 
-    def __init__(self, folder: Path, manner: Manner) -> None:
+    def __init__(self, folder: Path, open_mode: OpenMode) -> None:
         self.folder = folder
         for name in ("a", "b"):
             create_image(folder / f"{name}.vhd", SIZE, block_size_bytes=512 * KIB)
-        wanted = [Wanted(str(folder / f"{name}.vhd"), name) for name in ("a", "b")]
-        self.exports: list[ImageExport] = open_exports(wanted, manner)
+        wanted = [ExportRequest(str(folder / f"{name}.vhd"), name) for name in ("a", "b")]
+        self.exports: list[ImageExport] = open_exports(wanted, open_mode)
         self.server = NbdServer(self.exports)
         self.operations = Operations(self.server, self.exports)
         self.methods = self.operations.methods()
@@ -73,9 +73,9 @@ class Bench:
 
 
 @contextlib.contextmanager
-def bench_in(folder: Path, **manner: bool) -> Iterator[Bench]:
+def bench_in(folder: Path, **open_mode: bool) -> Iterator[Bench]:
     """A bench that ends in any case."""
-    one = Bench(folder, Manner(OpenOptions(), **manner))  # type: ignore[arg-type]
+    one = Bench(folder, OpenMode(OpenOptions(), **open_mode))  # type: ignore[arg-type]
     try:
         yield one
     finally:
@@ -216,12 +216,12 @@ def test_wrong_snapshots(bench: Bench, params: dict[str, object], kind: type[Exc
 
 def test_exports_that_cannot_be_frozen(tmp_path: Path) -> None:
     """Read-only exports and temporary overlays have no leaf to freeze."""
-    for number, (manner, kind) in enumerate(
+    for number, (open_mode, kind) in enumerate(
         (({"read_only": True}, errors.ReadOnly), ({"overlay": True}, errors.InvalidArgument))
     ):
         folder = tmp_path / str(number)
         folder.mkdir()
-        with bench_in(folder, **manner) as bench, pytest.raises(kind):
+        with bench_in(folder, **open_mode) as bench, pytest.raises(kind):
             bench.do("snapshot")
 
 

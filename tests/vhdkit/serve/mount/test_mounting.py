@@ -28,7 +28,7 @@ from tests.waiting import wait_until
 from vhdkit import OpenOptions
 from vhdkit.formats.filesystems import FileSystem
 from vhdkit.serve.mount import drivers, mounting
-from vhdkit.serve.opening import Manner, Wanted, open_exports
+from vhdkit.serve.opening import ExportRequest, OpenMode, open_exports
 
 MIB = 1 << 20
 
@@ -297,16 +297,16 @@ def test_no_other_driver_writes_what_the_kernel_refuses(
     found = FileSystem("ext4")
     for words, verdict in (("Structure needs cleaning", True), ("unknown filesystem type 'ext4'", False)):
         said = words
-        for manner, writable in (
-            (Manner(OpenOptions()), True),
-            (Manner(OpenOptions(), read_only=True), False),
-            (Manner(OpenOptions(), overlay=True), True),
+        for open_mode, writable in (
+            (OpenMode(OpenOptions()), True),
+            (OpenMode(OpenOptions(), read_only=True), False),
+            (OpenMode(OpenOptions(), overlay=True), True),
         ):
             tried.clear()
             plan = list(drivers.attempts(found, writable=writable, is_root=True))
-            (export,) = open_exports([Wanted(str(image))], manner)
+            (export,) = open_exports([ExportRequest(str(image))], open_mode)
             with export.disk:
-                if verdict and writable and not manner.overlay:
+                if verdict and writable and not open_mode.overlay:
                     with pytest.raises(
                         vhdkit.UnsupportedFormat, match=r"refused by the kernel's ext4: Structure needs"
                     ):

@@ -30,7 +30,7 @@ from vhdkit.serve.mount.tree import (
     safe_name,
 )
 from vhdkit.serve.mount.view import View
-from vhdkit.serve.opening import Manner, Wanted, open_exports
+from vhdkit.serve.opening import ExportRequest, OpenMode, open_exports
 
 MIB = 1 << 20
 SIZE = 16 * MIB
@@ -49,8 +49,8 @@ def make(tmp_path: Path) -> Iterator[Make]:
             with vhdkit.open_disk(base, writable=True) as disk:
                 disk.write(0, head or bytes(512))
             vhdkit.create_child(leaf, base, block_size_bytes=MIB)
-            manner = Manner(vhdkit.OpenOptions(), read_only=read_only and not overlay, overlay=overlay)
-            export = open_exports([Wanted(str(leaf), "disk")], manner)[0]
+            open_mode = OpenMode(vhdkit.OpenOptions(), read_only=read_only and not overlay, overlay=overlay)
+            export = open_exports([ExportRequest(str(leaf), "disk")], open_mode)[0]
             stack.callback(export.disk.close)
             return model_of(export, NOW)
 
