@@ -60,7 +60,7 @@ def test_session(folder: Path) -> None:
         assert "leaf.avhd is read-only" in good("ctl", "c", "set-read-only", "--export", "leaf.avhd")
         assert "leaf.avhd is writable again" in good("ctl", "c", "set-read-only", "--export", "leaf.avhd", "--off")
         assert good("ctl", "c", "disconnect", "--export", "leaf.avhd") == "disconnected 0 clients\n"
-        assert "no client 9" in failure("ctl", "c", "disconnect", "--client", "9", code=1)
+        assert "no client has the number 9" in failure("ctl", "c", "disconnect", "--client", "9", code=1)
         assert good("ctl", "c", "shutdown", "--quiet") == ""
         assert server.wait() == (0, "")
     assert "c" not in names(folder) and "s" not in names(folder)

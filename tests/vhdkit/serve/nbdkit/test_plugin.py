@@ -282,7 +282,7 @@ def test_several_exports(plugin: Any, nbdkit: FakeNbdkit, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ([], "no image"),
+        ([], "nothing to serve"),
         ([("image", "")], "empty"),
         ([("image", "a"), ("image", "b")], "two exports"),
         ([("image", "a"), ("name", "b")], "name=b has no image=PATH after it"),
