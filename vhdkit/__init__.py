@@ -196,7 +196,7 @@ _HOMES = {
 _MODULES = ("jsonrpc",)  # public as wholes
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 
-if not TYPE_CHECKING:  # type checkers believe the imports above, and refuse what is not there
+if not TYPE_CHECKING:  # type checkers use the imports above, and refuse missing names
 
     def __getattr__(name: str) -> object:
         from importlib import import_module

@@ -174,7 +174,7 @@ def _opened(looked: int, path: str, folder: int | None) -> FileStore:
         raise errors.InvalidArgument("is not a regular file", path=path)
     try:
         owned = opened(f"/proc/self/fd/{looked}", _READ)
-    except FileNotFoundError:  # no /proc here: open it by name, which may lead to another file by now
+    except FileNotFoundError:  # no /proc here: open it by name, which may now lead to another file
         owned = opened(path if folder is None else os.path.basename(path), _READ | os.O_NOFOLLOW, dir_fd=folder)
         if identity_of(owned[0]) != (status.st_dev, status.st_ino):
             close_owned(owned)
@@ -213,7 +213,7 @@ def was_removed(directory: str, trail: Sequence[tuple[int, bool]]) -> bool:
             return False
         if (device is not None and status.st_dev != device) != begins:
             return False
-        if status.st_ino != inode:  # created anew
+        if status.st_ino != inode:  # created again
             return known and not begins
         device, known = status.st_dev, True
     return known

@@ -10,7 +10,7 @@ find the number -1.
 `INV-FORK-APART`: a forked process shares the locks and the position in the file with its parent, but not what the
 parent knows about the image. Its copies of the descriptors are closed at once; nothing of the parent's is released.
 
-A signal handler can raise an exception when a Python call of ours returns, but never inside a call into C. This is
+A signal handler can raise an exception when one of our Python calls returns, but never inside a call into C. This is
 the reason for some unusual constructs below: steps that belong together are made in one call into C.
 """
 
@@ -147,7 +147,7 @@ def passing_on() -> Iterator[None]:
 
 def when_forked(act: Callable[[], object]) -> None:
     """Register `act` for every forked process that does not take over the open descriptors. `act` must not wait:
-    locks may be held by threads that are not there.
+    locks may be held by threads that do not exist there.
     """
     os.register_at_fork(after_in_child=lambda: None if _passing_on else act())
 

@@ -57,7 +57,7 @@ class SocketFile:
         # belongs to the process and not the thread, need not change.
         os.fchmod(self.socket.fileno(), _MODE)
         self.socket.bind(self.path)
-        owned = opened(self.path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)  # what the name leads to by now
+        owned = opened(self.path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)  # what the name leads to now
         try:
             status = os.fstat(owned[0])
             if not stat.S_ISSOCK(status.st_mode):
@@ -94,7 +94,7 @@ class SocketFile:
         raise errors.AddressInUse("another program is listening there", path=self.path)
 
     def close(self) -> None:
-        """Remove the name, unless it leads to another socket by now, and close. Closing twice is fine."""
+        """Remove the name, unless it now leads to another socket, and close. Closing twice is fine."""
         if self._identity is not None:
             with contextlib.suppress(OSError):
                 status = os.lstat(self.path)

@@ -10,7 +10,7 @@ absolute. Splitting and joining places is a matter of text, the same for every v
 
 - `INV-NAME-WITHIN`: what a name in an image leads to is decided and opened in one step (`follow`), because between a
   check and an opening by name the name could come to lead out of the allowed folders.
-- A file is identified and held through the opened file, not by its place, which may lead to another file by now
+- A file is identified and held through the opened file, not by its place, which may now lead to another file
   (`INV-NAME-HELD`).
 - Reads and writes go to the opened file; the volume is not involved.
 """
@@ -46,7 +46,7 @@ class VolumeFile(Store, Protocol):
     def lock(self, *, writer: bool) -> None:
         """Hold the file until it is closed: as a reader, so that it does not change, or as its only writer.
 
-        Raises ImageInUse, and `Replaced` if its place leads to another file by now; `named.opened_again` retries.
+        Raises ImageInUse, and `Replaced` if its place now leads to another file; `named.opened_again` retries.
         """
         ...
 

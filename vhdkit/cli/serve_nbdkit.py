@@ -41,7 +41,7 @@ class EngineCommand(click.Command):
     """A command in which everything after "--" is for nbdkit, when that is the engine."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Take nbdkit's own arguments out before ours are looked at."""
+        """Take nbdkit's own arguments out before ours are parsed."""
         if "--" in args:
             place = args.index("--")
             before = args[:place]

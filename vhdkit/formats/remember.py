@@ -11,7 +11,7 @@ Notes are valid for one state of one file: the one in which the dead process lef
 from every other one.
 
     the label    a random token, an extended attribute of the image from the first note on until there are none. Every
-                 other writer of ours removes it (`disown`), so its writes are never mistaken for the dead process's.
+                 writer of ours removes it (`disown`), so its writes are never mistaken for the dead process's.
     the witness  when the file was last written to, according to its file system, kept beside the notes in shared
                  memory after every change as long as there are notes. Programs that do not know labels, and a backup
                  that is restored in place, change that time; so does a copy that preserves times, since it brings
@@ -24,7 +24,7 @@ there is only the witness; for devices, and files on servers, whose clocks are n
 
 Decides how notes are encoded and when they are removed. Two files are used in turn, so that the notes of a flush under
 way are kept until it has ended; a file exists only as long as there is something in it. Must not know when an image is
-written, nor which notes are believed.
+written, nor which notes are valid.
 
     UNIQUE-ID-DEVICE-INODE.0, .1:   header, then (block, where its bitmap begins, where it began before, where new
                                     blocks go, bitmap or nothing) ...

@@ -41,7 +41,7 @@ _ENTRY_KINDS: dict[str, tuple[type, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class OpenMode:
-    """How images are opened. `follow_leaf`: serve the newest image that stands on the named one in its place.
+    """How images are opened. `follow_leaf`: serve the newest descendant of the named image in its place.
 
     `overlay`: writes go to a nameless temporary child that disappears when the server ends, or to a new child
     `keep_overlay`, which is a complete image at every moment.
@@ -143,7 +143,8 @@ def request_of_document(document: object) -> ExportRequest:
     {"name", "path", "description": null, "read_only": false, "follow_leaf": false, "format": "raw" | "vhd" | null,
      "parent_dirs": [], "allow_raw_parent": false, "known_images": []}
 
-    `known_images`: images, in any folder, that may stand on this one; if one of them does, this one is not written to.
+    `known_images`: images, in any folder, that may be children of this one; if one of them is, this one is not written
+    to.
     """
     if not isinstance(document, dict):
         raise errors.InvalidArgument("an export is a JSON object")
@@ -229,7 +230,7 @@ def _open(path: str, open_mode: OpenMode) -> Disk:
 
 
 def _followed(path: str, open_mode: OpenMode) -> Disk:
-    """The newest image that stands on the named one. Raises `Replaced` if it no longer does once it is open."""
+    """The newest descendant of the named image. Raises `Replaced` if it no longer is one when it is open."""
     newest = newest_leaf(path, open_mode.options)
     disk = _open_this(newest, open_mode)
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds the images that stand on an image: the only module that decides this.
+"""Finds the children of an image: the only module that decides what they are.
 
 Decides where children of an image are looked for, and what counts as one. Code that opens an image for writing, or
 changes, moves, replaces or removes it, calls this first (`INV-PARENT-READ-ONLY`).
@@ -46,7 +46,7 @@ MAX_FILES_ELSEWHERE = 4096  # examined in a folder above, or in one that a mark 
 
 @dataclass(frozen=True, slots=True)
 class Dependent:
-    """An image that stands on another; with a `problem`, an image that is said to but cannot be examined."""
+    """A child of an image; with a `problem`, one that is recorded as a child but cannot be examined."""
 
     path: str
     problem: str | None = None
@@ -77,14 +77,14 @@ def folders_of_children(path: str, parent_dirs: Sequence[str], volume: Volume = 
     return tuple(dict.fromkeys(volume.real(one) for one in (*allowed_folders(path, parent_dirs, volume), here)))
 
 
-def standing_on(
+def children_of(
     images: Sequence[tuple[bytes, str]],
     options: OpenOptions,
     *,
     folders: Sequence[str] = (),
     volume: Volume = LOCAL,
 ) -> list[list[Dependent]]:
-    """For each image, (linkage id, path), everything found to stand on it. Nothing is changed.
+    """For each image, (linkage id, path), its children. Nothing is changed.
 
     `folders` are searched as well. Raises AccessDenied and IoFailed for the images themselves.
     """
@@ -100,9 +100,9 @@ def refuse_with_children(
     hint: str = "work on the child instead: it may hold the most recent writes",
     tidy: bool = False,
 ) -> None:
-    """Raise HasChildren if an image stands on this one: see `standing_on`.
+    """Raise HasChildren if this image has children: see `children_of`.
 
-    `danger` says what would happen to the child, `hint` what to do; the child at `apart_from` does not count. With
+    `danger` is what would happen to the child, `hint` what to do; the child at `apart_from` does not count. With
     `tidy`, for callers that hold the writer's lock, marks that are no longer valid are dropped.
     """
     (parent,) = _searched([(linkage_id_of(store), store.name)], options, (), LOCAL)
@@ -115,7 +115,7 @@ def refuse_with_children(
 
 
 def has_children(path: str, children: Sequence[Dependent], danger: str, hint: str | None) -> errors.HasChildren:
-    """The error for an image that others stand on, or may stand on; `danger` is what would happen to them."""
+    """The error for an image that has, or may have, children; `danger` is what would happen to them."""
     original = _original(path, children[0].path)
     if original is not None:
         return errors.HasChildren(
@@ -133,7 +133,7 @@ def has_children(path: str, children: Sequence[Dependent], danger: str, hint: st
 
 
 def _original(path: str, child_path: str) -> str | None:
-    """The other file that a child stands on, if the one at `path` merely has its parent's id; else None."""
+    """The child's actual parent, if the file at `path` merely has the same id; else None."""
     try:
         with LOCAL.open_regular(child_path) as store:
             child = _facts_of(store, LOCAL)
@@ -297,7 +297,7 @@ class _Search:
             self._add(child, identity, nearby)
 
     def _child(self, store: VolumeFile, may_have_log: bool) -> ImageFacts | None:
-        """The metadata of an image that may stand on one of the parents, else None. Raises CorruptImage."""
+        """The metadata of an image that may be a child of one of the parents, else None. Raises CorruptImage."""
         found = formats.parent_ids(store)
         if (
             NULL_ID not in found
@@ -309,7 +309,7 @@ class _Search:
         return facts if facts.parent is not None else None
 
     def _add(self, child: ImageFacts, identity: Hashable, nearby: bool) -> bool:
-        """Record the image as a child of the parents that it stands on; True if there is one."""
+        """Record the image as a child of its parents among these; True if it has one."""
         added = False
         for parent in self._parents:
             # A child of a raw disk records no id, whatever the guest has written to that disk since, even a footer.
@@ -328,7 +328,7 @@ class _Search:
         return added
 
     def _finds(self, child: ImageFacts, parent: _Parent) -> bool:
-        """False for an image that stands on another file with this id: a copy of the parent."""
+        """False for a child of another file with this id, a copy of the parent."""
         folders = dict.fromkeys((os.path.dirname(child.path), os.path.dirname(parent.path)))
         more = (self._volume.real(one) for one in self._options.parent_dirs)
         try:
@@ -355,7 +355,7 @@ class _Search:
         parent.dropped += len(found) - len(parent.kept)
 
     def _holds(self, mark: Mark, parent: _Parent) -> bool:
-        """Examine the child that a mark names; False if it does not stand on the image any more."""
+        """Examine the child that a mark names; False if it is not a child of the image any more."""
         before = len(parent.children)
         try:
             with self._volume.open_regular(mark.path) as store:
@@ -371,7 +371,7 @@ class _Search:
                 return len(parent.children) > before
             self._unseen(mark, parent, "it does not exist, and may be on a file system that is not mounted")
             return True
-        except errors.InvalidArgument:  # the path leads to something other than an image by now
+        except errors.InvalidArgument:  # the path now leads to something other than an image
             return False
         except errors.VhdkitError as error:
             self._unseen(mark, parent, error.problem)

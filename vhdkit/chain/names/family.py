@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paths of a chain, and the images that stand on others.
+"""The paths of a chain, and the children of images.
 
 Decides nothing itself: where a parent is searched is decided in `parents`, and what counts as a child in
 `children`. Nothing is locked or changed, so images in use can be queried.
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from vhdkit.arguments import AnyPath, Several, checked
-from vhdkit.chain.names.children import find_children_of, folders_of_children, standing_on
+from vhdkit.chain.names.children import children_of, find_children_of, folders_of_children
 from vhdkit.chain.names.marks import mark_child
 from vhdkit.chain.names.opening import open_layers
 from vhdkit.chain.names.options import OpenOptions
@@ -104,7 +104,7 @@ def find_children(
     everywhere: bool = False,
     options: OpenOptions | None = None,
 ) -> dict[str, list[str]]:
-    """For each image, by the path given, the real paths of the images that stand on it.
+    """For each image, by the path given, the real paths of its children.
 
     They are searched beside each image and in `folders`; each file is examined once, and damaged ones are skipped.
     With `everywhere` the search is the one made before an image is opened for writing: also above it, among those
@@ -120,6 +120,6 @@ def find_children(
         places += folders_of_children(name, ())
     if everywhere:
         images = [(unique_id, name) for (unique_id, _), name in zip(parents, names, strict=True)]
-        families = standing_on(images, options or OpenOptions(), folders=places)
+        families = children_of(images, options or OpenOptions(), folders=places)
         return {name: [one.path for one in family] for name, family in zip(names, families, strict=True)}
     return dict(zip(names, find_children_of(parents, places), strict=True))

@@ -7,10 +7,10 @@ Decides what is recorded about a parent's state, and what follows from it. Notes
     at the parent    a generation, and the state in which the parent has that generation
 
 A child is fine if its parent is in the state that it recorded, or if the parent's note says that its present state is
-still the child's generation: a command of ours that changes a parent without changing what its children read
+still the child's generation: a vhdkit command that changes a parent without changing what its children read
 (`same_content`) notes the new state under the old generation. During such a command, and after it was killed, there is
-no state to compare with. If a note is missing, as after most ways of copying, or the parent is a different file by
-now, nothing is concluded. Nothing is written to the images themselves. The notes detect accidents; they do not
+no state to compare with. If a note is missing, as after most ways of copying, or the parent is now a different
+file, nothing is concluded. Nothing is written to the images themselves. The notes detect accidents; they do not
 protect against malicious changes.
 """
 
@@ -43,14 +43,14 @@ WRITTEN = "parent-written"  # the code of its finding
 
 
 class _State(NamedTuple):
-    """Identifies the state of a file that was not written to since."""
+    """Identifies the state of a file, as long as it is not written to."""
 
     size_bytes: int
     modified_ns: int
     inode: int
 
 
-# In place of a parent's state: one of our programs is changing the file, or was killed while it did.
+# In place of a parent's state: one of our programs is changing the file, or was killed during a change.
 _CHANGING = _State(0, 0, 0)
 
 
@@ -128,7 +128,7 @@ def was_written_since(child: Store, parent: Store, recorded: ParentRef) -> bool:
 
 
 def _is_half_changed(store: FileStore) -> bool:
-    """True if a change of ours is unfinished: the image reads as before it, and will again once it is undone."""
+    """True if one of our changes is unfinished: the image reads as before it, and will again once it is undone."""
     return view(store) is not store
 
 
@@ -136,7 +136,7 @@ def _is_half_changed(store: FileStore) -> bool:
 def same_content(path: str) -> Iterator[None]:
     """The block changes the file at `path`, but not what its children read, so they need no warning.
 
-    The note says so before the file changes, so it holds even if the block is interrupted or killed.
+    This is noted before the file changes, so it holds even if the block is interrupted or killed.
     """
     generation = None
     with contextlib.suppress(errors.VhdkitError), FileStore.open(path) as store:
@@ -165,7 +165,7 @@ def finding_of(child: Store, facts: ImageFacts, parent: Store) -> Finding | None
 
 
 def timestamp_finding(facts: ImageFacts, parent: VolumeFile, volume: Volume = LOCAL) -> Finding | None:
-    """The note about a parent whose time stamp differs from the child's record: no more than a hint.
+    """The note about a parent whose time stamp differs from the child's record: only a hint.
 
     XenServer records when the parent's file was written, others when the parent was made.
     """

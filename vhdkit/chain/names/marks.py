@@ -141,7 +141,7 @@ def marked(children: Sequence[tuple[str, Store, str]]) -> Iterator[None]:
 
 
 def mark_child(path: str, image: Store, parent_path: str, parent_id: bytes | None = None) -> str | None:
-    """Leave the mark of a child that has its name already; if that fails, returns and logs the reason.
+    """Leave the mark of a child that already has its name; if that fails, returns and logs the reason.
 
     `parent_id` is the id that it is about to record for its parent.
     """

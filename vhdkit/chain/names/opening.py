@@ -2,9 +2,9 @@
 """From the path of a leaf to its open layers.
 
 Decides in which order the files of a chain are opened, locked and examined. Where a parent is searched is decided in
-`parents`, which images stand on an image in `children`. Must not know blocks or bitmaps.
+`parents`, which images are its children in `children`. Must not know blocks or bitmaps.
 
-- `INV-PARENT-READ-ONLY`: only the leaf is opened for writing, and only if no image stands on it.
+- `INV-PARENT-READ-ONLY`: only the leaf is opened for writing, and only if it has no children.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _opened_for_writing(leaf: str, options: OpenOptions, danger: str | None, vol
             refuse_with_children(store, options, danger, tidy=options.lock)
         layers.append(_open_leaf(pending.view(store), False, options))
         _open_parents(layers, store, options, volume)
-        # Last: only now is the chain known to be complete, and this may mend the file.
+        # Last: only now is the chain known to be complete, and this may repair the file.
         pending.settle(store)
         said = layers[0].findings
         layers[0] = _open_leaf(store, True, options)

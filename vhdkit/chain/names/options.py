@@ -25,8 +25,8 @@ class OpenOptions:
     `parent_dirs` are further folders in which parents may lie. `allow_raw_parent` accepts a raw base under a child
     that records no id. `ignore_bitmaps` reads a dynamic disk's sectors under clear bits as data. `format_name` is
     the leaf's format, which is then not detected. `lock` False opens without locking the files: for `info` and
-    `chain`, and for writing on a file system without locks, in a program that keeps others away by itself.
-    `known_images` are paths of images, in any folder, that may stand on the opened one: if one of them does, the
+    `chain`, and for writing on a file system without locks, in a program that excludes others by itself.
+    `known_images` are paths of images, in any folder, that may be children of the opened one: if one of them is, the
     opened one is not opened for writing, merged, resized, moved or replaced.
     `notes_folder`, in memory (tmpfs), receives notes of changes that an open image holds only in memory until its next
     flush: the successor of a killed process opens the image with the same folder and loses nothing that was written.

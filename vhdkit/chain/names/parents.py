@@ -27,7 +27,7 @@ from vhdkit.local_volume import LOCAL
 from vhdkit.store import ReadStore
 from vhdkit.volume import Outcome, Volume, VolumeFile
 
-_MAX_PLACES_SHOWN = 32  # in one message: more than two folders and every kind of locator give
+_MAX_PLACES_SHOWN = 32  # in one message: more than two folders with every kind of locator
 _MAX_NAME_SHOWN = 500  # letters
 
 
@@ -49,7 +49,7 @@ class _Search:
 
 
 def parent_format(child: ImageFacts) -> Format:
-    """The format as which the parent is opened, whatever it looks like: raw if no id is recorded, else the child's."""
+    """The format in which the parent is opened, whatever its content: raw if no id is recorded, else the child's."""
     if parent_of(child).raw_allowed:
         return formats.plain()
     return formats.named(child.format_name)
@@ -113,7 +113,7 @@ def _try(candidate: str, child: ImageFacts, folders: tuple[str, ...], search: _S
         return None
     search.note(place.path)
     if parent_of(child).raw_allowed:
-        return place.store  # the child says that it is raw: what its guest wrote to it, even a footer, is ignored
+        return place.store  # the child records it as raw: what its guest wrote to it, even a footer, is ignored
     try:
         found = parent_format(child).linkage_id(pending.view(place.store, search.volume))
     except BaseException:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Records beside an image that say a change is unfinished, and which of them are believed."""
+"""Records of unfinished changes beside an image, and which of them are valid."""

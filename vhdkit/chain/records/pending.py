@@ -46,7 +46,7 @@ _UNDO = "undo"
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """How an image is to be read, and what there is to say about records beside it."""
+    """How an image must be read, and the findings about records beside it."""
 
     store: Store
     findings: tuple[Finding, ...]
@@ -65,7 +65,7 @@ def undo_path_beside(image_path: str) -> str:
 def log_mentions(image_path: str, ids: Collection[bytes], volume: Volume = LOCAL) -> bool:
     """True if a file that looks like an undo log lies beside the image and contains one of these ids anywhere.
 
-    Then the image may stand on another parent once the change is undone. Searches the bytes once, without parsing.
+    Then the image may have another parent once the change is undone. Searches the bytes once, without parsing.
     """
     try:
         with volume.open_record(undo_path(image_path, volume)) as record:

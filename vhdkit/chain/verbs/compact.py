@@ -3,7 +3,7 @@
 
 Decides what can be dropped. A block of a dynamic or differencing image is dropped if every sector it owns is zero, and
 what would be visible without it is zero, too: this requires the parents, since zeros in a child may hide data of an
-ancestor (`INV-COMPACT-PRESERVES`). Then the gaps are filled with the blocks at the end, and the file is cut. In
+ancestor (`INV-COMPACT-PRESERVES`). Then the gaps are filled with the blocks at the end, and the file is truncated. In
 images without blocks zeros become holes. How blocks move, in which order, and which of its bytes any program may show
 is decided by the format (`Compactable`): compacting must not change what any program shows.
 
@@ -63,7 +63,7 @@ def compact(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> CompactResult:
-    """Drop blocks of zeros, fill the gaps and cut the file, or punch holes; `dry_run` only reports what it would do.
+    """Drop blocks of zeros, fill the gaps and truncate the file, or punch holes; `dry_run` only reports the result.
 
     After a power cut or Ctrl-C at any moment the disk reads as before, and compacting can be repeated. Raises what
     opening the chain raises, ImageInUse if the image is open anywhere, InvalidArgument for a device, NoSpace,

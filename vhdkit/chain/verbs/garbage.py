@@ -26,7 +26,7 @@ from enum import StrEnum
 from vhdkit import errors, formats
 from vhdkit.arguments import AnyPath, Several, checked
 from vhdkit.chain.names import marks
-from vhdkit.chain.names.children import Dependent, drop_stale_marks, standing_on
+from vhdkit.chain.names.children import Dependent, children_of, drop_stale_marks
 from vhdkit.chain.names.opening import open_layers
 from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.records import pending
@@ -83,7 +83,7 @@ class _Node:
     problem: str | None = None
     removed: bool = False
 
-    def stands_on(self, other: _Node) -> bool:
+    def may_be_child_of(self, other: _Node) -> bool:
         """True if `other` may be its parent. A child of a raw disk records only the parent's name."""
         if not self.parent_ids or self is other:
             return False
@@ -98,7 +98,7 @@ class _Scan:
 
     directory: str
     neighbours: tuple[str, ...]
-    kept: tuple[str, ...]  # the names of the leaves, which may lead to other files by now
+    kept: tuple[str, ...]  # the names of the leaves, which may now lead to other files
     options: OpenOptions
     nodes: list[_Node] = field(default_factory=list)
 
@@ -113,10 +113,10 @@ def collect_garbage(
 ) -> list[GarbageItem]:
     """Find the images directly in `directory` that none of the leaves in `keep` reaches; with `delete` remove them.
 
-    Children come before their parents. Other folders whose images may stand on these are the folder above, the
+    Children come before their parents. Other folders that may hold children of these images are the folder above, the
     folders below, and those of the options. Raises NotFound, InvalidArgument, and what opening the chains of the
     leaves raises: if one of them is incomplete, it is unknown what it needs. With `delete` also CorruptImage
-    if a damaged image in the folder does not say on which layer it stands.
+    if the parent of a damaged image in the folder is unknown.
     """
     options = options or OpenOptions()
     place = real_path(directory)
@@ -138,7 +138,7 @@ def collect_garbage(
 
 
 def _reached(leaves: Sequence[str], place: str, options: OpenOptions) -> set[tuple[int, int]]:
-    """The files that the leaves stand on, including the leaves. Nothing is locked: they may well be in use."""
+    """The files of the leaves' chains, including the leaves. Nothing is locked: they may well be in use."""
     reached = set()
     look = replace(options, parent_dirs=(*options.parent_dirs, place), lock=False)
     for leaf in leaves:
@@ -213,24 +213,24 @@ def _doomed(scan: _Scan, reached: set[tuple[int, int]]) -> list[_Node]:
     for node in doubtful:
         if node.problem is None and _is_held(node.path):
             node.problem = "in use"
-    for node, others in _standing_on(scan, [one for one in doubtful if one.problem is None]):
+    for node, others in _children_of(scan, [one for one in doubtful if one.problem is None]):
         elsewhere = [one for one in others if os.path.dirname(one.path) != scan.directory or one.problem]
         node.problem = f"the parent of {elsewhere[0]}" if elsewhere else None
     staying = [node for node in scan.nodes if node.identity in reached or node.problem is not None]
     while staying:
         child = staying.pop()
         for node in doubtful:
-            if node.problem is None and child.stands_on(node):
+            if node.problem is None and child.may_be_child_of(node):
                 node.problem = f"the parent of {printable(child.path)}, which is kept"
                 staying.append(node)
     return [node for node in doubtful if node.problem is None]
 
 
-def _standing_on(scan: _Scan, nodes: Sequence[_Node]) -> Iterator[tuple[_Node, list[Dependent]]]:
-    """Everything found to stand on these images."""
+def _children_of(scan: _Scan, nodes: Sequence[_Node]) -> Iterator[tuple[_Node, list[Dependent]]]:
+    """Each of these images with its children."""
     known = [node for node in nodes if node.linkage_id != NULL_ID]
     images = [(node.linkage_id, node.path) for node in known]
-    yield from zip(known, standing_on(images, scan.options, folders=scan.neighbours), strict=True)
+    yield from zip(known, children_of(images, scan.options, folders=scan.neighbours), strict=True)
 
 
 def _is_held(path: str) -> bool:
@@ -261,13 +261,13 @@ def _children_first(nodes: Sequence[_Node]) -> list[_Node]:
 def _generations(nodes: Sequence[_Node]) -> Iterator[list[_Node]]:
     left = list(nodes)
     while left:
-        first = [node for node in left if not any(other.stands_on(node) for other in left)] or left
+        first = [node for node in left if not any(other.may_be_child_of(node) for other in left)] or left
         yield first
         left = [node for node in left if node not in first]
 
 
 def _remove(scan: _Scan, doomed: list[_Node]) -> None:
-    """Remove generation after generation; an image found to be in use by now stays, with everything below it."""
+    """Remove generation after generation; an image that is now in use stays, with everything below it."""
     for generation in _generations(doomed):
         for node in generation:
             node.problem = _removed(scan, node, doomed)
@@ -278,9 +278,9 @@ def _remove(scan: _Scan, doomed: list[_Node]) -> None:
 
 def _reason_by_now(scan: _Scan, node: _Node, doomed: Sequence[_Node]) -> str | None:
     """Why a node stays after all: a child that was not removed, or that was created since."""
-    staying = [printable(one.path) for one in doomed if not one.removed and one.stands_on(node)]
+    staying = [printable(one.path) for one in doomed if not one.removed and one.may_be_child_of(node)]
     if not staying:
-        staying = [str(child) for _, others in _standing_on(scan, [node]) for child in others]
+        staying = [str(child) for _, others in _children_of(scan, [node]) for child in others]
     return f"the parent of {staying[0]}, which is kept" if staying else None
 
 

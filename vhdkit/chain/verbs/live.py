@@ -158,7 +158,7 @@ def _require_names(plan: FreezePlan) -> None:
 
 @dataclass(slots=True, eq=False)
 class Freezing:
-    """A live snapshot whose children exist; see `freezing`. `is_kept` once they are in use."""
+    """A live snapshot whose children exist; see `freezing`. `is_kept` is set once they are in use."""
 
     plan: FreezePlan
     children: tuple[Layer, ...]

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from vhdkit import errors, formats
 from vhdkit.attributes import check_removable
 from vhdkit.chain.engine.chain import Chain, Progress
-from vhdkit.chain.names.children import drop_stale_marks, standing_on
+from vhdkit.chain.names.children import children_of, drop_stale_marks
 from vhdkit.chain.names.lineage import record_parents, same_content
 from vhdkit.chain.names.marks import mark_child
 from vhdkit.chain.names.options import OpenOptions
@@ -76,7 +76,7 @@ class LiveMergePlan:
 
     @property
     def below(self) -> tuple[Layer, ...]:
-        """The layers on which the target stands."""
+        """The layers below the target."""
         return self.chain.layers[self.target + 1 :]
 
     @property
@@ -160,12 +160,12 @@ def _take_locks(plan: LiveMergePlan, held: contextlib.ExitStack) -> None:
 
 
 def _refuse_children(plan: LiveMergePlan, options: OpenOptions) -> None:
-    """Raise HasChildren if an image outside the chain stands on a layer that changes or is removed."""
+    """Raise HasChildren if an image outside the chain is a child of a layer that changes or is removed."""
     inside = {real_path(file_of_layer(layer).name) for layer in plan.held}
     folders = [real_path(os.path.dirname(file_of_layer(layer).name)) for layer in plan.changing]
     names = (*plan.intent.sources, plan.intent.target)
     images = [(linkage_of(layer), one.path) for layer, one in zip(plan.changing, names, strict=True)]
-    families = standing_on(images, options, folders=folders)
+    families = children_of(images, options, folders=folders)
     for one, family in zip(names, families, strict=True):
         outside = [child for child in family if child.path not in inside]
         if outside:

@@ -36,7 +36,7 @@ def merge(
 
     The ancestor then has the leaf's content and size, and the others are removed. With `to` the result is a new file
     and the chain stays. Every image of the chain is held meanwhile. `relink_children` repoints the leaf's children to
-    the result; no other image may stand on any of the files that change. `dry_run` only reports what would be done.
+    the result; no other image may depend on any of the files that change. `dry_run` only reports what would be done.
 
     Raises InvalidArgument, HasChildren, ImageInUse, NoSpace, IoFailed and what opening raises. On error every image
     reads as before; `resume_merge`, or the same call, continues.

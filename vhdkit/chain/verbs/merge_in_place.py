@@ -6,7 +6,7 @@ same at every moment (`INV-MERGE-PRESERVES`). What is moved is decided in `merge
 format.
 
     plan      from the open layers alone: names, sizes, blocks
-    prepare   every file of the merge is held as a writer; whatever speaks against it is found now, while all of them
+    prepare   every file of the merge is held as a writer; every reason against it is found now, while all of them
               still have their content
     run       1  record: copy        the target changes only in sectors that the leaf sees in a source
               2  record: relink      if requested: children of the leaf are repointed to the target, which is complete
@@ -38,7 +38,7 @@ from functools import partial
 from vhdkit import errors, formats
 from vhdkit.attributes import check_removable
 from vhdkit.chain.engine.chain import Chain, Progress
-from vhdkit.chain.names.children import drop_stale_marks, standing_on
+from vhdkit.chain.names.children import children_of, drop_stale_marks
 from vhdkit.chain.names.lineage import record_parents, same_content
 from vhdkit.chain.names.marks import mark_child
 from vhdkit.chain.names.options import OpenOptions
@@ -66,8 +66,8 @@ from vhdkit.store import FileStore
 class Merge:
     """What a merge does, or has done. Paths are absolute; sizes are bytes.
 
-    `removed` are the removed layers (with `to`, none), leaf first; `relinked` the images that stand on `target`
-    now. `data_bytes` are copied, `zero_bytes` become holes. `left` are files named like layers that were to be
+    `removed` are the removed layers (with `to`, none), leaf first; `relinked` the new children of
+    `target`. `data_bytes` are copied, `zero_bytes` become holes. `left` are files named like layers that were to be
     removed; they stay, because they are not provably those layers.
     """
 
@@ -84,7 +84,7 @@ class Merge:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class InPlacePlan:
-    """A merge of `sources`, leaf first, into `target`, which stands on `below`; `names` are theirs, target last.
+    """A merge of `sources`, leaf first, into `target`, above the layers `below`; `names` are theirs, target last.
 
     With `relink_children` the children of the leaf are repointed to the target.
     """
@@ -161,7 +161,7 @@ def prepare(
         check_removable(one.path)
     _refuse_sources_of_another(plan, options)
     if phase is not Phase.COPY and not _is_complete(plan):
-        phase = Phase.COPY  # the leaf was written to since, or the record is wrong
+        phase = Phase.COPY  # the leaf has since been written to, or the record is wrong
     children = _children_to_repoint(plan, options, phase)
     _check_size(plan)
     if phase is Phase.COPY and if_incomplete is not None:
@@ -232,7 +232,7 @@ def _children_to_repoint(plan: InPlacePlan, options: OpenOptions, phase: Phase) 
     # Also by the names under which the layers were found, which may be links.
     folders = [real_path(os.path.dirname(layer.store.name)) for layer in plan.changing]
     images = [(linkage_of(layer), one.path) for layer, one in zip(plan.changing, plan.names, strict=True)]
-    families = standing_on(images, options, folders=folders)
+    families = children_of(images, options, folders=folders)
     for number, (one, family) in enumerate(zip(plan.names, families, strict=True)):
         outside = [child for child in family if child.path not in inside]
         if number == len(plan.names) - 1 and phase is not Phase.COPY:
@@ -284,7 +284,7 @@ def _fill(prepared: PreparedMerge, progress: Progress | None) -> tuple[int, int]
 
 
 def _target_now(plan: InPlacePlan) -> ImageFacts:
-    """What the target says of itself now; its linkage id may be another one than when the chain was opened."""
+    """The target's present metadata; its linkage id may differ from the one when the chain was opened."""
     return formats.of(plan.target).facts(file_of_layer(plan.target))
 
 

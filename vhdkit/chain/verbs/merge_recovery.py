@@ -7,10 +7,10 @@ program may have written a record (`intent`):
     the leaf exists       the chain opened through it must be the recorded one, and the target must read like the
                           leaf wherever a source owns anything; otherwise it is copied again, on request
     the leaf is gone      a file is removed only if it is a differencing image in the record's folder, or in one that
-                          the user named, has the id of the record, and stands on the next image of the record; every
-                          other file is left alone and reported
+                          the user named, has the id of the record, and is a child of the next image of the record;
+                          every other file is left alone and reported
 
-A file with the name of a source and another id is not that source: its name belongs to another image by now.
+A file with the name of a source and another id is not that source: its name now belongs to another image.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from vhdkit import errors, formats
 from vhdkit.arguments import AnyPath, checked
 from vhdkit.chain.engine.chain import Progress
-from vhdkit.chain.names.children import drop_stale_marks, standing_on
+from vhdkit.chain.names.children import children_of, drop_stale_marks
 from vhdkit.chain.names.opening import open_layers
 from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.names.parents import allowed_folders, linkage_id_of
@@ -166,7 +166,7 @@ def settle_merge_into(path: AnyPath, options: OpenOptions) -> None:
     if intent is None:
         return
     if intent.phase is Phase.REMOVE and not any(is_there(one) for one in intent.sources):
-        _remove_rest(intent, options)  # only the record is left, and names that belong to other images by now
+        _remove_rest(intent, options)  # only the record is left, and names that now belong to other images
     else:
         _finish_complete(intent, image, options)
 
@@ -261,7 +261,7 @@ def _prepare_removal(intent: Intent, options: OpenOptions) -> Iterator[_Remains]
         left: list[str] = []
         places = allowed_folders(intent.target.path, options.parent_dirs)
         for one, below in itertools.pairwise([*intent.sources, intent.target]):
-            if os.path.dirname(one.path) in places and is_there(one) and stands_on(one, below):
+            if os.path.dirname(one.path) in places and is_there(one) and is_child_of(one, below):
                 rest[one.path] = held.enter_context(FileStore.open_held(one.path, follow_links=False))
             elif exists(one.path):
                 left.append(one.path)
@@ -286,9 +286,9 @@ def _held_target_size(intent: Intent, held: contextlib.ExitStack) -> int:
 def _refuse_children(
     going: Sequence[Named], held: Mapping[str, FileStore], places: Sequence[str], options: OpenOptions
 ) -> None:
-    """Raise HasChildren if an image outside the merge stands on one that will be removed."""
+    """Raise HasChildren if an image outside the merge is a child of one that will be removed."""
     folders = (*places, *map(os.path.dirname, held))
-    families = standing_on([(linkage_id_of(held[one.path]), one.path) for one in going], options, folders=folders)
+    families = children_of([(linkage_id_of(held[one.path]), one.path) for one in going], options, folders=folders)
     for one, family in zip(going, families, strict=True):
         if _id_of(held[one.path]) != one.unique_id:
             raise errors.Replaced("was replaced while it was examined", path=one.path)
@@ -297,8 +297,8 @@ def _refuse_children(
             raise merge_would_break(one.path, children)
 
 
-def stands_on(one: Named, below: Named) -> bool:
-    """True if the file is a child of the image on which the record places it."""
+def is_child_of(one: Named, below: Named) -> bool:
+    """True if the file is a child of the image that is its parent in the record."""
     try:
         with FileStore.open(one.path, follow_links=False) as store:
             view = pending.view(store)

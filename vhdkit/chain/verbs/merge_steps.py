@@ -65,7 +65,7 @@ class RealNames:
 
     def remove(self, path: str) -> None:
         """See `Names.remove`; also removes the records of other unfinished changes to the layer, even of a merge into
-        it that was still copying. Raises AccessDenied, IoFailed, `Replaced` if the name leads to another file by now.
+        it that was still copying. Raises AccessDenied, IoFailed, `Replaced` if the name now leads to another file.
         """
         if path in self._held and exists(path):
             self._held[path].require_name()
@@ -88,7 +88,7 @@ def drop_earlier_try(target: Layer) -> None:
 
 
 def accept_renewed_id(child: FileStore, target: Layer) -> None:
-    """Before the first write through `target`: let `child`, which stands on it, record the id that this write brings.
+    """Before the first write through `target`: let its `child` record the id that this write brings.
 
     The present id is recorded too, so the child finds its parent whether or not the write is made. Does nothing for a
     format whose ids stay. The child is held as a writer, and nothing is being written to it through another opening.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Merges layers of a chain into a new file, and leaves the chain as it is.
 
-Decides of which kind the new image is (that of the lowest merged layer) and what it stands on (the parent of that
+Decides of which kind the new image is (that of the lowest merged layer) and what its parent is (the parent of that
 layer, if there is one). The file appears whole or not at all. What is moved is decided in `merge_plan`.
 """
 
@@ -28,7 +28,7 @@ from vhdkit.image import Layer, ParentRef
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MergeToPlan:
-    """A merge of `sources`, leaf first, into a new file at `path`, which will stand on `below[0]`, if there is one."""
+    """A merge of `sources`, leaf first, into a new file at `path`, on the parent `below[0]`, if there is one."""
 
     path: str
     sources: tuple[Layer, ...]
@@ -61,7 +61,7 @@ def _prepare(plan: MergeToPlan) -> Iterator[tuple[NewFile, Layer]]:
 
 
 def _complete(plan: MergeToPlan, new: NewFile, target: Layer) -> None:
-    """The content is there: give the file its name, and note on what it stands."""
+    """The content is complete: give the file its name, and note its parent's state."""
     target.flush()
     if plan.below:
         record_parent(new.store, plan.below[0].store, linkage_of(plan.below[0]))

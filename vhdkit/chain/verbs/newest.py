@@ -2,7 +2,7 @@
 """Finds the newest image of a line: the one that a server had moved on to, whatever it was doing when it died.
 
 Decides which image follows which. A merge whose data is complete (its record says relink or remove) makes one image
-of its target and its sources: an image that stands on any of them follows the target, and the sources themselves
+of its target and its sources: a child of any of them follows the target, and the sources themselves
 follow no image. So a layer that was about to be removed does not count as a second leaf, and is not served if others
 have overtaken it. A merge that was still copying makes no difference here. Must not change anything: opening the
 newest image finishes such a merge.
@@ -20,16 +20,16 @@ from vhdkit.chain.names.opening import MAX_CHAIN_DEPTH
 from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.names.parents import allowed_folders, linkage_id_of
 from vhdkit.chain.records.intent import Intent, Phase, intent_of, intents_about
-from vhdkit.chain.verbs.merge_recovery import is_there, linkage_of_named, stands_on
+from vhdkit.chain.verbs.merge_recovery import is_child_of, is_there, linkage_of_named
 from vhdkit.folder import is_regular, real_path
 from vhdkit.store import FileStore
 
 
 def newest_leaf(path: AnyPath, options: OpenOptions) -> str:
-    """The newest image that stands on this one, directly or through others; the path itself if there is none.
+    """The newest descendant of this image; the path itself if it has no children.
 
     Searches where a writable open searches for children. The image may be gone if a record names its merge target.
-    Raises NotFound, and HasChildren if two images stand on one, naming both.
+    Raises NotFound, and HasChildren if an image has two children, naming both.
     """
     newest = os.fsdecode(path)
     for _ in range(MAX_CHAIN_DEPTH):
@@ -57,14 +57,14 @@ def _merge_of(path: str, options: OpenOptions) -> Intent | None:
     for intent in intents_about(path, allowed_folders(path, options.parent_dirs)):
         chain = [*intent.sources, intent.target] if intent.phase is not Phase.COPY else []
         for one, below in itertools.pairwise(chain):
-            is_it = is_there(one) and stands_on(one, below) if is_file else intent.phase is Phase.REMOVE
+            is_it = is_there(one) and is_child_of(one, below) if is_file else intent.phase is Phase.REMOVE
             if one.path == place and is_it:
                 return intent
     return None
 
 
 def _followers(path: str, options: OpenOptions) -> list[str]:
-    """The images that stand on this one, or on one that was merged into it and still exists."""
+    """The children of this image, and those of images that were merged into it and still exist."""
     folders = folders_of_children(path, options.parent_dirs)
     with FileStore.open(path) as store:
         found = find_children(linkage_id_of(store), folders, apart_from=store.identity, raw_parent=real_path(path))

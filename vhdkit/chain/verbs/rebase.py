@@ -91,7 +91,7 @@ class _Wanted:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Image:
-    """The image that gets another parent: its file, which is held, its format, and what it says about itself."""
+    """The image that gets another parent: its file, which is held, its format, and its metadata."""
 
     store: FileStore
     format: Format
@@ -101,7 +101,7 @@ class _Image:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _RebasePlan:
-    """A new parent against which nothing speaks: `link` is what the image will record about it."""
+    """A new parent that passed all checks: `link` is what the image will record about it."""
 
     image: _Image
     parent_path: str
@@ -112,7 +112,7 @@ class _RebasePlan:
 
 @contextlib.contextmanager
 def _prepare(image_path: str, options: OpenOptions, *, dry_run: bool) -> Iterator[FileStore]:
-    """The image's file, held against everyone else; unless `dry_run`, earlier unfinished changes are undone."""
+    """The image's file, held exclusively; unless `dry_run`, earlier unfinished changes are undone."""
     with FileStore.open_held(image_path, writable=not dry_run) as store:
         store.notes_folder = options.notes_folder
         if store.is_device:
@@ -157,7 +157,7 @@ def _plan(
     options: OpenOptions,
     progress: Progress | None,
 ) -> _RebasePlan:
-    """Check that the image may stand on the open chain of the new parent. Changes nothing."""
+    """Check that the image may become a child of the open chain of the new parent. Changes nothing."""
     store, facts = image.store, image.facts
     _refuse_loop(store, parent_layers)  # first, because no option can override it
     is_recorded = parent_id in (image.parent.linkage_ids or (NULL_ID,))

@@ -10,7 +10,7 @@ by the format.
     several            copies under temporary names, with new locators, synced -> named, base first -> folder synced
                        -> the new chain opened and compared by its ids -> old names away, leaf first -> synced
 
-All layers are locked against readers and writers meanwhile, and no image outside the chain may stand on any of them.
+All layers are locked against readers and writers meanwhile, and no image outside the chain may depend on any of them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from vhdkit import errors, formats
 from vhdkit.arguments import AnyPath, checked
 from vhdkit.chain.engine.chain import Progress
-from vhdkit.chain.names.children import drop_stale_marks, has_children, standing_on
+from vhdkit.chain.names.children import children_of, drop_stale_marks, has_children
 from vhdkit.chain.names.lineage import record_parents, was_written_since
 from vhdkit.chain.names.marks import forget, other_records
 from vhdkit.chain.names.opening import open_layers
@@ -73,8 +73,8 @@ def relocate(
 
     Names stay; relative and absolute locators are rewritten. After an error the chain is where it was, except for an
     error while locators are written, which reports that the chain has moved. Raises AlreadyExists, NotFound,
-    InvalidArgument (two layers of one name, a device, unfinished work), HasChildren for an image that others stand on,
-    ImageInUse, NoSpace, and what opening the chain raises.
+    InvalidArgument (two layers of one name, a device, an unfinished change), HasChildren for an image with other
+    children, ImageInUse, NoSpace, and what opening the chain raises.
     """
     options = options or OpenOptions()
     place = real_path(directory)
@@ -152,7 +152,7 @@ def _check(moves: Sequence[Move], stores: Sequence[FileStore], options: OpenOpti
                 "has a record of an unfinished change beside it", path=store.name, hint="`vhdkit check` describes it"
             )
     images = [(formats.linkage_id(store) or NULL_ID, store.name) for store in stores]
-    for store, family in zip(stores, standing_on(images, options, folders=folders), strict=True):
+    for store, family in zip(stores, children_of(images, options, folders=folders), strict=True):
         outside = [child for child in family if child.problem is not None or _identity(child.path) not in own]
         if outside:
             hint = "move that chain too, or merge it first"
@@ -226,7 +226,7 @@ def _check_new(moves: Sequence[Move], stores: Sequence[FileStore], options: Open
 
 
 def _take_away(moves: Sequence[Move], stores: Sequence[FileStore]) -> None:
-    """Remove the old names, leaf first, and sync their folders. A name that leads to another file by now stays."""
+    """Remove the old names, leaf first, and sync their folders. A name that now leads to another file stays."""
     for move, store in zip(moves, stores, strict=True):
         if move.old_path != move.new_path:
             store.require_name()

@@ -119,7 +119,7 @@ def _plan(
 
 @contextlib.contextmanager
 def _prepare(image_path: str, options: OpenOptions, *, dry_run: bool) -> Iterator[FileStore]:
-    """The image, held against everyone else; unless `dry_run`, earlier unfinished changes are settled.
+    """The image, held exclusively; unless `dry_run`, earlier unfinished changes are settled.
 
     What a killed server noted in the folder of the options is written to the image first, if that can be opened for
     writing. Otherwise the notes are void, because they describe the state before the repair; their files are kept.

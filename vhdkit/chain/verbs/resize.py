@@ -120,7 +120,7 @@ def resize_open(chain: Chain, size_bytes: int, *, shrink: bool = False) -> tuple
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _PlannedResize:
-    """A resize against which nothing speaks. `table` are the partitions now; `change` is None if the size stays."""
+    """A resize that passed all checks. `table` are the partitions now; `change` is None if the size stays."""
 
     image: Layer
     resizable: Resizable

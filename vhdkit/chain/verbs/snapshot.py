@@ -11,7 +11,7 @@ names in `folder`.
 After an error or Ctrl-C anywhere the names are removed again. A power cut (or `kill -9`) between two names leaves the
 first few children of the set. They are empty, so every disk reads as before, through its leaf and through its child,
 and no record is needed: the same command, repeated, adopts them and finishes the set. Clones are not adopted like
-this, because an empty clone may be in use by now.
+this, because an empty clone may already be in use.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _MAX_NUMBER = 1_000_000
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _NewChild:
-    """A child to create, and the open chain on which it will stand, leaf first."""
+    """A child to create, and the open chain of its parent, leaf first."""
 
     parent: str
     path: str
@@ -85,9 +85,9 @@ def snapshot_many(
         return _snapshot_set(leaves, [new for _, new in pairs], options, dry_run)
 
 
-def _snapshot_set(leaves: list[str], wished: list[AnyPath | None], options: OpenOptions, dry_run: bool) -> list[str]:
+def _snapshot_set(leaves: list[str], names: list[AnyPath | None], options: OpenOptions, dry_run: bool) -> list[str]:
     """`snapshot_many`, with the folders locked."""
-    pairs = zip(leaves, wished, strict=True)
+    pairs = zip(leaves, names, strict=True)
     named = [(leaf, os.fsdecode(new) if new is not None else _default_name(leaf, options)) for leaf, new in pairs]
     check_names([leaf for leaf, _ in named], [new for _, new in named])
     with _prepare(named, options, dry_run=dry_run) as children:
@@ -228,7 +228,7 @@ def _refuse_foreign_writer(leaf: Layer) -> None:
 
 
 def _is_left_over(one: _NewChild) -> bool:
-    """True for an empty child of this very parent under the requested name: left by an interrupted run of the set."""
+    """True for an empty child of this parent under the requested name: left by an interrupted run of the set."""
     parent = one.layers[0]
     if not exists(one.path):
         return False

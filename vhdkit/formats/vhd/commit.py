@@ -38,7 +38,7 @@ class Commit:
     """What one open image must still write: dirty bitmaps, dirty BAT sectors, the trailing footer.
 
     `free_bytes` is where new space begins: past every block and past the trailing footer. `room_end_bytes` is where
-    the trailing footer stands on a device, see `room`; new space lies between the two then. One writer at a time
+    the trailing footer is on a device, see `room`; new space then lies between the two. One writer at a time
     calls `place_block`, `publish` and `touch`; `flush` may run beside it.
     """
 

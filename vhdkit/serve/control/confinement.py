@@ -74,7 +74,7 @@ class Confinement:
         if not os.path.isabs(path) or "\0" in path:
             raise errors.InvalidArgument("is not an absolute path, which a control owner must give", path=path)
         path = os.path.normpath(path)
-        for named, real in self._named.items():  # as spelled at the start, whatever that path leads to by now
+        for named, real in self._named.items():  # as spelled at the start, wherever that path leads now
             if path == named or path.startswith(named.rstrip(os.sep) + os.sep):
                 return os.path.normpath(real + path[len(named.rstrip(os.sep)) :])
         return path

@@ -146,7 +146,7 @@ class ServedMerge:
     # -- passes -------------------------------------------------------------------------------------------------
 
     def _converge(self) -> None:
-        """Repeat passes until the leaf is small and stands on the target."""
+        """Repeat passes until the leaf is small and the target is its parent."""
         before = None
         while True:
             layers = self._export.disk.chain.layers

@@ -147,7 +147,7 @@ class Callbacks:
         return called
 
     def _keep_thread(self) -> None:
-        """Keep this libfuse thread registered with Python, which would otherwise register it anew for every call."""
+        """Keep this libfuse thread registered with Python, which would otherwise register it again for every call."""
         ident = threading.get_ident()
         if ident not in self._known_threads:
             ctypes.pythonapi.PyGILState_Ensure()

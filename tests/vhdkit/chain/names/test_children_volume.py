@@ -14,7 +14,7 @@ from tests.harness.memory_volume import MemoryVolume
 from tests.memory_images import image, reference, without_files
 from vhdkit import formats
 from vhdkit.chain.names import marks
-from vhdkit.chain.names.children import find_children, mark_findings, standing_on
+from vhdkit.chain.names.children import children_of, find_children, mark_findings
 from vhdkit.chain.names.marks import Mark
 from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.names.parents import find_by_id, linkage_id_of
@@ -64,7 +64,7 @@ def test_children_are_those_that_the_file_system_has(tmp_path: Path, seed: int) 
                 images.append((linkage_id_of(store, volume), place))
         folders = [root, f"{root}/a/b"]
         return (
-            standing_on(images, options, volume=volume),
+            children_of(images, options, volume=volume),
             [find_children(linkage_id, folders, raw_parent=place, volume=volume) for linkage_id, place in images],
             [find_by_id([linkage_id], folders, volume=volume) for linkage_id, _ in images],
         )
@@ -87,7 +87,7 @@ def test_some_children_are_found_in_memory() -> None:
     with without_files():
         base_id = linkage_id_of(volume.open("/srv/base.vhd"), volume)
         options = OpenOptions(known_images=["/far/three.vhd"], parent_dirs=["/srv"])
-        (found,) = standing_on([(base_id, "/srv/base.vhd")], options, volume=volume)
+        (found,) = children_of([(base_id, "/srv/base.vhd")], options, volume=volume)
         beside_it = find_children(base_id, ["/srv"], volume=volume)
     assert sorted(str(child) for child in found) == ["/far/three.vhd", "/srv/one.vhd", "/srv/two.vhd"]
     assert sorted(beside_it) == ["/srv/one.vhd", "/srv/two.vhd"]
@@ -139,7 +139,7 @@ def test_marked_child_is_found_where_its_mark_leads(tmp_path: Path, history: str
     def searched(volume: Volume) -> object:
         with volume.open(base) as store:
             images = [(linkage_id_of(store, volume), base)]
-            return standing_on(images, OpenOptions(), volume=volume), mark_findings(store, OpenOptions(), volume)
+            return children_of(images, OpenOptions(), volume=volume), mark_findings(store, OpenOptions(), volume)
 
     with without_files():
         found = searched(volume)
