@@ -206,7 +206,7 @@ class _Soak:
                     self._manager.start(NAME)
             return state is MachineState.RUNNING and set(processes(NAME)) == set(PARTS) and self._is_settled()
 
-        wait_until(is_back, "it runs, and all is settled", _PATIENCE_SECONDS)
+        wait_until(is_back, "it runs, and no operation is unfinished", _PATIENCE_SECONDS)
         self._wait_counting("the guest goes on")
         self._look_at_files()
 
@@ -245,7 +245,7 @@ def _patiently() -> Iterator[None]:
                 return True
             return False
 
-        wait_until(is_ours, "the machine's lock is free", _PATIENCE_SECONDS)
+        wait_until(is_ours, "the machine's lock is released", _PATIENCE_SECONDS)
         yield
 
 

@@ -146,7 +146,7 @@ class _Soak:
                 self._manager.start(NAME)
             return state is MachineState.RUNNING and set(processes(NAME)) == set(PARTS) and settled(self._small)
 
-        wait_until(is_back, "it runs, and all is settled", _PATIENCE_SECONDS)
+        wait_until(is_back, "it runs, and no operation is unfinished", _PATIENCE_SECONDS)
         before = console(self._manager).count("tick")
         try:
             wait_until(

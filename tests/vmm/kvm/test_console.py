@@ -141,7 +141,7 @@ def test_all_watch_and_one_types(tmp_path: Path) -> None:
         await first.type(b"ls\n")
         assert await scene.serial.hear(3) == b"ls\n"
         first.link.close()
-        await until(lambda: scene.hub.watcher_count == 1, "the first has gone")
+        await until(lambda: scene.hub.watcher_count == 1, "the first one has disconnected")
         await second.type(b"now me")
         assert await scene.serial.hear(6) == b"now me"
 
@@ -374,7 +374,7 @@ def test_too_many_watchers(tmp_path: Path) -> None:
         with pytest.raises(InUse, match=str(MAX_WATCHERS)):
             await scene.watch()
         watchers[3].link.close()
-        await until(lambda: scene.hub.watcher_count < MAX_WATCHERS, "one has gone")
+        await until(lambda: scene.hub.watcher_count < MAX_WATCHERS, "one has disconnected")
         await scene.watch()
 
     play(tmp_path, act)

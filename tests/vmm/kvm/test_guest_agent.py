@@ -399,7 +399,7 @@ def test_an_agent_that_freezes_long_after_the_request(
             await asyncio.sleep(0.3)  # it first finds a silent guest
         assert events == []
         guest.goes_on.set()
-        await until(lambda: not notes[-1] and not guest.is_frozen, "the guest thaws, and nothing is owed")
+        await until(lambda: not notes[-1] and not guest.is_frozen, "the guest is thawed, and no thaw is pending")
         assert "guest-fsfreeze-freeze" in guest.done
         assert (events, notes) == (["guest-thawed"], [True, False]), guest.done
         running.cancel()

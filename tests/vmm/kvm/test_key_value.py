@@ -167,7 +167,7 @@ def test_a_guest_that_does_not_acknowledge(tmp_path: Path, monkeypatch: pytest.M
     async def scene() -> None:
         async with channel_of(tmp_path) as (channel, store, port):
             port.writer.write(b'{"op":"hello"}\n')
-            await until(lambda: channel.is_present, "the guest is there")
+            await until(lambda: channel.is_present, "the guest is connected")
             assert await channel.set("k", "v") is False
             assert store.get("host", "k") == "v"
             waiting = asyncio.create_task(channel.set("k", "w"))

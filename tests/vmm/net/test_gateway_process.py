@@ -99,7 +99,7 @@ def test_without_root(monkeypatch: pytest.MonkeyPatch) -> None:
         gateway = Gateway(SETUP, folder, starter)
         gateway.start()
         try:
-            wait_until(lambda: os.path.exists(gateway.peer), "the gateway has its end")
+            wait_until(lambda: os.path.exists(gateway.peer), "the gateway has its socket")
             pid = starter.pid()
             assert pid is not None
             assert (facts(pid)["NoNewPrivs"], facts(pid)["Seccomp"]) == ("1", "2")

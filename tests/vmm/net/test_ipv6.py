@@ -49,7 +49,7 @@ class Six:
     @staticmethod
     def wait(ready: Callable[[], bool]) -> None:
         """Wait until the condition holds."""
-        wait_until(ready, "the network is so", 30)
+        wait_until(ready, "the network is in that state", 30)
 
     def advertise(self, valid: int, preferred: int) -> None:
         """Have the router send an advertisement."""

@@ -146,7 +146,7 @@ def test_machines_on_a_switch(manager: Manager, tmp_path: Path) -> None:
         manager.start("small")
         assert adapters.connection(small, nic) == adapters.AdapterConnection(True, "connected")
         assert adapters.delete_switch("lab", force=True).disconnected == ["small/nic-0"]
-        wait_until(lambda: events("adapter-disconnected"), "the machine hears of it")
+        wait_until(lambda: events("adapter-disconnected"), "the machine is notified")
         found = adapters.connection(small, nic)
         assert found.is_connected is False and "there is no switch 'lab'" in found.words
         switches.create(make_switch(name="lab"))

@@ -178,7 +178,7 @@ def test_the_remaining_watcher_restores_rules(lab: RuleHost, tmp_path: Path) -> 
         watchers[0].send_signal(signal.SIGKILL)
         watchers[0].wait()
         lab.host.run("nft flush ruleset")
-        wait_until(lambda: len(reports()) == 2, "the other one", SECONDS)
+        wait_until(lambda: len(reports()) == 2, "the report of the other one", SECONDS)
         assert lab.rules() == before
         assert reports() == ['["rules"]'] * 2
     finally:

@@ -91,16 +91,16 @@ def test_a_running_machine_repairs_its_switches(scene: Scene) -> None:
     before, (server,) = scene.rules(), scene.dnsmasq()
     assert "masquerade" in str(before) and scene.mended() == []
     scene.host.run("nft flush ruleset")
-    wait_until(lambda: scene.rules() == before, "the rules are back")
+    wait_until(lambda: scene.rules() == before, "the rules are restored")
     wait_until(lambda: set(scene.mended()) == {("nat", "rules"), ("lan", "rules")}, "the repair is reported")
     scene.host.run(f"kill -9 {server}")
     wait_until(lambda: scene.dnsmasq() - {server}, "there is another dnsmasq")
     wait_until(lambda: ("nat", "dhcp") in scene.mended(), "the repair is reported")
     scene.host.run("ip link set up0 nomaster")
-    wait_until(lambda: ("lan", "card") in scene.mended(), "the card is back")
+    wait_until(lambda: ("lan", "card") in scene.mended(), "the card is back in the bridge")
     assert "master vmm" in scene.host.run("ip link show up0")
     scene.host.run("ping -c 1 -w 10 10.9.0.254; ip link set up0 mtu 1400")
-    wait_until(lambda: ("lan", "mtu") in scene.mended(), "the MTU is followed")
+    wait_until(lambda: ("lan", "mtu") in scene.mended(), "the MTU follows the card's")
     assert scene.host.run("ip link show").count("mtu 1400") == 3, "card, bridge and tap"
     assert scene.faults("nat") == scene.faults("lan") == []
     assert [one for one in scene.manager.events("small") if one.name == "switch-impaired"] == []
@@ -129,7 +129,7 @@ def test_a_port_with_a_damaged_record_is_restored(scene: Scene) -> None:
     content = record.read_bytes()
     record.write_bytes(b"rubbish")
     assert scene.vmm("switch", "show", "nat")
-    wait_until(lambda: record.read_bytes() == content, "the record is back")
-    wait_until(lambda: scene.rules() == before, "the rules are as they were")
+    wait_until(lambda: record.read_bytes() == content, "the record is restored")
+    wait_until(lambda: scene.rules() == before, "the rules are as before")
     scene.host.run("nft flush ruleset")
     wait_until(lambda: scene.rules() == before, "the machine loads the rules again")

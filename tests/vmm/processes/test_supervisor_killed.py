@@ -99,7 +99,7 @@ def test_a_machine_with_a_killed_qemu_is_off(manager: Manager, tmp_path: Path) -
     manager.start("small")
     wait_counting(manager)
     kill(("qemu",))
-    wait_until(lambda: not os.path.exists(MachineRef.of("small").runtime.folder), "all is put away")
+    wait_until(lambda: not os.path.exists(MachineRef.of("small").runtime.folder), "the machine is off and cleaned up")
     assert manager.state("small") is MachineState.OFF and processes() == {}
     assert "qemu-died" in [event.name for event in manager.events("small")]
     assert has_written(leaf)
@@ -131,7 +131,8 @@ def test_a_qemu_that_dies_with_its_worker(manager: Manager, tmp_path: Path, part
     kill(parts)
     wait_state(manager, MachineState.OFF)
     wait_until(
-        lambda: not processes() and not os.path.exists(MachineRef.of("small").runtime.folder), "all is put away"
+        lambda: not processes() and not os.path.exists(MachineRef.of("small").runtime.folder),
+        "the machine is off and cleaned up",
     )
     manager.start("small")
 
@@ -144,7 +145,7 @@ def test_all_processes_are_killed(manager: Manager, tmp_path: Path, folder_gone:
     wait_counting(manager)
     runtime = MachineRef.of("small").runtime.folder
     kill(("keeper", "worker", "server", "qemu"))
-    wait_until(lambda: not processes(), "all is dead")
+    wait_until(lambda: not processes(), "all processes are dead")
     if folder_gone:
         shutil.rmtree(runtime)
     assert [(one.name, one.state) for one in manager.machines()] == [("small", MachineState.OFF)]
@@ -161,7 +162,7 @@ def test_a_change_after_all_processes_were_killed(manager: Manager, tmp_path: Pa
     manager.start("small")
     runtime = MachineRef.of("small").runtime.folder
     kill(("keeper", "worker", "server", "qemu"))
-    wait_until(lambda: not processes(), "all is dead")
+    wait_until(lambda: not processes(), "all processes are dead")
     assert os.path.exists(runtime)
     manager.set("small", name="other", notes="renamed after a power cut")
     assert not os.path.exists(runtime)
@@ -190,7 +191,7 @@ def test_a_machine_without_its_runtime_folder_is_saved(manager: Manager, tmp_pat
     manager.start("small")
     count, living = wait_counting(manager), processes()
     shutil.rmtree(MachineRef.of("small").runtime.folder)
-    wait_until(lambda: not any(one.is_alive() for one in living.values()), "all is put away")
+    wait_until(lambda: not any(one.is_alive() for one in living.values()), "the machine is off and cleaned up")
     assert manager.state("small") is MachineState.SAVED
     manager.start("small")
     assert wait_counting(manager) > count

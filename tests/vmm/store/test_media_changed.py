@@ -93,7 +93,7 @@ def test_a_worker_killed_while_it_changes_a_medium(manager: Manager, tmp_path: P
     manager.state("small")
     wait_whole()
     wait_until(lambda: "two.iso" in media_of_qemu(), "QEMU has the new medium")
-    wait_until(lambda: "two.iso" in Path(place.runtime.running).read_text(), "the running definition says so")
+    wait_until(lambda: "two.iso" in Path(place.runtime.running).read_text(), "the running definition has changed")
     manager.stop("small")
 
 

@@ -64,7 +64,7 @@ def test_backup_of_a_running_machine(manager: Manager, tmp_path: Path) -> None:
     assert files_of(tmp_path) == before
     assert not os.path.exists(tree_path(MachineRef.of("small").machine)), "as before the first backup"
     press(manager, "w")
-    wait_until(lambda: "written " in console(manager), "the guest writes on")
+    wait_until(lambda: "written " in console(manager), "the guest continues writing")
     copy = tmp_path / "copy" / "disk-0.vhd"
     with vhdkit.open_disk(copy) as disk:
         assert disk.read(WRITE_LBA * SECTOR, len(WRITTEN_TEXT)) == WRITTEN_TEXT
@@ -201,7 +201,7 @@ def writing(manager: Manager, tmp_path: Path) -> Path:
 
 def check_merged_away(manager: Manager, leaf: Path, before: list[str]) -> None:
     """The guest runs on its own image alone, which is sound; nothing of the backup is left."""
-    wait_until(lambda: files_of(leaf.parent) == before and journal() is None, "the new leaf is merged away", 120)
+    wait_until(lambda: files_of(leaf.parent) == before and journal() is None, "the new leaf is merged", 120)
     wait_counting(manager)
     shown = manager.show("small").spec
     assert shown is not None and shown.disks[0].path == str(leaf)

@@ -114,7 +114,7 @@ def test_memory_and_disks_of_one_moment_are_restored(
     after = count(manager)
     assert snapshot.mode == mode and snapshot.memory_bytes and snapshot.pause_seconds is not None
     states = machines.of_snapshot("small", "moment")
-    wait_until(lambda: count(manager) > after + 12, "it counts on")
+    wait_until(lambda: count(manager) > after + 12, "the guest continues counting")
     assert machines.of_snapshot("small", "moment") == states, "a frozen image was written to"
     on_disk = disk_count(machines, snapshot.disks["disk-0"])
     assert before - 3 <= on_disk <= after
@@ -125,7 +125,7 @@ def test_memory_and_disks_of_one_moment_are_restored(
     manager.start("small")
     again = count(manager)
     assert before <= again < late, "it did not continue from the snapshot"
-    wait_until(lambda: count(manager) > again, "it counts on")
+    wait_until(lambda: count(manager) > again, "the guest continues counting")
     assert machines.of_snapshot("small", "moment") == states
 
 
@@ -172,14 +172,14 @@ def test_memory_of_a_kvm_guest_is_restored(manager: Manager, folder: Path, machi
     states = machines.of_snapshot("small", "moment")
     on_disk = disk_count(machines, snapshot.disks["disk-0"])
     assert before - 3 <= on_disk <= after
-    wait_until(lambda: count(manager) > after + 12, "it counts on")
+    wait_until(lambda: count(manager) > after + 12, "the guest continues counting")
     late = count(manager)
     small.apply("moment", discard_current=True)
     assert disk_count(machines, str(registry.load("small").spec.disks[0].path)) == on_disk
     manager.start("small")
     again = count(manager)
     assert before <= again < late, "it did not continue from the snapshot"
-    wait_until(lambda: count(manager) > again, "it counts on")
+    wait_until(lambda: count(manager) > again, "the guest continues counting")
     assert machines.of_snapshot("small", "moment") == states
 
 
@@ -231,7 +231,7 @@ def test_ten_in_a_row_with_branches_and_deletes(manager: Manager, folder: Path, 
     count(manager)
     manager.stop("small")
     now = machines.now("small")
-    wait_until(lambda: small.merging() is not None or small.merges_due() == 0, "merging begins by itself")
+    wait_until(lambda: small.merging() is not None or small.merges_due() == 0, "the merge begins by itself")
     small.merge()
     assert machines.states("small") == states | {None: now} and small.merges_due() == 0
     assert len(small.tree().snapshots) == 6
@@ -435,14 +435,16 @@ def test_kills_while_a_snapshot_is_taken(manager: Manager, folder: Path, machine
         taking.join(60)
         if part == "qemu":
             wait_until(lambda: manager.state("small") is MachineState.OFF, "it is off")
-            wait_until(lambda: not Path(MachineRef.of("small").runtime.folder).exists(), "all is put away")
+            wait_until(
+                lambda: not Path(MachineRef.of("small").runtime.folder).exists(), "the machine is off and cleaned up"
+            )
             manager.start("small")
         else:
             wait_whole()
             wait_state(manager, MachineState.RUNNING)
         wait_until(lambda: settled(small), "it is settled")
         before = count(manager)
-        wait_until(lambda before=before: count(manager) > before, "the guest counts on")  # type: ignore[misc]
+        wait_until(lambda before=before: count(manager) > before, "the guest continues counting")  # type: ignore[misc]
         tree = small.tree()
         assert {one: machines.of_snapshot("small", one) for one in states} == states
         for one in tree.snapshots.values():

@@ -49,7 +49,9 @@ def tell(parts: tuple[str, ...], *numbers: int) -> None:
 
 def wait_gone() -> None:
     """Wait until no process of the machine is left."""
-    wait_until(lambda: not os.path.exists(MachineRef.of("small").runtime.folder), "all is put away", 90)
+    wait_until(
+        lambda: not os.path.exists(MachineRef.of("small").runtime.folder), "the machine is off and cleaned up", 90
+    )
     assert processes() == {}
 
 
@@ -113,7 +115,9 @@ def test_a_worker_killed_while_it_stops_the_machine(manager: Manager, tmp_path: 
     old = processes()["worker"]
     os.kill(old.pid, signal.SIGSTOP)  # it cannot act before it is killed
     os.kill(processes()["keeper"].pid, signal.SIGTERM)
-    wait_until(lambda: os.path.exists(MachineRef.of("small").runtime.leaving), "the supervisor has heard it")
+    wait_until(
+        lambda: os.path.exists(MachineRef.of("small").runtime.leaving), "the supervisor has received the signal"
+    )
     os.kill(old.pid, signal.SIGKILL)
     wait_gone()
     assert manager.state("small") is MachineState.SAVED

@@ -81,7 +81,7 @@ def rounds(guest: GuestShell) -> int:
 def goes_on(guest: GuestShell) -> None:
     """Wait until the writer has written more."""
     before = rounds(guest)
-    wait_until(lambda: rounds(guest) > before + 1, "the guest writes on")
+    wait_until(lambda: rounds(guest) > before + 1, "the guest continues writing")
 
 
 def test_a_writing_guest_is_not_affected(manager: Manager, shell_of: Callable[[], GuestShell], tmp_path: Path) -> None:

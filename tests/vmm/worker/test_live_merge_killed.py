@@ -127,7 +127,7 @@ def check_whole(small: MachineSnapshots, machines: Machines, kept: dict[str, dic
     """With the machine off: all due merges are done, every state reads as before, and no files are left over."""
     assert content(now_path()) == expected
     assert {one: machines.of_snapshot("small", one) for one in kept} == kept
-    wait_until(lambda: is_merged(small), "the merge that the stop has begun is done, and so is ours")
+    wait_until(lambda: is_merged(small), "both merges are done, the one begun by the stop and ours")
     assert content(now_path()) == expected and small.merges_due() == 0
     assert {one: machines.of_snapshot("small", one) for one in kept} == kept
     tree = small.tree()
@@ -184,12 +184,12 @@ def test_one_process_is_killed_in_a_live_merge(manager: Manager, folder: Path, p
         wait_whole(but={part: before[part]})
         wait_state(manager, MachineState.RUNNING)
     wait_until(lambda: settled(small), "the merge's journal is gone")
-    wait_until(lambda: count(manager) > counted, "the guest counts on")
+    wait_until(lambda: count(manager) > counted, "the guest continues counting")
     assert {one: machines.of_snapshot("small", one) for one in kept} == kept
     assert [one.problem for one in small.merge_live()] in ([], [None])
     assert small.merges_due() == 0
     late = count(manager)
-    wait_until(lambda: count(manager) > late + 2, "it counts on")
+    wait_until(lambda: count(manager) > late + 2, "the guest continues counting")
     manager.stop("small")
     put_away(manager)
     assert disk_count(machines, now_path()) >= late, "what it wrote after the merge is lost"

@@ -70,7 +70,7 @@ def test_delete_right_after_an_interrupted_snapshot(
     assert {one.name for one in folders.iterdir()} == set(tree.snapshots) if folders.exists() else not tree.snapshots
     if "qemu" not in victims:
         later = count(manager)
-        wait_until(lambda: count(manager) > later, "the guest counts on")
+        wait_until(lambda: count(manager) > later, "the guest continues counting")
         counted = count(manager)
     runtime = MachineRef.of("small").runtime.folder
     with contextlib.suppress(Exception):

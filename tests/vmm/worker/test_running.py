@@ -128,7 +128,7 @@ def test_a_guest_that_powers_itself_off(manager: Manager, tmp_path: Path) -> Non
     manager.start("small")
     wait_counting(manager)
     press(manager, "p")
-    wait_until(lambda: not os.path.exists(MachineRef.of("small").runtime.folder), "all is put away")
+    wait_until(lambda: not os.path.exists(MachineRef.of("small").runtime.folder), "the machine is off and cleaned up")
     assert manager.state("small") is MachineState.OFF
     assert "powered-off" in event_names(manager) and "qemu-died" not in event_names(manager)
 
@@ -250,7 +250,7 @@ def test_a_dead_disk_server(manager: Manager, tmp_path: Path) -> None:
     wait_state(manager, MachineState.CRITICAL)
     assert "written " not in console(manager)
     living["keeper"].send(signal.SIGCONT)
-    wait_until(lambda: "written " in console(manager), "the write ends well")
+    wait_until(lambda: "written " in console(manager), "the write succeeds")
     wait_state(manager, MachineState.RUNNING)
     assert "DISK-ERROR" not in console(manager)
 
