@@ -19,6 +19,7 @@ import pytest
 from hypothesis import HealthCheck, is_hypothesis_test, settings
 
 from tests.leftovers import Run
+from tests.scheduling import shared_out
 from tests.support import in_ci, samples_dir
 from tests.warm_commands import end_shared
 
@@ -87,7 +88,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the full matrices out of an everyday run, and everything but properties out of a properties run."""
+    """Leave the full matrices out of an everyday run, and everything but properties out of a properties run.
+
+    pytest-xdist's workers, which all collect the same, put the rest in the order of `tests.scheduling`.
+    """
     left_out = []
     if not config.getoption("--nightly"):
         left_out += [item for item in items if item.get_closest_marker("nightly") is not None]
@@ -96,6 +100,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in set(left_out)]
+    if (worker := getattr(config, "workerinput", None)) is not None:
+        items[:] = shared_out(items, lambda item: item.nodeid.partition("::")[0], worker["workercount"])
 
 
 def pytest_collection_finish() -> None:

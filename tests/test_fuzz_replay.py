@@ -38,10 +38,10 @@ SEEDS = [
     if not (name == "fuzz_repair" and file.endswith("-2tib"))  # seconds each, and test_repair has such tables
 ]
 BATCHES = [
-    *(("fuzz_open", seed, 50) for seed in range(daily_or_nightly(4, 8))),
-    *(("fuzz_chain", seed, 15) for seed in range(daily_or_nightly(4, 8))),
-    *(("fuzz_merge", seed, 8) for seed in range(daily_or_nightly(4, 8))),
-    *(("fuzz_repair", seed, 25) for seed in range(daily_or_nightly(4, 8))),
+    *(("fuzz_open", seed, 50) for seed in range(daily_or_nightly(2, 8))),
+    *(("fuzz_chain", seed, 15) for seed in range(daily_or_nightly(2, 8))),
+    *(("fuzz_merge", seed, 8) for seed in range(daily_or_nightly(2, 8))),
+    *(("fuzz_repair", seed, 25) for seed in range(daily_or_nightly(2, 8))),
     *(("fuzz_nbd", seed, 150) for seed in range(3)),
     *(("fuzz_switch", seed, 200) for seed in range(3)),
 ]

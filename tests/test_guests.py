@@ -125,7 +125,10 @@ def test_linux_shell(tmp_path: Path) -> None:
 
 
 # IDE reads the kernel word by word.
-@pytest.mark.parametrize("controller", [pytest.param("ide", marks=pytest.mark.nightly), "scsi", "virtio"])
+@pytest.mark.parametrize(
+    "controller",
+    [pytest.param("ide", marks=pytest.mark.nightly), pytest.param("scsi", marks=pytest.mark.nightly), "virtio"],
+)
 def test_linux_disk_boots(tmp_path: Path, controller: str) -> None:
     """The Linux guest's disk boots by itself from any controller, and its file system can be used."""
     require_linux_guest()

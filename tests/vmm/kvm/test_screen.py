@@ -50,6 +50,7 @@ def test_bios_text(tmp_path: Path) -> None:
     assert 0.002 < picture.share_of_other_than((0, 0, 0)) < 0.3
 
 
+@pytest.mark.nightly  # every day a machine with a worker has such a picture (tests/vmm/api/test_guest_access.py)
 def test_uefi(tmp_path: Path) -> None:
     """The screen drawn by UEFI firmware is a picture with more than one colour."""
     code = OVMF / "OVMF_CODE.fd"

@@ -98,7 +98,7 @@ def test_a_virtio_disk_grows_under_linux(manager: Manager, tmp_path: Path) -> No
         assert disk.read(47 * MIB, 7) == disk.read(63 * MIB, 7) == b"behind\n"
 
 
-@pytest.mark.parametrize("controller", ["scsi", "virtio"])
+@pytest.mark.parametrize("controller", ["scsi", pytest.param("virtio", marks=pytest.mark.nightly)])
 def test_server_killed_while_the_guest_writes(manager: Manager, tmp_path: Path, controller: str) -> None:
     """After three kills of the disk server under O_DIRECT writes, the guest reads back what it wrote."""
     leaf = child_of_new_base(tmp_path, "data", 64 * MIB)
