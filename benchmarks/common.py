@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every benchmark needs: rows, medians, a table and JSON, and where the files go.
 
-Decides how numbers are shown and how runs are interleaved: round after round through all contestants, so that a
-machine whose speed drifts is unfair to none of them.
+Decides how numbers are shown and how runs are interleaved: every round runs all contestants, so that a
+machine whose speed drifts treats them alike.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from rich.table import Table
 
 @dataclass(slots=True)
 class Row:
-    """One contestant: its values round by round, and what it is measured against."""
+    """One contestant: its values round by round, and what it is compared with."""
 
     name: str
     values: list[float] = field(default_factory=list)
@@ -79,7 +79,7 @@ def timed_command(*command: str) -> float:
 
 
 def has(tool: str) -> bool:
-    """True when a peer's program is installed."""
+    """Whether a peer's program is installed."""
     return shutil.which(tool) is not None
 
 

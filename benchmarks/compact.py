@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compacting and growing: how fast blocks move, against `cp` of as many bytes, and memory at 2 TiB.
+"""Compacting and growing: how fast blocks move, compared with `cp` of as many bytes, and memory at 2 TiB.
 
 Compact: a dynamic image of 2 MiB blocks whose first half is zeros and whose second half is data, so that every block
 of data moves (`vhdkit compact` as a library call, everything durable when it returns). Resize: an image whose BAT
-grows over the first blocks, so that those move. `cp` copies a raw file of just the bytes that move to a new one,
-followed by `sync` of it. Every result is checked before anything is timed.
+grows over the first blocks, so that those move. `cp` copies a raw file of exactly the bytes that move to a new one,
+followed by `sync`. Every result is checked before anything is timed.
 
-Memory: a 2040 GiB image, every block allocated in a sparse file (nothing but bitmaps is stored), planned and compacted
-in a process of its own; the peak is what the kernel says of it.
+Memory: a 2040 GiB image, every block allocated in a sparse file (only bitmaps are stored), planned and compacted in a
+separate process; the peak is the kernel's figure.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from benchmarks.common import Row, arguments, interleaved, report, timed, workpl
 MIB, GIB = 1 << 20, 1 << 30
 BLOCK = 2 * MIB
 LARGE_BLOCK = 256 * MIB
-DATA_BYTES = GIB // 2  # what moves
+DATA_BYTES = GIB // 2  # the bytes that move
 BIG = 2040 * GIB
 
 _MEMORY = """
@@ -131,7 +131,7 @@ def raw_of(path: Path, size: int) -> Path:
 
 
 def memory(path: Path, call: str) -> dict[str, float]:
-    """Run one call in a process of its own; what it took."""
+    """Run one call in a separate process, and return what it took."""
     program = _MEMORY.format(call=call.format(path=str(path)))
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     result: dict[str, float] = json.loads(done.stdout)
@@ -160,11 +160,13 @@ def main() -> None:
             raw = raw_of(folder / "bytes.raw", count)
             contestants = {"vhdkit": ours(source, copy, work), "cp and sync": cp(raw, folder / "out.raw")}
             rows: dict[str, Row] = interleaved(contestants, options.rounds)
-            for who, row in rows.items():
+            for label, row in rows.items():
                 against = row.median and rows["cp and sync"].median / row.median
                 rate = count / row.median / MIB
-                table.append([name, who, f"{count >> 20}", f"{row.median:.2f}", f"{rate:,.0f}", f"{against:.2f}", ""])
-                data[f"{name}: {who}"] = {"seconds": row.median, "bytes": count, "speed_against_cp": against}
+                table.append(
+                    [name, label, f"{count >> 20}", f"{row.median:.2f}", f"{rate:,.0f}", f"{against:.2f}", ""]
+                )
+                data[f"{name}: {label}"] = {"seconds": row.median, "bytes": count, "speed_against_cp": against}
         copy.unlink()
         big = folder / "big.vhd"
         for name, first_data, call in (
@@ -173,9 +175,9 @@ def main() -> None:
         ):
             big.unlink(missing_ok=True)
             full_of_holes(big, first_data=first_data)
-            told = memory(big, call)
-            table.append([name, "vhdkit", "", f"{told['seconds']:.1f}", "", "", f"{told['peak_mib']:.0f}"])
-            data[name] = told
+            used = memory(big, call)
+            table.append([name, "vhdkit", "", f"{used['seconds']:.1f}", "", "", f"{used['peak_mib']:.0f}"])
+            data[name] = used
     columns = ["work", "by", "MiB moved", "seconds", "MiB/s", "of cp's speed", "peak MiB"]
     report("compact", columns, table, {"results": data}, options.json)
 

@@ -3,9 +3,9 @@
 
 The data is one third random bytes, one third written zeros, one third holes, in runs of 64 KiB to 8 MiB. Every round
 each contestant writes a new file on the same file system; all leave the last bytes to the page cache, as `qemu-img
-convert` and `cp` do (`--no-sync` for vhdkit); the durable rows add a flush for everyone. Peers: `qemu-img convert` for
-what it can do (it reads no differencing VHD), and `cp --sparse=auto` on the raw file, which only has to copy the same
-bytes. vhdkit is measured twice: as a library, in a process that is up, and as a command, where starting Python and
+convert` and `cp` do (`--no-sync` for vhdkit); the durable rows add a flush for all. Peers: `qemu-img convert` where
+it can (it reads no differencing VHD), and `cp --sparse=auto` on the raw file, which only has to copy the same
+bytes. vhdkit is measured twice: as a library, in a running process, and as a command, where starting Python and
 loading numpy is a good part of a conversion that takes a quarter of a second. Every result is compared with the source
 before anything is timed, and every source is read into the page cache before each run.
 """
@@ -59,7 +59,7 @@ def build_chain(folder: Path, raw: Path) -> Path:
 
 
 def prepare(fresh: Path) -> None:
-    """Remove what the last run made, let the disk come to rest, and have every source in the page cache."""
+    """Remove what the last run made, wait until the disk is idle, and have every source in the page cache."""
     fresh.unlink(missing_ok=True)
     subprocess.run(["sync"], check=True)
     for source in (*fresh.parent.glob("source.*"), *fresh.parent.glob("chain*.vhd")):
@@ -132,7 +132,7 @@ def jobs(
 
 
 def prove(folder: Path, raw: Path, dynamic: Path, leaf: Path) -> None:
-    """Every conversion gives the content of its source."""
+    """Check that every conversion gives the content of its source."""
     for number, (source, kind) in enumerate(((raw, "dynamic"), (dynamic, "raw"), (leaf, "fixed"))):
         out = folder / f"proof{number}"
         vhdkit.convert(source, out, vhdkit.DiskFormat(kind), sync=False)
@@ -148,7 +148,7 @@ def prove(folder: Path, raw: Path, dynamic: Path, leaf: Path) -> None:
 
 
 def ratio(ours: Row, theirs: Row) -> float:
-    """How many times their speed ours is: the median over the rounds."""
+    """How many times as fast as theirs ours is: the median over the rounds."""
     return statistics.median(b / a for a, b in zip(ours.values, theirs.values, strict=True))
 
 

@@ -2,9 +2,9 @@
 """Random 4 KiB reads on chains of depth 1, 8, 32 and 128 with the same content: does depth cost anything?
 
 One 4 GiB disk with 2 MiB blocks. Every block holds data, and runs of 4 to 64 KiB all over it are rewritten; in the
-deep chains those rewrites lie in the children, so nearly every block has several owners. The same offsets are read
+deep chains those rewrites are in the children, so nearly every block has several owners. The same offsets are read
 in every chain, a hash over what was read proves that all chains show one disk. Cold: first pass after opening.
-Peer: libvhdi (through its Python bindings, when installed) on the chains it reads right, which are those of depth 1.
+Peer: libvhdi (through its Python bindings, if installed) on the chains that it reads correctly: those of depth 1.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def rewrites() -> list[tuple[int, int]]:
 
 
 def build(folder: Path, depth: int) -> Path:
-    """A chain of `depth` layers: all data in the base, the rewrites dealt out over the children."""
+    """A chain of `depth` layers: all data in the base, the rewrites distributed over the children."""
     rng = random.Random(2)
     path = folder / f"depth{depth}-0.vhd"
     vhdkit.create_image(path, DISK_BYTES)
@@ -103,7 +103,7 @@ def content_hash(disk: vhdkit.Disk) -> str:
 
 
 def libvhdi_rate(path: Path) -> float:
-    """Reads a second through pyvhdi after one warm pass, in the system's Python; 0 where it is not installed."""
+    """Reads a second through pyvhdi after one warm pass, in the system's Python; 0 if it is not installed."""
     done = subprocess.run(
         ["/usr/bin/python3", "-c", _LIBVHDI, str(path), "3", str(READS // 10)],
         check=False,

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mount against vhdimount and nbdfuse: fio with plain reads and writes on the mounted file, the goals beside it.
+"""The mount compared with vhdimount and nbdfuse: fio with plain reads and writes on the mounted file, with goals.
 
 Every measurement is a fresh mount and one run of fio; all contestants follow one another in each round, and ratios are
-taken round by round, so that a machine whose speed drifts is unfair to none. The image is in memory (its pages are
-warm), the kernel has nothing of the mounted file yet. Two ways to read: as programs do, through the kernel's page
+taken round by round, so that a machine whose speed drifts treats all alike. The image is in memory (its pages are
+warm), and the kernel has not yet cached the mounted file. Two ways to read: as programs do, through the kernel's page
 cache and with its read-ahead, and with O_DIRECT, where each request reaches the server.
 
     script/bench fuse -- --rounds 5 --seconds 3
-    script/bench fuse -- --rounds 1 --seconds 0.5 --size 128     a look
+    script/bench fuse -- --rounds 1 --seconds 0.5 --size 128     a quick run
 
 nbdfuse serves what nbdkit's plugin for plain files, in C, has of the same disk as a raw file, and what qemu-nbd makes
 of the VHD. vhdimount only reads. Each server has a session of its own, as ours and vhdimount's have anyway: the kernel
@@ -34,7 +34,7 @@ from benchmarks.nbd import copy_raw, fill, middle_ratio
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 1 << 20
 WAIT_SECONDS = 20.0
-RAMP = 0.1  # of a run, at its beginning, is not counted
+RAMP = 0.1  # at the start of a run, not counted
 
 
 class Failed(Exception):
@@ -51,7 +51,7 @@ class Load:
 
     @property
     def is_read(self) -> bool:
-        """True for reads."""
+        """Whether it reads."""
         return self.mode.endswith("read")
 
 
@@ -92,7 +92,7 @@ class Contestant:
 
 @contextmanager
 def unmounted(mountpoint: Path) -> Iterator[None]:
-    """Take a mount away at the end, and wait until that has happened."""
+    """Unmount at the end, and wait until that has happened."""
     try:
         yield
     finally:
@@ -103,11 +103,11 @@ def unmounted(mountpoint: Path) -> Iterator[None]:
 
 
 def wait_for(path: Path, process: subprocess.Popen[bytes] | None = None) -> None:
-    """Until the file is there."""
+    """Wait until the file exists."""
     deadline = time.monotonic() + WAIT_SECONDS
     while not path.exists():
         if time.monotonic() > deadline or (process is not None and process.poll() is not None):
-            raise Failed(f"{path} does not come to be")
+            raise Failed(f"{path} does not appear")
         time.sleep(0.02)
 
 
@@ -153,7 +153,7 @@ def nbdfuse(folder: Path, server: list[str]) -> Iterator[Path]:
 
 @contextmanager
 def ended(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
-    """A server that does not outlive the block."""
+    """A server that ends with the block."""
     try:
         yield process
     finally:

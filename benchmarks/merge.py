@@ -114,7 +114,7 @@ class Ground:
         self.folder, self._chain = folder, chain
 
     def fresh(self) -> list[Path]:
-        """The chain, leaf first, in a folder that nobody has touched."""
+        """The chain, leaf first, in an unused folder."""
         work = self.folder / "work"
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
@@ -141,7 +141,7 @@ def to_new_file(paths: list[Path]) -> None:
 
 
 def vhd_lib(folder: Path, package: str) -> Callable[[list[Path]], None] | None:
-    """The package from npm, installed for this run only; None where that cannot be."""
+    """The package from npm, installed for this run only; None if that is impossible."""
     if not has("npm") or not has("node"):
         return None
     home = folder / package
@@ -180,7 +180,7 @@ def contestant(ground: Ground, work: Callable[[list[Path]], None]) -> Callable[[
 
 
 def copying(folder: Path, size_bytes: int) -> Callable[[], float]:
-    """`cp` of a file of so many bytes, and a flush."""
+    """`cp` of a file of that many bytes, and a flush."""
     source, copy = folder / "bytes", folder / "copy"
     with source.open("wb") as file:
         for _ in range(0, size_bytes, MIB):
@@ -213,7 +213,7 @@ def removing(ground: Ground) -> Callable[[], float]:
 
 
 def prove(ground: Ground, reference: Path, work: Callable[[list[Path]], None]) -> str:
-    """What the result of one contestant holds, compared with the chain."""
+    """The result of one contestant, compared with the chain."""
     paths = ground.fresh()
     work(paths)
     result = paths[0].parent / "new.vhd" if (paths[0].parent / "new.vhd").exists() else paths[-1]

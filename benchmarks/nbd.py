@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The NBD server against qemu-nbd and nbdkit: fio over a unix socket, the goals beside the numbers.
+"""The NBD server compared with qemu-nbd and nbdkit: fio over a unix socket, with goals.
 
 Every measurement is a fresh server and one run of fio; all contestants follow one another in each round, and ratios
-are taken round by round, so that a machine whose speed drifts is unfair to none. Two settings: files in memory (tmpfs,
-which takes the device out; the goals are for this one) and on the disk with a warm cache.
+are taken round by round, so that a machine whose speed drifts treats all alike. Two settings: files in memory (tmpfs,
+without the device; the goals are for this one) and on the disk with a warm cache.
 
     script/bench nbd -- --rounds 5 --seconds 3            all of it
     script/bench nbd -- --only peers,chain --seconds 1    some of it: peers, chain, many, deaf, scan, memory
@@ -53,7 +53,7 @@ LOADS = {
     "1M sequential write": Load("write", MIB, 4),
 }
 BUSY = LOADS["4K random read, depth 16"]
-# How many times as fast as that server we want to be.
+# How many times as fast as that server vhdkit should be.
 GOALS = {
     ("4K random read, depth 16", "qemu-nbd"): 2.5,
     ("4K random read, depth 16", "nbdkit file (raw)"): 1.5,
@@ -73,7 +73,7 @@ GOAL_CHAIN, GOAL_MANY, GOAL_OTHERS = 0.8, 0.9, 0.8
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What the command line asked for."""
+    """The options of the command line."""
 
     rounds: int
     seconds: float
@@ -83,7 +83,7 @@ class Plan:
 
 @dataclass(slots=True)
 class Result:
-    """One line of the report: what was measured, a value and, where there is one, a goal that it is held to."""
+    """One line of the report: what was measured, a value and, if there is one, its goal."""
 
     setting: str
     what: str
@@ -96,7 +96,7 @@ class Result:
     cpu_us: float | None = None  # processor time of the server for each request
 
     def cells(self) -> list[str]:
-        """For people."""
+        """For the table."""
         ratio = "" if self.ratio is None else f"{self.ratio:.2f}"
         goal = "" if self.goal is None else f"{self.goal:g}"
         mark = "" if self.met is None else ("met" if self.met else "SHORT")
@@ -104,7 +104,7 @@ class Result:
         return [self.setting, self.what, self.server, f"{self.value:,.0f} {self.unit}", cpu, ratio, goal, mark]
 
     def facts(self) -> dict[str, object]:
-        """For programs."""
+        """For the JSON."""
         return {name: getattr(self, name) for name in self.__slots__}
 
 
@@ -153,7 +153,7 @@ def copy_raw(image: Path, raw: Path) -> Path:
 
 
 def contestants(image: Path, plan: Plan) -> list[Server]:
-    """All that are installed; qemu-nbd with the flags that are best here."""
+    """All that are installed; qemu-nbd with its best flags here."""
     servers = [peers.ours()]
     if has("qemu-nbd"):
         servers.append(peers.qemu(best_flags(image, plan)))
@@ -204,7 +204,7 @@ def against_peers(setting: str, folder: Path, plan: Plan) -> Iterator[Result]:
 
 
 def rotated(servers: list[Server], number: int) -> list[Server]:
-    """Another one begins in every round: who comes after whom is not always the same."""
+    """Each round begins with another one, so that no contestant always follows the same other."""
     number %= len(servers)
     return servers[number:] + servers[:number]
 
@@ -213,7 +213,7 @@ def compared(
     setting: str, what: str, names: tuple[str, str], plan: Plan, goal: float,
     free: Callable[[], float], hindered: Callable[[], float],
 ) -> Iterator[Result]:  # fmt: skip
-    """Two rates of ours in turn, the second of which must keep a part of the first."""
+    """Two rates of ours in alternation; the second must keep a part of the first."""
     first, second = Row(names[0]), Row(names[1])
     for number in range(plan.rounds):
         both = ((first, free), (second, hindered))
@@ -233,7 +233,7 @@ def deep_chain(setting: str, folder: Path, plan: Plan) -> Iterator[Result]:
 
     def measure(image: Path, load: Load) -> float:
         with peers.running(peers.ours(), image) as target:
-            # Which layer owns what is found out once for each block.
+            # Ownership is determined once for each block.
             peers.rate(target, LOADS["1M sequential read"], plan.seconds / 2, size=plan.size)
             return peers.rate(target, load, plan.seconds, size=plan.size)
 
@@ -261,7 +261,7 @@ def many_clients(setting: str, folder: Path, plan: Plan) -> Iterator[Result]:
 
 
 def deaf_neighbour(setting: str, folder: Path, plan: Plan) -> Iterator[Result]:
-    """A client that asks for 64 MiB and reads nothing, and another that works."""
+    """A client that requests 64 MiB and reads nothing, and another that works."""
     image = folder / "disk.vhd"
     if not image.exists():
         fill(image, plan.size)
@@ -278,12 +278,12 @@ def deaf_neighbour(setting: str, folder: Path, plan: Plan) -> Iterator[Result]:
 
 
 def cold_scan(setting: str, folder: Path, plan: Plan) -> Iterator[Result]:
-    """A client that reads what is not in memory, one request after the other, and another that works on what is."""
+    """A client that reads uncached data, one request after the other, and another that works on cached data."""
     hot = min(plan.size, plan.scan_size // 4)
     image = folder / "scan.vhd"
     fill(image, plan.scan_size)
     drop_cache(image)
-    scan = Load("read", 256 << 10, 1)  # what nbdcopy asks for
+    scan = Load("read", 256 << 10, 1)  # the requests of nbdcopy
     speeds = []
 
     def measure(scanned: bool) -> float:
@@ -292,7 +292,7 @@ def cold_scan(setting: str, folder: Path, plan: Plan) -> Iterator[Result]:
             peers.rate(target, LOADS["1M sequential read"], plan.seconds, size=hot)  # warm it
             if not scanned:
                 return peers.rate(target, BUSY, plan.seconds, size=hot)
-            seconds = plan.seconds * 2 + 30  # longer than the others; it is told to end
+            seconds = plan.seconds * 2 + 30  # longer than the others; it is stopped
             with peers.beside(target, scan, seconds, size=plan.scan_size - hot, offset=hot) as speed:
                 value = peers.rate(target, BUSY, plan.seconds, size=hot)
             speeds.extend(speed)
@@ -316,7 +316,7 @@ def drop_cache(path: Path) -> None:
 
 
 def memory_of_huge(setting: str, folder: Path, plan: Plan) -> Iterator[Result]:
-    """The most memory in use while eight clients read and write all over 2 TiB, in small and large requests."""
+    """The peak of memory while eight clients read and write all over 2 TiB, in small and large requests."""
     image = folder / "huge.vhd"
     vhdkit.create_image(image, HUGE_BYTES, block_size_bytes=BLOCK_BYTES)
     allocate_all(image)
@@ -370,7 +370,7 @@ def places(directory: Path | None, wanted: str) -> Iterator[dict[str, Path]]:
 
 
 def has_room(setting: str, part: str, folder: Path, plan: Plan) -> bool:
-    """True when the files of a part fit, with as much left over as they take."""
+    """Whether the files of a part fit, with as much space left over as they take."""
     needed = {"memory": 64 * MIB, "scan": plan.scan_size, "peers": 2 * plan.size}.get(part, plan.size)
     if shutil.disk_usage(folder).free > needed + GIB:
         return True
@@ -379,7 +379,7 @@ def has_room(setting: str, part: str, folder: Path, plan: Plan) -> bool:
 
 
 def measure_all(found: dict[str, Path], parts: list[str], plan: Plan) -> list[Result]:
-    """Part by part, each in the settings where it means something."""
+    """Part by part, each in the settings where it is meaningful."""
     results: list[Result] = []
     for setting, folder in found.items():
         for part in parts:
@@ -410,7 +410,7 @@ def main() -> None:
         raise SystemExit("fio is not installed; run script/setup")
     if missing := peers.missing():
         print(f"not compared, as not installed: {', '.join(missing)}", flush=True)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # not without ending servers and removing files
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # ends servers and removes files
     plan = Plan(max(options.rounds, 1), options.seconds, options.size * MIB, options.scan_size * MIB)
     with places(options.dir, options.setting) as found:
         results = measure_all(found, parts, plan)

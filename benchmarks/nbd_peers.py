@@ -2,8 +2,8 @@
 """The servers that `benchmarks/nbd.py` compares, and fio as their client.
 
 Decides how each server is started (its best flags), that only one runs at a time, and what a run of fio is. Every
-server gets a fresh process per measurement: none of them is at an advantage by what it did before, and none holds a
-lock on an image that another one wants.
+server gets a fresh process per measurement: none has an advantage from earlier work, and none holds a
+lock on an image that another one needs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from benchmarks.common import has
 
 ROOT = Path(__file__).resolve().parent.parent
 START_SECONDS = 20.0
-RAMP = 0.1  # of a run, at its beginning, is not counted
+RAMP = 0.1  # at the start of a run, not counted
 SYSTEM_PATH = os.pathsep.join(["/usr/bin", "/bin", os.environ.get("PATH", "")])
 QEMU_FLAGS = (
     ("--aio=io_uring", "--cache=writeback"),
@@ -39,7 +39,7 @@ _OUR_MODULES = ("vhdkit", "numpy", "construct")  # what the plugin needs to be f
 
 
 class Failed(Exception):
-    """A server or a client that did not do what it should, with what it said."""
+    """A server or a client that failed, with its output."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Server:
 
     name: str
     command: tuple[str, ...]
-    wants_raw: bool = False  # it reads no VHD: give it the same content as a raw file
+    wants_raw: bool = False  # it reads no VHD: it gets the same content as a raw file
 
 
 def ours() -> Server:
@@ -57,7 +57,7 @@ def ours() -> Server:
 
 
 def qemu(flags: Sequence[str]) -> Server:
-    """`qemu-nbd` on a VHD, for as many clients as there may be."""
+    """`qemu-nbd` on a VHD, for an unlimited number of clients."""
     fixed = ("qemu-nbd", "--persistent", "--shared=16", "--format=vpc", "--socket={socket}")
     return Server("qemu-nbd", (*fixed, *flags, "{image}"))
 
@@ -94,12 +94,12 @@ class Running:
         return f"nbd+unix:///?socket={self.socket_path}"
 
     def cpu_seconds(self) -> float:
-        """Processor time it has used, in the kernel too."""
+        """Processor time it has used, including the kernel's."""
         fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def peak_bytes(self) -> int:
-        """The most memory it has had in use."""
+        """The peak of its memory."""
         found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{self.pid}/status").read_text())
         assert found is not None
         return int(found[1]) * 1024
@@ -107,7 +107,7 @@ class Running:
 
 @contextmanager
 def running(server: Server, image: Path) -> Iterator[Running]:
-    """The server on `image`, from when it answers until the end of the block."""
+    """The server on `image`, from its first answer until the end of the block."""
     socket_path = image.parent / "nbd.sock"
     socket_path.unlink(missing_ok=True)
     command = [word.format(image=image, socket=socket_path) for word in server.command]
@@ -165,7 +165,7 @@ class Load:
 
     @property
     def is_read(self) -> bool:
-        """True for reads."""
+        """Whether it reads."""
         return self.mode.endswith("read")
 
 
@@ -181,10 +181,10 @@ def fio_command(target: Running, load: Load, seconds: float, *, size: int, offse
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """What a client got, and what that cost the server."""
+    """A client's rate, and its cost for the server."""
 
     per_second: float
-    cpu_us: float  # of the server, for each request: much less shaken by a busy machine than the rate is
+    cpu_us: float  # of the server, for each request: much less affected by a busy machine than the rate
 
 
 def measured(target: Running, load: Load, seconds: float, *, size: int, offset: int = 0) -> Rate:
@@ -233,13 +233,13 @@ def _rate_in(code: int, output: str, said: str, load: Load) -> float:
 
 @contextmanager
 def deaf_client(target: Running, requests: int, size: int) -> Iterator[None]:
-    """A client that asks for a lot and reads none of it."""
+    """A client that requests much and reads none of it."""
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(START_SECONDS)
         sock.connect(str(target.socket_path))
         _exactly(sock, 18)  # greeting
         sock.sendall(struct.pack(">I8sII", 3, b"IHAVEOPT", 1, 0))  # EXPORT_NAME, the default one
-        _exactly(sock, 10)  # size and flags; no padding was asked for
+        _exactly(sock, 10)  # size and flags; no padding was requested
         sock.sendall(b"".join(struct.pack(">IHHQQI", 0x25609513, 0, 0, number, 0, size) for number in range(requests)))
         yield
 
@@ -253,5 +253,5 @@ def _exactly(sock: socket.socket, size: int) -> None:
 
 
 def missing() -> list[str]:
-    """What is not installed and so is not compared."""
+    """What is not installed, and so not compared."""
     return [tool for tool in ("qemu-nbd", "nbdkit") if not has(tool)]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The `user` switch between two sockets, beside a naive hub and vde_switch; how long it takes to add a port.
 
-Frames a second that arrive at one port while another, in a process of its own, sends as fast as it can. All
+Frames a second that arrive at one port while another, in a separate process, sends as fast as it can. All
 contestants are measured in turn, in every round. `--guests` measures real guests instead: over both back ends, with
 one queue and two (needs root; takes minutes). Then the switch's promises, each with its goal and whether it is met
 (`net_goals`; those of bridges need root); `--only NAME` measures one of them and nothing else.
@@ -49,7 +49,7 @@ def latency(make: Callable[[Path], AbstractContextManager[net_stations.Plug]]) -
 
 
 def port_seconds(folder: Path, count: int = 50) -> list[float]:
-    """How long each of `count` ports takes to be added to a running switch, socket and all."""
+    """How long it takes to add each of `count` ports to a running switch, including its socket."""
     backend = SwitchProcess(str(folder / "sw"), "ports")
     backend.ensure("status")
     times = []
@@ -81,7 +81,7 @@ def report_guests(rounds: int, out: Path | None) -> None:
 
 
 def report_goals(names: Sequence[str], out: Path | None) -> None:
-    """Measure promises and print each with its goal, and what else the machine had to do meanwhile."""
+    """Measure promises and print each with its goal, and the machine's other load meanwhile."""
     table, data = [], {}
     for name in names:
         goal = PROMISES[name]

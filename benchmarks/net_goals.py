@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The promises of the virtual switch in numbers: each is one measurement with a goal.
 
-Everything is measured in folders and network namespaces of its own. What needs root says so. Each can be run alone:
+Everything is measured in separate folders and network namespaces. What needs root says so. Each can be run alone:
 `script/bench net -- --only killed`.
 """
 
@@ -40,7 +40,7 @@ PORTS = 200
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """A measurement: what it gives in which unit, and the value that is not to be missed."""
+    """A measurement: its unit, and the value that must be reached."""
 
     words: str
     unit: str
@@ -49,13 +49,13 @@ class Goal:
     measure: Callable[[], float]
 
     def is_met(self, value: float) -> bool:
-        """True when the value is good enough."""
+        """Whether the value is good enough."""
         return value >= self.limit if self.at_least else value <= self.limit
 
 
 @contextmanager
 def environment() -> Iterator[Any]:
-    """What a test's monkeypatch does to variables, taken back."""
+    """Set variables as a test's monkeypatch does, and restore them."""
     before = dict(os.environ)
 
     class Environment:
@@ -82,9 +82,9 @@ class Stations:
         self.socks: dict[str, socket.socket] = {}
 
     def plug(self, name: str, number: int, rate: int = 0, *, as_qemu: bool = False) -> socket.socket:
-        """A station with that address, and the rules of an adapter that nobody changed.
+        """A station with that address, and the unmodified rules of an adapter.
 
-        `as_qemu`: its socket is connected to nothing, so another process may take the switch's place.
+        `as_qemu`: its socket is not connected, so another process may take the switch's place.
         """
         rules = PortRules(frozenset({mac(number)}), storm_frames_per_second=DEFAULT_STORM_FRAMES)
         setup = PortSetup(name, str(self.folder / f"{name}.s"), str(self.folder / f"{name}.g"), rules, rate)
@@ -185,7 +185,7 @@ def quiet_pair() -> float:
 
 
 def storm_megabytes() -> float:
-    """Memory of a switch with 200 ports, of which nobody reads, while one sends 10,000 broadcasts a second."""
+    """Memory of a switch with 200 ports, none of which is read, while one sends 10,000 broadcasts a second."""
     with stations() as here:
         flooder = here.plug("flooder", 1)
         for number in range(2, PORTS + 1):
@@ -206,7 +206,7 @@ def killed_seconds() -> float:
             switches.create(make_switch(name="bench"))
             lab.define("idle", {"switch": "bench"}, kernel=None, initrd=None, append=None, memory_bytes=64 << 20)
             lab.manager.start("idle")
-            time.sleep(2)  # until its worker has looked at the switch
+            time.sleep(2)  # until its worker has checked the switch
             here = Stations(lab.folder, HostSide(switches.load("bench")).user)
             here.plug("a", 11, as_qemu=True)
             receiver = here.plug("b", 12, as_qemu=True)
@@ -224,7 +224,7 @@ def killed_seconds() -> float:
 
 
 def _send_by_path(sock: socket.socket, address: str, done: threading.Event) -> None:
-    """As QEMU: whoever is bound there gets it."""
+    """As QEMU: to whatever process is bound there."""
     sock.setblocking(False)
     while not done.is_set():
         with suppress(OSError):
@@ -249,7 +249,7 @@ def _longest_pause(receiver: socket.socket, kill: Callable[[], None]) -> float:
 
 
 def bandwidth_user() -> float:
-    """By how much of a hundred an idle station that begins to send misses its limit in 4 seconds."""
+    """By what percentage an idle station that begins to send misses its limit in 4 seconds."""
     with stations() as here:
         sender, receiver = here.plug("a", 1, RATE), here.plug("b", 2)
         receiver.send(ethernet(mac(1), mac(2), bytes(46)))
@@ -264,7 +264,7 @@ def bandwidth_user() -> float:
 
 
 class Received:
-    """What a card received, asked of the kernel by a socket of the namespace it is in."""
+    """What a card received, read from the kernel through a socket of the card's namespace."""
 
     def __init__(self, name: str) -> None:
         from vmm.net.bridge import Kernel

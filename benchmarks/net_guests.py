@@ -2,8 +2,8 @@
 """Two real guests over each data path: the `user` switch, and the `bridge` back end with one queue and with several.
 
 Megabits a second of one TCP transfer and of four at once, and the median of 20 pings, from one guest to the other.
-The guests are emulated (TCG), so the processor is the limit far more than the switch: what is compared is what a path
-costs. Needs root; everything happens in a network namespace of its own.
+The guests are emulated (TCG), so the processor is the limit far more than the switch: the comparison shows what a path
+costs. Needs root; everything happens in a separate network namespace.
 
 `beside_a_plain_bridge` compares machines of ours on a bridge switch with a bare QEMU on a bridge that has nothing but
 its taps: no rules, no filter of system calls, no other devices. Both pairs have the same processor model, memory and
@@ -49,7 +49,7 @@ OUR_DEVICES = (
     "-device virtserialport,bus=ports.0,nr=2,chardev=items,name=items "
     "-device virtio-scsi-pci,id=scsi0 "
 )
-FILES = 8  # of a sample beside a plain bridge: half a second is the least that can be compared
+FILES = 8  # of a sample beside a plain bridge: half a second is the shortest useful time
 
 
 class _Environment:
@@ -64,7 +64,7 @@ class _Environment:
 
 @contextmanager
 def guests(backend: str, queues: int, lab: BridgeLab | None = None) -> Iterator[tuple[GuestShell, GuestShell]]:
-    """Two guests on a switch of that kind; without `lab` in one of their own."""
+    """Two guests on a switch of that kind; without `lab` in a namespace of their own."""
     environment: Any = _Environment()
     lab = lab or BridgeLab(environment)
     try:
@@ -170,7 +170,7 @@ def _shell(serial: Path) -> GuestShell:
 
 
 def _processor_seconds(pids: Sequence[int]) -> float:
-    """What these processes have used so far."""
+    """The processor time of these processes so far."""
     tasks = [task for pid in pids for task in Path(f"/proc/{pid}/task").iterdir()]
     return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
 

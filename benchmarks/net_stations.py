@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The switches that `net.py` compares, how two sockets are plugged into each, and what sends and counts.
 
-Sender and receiver are the same for all contestants, each a process of its own, and use the switch's own batches.
+Sender and receiver are the same for all contestants, each a separate process, and use the switch's own batches.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def user_switch(folder: Path, *, as_qemu: bool = False) -> Iterator[Plug]:
             if name == "a" or not as_qemu:
                 sock.connect(setup.address)
             socks.append(sock)
-        if as_qemu:  # a receiver that never sent is not known: let it say a word
+        if as_qemu:  # a receiver that never sent is unknown: let it send a frame
             socks[1].sendto(SENDER + RECEIVER + b"\x88\xb5hello there, hello", str(folder / "b.port"))
         yield socks[0], socks[1]
     finally:
@@ -100,7 +100,7 @@ def _wait_for(path: Path) -> None:
 
 @contextmanager
 def naive_hub(folder: Path) -> Iterator[Plug]:
-    """What one writes in ten minutes: recvfrom, a dictionary, sendto."""
+    """A hub written in ten minutes: recvfrom, a dictionary, sendto."""
     hub = folder / "hub"
     with _process(sys.executable, "-c", _NAIVE_HUB, str(hub)):
         _wait_for(hub)
@@ -113,7 +113,7 @@ def naive_hub(folder: Path) -> Iterator[Plug]:
 
 @contextmanager
 def vde(folder: Path) -> Iterator[Plug]:
-    """Debian's vde2, plugged into with its own library."""
+    """Debian's vde2, connected through its own library."""
     place = folder / "vde"
     library = ctypes.CDLL("libvdeplug.so.2")
     library.vde_open_real.restype = ctypes.c_void_p
@@ -131,7 +131,7 @@ def vde(folder: Path) -> Iterator[Plug]:
 
 
 def has_vde() -> bool:
-    """True where vde_switch and its library are installed."""
+    """Whether vde_switch and its library are installed."""
     try:
         ctypes.CDLL("libvdeplug.so.2")
     except OSError:
@@ -218,7 +218,7 @@ def round_trips(plug: Plug, count: int) -> float:
     sender, receiver = plug
     times = []
     ask, answer = RECEIVER + SENDER + b"\x88\xb5" + bytes(46), SENDER + RECEIVER + b"\x88\xb5" + bytes(46)
-    receiver.send(answer)  # a hub knows who has spoken
+    receiver.send(answer)  # a hub learns the addresses of senders
     time.sleep(0.1)
     for sock in plug:
         sock.settimeout(2)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opening a chain of eight VHDs of 2040 GiB, the most a VHD holds, with every block of every layer allocated.
+"""Opening a chain of eight VHDs of 2040 GiB, the largest size of a VHD, with every block of every layer allocated.
 
 The files are sparse: headers, full BATs and footers are there, the data is holes, so a million blocks a layer cost no
-space. Each round is a process of its own that opens the chain, reads one sector and reports its time and peak memory.
+space. Each round is a separate process that opens the chain, reads one sector and reports its time and peak memory.
 Peer: `qemu-img info` on the base alone, which reads one layer's BAT.
 """
 
@@ -34,7 +34,7 @@ print(json.dumps({"seconds": opened, "peak": peak}))
 
 
 def allocate_all(path: Path) -> None:
-    """Point every BAT entry at a block of its own, in a file that is one big hole behind its headers."""
+    """Point every BAT entry at a separate block, in a file that is one big hole behind its headers."""
     block_count = DISK_BYTES // BLOCK_BYTES
     with path.open("r+b") as file:
         file.seek(-512, 2)

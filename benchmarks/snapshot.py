@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Snapshots of running machines: how long the guest stands still, and what a merge costs it.
+"""Snapshots of running machines: how long the guest is paused, and what a merge costs it.
 
     script/bench snapshot                        all of it, about four minutes
     script/bench snapshot -- --only pause        some of it: pause, live, offline
     script/bench snapshot -- --rounds 3
 
-- pause: how long a boot-sector guest under TCG stands still for a snapshot with memory, captured in the background:
+- pause: how long a boot-sector guest under TCG is paused for a snapshot with memory, captured in the background:
   with 256 MiB and four disks of 1 GiB, of 64 GiB, and with 1 GiB of memory. The worker's own measure, from before the
   stop until QEMU runs again.
 - live: 4 KiB random reads and writes of a Linux guest on its disk, alone and while layers below are merged; then how
-  long its writes are held when the layer it writes to is merged.
+  long its writes are held while the layer it writes to is merged.
 - offline: the merge of a machine that is off, through `vmm snapshot merge`, beside `vhdkit merge` of the same files.
 """
 
@@ -48,12 +48,12 @@ GOAL_PAUSE_SECONDS, GOAL_MORE_SECONDS = 0.200, 0.040
 GOAL_LIVE, GOAL_HELD_SECONDS, GOAL_OFFLINE = 0.6, 0.100, 0.9
 DISKS = 4
 MERGE_MIB = 256  # written into a layer that is merged
-READS, WRITE_MIB = 4000, 32  # by the guest in one go
+READS, WRITE_MIB = 4000, 32  # by the guest in one run
 
 
 @contextmanager
 def home(folder: Path) -> Iterator[Manager]:
-    """A manager of machines that nobody else sees; what runs is stopped at the end."""
+    """A private manager of machines; what runs is stopped at the end."""
     runtime = tempfile.mkdtemp(prefix="vmmb-", dir="/tmp")
     os.chmod(runtime, 0o711)
     os.environ.update(VMM_HOME=str(folder / "home"), VMM_RUNTIME=runtime)
@@ -115,7 +115,7 @@ def measure_pause(folder: Path, rounds: int) -> dict[str, Row]:
 
 
 def fill(image: Path, seed: int) -> None:
-    """Write into an image what a day's work would."""
+    """Write into an image about as much as a day's work would."""
     shuffle = random.Random(seed)
     with vhdkit.open_disk(image, writable=True) as disk:
         for _ in range(MERGE_MIB):
@@ -171,7 +171,7 @@ def measure_live(folder: Path, rounds: int) -> dict[str, Row]:
             load(shell, 0)  # does not count
             for key, value in zip(("reads", "writes"), load(shell, 1), strict=True):
                 rows[key].values.append(value)
-            snapshots.delete("1")  # what it leaves lies below the layer that is written to
+            snapshots.delete("1")  # its result is below the layer that is written to
             worker = threading.Thread(target=merging_until, args=(snapshots, ended := threading.Event()))
             worker.start()
             for key, value in zip(("reads merging", "writes merging"), load(shell, 2), strict=True):
@@ -187,7 +187,7 @@ def measure_live(folder: Path, rounds: int) -> dict[str, Row]:
 
 
 def merging_until(snapshots: MachineSnapshots, ended: threading.Event) -> None:
-    """Merge as fast as it goes; where that is done, a snapshot and its deletion leave the next."""
+    """Merge at full speed; when done, a snapshot and its deletion provide the next merge."""
     while not ended.is_set():
         snapshots.merge_live()
         if not ended.is_set():
@@ -263,7 +263,7 @@ def main() -> None:
 
 
 def goals(part: str, medians: dict[str, float]) -> Iterator[list[str]]:
-    """What each part is to reach, and whether it does."""
+    """The goals of each part, and whether they are met."""
     if part == "pause":
         yield _goal("pause, 256 MiB and four disks, s", medians["small"], "<=", GOAL_PAUSE_SECONDS)
         more = medians["large memory"] - medians["small"]

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The machine manager: how soon a machine speaks, how small its worker is, how fast a guest reads from a chain.
+"""The machine manager: how soon a machine responds, how small its worker is, how fast a guest reads from a chain.
 
     script/bench vmm                         all of it, about three minutes
     script/bench vmm -- --only start         some of it: start, read
     script/bench vmm -- --rounds 3 --reads 1000
 
-- start: from the call of `vmm start` on the command line to the guest's first byte on its serial port, as it lies in
-  the console's log. The guest is a boot sector under TCG, so nearly all of it is ours. Then the worker's memory.
+- start: from the call of `vmm start` on the command line to the guest's first byte on its serial port, as recorded in
+  the console's log. The guest is a boot sector under TCG, so nearly all the time is vmm's. Then the worker's memory.
 - read: 4 KiB random reads, past the guest's cache, of a Linux guest under TCG on virtio, by one process and by
   several. In one guest there are two disks of the same content: a chain of several layers served by vhdkit, and the
-  same content as one dynamic VHD behind qemu-nbd with QEMU's own `vpc` driver (which reads no chain). They take turns.
+  same content as one dynamic VHD behind qemu-nbd with QEMU's own `vpc` driver (which reads no chain). They alternate.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ VMM = str(Path(sys.executable).with_name("vmm"))
 
 
 def vmm(*words: str, environment: dict[str, str]) -> str:
-    """Run the command line, which must succeed; what it printed."""
+    """Run the command line, which must succeed; returns its output."""
     done = subprocess.run([VMM, *words], env=environment, check=False, stdout=subprocess.PIPE, text=True)
     if done.returncode != 0:
-        raise SystemExit(f"vmm {words[0]} failed")  # it has said why
+        raise SystemExit(f"vmm {words[0]} failed")  # it has printed the reason
     return done.stdout
 
 
@@ -80,7 +80,7 @@ def one_start(environment: dict[str, str], log: Path) -> tuple[float, float]:
 
 
 def resident_mib(pid: int) -> float:
-    """What a process has in memory."""
+    """The resident memory of a process."""
     for line in Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) / 1024
@@ -158,13 +158,13 @@ def served_by_qemu(image: Path, socket: Path) -> Iterator[None]:
 
 
 def nbd_disk(name: str, socket: Path, export: str) -> list[str]:
-    """QEMU's words for a virtio disk on an NBD server."""
+    """QEMU's arguments for a virtio disk on an NBD server."""
     node = f"driver=nbd,node-name={name},server.type=unix,server.path={socket},export={export},read-only=on"
     return ["-blockdev", node, *launch.attach(name, "virtio")]
 
 
 def reads_per_second(shell: GuestShell, device: str, processes: int, reads: int, seed: int) -> float:
-    """Random reads by so many processes at once in the guest."""
+    """Random reads by that many processes at once in the guest."""
     pages = DISK_MIB * MIB // PAGE
     each = reads // processes
     jobs = " ".join(
@@ -176,7 +176,7 @@ def reads_per_second(shell: GuestShell, device: str, processes: int, reads: int,
 
 
 def measure_read(folder: Path, rounds: int, reads: int) -> dict[int, dict[str, Row]]:
-    """Reads per second, by the number of processes and by server; both disks are looked at in every round."""
+    """Reads per second, by the number of processes and by server; both disks are measured in every round."""
     guest = linux.linux_guest()
     leaf, flat = make_disks(folder)
     devices = {"vhdkit, a chain": "/dev/vda", "qemu-nbd, vpc": "/dev/vdb"}
@@ -196,7 +196,7 @@ def measure_read(folder: Path, rounds: int, reads: int) -> dict[int, dict[str, R
         rows = {count: {name: Row(name) for name in devices} for count in PROCESSES}
         for number in range(max(rounds, 3) + 1):
             for count in PROCESSES:
-                # The order turns round, so that neither always follows the other.
+                # The order alternates, so that neither always follows the other.
                 for name, device in list(devices.items())[:: 1 if number % 2 else -1]:
                     value = reads_per_second(shell, device, count, reads, number)
                     if number:
@@ -208,7 +208,7 @@ def measure_read(folder: Path, rounds: int, reads: int) -> dict[int, dict[str, R
 
 
 def verdict(is_met: bool) -> str:
-    """A word for the table."""
+    """The verdict for the table."""
     return "met" if is_met else "MISSED"
 
 

@@ -49,7 +49,7 @@ class ChainPlan:
 
 
 def runs_within(sector_count: int, *, max_size: int = 6) -> st.SearchStrategy[tuple[tuple[int, int], ...]]:
-    """Runs inside a disk of that many sectors, small ones and large ones, often at the edge of a block or page."""
+    """Runs inside a disk of that many sectors, small and large ones, often at the edge of a block or page."""
 
     def run(first: int, count: int, snap: int) -> tuple[int, int]:
         first = min(first // snap * snap, sector_count - 1)
@@ -79,7 +79,7 @@ def chain_plans(draw: st.DrawFn, *, max_children: int = 5, min_children: int = 0
 
 
 def build(plan: ChainPlan, *, writable: bool = False) -> list[Layer]:
-    """The open layers of a plan, leaf first. Parents fail the test when something writes to them."""
+    """The open layers of a plan, leaf first. A write to a parent fails the test."""
     layers = []
     for number, layer_plan in enumerate(plan.layers):
         is_leaf = number == 0
@@ -97,7 +97,7 @@ def build(plan: ChainPlan, *, writable: bool = False) -> list[Layer]:
 
 
 def make_store(plan: LayerPlan, number: int) -> MemStore:
-    """The file of one layer. Every sector it writes says by its bytes which layer and which run it is from."""
+    """The file of one layer. The bytes of every sector it writes identify the layer and the run."""
     size = sectors_to_bytes(plan.sector_count)
     store = MemStore(f"layer{number}.{'img' if plan.kind == 'raw' else 'vhd'}")
     if plan.kind == "raw":
@@ -124,7 +124,7 @@ def pattern(first_sector: int, sector_count: int, tag: int) -> bytes:
 
 
 def clear_bits(store: MemStore, first_sector: int, sector_count: int) -> None:
-    """Take sectors away from a dynamic or differencing image, leaving their bytes."""
+    """Remove sectors from a dynamic or differencing image, but leave their bytes."""
     parsed = ParsedVhd.parse(store)
     per_block = whole_sectors(parsed.block_size_bytes)
     for block, entry in enumerate(parsed.entries):

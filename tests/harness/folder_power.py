@@ -3,13 +3,13 @@
 
 `CrashStore` cuts the power inside one image. Here a whole verb runs on real files, and at every call that makes
 something durable or changes a name (fsync, fdatasync, link, unlink, rename) the folders that a cut right there could
-leave are noted:
+leave are recorded:
 
     killed   every byte and every name so far: what kill -9 leaves
     strict   of each file what was last synced, and of each folder the names that were last synced
-    names    the names so far, of each file what was last synced
+    names    the names so far, and of each file what was last synced
     data     every byte so far, the names that were last synced
-    torn     of each file and each page of it one of the two, and of the names as well, as the seed has it
+    torn     of each page of each file one of the two, and of the names as well, chosen by the seed
 
 What is assumed of a file system is POSIX and no more: a file's bytes are sure once it was synced, a name once its
 folder was. A rename replaces a name at once. Identifiers and times come from the seed: a run can be repeated.
@@ -41,7 +41,7 @@ Files = Mapping[str, bytes]  # by the path inside the folder
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """A folder that a power cut may leave: at which boundary of the verb, of which kind."""
+    """A folder that a power cut may leave: at which boundary of the verb, and of which kind."""
 
     boundary: int
     kind: str
@@ -49,11 +49,11 @@ class Cut:
 
     @property
     def key(self) -> str:
-        """The same for folders that hold the same."""
+        """Equal for folders with the same content."""
         return key_of(self.files)
 
 
-_KEPT_BYTES = 64 << 20  # of contents whose hash is known: more, and each fork of the process takes long
+_KEPT_BYTES = 64 << 20  # of contents whose hash is cached: with more, each fork of the process takes long
 _hashes: dict[int, tuple[bytes, str]] = {}
 
 
@@ -67,13 +67,13 @@ def _hash(content: bytes) -> str:
 
 
 def key_of(files: Files) -> str:
-    """A name for what a folder holds."""
+    """A key for the content of a folder."""
     lines = "\n".join(f"{path} {_hash(content)}" for path, content in sorted(files.items()))
     return hashlib.blake2b(lines.encode(errors="surrogateescape"), digest_size=16).hexdigest()
 
 
 def fill(folder: Path, files: Files, folders: tuple[str, ...] = ()) -> None:
-    """Make `folder` hold exactly these files, and these folders be they empty."""
+    """Make `folder` hold exactly these files, and these folders even if they are empty."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for name in folders:
@@ -89,7 +89,7 @@ def fill(folder: Path, files: Files, folders: tuple[str, ...] = ()) -> None:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """What a folder holds."""
+    """The content of a folder."""
     return {path: place.read_bytes() for path, place in _regular_files(folder)}
 
 
@@ -103,7 +103,7 @@ def _regular_files(folder: Path) -> Iterator[tuple[str, Path]]:
 
 @contextlib.contextmanager
 def repeatable(seed: object) -> Iterator[None]:
-    """Identifiers, names of parts and times are those of the seed while the block runs."""
+    """During the block identifiers, names of parts and times come from the seed."""
     rng = random.Random(str(seed))
     start = _START_TIME + rng.randrange(1 << 20)
     with (
@@ -116,7 +116,7 @@ def repeatable(seed: object) -> Iterator[None]:
 
 @dataclass
 class FolderPower:
-    """Runs verbs in `folder` and notes the folders that a power cut inside one could leave."""
+    """Runs verbs in `folder` and records the folders that a power cut inside one could leave."""
 
     folder: Path
     seed: str
@@ -129,7 +129,7 @@ class FolderPower:
     _busy: bool = False
 
     def run(self, work: Callable[[], object]) -> None:
-        """Run `work`; what it raises is raised, and the cuts before that are noted all the same."""
+        """Run `work`; its exception is raised, and the cuts before that are recorded all the same."""
         names, content = self._look()
         self._names, self._bytes = names, dict(content)
         self._seen.add(key_of(_joined(names, content)))  # nothing has happened yet
@@ -173,7 +173,7 @@ class FolderPower:
         return self._held[inode]
 
     def _look(self) -> tuple[dict[str, dict[str, int]], dict[int, bytes]]:
-        """The names by folder and the bytes by inode, as they are."""
+        """The current names by folder and bytes by inode."""
         names: dict[str, dict[str, int]] = {".": {}}
         content: dict[int, bytes] = {}
         for here, folders, files in os.walk(self.folder):
@@ -190,11 +190,11 @@ class FolderPower:
         return names, content
 
     def _boundary(self) -> None:
-        """Note what a cut here could leave, unless it was noted before."""
+        """Record what a cut here could leave, unless it was recorded before."""
         self.boundaries += 1
         names, content = self._look()
         synced = {inode: self._bytes.get(inode, b"") for places in (names, self._names) for inode in _inodes(places)}
-        now = {**synced, **content}  # a file that has no name any more keeps what was synced
+        now = {**synced, **content}  # a file without a name keeps what was synced
         rng = random.Random(f"{self.seed} {self.boundaries}")
         torn_names = {
             place: rng.choice((names.get(place, {}), self._names.get(place, {}))) for place in {*names, *self._names}

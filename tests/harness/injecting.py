@@ -23,7 +23,7 @@ _CALLS = (*CHANGING, "mkdir", "rmdir", "replace", "symlink")
 
 @dataclass(frozen=True, slots=True)
 class Injection:
-    """How a command ends early: before its n-th changing call, or beside the n-th journal."""
+    """How a command ends early: before its n-th changing call, or around the n-th journal entry."""
 
     how: str  # "", "kill" or "interrupt"
     where: str = ""  # "call", "before journal" or "after journal"
@@ -35,7 +35,7 @@ class Injection:
 
 @dataclass(frozen=True, slots=True)
 class Journal:
-    """What writes a journal: `module.function(path, content, ...)`, where the file of `path` has this `name`."""
+    """The writer of a journal: `module.function(path, content, ...)`, where the file at `path` has this `name`."""
 
     module: ModuleType
     function: str

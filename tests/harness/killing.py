@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes that are killed at the n-th thing they do to files, and a record of what they do in which order.
+"""Processes that are killed at their n-th change of a file, and a record of their changes in order.
 
-`CrashStore` cuts the power inside one file. Here whole verbs run on real files, in a forked process that dies without
-a word (`os._exit`) before its n-th call that changes a name or a byte: what `kill -9` there would leave.
+`CrashStore` cuts the power inside one file. Here whole verbs run on real files, in a forked process that dies silently
+(`os._exit`) before its n-th call that changes a name or a byte: what `kill -9` there would leave.
 
     for number in killings(work):        # 1, 2, 3, ... until `work` ends by itself
         ... look at the files ... put them back ...
@@ -19,9 +19,9 @@ _KILLED, _FAILED = 42, 43
 
 
 def killed_at(number: int, work: Callable[[], object]) -> bool:
-    """Run `work` in a process of its own that dies before its `number`-th changing call; False when it ended."""
+    """Run `work` in a separate process that dies before its `number`-th changing call; False if it ended normally."""
     pid = os.fork()
-    if pid == 0:  # nothing of the test's own may run on in the child
+    if pid == 0:  # no code of the test may continue in the child
         code = _FAILED
         try:
             left = [number]
@@ -59,7 +59,7 @@ def killings(work: Callable[[], object], *, step: int = 1) -> Iterator[int]:
 
 
 def recorded(work: Callable[[], object]) -> list[tuple[str, str]]:
-    """(call, path it was about) of every changing call `work` makes, in order."""
+    """(call, path) of every changing call of `work`, in order."""
     calls: list[tuple[str, str]] = []
     before = {name: getattr(os, name) for name in CHANGING}
 

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Merges whose power is cut: several files and a folder that all stop at the same moment.
 
-A `World` holds the images of a chain as `CrashStore`s, and a folder of its own: which names are there, and the merge's
-record. Inside each operation on any of them the watcher makes folders a cut right there could leave. Each is judged:
+A `World` holds the images of a chain as `CrashStore`s, and a simulated folder: which names exist, and the merge's
+record. Inside each operation on them the watcher makes folders that a cut right there could leave, and judges each:
 
-    the leaf is there      it reads as before the merge; so do its children
+    the leaf exists        it reads as before the merge; so do its children
     the leaf is gone       the target reads as the leaf did
-    then recovery          as `vhdkit merge --resume` does it, now and then cut a second time; only the target is left
+    then recovery          as in `vhdkit merge --resume`, sometimes cut a second time; only the target is left
 
-What is wrong raises `Violation`.
+A violated promise raises `Violation`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def layer_of(store: MemStore, *, writable: bool = False) -> Layer:
 
 
 def content_of(stores: Sequence[MemStore]) -> bytearray:
-    """What the chain of these files, leaf first, reads as."""
+    """The content of the chain of these files, leaf first."""
     chain = Chain([layer_of(store) for store in stores])
     buffer = bytearray(chain.size_bytes)
     chain.read_into(0, memoryview(buffer))
@@ -58,7 +58,7 @@ def content_of(stores: Sequence[MemStore]) -> bytearray:
 
 
 def write_runs(store: MemStore, runs: Runs, rng: random.Random) -> MemStore:
-    """Write the runs into the image itself, over whatever lies below it."""
+    """Write the runs into the image itself, over whatever is below it."""
     layer = layer_of(store, writable=True)
     for first, count in runs:
         if count < 0:
@@ -88,7 +88,7 @@ def base_image(kind: str, runs: Runs, rng: random.Random, *, size: int = DISK_SI
 
 
 def unaligned(store: MemStore) -> MemStore:
-    """The same image with its blocks one sector further on, as programs write them that know no alignment."""
+    """The same image with its blocks one sector further on, as programs without alignment write them."""
     parsed = ParsedVhd.parse(store)
     size = parsed.bitmap_bytes + BLOCK_SIZE
     footer = store.pread(0, SECTOR_SIZE)
@@ -110,7 +110,7 @@ def unaligned(store: MemStore) -> MemStore:
 
 @dataclass
 class Scene:
-    """Files of a chain, leaf first; those before `index` go into that one. `children` stand on the leaf."""
+    """Files of a chain, leaf first; those before `index` are merged into that one. `children` are the leaf's."""
 
     stores: list[MemStore]
     index: int
@@ -118,7 +118,7 @@ class Scene:
 
     @property
     def intent(self) -> Intent:
-        """The merge, as its record says it."""
+        """The merge, as its record describes it."""
         names = [Named(store.name, identity(store)) for store in self.stores[: self.index + 1]]
         return Intent(Phase.COPY, names[-1], tuple(names[:-1]), bool(self.children))
 
@@ -136,7 +136,7 @@ class World:
 
     def __init__(self, files: dict[str, MemStore], record: Intent | None, index: int, order: list[str]) -> None:
         self.files = {name: CrashStore(store) for name, store in files.items()}
-        self.order = order  # the chain at the beginning, leaf first
+        self.order = order  # the chain at the start, leaf first
         self.index = index
         self.record = record
         self.watcher: Callable[[], None] | None = None
@@ -157,7 +157,7 @@ class World:
             raise PowerCut(f"at operation {self.operation_count}")
 
     def after_cut(self, rng: random.Random) -> Found:
-        """What is found when power comes back: one of the many possible folders."""
+        """What is found when the power is back: one of the many possible folders."""
         files = {name: store.after_cut(rng) for name, store in self.files.items()}
         for name in self._gone:
             if rng.random() < 0.5:
@@ -191,7 +191,7 @@ class World:
     # -- merging ------------------------------------------------------------------------------------------------
 
     def chain(self) -> list[CrashStore]:
-        """The files of the chain that are there, leaf first."""
+        """The existing files of the chain, leaf first."""
         return [self.files[name] for name in self.order if name in self.files]
 
     def merge(self, intent: Intent) -> None:
@@ -221,7 +221,7 @@ class World:
             relink(open_dynamic(store, writable=True), link)
 
     def recover(self) -> None:
-        """What `resume_merge` does."""
+        """The same as `resume_merge`."""
         if self.record is None:
             return
         if self.record.leaf.path in self.files:
@@ -249,7 +249,7 @@ class MergeRun:
     seen: set[str] = field(default_factory=set)  # which states were found after a cut
 
     def run(self) -> None:
-        """Raises Violation."""
+        """Run the merge; raises Violation."""
         scene = self.scene
         self.order = [store.name for store in scene.stores]
         self.before = content_of(scene.stores)
@@ -272,7 +272,7 @@ class MergeRun:
                 self._recover(found, rng, seed)
 
     def _recover(self, found: Found, rng: random.Random, seed: str) -> None:
-        """Power comes back, fails once more in the middle of the recovery, and comes back for good."""
+        """The power comes back, fails again in the middle of the recovery, and comes back for good."""
         world = World(found.files, found.record, self.scene.index, self.order)
         world.cut_at = rng.randint(1, 40)
         try:
@@ -288,7 +288,7 @@ class MergeRun:
             self._judge_finished(finally_found, f"{seed}, recovered")
 
     def judge(self, found: Found, seed: str) -> None:
-        """What a reader sees in this folder."""
+        """Check what a reader sees in this folder."""
         self.judged += 1
         leaf, target = self.order[0], self.order[self.scene.index]
         self.seen.add(f"{found.record.phase if found.record else None}, {'leaf' if leaf in found.files else 'gone'}")

@@ -22,12 +22,12 @@ from vhdkit.units import SECTOR_SIZE, covering_sectors, sectors_to_bytes
 
 
 class SectorModel:
-    """A disk as a bytearray, with a memory of what is not yet flushed. Tell it of a change before it is made."""
+    """A disk as a bytearray, with a memory of what is not yet flushed. Report a change to it before it is made."""
 
     def __init__(self, content: Buffer) -> None:
         assert len(content) % SECTOR_SIZE == 0
         self.current = bytearray(content)
-        self._older: dict[int, set[bytes]] = {}  # by sector: contents a cut may bring back, beside the current one
+        self._older: dict[int, set[bytes]] = {}  # by sector: older contents that a cut may bring back
         self._flushing: dict[int, set[bytes]] = {}  # the same, from before the flush that is under way
 
     @property
@@ -48,27 +48,27 @@ class SectorModel:
         self.current[offset_bytes : offset_bytes + len(data)] = data
 
     def begin_trim(self, offset_bytes: int, size_bytes: int) -> None:
-        """A trim begins: its whole sectors may become zeros. `adopt` what is read when it is over."""
+        """A trim begins: its whole sectors may become zeros. When it is over, `adopt` what is read."""
         for index in range(covering_sectors(offset_bytes), (offset_bytes + size_bytes) // SECTOR_SIZE):
             self._older.setdefault(index, set()).add(ZERO_SECTOR)
 
     def flush_begins(self) -> None:
-        """A flush begins: it covers what the disk holds now, not what is written while it runs."""
+        """A flush begins: it covers the current content, not what is written while it runs."""
         for index, contents in self._older.items():
             self._flushing.setdefault(index, set()).update(contents)
         self._older.clear()
 
     def flush_ends(self) -> None:
-        """It has returned: what a sector held before it began can not come back."""
+        """The flush has returned: what a sector held before it began cannot come back."""
         self._flushing.clear()
 
     def flushed(self) -> None:
-        """A flush has returned during which nothing was written: only the current content is left."""
+        """A flush without concurrent writes has returned: only the current content is left."""
         self.flush_begins()
         self.flush_ends()
 
     def flushed_range(self, offset_bytes: int, size_bytes: int) -> None:
-        """A FUA write has returned: of its own sectors only the current content is left."""
+        """A FUA write has returned: in its own sectors only the current content is left."""
         for index in range(offset_bytes // SECTOR_SIZE, covering_sectors(offset_bytes + size_bytes)):
             self._older.pop(index, None)
             self._flushing.pop(index, None)
@@ -108,11 +108,11 @@ class SectorModel:
 
 
 def walk_sector(layers: Sequence[Layer], sector_index: int) -> tuple[int, int]:
-    """(layer, store offset) of the sector's owner by asking each layer in turn, leaf first; (-1, -1) is zeros."""
+    """(layer, store offset) of the sector's owner by asking each layer in turn, leaf first; (-1, -1) means zeros."""
     position = sectors_to_bytes(sector_index)
     for number, layer in enumerate(layers):
         if position >= layer.size_bytes:
-            return -1, -1  # what lies deeper is not seen through a smaller layer
+            return -1, -1  # deeper layers are not visible through a smaller layer
         if layer.block_size_bytes == 0:
             return number, position
         block, within = divmod(position, layer.block_size_bytes)
@@ -135,7 +135,7 @@ def walk_read(layers: Sequence[Layer], sector_index: int) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class ParsedVhd:
-    """A dynamic or differencing VHD, cut from its bytes by the specification's offsets."""
+    """A dynamic or differencing VHD, parsed from its bytes by the specification's offsets."""
 
     store: Store
     size_bytes: int
@@ -174,7 +174,7 @@ class ParsedVhd:
         return sectors_to_bytes(covering_sectors(self.block_size_bytes // SECTOR_SIZE // 8))
 
     def owned_offset(self, sector_index: int) -> int:
-        """Where the file has the sector, or -1 when it does not own it."""
+        """Where the file stores the sector, or -1 if it does not own it."""
         block, within = divmod(sectors_to_bytes(sector_index), self.block_size_bytes)
         if self.entries[block] == 0xFFFFFFFF:
             return -1
@@ -184,7 +184,7 @@ class ParsedVhd:
         return start + self.bitmap_bytes + within if raw and raw[0] & (0x80 >> bit) else -1
 
     def overlaps(self) -> list[str]:
-        """Every fault of the layout: pieces of the file that overlap, blocks that end behind the file."""
+        """Every fault of the layout: overlapping pieces of the file, blocks that end behind the file."""
         table_bytes = 4 * len(self.entries)
         pieces = [(0, 1536, "copy and header"), (self.table_offset_bytes, table_bytes, "BAT")]
         pieces += [(offset, size, "locator") for offset, size in self.locators]

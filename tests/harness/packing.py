@@ -40,7 +40,7 @@ class Crowd:
 
     @property
     def layers(self) -> list[Layer]:
-        """The image, opened for writing as a chain is, and its parents."""
+        """The image, opened for writing as in a chain, and its parents."""
         return self.over(self.store)
 
     def over(self, store: Store) -> list[Layer]:
@@ -78,7 +78,7 @@ def _map(full: set[int], blocks: int) -> bytes:
 
 
 def _block(rng: random.Random, differencing: bool) -> Block:
-    """Zeros or data, owned wholly or in part."""
+    """Zeros or data, owned entirely or in part."""
     kind = rng.choice(("data", "data", "zeros", "zeros", "part", "zero part", "end"))
     first = rng.randrange(SECTORS - 100)
     run = set(range(first, first + rng.randint(1, 100)))
@@ -122,7 +122,7 @@ def _without_end(content: bytes) -> bytes:
 
 
 def short_content_of(store: Store, parents: list[Layer], *, writable: bool = False) -> tuple[int, bytes]:
-    """`short` of the disk, without reading what nobody owns."""
+    """`short` of the disk, without reading sectors that no layer owns."""
     disk = open_mem(store, parents, writable=writable)
     end = max((one.offset_bytes + one.size_bytes for one in disk.extents() if one.kind is ExtentKind.DATA), default=0)
     return disk.size_bytes, _without_end(disk.read(0, end))
@@ -157,9 +157,9 @@ def cut_everywhere(
     cuts: int = 3,
     again: bool = True,
 ) -> set[bytes]:
-    """Do `work`; a cut inside any of its operations leaves one of the `allowed` contents, and finishes when redone.
+    """Do `work`; a cut inside any of its operations leaves one of the `allowed` contents, and a second run completes.
 
-    Redoing is cut as well, unless `again` is false. Returns the contents that were seen.
+    The second run is cut as well, unless `again` is false. Returns the contents that were seen.
     """
     rng = random.Random(f"cuts {seed}")
     store = CrashStore(start.store)

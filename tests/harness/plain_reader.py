@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A chain of VHDs read by the specification's offsets alone: the independent path by which disks are judged.
 
-Slow and plain: footer, header, BAT and bitmaps as `ParsedVhd` cuts them, each parent by the relative locator in the
-child's header. Nothing here opens a file through vhdkit, holds a lock or follows a record: what is read is what
-lies on the disk at this moment.
+Slow and plain: footer, header, BAT and bitmaps as `ParsedVhd` parses them, each parent by the relative locator in the
+child's header. This module opens no file through vhdkit, holds no lock and follows no record: what it reads is what
+is on the disk at this moment.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def read_chain(path: str | Path, begin_bytes: int = 0, end_bytes: int | None = N
 
 
 def digest_of(path: Path) -> str:
-    """The hash of it."""
+    """The hash of that content."""
     return hashlib.sha256(read_chain(path)).hexdigest()
 
 

@@ -2,9 +2,9 @@
 """The power-cut harness: a random workload on a `CrashStore`, judged inside every write and every sync.
 
 The engine is deterministic, so one run of the workload is enough: inside each operation the watcher makes several
-files a cut right there could leave, opens each with fresh eyes and compares it with the model.
+files that a cut right there could leave, opens each from scratch and compares it with the model.
 
-    workload --> SectorModel (told first)
+    workload --> SectorModel (updated first)
              `-> Disk --> Chain --> DynamicImage --> CrashStore --(inside each operation)--> after_cut(seed)
     after_cut(seed) --> judge --> now and then: more work, a second cut --> judge
 
@@ -49,7 +49,7 @@ class Scene:
 
 
 def open_mem(leaf: Store, parents: Sequence[Layer] = (), *, writable: bool = False) -> Disk:
-    """A disk over an image in memory and the open layers below it; as when opened by path, read before mended."""
+    """A disk over an image in memory and the open layers below it; read before mending, as when opened by path."""
     layer = open_layer(leaf)
     if writable:
         layer = open_layer(leaf, writable=True)
@@ -89,7 +89,7 @@ def dynamic_scene(seed: int, *, writes: int = 3, size_bytes: int = DISK_SIZE) ->
 
 
 def child_scene(seed: int, *, writes: int = 2, raw_base: bool = False, size_bytes: int = DISK_SIZE) -> Scene:
-    """A differencing image over a base with content; it owns parts of some blocks itself."""
+    """A differencing image over a base with content; it owns parts of some blocks."""
     rng = random.Random(f"base {seed}")
     base, leaf = MemStore("base.vhd"), MemStore("leaf.avhd")
     content = bytearray(rng.randbytes(DISK_SIZE // 2 // SECTOR_SIZE * SECTOR_SIZE).ljust(DISK_SIZE, b"\0"))
@@ -141,7 +141,7 @@ def short_block_scene(seed: int) -> Scene:
 
 
 def cut_block_scene(seed: int) -> Scene:
-    """A dynamic image whose last block is stored only as far as the disk goes, with the footer right behind."""
+    """A dynamic image whose last block is stored only up to the end of the disk, with the footer right behind."""
     scene = dynamic_scene(seed, writes=0)
     rng = random.Random(f"cut {seed}")
     content = bytearray(scene.content)
@@ -206,7 +206,7 @@ class PowerRun:
         return judge(found, self.scene.parents, model, seed)
 
     def _cut_again(self, found: MemStore, observed: bytes, rng: random.Random, seed: str) -> None:
-        """Life goes on after a cut: mend, work, flush; and then the power fails again."""
+        """Use continues after a cut: mend, work, flush; then the power fails again."""
         model = SectorModel(observed)
         store = CrashStore(found)
         store.cut_at = rng.randint(1, 25)
@@ -222,7 +222,7 @@ class PowerRun:
 
 
 def judge(found: MemStore, parents: Sequence[Layer], model: SectorModel, seed: str) -> bytes:
-    """What a reader sees in a file found after a cut. Raises Violation."""
+    """Check what a reader sees in a file found after a cut. Raises Violation."""
     observed = _read_all(found.copy(frozen=True), parents, False, seed)
     _compare(model, observed, f"{seed}, read-only")
     mended = found.copy()
@@ -235,7 +235,7 @@ def judge(found: MemStore, parents: Sequence[Layer], model: SectorModel, seed: s
 
 
 def faults_of(store: MemStore) -> list[str]:
-    """What is wrong with the layout of the file: for a VHD by a reader of its own, else by its format."""
+    """What is wrong with the layout of the file: for a VHD found by an independent reader, else by its format."""
     found = formats.probed(store)
     if found.name == FormatName.VHD:
         return ParsedVhd.parse(store).overlaps()
@@ -308,7 +308,7 @@ def _flush(disk: Disk, model: SectorModel, rng: random.Random) -> None:
 
 
 def _read(disk: Disk, model: SectorModel, rng: random.Random) -> None:
-    """While the power is on, a disk is simply right."""
+    """While the power is on, a disk always reads correctly."""
     offset, size = random_range(rng, disk.size_bytes, 1)
     assert disk.read(offset, size) == model.current[offset : offset + size]
     first, end = offset // SECTOR_SIZE * SECTOR_SIZE, covering_sectors(offset + size) * SECTOR_SIZE

@@ -82,7 +82,7 @@ class _Header:
 
 
 def _read(store: ReadStore) -> _Header | None:
-    """The header that counts, None where there is none."""
+    """The active header, or None."""
     found = []
     for place in (0, PAGE_SIZE):
         raw = store.pread(place, PAGE_SIZE)
@@ -93,7 +93,7 @@ def _read(store: ReadStore) -> _Header | None:
 
 
 def _switch(store: Store, **changes: bytes) -> None:
-    """Write a header with these changes into the slot that does not count; the caller syncs."""
+    """Write a header with these changes into the inactive slot; the caller syncs."""
     header = _read(store)
     assert header is not None
     slot = replace(header, turn=header.turn + 1, **changes).slot()  # type: ignore[arg-type]
@@ -130,7 +130,7 @@ class SparseLayer:
         self._next = max(round_up(store.size(), PAGE_SIZE), _data_start(self.size_bytes))
         self._dirty: set[int] = set()
         self._guard, self._lock = SyncGuard(store), threading.Lock()
-        self.next_id = uuid.uuid4().bytes if writable else None  # until the first write of this session
+        self.next_id = uuid.uuid4().bytes if writable else None  # False until the first write of this session
 
     def _ready(self) -> None:
         """Before each write of content: the first one gives the image another linkage id, durably."""
@@ -209,7 +209,7 @@ class SparseLayer:
         return grew
 
     def copy_in(self, pieces: Sequence[Piece]) -> None:
-        """See `Layer`: all pieces are of one block, of which they may be parts."""
+        """See `Layer`: all pieces belong to one block, which they may cover in part."""
         self._ready()
         block = pieces[0].sector_index // _PER_PAGE
         if self.block_offset(block) < 0:
@@ -296,8 +296,10 @@ class SparseFormat:
         size, parent = header.size_bytes, None
         if header.parent:
             linkage_ids, timestamp, names = json.loads(header.parent)
-            told = tuple(ParentName(structure, text, NameDialect(dialect)) for structure, text, dialect in names)
-            parent = ParentRef(tuple(bytes.fromhex(one) for one in linkage_ids), timestamp, told)
+            parent_names = tuple(
+                ParentName(structure, text, NameDialect(dialect)) for structure, text, dialect in names
+            )
+            parent = ParentRef(tuple(bytes.fromhex(one) for one in linkage_ids), timestamp, parent_names)
         return ImageFacts(
             store.name,
             NAME,
@@ -385,7 +387,7 @@ class SparseFormat:
         self._make(store, size_bytes, _parent_document(parent))
 
     def relink(self, store: Store, parent: ParentRef) -> None:
-        """See `Format`: the slot that does not count is written."""
+        """See `Format`: the inactive slot is written."""
         _switch(store, parent=_parent_document(parent))
         store.sync()
 

@@ -3,11 +3,11 @@
 
 All three are `vhdkit.store.Store`s. Bytes are kept as whole sectors in a dict, so a hole of any size costs nothing.
 
-What `CrashStore` assumes of a device is what DESIGN.md promises to live with and no more: a sector is written
-whole or not at all; nothing else is sure until a sync returns. Any subset of the unsynced sectors may be there
+What `CrashStore` assumes of a device is exactly what DESIGN.md requires of it: a sector is written
+completely or not at all; nothing else is certain until a sync returns. Any subset of the unsynced sectors may be there
 after a cut, in any order, an older version of one beside the newest of another, and the file may be as long as
-it was at the last sync, or now, or anything in between. One thing is worse than promised: a footer in flight may
-be torn, because two footers exist for exactly that.
+it was at the last sync, or now, or anything in between. One assumption is worse than required: a footer in flight may
+be torn, because two footers exist for that case.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ZERO_SECTOR = bytes(SECTOR_SIZE)
 
 
 class MemStore:
-    """A sparse file in memory. A frozen one fails the test that writes to it."""
+    """A sparse file in memory. A write to a frozen one fails the test."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class MemStore:
         self._size = size_bytes
 
     def copy(self, *, frozen: bool = False) -> MemStore:
-        """What this store holds now, in a store of its own."""
+        """The current content in a separate store."""
         return MemStore(self.name, sectors=dict(self._sectors), size_bytes=self._size, frozen=frozen)
 
     def contents(self) -> bytes:
@@ -51,14 +51,14 @@ class MemStore:
         return self.pread(0, self._size)
 
     def allocated_bytes(self) -> int:
-        """Bytes in sectors that are not zeros."""
+        """The bytes in sectors that are not zeros."""
         return len(self._sectors) * SECTOR_SIZE
 
     # -- the Store protocol -------------------------------------------------------------------------------------
 
     @property
     def identity(self) -> Hashable:
-        """See `ReadStore.identity`: each store is a file of its own."""
+        """See `ReadStore.identity`: each store counts as a separate file."""
         return id(self)
 
     def size(self) -> int:
@@ -131,7 +131,7 @@ class MemStore:
             position = stop
 
     def _long_runs(self, position: int, end: int) -> Iterator[tuple[int, int, bool]]:
-        """As `data_runs`, quick over holes of terabytes."""
+        """As `data_runs`, fast over holes of terabytes."""
         known = sorted(self._sectors)
         at = bisect_left(known, position // SECTOR_SIZE)
         while position < end:
@@ -167,7 +167,7 @@ class MemStore:
         return raw if len(raw) == size else raw[skip : skip + size]
 
     def _load_holes(self, offset: int, size: int) -> bytes:
-        """As `_load`, quick where the store has fewer sectors than the range."""
+        """As `_load`, fast if the store has fewer sectors than the range."""
         first, stop = offset // SECTOR_SIZE, covering_sectors(offset + size)
         raw = bytearray((stop - first) * SECTOR_SIZE)
         for index, sector in self._sectors.items():
@@ -191,7 +191,7 @@ class MemStore:
             self._put(first + number, raw[position : position + SECTOR_SIZE])
 
     def _clear(self, offset: int, size: int) -> None:
-        """Zeros there; sectors that are holes already are not touched."""
+        """Write zeros; sectors that are holes already are not touched."""
         self._refuse_when_frozen()
         end = offset + size
         inner = range(covering_sectors(offset), end // SECTOR_SIZE)
@@ -216,7 +216,7 @@ class MemStore:
 
 
 class PowerCut(Exception):
-    """The machine went dark: no operation on the store does anything any more."""
+    """The power is off: no operation on the store has an effect any more."""
 
 
 _STYLES = ("none", "all", "few", "half", "half", "most", "early", "late")
@@ -372,17 +372,17 @@ class CrashStore(MemStore):
 
 
 def io_failed() -> errors.VhdkitError:
-    """What a bad sector gives."""
+    """The error of a bad sector."""
     return errors.IoFailed("simulated I/O error")
 
 
 def no_space() -> errors.VhdkitError:
-    """What a full file system gives."""
+    """The error of a full file system."""
     return errors.NoSpace("simulated full file system")
 
 
 def sync_failed() -> errors.VhdkitError:
-    """What a failed fdatasync gives."""
+    """The error of a failed fdatasync."""
     return errors.SyncFailed("simulated failure of a flush")
 
 
@@ -402,7 +402,7 @@ class Fault:
     seen: int = 0
 
     def strikes(self, operation: str, offset_bytes: int) -> bool:
-        """Count the call; True when it is to fail."""
+        """Count the call; True if it must fail."""
         if operation != self.operation or not self.where(offset_bytes):
             return False
         self.seen += 1

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VHD images cut by hand from the specification: the odd, old, damaged and hostile ones vhdkit never writes.
+"""VHD images built from the specification alone: the odd, old, damaged and hostile ones that vhdkit never writes.
 
 Independent of the library on purpose: every field is packed here once more, from the text of the specification,
-so a wrong offset in `layout.py` cannot hide. Every value can be set, also to one that makes no sense. The
+so a wrong offset in `layout.py` cannot stay hidden. Every value can be set, even to a senseless one. The
 checksums are right unless a test breaks them.
 
-    image = Vhd(size=4 * MIB, blocks={1: Block(b"hello")})       what is to stand in the file
+    image = Vhd(size=4 * MIB, blocks={1: Block(b"hello")})       what the file is to contain
     image.build().store()  or  .write(path)                      the file, sparse, in memory or on disk
 """
 
@@ -23,7 +23,7 @@ MIB = 1024 * KIB
 GIB = 1024 * MIB
 TIB = 1024 * GIB
 ALL_ONES_64 = 0xFFFFFFFFFFFFFFFF
-FREE = 0xFFFFFFFF  # a BAT entry that says: not allocated
+FREE = 0xFFFFFFFF  # a BAT entry that means: not allocated
 
 FIXED, DYNAMIC, DIFFERENCING = 2, 3, 4
 DEFAULT_ID = bytes(range(0x10, 0x20))
@@ -45,17 +45,17 @@ def checksum(raw: bytes, at: int) -> int:
 
 
 def seal(raw: bytes, at: int) -> bytes:
-    """`raw` with its checksum at offset `at` made right."""
+    """`raw` with a correct checksum at offset `at`."""
     return raw[:at] + struct.pack(">I", checksum(raw, at)) + raw[at + 4 :]
 
 
 def seal_footer(raw: bytes) -> bytes:
-    """A footer with the right checksum, at 64."""
+    """A footer with a correct checksum, at 64."""
     return seal(raw, 64)
 
 
 def seal_header(raw: bytes) -> bytes:
-    """A dynamic header with the right checksum, at 36."""
+    """A dynamic header with a correct checksum, at 36."""
     return seal(raw, 36)
 
 
@@ -79,7 +79,8 @@ def bitmap_space(block_size: int) -> int:
 
 @dataclass
 class Block:
-    """One block: its data from `at` on (the rest is zeros), its bitmap (None: all ones), its place (None: next)."""
+    """One block: its data from `at` on (the rest is zeros), its bitmap (None: all ones), its place (None: the next
+    one)."""
 
     data: bytes = b""
     bits: bytes | None = None
@@ -89,7 +90,7 @@ class Block:
 
 @dataclass
 class Locator:
-    """One parent locator: `data` as it stands in the file. None where the builder is to choose."""
+    """One parent locator: `data` as it is stored in the file. None where the builder chooses."""
 
     code: bytes
     data: bytes
@@ -138,7 +139,7 @@ class Built:
 
 @dataclass
 class Vhd:
-    """What is to stand in the file. Sizes and offsets in bytes. The defaults make a plain, sound dynamic disk."""
+    """What the file is to contain. Sizes and offsets in bytes. The defaults make a plain, sound dynamic disk."""
 
     size: int = 4 * MIB  # current size
     disk_type: int = DYNAMIC
@@ -154,7 +155,7 @@ class Vhd:
     saved_state: int = 0
     hidden: int = 0
     data: bytes = b""  # of a fixed disk, from its first byte
-    data_size: int | None = None  # of a fixed disk, where its footer comes; None: the size
+    data_size: int | None = None  # of a fixed disk, where its footer goes; None: the size
 
     header_offset: int = 512
     header_version: int = 0x00010000
@@ -163,7 +164,7 @@ class Vhd:
     entries: dict[int, int] = field(default_factory=dict)  # BAT entries to falsify, in sectors
     junk: bytes | None = None  # behind the BAT entries that are needed; None: ones up to the sector
     block_size: int = 2 * MIB
-    blocks: dict[int, Block] = field(default_factory=dict)  # in the order they lie in the file
+    blocks: dict[int, Block] = field(default_factory=dict)  # in their order in the file
     aligned: bool = False  # data on 4 KiB boundaries
     first_block: int | None = None  # None: behind everything else
     parent_id: bytes = bytes(16)
@@ -179,7 +180,7 @@ class Vhd:
 
     @property
     def needed_entries(self) -> int:
-        """Blocks that the size needs."""
+        """The number of blocks that the size needs."""
         return -(-self.size // self.block_size)
 
     @property
