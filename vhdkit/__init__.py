@@ -157,7 +157,7 @@ __all__ = [
     "trusted_parent_dirs",
 ]
 
-# Where each name lives, for the first use of it; the imports above say the same to type checkers.
+# Where each name lives, for the first use of it; the imports above are the same for type checkers.
 _HOMES = {
     "vhdkit.chain.engine.chain": "Progress",
     "vhdkit.chain.verbs.check": "check",

@@ -93,7 +93,7 @@ class Descriptor:
         _open.add(self)
 
     def closed_error(self) -> errors.DiskClosed:
-        """The error that says why it can no longer be used."""
+        """The error for a use after the end, with the reason."""
         if self.is_left_by_fork:
             return errors.DiskClosed(
                 "was opened before this process was forked",

@@ -324,8 +324,8 @@ class Disk:
     def close(self) -> None:
         """Flush and close every file. Raises as `flush` does; the files are closed anyway.
 
-        Closing again is fine, and finishes what an exception out of a signal handler struck. A flush that such an
-        exception struck is made again, and SyncFailed says when even that did not succeed.
+        Closing again is fine, and finishes what an exception from a signal handler interrupted. A flush that such an
+        exception interrupted is repeated; if that fails too, SyncFailed is raised.
         """
         if self._left_by_fork:
             return

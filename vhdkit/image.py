@@ -12,7 +12,7 @@ Who checks what: `Disk` checks the range and read-only, and splits off partial s
 sectors inside its own size (it asserts this), and one writer at a time; `flush` may run beside a writer.
 Reads need no lock.
 
-One question: `extents` says which sectors are data, zeros, or left to the parent. Reading, maps, convert and
+One question: `extents` returns which sectors are data, zeros, or left to the parent. Reading, maps, convert and
 check are all built on it.
 """
 

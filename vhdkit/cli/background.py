@@ -34,7 +34,7 @@ def start(body: Body, *, talks: bool) -> Child:
     still goes to the command's once it is ready.
     """
     ready_end, child_ready = os.pipe()
-    said_end, child_said = os.pipe()
+    output_end, child_output = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
     with warnings.catch_warnings():
@@ -43,21 +43,21 @@ def start(body: Body, *, talks: bool) -> Child:
             pid = os.fork()
     if pid == 0:
         os.close(ready_end)
-        os.close(said_end)
-        _serve(body, child_ready, child_said, talks)
+        os.close(output_end)
+        _serve(body, child_ready, child_output, talks)
     os.close(child_ready)
-    os.close(child_said)
+    os.close(child_output)
     try:
         is_ready = os.read(ready_end, 1) == _READY
-        said = b"" if is_ready else _rest(said_end)
+        output = b"" if is_ready else _rest(output_end)
     except BaseException:  # Ctrl-C: leave no process that the user does not know of
         os.kill(pid, signal.SIGTERM)
         os.waitpid(pid, 0)
         raise
     finally:
         os.close(ready_end)
-        os.close(said_end)
-    return Child(pid, is_ready, said.decode("utf-8", "replace"))
+        os.close(output_end)
+    return Child(pid, is_ready, output.decode("utf-8", "replace"))
 
 
 def _rest(fd: int) -> bytes:
@@ -67,7 +67,7 @@ def _rest(fd: int) -> bytes:
     return b"".join(pieces)[:_MAX_OUTPUT_BYTES]
 
 
-def _serve(body: Body, ready_fd: int, said_fd: int, talks: bool) -> NoReturn:
+def _serve(body: Body, ready_fd: int, output_fd: int, talks: bool) -> NoReturn:
     """The new process, from its beginning to its end."""
     code = 1
     try:
@@ -80,8 +80,8 @@ def _serve(body: Body, ready_fd: int, said_fd: int, talks: bool) -> NoReturn:
         stderr = os.dup(2) if talks else nothing
         os.dup2(nothing, 0)
         os.dup2(nothing, 1)
-        os.dup2(said_fd, 2)
-        os.close(said_fd)
+        os.dup2(output_fd, 2)
+        os.close(output_fd)
         become_flusher()
 
         def ready() -> None:

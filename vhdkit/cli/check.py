@@ -114,6 +114,6 @@ def _print_result(image: str, findings: list[Finding], status: str) -> None:
     for finding in sorted(findings, key=lambda one: -one.severity):
         print_finding(finding)
     number = Counter(one.severity for one in findings)
-    said = [count(number[one], one.name.lower()) for one in reversed(Severity) if number[one]]
+    counts = [count(number[one], one.name.lower()) for one in reversed(Severity) if number[one]]
     style = {"clean": "bold green", "warnings": "bold yellow", "errors": "bold red"}[status]
-    print_text(f"{printable(image)}: ", (status, style), f" ({', '.join(said)})" if said else "")
+    print_text(f"{printable(image)}: ", (status, style), f" ({', '.join(counts)})" if counts else "")

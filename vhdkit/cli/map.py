@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`map`: which layer owns which part of the disk, as a picture, a table or JSON.
 
-Decides how the map looks on a terminal and what an entry says. Runs of the map are printed as they are found, so
+Decides how the map looks on a terminal and what an entry contains. Runs of the map are printed as they are found, so
 memory does not grow with the disk.
 """
 

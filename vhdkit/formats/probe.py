@@ -19,7 +19,7 @@ from vhdkit.store import ReadStore, Store
 
 
 class FormatName(StrEnum):
-    """The formats that a file can have; which kind of VHD it is, its footer says."""
+    """The formats that a file can have; the kind of a VHD is in its footer."""
 
     RAW = "raw"
     VHD = "vhd"

@@ -83,9 +83,9 @@ def _opened_for_writing(leaf: str, options: OpenOptions, danger: str | None, vol
         _open_parents(layers, store, options, volume)
         # Last: only now is the chain known to be complete, and this may repair the file.
         pending.settle(store)
-        said = layers[0].findings
+        findings = layers[0].findings
         layers[0] = _open_leaf(store, True, options)
-        layers[0].findings.extend(one for one in said if one.code == lineage.WRITTEN)
+        layers[0].findings.extend(one for one in findings if one.code == lineage.WRITTEN)
     except BaseException:
         _close_all(store, layers)
         raise

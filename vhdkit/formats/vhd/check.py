@@ -18,8 +18,8 @@ from vhdkit.formats.vhd import bitmap, geometry, layout
 from vhdkit.formats.vhd.bat import Bat
 from vhdkit.formats.vhd.entries import bad_entries, entry_error, used_sizes
 from vhdkit.formats.vhd.footers import FooterState
-from vhdkit.formats.vhd.front import behind_first_block
-from vhdkit.formats.vhd.last_block import bits_behind_end, wrong_batmap_bits
+from vhdkit.formats.vhd.front import after_first_block
+from vhdkit.formats.vhd.last_block import bits_past_end, wrong_batmap_bits
 from vhdkit.formats.vhd.metadata import Metadata, read_metadata
 from vhdkit.formats.vhd.move import batmap_lies_apart
 from vhdkit.formats.vhd.places import block_data_end, block_starts, table_range
@@ -279,14 +279,14 @@ def _space_findings(store: ReadStore, metadata: Metadata, bat: Bat) -> Iterator[
 
 def _front_findings(metadata: Metadata, bat: Bat) -> Iterator[Finding]:
     """Structures where XenServer expects none."""
-    for structure, offset in behind_first_block(metadata, bat):
+    for structure, offset in after_first_block(metadata, bat):
         message = "lies after the first block: XenServer treats such an image as invalid"
         yield _warning(metadata, "behind-blocks", message, structure, offset)
 
 
 def _promise_findings(store: ReadStore, metadata: Metadata, bat: Bat) -> Iterator[Finding]:
     """Bits and batmap entries that are wrongly set."""
-    bits = bits_behind_end(store, metadata, bat)
+    bits = bits_past_end(store, metadata, bat)
     if bits is not None:
         severity = Severity.WARNING if metadata.is_differencing else Severity.NOTE  # only children are coalesced
         message = f"{bits.count} bits are set past the end of the disk"

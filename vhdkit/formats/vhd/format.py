@@ -195,14 +195,14 @@ class VhdFormat:
 
     def settle(self, draft: DraftStore) -> list[Fix]:
         """See `Format.settle`: moves the header and the parent's names if they lie after blocks."""
-        from vhdkit.formats.vhd.front import behind_first_block, settle_front
+        from vhdkit.formats.vhd.front import after_first_block, settle_front
 
         try:
             metadata = read_metadata(draft)
             if metadata.header is None:
                 return []
             bat = Bat.load(draft, metadata.header.table_offset, metadata.block_count)
-            if not behind_first_block(metadata, bat) or not settle_front(open_dynamic(draft, writable=True)):
+            if not after_first_block(metadata, bat) or not settle_front(open_dynamic(draft, writable=True)):
                 return []
         except (errors.CorruptImage, errors.ImageInUse):  # something else is wrong with it and was not repaired
             return []

@@ -49,7 +49,7 @@ class Front:
     packing: Packing | None = None
 
 
-def behind_first_block(metadata: Metadata, bat: Bat) -> list[tuple[str, int]]:
+def after_first_block(metadata: Metadata, bat: Bat) -> list[tuple[str, int]]:
     """(name, offset) of the header and the parent's names that end after the beginning of a block."""
     starts = block_starts(bat)
     if not len(starts):
@@ -73,7 +73,7 @@ def settle_front(image: DynamicImage) -> bool:
     """
     metadata, header = image.metadata, image.metadata.header
     assert header is not None
-    if not behind_first_block(metadata, image.bat):
+    if not after_first_block(metadata, image.bat):
         return False
     entries, texts = list(header.parent_locators), []
     for one in _movable(metadata):

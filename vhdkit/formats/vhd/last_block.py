@@ -23,7 +23,7 @@ from vhdkit.units import whole_sectors
 
 
 @dataclass(frozen=True, slots=True)
-class BitsBehindEnd:
+class BitsPastEnd:
     """Set bits past the end of the disk: the bitmap's offset and block, their number, and the correct bitmap."""
 
     offset_bytes: int
@@ -32,7 +32,7 @@ class BitsBehindEnd:
     cleared: bytes
 
 
-def bits_behind_end(store: ReadStore, metadata: Metadata, bat: Bat) -> BitsBehindEnd | None:
+def bits_past_end(store: ReadStore, metadata: Metadata, bat: Bat) -> BitsPastEnd | None:
     """The set bits past the end of the disk in the last block, or None. Raises IoFailed."""
     assert metadata.header is not None
     block, block_size = len(bat) - 1, metadata.header.block_size
@@ -45,7 +45,7 @@ def bits_behind_end(store: ReadStore, metadata: Metadata, bat: Bat) -> BitsBehin
     count = int(np.count_nonzero(bitmap.owned(raw, sector_count)[inside:]))
     if not bitmap.clear_from(raw, inside) or not count:
         return None
-    return BitsBehindEnd(start, block, count, bytes(raw))
+    return BitsPastEnd(start, block, count, bytes(raw))
 
 
 def wrong_batmap_bits(store: ReadStore, metadata: Metadata, bat: Bat) -> NDArray[np.int64]:

@@ -37,7 +37,7 @@ from vhdkit.formats.vhd.check import (
 )
 from vhdkit.formats.vhd.entries import bad_entries
 from vhdkit.formats.vhd.footers import FooterState
-from vhdkit.formats.vhd.last_block import bits_behind_end, wrong_batmap_bits
+from vhdkit.formats.vhd.last_block import bits_past_end, wrong_batmap_bits
 from vhdkit.formats.vhd.layout import BAT_UNALLOCATED, FOOTER_SIZE, HEADER_SIZE
 from vhdkit.formats.vhd.locator import NO_PLATFORM, encode_parent_name
 from vhdkit.formats.vhd.metadata import Metadata, read_metadata
@@ -218,7 +218,7 @@ def _clear_promises(draft: DraftStore, metadata: Metadata) -> Iterator[Fix]:
     bat = Bat.load(draft, metadata.header.table_offset, metadata.block_count)
     if any(len(blocks) for _, blocks in bad_entries(metadata, bat)):
         return
-    bits = bits_behind_end(draft, metadata, bat)
+    bits = bits_past_end(draft, metadata, bat)
     if bits is not None:
         draft.pwrite(bits.offset_bytes, bits.cleared)
         yield Fix("bits-behind-end", f"cleared {bits.count} bits past the end of the disk")

@@ -32,7 +32,7 @@ from vhdkit.errors import InvalidArgument
 from vhdkit.formats.vhd import batmap, geometry, layout
 from vhdkit.formats.vhd.create import CREATOR_APPLICATION, CREATOR_HOST_OS, CREATOR_VERSION
 from vhdkit.formats.vhd.dynamic import DynamicImage
-from vhdkit.formats.vhd.last_block import bits_behind_end
+from vhdkit.formats.vhd.last_block import bits_past_end
 from vhdkit.formats.vhd.layout import BAT_ENTRY_SIZE, FOOTER_SIZE, DynamicHeader, Footer
 from vhdkit.formats.vhd.metadata import Metadata, batmap_header_offset
 from vhdkit.formats.vhd.move import (
@@ -238,16 +238,16 @@ def shrink_dynamic(image: DynamicImage, size_bytes: int, moved: Callable[[int], 
         image.store.pwrite(place, _FREE_ENTRY * gone)
         image.store.sync()
     smaller = open_dynamic(image.store, writable=True)
-    _clear_bits_behind_end(smaller)
+    _clear_bits_past_end(smaller)
     packing = plan_packing(smaller)
     move_blocks(smaller, packing, moved)
     cut_end(smaller, packing.end_bytes)
     punch_free(smaller, [table_range(metadata, image.bat)])
 
 
-def _clear_bits_behind_end(image: DynamicImage) -> None:
+def _clear_bits_past_end(image: DynamicImage) -> None:
     """In the last block, whose bits were valid as long as the disk was larger."""
-    place = bits_behind_end(image.store, image.metadata, image.bat)
+    place = bits_past_end(image.store, image.metadata, image.bat)
     if place is not None:
         image.store.pwrite(place.offset_bytes, place.cleared)
         image.store.sync()

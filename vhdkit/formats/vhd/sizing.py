@@ -15,7 +15,7 @@ from vhdkit.formats.vhd import bitmap
 from vhdkit.formats.vhd.create import check_size
 from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.formats.vhd.fixed import FixedImage
-from vhdkit.formats.vhd.front import behind_first_block, settle_front
+from vhdkit.formats.vhd.front import after_first_block, settle_front
 from vhdkit.formats.vhd.layout import FOOTER_SIZE
 from vhdkit.formats.vhd.move import Packing, block_space, cut_end, drop_blocks, move_blocks, plan_packing
 from vhdkit.formats.vhd.opening import open_dynamic
@@ -112,7 +112,7 @@ class DynamicPacking:
         """See `Compactable.plan`."""
         image = self._image
         settled = image
-        if behind_first_block(image.metadata, image.bat):
+        if after_first_block(image.metadata, image.bat):
             settled = _with_front_settled(open_dynamic(DraftStore(image.store), writable=True), dropped)
         packing = plan_packing(image, dropped) if settled is image else plan_packing(settled)
         self._dropped, self._packing = dropped, packing

@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 
 
 class NbdServer:
-    """Serves exports until `stop`. `run` is the loop; other threads use only `stop` and what says so."""
+    """Serves exports until `stop`. `run` is the loop; other threads call only `stop` and what is documented so."""
 
     def __init__(
         self,

@@ -19,7 +19,7 @@ SIZE = BLOCK + 9 * SECTOR_SIZE
 NAME = "disk.vhd"
 
 
-def bits_behind_end() -> bytes:
+def bits_past_end() -> bytes:
     """The last block's bits are all set, and the bytes behind the end of the disk are not zeros."""
     blocks = {0: Block(pattern(BLOCK)), 1: Block(pattern(BLOCK, 2))}
     return Vhd(size=SIZE, block_size=BLOCK, blocks=blocks, chs=(15, 4, 17)).build().store().contents()
@@ -80,7 +80,7 @@ def judged(folder: Path, found: Files, verb: Callable[[Path], object], expected:
     assert set(warnings(path)) <= {"undo-log-ignored"}  # an undo log may leave zeros of its length
 
 
-@pytest.mark.parametrize("damaged", [bits_behind_end, batmap_of_too_much, padded])
+@pytest.mark.parametrize("damaged", [bits_past_end, batmap_of_too_much, padded])
 def test_inv_repair_whole_at_a_cut(damaged: Callable[[], bytes], tmp_path: Path) -> None:
     """INV-REPAIR-WHOLE: cut anywhere, and once more during the second repair, the disk reads as it did."""
     start, folder = {NAME: damaged()}, tmp_path / "here"

@@ -18,7 +18,7 @@ from vhdkit.formats.vhd import layout
 from vhdkit.formats.vhd.bat import Bat
 from vhdkit.formats.vhd.check import check_vhd
 from vhdkit.formats.vhd.create import ParentLink, create_differencing
-from vhdkit.formats.vhd.front import behind_first_block, settle_front
+from vhdkit.formats.vhd.front import after_first_block, settle_front
 from vhdkit.formats.vhd.metadata import read_metadata
 from vhdkit.formats.vhd.opening import open_dynamic
 from vhdkit.formats.vhd.relink import relink
@@ -39,7 +39,7 @@ def misplaced(store: MemStore) -> bool:
     metadata = read_metadata(store)
     assert metadata.header is not None
     bat = Bat.load(store, metadata.header.table_offset, metadata.block_count)
-    return bool(behind_first_block(metadata, bat))
+    return bool(after_first_block(metadata, bat))
 
 
 def test_names_take_the_places_of_the_old_ones() -> None:

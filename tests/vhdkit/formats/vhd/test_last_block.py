@@ -20,7 +20,7 @@ from vhdkit.formats.vhd import bitmap
 from vhdkit.formats.vhd.bat import Bat
 from vhdkit.formats.vhd.check import check_vhd
 from vhdkit.formats.vhd.create import create_differencing, create_dynamic
-from vhdkit.formats.vhd.last_block import bits_behind_end
+from vhdkit.formats.vhd.last_block import bits_past_end
 from vhdkit.formats.vhd.metadata import read_metadata
 from vhdkit.formats.vhd.opening import open_dynamic
 from vhdkit.formats.vhd.repair import repair_vhd
@@ -150,4 +150,4 @@ def test_a_disk_that_fills_its_last_block_has_no_such_bits() -> None:
         metadata = read_metadata(store)
         assert metadata.header is not None
         bat = Bat.load(store, metadata.header.table_offset, metadata.block_count)
-        assert bits_behind_end(store, metadata, bat) is None
+        assert bits_past_end(store, metadata, bat) is None
