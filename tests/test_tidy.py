@@ -21,11 +21,33 @@ import pytest
 from tests.support import CODE_FOLDERS, ROOT, project_text_files, python_files
 
 SPDX_LINE = "# SPDX-License-Identifier: Apache-2.0"
-MAX_MODULE_LINES = 600
+MAX_MODULE_LINES = 450
 MAX_FUNCTION_LINES = 70
-# What is longer than the limits all the same: "path" or "path:function" and its lines today. This list may
-# only shrink: what became shorter gets its new number, and goes when it is within the limit.
-OVERSIZE: dict[str, int] = {}
+# What is longer than the limits all the same: "path" or "path:function", how long it may be, and why it is in one
+# piece. This list may only shrink: what became shorter by more than SLACK_LINES gets a new number, and what is within
+# the limit is dropped. No module of the packages is in it.
+SLACK_LINES = 20
+OVERSIZE: dict[str, tuple[int, str]] = {
+    "tests/harness/stores.py": (470, "the stores share their sectors, and each builds on the one before"),
+    "tests/soak_snapshots.py": (470, "one driver: its steps, how they are killed, and what must hold afterwards"),
+    "tests/test_error_lines.py": (
+        560,
+        "one list of the errors of both programs, and one set of rules for them",
+    ),
+    "tests/test_layering.py": (600, "the tables of rooms, the rules over them, and a bad line for each"),
+    "tests/test_third_format.py": (580, "one made-up format through every verb: the proof that its contract is whole"),
+    "tests/vhdkit/chain/names/test_children.py": (580, "one farm of images, through every way to find a child"),
+    "tests/vhdkit/chain/names/test_opening.py": (
+        580,
+        "all names by which a child finds a parent, on one set of files",
+    ),
+    "tests/vhdkit/chain/verbs/test_merge.py": (590, "one chain through every refusal, failure and continuation"),
+    "tests/vhdkit/serve/control/test_operations.py": (545, "one served set of disks, through every operation on it"),
+    "tests/vhdkit/test_disk_faults.py": (470, "one disk over a store that fails in every way"),
+    "tests/vhdkit/test_disk_strangers.py": (585, "one disk in every kind of program and buffer that may hold it"),
+    "tests/vmm/kvm/test_guest_agent.py": (555, "one scripted agent, through every answer that a guest may give"),
+    "tests/vmm/worker/test_capture.py": (480, "one counting guest, through every mode of capture and every kill"),
+}
 # Tests under tests/vhdkit and tests/vmm that have no file of their own name, each with the reason.
 NO_MIRROR: dict[str, str] = {
     "tests/vhdkit/test_conformance.py": "one suite for every kind of layer",
@@ -104,7 +126,7 @@ def sizes(path: str, text: str) -> Iterator[tuple[str, int, int]]:
 def check_sizes(path: str, text: str) -> Complaints:
     """Modules and functions stay readable."""
     for what, lines, limit in sizes(path, text):
-        if lines > max(limit, OVERSIZE.get(what, 0)):
+        if lines > max(limit, OVERSIZE.get(what, (0, ""))[0]):
             yield f"{what}: {lines} lines, the limit is {limit}: split it"
 
 
@@ -321,6 +343,8 @@ def test_repeated_class_names_are_found() -> None:
 def test_exceptions_only_shrink() -> None:
     """Every exception is still needed, and not larger than what it excuses."""
     found, _ = oversize_and_complaints()
-    assert found.items() >= OVERSIZE.items(), "lower the numbers in OVERSIZE, and drop what is within the limit"
+    for what, (bound, reason) in OVERSIZE.items():
+        assert reason and bound - SLACK_LINES < found.get(what, 0) <= bound, f"{what} has {found.get(what)} lines"
+    assert not [what for what in OVERSIZE if not what.startswith("tests/")], "the packages keep the limit"
     gone = [path for path in NO_MIRROR if not (ROOT / path).exists()]
     assert not gone, f"drop from NO_MIRROR: {gone}"
