@@ -88,7 +88,19 @@ def test_list_does_not_load_qemu_or_switches(tmp_path: Path) -> None:
     assert "collects" in modules, "while it runs"
     assert found(modules, "asyncio", "concurrent", "numpy", "construct", "pyroute2", "qemu", "rich", "ssl") == []
     assert (
-        found(modules, "vmm.net", "vmm.snapshots", "vmm.worker", "vmm.store.devices", "vmm.kvm.qmp", "vmm.kvm.drives")
+        found(
+            modules,
+            "vmm.net",
+            "vmm.snapshots",
+            "vmm.worker",
+            "vmm.store.devices",
+            "vmm.kvm.qmp",
+            "vmm.kvm.drives",
+            "vmm.kvm.process",
+            "vmm.kvm.program",
+            "vmm.api.possible",
+            "vmm.store.snapshots.journal",
+        )
         == []
     )
     assert found(modules, "vhdkit.disk", "vhdkit.chain", "vhdkit.formats", "vhdkit.serve") == []

@@ -25,8 +25,6 @@ from vmm.api.disk_request import DiskWish as DiskWish
 from vmm.api.disk_request import disk_of
 from vmm.api.guest_access import GuestAccess
 from vmm.api.machine import BackupResult
-from vmm.api.possible import refuse_impossible
-from vmm.kvm import machine_types
 from vmm.model.errors import InvalidSpec, VmmError, WrongState
 from vmm.model.events import Event, add_event, follow_events, read_events
 from vmm.model.folders import Folders, uses_own_folders
@@ -200,6 +198,9 @@ class Manager:
         Machine type and CPU model are pinned now. Raises InvalidSpec, AlreadyExists, NotFound, StoreFailed, InUse,
         Unsupported (there is no QEMU).
         """
+        from vmm.api.possible import refuse_impossible
+        from vmm.kvm import machine_types
+
         asked = set(settings)
         if "machine_type" not in settings:
             settings["machine_type"] = machine_types.newest("pc")

@@ -9,6 +9,7 @@ decided in `failure`.
 from __future__ import annotations
 
 import gc
+import os
 import signal
 
 
@@ -16,6 +17,8 @@ def main() -> None:
     """The command `vmm`."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # whoever had it ignored (nohup) meant that
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # We have no plugins of pydantic, and looking for some reads the metadata of every package that is installed.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     gc.disable()  # until the group has imported the verb: imports make no garbage, and looking for it takes time
     from vmm.cli.main import main as command
 

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vmm.host.proc import HeldLock, Lock, is_locked, machine_lock, python_command, python_environment, spawn_detached
-from vmm.kvm.process import Identity, identity_of
 from vmm.model.errors import (
     InUse,
     NotFound,
@@ -50,6 +49,7 @@ from vmm.store.snapshots.store import has_tree, holding, load_tree, machine_turn
 from vmm.store.state import MachineState, end_left, processes_of
 
 if TYPE_CHECKING:
+    from vmm.kvm.process import Identity
     from vmm.store.registry import Changing, Machine
 
 COME_BACK_SECONDS = 20.0  # for a worker to be there again
@@ -298,6 +298,8 @@ def start(name: str, *, discard_saved: bool = False, progress: Progress | None =
             saved.discard(place.machine)
             add_event(place.machine.events, "saved-state-discarded")
         saved.discard_part(place.machine)
+        from vmm.kvm.process import identity_of  # not needed by those that only look
+
         make_runtime(place.runtime, identity_of(_id_of(place)))
         try:
             with open(place.machine.definition, "rb") as file:

@@ -19,12 +19,15 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from vmm.host.proc import HeldLock, Lock, ProcessRef, machine_lock
 from vmm.model.errors import InUse, VmmError, of_os_error
 from vmm.model.paths import MachinePaths, sync_folder, write_whole
-from vmm.store.snapshots.journal import Journal, words_of
 from vmm.store.snapshots.tree import MAX_DOCUMENT_BYTES, Snapshot, Tree, read_tree
+
+if TYPE_CHECKING:
+    from vmm.store.snapshots.journal import Journal
 
 MERGE_STOP_SECONDS = 60.0  # for a merge to release its lock; it checks for the request after each piece
 BUSY_SECONDS = 1.0  # for another command to end
@@ -128,6 +131,8 @@ class Held(HeldLock):
     def need_settled(self) -> None:
         """Raise InUse while an interrupted operation's journal is pending: it must be settled first."""
         if self.tree.journal is not None:
+            from vmm.store.snapshots.journal import words_of
+
             raise InUse(
                 f"{words_of(self.tree.journal)} was cut short, and is not settled yet",
                 machine=self.name, hint=f"vmm repair {self.name} shows what is left, and settles it",

@@ -18,10 +18,9 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from vmm.model.errors import AlreadyExists, InvalidSpec, NotFound, Refused, VmmError
-from vmm.store.snapshots.journal import Journal, journal_document, read_journal
 from vmm.store.snapshots.snapshot import (
     Image,
     Snapshot,
@@ -32,6 +31,9 @@ from vmm.store.snapshots.snapshot import (
     snapshot_document,
     snapshot_of,
 )
+
+if TYPE_CHECKING:
+    from vmm.store.snapshots.journal import Journal
 
 __all__ = ["Image", "Snapshot", "TakenIn", "Tree", "read_tree", "snapshot_document", "snapshot_of"]
 
@@ -196,9 +198,21 @@ class Tree:
             "limit": self.limit,
             "snapshots": [snapshot_document(one) for one in self.snapshots.values()],
             "images": {path: image_document(one) for path, one in self.images.items()},
-            "journal": None if self.journal is None else journal_document(self.journal),
+            "journal": None if self.journal is None else _journal_document(self.journal),
         }
         return json.dumps(document, indent=1).encode() + b"\n"
+
+
+def _journal_document(journal: Journal) -> dict[str, Any]:
+    from vmm.store.snapshots.journal import journal_document  # most trees have none, and every command loads this
+
+    return journal_document(journal)
+
+
+def _read_journal(document: object, path: str) -> Journal:
+    from vmm.store.snapshots.journal import read_journal
+
+    return read_journal(document, path)
 
 
 def _numbered(name: str, number: int) -> str:
@@ -213,7 +227,7 @@ def read_tree(content: bytes, path: str) -> Tree:
             raise VmmError("was written by another version of vmm", path=path, hint="use that version")
         snapshots = [snapshot_of(one) for one in document["snapshots"]]
         images = {absolute_path(name): image_of(one) for name, one in document["images"].items()}
-        journal = None if document["journal"] is None else read_journal(document["journal"], path)
+        journal = None if document["journal"] is None else _read_journal(document["journal"], path)
         tree = Tree({one.id: one for one in snapshots}, document["now"], images, int(document["limit"]), journal)
         _check(tree)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
