@@ -70,8 +70,8 @@ def serve_and_change() -> None:
 def prepare_and_die() -> None:
     """A new leaf is made for a snapshot, then a write is answered, then the server is killed: deterministic."""
     exports = open_exports([ExportRequest(os.path.abspath(BASE), "disk")], _open_mode())
-    server = NbdServer(exports)
-    Operations(server, exports).methods()["prepare"].work({"exports": {"disk": None}})
+    operations = Operations(NbdServer(exports), exports)  # its end would remove the prepared leaf
+    operations.methods()["prepare"].work({"exports": {"disk": None}})
     Path(_LOG).write_text("write 1 8 8\n")
     exports[0].disk.write(8 * SECTOR_SIZE, pattern(1, 8, 8))
     Path(_LOG).write_text("write 1 8 8\nanswered 1\n")
