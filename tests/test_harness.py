@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT
+from tests.support import ROOT, run
 
 HARNESS = ROOT / "tests" / "harness"
 PAGE = (HARNESS / "README.md").read_text(encoding="utf-8")
@@ -27,3 +28,19 @@ def test_the_examples_run(number: int, tmp_path: Path, monkeypatch: pytest.Monke
     assert len(examples) == 2
     monkeypatch.chdir(tmp_path)
     exec(compile(examples[number], f"example {number}", "exec"), {"__name__": "example"})
+
+
+def test_it_can_be_a_package_elsewhere(tmp_path: Path) -> None:
+    """Under another name every module can be imported, and loads nothing of the tests, of vmm or of pytest."""
+    package = tmp_path / "elsewhere"
+    package.mkdir()
+    for path in HARNESS.glob("*.py"):
+        (package / path.name).write_text(path.read_text(encoding="utf-8").replace("tests.harness", "elsewhere"))
+    program = (
+        "import importlib, sys\n"
+        "sys.path.insert(0, sys.argv[1])\n"
+        "for name in sys.argv[2:]: importlib.import_module(f'elsewhere.{name}')\n"
+        "wrong = {name.split('.')[0] for name in sys.modules} & {'tests', 'vmm', 'pytest'}\n"
+        "assert not wrong, wrong"
+    )
+    run([sys.executable, "-c", program, str(tmp_path), *(path.stem for path in package.glob("*.py"))])

@@ -387,14 +387,17 @@ def check_silent(path: str, source: str) -> Iterator[str]:
 
 
 def check_harness(path: str, source: str) -> Iterator[str]:
-    """The test harness could be a separate package: it uses vhdkit, not vmm and not the tests."""
+    """The test harness could be a part of vhdkit, `vhdkit.testing`: it uses vhdkit without its command line and private
+    names, and neither vmm nor the tests."""
     if not path.startswith("tests/harness/"):
         return
-    for line, module, _ in imports_of(path, source):
+    for line, module, name in imports_of(path, source):
         first = module.split(".")[0]
         known = first in sys.stdlib_module_names or first in ("numpy", "vhdkit") or is_in(module, "tests.harness")
         if not known and not (first == "hypothesis" and path == "tests/harness/chains.py"):
             yield f"{path}:{line}: the harness may not import {module}"
+        elif is_in(module, "vhdkit.cli") or (first == "vhdkit" and (name or "").startswith("_")):
+            yield f"{path}:{line}: the harness may not import {module}: {name} is not for other rooms"
 
 
 def check_one_door(path: str, source: str) -> Iterator[str]:
@@ -494,6 +497,8 @@ BAD: tuple[tuple[Rule, str, str], ...] = (
     (check_silent, "vmm/api/manager.py", "import logging\nlogging.basicConfig()"),
     (check_silent, "vhdkit/serve/nbd/server.py", "log.setLevel(10)"),
     (check_harness, "tests/harness/power.py", "import pytest"),
+    (check_harness, "tests/harness/power.py", "from vhdkit.cli.main import main"),
+    (check_harness, "tests/harness/power.py", "from vhdkit.store import _PROBE"),
     (check_harness, "tests/harness/power.py", "from tests.support import ROOT"),
     (check_harness, "tests/harness/power.py", "from hypothesis import strategies"),
     (check_harness, "tests/harness/injecting.py", "from vmm.store.snapshots import store"),

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 SECONDS = 60.0  # far longer than anything takes: it ends a test that would wait for ever
-PAUSE_SECONDS = 0.01
+PAUSE_SECONDS = 0.02
 
 T = TypeVar("T")
 

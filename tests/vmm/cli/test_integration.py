@@ -51,7 +51,7 @@ def test_a_real_agent(manager: Manager) -> None:
     manager.start("web")
     done = vmm("agent", "show", "web")  # it is still booting
     assert done.returncode == 1 and "qemu-guest-agent" in done.stderr
-    wait_until(lambda: vmm("agent", "ping", "web").returncode == 0, "the agent answers", SECONDS)
+    wait_until(lambda: vmm("agent", "ping", "web").returncode == 0, "the agent answers", SECONDS, pause=0.3)
     assert "vmm test guest" in vmm("agent", "show", "web").stdout
     assert json.loads(vmm("agent", "show", "web", "--json").stdout)["heartbeat"] == "ok"
     assert vmm("agent", "set-time", "web").returncode == 0
