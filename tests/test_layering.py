@@ -387,7 +387,7 @@ def check_silent(path: str, source: str) -> Iterator[str]:
 
 
 def check_harness(path: str, source: str) -> Iterator[str]:
-    """The test harness could be a part of vhdkit, `vhdkit.testing`: it uses vhdkit without its command line and private
+    """The test harness could be a part of vhdkit (`vhdkit.testing`): it uses vhdkit, not its command line or private
     names, and neither vmm nor the tests."""
     if not path.startswith("tests/harness/"):
         return
