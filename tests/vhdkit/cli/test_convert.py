@@ -195,7 +195,7 @@ def test_interrupted_while_copying(kind: str, folder: Path, monkeypatch: pytest.
     assert names(folder) == ["x.raw"] and calls < 24
 
 
-def test_two_at_once(folder: Path) -> None:
+def test_two_concurrent_conversions(folder: Path) -> None:
     """Of two commands that make the same file one succeeds completely, and the other reports that the file exists."""
     processes = [start("convert", "-", "out.raw", "--to", "raw") for _ in range(2)]
     for number, process in enumerate(processes):

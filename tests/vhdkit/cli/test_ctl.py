@@ -83,7 +83,7 @@ def test_session(folder: Path) -> None:
         [],
     ],
 )
-def test_wrong_words(words: list[str]) -> None:
+def test_invalid_arguments(words: list[str]) -> None:
     """A wrong command line ends with code 2 and one line before a server is contacted."""
     if words:
         failure("ctl", "c", *words, code=2)

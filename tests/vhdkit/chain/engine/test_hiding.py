@@ -112,7 +112,7 @@ def test_zeros_of_a_parent_need_no_hiding() -> None:
 
 @given(plan=chain_plans(min_children=1, max_children=4), seed=st.integers(0, 1 << 30))
 @settings(max_examples=40, deadline=None)
-def test_zeros_are_read_whatever_lies_below(plan: ChainPlan, seed: int) -> None:
+def test_zeros_are_read_over_any_chain(plan: ChainPlan, seed: int) -> None:
     """INV-SECTOR-RULE: over any chain zeros read as zeros and the rest reads as before, by the map and by a walk."""
     rng = random.Random(seed)
     chain = Chain(build(plan, writable=True))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who stands on an image, wherever the child lies, and that nothing changes an image on which one does."""
+"""The children of an image, wherever they are, and that nothing changes an image that has children."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_a_child_above_its_parent_is_found_without_a_mark(tmp_path: Path) -> Non
         vhdkit.open_disk(base, writable=True)
 
 
-def test_a_child_above_that_stands_on_a_copy_does_not_count(tmp_path: Path) -> None:
+def test_a_child_of_a_copy_in_a_subfolder_does_not_count(tmp_path: Path) -> None:
     """If a whole folder is copied into itself, the copied image does not have the original's children."""
     base = tmp_path / "base.vhd"
     vhdkit.create_image(base, MIB)

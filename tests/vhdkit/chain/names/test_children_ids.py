@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Formats whose files have an id of their own, beside the one that children record and that may change with a write.
+"""Formats whose files have their own id, apart from the one that children record and that may change with a write.
 
 The format is `tests.harness.sparse_format`, with children that accept two ids of their parent.
 """
@@ -28,7 +28,7 @@ OTHER_ID = b"renewed id......"
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The format is in the list, and nowhere else."""
+    """The format is added to the list of formats, and nowhere else."""
     monkeypatch.setattr(formats, "FORMATS", (SPARSE, *formats.FORMATS))
 
 
@@ -63,7 +63,7 @@ def child_in(folder: Path, base: Path, *, present_first: bool) -> Path:
 
 
 def test_image_id_is_that_of_the_file(tmp_path: Path) -> None:
-    """What records store of an image is the id that no write changes, not the one that its children record."""
+    """Records identify an image by the id that no write changes, not by the one that its children record."""
     base = base_in(tmp_path)
     facts = facts_of(base)
     assert facts.file_id is not None and facts.file_id != facts.linkage_id
@@ -74,7 +74,7 @@ def test_image_id_is_that_of_the_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("present_first", [True, False])
 def test_marks_of_a_child_with_two_ids_protect_its_parent(tmp_path: Path, present_first: bool) -> None:
-    """INV-PARENT-READ-ONLY: a child in another folder counts, whichever of the ids it accepts its parent has now."""
+    """INV-PARENT-READ-ONLY: a child in another folder counts, whichever of its two ids the parent has now."""
     base = base_in(tmp_path / "bases")
     leaf = child_in(tmp_path / "vm", base, present_first=present_first)
     with FileStore.open(leaf) as store:
@@ -93,7 +93,7 @@ def test_marks_of_a_child_with_two_ids_protect_its_parent(tmp_path: Path, presen
 
 @pytest.mark.parametrize("present_first", [True, False])
 def test_moved_or_repaired_child_accepts_the_same_ids(tmp_path: Path, present_first: bool) -> None:
-    """New names for a parent leave the ids that the child accepts as they are."""
+    """New names for a parent do not change the ids that the child accepts."""
     base = base_in(tmp_path / "vm")
     leaf = child_in(tmp_path / "vm", base, present_first=present_first)
     ids = facts_of(leaf).parent

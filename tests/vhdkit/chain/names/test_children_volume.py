@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Children of images on a volume that is no file system: found by the same code, and the same ones."""
+"""Children of images on a volume that is not a file system: found by the same code, with the same results."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from vhdkit.volume import Volume
 
 
 def forest(rng: random.Random, volume: MemoryVolume, root: str) -> list[str]:
-    """Images in several folders that stand on one another, some of them damaged, copied, or on a raw disk."""
+    """Images in several folders with parents among each other, some damaged, copied, or on a raw disk."""
     folders = [root, f"{root}/a", f"{root}/a/b", f"{root}/c"]
     places: list[str] = []
     for number in range(rng.randint(4, 9)):
@@ -49,7 +49,7 @@ def forest(rng: random.Random, volume: MemoryVolume, root: str) -> list[str]:
 
 @pytest.mark.parametrize("seed", range(16))
 def test_children_are_those_that_the_file_system_has(tmp_path: Path, seed: int) -> None:
-    """What stands on an image, and which files are the image with an id, is the same on both volumes."""
+    """The children of an image, and the files with an id, are the same on both volumes."""
     rng, volume, root = random.Random(seed), MemoryVolume(), os.path.realpath(tmp_path)
     places = forest(rng, volume, root)
     options = OpenOptions(
@@ -77,7 +77,7 @@ def test_children_are_those_that_the_file_system_has(tmp_path: Path, seed: int) 
 
 
 def test_some_children_are_found_in_memory() -> None:
-    """Children beside an image, below it in another folder that knows it, and only those, stand on it."""
+    """Children beside an image, and in another folder that it records, are found, and no others."""
     volume = MemoryVolume()
     for place in ("/srv/base.vhd", "/srv/lone.vhd"):
         image(volume, place)
@@ -94,7 +94,7 @@ def test_some_children_are_found_in_memory() -> None:
 
 
 def test_child_whose_change_did_not_finish_is_found_by_its_undo_log(tmp_path: Path) -> None:
-    """A child that will stand on its old parent again, once the change is undone, stands on that one."""
+    """A child counts for the parent that it has again once its unfinished change is undone."""
     volume, root = MemoryVolume(), os.path.realpath(tmp_path)
     for name in ("old", "new"):
         image(volume, f"{root}/{name}.vhd")
@@ -123,7 +123,7 @@ def test_child_whose_change_did_not_finish_is_found_by_its_undo_log(tmp_path: Pa
 
 @pytest.mark.parametrize("history", ["as left", "moved", "copied"])
 def test_marked_child_is_found_where_its_mark_leads(tmp_path: Path, history: str) -> None:
-    """A record of children in other folders is read from the volume of the parent, and says the same there."""
+    """A record of children in other folders is read from the parent's volume, with the same result there."""
     volume, root = MemoryVolume(), os.path.realpath(tmp_path)
     base, leaf = f"{root}/bases/base.vhd", f"{root}/vm/leaf.vhd"
     image(volume, base)

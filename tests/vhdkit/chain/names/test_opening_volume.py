@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chains on a volume that is no file system: opened, read and searched by the same code, with the same errors.
+"""Chains on a volume that is not a file system: opened, read and searched by the same code, with the same errors.
 
-The volume is `tests.harness.memory_volume`. No line of the packages knows it. Most tests also make real files of what
-is in memory, at the same places, and expect the same result of both.
+The volume is `tests.harness.memory_volume`, which is unknown to the packages. Most tests also make real files of what
+is in memory, at the same places, and expect the same result from both.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from vhdkit.volume import Volume
 
 
 def test_looking_at_a_file_is_noticed(tmp_path: Path) -> None:
-    """Self-test: in the block in which no file may be looked at, each question to the file system fails."""
+    """Self-test: each call to the file system fails in the block that forbids them."""
     (tmp_path / "file").touch()
 
     def listed(place: str) -> list[str]:
@@ -62,7 +62,7 @@ def other_names(recorded: ParentRef, *texts: str) -> ParentRef:
 
 
 def sector(text: str) -> bytes:
-    """A sector that says what it is."""
+    """A sector that contains its description."""
     return text.encode().ljust(SECTOR_SIZE, b".")
 
 
@@ -77,7 +77,7 @@ WRITES = st.lists(st.tuples(st.integers(0, whole_sectors(SIZE) - 8), st.sampled_
 def test_chain_in_memory_reads_as_its_layers_were_written(
     kind: str, layers: list[list[tuple[int, int]]], seed: int
 ) -> None:
-    """A chain of three layers and more, in folders of its own, reads as written, and no file is looked at."""
+    """A chain of three or more layers, in separate folders, reads as written, without access to a real file."""
     rng, model, volume = random.Random(seed), bytearray(SIZE), MemoryVolume()
     places: list[str] = []
     with mock.patch.object(formats, "FORMATS", (SPARSE, *formats.FORMATS)):
@@ -95,7 +95,7 @@ def test_chain_in_memory_reads_as_its_layers_were_written(
             assert disk.read(0, SIZE) == model
             assert [layer.store.name for layer in disk.chain.layers] == places[::-1]
             assert sum(extent.size_bytes for extent in disk.extents()) == SIZE
-    assert volume.held == places[::-1]  # each is held, as a reader
+    assert volume.held == places[::-1]  # each is locked, by a reader
     assert not volume.open_files
 
 
@@ -119,7 +119,7 @@ Scene = Callable[[MemoryVolume, str], tuple[str, OpenOptions]]
 
 
 def base_and_child(volume: MemoryVolume, root: str, *names: str, base: str = "base.vhd") -> str:
-    """A base, and a child in the folder `vm` that has these names for it; returns the child's place."""
+    """A base, and a child in the folder `vm` with these names for it; returns the child's place."""
     image(volume, f"{root}/vm/{base}", writes=[(0, sector("base"))])
     recorded = reference(volume, f"{root}/vm/leaf.vhd", f"{root}/vm/{base}")
     image(volume, f"{root}/vm/leaf.vhd", other_names(recorded, *names) if names else recorded)
@@ -127,7 +127,7 @@ def base_and_child(volume: MemoryVolume, root: str, *names: str, base: str = "ba
 
 
 def beside(volume: MemoryVolume, root: str) -> tuple[str, OpenOptions]:
-    """The parent lies beside its child."""
+    """The parent is beside its child."""
     return base_and_child(volume, root), OpenOptions()
 
 
@@ -138,24 +138,24 @@ def relative_leaf(volume: MemoryVolume, root: str) -> tuple[str, OpenOptions]:
 
 
 def other_case(volume: MemoryVolume, root: str) -> tuple[str, OpenOptions]:
-    """The parent's name is spelled with other letters."""
+    """The parent's name differs in case."""
     return base_and_child(volume, root, ".\\BASE.VHD"), OpenOptions()
 
 
 def bare_name(volume: MemoryVolume, root: str) -> tuple[str, OpenOptions]:
-    """The parent's path leads nowhere; its bare name is found."""
+    """The parent's path does not exist; its bare name is found."""
     return base_and_child(volume, root, "C:\\Machines\\base.vhd"), OpenOptions()
 
 
 def missing(volume: MemoryVolume, root: str) -> tuple[str, OpenOptions]:
-    """The parent is gone."""
+    """The parent is missing."""
     leaf = base_and_child(volume, root)
     del volume.files[f"{root}/vm/base.vhd"]
     return leaf, OpenOptions()
 
 
 def long_name(volume: MemoryVolume, root: str) -> tuple[str, OpenOptions]:
-    """The parent's name is longer than a file's can be."""
+    """The parent's name is longer than a file name can be."""
     return base_and_child(volume, root, ".\\" + "x" * 300), OpenOptions()
 
 
@@ -202,14 +202,14 @@ def too_deep(volume: MemoryVolume, root: str) -> tuple[str, OpenOptions]:
 
 
 def outside(volume: MemoryVolume, root: str) -> tuple[str, OpenOptions]:
-    """The parent lies above its child's folder."""
+    """The parent is above its child's folder."""
     image(volume, f"{root}/base.vhd")
     image(volume, f"{root}/vm/leaf.vhd", f"{root}/base.vhd")
     return f"{root}/vm/leaf.vhd", OpenOptions()
 
 
 def allowed(volume: MemoryVolume, root: str) -> tuple[str, OpenOptions]:
-    """The same, and the folder was named."""
+    """The same, with the folder allowed."""
     return outside(volume, root)[0], OpenOptions(parent_dirs=[root])
 
 
@@ -237,7 +237,7 @@ def linked_leaf(volume: MemoryVolume, root: str) -> tuple[str, OpenOptions]:
 
 
 def dangling(volume: MemoryVolume, root: str) -> tuple[str, OpenOptions]:
-    """A link with the parent's name leads nowhere."""
+    """A link with the parent's name has no target."""
     leaf = base_and_child(volume, root)
     del volume.files[f"{root}/vm/base.vhd"]
     volume.links[f"{root}/vm/base.vhd"] = "gone.vhd"
@@ -257,7 +257,7 @@ def allowed_raw_parent(volume: MemoryVolume, root: str) -> tuple[str, OpenOption
 
 
 def undone(volume: MemoryVolume, root: str) -> tuple[str, OpenOptions]:
-    """A change to the parent did not finish: its undo log lies beside it."""
+    """A change to the parent is unfinished: its undo log is beside it."""
     leaf = base_and_child(volume, root)
     store = volume.files[f"{root}/vm/base.vhd"]
     at = formats.named("vhd").open(store).block_offset(0)
@@ -268,7 +268,7 @@ def undone(volume: MemoryVolume, root: str) -> tuple[str, OpenOptions]:
 
 
 def link_as_log(volume: MemoryVolume, root: str) -> tuple[str, OpenOptions]:
-    """The same, with a link to the log in its place: it is ignored."""
+    """The same, with a link to the log in its place, which is ignored."""
     leaf, options = undone(volume, root)
     volume.add(f"{root}/log", volume.files.pop(f"{root}/vm/.base.vhd.vhdkit-undo"))
     volume.links[f"{root}/vm/.base.vhd.vhdkit-undo"] = "../log"
@@ -276,7 +276,7 @@ def link_as_log(volume: MemoryVolume, root: str) -> tuple[str, OpenOptions]:
 
 
 def merging(volume: MemoryVolume, root: str) -> tuple[str, OpenOptions]:
-    """A merge into the parent stopped while it was copying: its record lies beside the parent."""
+    """A merge into the parent stopped during the copying: its record is beside the parent."""
     leaf = base_and_child(volume, root)
     base, elsewhere = (Named(one, pending.id_of(volume.files[one])) for one in (f"{root}/vm/base.vhd", leaf))
     elsewhere = replace(elsewhere, path=f"{root}/other/leaf.vhd")
@@ -285,13 +285,13 @@ def merging(volume: MemoryVolume, root: str) -> tuple[str, OpenOptions]:
 
 
 def no_leaf(volume: MemoryVolume, root: str) -> tuple[str, OpenOptions]:
-    """There is no such file."""
+    """The leaf does not exist."""
     base_and_child(volume, root)
     return f"{root}/vm/other.vhd", OpenOptions()
 
 
 def folder_as_leaf(volume: MemoryVolume, root: str) -> tuple[str, OpenOptions]:
-    """The leaf's name is a folder's."""
+    """The leaf's name belongs to a folder."""
     base_and_child(volume, root)
     return f"{root}/vm", OpenOptions()
 
@@ -325,7 +325,7 @@ EXPECTED: dict[Scene, type[errors.VhdkitError] | str] = {
 
 
 def opened(leaf: str, options: OpenOptions, volume: Volume) -> object:
-    """What opening the chain leads to, as a value that can be compared."""
+    """The result of opening the chain, as a value that can be compared."""
     try:
         layers = open_layers(leaf, options=options, volume=volume)
     except errors.VhdkitError as error:
@@ -340,7 +340,7 @@ def opened(leaf: str, options: OpenOptions, volume: Volume) -> object:
 def test_chain_opens_or_fails_as_in_the_file_system(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scene: Scene
 ) -> None:
-    """Content, findings and errors are those of the same files in a file system, to the letter."""
+    """Content, findings and errors are exactly those of the same files in a file system."""
     monkeypatch.setattr(opening, "MAX_CHAIN_DEPTH", 5)
     volume, root = MemoryVolume(), os.path.realpath(tmp_path)
     leaf, options = scene(volume, root)
@@ -358,7 +358,7 @@ def test_chain_opens_or_fails_as_in_the_file_system(
 
 
 def examined(leaf: str, options: OpenOptions, volume: Volume) -> object:
-    """What `check` and `describe_chain` say of the chain, apart from the space that its files take."""
+    """What `check` and `describe_chain` report about the chain, apart from the space that its files take."""
     try:
         described = describe_chain_on(volume, leaf, options)
         images = [replace(layer.image, allocated_bytes=0) for layer in described.layers]
@@ -386,7 +386,7 @@ def test_chain_is_checked_and_described_as_in_the_file_system(
 
 @pytest.mark.parametrize("scene", [outside, link_out], ids=lambda scene: scene.__name__)
 def test_nothing_outside_the_allowed_folders_is_opened(scene: Scene) -> None:
-    """INV-NAME-WITHIN: a name that leads out of the folders does not lead to an opened file."""
+    """INV-NAME-WITHIN: no file is opened for a name that leads out of the allowed folders."""
     volume = MemoryVolume()
     leaf, options = scene(volume, "/srv")
     with pytest.raises(errors.ParentRefused):
@@ -398,7 +398,7 @@ def test_nothing_outside_the_allowed_folders_is_opened(scene: Scene) -> None:
 
 
 def test_parent_that_becomes_another_disk_before_its_lock_is_refused() -> None:
-    """INV-PARENT-ID: an id that was right before the lock was taken, and is another one then, is not accepted."""
+    """INV-PARENT-ID: an id that was right before the lock was taken, and has changed by then, is not accepted."""
     volume = MemoryVolume()
     leaf, _ = beside(volume, "/srv")
     other = image(volume, "/srv/other.vhd")
@@ -420,7 +420,7 @@ def test_parent_that_becomes_another_disk_before_its_lock_is_refused() -> None:
 
 @pytest.mark.parametrize("is_copy", [True, False])
 def test_parent_that_is_replaced_before_its_lock_is_opened_again(is_copy: bool) -> None:
-    """INV-NAME-HELD: the file that has the name once the lock is taken is the parent, or there is none."""
+    """INV-NAME-HELD: the parent is the file that has the name once the lock is taken, or the open fails."""
     volume = MemoryVolume()
     leaf, _ = beside(volume, "/srv")
     other = volume.files["/srv/vm/base.vhd"].copy() if is_copy else image(volume, "/srv/other.vhd")

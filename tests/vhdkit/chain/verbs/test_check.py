@@ -77,7 +77,7 @@ def test_different_sizes_are_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [MIB, 3 * MIB])
-def test_the_length_of_a_raw_parent_is_no_finding(tmp_path: Path, size: int) -> None:
+def test_the_length_of_a_raw_parent_is_not_a_finding(tmp_path: Path, size: int) -> None:
     """A raw parent does not record the size of its disk: its file may be longer or shorter than the child's disk."""
     raw, leaf = tmp_path / "base.raw", tmp_path / "leaf.avhd"
     vhdkit.create_image(raw, 2 * MIB, disk_format=vhdkit.DiskFormat.RAW)

@@ -236,7 +236,7 @@ def test_invalid_arguments(tmp_path: Path) -> None:
         vhdkit.collect_garbage(tmp_path, [tmp_path / "gone.vhd"])
 
 
-def test_orphaned_records_of_merges_go(tmp_path: Path) -> None:
+def test_orphaned_records_of_merges_are_removed(tmp_path: Path) -> None:
     """Cleans orphan merge states: a record is removed if none of its files exists, and kept while one does."""
     tree = make_tree(tmp_path)
     gone = tmp_path / "gone.vhd"

@@ -134,7 +134,7 @@ def test_reads_and_writes_go_on(depth: int, base: str, seed: int, tmp_path_facto
 
 @given(base=st.sampled_from(["dynamic", "fixed"]), deeper=st.booleans(), seed=st.integers(0, 1 << 30))
 @settings(max_examples=daily_or_nightly(15, 40), deadline=None)
-def test_the_leaf_goes_into_its_parent(
+def test_the_leaf_is_merged_into_its_parent(
     base: str, deeper: bool, seed: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """The parent takes the leaf's content and the later writes, and holds a writer's lock."""

@@ -86,7 +86,7 @@ def files() -> list[str]:
 
 
 @pytest.mark.parametrize("base", list(DiskFormat))
-def test_a_child_goes_into_its_parent(base: DiskFormat) -> None:
+def test_a_child_is_merged_into_its_parent(base: DiskFormat) -> None:
     """INV-MERGE-PRESERVES: the parent reads as the child did; only the child is removed."""
     leaf, parent = make_chain(2, base=base)
     before = content(leaf)

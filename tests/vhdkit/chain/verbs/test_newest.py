@@ -216,7 +216,7 @@ def test_merging_the_leaf_leaves_no_notes(notes: Path, tmp_path: Path) -> None:
     assert served(paths[3]) == model
 
 
-def test_an_image_that_is_gone(tmp_path: Path) -> None:
+def test_a_missing_image(tmp_path: Path) -> None:
     """A missing image, of which no record says where its content is, is not found."""
     with pytest.raises(errors.NotFound):
         newest_leaf(tmp_path / "gone.vhd", OpenOptions())

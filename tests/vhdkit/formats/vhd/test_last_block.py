@@ -34,7 +34,7 @@ INSIDE = whole_sectors(DISK_SIZE) - FIRST_OF_LAST
 
 
 def new(*, differencing: bool) -> MemStore:
-    """An empty image whose end lies in its last block."""
+    """An empty image whose end is inside its last block."""
     store = MemStore("image.vhd")
     if differencing:
         create_differencing(store, DISK_SIZE, LINK, block_size_bytes=BLOCK_SIZE)
