@@ -127,6 +127,9 @@ async def _merge_away(running: Running, held: Held, one: Pivot, progress: Progre
     try:
         if above:
             await merge_served(running, merge, progress)
-    finally:
+    except BaseException:
         if not running.exited.is_set():
             await follow_merge(running, held, merge)
+            held.save()
+        raise
+    await follow_merge(running, held, merge)  # also if QEMU has ended: the caller takes the merge as recorded

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -33,9 +34,10 @@ from vmm.processes import disk_copies
 from vmm.processes.rpc import ControlClient
 from vmm.processes.worker_connection import MachineRef
 from vmm.store.backup_note import note_path, read_note
-from vmm.store.snapshots.journal import Backup, Journal
+from vmm.store.snapshots.journal import Backup, Journal, Pivot
 from vmm.store.snapshots.store import load_tree, tree_path
 from vmm.store.snapshots.tree import Tree
+from vmm.worker import backup
 
 pytestmark = pytest.mark.kvm
 
@@ -373,6 +375,39 @@ def test_one_at_a_time(manager: Manager, tmp_path: Path, monkeypatch: pytest.Mon
     os.waitpid(child, 0)
     assert (tmp_path / "copy" / "disk-0.vhd").exists()
     check_merged_away(manager, leaf, before)
+
+
+def test_a_merge_during_which_qemu_ends_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The journal is not ended before the definition names the merged image, even if QEMU ended in the meantime."""
+    pivot = Pivot("disk-0", "/disks/web.vhd", "/disks/web_0123abcd.avhd", "vhd")
+    done: list[str] = []
+
+    class Played:
+        """A running machine, and the tree that its worker holds."""
+
+        name, tree, exited = "web", Tree(), asyncio.Event()
+        go_on = staticmethod(lambda journal: done.append("went on"))
+        done = staticmethod(lambda: done.append("done"))
+        remove_empty = staticmethod(lambda: None)
+
+    async def merge(running: object, journal: object, progress: object) -> None:
+        Played.exited.set()
+
+    async def follow(running: object, held: object, journal: object) -> None:
+        done.append("followed")
+
+    async def layers(running: object) -> dict[str, list[str]]:
+        return {"disk-0": [pivot.child, pivot.frozen]}
+
+    async def merged(running: object, disk: str) -> None: ...
+
+    monkeypatch.setattr(backup, "merge_served", merge)
+    monkeypatch.setattr(backup, "follow_merge", follow)
+    monkeypatch.setattr(backup, "served_layers", layers)
+    monkeypatch.setattr(backup, "wait_merged", merged)
+    played = cast(Any, Played())
+    asyncio.run(backup.merge_away(played, played, Backup((pivot,), True, True), lambda document: None))
+    assert done == ["followed", "went on", "done"]
 
 
 def test_a_damaged_note_of_a_backup(manager: Manager, tmp_path: Path) -> None:
