@@ -112,6 +112,9 @@ def freezing(pairs: Sequence[tuple[Chain, str | None]]) -> Iterator[Freezing]:
         prepared = Freezing(plan, _opened_children(plan, undo))
         try:
             yield prepared
+        except GeneratorExit:  # dropped without being left, perhaps in a forked process: the children are not its own
+            undo.pop_all()
+            raise
         finally:
             if prepared.is_kept:
                 undo.pop_all()

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import os
 import random
 import shutil
 from pathlib import Path
@@ -273,6 +276,27 @@ def test_killed_at_any_call_the_newest_leaf_is_complete(tmp_path: Path) -> None:
         shutil.rmtree(work_folder)
         shutil.copytree(pristine, work_folder)
     assert seen == {"a.vhd", "b.vhd", "a.avhd", "b.avhd"}
+
+
+def test_what_is_only_dropped_removes_nothing(tmp_path: Path) -> None:
+    """INV-FORK-APART: a forked process that ends, and with it its copy of a prepared snapshot, leaves the children."""
+    disks = make(tmp_path, "a.vhd")
+    with contextlib.ExitStack() as held:
+        prepared = held.enter_context(freezing([(disks[0].chain, None)]))
+        pid = os.fork()
+        if pid == 0:
+            try:
+                held.pop_all()
+                del held
+                gc.collect()
+            finally:
+                os._exit(0)
+        os.waitpid(pid, 0)
+        assert names(tmp_path) == ["a.avhd", "a.vhd"]
+        [chain] = prepared.freeze()
+        prepared.done()
+    chain.close()
+    assert names(tmp_path) == ["a.avhd", "a.vhd"]
 
 
 def test_scratch_child(tmp_path: Path) -> None:
