@@ -117,7 +117,7 @@ def _is_beneath_any(path: str, folders: tuple[str, ...]) -> bool:
 def _refuse_read_only_on_ide(request: DiskRequest, controller: Controller) -> None:
     if controller == "ide" and request.read_only and request.kind != "iso":
         raise InvalidSpec(
-            "is to be read-only, and there is no read-only disk on IDE", path=request.path,
+            "a disk on IDE cannot be read-only", path=request.path,
             hint="put it on scsi or virtio",
         )  # fmt: skip
 

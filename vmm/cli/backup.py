@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`backup`: all disks of a machine as they are at one moment, in a folder."""
+"""`backup`: copies all disks of a machine, as they are at one moment, into a folder."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from vmm.cli.common import epilog, output_options, print_json, print_line, progr
 @click.argument("folder", metavar="DIR")
 @output_options
 def backup_command(name: str, folder: str, as_json: bool, quiet: bool) -> None:
-    """Copy all disks of the machine NAME, and its definition, into the new folder DIR. It may run meanwhile.
+    """Copy all disks of the machine NAME, and its definition, into the new folder DIR. The machine may keep running.
 
-    The copies are dynamic VHDs without parents, of one moment: the guest's file systems are written out and frozen for
-    it where the guest agent runs, else the copies are as after a power cut. Memory is not copied.
+    The copies are dynamic VHDs without parents, and all show the same moment. If the guest agent is running, the
+    guest's file systems are flushed and frozen for that moment; otherwise the copies are as after a power cut. Memory
+    is not copied.
     """
     with progress_line(shown=not quiet and not as_json) as progress:
         result = Manager().backup(name, folder, progress=progress)
     if as_json:
         print_json(asdict(result))
     elif not quiet:
-        how = "its file systems written out" if result.consistent else "as after a power cut"
+        how = "with flushed file systems" if result.consistent else "as after a power cut"
         print_line(f"{name}: {len(result.disks)} disks in {result.folder}, {how}")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the verbs have in common: options, sizes, tables, JSON, and a line that shows progress.
+"""What the verbs share: options, sizes, tables, JSON, and a progress line.
 
-Decides layout and style, nothing about content. Every text that comes from outside passes through `printable`.
+Decides layout and style, nothing about content. All text from outside passes through `printable`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _COLOURS = {
 
 
 class SizeType(AnyType):
-    """Bytes as people write them: 512, 64K, 1.5G, 2TiB."""
+    """A size in bytes: 512, 64K, 1.5G, 2TiB."""
 
     name = "size"
 
@@ -53,12 +53,12 @@ class SizeType(AnyType):
 
 
 class DiskSizeType(AnyType):
-    """The size of a disk as people write it, rounded up to whole sectors."""
+    """The size of a disk, rounded up to whole sectors."""
 
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> vhdkit.DiskSize:
-        """The size in bytes, which knows what was asked for."""
+        """The size in bytes, with the size that was given if it was rounded."""
         try:
             return vhdkit.parse_disk_size(str(value))
         except ValueError as error:
@@ -66,7 +66,7 @@ class DiskSizeType(AnyType):
 
 
 class SecondsType(AnyType):
-    """How long: a number above 0. What is no number (nan) or has no end is no time to wait for."""
+    """A duration: a number above 0. NaN and infinity are refused."""
 
     name = "seconds"
 
@@ -87,7 +87,7 @@ SECONDS = SecondsType()
 
 
 def format_size(size_bytes: int | None) -> str:
-    """ "512.0 MiB"; "-" for an unknown one."""
+    """ "512.0 MiB"; "-" if the size is unknown."""
     if size_bytes is None:
         return "-"
     amount, unit = float(size_bytes), "B"
@@ -102,14 +102,16 @@ def output_options(verb: Verb) -> Verb:
     """`--json` and `--quiet`."""
     for option in (
         click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors."),
-        click.option("--json", "as_json", is_flag=True, help="Print one JSON document; an error is one, too."),
+        click.option(
+            "--json", "as_json", is_flag=True, help="Print one JSON document; an error is printed as JSON, too."
+        ),
     ):
         verb = option(verb)
     return verb
 
 
 class VerbGroup(click.Group):
-    """A group whose help shows what each verb is for in a whole sentence; click cuts them off."""
+    """A group whose help shows whole sentences for its verbs; click would cut them off."""
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The list of verbs."""
@@ -122,7 +124,7 @@ class VerbGroup(click.Group):
             formatter.write_dl(rows)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Without a verb: the help, as the program alone prints it."""
+        """Without a verb, show the help, as the program without arguments does."""
         if not args and not ctx.resilient_parsing:
             click.echo(ctx.get_help())
             ctx.exit()
@@ -130,34 +132,34 @@ class VerbGroup(click.Group):
 
 
 def epilog(*examples: str) -> str:
-    """The end of a verb's help."""
+    """The examples at the end of a verb's help."""
     return "\b\n" + "\n".join(["Examples:" if len(examples) > 1 else "Example:", *(f"  {one}" for one in examples)])
 
 
 def print_json(document: object) -> None:
-    """One document on standard output."""
+    """Print one document on standard output."""
     click.echo(json_text(document, indent=2))
 
 
 def print_line(text: str) -> None:
-    """One line."""
+    """Print one line on standard output."""
     click.echo(printable(text))
 
 
 def print_aside(text: str) -> None:
-    """One line on standard error that tells of no failure: where nobody can be told, the verb goes on all the same."""
+    """Print one line that reports no failure on standard error. If that fails, the verb goes on."""
     with contextlib.suppress(OSError, ValueError):
         click.echo(printable(text), err=True)
 
 
 def print_disconnected(started: Started) -> None:
-    """A line for each adapter that is on no switch."""
+    """Print a line for each adapter that is connected to no switch."""
     for one in started.disconnected:
         print_line(f"{one.adapter} is disconnected: {one.problem}")
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, states: int | None = None) -> None:
-    """Aligned columns; the column `states` has the colours of states, on a terminal."""
+    """Print aligned columns; on a terminal, the column with index `states` is coloured by state."""
     cells = [[printable(cell) for cell in row] for row in (head, *rows)]
     widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
     for number, row in enumerate(cells):
@@ -171,7 +173,7 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, states: i
 
 
 def print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
-    """Names and values in two columns; without a value left out."""
+    """Print names and values in two columns; pairs with an empty value are left out."""
     pairs = [(name, value) for name, value in pairs if value]
     width = max((len(name) for name, _ in pairs), default=0)
     for name, value in pairs:
@@ -180,7 +182,7 @@ def print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
 
 @contextlib.contextmanager
 def progress_line(*, shown: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A function that shows how far something is on one line of a terminal, which is wiped at the end."""
+    """A function that shows progress on one line of a terminal; the line is erased at the end."""
     is_on = shown and sys.stderr.isatty()
     words = ProgressText(format_size)
     width = 0
@@ -188,7 +190,8 @@ def progress_line(*, shown: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
     def show(document: dict[str, Any]) -> None:
         nonlocal width
         step = printable(str(document.get("step", "")))
-        text = words.text({**document, "step": step}, shutil.get_terminal_size().columns - 1)  # one line stays one
+        # never more than one line
+        text = words.text({**document, "step": step}, shutil.get_terminal_size().columns - 1)
         _show_on_terminal("\r" + text.ljust(width))
         width = len(text)
 
@@ -200,13 +203,13 @@ def progress_line(*, shown: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
 
 
 def _show_on_terminal(text: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # a terminal that is gone ends no verb
+    with contextlib.suppress(OSError, ValueError):  # the verb goes on without a terminal
         sys.stderr.write(text)
         sys.stderr.flush()
 
 
 def confirm(question: str, *, yes: bool) -> None:
-    """Ask on a terminal; elsewhere --yes is needed. Raises Abort, UsageError."""
+    """Ask for confirmation on a terminal; without a terminal --yes is needed. Raises Abort, UsageError."""
     if yes:
         return
     if not sys.stdin.isatty():

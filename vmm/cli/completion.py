@@ -2,8 +2,8 @@
 """Shell completion of names: machines, switches, adapters, disks, snapshots and network interfaces.
 
 Decides which names a parameter of a command can take, by the parameter's name and the command's group. Used only while
-a shell asks for completions (`_VMM_COMPLETE`), so that no other command pays for it. What cannot be read gives no
-names: a completion never fails. Verbs, options and their choices are completed by click itself.
+a shell asks for completions (`_VMM_COMPLETE`), so other commands do not pay for it. If names cannot be read, none are
+offered: a completion never fails. Verbs, options and their choices are completed by click itself.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Names: TypeAlias = Callable[[click.Context], Iterable[str]]
 
 
 class NameType(AnyType):
-    """A text of which the possible values are known when a shell asks for them."""
+    """A text whose possible values are determined when a shell asks for them."""
 
     name = "text"
 
@@ -31,18 +31,18 @@ class NameType(AnyType):
         self._names = names
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Take the value as it is."""
+        """Return the value unchanged."""
         return value
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """The names that begin like that."""
+        """The names that begin with `incomplete`."""
         with contextlib.suppress(VmmError, OSError):
             return [CompletionItem(name) for name in sorted(self._names(ctx)) if name.startswith(incomplete)]
         return []
 
 
 def with_names(command: click.Command, verb: str) -> click.Command:
-    """The command, or every command of a group, with completions of names."""
+    """The command, or every command of a group, with completion of names."""
     for one in command.commands.values() if isinstance(command, click.Group) else (command,):
         for param in one.params:
             is_new = one.name == "create" and param.name == "name"
@@ -53,7 +53,7 @@ def with_names(command: click.Command, verb: str) -> click.Command:
 
 
 def _names_for(parameter: str, verb: str) -> Names | None:
-    """The values that a parameter can have; None where they are not names that are known."""
+    """The values that a parameter can have; None if they are not names that are known."""
     if verb == "switch":
         return {"name": _switches, "uplink": _interfaces, "adapter": _adapters_of_all}.get(parameter)
     if parameter == "machine" or (parameter == "name" and verb != "snapshot"):

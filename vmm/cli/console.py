@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vmm console` and `vmm screen`: using a machine's serial console, and seeing its screen.
 
-Decides what people are told when they connect and leave, and which viewer is started if there is a display.
-How a terminal is connected is decided in `terminal`.
+Decides what users see when they connect and leave, and which viewer is started if there is a display. How a terminal
+is connected is decided in `terminal`.
 """
 
 from __future__ import annotations
@@ -38,13 +38,15 @@ if TYPE_CHECKING:
 @click.argument("name")
 @click.option("--no-scrollback", is_flag=True, help="Do not show earlier output.")
 @click.option(
-    "--log", "wants_log", is_flag=True, help="Print what is kept of the past, and end; works when it is off."
+    "--log", "wants_log", is_flag=True, help="Print the recorded output and exit; works while the machine is off, too."
 )
-@click.option("--watch", is_flag=True, help="Only look; nothing is typed.")
-@click.option("--shared", is_flag=True, help="Share the keyboard with everybody else who uses --shared.")
-@click.option("--take", is_flag=True, help="Take the keyboard over from whoever has it.")
-@click.option("--expect", metavar="TEXT", help="End when the guest has printed this.")
-@click.option("--timeout", type=SECONDS, metavar="SECONDS", help="End after so long; exit code 9 with --expect.")
+@click.option("--watch", is_flag=True, help="Only watch; send no input.")
+@click.option("--shared", is_flag=True, help="Share the keyboard with all others that use --shared.")
+@click.option("--take", is_flag=True, help="Take over the keyboard from its present user.")
+@click.option("--expect", metavar="TEXT", help="Exit when the guest has printed TEXT.")
+@click.option(
+    "--timeout", type=SECONDS, metavar="SECONDS", help="Exit after this time; with --expect, with exit code 9."
+)
 def console_command(
     name: str,
     no_scrollback: bool,
@@ -55,15 +57,15 @@ def console_command(
     expect: str | None,
     timeout: float | None,
 ) -> None:
-    """Join this terminal to the serial console of the machine NAME. Ctrl-] leaves; the machine runs on.
+    """Connect this terminal to the serial console of the machine NAME. Ctrl-] disconnects; the machine keeps running.
 
-    Many can watch, one can type. Without a terminal the input is sent as it is, and the command ends when that is
-    used up and the guest has been quiet for a second.
+    Any number of terminals can watch, one can type. If standard input is not a terminal, it is sent as it is, and the
+    command exits when the input has been sent and the guest has been silent for a second.
     """
     if watch + shared + take > 1:
-        raise InvalidSpec("--watch, --shared and --take exclude each other")
+        raise InvalidSpec("--watch, --shared and --take are mutually exclusive")
     if expect == "":
-        raise InvalidSpec("--expect needs the text to wait for")
+        raise InvalidSpec("--expect needs a text to wait for")
     guest = Manager().guest(name)
     if wants_log:
         sys.stdout.buffer.write(guest.console_log())
@@ -72,10 +74,10 @@ def console_command(
     typing: Typing = "never" if watch else "shared" if shared else "take" if take else "alone"
     ended = _join(guest, name, typing, no_scrollback=no_scrollback, expect=expect, timeout=timeout)
     if ended is Ended.TIMED_OUT and expect is not None:
-        raise TimedOut(f"the guest did not say {expect!r} within {timeout:g} s", machine=name)
+        raise TimedOut(f"the guest did not print {expect!r} within {timeout:g} s", machine=name)
     if ended is Ended.CONSOLE_GONE:
         if expect is not None:
-            raise VmmError(f"the console ended before the guest said {expect!r}", machine=name)
+            raise VmmError(f"the console ended before the guest printed {expect!r}", machine=name)
         print_aside(f"{name}: the console ended: the machine is off")
 
 
@@ -90,10 +92,10 @@ def _join(
         if not is_again:
             if not console.may_type and typing != "never":
                 print_aside(
-                    f"{name}: somebody else has the keyboard; this only watches (to type: --take, or --shared in both)"
+                    f"{name}: the keyboard is in use; this only watches (to type: --take, or --shared in both)"
                 )
             elif is_terminal:
-                print_aside(f"{name}: this is its console; Ctrl-] leaves")
+                print_aside(f"{name}: connected to the console; Ctrl-] disconnects")
         return console.link
 
     join = Join(
@@ -108,13 +110,13 @@ def _join(
 
 @click.command("screen", epilog=epilog("vmm screen web", "vmm screen web --png web.png"))
 @click.argument("name")
-@click.option("--png", metavar="FILE", help="Take a picture and put it there (- for standard output).")
-@click.option("--no-viewer", is_flag=True, help="Only say where the screen is.")
+@click.option("--png", metavar="FILE", help="Write a picture to FILE (- for standard output).")
+@click.option("--no-viewer", is_flag=True, help="Only print where the screen can be reached.")
 @output_options
 def screen_command(name: str, png: str | None, no_viewer: bool, as_json: bool, quiet: bool) -> None:
-    """Look at the screen of the machine NAME: by VNC with keyboard and mouse, or a picture of it with --png.
+    """Look at the screen of the machine NAME: over VNC with keyboard and mouse, or with --png as a picture.
 
-    A viewer is started where one is installed and there is a display to show it on; with --json never.
+    A viewer is started if one is installed and there is a display for it; with --json none is started.
     """
     guest = Manager().guest(name)
     if png is not None:
@@ -141,9 +143,9 @@ def screen_command(name: str, png: str | None, no_viewer: bool, as_json: bool, q
         command = command or viewer_command(path, {viewers()[0]: viewers()[0]}) or []
         words = [
             f"the screen is a VNC server on the socket {path}",
-            f"look at it here:        {' '.join(command)}{install}",
+            f"from this computer:       {' '.join(command)}{install}",
             f"from another computer:  ssh -N -L 5901:{path} {_user()}@{os.uname().nodename}",
-            "                        and there a VNC viewer on localhost:5901",
+            "                        and there connect a VNC viewer to localhost:5901",
         ]
     if not quiet:
         for line in words:
@@ -153,17 +155,17 @@ def screen_command(name: str, png: str | None, no_viewer: bool, as_json: bool, q
 def _user() -> str:
     try:
         return pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:  # a user without a name
+    except KeyError:  # the user id has no name
         return str(os.geteuid())
 
 
 def _take_picture(guest: GuestAccess, path: str) -> int:
-    """Put a picture into the file, whole or not at all; its size in bytes."""
+    """Write a picture to the file, completely or not at all; its size in bytes."""
     picture = guest.screen()
     if path == "-":
         sys.stdout.buffer.write(picture)
         sys.stdout.buffer.flush()
-    elif os.path.exists(path) and not os.path.isfile(path):  # a device or a pipe: nothing takes its place
+    elif os.path.exists(path) and not os.path.isfile(path):  # a device or a pipe is written to, not replaced
         with open(path, "wb") as file:
             file.write(picture)
     else:

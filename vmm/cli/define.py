@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`create`, `set` and `delete`: which machines there are and what they are made of.
+"""`create`, `set` and `delete`: which machines exist and what they are made of.
 
 Decides how options become settings. Which settings are valid is decided in `spec`.
 """
@@ -24,10 +24,10 @@ _SERVICES = tuple(name.replace("_", "-") for name in IntegrationSpec.model_field
 _SET_HELP = {
     "memory": "Memory, such as 512M or 4G.",
     "cpus": "Number of virtual processors.",
-    "firmware": "What boots: bios (SeaBIOS) or uefi (OVMF).",
-    "boot_order": "What is booted from first, such as cdrom,disk,network.",
-    "accel": "kvm, tcg, or auto: KVM where it really runs a guest.",
-    "cpu_model": "QEMU's name of the processor model; it stays the machine's for life.",
+    "firmware": "Firmware: bios (SeaBIOS) or uefi (OVMF).",
+    "boot_order": "Order of boot devices, such as cdrom,disk,network.",
+    "accel": "kvm, tcg, or auto: KVM if it really runs a guest.",
+    "cpu_model": "QEMU's name for the processor model, which the machine keeps permanently.",
 }
 
 
@@ -43,29 +43,29 @@ def _setting_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--firmware", type=click.Choice(["bios", "uefi"]), help=_SET_HELP["firmware"]),
         click.option("--boot-order", metavar="DEVICES", help=_SET_HELP["boot_order"]),
         click.option("--kernel", metavar="FILE", help="Boot this Linux kernel instead of a disk; '' for none."),
-        click.option("--initrd", metavar="FILE", help="Its initial file system."),
-        click.option("--append", metavar="TEXT", help="Its arguments."),
+        click.option("--initrd", metavar="FILE", help="Initial RAM disk for the kernel."),
+        click.option("--append", metavar="TEXT", help="Command line of the kernel."),
         click.option("--accel", type=click.Choice(["auto", "kvm", "tcg"]), help=_SET_HELP["accel"]),
         click.option("--cpu", "cpu_model", metavar="MODEL", help=_SET_HELP["cpu_model"]),
         click.option("--screen/--no-screen", default=None, help="Whether the machine has a screen (VGA)."),
         click.option("--rtc", type=click.Choice(_choices(MachineSpec, "rtc")),
-                     help="What the machine's clock shows when it starts: utc, or local, as Windows takes it."),
+                     help="Time shown by the machine's clock at start: utc, or local, as Windows expects."),
         click.option("--service", "services", metavar="NAME=on|off", multiple=True,
-                     help=f"Switch an integration service: {', '.join(_SERVICES)}. Repeatable."),
+                     help=f"Turn an integration service on or off: {', '.join(_SERVICES)}. Repeatable."),
         click.option("--automatic-start", type=click.Choice(_choices(AutomaticSpec, "start")),
                      help="What happens when the host starts."),
-        click.option("--start-delay", type=int, metavar="SECONDS", help="How many seconds it waits before that."),
+        click.option("--start-delay", type=int, metavar="SECONDS", help="Seconds to wait before the machine starts."),
         click.option("--automatic-stop", type=click.Choice(_choices(AutomaticSpec, "stop")),
                      help="What happens when the host stops."),
         click.option("--automatic-recovery", type=click.Choice(_choices(AutomaticSpec, "recovery")),
                      help="What happens when QEMU crashes."),
-        click.option("--disk-folder", metavar="DIR", help="Where this machine's disks are looked for; '' for none."),
-        click.option("--snapshot-folder", metavar="DIR", help="Where this machine's snapshots go; '' for none."),
+        click.option("--disk-folder", metavar="DIR", help="Folder to look for this machine's disks in; '' for none."),
+        click.option("--snapshot-folder", metavar="DIR", help="Folder for this machine's snapshots; '' for none."),
         click.option("--background-capture/--no-background-capture", default=None,
                      help="Give QEMU what it needs to save memory while the guest runs: nothing with "
                           "vm.unprivileged_userfaultfd=1, /dev/userfaultfd for QEMU 8 and newer, else CAP_SYS_PTRACE, "
-                          "a right over the host's processes that a guest which escapes from QEMU would have."),
-        click.option("--notes", metavar="TEXT", help="Notes of your own."),
+                          "which would give a guest that escapes from QEMU power over the host's processes."),
+        click.option("--notes", metavar="TEXT", help="Notes about the machine."),
     ]  # fmt: skip
     for option in reversed(options):
         function = option(function)
@@ -73,7 +73,7 @@ def _setting_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _settings(words: dict[str, Any], before: MachineSpec | None) -> dict[str, Any]:
-    """What was said, as settings of a machine."""
+    """The options that were given, as settings of a machine."""
     names = {"memory": "memory_bytes", "cpus": "cpu_count", "accel": "accelerator"}
     plain = ("memory", "cpus", "firmware", "accel", "cpu_model", "screen", "rtc", "background_capture", "notes")
     settings: dict[str, Any] = {names.get(one, one): words[one] for one in plain if words[one] is not None}
@@ -106,7 +106,7 @@ def _boot_order(text: str) -> list[str]:
     unknown = [word for word in order if word not in get_args(BootDevice)]
     if unknown:
         raise click.BadParameter(
-            f"{unknown[0]!r} is not one of {', '.join(get_args(BootDevice))}", param_hint="--boot-order"
+            f"{unknown[0]!r} is unknown; the devices are {', '.join(get_args(BootDevice))}", param_hint="--boot-order"
         )
     return order
 
@@ -116,7 +116,7 @@ def _service(word: str) -> tuple[str, bool]:
     name = name.replace("_", "-")
     if name not in _SERVICES or value not in ("on", "off"):
         raise click.BadParameter(
-            f"{word!r} is not NAME=on|off; there are {', '.join(_SERVICES)}", param_hint="--service"
+            f"{word!r} is not NAME=on|off; the services are {', '.join(_SERVICES)}", param_hint="--service"
         )
     return name.replace("-", "_"), value == "on"
 
@@ -134,13 +134,15 @@ def _service(word: str) -> tuple[str, bool]:
               help="A disk; options: controller=ide|scsi|virtio, index=N, unit=N, serial=TEXT, read-only,"
                    " format=vhd|raw, parent-dir=DIR, allow-raw-parent. Repeatable; the first is on IDE.")  # fmt: skip
 @click.option("--pass-through", "devices", metavar="DEVICE|iscsi://...", multiple=True,
-              help="A block device or an iSCSI LUN, whole, as a disk (on SCSI or as ,controller= says).")  # fmt: skip
+              help="A whole block device or iSCSI LUN as a disk (on SCSI, or as ,controller= says).")  # fmt: skip
 @click.option("--cdrom", "images", metavar="FILE[,OPTION=VALUE...]", multiple=True,
-              help="An ISO image in a drive on IDE; '' is an empty drive. Options: index=N, unit=N, serial=TEXT."
+              help="An ISO image in a drive on IDE; '' for an empty drive. Options: index=N, unit=N, serial=TEXT."
                    " Repeatable.")  # fmt: skip
 @click.option("--nic", "nics", metavar="SWITCH[,OPTION=VALUE...]", multiple=True,
-              help="An adapter on a switch ('-' for none); options as of vmm nic add. Repeatable.")  # fmt: skip
-@click.option("--folder", metavar="DIR", help="Make the machine's own folder in DIR instead of the host's default.")
+              help="An adapter on a switch ('-' for none); options as for vmm nic add. Repeatable.")  # fmt: skip
+@click.option(
+    "--folder", metavar="DIR", help="Create the machine's folder in DIR instead of the host's default folder."
+)
 @_setting_options
 @output_options
 def create_command(
@@ -156,8 +158,8 @@ def create_command(
 ) -> None:
     """Define a machine called NAME. Nothing is started, and no disk is changed.
 
-    Images are looked at as the machine will open them. QEMU's newest machine type and the processor model become the
-    machine's for life, so that what is saved can be restored after an upgrade.
+    Images are examined as the machine will open them. The machine permanently keeps QEMU's newest machine type and the
+    processor model, so that saved states can be restored after an upgrade.
     """
     requests = [parse_disk(word) for word in disks]
     requests += [parse_disk(word, kind="pass-through") for word in devices]
@@ -176,18 +178,18 @@ def create_command(
 
 @click.command("set", epilog=epilog("vmm set web --memory 2G", "vmm set web --automatic-stop shut-down --rename www"))
 @click.argument("name")
-@click.option("--rename", "new_name", metavar="NAME", help="Give it another name.")
-@click.option("--new-id", is_flag=True, help="Make a machine of its own out of a copied machine folder: it gets an id"
+@click.option("--rename", "new_name", metavar="NAME", help="Rename the machine.")
+@click.option("--new-id", is_flag=True, help="Turn a copied machine folder into a separate machine: it gets an id"
               " and MAC addresses of its own, keeps the images that were copied with it, and leaves those that its"
-              " original needs, its snapshots and its saved memory.")  # fmt: skip
+              " original needs, and the snapshots and saved memory.")  # fmt: skip
 @_setting_options
 @output_options
 def set_command(name: str, new_name: str | None, new_id: bool, as_json: bool, quiet: bool, **words: Any) -> None:
-    """Change settings of the machine NAME. A running machine gets new hardware with its next start.
+    """Change settings of the machine NAME. A running machine gets new hardware at its next start.
 
     \b
     With --json: what `vmm show --json` prints, and
-      takes_effect  "now" or "next start"
+        takes_effect  "now" or "next start"
     """
     manager = Manager()
     if new_id:
@@ -197,15 +199,15 @@ def set_command(name: str, new_name: str | None, new_id: bool, as_json: bool, qu
     if new_name is not None:
         settings["name"] = new_name
     if not settings and not new_id:
-        raise click.UsageError("say what is to change")
+        raise click.UsageError("name a setting to change")
     later = bool(settings) and manager.set(name, **settings)
     name = new_name or name
     if as_json:
         print_json({**document_of(manager.show(name)), "takes_effect": "next start" if later else "now"})
     elif not quiet:
-        print_line(f"{name} is changed" + (", and will be with its next start" if later else ""))
+        print_line(f"{name} is changed" + ("; this takes effect at its next start" if later else ""))
         if {"kernel", "initrd"} & set(settings) and manager.state(name) is MachineState.SAVED:
-            print_line(f"{name}: its saved memory goes on as it is; this counts when the guest restarts")
+            print_line(f"{name}: its saved memory is restored unchanged; this takes effect when the guest restarts")
 
 
 def _new_id(manager: Manager, name: str, *, quiet: bool) -> None:
@@ -216,24 +218,24 @@ def _new_id(manager: Manager, name: str, *, quiet: bool) -> None:
     for kept in done.disks:
         print_line(f"keeps    {kept.disk}: {kept.path}")
     for left in done.taken_out:
-        print_line(f"leaves   {left.disk}: {left.path}  ({left.reason}; vmm disk add {name} a copy of it)")
+        print_line(f"leaves   {left.disk}: {left.path}  ({left.reason}; vmm disk add {name} with a copy of it)")
     if done.aside is not None:
-        print_line(f"its snapshots and saved memory are put aside, they are {done.original}'s: {done.aside}")
+        print_line(f"its snapshots and saved memory belong to {done.original} and were moved aside: {done.aside}")
 
 
 @click.command("delete", epilog=epilog("vmm delete web", "vmm delete web --with-disks --yes"))
 @click.argument("name")
-@click.option("--with-disks", is_flag=True, help="Remove its own images, too; never a parent that is not its own.")
-@click.option("--with-snapshots", is_flag=True, help="Remove its snapshots, without which it is not deleted.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
-@click.option("--dry-run", is_flag=True, help="Show what would be removed, and remove nothing.")
+@click.option("--with-disks", is_flag=True, help="Remove its own images, too; never a parent that belongs to others.")
+@click.option("--with-snapshots", is_flag=True, help="Remove its snapshots, too; needed if it has any.")
+@click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
+@click.option("--dry-run", is_flag=True, help="Show what would be removed, but remove nothing.")
 @output_options
 def delete_command(
     name: str, with_disks: bool, with_snapshots: bool, yes: bool, dry_run: bool, as_json: bool, quiet: bool
 ) -> None:
     """Remove the machine NAME, with its saved memory and logs. Its disks stay, unless --with-disks is given.
 
-    What will be removed is listed first.
+    The files to be removed are listed first.
     """
     manager = Manager()
     plan = manager.plan_delete(name, with_disks=with_disks, with_snapshots=with_snapshots)

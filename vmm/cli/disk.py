@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`disk add`, `remove`, `change`, `list`, `resize`: a machine's disks, while it runs or not.
+"""`disk add`, `remove`, `change`, `list`, `resize`: a machine's disks, running or not.
 
 Decides how a disk is written as one argument: IMAGE[,OPTION=VALUE...]. The name of an image may contain commas: the
 text after one is an option only if it looks like one.
@@ -33,9 +33,9 @@ _ONLY_FOR_IMAGES = ("format", "parent-dir", "allow-raw-parent")
 
 
 def parse_disk(word: str, *, kind: Literal["vhd", "pass-through", "iso"] = "vhd") -> DiskRequest:
-    """IMAGE[,OPTION=VALUE...] as a request; of a drive ("iso") the image may be missing. Raises BadParameter."""
+    """Parse IMAGE[,OPTION=VALUE...]; for a drive ("iso") the image may be missing. Raises BadParameter."""
     path, *rest = word.split(",")
-    while rest and rest[0] not in _FLAGS and rest[0].partition("=")[0] not in _VALUED:  # of the name, most likely
+    while rest and rest[0] not in _FLAGS and rest[0].partition("=")[0] not in _VALUED:  # most likely part of the name
         if os.path.lexists(path) and not os.path.lexists(f"{path},{rest[0]}"):
             break
         path += "," + rest.pop(0)
@@ -48,29 +48,29 @@ def parse_disk(word: str, *, kind: Literal["vhd", "pass-through", "iso"] = "vhd"
             settings[option.replace("-", "_")] = True
         elif name not in _VALUED or not sign or not value:
             raise click.BadParameter(
-                f"{option!r} in {word!r} is not an option; there are {', '.join((*_VALUED, *_FLAGS))}"
+                f"{option!r} in {word!r} is not an option; the options are {', '.join((*_VALUED, *_FLAGS))}"
             )
         elif name == "parent-dir":
             settings["parent_dirs"] += (value,)
         elif name in ("index", "unit"):
             if not value.isdecimal():
-                raise click.BadParameter(f"{option!r} in {word!r}: not a number")
+                raise click.BadParameter(f"{option!r} in {word!r}is not a number")
             settings["controller_index" if name == "index" else "unit"] = int(value)
         else:
             settings[name] = value
     for name, known in (("controller", tuple(UNITS)), ("format", _FORMATS)):
         if settings.get(name) not in (None, *known):
-            raise click.BadParameter(f"{settings[name]!r} is not a {name}; there are {', '.join(known)}")
+            raise click.BadParameter(f"{settings[name]!r} is not a {name}; known are {', '.join(known)}")
     if kind != "vhd":
         for option in rest:
             if option.partition("=")[0] in _ONLY_FOR_IMAGES:
-                raise click.BadParameter(f"{option!r} in {word!r} is for images of hard disks")
+                raise click.BadParameter(f"{option!r} in {word!r} applies to images of hard disks only")
     return DiskRequest(path or None, kind=kind, **settings)
 
 
 @click.group("disk", cls=VerbGroup, context_settings={"help_option_names": ["-h", "--help"]})
 def disk_command() -> None:
-    """Add, remove, list and resize the disks of a machine, on SCSI also while it runs; change the media of drives."""
+    """Add, remove, list and resize the disks of a machine, on SCSI also while it runs; change media in drives."""
 
 
 @disk_command.command(
@@ -82,18 +82,19 @@ def disk_command() -> None:
 @click.argument("name")
 @click.argument("disk", metavar="[IMAGE][,OPTION=VALUE...]", required=False)
 @click.option(
-    "--pass-through", is_flag=True, help="IMAGE is a block device or an iscsi:// LUN, given to the guest whole."
+    "--pass-through", is_flag=True, help="IMAGE is a block device or an iscsi:// LUN, given to the guest as a whole."
 )
-@click.option("--cdrom", is_flag=True, help="A drive with the ISO image IMAGE in it; without IMAGE an empty one.")
+@click.option("--cdrom", is_flag=True, help="Add a drive with the ISO image IMAGE; without IMAGE, an empty drive.")
 @output_options
 def add_command(name: str, disk: str | None, pass_through: bool, cdrom: bool, as_json: bool, quiet: bool) -> None:
-    """Give the machine NAME a disk. A running one gets it at once, on SCSI.
+    """Give the machine NAME a disk. A running machine gets it at once, on SCSI.
 
     Options: controller=ide|scsi|virtio, index=N, unit=N, serial=TEXT, read-only, format=vhd|raw, parent-dir=DIR,
-    allow-raw-parent. Without controller= it is on IDE while there is room; one that is read-only is on SCSI or virtio.
+    allow-raw-parent. Without controller=, the disk is on IDE while there is room; a read-only disk is on SCSI or
+    virtio.
     """
     if pass_through and cdrom:
-        raise click.UsageError("either --pass-through or --cdrom")
+        raise click.UsageError("--pass-through and --cdrom are mutually exclusive")
     if disk is None and not cdrom:
         raise click.UsageError("name an IMAGE; only a drive (--cdrom) may be empty")
     added = Manager().add_disk(
@@ -110,9 +111,9 @@ def add_command(name: str, disk: str | None, pass_through: bool, cdrom: bool, as
 @click.argument("disk", metavar="DISK")
 @output_options
 def remove_command(name: str, disk: str, as_json: bool, quiet: bool) -> None:
-    """Take DISK (its id, serial or image) away from the machine NAME. The image stays.
+    """Remove DISK (its id, serial or image) from the machine NAME. The image stays.
 
-    A running guest is asked to let go of it, and may refuse.
+    A running guest is asked to release the disk, and may refuse.
     """
     removed = Manager().remove_disk(name, disk)
     if as_json:
@@ -128,19 +129,21 @@ def remove_command(name: str, disk: str, as_json: bool, quiet: bool) -> None:
 @click.argument("name")
 @click.argument("drive", metavar="DRIVE")
 @click.argument("file", metavar="[FILE]", required=False)
-@click.option("--eject", is_flag=True, help="Take the medium out, and leave the drive empty.")
-@click.option("--force", is_flag=True, help="Do so although the guest has locked the drive: it loses what it reads.")
+@click.option("--eject", is_flag=True, help="Remove the medium and leave the drive empty.")
+@click.option(
+    "--force", is_flag=True, help="Change it even if the guest has locked the drive, and is perhaps reading."
+)
 @output_options
 def change_command(
     name: str, drive: str, file: str | None, eject: bool, force: bool, as_json: bool, quiet: bool
 ) -> None:
-    """Put the ISO image FILE into DRIVE (its id, serial or present image) of the machine NAME, or take it out.
+    """Put the ISO image FILE into DRIVE (its id, serial or present image) of the machine NAME, or remove the medium.
 
-    The machine may run: the guest finds another medium, as after the button of a real drive, and a guest that has
-    locked the drive is asked to let go of it. A saved machine finds it when it goes on.
+    If the machine is running, the guest finds another medium, as after a press of the button of a real drive; a guest
+    that has locked the drive is asked to release it. A saved machine finds the new medium when it is started.
     """
     if (file is None) is not eject:
-        raise click.UsageError("say what comes into the drive: FILE, or --eject for nothing")
+        raise click.UsageError("name a FILE for the drive, or use --eject")
     changed = Manager().change_medium(name, drive, file, force=force)
     if as_json:
         print_json(changed.model_dump(mode="json"))
@@ -152,7 +155,7 @@ def change_command(
 @click.argument("name")
 @output_options
 def list_command(name: str, as_json: bool, quiet: bool) -> None:
-    """The disks of the machine NAME."""
+    """List the disks of the machine NAME."""
     disks = Manager().disks(name)
     if as_json:
         print_json(
@@ -183,14 +186,15 @@ def list_command(name: str, as_json: bool, quiet: bool) -> None:
 @click.argument("name")
 @click.argument("disk", metavar="DISK")
 @click.argument("size", type=DISK_SIZE)
-@click.option("--shrink", is_flag=True, help="A smaller size is meant. Only when the machine is off.")
+@click.option("--shrink", is_flag=True, help="Allow a smaller size. Only while the machine is off.")
 @output_options
 def resize_command(name: str, disk: str, size: vhdkit.DiskSize, shrink: bool, as_json: bool, quiet: bool) -> None:
-    """Give DISK of the machine NAME another SIZE; while it runs it grows, on SCSI and virtio, and the guest is told.
+    """Resize DISK of the machine NAME to SIZE. A disk of a running machine can only grow, on SCSI and virtio.
 
-    SIZE is rounded up to whole sectors of 512 bytes.
+    SIZE is rounded up to whole sectors of 512 bytes. The guest is notified.
 
-    A chain is refused what `vhdkit resize` refuses: a file system or partition in the way of a smaller size is named.
+    What `vhdkit resize` refuses is refused here, too: a file system or partition that a smaller size would cut off is
+    named.
     """
     size_bytes = Manager().resize_disk(name, disk, int(size), shrink=shrink)
     if as_json:

@@ -14,8 +14,8 @@ import signal
 
 
 def main() -> None:
-    """The command `vmm`."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # whoever had it ignored (nohup) meant that
+    """Entry point of the command `vmm`."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # an ignored signal (nohup) stays ignored
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     # We have no plugins of pydantic, and looking for some reads the metadata of every package that is installed.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")

@@ -20,7 +20,7 @@ import click
 from vhdkit import json_text
 from vmm.model.errors import EXIT_FAILED, VmmError, of_os_error, printable, to_document
 
-EXIT_INTERRUPTED = 130  # as shells count Ctrl-C
+EXIT_INTERRUPTED = 130  # the code that shells use for Ctrl-C
 _WORDS_OF_NUMBERS = {
     r"is not a valid integer( range)?": "is not a whole number",
     r"is not a valid float( range)?": "is not a number",
@@ -33,7 +33,7 @@ __all__ = ["EXIT_FAILED", "interruptible", "report", "settle_standard_error", "s
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Within the block a Ctrl-C is a KeyboardInterrupt, where `entry` had it end the process before."""
+    """Within this block Ctrl-C raises KeyboardInterrupt; before, `entry` has it end the process."""
     is_ours = threading.current_thread() is threading.main_thread()
     if not is_ours or signal.getsignal(signal.SIGINT) != signal.SIG_DFL:
         yield
@@ -46,13 +46,13 @@ def interruptible() -> Iterator[None]:
 
 
 def report(error: BaseException, *, as_json: bool, verbose: bool) -> int:
-    """Say what went wrong on standard error; returns the exit code."""
+    """Report the error on standard error; returns the exit code."""
     facts = _facts(error)
     if verbose and facts["kind"] == "InternalError":
         import traceback
 
         traceback.print_exception(error)
-    with contextlib.suppress(OSError):  # nobody can be told; the exit code still tells
+    with contextlib.suppress(OSError):  # standard error is closed: only the exit code remains
         click.echo(json_text({"error": facts}) if as_json else f"vmm: {facts['message']}", err=True)
     code: int = facts["exit_code"]
     return code
@@ -91,7 +91,7 @@ def _of_usage(error: click.ClickException) -> dict[str, Any]:
 
 
 def _words_of_usage(error: click.ClickException) -> str:
-    """What is wrong with the words of a command line: click's sentence, without a programmer's names of numbers."""
+    """click's sentence about wrong arguments, without a programmer's words for numbers."""
     words = printable(error.format_message())
     for theirs, ours in _WORDS_OF_NUMBERS.items():
         words = re.sub(theirs, ours, words)
@@ -99,13 +99,13 @@ def _words_of_usage(error: click.ClickException) -> str:
 
 
 def silence_standard_output() -> None:
-    """Nobody reads any more: let what is still buffered go nowhere instead of failing at exit."""
+    """Drop buffered output after the reader is gone, so that flushing it at exit does not fail."""
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.close()
 
 
 def settle_standard_error() -> None:
-    """What standard error did not take goes nowhere: Python would try once more at exit, and end with code 120."""
+    """Drop what standard error did not accept: Python would try again at exit, and end with code 120."""
     try:
         sys.stderr.flush()
     except (OSError, ValueError):

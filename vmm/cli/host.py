@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vmm host`: what this host is and has, its disks, its default folders, and what starts with it.
+"""`vmm host`: properties of this host, its disks, its default folders, and autostart of machines.
 
 Decides how this is shown. Every verb has `--json`, whose documents are the library's facts under their own names.
-Modules that only one verb needs are imported in that verb, because `vmm start` reads this module, too.
+Modules that only one verb needs are imported in that verb, because `vmm start` imports this module, too.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ _STYLES = {"ok": "green", "limited": "yellow", "missing": "red"}
 
 @click.group("host", cls=VerbGroup)
 def host_group() -> None:
-    """This host: what it is, what it lacks, its disks and folders, and what starts with it."""
+    """This host: its properties, what it lacks, its disks and folders, and what starts with it."""
 
 
 # -- info ---------------------------------------------------------------------------------------------------------
 
 
 @host_group.command("info", epilog=epilog("vmm host info"))
-@click.option("--refresh", is_flag=True, help="Try the accelerator again instead of remembering what it did.")
+@click.option("--refresh", is_flag=True, help="Test the accelerator again instead of using the remembered result.")
 @_json_option
 def info_command(refresh: bool, as_json: bool) -> None:
-    """Processors, memory, QEMU, features, and the accelerator with the proof that it runs a guest."""
+    """Show processors, memory, QEMU, features, and the accelerator with the proof that it runs a guest."""
     from vmm.api import doctor
     from vmm.host import info
 
@@ -75,7 +75,7 @@ def info_command(refresh: bool, as_json: bool) -> None:
             pairs.append((title, ", ".join(names)))
     print_pairs(pairs)
     if any(check.state != "ok" for check in checks):
-        click.echo("vmm host doctor says what is limited or missing, and what helps")
+        click.echo("vmm host doctor shows what is limited or missing, and how to fix it")
 
 
 def _accelerator(refresh: bool) -> tuple[dict[str, Any] | None, str | None]:
@@ -92,12 +92,12 @@ def _accelerator(refresh: bool) -> tuple[dict[str, Any] | None, str | None]:
 
 
 @host_group.command("doctor", epilog=epilog("vmm host doctor", "vmm host doctor --all"))
-@click.option("--all", "show_all", is_flag=True, help="Show what is well, too.")
+@click.option("--all", "show_all", is_flag=True, help="Show passed checks, too.")
 @_json_option
 def doctor_command(show_all: bool, as_json: bool) -> None:
-    """What is missing here, what stops working without it, and the command that brings it.
+    """Show what this host lacks, what does not work without it, and the command that installs it.
 
-    Ends with 1 when no machine can run on this host.
+    Exits with 1 if no machine can run on this host.
     """
     from vmm.api import doctor
 
@@ -113,10 +113,10 @@ def doctor_command(show_all: bool, as_json: bool) -> None:
                 if check.without:
                     click.echo(f"{'':8}without it: {check.without}")
                 if check.remedy:
-                    click.echo(f"{'':8}what helps: {printable(check.remedy)}")
+                    click.echo(f"{'':8}remedy: {printable(check.remedy)}")
         well = sum(check.state is doctor.State.OK for check in checks)
         end = "machines can run on this host" if able else "no machine can run on this host"
-        click.echo(f"{well} of {len(checks)} are well; {end}")
+        click.echo(f"{well} of {len(checks)} checks passed; {end}")
     if not able:
         raise SystemExit(1)
 
@@ -128,7 +128,7 @@ def doctor_command(show_all: bool, as_json: bool) -> None:
 @click.option("--all", "show_all", is_flag=True, help="Show empty drives and loop devices without a file, too.")
 @_json_option
 def disks_command(show_all: bool, as_json: bool) -> None:
-    """Every block device: size, model, identity, DAS or SAN, who uses it, and whether a machine can have it whole."""
+    """List all block devices: size, model, identity, DAS or SAN, users, and whether a machine can have it whole."""
     from vmm.host.block import HostDevices
 
     host = HostDevices()
@@ -175,8 +175,9 @@ def _used_by(host: HostDevices, device: BlockDevice) -> list[str]:
 
 
 def _given() -> Given:
-    """What machines have already. Neither machines that cannot be read nor storage that does not answer is a reason
-    to show no disks, so image files are taken by their names."""
+    """The devices that machines already have. A machine that cannot be read, or storage that does not answer, is not a
+    reason to show no disks, so image files are looked up by name.
+    """
     from vmm.kvm.passthrough import given_of
     from vmm.store import registry
 
@@ -190,7 +191,7 @@ def _given() -> Given:
 def _reasons(host: HostDevices, device: BlockDevice, given: Given) -> list[str]:
     from vmm.kvm import passthrough
 
-    read_only = device.read_only  # a write-protected one can be given for reading
+    read_only = device.read_only  # a write-protected device can be given away for reading
     facts = passthrough.facts_of(device, host)
     return [str(one) for one in passthrough.refusals(facts, read_only=read_only, given=given)]
 
@@ -202,7 +203,7 @@ def _reasons(host: HostDevices, device: BlockDevice, given: Given) -> list[str]:
 @_json_option
 @click.pass_context
 def paths_group(context: click.Context, as_json: bool) -> None:
-    """The folders that new machines, disks and snapshots are put into, and how to change them."""
+    """Show the default folders of new machines, disks and snapshots, and how to change them."""
     if context.invoked_subcommand is None:
         _show_paths(as_json)
 
@@ -215,16 +216,18 @@ def _show_paths(as_json: bool) -> None:
     if as_json:
         print_json(places)
         return
-    print_pairs([(key, path if os.path.isdir(path) else f"{path} (not there yet)") for key, path in places.items()])
+    print_pairs(
+        [(key, path if os.path.isdir(path) else f"{path} (does not exist yet)") for key, path in places.items()]
+    )
 
 
 @paths_group.command("set", epilog=epilog("vmm host paths set disks /srv/disks", "vmm host paths set disks --default"))
 @click.argument("key")
 @click.argument("folder", required=False)
-@click.option("--default", "reset", is_flag=True, help="Go back to the folder that it is without a setting.")
+@click.option("--default", "reset", is_flag=True, help="Use the built-in default folder again.")
 @_json_option
 def set_path_command(key: str, folder: str | None, reset: bool, as_json: bool) -> None:
-    """Put new machines, disks or snapshots (KEY) into FOLDER. What is there already stays where it is."""
+    """Put new machines, disks or snapshots (KEY) into FOLDER. Existing ones stay where they are."""
     from vmm.model import paths
 
     if reset == (folder is not None):
@@ -239,18 +242,16 @@ def set_path_command(key: str, folder: str | None, reset: bool, as_json: bool) -
 @host_group.command(
     "autostart", epilog=epilog("vmm host autostart", "vmm host autostart --print", "vmm host autostart --remove")
 )
-@click.option("--remove", "action", flag_value="remove", help="Take the unit away again.")
+@click.option("--remove", "action", flag_value="remove", help="Remove the unit.")
 @click.option("--print", "action", flag_value="print", help="Only print the unit.")
 @click.option("--start-machines", "action", flag_value="start", help="What the unit calls when the host starts.")
 @click.option("--stop-machines", "action", flag_value="stop", help="What the unit calls when the host stops.")
-@click.option(
-    "--user/--system", "for_user", default=None, help="For you alone, or for the host (which only root may)."
-)
+@click.option("--user/--system", "for_user", default=None, help="For your user, or for the host (root only).")
 @_json_option
 def autostart_command(action: str | None, for_user: bool | None, as_json: bool) -> None:
-    """Have machines started and stopped with this host, each as its automatic actions say.
+    """Start and stop machines with this host, each according to its automatic actions.
 
-    Installs a systemd unit: for the host when you are root, else for your own service manager.
+    Installs a systemd unit: for the host if you are root, otherwise for your own service manager.
     """
     from vmm.host import autostart
 
@@ -263,10 +264,10 @@ def autostart_command(action: str | None, for_user: bool | None, as_json: bool) 
         return
     if action == "remove":
         result = autostart.remove(scope)
-        done = "removed" if result.changed else "was not there:"
+        done = "removed" if result.changed else "was not installed:"
     else:
         result = autostart.install(scope, own_command())
-        done = "installed" if result.changed else "was there already:"
+        done = "installed" if result.changed else "was already installed:"
     if as_json:
         print_json(asdict(result))
         return
@@ -301,7 +302,7 @@ def _run_automatic(action: str, *, as_json: bool) -> None:
 
 
 def own_command() -> list[str]:
-    """How this command is called by its whole path."""
+    """The full path with which this command is called."""
     beside = os.path.join(os.path.dirname(sys.executable), "vmm")
     called = os.path.abspath(sys.argv[0])
     for path in (called if os.path.basename(called) == "vmm" else "", beside, shutil.which("vmm") or ""):

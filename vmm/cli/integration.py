@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vmm agent` and `vmm kvp`: what a machine's guest says about itself, and the items that guest and host exchange.
+"""`vmm agent` and `vmm kvp`: facts that a guest reports about itself, and the items that guest and host exchange.
 
-Decides how this is shown. What it means is in `vmm.api.guest_access`.
+Decides how these are shown. What they mean is decided in `vmm.api.guest_access`.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from vmm.model.errors import InvalidSpec, printable
 if TYPE_CHECKING:
     from vmm.model.guest import GuestInfo
 
-MAX_INPUT_BYTES = 1 << 20  # of standard input; what an item may hold is less
+MAX_INPUT_BYTES = 1 << 20  # limit for standard input, above what an item can hold
 
 
 @click.group("agent", cls=VerbGroup)
 def agent_command() -> None:
-    """Ask the agent inside a machine, which is qemu-guest-agent."""
+    """Query the agent inside a machine (qemu-guest-agent)."""
 
 
 @agent_command.command("show", epilog=epilog("vmm agent show web"))
 @click.argument("name")
 @output_options
 def show_agent(name: str, as_json: bool, quiet: bool) -> None:
-    """Heartbeat, operating system and addresses of the guest of the machine NAME."""
+    """Show heartbeat, operating system and addresses of the guest of the machine NAME."""
     info = Manager().guest(name).info()
     if as_json:
         print_json(asdict(info))
@@ -54,7 +54,7 @@ def show_agent(name: str, as_json: bool, quiet: bool) -> None:
 @click.argument("name")
 @output_options
 def ping(name: str, as_json: bool, quiet: bool) -> None:
-    """Ask the guest of the machine NAME for a sign of life; exit code 0 when it answers."""
+    """Ask the guest of the machine NAME for a sign of life; exit code 0 if it answers."""
     beat = Manager().guest(name).ping()
     if as_json:
         print_json(asdict(beat))
@@ -65,11 +65,15 @@ def ping(name: str, as_json: bool, quiet: bool) -> None:
 @agent_command.command("freeze", epilog=epilog("vmm agent freeze web && copy-the-disks && vmm agent thaw web"))
 @click.argument("name")
 @click.option(
-    "--seconds", type=SECONDS, default=FREEZE_SECONDS, show_default=True, help="They thaw by themselves after so long."
+    "--seconds",
+    type=SECONDS,
+    default=FREEZE_SECONDS,
+    show_default=True,
+    help="The file systems thaw by themselves after this time.",
 )
 @output_options
 def freeze(name: str, seconds: float, as_json: bool, quiet: bool) -> None:
-    """Write out and freeze the file systems of the guest of the machine NAME, for a copy of its disks."""
+    """Flush and freeze the file systems of the guest of the machine NAME, for a copy of its disks."""
     count = Manager().guest(name).freeze(seconds)
     if as_json:
         print_json({"count": count, "max_seconds": seconds})
@@ -81,7 +85,7 @@ def freeze(name: str, seconds: float, as_json: bool, quiet: bool) -> None:
 @click.argument("name")
 @output_options
 def thaw(name: str, as_json: bool, quiet: bool) -> None:
-    """Thaw what `freeze` froze; fails when they had thawed before, so that a copy is not of one moment."""
+    """Thaw the file systems that `freeze` froze; fails if they had already thawed, and a copy is not of one moment."""
     count = Manager().guest(name).thaw()
     if as_json:
         print_json({"count": count})
@@ -103,10 +107,10 @@ def set_time(name: str, as_json: bool, quiet: bool) -> None:
 
 @click.group("kvp", cls=VerbGroup)
 def kvp_command() -> None:
-    """Exchange small texts with a machine's guest (key-value data exchange).
+    """Exchange short texts with a machine's guest (key-value data exchange).
 
-    The host's items are set here and read in the guest; the guest's are set there and read here. They are kept while
-    the machine is off.
+    The host's items are set here and read in the guest; the guest's items are set there and read here. Items are kept
+    while the machine is off.
     """
 
 
@@ -114,7 +118,7 @@ def kvp_command() -> None:
 @click.argument("name")
 @output_options
 def list_items(name: str, as_json: bool, quiet: bool) -> None:
-    """All items of the machine NAME, the guest's and the host's."""
+    """List all items of the machine NAME, the guest's and the host's."""
     items = Manager().guest(name).items()
     if as_json:
         print_json(items)
@@ -131,7 +135,9 @@ def list_items(name: str, as_json: bool, quiet: bool) -> None:
 @kvp_command.command("get", epilog=epilog("vmm kvp get web address"))
 @click.argument("name")
 @click.argument("key")
-@click.option("--pool", type=click.Choice(["guest", "host"]), help="Whose item; else the guest's, then the host's.")
+@click.option(
+    "--pool", type=click.Choice(["guest", "host"]), help="Whose item; by default the guest's, then the host's."
+)
 @output_options
 def get_item(name: str, key: str, pool: str | None, as_json: bool, quiet: bool) -> None:
     """Print the value of the item KEY of the machine NAME."""
@@ -139,7 +145,7 @@ def get_item(name: str, key: str, pool: str | None, as_json: bool, quiet: bool) 
     if as_json:
         print_json({"key": key, **asdict(item)})
     elif sys.stdout.isatty():
-        # What a guest sets must not reach into the terminal.
+        # Control characters from a guest must not reach the terminal.
         click.echo("\n".join(printable(line) for line in item.value.split("\n")))
     elif not quiet:
         click.echo(item.value)
@@ -156,7 +162,7 @@ def set_item(name: str, key: str, value: str, as_json: bool, quiet: bool) -> Non
         try:
             value = sys.stdin.buffer.read(MAX_INPUT_BYTES).decode()
         except UnicodeDecodeError:
-            raise InvalidSpec("the value on standard input is not text in UTF-8") from None
+            raise InvalidSpec("the value on standard input is not valid UTF-8") from None
     _told(name, Manager().guest(name).set_item(key, value), as_json, quiet)
 
 
@@ -173,7 +179,11 @@ def _told(name: str, taken: bool, as_json: bool, quiet: bool) -> None:
     if as_json:
         print_json({"taken": taken})
     elif not quiet:
-        print_line(f"{name}: done, and the guest knows" if taken else f"{name}: done; the guest hears of it later")
+        print_line(
+            f"{name}: done, and the guest has received it"
+            if taken
+            else f"{name}: done; the guest will receive it later"
+        )
 
 
 def _file_systems(count: int) -> str:
@@ -181,7 +191,7 @@ def _file_systems(count: int) -> str:
 
 
 def guest_pairs(info: GuestInfo) -> list[tuple[str, str]]:
-    """Names and texts about a guest."""
+    """Names and texts that describe a guest."""
     seen = info.seen_seconds_ago
     pairs = [("heartbeat", info.heartbeat + ("" if seen is None else f" ({seen:g} s ago)"))]
     if (system := info.os) is not None:

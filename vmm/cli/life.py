@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`start`, `shutdown`, `stop`, `reset`, `pause`, `resume`, `save`: what a machine does next.
+"""`start`, `shutdown`, `stop`, `reset`, `pause`, `resume`, `save`: changes of a machine's state.
 
-Decides how these commands become calls. It imports only what a start needs, because most of a start's time is imports.
+Decides how these commands become calls. Imports only what a start needs, because imports take most of a start's time.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ def _told(name: str, state: str, *, as_json: bool, quiet: bool) -> None:
 
 @click.command("start", epilog=epilog("vmm start web", "vmm start web --discard-saved"))
 @click.argument("name")
-@click.option("--discard-saved", is_flag=True, help="Throw the saved memory away and boot, as after a power cut.")
+@click.option("--discard-saved", is_flag=True, help="Discard the saved memory and boot, as after a power cut.")
 @output_options
 def start_command(name: str, discard_saved: bool, as_json: bool, quiet: bool) -> None:
-    """Start the machine NAME. It runs on when this command has ended, whatever happens to the terminal.
+    """Start the machine NAME. It keeps running after this command has ended, whatever happens to the terminal.
 
-    A saved machine goes on where it was saved. When that is not possible the saved memory is kept and nothing is
+    A saved machine continues where it was saved. If that is not possible, the saved memory is kept and nothing is
     started. An adapter whose switch is gone is disconnected; it joins the next switch of that name.
     """
     from vmm.processes import worker_connection as contact
@@ -54,11 +54,11 @@ def start_command(name: str, discard_saved: bool, as_json: bool, quiet: bool) ->
 @click.command("shutdown", epilog=epilog("vmm shutdown web", "vmm shutdown web --timeout 300"))
 @click.argument("name")
 @click.option("--timeout", type=SECONDS, metavar="SECONDS", default=120.0, show_default=True,
-              help="How many seconds the guest may take.")  # fmt: skip
-@click.option("--force", is_flag=True, help="Power it off when it has not shut down by then.")
+              help="How long the guest may take.")  # fmt: skip
+@click.option("--force", is_flag=True, help="Power the machine off if it has not shut down by then.")
 @output_options
 def shutdown_command(name: str, timeout: float, force: bool, as_json: bool, quiet: bool) -> None:
-    """Have the guest of NAME shut itself down, by its agent or else by the power button, and wait until it is off."""
+    """Have the guest of NAME shut down, by its agent or else by the power button, and wait until it is off."""
     from vmm.model.errors import TimedOut
 
     with progress_line(shown=not quiet and not as_json) as progress:
@@ -76,7 +76,7 @@ def shutdown_command(name: str, timeout: float, force: bool, as_json: bool, quie
 @click.argument("name")
 @output_options
 def stop_command(name: str, as_json: bool, quiet: bool) -> None:
-    """Power NAME off, whatever the guest thinks of it. What the guest had flushed to its disks is there."""
+    """Power NAME off, without asking the guest. What the guest had flushed to its disks is kept."""
     with progress_line(shown=not quiet and not as_json) as progress:
         _manager().stop(name, progress=progress)
     _told(name, "off", as_json=as_json, quiet=quiet)
@@ -86,9 +86,9 @@ def stop_command(name: str, as_json: bool, quiet: bool) -> None:
 @click.argument("name")
 @output_options
 def save_command(name: str, as_json: bool, quiet: bool) -> None:
-    """Save memory and devices of NAME to disk and switch it off; `vmm start` lets it go on there.
+    """Save memory and devices of NAME to disk and switch it off; `vmm start` continues from there.
 
-    When it cannot be saved, such as for lack of space, the machine goes on running.
+    If it cannot be saved, for instance for lack of space, the machine keeps running.
     """
     with progress_line(shown=not quiet and not as_json) as progress:
         _manager().save(name, progress=progress)
@@ -109,7 +109,7 @@ def reset_command(name: str, as_json: bool, quiet: bool) -> None:
 @click.argument("name")
 @output_options
 def pause_command(name: str, as_json: bool, quiet: bool) -> None:
-    """Pause NAME: it stands still, with its memory in place."""
+    """Pause NAME: the guest stands still, and its memory stays in place."""
     _manager().pause(name)
     _told(name, "paused", as_json=as_json, quiet=quiet)
 
@@ -118,6 +118,6 @@ def pause_command(name: str, as_json: bool, quiet: bool) -> None:
 @click.argument("name")
 @output_options
 def resume_command(name: str, as_json: bool, quiet: bool) -> None:
-    """Let NAME go on after a pause."""
+    """Resume NAME after a pause."""
     _manager().resume(name)
     _told(name, "running", as_json=as_json, quiet=quiet)

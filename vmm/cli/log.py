@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`events` and `logs`: what happened to a machine, and what its programs said."""
+"""`events` and `logs`: what happened to a machine, and what its programs wrote."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from vmm.model.events import Event, Followed
 
 _LOGS = ("worker", "keeper", "qemu", "disks", "console")
 _LOOK_SECONDS = 0.2
-_FOLLOW_HELP = "Go on with what comes from now on, until Ctrl-C, or the machine is deleted."
+_FOLLOW_HELP = "Keep printing new events until Ctrl-C, or the machine is deleted."
 
 
 @click.command("events", epilog=epilog("vmm events web", "vmm events web --follow", "vmm events web --json --follow"))
 @click.argument("name")
-@click.option("--follow", "-f", is_flag=True, help="Go on with what happens, until Ctrl-C or the machine's end.")
+@click.option("--follow", "-f", is_flag=True, help="Keep printing new events until Ctrl-C or the machine is deleted.")
 @output_options
 def events_command(name: str, follow: bool, as_json: bool, quiet: bool) -> None:
-    """What happened to the machine NAME, the oldest first.
+    """Show what happened to the machine NAME, oldest first.
 
     With --json one list, with --json --follow an object a line: {"time_unix_seconds", "event", ...its fields}.
     """
@@ -42,19 +42,19 @@ def events_command(name: str, follow: bool, as_json: bool, quiet: bool) -> None:
 
 
 def event_document(event: Event) -> dict[str, Any]:
-    """An event for JSON: its time says its unit."""
+    """An event for JSON: the name of its time includes the unit."""
     found = {} if event.time is None else {"time_unix_seconds": event.time}
     details = {("time_unix_seconds" if key == "time" else key): value for key, value in event.details.items()}
     return {**found, "event": event.name, **details}
 
 
 def _flushed(events: Iterator[Event | None]) -> Iterator[Event]:
-    """The events; what was printed goes out while nothing happens."""
+    """The events; printed output is flushed while nothing happens."""
     for event in events:
         if event is not None:
             yield event
         else:
-            sys.stdout.flush()  # for whoever reads a pipe
+            sys.stdout.flush()  # for readers at the other end of a pipe
 
 
 def _words(event: Event) -> str:
@@ -69,19 +69,24 @@ def _words(event: Event) -> str:
 
 @click.command("logs", epilog=epilog("vmm logs web", "vmm logs web --of console", "vmm logs web --of qemu --follow"))
 @click.argument("name")
-@click.option("--of", "log", type=click.Choice(_LOGS), help="Of this program alone.")
+@click.option("--of", "log", type=click.Choice(_LOGS), help="Only the log of this program.")
 @click.option(
     "--follow",
     "-f",
     is_flag=True,
-    help="Go on with what is written from now on, until Ctrl-C or the machine is deleted.",
+    help="Keep printing new lines until Ctrl-C or the machine is deleted.",
 )
 @click.option(
-    "--lines", "-n", type=click.IntRange(min=0), default=50, show_default=True, help="The last lines of each."
+    "--lines",
+    "-n",
+    type=click.IntRange(min=0),
+    default=50,
+    show_default=True,
+    help="How many lines at the end of each log.",
 )
 @output_options
 def logs_command(name: str, log: str | None, follow: bool, lines: int, as_json: bool, quiet: bool) -> None:
-    """What the programs of the machine NAME said: its worker, its supervisor, QEMU, the server of its disks.
+    """Show the logs of the machine NAME: of its worker, its supervisor, QEMU, and its disk server.
 
     `--of console` is what the guest wrote to its serial console. With --json: {program: {"path", "lines"}}.
     """
@@ -107,7 +112,7 @@ def logs_command(name: str, log: str | None, follow: bool, lines: int, as_json: 
 
 
 def _tail(path: str, count: int) -> list[str]:
-    """The last lines of a log; none of one that is not there."""
+    """The last lines of a log; none if the log does not exist."""
     try:
         with open(path, "rb") as file:
             file.seek(max(0, file.seek(0, 2) - (1 << 20)))
@@ -120,7 +125,7 @@ def _tail(path: str, count: int) -> list[str]:
 
 
 def _following(path: str) -> Iterator[str]:
-    """Lines as they are written, until the machine is deleted, also when the log begins anew."""
+    """Lines as they are written, until the machine is deleted, also after the log was rotated."""
     position = None
     rest = b""
     try:
@@ -143,5 +148,5 @@ def _following(path: str) -> Iterator[str]:
             *whole, rest = (rest + data).split(b"\n")
             for line in whole:
                 yield line.decode(errors="replace").rstrip("\r")
-            sys.stdout.flush()  # for whoever reads a pipe
+            sys.stdout.flush()  # for readers at the other end of a pipe
             time.sleep(_LOOK_SECONDS)

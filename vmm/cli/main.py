@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command `vmm`: its verbs, its help, and the only place where it exits.
 
-Decides which module contains each verb, so that only that one is imported, and how every failure becomes an exit code.
-Verbs only raise.
+Decides which module contains each verb, so that only that module is imported, and how every failure becomes an exit
+code. Verbs only raise.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Examples:
 
 \b
 Exit codes:
-  0 fine                              6 refused for safety
+  0 success                           6 refused for safety
   1 failed                            7 no space left
   2 wrong usage or settings           8 the host lacks something
   5 in use, or in the wrong state     9 it took too long
@@ -45,35 +45,35 @@ Shell completion (put the line into ~/.bashrc or ~/.zshrc to keep it):
 VMM_DEBUG=1 shows where an internal error came from. VMM_HOME and VMM_RUNTIME are the folders of machines and sockets.
 """
 
-# Verb -> "module:command", in the order in which one meets them. What a verb is for, for `vmm --help` without imports.
+# Verb -> "module:command" and its summary for `vmm --help`, which imports none of them; in the order of first use.
 _VERBS: dict[str, tuple[str, str]] = {
     "create": ("vmm.cli.define:create_command", "Define a machine."),
-    "list": ("vmm.cli.show:list_command", "All machines and what they are doing."),
-    "show": ("vmm.cli.show:show_command", "Everything about a machine."),
+    "list": ("vmm.cli.show:list_command", "List all machines and their states."),
+    "show": ("vmm.cli.show:show_command", "Show everything about a machine."),
     "set": ("vmm.cli.define:set_command", "Change a machine's settings."),
     "delete": ("vmm.cli.define:delete_command", "Remove a machine."),
     "start": ("vmm.cli.life:start_command", "Start a machine, with its saved memory if it has some."),
-    "shutdown": ("vmm.cli.life:shutdown_command", "Have the guest shut itself down."),
+    "shutdown": ("vmm.cli.life:shutdown_command", "Have the guest shut down."),
     "stop": ("vmm.cli.life:stop_command", "Power a machine off."),
     "reset": ("vmm.cli.life:reset_command", "Press the reset button."),
     "pause": ("vmm.cli.life:pause_command", "Pause a machine."),
     "resume": ("vmm.cli.life:resume_command", "Resume a paused machine."),
-    "save": ("vmm.cli.life:save_command", "Save memory and devices to disk, then off."),
-    "console": ("vmm.cli.console:console_command", "Join this terminal to a machine's serial console."),
+    "save": ("vmm.cli.life:save_command", "Save memory and devices to disk, and switch off."),
+    "console": ("vmm.cli.console:console_command", "Connect this terminal to a machine's serial console."),
     "screen": ("vmm.cli.console:screen_command", "Look at a machine's screen, or take a picture of it."),
-    "agent": ("vmm.cli.integration:agent_command", "Ask the agent inside a machine; freeze its file systems."),
-    "kvp": ("vmm.cli.integration:kvp_command", "Exchange small texts with a machine's guest."),
+    "agent": ("vmm.cli.integration:agent_command", "Query the agent inside a machine; freeze its file systems."),
+    "kvp": ("vmm.cli.integration:kvp_command", "Exchange short texts with a machine's guest."),
     "disk": ("vmm.cli.disk:disk_command", "Add, remove, list and resize disks."),
     "nic": ("vmm.cli.nic:nic_command", "Add, remove, list and change network adapters."),
-    "switch": ("vmm.cli.switch:switch_command", "Make and watch virtual network switches."),
-    "host": ("vmm.cli.host:host_group", "This host: what it is and lacks, its disks, folders, and autostart."),
-    "snapshot": ("vmm.cli.snapshot:snapshot_command", "Keep states of a machine, go back to them."),
-    "export": ("vmm.cli.transfer:export_command", "Put a machine into a folder, for another host."),
-    "import": ("vmm.cli.transfer:import_command", "Make a machine out of an exported folder."),
-    "repair": ("vmm.cli.repair:repair_command", "Find a machine's newest images, and take them on."),
+    "switch": ("vmm.cli.switch:switch_command", "Create, watch and remove virtual network switches."),
+    "host": ("vmm.cli.host:host_group", "This host: properties, diagnosis, disks, folders, and autostart."),
+    "snapshot": ("vmm.cli.snapshot:snapshot_command", "Take snapshots of a machine, and go back to them."),
+    "export": ("vmm.cli.transfer:export_command", "Export a machine to a folder, for another host."),
+    "import": ("vmm.cli.transfer:import_command", "Create a machine from an exported folder."),
+    "repair": ("vmm.cli.repair:repair_command", "Find a machine's newest images, and use them."),
     "backup": ("vmm.cli.backup:backup_command", "Copy all disks of a machine at one moment."),
-    "events": ("vmm.cli.log:events_command", "What happened to a machine."),
-    "logs": ("vmm.cli.log:logs_command", "What a machine's programs said."),
+    "events": ("vmm.cli.log:events_command", "Show what happened to a machine."),
+    "logs": ("vmm.cli.log:logs_command", "Show the logs of a machine's programs."),
 }
 
 
@@ -81,10 +81,10 @@ _PACKAGES = {"pydantic": "pydantic", "pyroute2": "pyroute2", "qemu": "qemu.qmp"}
 
 
 class _Group(click.Group):
-    """A group that imports a verb when it is used, and whose end is ours: one line and an exit code, no traceback."""
+    """A group that imports a verb when it is used, and ends with one line and an exit code, never with a traceback."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """The verbs in the order in which one meets them."""
+        """The verbs in the order of first use."""
         return list(_VERBS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
@@ -103,7 +103,7 @@ class _Group(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The list of verbs, out of the table: nothing is imported for it."""
+        """The list of verbs, from the table: nothing is imported for it."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, words) for name, (_, words) in _VERBS.items()])
 
@@ -113,10 +113,10 @@ class _Group(click.Group):
         as_json = "--json" in arguments
         verbose = os.environ.get("VMM_DEBUG", "") not in ("", "0")
         if sys.stdout is None:
-            sys.stdout = io.StringIO()  # closed by whoever started us: what is printed goes nowhere
+            sys.stdout = io.StringIO()  # the caller closed it: output is dropped
         if sys.stderr is None:
             sys.stderr = io.StringIO()
-        if hasattr(sys.stdout, "reconfigure"):  # a name that the terminal cannot show must not stop us
+        if hasattr(sys.stdout, "reconfigure"):  # a name that the terminal cannot show must not be an error
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
             with interruptible():
@@ -134,11 +134,11 @@ class _Group(click.Group):
 
 
 def _refuse_without_packages() -> None:
-    """Raise Unsupported where vhdkit was installed without what vmm needs. Looks for the packages, imports none."""
+    """Raise Unsupported if packages that vmm needs are missing. Searches for the packages without importing them."""
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise Unsupported(
-            f"vmm needs {', '.join(_PACKAGES[name] for name in missing)}, which this Python does not have",
+            f"vmm needs {', '.join(_PACKAGES[name] for name in missing)}, which this Python lacks",
             hint="pip install 'vhdkit[vmm]'",
         )
 
@@ -165,7 +165,7 @@ def _print_version(ctx: click.Context, param: click.Parameter, wanted: bool) -> 
 def main(context: click.Context) -> None:
     """Virtual machines on KVM and QEMU whose disks are chains of virtual hard disks.
 
-    Disks are made with the command vhdkit. Sizes are written as 512M, 4G or 1.5T. Every verb takes --json, except
+    Disks are created with the command vhdkit. Sizes are written as 512M, 4G or 1.5T. Every verb takes --json, except
     console.
     """
     if context.invoked_subcommand is None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`nic add`, `remove`, `list`, `show`, `set`: a machine's network adapters, while it runs or not."""
+"""`nic add`, `remove`, `list`, `show`, `set`: a machine's network adapters, running or not."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def nic_command() -> None:
 
 @nic_command.command(
     "add",
-    help=f"Give the machine NAME an adapter, plugged into SWITCH ('-' for none). A running one gets it at once.\n\n"
+    help=f"Give the machine NAME an adapter, on SWITCH ('-' for none). A running machine gets it at once.\n\n"
     f"Options: {OPTIONS_HELP}.",
     epilog=epilog(
         "vmm nic add web lan", "vmm nic add web lan,vlan=10,bandwidth=100M", "vmm nic add old lan,type=legacy"
@@ -45,7 +45,7 @@ def add_command(name: str, nic: str, as_json: bool, quiet: bool) -> None:
 @click.argument("adapter", metavar="ADAPTER")
 @output_options
 def remove_command(name: str, adapter: str, as_json: bool, quiet: bool) -> None:
-    """Take ADAPTER (its id or MAC address) away from the machine NAME. A running guest is asked to let go of it."""
+    """Remove ADAPTER (its id or MAC address) from the machine NAME. A running guest is asked to release it."""
     removed = Manager().remove_adapter(name, adapter)
     if as_json:
         print_json(removed.model_dump(mode="json"))
@@ -55,7 +55,7 @@ def remove_command(name: str, adapter: str, as_json: bool, quiet: bool) -> None:
 
 @nic_command.command(
     "set",
-    help=f"Change ADAPTER of the machine NAME. Of a running one: everything but type, mac and queues, at once.\n\n"
+    help=f"Change ADAPTER of the machine NAME. If it is running, all but type, mac and queues can change.\n\n"
     f"Options: {OPTIONS_HELP}.",
     epilog=epilog("vmm nic set web nic-0 link=down", "vmm nic set web nic-0 vlan=20 spoofing=on"),
 )
@@ -63,7 +63,7 @@ def remove_command(name: str, adapter: str, as_json: bool, quiet: bool) -> None:
 @click.argument("adapter", metavar="ADAPTER")
 @click.argument("options", metavar="OPTION=VALUE...", nargs=-1)
 @click.option(
-    "--switch", "switch", metavar="SWITCH", help="Another switch ('-' for none); only of a machine that is off."
+    "--switch", "switch", metavar="SWITCH", help="Another switch ('-' for none); only while the machine is off."
 )
 @click.option("--no-vlan", is_flag=True, help="Remove the VLAN.")
 @output_options
@@ -81,7 +81,7 @@ def set_command(
     if switch is not None:
         settings["switch"] = None if switch == "-" else switch
     if not settings:
-        raise click.UsageError("say what to change")
+        raise click.UsageError("name an option to change")
     changed = Manager().change_adapter(name, adapter, **settings)
     if as_json:
         print_json(changed.model_dump(mode="json"))
@@ -93,7 +93,7 @@ def set_command(
 @click.argument("name")
 @output_options
 def list_command(name: str, as_json: bool, quiet: bool) -> None:
-    """The adapters of the machine NAME."""
+    """List the adapters of the machine NAME."""
     from vmm.api.adapters import connection
 
     machine = registry.load(name)
@@ -113,7 +113,7 @@ def list_command(name: str, as_json: bool, quiet: bool) -> None:
 @click.argument("adapter", metavar="ADAPTER")
 @output_options
 def show_command(name: str, adapter: str, as_json: bool, quiet: bool) -> None:
-    """Everything about ADAPTER of the machine NAME: its rules, its data path and why that one, its counters."""
+    """Show everything about ADAPTER of the machine NAME: rules, data path and the reason for it, counters."""
     from vmm.api import adapters
 
     machine = registry.load(name)
@@ -133,7 +133,7 @@ def show_command(name: str, adapter: str, as_json: bool, quiet: bool) -> None:
 
 
 def vlan_words(adapter: AdapterSpec) -> str:
-    """The adapter's VLANs."""
+    """The adapter's VLANs, as text."""
     if adapter.trunk:
         native = f", native {adapter.native_vlan}" if adapter.native_vlan else ""
         return f"trunk {'+'.join(map(str, adapter.trunk))}{native}"
@@ -141,7 +141,7 @@ def vlan_words(adapter: AdapterSpec) -> str:
 
 
 def link_words(adapter: AdapterSpec, is_connected: bool | None = None) -> str:
-    """Whether its cable is in, and leads anywhere."""
+    """Whether the adapter's cable is plugged in, and connected to a switch, as text."""
     if is_connected is False and adapter.switch is not None:
         return "disconnected"
     return "up" if adapter.link_up else "down"
@@ -180,7 +180,7 @@ def _data_path(adapter: AdapterSpec) -> str:
     from vmm.net.adapter import data_path
 
     if adapter.switch is None:
-        return "not plugged into any switch"
+        return "not connected to a switch"
     try:
         return data_path(adapter, switches.load(adapter.switch).backend)
     except VmmError as error:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How an adapter is written as one argument, SWITCH[,OPTION=VALUE...], and how a bandwidth is written.
 
-Decides spelling only; which values are valid is decided in `spec`. Imports little, because `create` needs it, too.
+Decides only the syntax; which values are valid is decided in `spec`. Imports little, because `create` needs it, too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ OPTIONS_HELP = (
 
 
 def parse_rate(text: str) -> int:
-    """Bits a second: 8000000, 100M, 1.5Gbit. Raises BadParameter."""
+    """Parse bits a second: 8000000, 100M, 1.5Gbit. Raises BadParameter."""
     found = _RATE.fullmatch(text.strip())
     if found is None:
         raise click.BadParameter(f"{text!r} is not a bandwidth: write 100M or 1G, in bits per second")
@@ -29,7 +29,7 @@ def parse_rate(text: str) -> int:
 
 
 def parse_vlans(text: str) -> list[int]:
-    """ "10+20-22" as [10, 20, 21, 22]. Raises BadParameter."""
+    """Parse "10+20-22" as [10, 20, 21, 22]. Raises BadParameter."""
     found: set[int] = set()
     for part in text.split("+"):
         first, sign, last = part.partition("-")
@@ -37,7 +37,7 @@ def parse_vlans(text: str) -> list[int]:
         if not first.isdecimal() or not last.isdecimal():
             raise click.BadParameter(f"{text!r} is not a list of VLANs: write 10+20 or 10-19")
         if not 1 <= int(first) <= int(last) <= 4094:
-            raise click.BadParameter(f"{part!r}: VLANs are from 1 to 4094")
+            raise click.BadParameter(f"{part!r}: a VLAN is a number from 1 to 4094")
         found |= set(range(int(first), int(last) + 1))
     return sorted(found)
 
@@ -86,7 +86,7 @@ _OPTIONS: dict[str, tuple[str, Any]] = {
 
 
 def parse_options(words: list[str]) -> dict[str, Any]:
-    """OPTION=VALUE, each as a setting of `AdapterSpec`. Raises BadParameter."""
+    """Parse OPTION=VALUE words into settings of `AdapterSpec`. Raises BadParameter."""
     settings: dict[str, Any] = {}
     for word in words:
         name, sign, value = word.partition("=")
@@ -100,7 +100,7 @@ def parse_options(words: list[str]) -> dict[str, Any]:
 
 
 def parse_nic(word: str) -> dict[str, Any]:
-    """SWITCH[,OPTION=VALUE...] as settings of `AdapterSpec`; the switch "-" is none. Raises BadParameter."""
+    """Parse SWITCH[,OPTION=VALUE...] into settings of `AdapterSpec`; the switch "-" is none. Raises BadParameter."""
     switch, *options = word.split(",")
     if not switch or "=" in switch:
         raise click.BadParameter(f"{word!r} does not name a switch (write - for none)")

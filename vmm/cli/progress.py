@@ -10,11 +10,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-_SETTLED_SECONDS = 1.0  # before that a rate says nothing
+_SETTLED_SECONDS = 1.0  # in the first second a rate is meaningless
 
 
 class ProgressText:
-    """The text for each document {"step", "done", "total"} of something that takes long; sizes are in bytes."""
+    """The text for each document {"step", "done", "total"} of a long operation; sizes are in bytes."""
 
     def __init__(self, format_size: Callable[[int], str], *, clock: Callable[[], float] = time.monotonic) -> None:
         self._format_size = format_size
@@ -22,7 +22,7 @@ class ProgressText:
         self._since: tuple[int, float, int] | None = None  # the total, and when how much of it was done
 
     def text(self, document: dict[str, Any], columns: int) -> str:
-        """What to show on that many columns."""
+        """The text for a line of that many columns."""
         step, done, total = str(document.get("step", "")), document.get("done"), document.get("total")
         if not (isinstance(done, int) and isinstance(total, int) and total > 0):
             self._since = None
@@ -44,7 +44,7 @@ class ProgressText:
         )
 
     def _rate(self, done: int) -> float:
-        """Bytes a second since this began; 0 while that cannot be told."""
+        """Bytes a second since the beginning; 0 while it is not known yet."""
         assert self._since is not None
         _, began, first = self._since
         seconds = self._clock() - began

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`repair`: helps a machine that has lost track of its newest image to find it again.
+"""`repair`: lets a machine that has lost track of its newest image find it again.
 
-Decides how the result is reported, and that the user must agree. What is wrong and what helps is decided in
+Decides how the result is reported, and that the user must confirm it. What is wrong and how to fix it is decided in
 `vmm.api.repair`.
 """
 
@@ -19,18 +19,18 @@ from vmm.cli.common import confirm, epilog, output_options, print_json, print_li
 @click.command("repair", epilog=epilog("vmm repair web --dry-run", "vmm repair web --yes"))
 @click.argument("name")
 @click.option("--dry-run", is_flag=True, help="Only show what was found and what would be done.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
-@click.option("--leaf", metavar="IMAGE", help="Which image is the newest, where that cannot be told.")
+@click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
+@click.option("--leaf", metavar="IMAGE", help="The newest image, if it cannot be determined.")
 @click.option("--give-up-missing", is_flag=True,
-              help="Go on without a newest image that is lost, from the one below it.")  # fmt: skip
+              help="Give up a newest image that is lost, and continue with the one below it.")  # fmt: skip
 @output_options
 def repair_command(
     name: str, dry_run: bool, yes: bool, leaf: str | None, give_up_missing: bool, as_json: bool, quiet: bool
 ) -> None:
-    """Look for the newest images of the machine NAME, which does not run, and take them on.
+    """Look for the newest images of the machine NAME, which must not run, and use them.
 
-    This is for a machine whose definition names an image that another one stands on, or that is missing, such as vmm
-    0.1.0 could leave one after a kill. Nothing is removed or moved, and nothing is guessed.
+    This is for a machine whose definition names an image that is missing, or on which another image builds; vmm 0.1.0
+    could leave one like that after a kill. Nothing is removed or moved, and nothing is guessed.
     """
     manager = Manager()
     found = manager.repair(name, dry_run=True, leaf=leaf, give_up_missing=give_up_missing)
@@ -47,7 +47,7 @@ def repair_command(
 
 def _tell(name: str, found: list[RepairStep]) -> None:
     if not found:
-        print_line(f"{name}: nothing is wrong with its disks")
+        print_line(f"{name}: its disks are in order")
     for step in found:
         place = "" if step.disk is None else f"{step.disk}: {step.path}: "
         print_line(f"{place}{step.problem}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`list` and `show`: which machines there are, and everything about one."""
+"""`list` and `show`: all machines, and everything about one."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 @click.command("list", epilog=epilog("vmm list", "vmm list --json"))
 @output_options
 def list_command(as_json: bool, quiet: bool) -> None:
-    """All machines and what they are doing, and the addresses that their guest agents report.
+    """List all machines, their states, and the addresses that their guest agents report.
 
-    A machine whose definition cannot be read is listed with what is wrong with it. With --json: a list of what `vmm
-    show --json` prints.
+    A machine whose definition cannot be read is listed with the reason. With --json: a list of what `vmm show --json`
+    prints.
     """
     machines = Manager().machines(guest=True)
     if as_json:
@@ -42,7 +42,7 @@ def _row(one: MachineInfo) -> list[str]:
     if one.spec is None:
         return [one.name, "unknown", "-", "-", "-", "-", "-", one.problem.problem if one.problem else ""]
     now = one.running or one.spec
-    note = one.reason or (f"{one.operation} under way" if one.operation else "")
+    note = one.reason or (f"{one.operation} in progress" if one.operation else "")
     if one.copy_of is not None:
         note = f"a copy of {one.copy_of}: vmm set {one.name} --new-id"
     elif later := _later(one):
@@ -60,7 +60,7 @@ def _row(one: MachineInfo) -> list[str]:
 
 
 def _adapters_in_short(one: MachineInfo) -> str:
-    """Switches, and the addresses that the guest has on them."""
+    """The adapter's switches, and the addresses that the guest has on them."""
     assert one.spec is not None
     words = []
     for adapter in one.spec.adapters:
@@ -70,7 +70,7 @@ def _adapters_in_short(one: MachineInfo) -> str:
 
 
 def addresses_of(one: MachineInfo, adapter: AdapterSpec) -> list[str]:
-    """The addresses, with prefixes, that the guest says its interface of that MAC address has; others' come last."""
+    """The addresses, with prefixes, that the guest reports for the adapter's MAC address."""
     interfaces = one.guest.interfaces if one.guest is not None else ()
     mac = (adapter.mac or "").lower()
     found = [word for card in interfaces if card.mac.lower() == mac for word in card.addresses]
@@ -78,7 +78,7 @@ def addresses_of(one: MachineInfo, adapter: AdapterSpec) -> list[str]:
 
 
 def _later(one: MachineInfo) -> str:
-    """What holds only from the next start on, in a few words."""
+    """Settings that take effect at the next start, in a few words."""
     words = []
     for name, value in one.at_next_start.items():
         if name == "memory_bytes" and isinstance(value, int):
@@ -91,12 +91,12 @@ def _later(one: MachineInfo) -> str:
 
 
 def _at_next_start(one: MachineInfo, name: str, words: str) -> str:
-    """ " (WORDS at next start)" where that setting is another one then."""
+    """ " (WORDS at next start)" if that setting will be different then."""
     return f" ({words} at next start)" if name in one.at_next_start else ""
 
 
 def _duration(seconds: float | None) -> str:
-    """ "42 s", "5 min 02 s", "3 h 05 min", "2 d 3 h"; "-" for what is not known."""
+    """ "42 s", "5 min 02 s", "3 h 05 min", "2 d 3 h"; "-" if unknown."""
     if seconds is None:
         return "-"
     whole = int(seconds)
@@ -110,7 +110,7 @@ def _duration(seconds: float | None) -> str:
 
 
 def document_of(one: MachineInfo) -> dict[str, Any]:
-    """A machine for JSON."""
+    """A machine as a JSON document."""
     return {
         "name": one.name,
         "state": one.state.value if one.state else None,
@@ -155,21 +155,21 @@ def _connections(one: MachineInfo) -> list[tuple[AdapterSpec, AdapterConnection]
 @click.argument("name")
 @output_options
 def show_command(name: str, as_json: bool, quiet: bool) -> None:
-    """Everything about the machine NAME: its settings, disks and adapters, and what it is doing.
+    """Show everything about the machine NAME: its settings, disks and adapters, and its state.
 
-    What a running machine has only from its next start on is marked so.
+    Settings that a running machine gets only at its next start are marked.
 
     \b
-    With --json: one object; what is not known, or does not run, is null:
-      name state reason operation accelerator uptime_seconds heartbeat folder
-      copy_of
-      guest {heartbeat seen_seconds_ago os interfaces [{name mac addresses}]}
-      pids {supervisor worker server qemu}
-      definition {...}     as stored: memory_bytes cpu_count disks [...] ...
-      running {...}        the definition that it runs with
-      at_next_start {...}  the settings in which the two differ, as they will be
-      adapters [{id switch mac connected connection addresses}]
-      problem {kind exit_code message problem machine path hint}
+    With --json: one object; unknown values, and those that only a running machine has, are null:
+        name state reason operation accelerator uptime_seconds heartbeat folder
+        copy_of
+        guest {heartbeat seen_seconds_ago os interfaces [{name mac addresses}]}
+        pids {supervisor worker server qemu}
+        definition {...}     as stored: memory_bytes cpu_count disks [...] ...
+        running {...}        the definition that it runs with
+        at_next_start {...}  the settings in which the two differ, as they will be
+        adapters [{id switch mac connected connection addresses}]
+        problem {kind exit_code message problem machine path hint}
     """
     manager = Manager()
     one = manager.show(name, guest=True)
@@ -213,7 +213,7 @@ def show_command(name: str, as_json: bool, quiet: bool) -> None:
 
 
 def _hardware_pairs(one: MachineInfo, spec: MachineSpec) -> list[tuple[str, str]]:
-    """What the machine has now, and in brackets what it has from its next start on."""
+    """The hardware that the machine has now, and in brackets what it gets at its next start."""
 
     def words_of(name: str, of: MachineSpec) -> str:
         if name == "memory_bytes":
@@ -259,4 +259,4 @@ def _print_adapters(one: MachineInfo) -> None:
 
 def _services(services: dict[str, bool]) -> str:
     off = [name for name, is_on in services.items() if not is_on]
-    return "all services" + (f" but {', '.join(off)}" if off else "")
+    return "all services" + (f" except {', '.join(off)}" if off else "")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`snapshot ...`: taking snapshots, going back, the tree, deleting, merging.
+"""`snapshot ...`: taking snapshots, going back to them, the tree, deleting, merging.
 
 Decides how the tree is drawn and what is reported about a merge. Everything else is decided in `vmm.snapshots`.
 """
@@ -43,7 +43,7 @@ _PLAIN = str.maketrans("├└│─●○", "||| *o")
 def snapshot_command() -> None:
     """Take snapshots of a machine, running or not, and go back to them.
 
-    A snapshot is named by its name, its id, or the beginning of its id.
+    A snapshot is given by its name, its id, or the beginning of its id.
     """
 
 
@@ -56,18 +56,18 @@ def _of(machine: str) -> MachineSnapshots:
     epilog=epilog("vmm snapshot create web", 'vmm snapshot create web --name "before the update" --consistent'),
 )
 @click.argument("machine")
-@click.option("--name", help="What to call it; by default the time.")
-@click.option("--notes", default="", help="A text to keep with it.")
-@click.option("--consistent", is_flag=True, help="Freeze the guest's file systems meanwhile, by its agent.")
-@click.option("--mode", type=click.Choice(MODES), help="How memory is captured; by default the best that can be done.")
+@click.option("--name", help="Name of the snapshot; by default the time.")
+@click.option("--notes", default="", help="A text to store with it.")
+@click.option("--consistent", is_flag=True, help="Have the agent freeze the guest's file systems meanwhile.")
+@click.option("--mode", type=click.Choice(MODES), help="How memory is captured; by default the best possible way.")
 @output_options
 def create_command(
     machine: str, name: str | None, notes: str, consistent: bool, mode: str | None, as_json: bool, quiet: bool
 ) -> None:
-    """Keep the present state of MACHINE: configuration, all disks and, where it runs, its memory.
+    """Keep the present state of MACHINE: configuration, all disks and, if it is running, its memory.
 
-    A running guest stands still for a moment, and goes on while its memory is written. --mode background needs a host
-    that allows it: see `vmm host doctor`. Of a machine with passed-through disks there is no snapshot.
+    A running guest is paused for a moment, and continues while its memory is written. --mode background needs a host
+    that allows it: see `vmm host doctor`. A machine with pass-through disks cannot have snapshots.
     """
     with progress_line(shown=not quiet and not as_json) as progress:
         snapshot = _of(machine).create(name, notes=notes, consistent=consistent, mode=mode, progress=progress)
@@ -83,16 +83,17 @@ def _memory_words(snapshot: Snapshot) -> str:
     size = format_size(snapshot.memory_bytes)
     if not snapshot.pause_seconds:
         return f"with {size} of memory"
-    return f"with {size} of memory; the guest stood still for {snapshot.pause_seconds * 1000:.0f} ms ({snapshot.mode})"
+    return f"with {size} of memory; the guest was paused for {snapshot.pause_seconds * 1000:.0f} ms ({snapshot.mode})"
 
 
 @snapshot_command.command("tree", epilog=epilog("vmm snapshot tree web"))
 @click.argument("machine")
 @output_options
 def tree_command(machine: str, as_json: bool, quiet: bool) -> None:
-    """Draw the snapshots of MACHINE, and where it is now. Sizes are what images and memory take up on disk.
+    """Draw the snapshots of MACHINE, and where it is now. Sizes are those that images and memory have on disk.
 
-    The size of disks is that of the images that the snapshot froze: what was written between the one before and it.
+    The size of disks is that of the images that the snapshot froze, so of what was written since the snapshot before
+    it.
     """
     snapshots = _of(machine)
     tree = snapshots.tree()
@@ -132,7 +133,7 @@ def _draw(
 
 
 def _is_plain() -> bool:
-    """True where the terminal's characters cannot draw lines."""
+    """True if the terminal's encoding cannot draw lines."""
     import sys
 
     encoding = getattr(sys.stdout, "encoding", None) or "ascii"
@@ -167,7 +168,7 @@ def _documents(snapshots: MachineSnapshots, tree: Tree) -> list[dict[str, Any]]:
 @click.argument("machine")
 @output_options
 def list_command(machine: str, as_json: bool, quiet: bool) -> None:
-    """The snapshots of MACHINE, the oldest first."""
+    """List the snapshots of MACHINE, oldest first."""
     snapshots = _of(machine)
     tree = snapshots.tree()
     if as_json:
@@ -189,7 +190,7 @@ def list_command(machine: str, as_json: bool, quiet: bool) -> None:
 @click.argument("snapshot")
 @output_options
 def show_command(machine: str, snapshot: str, as_json: bool, quiet: bool) -> None:
-    """Everything about a SNAPSHOT of MACHINE."""
+    """Show everything about SNAPSHOT of MACHINE."""
     snapshots = _of(machine)
     one = snapshots.find(snapshot)
     if as_json:
@@ -201,7 +202,7 @@ def show_command(machine: str, snapshot: str, as_json: bool, quiet: bool) -> Non
             ("name", one.name),
             ("id", one.id),
             ("taken", time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one.created))),
-            ("the machine was", one.taken_in + (", file systems written out" if one.consistent else "")),
+            ("the machine was", one.taken_in + (", file systems flushed" if one.consistent else "")),
             ("came after", tree.snapshots[one.parent].name if one.parent else ""),
             ("memory", "" if one.memory_bytes is None else format_size(one.memory_bytes)),
             ("stood still", f"{one.pause_seconds * 1000:.0f} ms ({one.mode})" if one.pause_seconds else ""),
@@ -219,9 +220,9 @@ def show_command(machine: str, snapshot: str, as_json: bool, quiet: bool) -> Non
 )
 @click.argument("machine")
 @click.argument("snapshot")
-@click.option("--discard-current", is_flag=True, help="Drop the present state.")
+@click.option("--discard-current", is_flag=True, help="Discard the present state.")
 @click.option("--snapshot-current", is_flag=True, help="Keep the present state as a snapshot first.")
-@click.option("--name", help="With --snapshot-current: what to call it.")
+@click.option("--name", help="With --snapshot-current: name of that snapshot.")
 @click.option("--start", is_flag=True, help="Start the machine afterwards.")
 @output_options
 def apply_command(
@@ -234,12 +235,12 @@ def apply_command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Make MACHINE what it was at SNAPSHOT: configuration, disks and memory. One that runs is powered off for it.
+    """Return MACHINE to SNAPSHOT: configuration, disks and memory. A running machine is powered off first.
 
-    With memory it is saved then, and `vmm start` lets it go on from there; without it is off.
+    A snapshot with memory leaves the machine saved, and `vmm start` continues from there; otherwise it is off.
     """
     if name is not None and not snapshot_current:
-        raise click.UsageError("--name goes with --snapshot-current")
+        raise click.UsageError("--name needs --snapshot-current")
     with progress_line(shown=not quiet and not as_json) as progress:
         applied = _of(machine).apply(
             snapshot, discard_current=discard_current, snapshot_current=name or snapshot_current, progress=progress
@@ -257,14 +258,15 @@ def apply_command(
 )
 @click.argument("machine")
 @click.argument("snapshot")
-@click.option("--subtree", is_flag=True, help="Also all snapshots that came of it.")
-@click.option("-y", "--yes", is_flag=True, help="Do not ask for a subtree.")
+@click.option("--subtree", is_flag=True, help="Delete all snapshots below it, too.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask for confirmation of a subtree.")
 @output_options
 def delete_command(machine: str, snapshot: str, subtree: bool, yes: bool, as_json: bool, quiet: bool) -> None:
-    """Take SNAPSHOT of MACHINE away, whatever the machine is doing. No other state changes.
+    """Delete SNAPSHOT of MACHINE, whatever the machine is doing. No other state changes.
 
-    Its memory goes at once. Its images go at once where nothing stands on them; what stands on one alone is merged
-    into it when the machine is off, or by `vmm snapshot merge --live`; where two stand on it, it stays until one goes.
+    Its memory is removed at once. An image that no other builds on is removed at once, too. If one image builds on it,
+    that one is merged into it when the machine is off, or by `vmm snapshot merge --live`; if several do, it stays
+    until all but one are gone.
     """
     snapshots = _of(machine)
     one = snapshots.find(snapshot)
@@ -298,14 +300,14 @@ def _tell_tidied(tidied: Tidied, state: str) -> None:
 @click.argument("machine")
 @click.argument("snapshot")
 @click.argument("name", required=False)
-@click.option("--notes", help="Other notes.")
+@click.option("--notes", help="New notes.")
 @output_options
 def rename_command(
     machine: str, snapshot: str, name: str | None, notes: str | None, as_json: bool, quiet: bool
 ) -> None:
-    """Give SNAPSHOT of MACHINE another NAME, or other notes."""
+    """Give SNAPSHOT of MACHINE a new NAME, or new notes."""
     if name is None and notes is None:
-        raise click.UsageError("a new name or --notes")
+        raise click.UsageError("give a new name, --notes, or both")
     snapshots = _of(machine)
     one = snapshots.find(snapshot)
     if name is not None:
@@ -323,7 +325,7 @@ def rename_command(
 @click.argument("number", type=int)
 @output_options
 def limit_command(machine: str, number: int, as_json: bool, quiet: bool) -> None:
-    """Let MACHINE have at most NUMBER snapshots; 50 by default."""
+    """Limit MACHINE to NUMBER snapshots; the default is 50."""
     _of(machine).set_limit(number)
     if as_json:
         print_json({"name": machine, "limit": number})
@@ -336,27 +338,27 @@ def limit_command(machine: str, number: int, as_json: bool, quiet: bool) -> None
 @click.argument("snapshot")
 @output_options
 def forget_memory_command(machine: str, snapshot: str, as_json: bool, quiet: bool) -> None:
-    """Keep SNAPSHOT of MACHINE without its memory: going back to it is then as after a power cut."""
+    """Remove the memory of SNAPSHOT of MACHINE and keep the rest: going back to it is then as after a power cut."""
     one = _of(machine).forget_memory(snapshot)
     if as_json:
         print_json(snapshot_document(one))
     elif not quiet:
-        print_line(f"{machine}: {one.name} has no memory any more")
+        print_line(f"{machine}: the memory of {one.name} is removed")
 
 
 @snapshot_command.command(
     "merge", epilog=epilog("vmm snapshot merge web", "vmm snapshot merge web --live --max-rate 50M")
 )
 @click.argument("machine")
-@click.option("--live", is_flag=True, help="While the machine runs.")
-@click.option("--max-rate", type=SIZE, help="With --live: at most so much a second.")
-@click.option("--cancel", is_flag=True, help="Stop a merge that is under way. Nothing is lost.")
+@click.option("--live", is_flag=True, help="Merge while the machine runs.")
+@click.option("--max-rate", type=SIZE, help="With --live: at most this many bytes a second.")
+@click.option("--cancel", is_flag=True, help="Stop the merge in progress. Nothing is lost.")
 @output_options
 def merge_command(machine: str, live: bool, max_rate: int | None, cancel: bool, as_json: bool, quiet: bool) -> None:
-    """Merge the images of MACHINE that deleted snapshots have left, and wait for it.
+    """Merge the images of MACHINE that deleted snapshots have left, and wait for the result.
 
-    When the machine is off this happens by itself in the background. --live does it while the guest runs: it is held
-    only at the end, for some milliseconds.
+    While the machine is off this happens by itself in the background. --live merges while the guest runs: its writes
+    are held only at the end, for some milliseconds.
     """
     snapshots = _of(machine)
     if cancel:
@@ -367,9 +369,9 @@ def merge_command(machine: str, live: bool, max_rate: int | None, cancel: bool, 
             print_line(f"{machine}: the merge is stopped" if stopped else f"{machine}: nothing is being merged")
         return
     if max_rate is not None and not live:
-        raise click.UsageError("--max-rate goes with --live")
+        raise click.UsageError("--max-rate needs --live")
     if max_rate is not None and max_rate <= 0:
-        raise click.UsageError("--max-rate is a positive size")
+        raise click.UsageError("--max-rate must be more than 0")
     with progress_line(shown=not quiet and not as_json) as progress:
         if live:
             done = snapshots.merge_live(max_rate_bytes=max_rate, progress=progress)
@@ -380,7 +382,7 @@ def merge_command(machine: str, live: bool, max_rate: int | None, cancel: bool, 
         merges = [{name: value for name, value in asdict(one).items() if value is not None} for one in done]
         print_json({"merged": count, "merges": merges})
     elif not quiet:
-        print_line(f"{machine}: {count} merged" if done or count else f"{machine}: there is nothing to merge")
+        print_line(f"{machine}: {count} merged" if done or count else f"{machine}: nothing to merge")
         for one in done:
             if one.held_seconds:
                 print_line(f"into {one.target}: the guest's writes were held for {one.held_seconds * 1000:.0f} ms")
@@ -393,10 +395,10 @@ def merge_command(machine: str, live: bool, max_rate: int | None, cancel: bool, 
 @click.argument("machine")
 @click.argument("snapshot")
 @click.argument("folder", type=click.Path())
-@click.option("--flat", is_flag=True, help="One image for each disk, without parents.")
+@click.option("--flat", is_flag=True, help="Write one image for each disk, without parents.")
 @output_options
 def export_command(machine: str, snapshot: str, folder: str, flat: bool, as_json: bool, quiet: bool) -> None:
-    """Put MACHINE as it was at SNAPSHOT into the new FOLDER, whatever it is doing now. See `vmm export`."""
+    """Export MACHINE, as it was at SNAPSHOT, to the new FOLDER, whatever it is doing now. See `vmm export`."""
     from vmm.api.export_import.exporting import export
     from vmm.cli.transfer import told
 

@@ -39,7 +39,7 @@ WATCH_SECONDS = 1.0
 
 @click.group("switch", cls=VerbGroup, context_settings={"help_option_names": ["-h", "--help"]})
 def switch_command() -> None:
-    """Make, watch and remove virtual network switches: private, internal and external ones."""
+    """Create, watch and remove virtual network switches: private, internal and external ones."""
 
 
 switch_command.add_command(capture_command)
@@ -55,35 +55,41 @@ switch_command.add_command(capture_command)
 )
 @click.argument("name")
 @click.option("--type", "kind", type=click.Choice(["private", "internal", "external"]), default="private",
-              help="Guests only; guests and this host; guests, this host and the network behind --nic.")  # fmt: skip
+              help="Guests only; guests and this host; guests, this host and the network of --nic.")  # fmt: skip
 @click.option("--nic", "uplink", metavar="INTERFACE", help="The network card of an external switch.")
 @click.option("--backend", type=click.Choice(["user", "bridge"]),
-              help="user: a process, without root. bridge: the kernel's, for root."
+              help="user: a process, without root. bridge: the kernel's bridge, for root."
                    " Default: user for private switches and without root.")  # fmt: skip
 @click.option("--mtu", "mtu_bytes", type=int, metavar="BYTES",
-              help="The most bytes of a frame behind its header. Default: the card's; 1500 without one.")  # fmt: skip
-@click.option("--host/--no-host", "host", default=True, help="External: whether this host stays on the network.")
+              help="Most bytes of a frame after its header. Default: the card's; 1500 without one.")  # fmt: skip
+@click.option(
+    "--host/--no-host", "host", default=True, help="External: whether this host stays connected to the network."
+)
 @click.option("--host-vlan", type=int, metavar="N", help="The VLAN of this host's adapter on the switch.")
 @click.option("--address", metavar="ADDRESS/PREFIX", help="Internal: this host's address. Default: a free network.")
 @click.option("--dhcp/--no-dhcp", "dhcp", default=True, help="Internal: whether guests get addresses.")
-@click.option("--dhcp-range", metavar="FIRST-LAST", help="Which; by default the upper half of the network.")
+@click.option(
+    "--dhcp-range",
+    metavar="FIRST-LAST",
+    help="Internal: the addresses that guests get. Default: the upper half of the network.",
+)
 @click.option("--nat", is_flag=True, help="Internal: let guests reach what this host reaches.")
 @click.option("--domain", help="Internal: the guests' domain. Default: vmm.internal.")
 @click.option("--forward", "forwards", metavar="tcp:HOST:PORT-GUEST:PORT", multiple=True,
-              help="Internal, user back end: a port of this host that leads to a guest. Repeatable.")  # fmt: skip
+              help="Internal, user back end: forward a port of this host to a guest. Repeatable.")  # fmt: skip
 @click.option("--host-loopback", is_flag=True,
               help="Internal, user back end: let guests reach what listens on this host's 127.0.0.1, at the gateway's"
                    " address. Programs there often trust every client that reaches them.")  # fmt: skip
-@click.option("--yes", is_flag=True, help="Do not ask before this host's network is changed.")
-@click.option("--dry-run", is_flag=True, help="Show what would be done, and do nothing.")
+@click.option("--yes", is_flag=True, help="Do not ask before changing this host's network.")
+@click.option("--dry-run", is_flag=True, help="Show what would be done, but do nothing.")
 @output_options
 def create_command(name: str, yes: bool, dry_run: bool, as_json: bool, quiet: bool, **words: Any) -> None:
-    """Make a switch called NAME.
+    """Create a switch called NAME.
 
     An external switch takes this host's addresses from the card and gives them to a bridge: what will be done is shown
-    first, and taken back at once should the gateway not answer any more. Deleting the switch puts everything back.
+    first, and undone at once if the gateway stops answering. Deleting the switch puts everything back.
     """
-    switches.refuse_existing(name)  # else what it has is in the way of what it is to have
+    switches.refuse_existing(name)  # before planning: what the switch already has would conflict with the plan
     spec = _spec_of(name, words)
     planned = HostSide(spec).backend.plan()
     if planned.refusals:
@@ -129,20 +135,20 @@ def _spec_of(name: str, words: dict[str, Any]) -> SwitchSpec:
 @switch_command.command("set", epilog=epilog("vmm switch set lan --nic enp3s0", "vmm switch set lab --mtu 9000"))
 @click.argument("name")
 @click.option("--nic", "uplink", metavar="INTERFACE", help="Its new network card.")
-@click.option("--mtu", "mtu_bytes", type=int, metavar="BYTES", help="The most bytes of a frame behind its header.")
-@click.option("--yes", is_flag=True, help="Do not ask before this host's network is changed.")
+@click.option("--mtu", "mtu_bytes", type=int, metavar="BYTES", help="Most bytes of a frame after its header.")
+@click.option("--yes", is_flag=True, help="Do not ask before changing this host's network.")
 @output_options
 def set_command(name: str, uplink: str | None, mtu_bytes: int | None, yes: bool, as_json: bool, quiet: bool) -> None:
-    """Give the external switch NAME another network card, or its own one that has another name by now.
+    """Give the external switch NAME another network card, or the same card after it was renamed.
 
-    The old card gets its addresses back before the new one's move to the switch; where the old one is gone the new one
-    gets them. Machines on the switch stay on it.
+    The old card gets its addresses back before those of the new card move to the switch; if the old card is gone, the
+    new card gets them. Machines on the switch stay connected.
 
-    With --mtu any switch carries longer or shorter frames from now on. Adapters of machines that run keep theirs until
-    they start again; set it in the guest, too.
+    With --mtu any switch carries longer or shorter frames from now on. Adapters of running machines keep their MTU
+    until the machines start again; set it in the guest, too.
     """
     if uplink is None and mtu_bytes is None:
-        raise click.UsageError("say what to change: --nic or --mtu")
+        raise click.UsageError("give --nic, --mtu, or both")
     changed = switches.load(name)
     old: list[str] = []
     if uplink is not None:
@@ -156,7 +162,9 @@ def set_command(name: str, uplink: str | None, mtu_bytes: int | None, yes: bool,
     elif not quiet:
         print_line(f"{name}: {_words(changed)}")
         if old:
-            print_line(f"until they start again these keep their MTU, unless it is set in the guest: {', '.join(old)}")
+            print_line(
+                f"these keep their MTU until their machines restart, unless it is set in the guest: {', '.join(old)}"
+            )
 
 
 def _words(spec: SwitchSpec) -> str:
@@ -172,7 +180,7 @@ def _words(spec: SwitchSpec) -> str:
 @switch_command.command("list", epilog=epilog("vmm switch list"))
 @output_options
 def list_command(as_json: bool, quiet: bool) -> None:
-    """All switches."""
+    """List all switches."""
     found = switches.load_all()
     if as_json:
         print_json([spec.model_dump(mode="json") for spec in found])
@@ -194,7 +202,7 @@ def list_command(as_json: bool, quiet: bool) -> None:
 
 
 def _port_count(spec: SwitchSpec) -> str:
-    """How many ports it has, or that its process hangs: the other switches are listed all the same."""
+    """How many ports the switch has, or that its process hangs: the other switches are listed all the same."""
     try:
         return str(len(HostSide(spec).guests()))
     except TimedOut:
@@ -205,7 +213,7 @@ def _port_count(spec: SwitchSpec) -> str:
 @click.argument("name")
 @output_options
 def show_command(name: str, as_json: bool, quiet: bool) -> None:
-    """Everything about the switch NAME: settings, process or bridge, leases."""
+    """Show everything about the switch NAME: settings, process or bridge, leases."""
     spec = switches.load(name)
     host = HostSide(spec)
     status = host.backend.status()
@@ -247,7 +255,7 @@ def _way_out(spec: SwitchSpec) -> str:
         return ""
     if spec.capabilities.gateway:
         own = ", and its 127.0.0.1" if spec.host_loopback else ""
-        return f"all that this host reaches{own}; this host reaches guests only through forwarded ports"
+        return f"everything that this host reaches{own}; this host reaches guests only through forwarded ports"
     return "NAT" if spec.nat else "none: guests and this host only"
 
 
@@ -259,10 +267,10 @@ def _leases(spec: SwitchSpec) -> list[dict[str, Any]]:
 
 @switch_command.command("ports", epilog=epilog("vmm switch ports lab", "vmm switch ports lab --watch"))
 @click.argument("name")
-@click.option("--watch", is_flag=True, help="Again every second, with rates, until Ctrl-C.")
+@click.option("--watch", is_flag=True, help="Repeat every second, with rates, until Ctrl-C.")
 @output_options
 def ports_command(name: str, watch: bool, as_json: bool, quiet: bool) -> None:
-    """What is plugged where on the switch NAME, with counters as the guests see them."""
+    """Show what is connected to each port of the switch NAME, with counters as the guests see them."""
     spec = switches.load(name)
     host = HostSide(spec)
     before: dict[str, dict[str, Any]] = {}
@@ -306,7 +314,7 @@ def _port_row(port: dict[str, Any], before: dict[str, Any] | None) -> list[str]:
 @click.argument("name")
 @output_options
 def addresses_command(name: str, as_json: bool, quiet: bool) -> None:
-    """Which MAC addresses the switch NAME has learned, and at which port."""
+    """Show which MAC addresses the switch NAME has learned, and at which port."""
     known = HostSide(switches.load(name)).backend.addresses()
     if as_json:
         print_json(known)
@@ -325,9 +333,9 @@ def addresses_command(name: str, as_json: bool, quiet: bool) -> None:
 @click.option("--remove", is_flag=True, help="Remove the fixed address.")
 @output_options
 def lease_command(name: str, adapter: str, address: str | None, remove: bool, as_json: bool, quiet: bool) -> None:
-    """Always give the ADAPTER the same ADDRESS, and its machine's name, on the internal switch NAME.
+    """Give ADAPTER always the same ADDRESS, and its machine's name, on the internal switch NAME.
 
-    The address lies in the switch's network, and is neither this host's nor one that another adapter has.
+    The address must be in the switch's network, and be neither this host's nor another adapter's.
     """
     from vmm.api import adapters
     from vmm.net import guest_addresses, lease_file
@@ -359,14 +367,14 @@ def lease_command(name: str, adapter: str, address: str | None, remove: bool, as
 
 @switch_command.command("delete", epilog=epilog("vmm switch delete lab"))
 @click.argument("name")
-@click.option("--force", is_flag=True, help="Even with machines on it: they are disconnected until there is a switch"
+@click.option("--force", is_flag=True, help="Even with machines on it, which are disconnected until there is a switch"
               " of that name again. What cannot be put back is listed and left as it is.")  # fmt: skip
 @output_options
 def delete_command(name: str, force: bool, as_json: bool, quiet: bool) -> None:
-    """Remove the switch NAME, and put this host's network back as it was before.
+    """Delete the switch NAME, and put this host's network back as it was before.
 
-    Two things need --force: a switch that machines are plugged into, running or not, and one of which something
-    cannot be put back. What a card had that is gone by now is listed.
+    Two things need --force: a switch that machines are connected to, running or not, and a switch of which something
+    cannot be put back. Settings of a card that is gone by now are listed.
     """
     from vmm.api.adapters import delete_switch
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`switch capture`: the frames on a switch, into files that Wireshark reads.
+"""`switch capture`: writes the frames on a switch to files that Wireshark reads.
 
-Decides how a capture is asked for and how it ends. Where the stream is cut: `net.capture_files`.
+Decides how a capture is requested and how it ends. Where the stream is split into files is decided in
+`net.capture_files`.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from vmm.net.host_side import HostSide
 )
 @click.argument("name")
 @click.option(
-    "--port", metavar="MACHINE/ADAPTER", help="Both directions of this port; default: what every port sends."
+    "--port", metavar="MACHINE/ADAPTER", help="Both directions of this port. Default: what every port sends."
 )
 @click.option("--snap", type=int, metavar="BYTES", help="Keep only the first BYTES of each frame.")
-@click.option("-o", "--output", required=True, metavar="FILE", help="Where to, as pcapng; - is standard output.")
+@click.option("-o", "--output", required=True, metavar="FILE", help="Output file, as pcapng; - for standard output.")
 @click.option(
-    "--max-size", type=SIZE, metavar="SIZE", help="End when FILE has that size; with --files: begin another."
+    "--max-size", type=SIZE, metavar="SIZE", help="Stop when FILE has this size; with --files: begin another file."
 )
 @click.option("--files", type=click.IntRange(2, MAX_FILES), metavar="N",
               help="Keep the newest N files of --max-size: FILE's name with -00001 and so on.")  # fmt: skip
@@ -45,7 +46,7 @@ def capture_command(
 ) -> None:  # fmt: skip
     """Write the frames on the switch NAME to FILE, until Ctrl-C. Wireshark and tshark read it.
 
-    A switch that ends meanwhile is an error; what came until then is in FILE.
+    If the switch ends meanwhile, that is an error; the frames captured until then are in FILE.
     """
     spec = switches.load(name)
     host = HostSide(spec)
@@ -82,12 +83,12 @@ def _copy(stream: Any, taken: CaptureFiles, name: str) -> None:
             except ConnectionError:
                 received = b""
             if not received:
-                where = "" if taken.path == "-" else f"; {taken.names[-1]} holds what came until then"
+                where = "" if taken.path == "-" else f"; {taken.names[-1]} has the frames captured until then"
                 raise WrongState(f"switch {name} ended during the capture{where}")
             if not taken.write(received):
                 return
     except KeyboardInterrupt:
-        pass  # how a capture ends
+        pass  # the normal end of a capture
 
 
 def _port_of(words: str) -> str:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """This terminal, connected to a machine's console: keys one way, output the other.
 
-Decides how a terminal is made raw and reliably restored, which key leaves, when a script's console ends (its
-input is used up and the guest is quiet, a text has appeared, or the time is over), and that a console whose worker
-died is found again. Must not know what the console is: `connect` returns a connected socket, or raises a VmmError.
+Decides how a terminal is made raw and reliably restored, which key disconnects, when a script's console ends (its
+input is used up and the guest is silent, a text has appeared, or the time is over), and that a console whose worker
+died is connected again. Must not know what the console is: `connect` returns a connected socket, or raises a VmmError.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vmm.model.errors import VmmError
 
 LEAVE_KEY: Final = b"\x1d"  # Ctrl-]
 LINGER_SECONDS: Final = 1.0
-RECONNECT_SECONDS: Final = 30.0  # a worker that was killed is back much sooner, where the host is not busy
+RECONNECT_SECONDS: Final = 30.0  # a killed worker is back much sooner, unless the host is busy
 _RETRY_SECONDS: Final = 0.1
 _PIECE_BYTES: Final = 16 * 1024
 _MAX_UNSENT_BYTES: Final = 64 * 1024
@@ -34,17 +34,17 @@ Connect = Callable[[bool], socket.socket]  # connect(is_again)
 
 
 class Ended(enum.Enum):
-    """Why it ended."""
+    """Why the connection ended."""
 
     LEFT = "left"  # Ctrl-]
-    INPUT_DONE = "input done"  # the script's input is used up, and the guest has said what it had to say
+    INPUT_DONE = "input done"  # the script's input is used up, and the guest is silent
     FOUND = "found"
     TIMED_OUT = "timed out"
     CONSOLE_GONE = "console gone"
 
 
 class Join:
-    """One joining of a terminal and a console."""
+    """One connection of a terminal to a console."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Join:
         linger_seconds: float = LINGER_SECONDS,
         is_coming_back: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`expect`: end when this has come. `is_coming_back`: whether a console that ended is worth waiting for."""
+        """`expect`: end when this text has appeared. `is_coming_back`: whether to wait for a console that ended."""
         self._connect = connect
         self._input = input_fd
         self._output = output_fd
@@ -68,11 +68,11 @@ class Join:
         self._is_terminal = os.isatty(input_fd)
         self._input_open = True
         self._unsent = b""
-        self._recent = b""  # the end of what came, in which `expect` may have begun
+        self._recent = b""  # the end of the output, in which `expect` may have begun
         self._last_output = time.monotonic()
 
     def run(self) -> Ended:
-        """Join until one of the ends. Raises VmmError when there is no console to begin with."""
+        """Connect until one of the ends occurs. Raises VmmError if there is no console at the beginning."""
         link = self._connect(False)
         try:
             with raw_terminal(self._input):
@@ -130,14 +130,14 @@ class Join:
         return max(0.0, min(ends) - time.monotonic()) if ends else None
 
     def _lingers(self) -> bool:
-        """True when only the guest's silence is waited for."""
+        """True if only the guest's silence is awaited."""
         return not self._input_open and not self._unsent and self._expect is None
 
     def _is_quiet(self, now: float) -> bool:
         return self._lingers() and now >= self._last_output + self._linger
 
     def _show(self, data: bytes) -> bool:
-        """Write output; True when the expected text has come."""
+        """Write output; True if the expected text has appeared."""
         self._last_output = time.monotonic()
         rest = data
         while rest:
@@ -150,7 +150,7 @@ class Join:
         return found
 
     def _take_input(self) -> bool:
-        """Take keys; True when the one that leaves was among them."""
+        """Read keys; True if the key that disconnects was among them."""
         data = os.read(self._input, _PIECE_BYTES)
         if not data:
             self._input_open = False
@@ -163,9 +163,9 @@ class Join:
 
 @contextlib.contextmanager
 def raw_terminal(descriptor: int) -> Iterator[None]:
-    """Every key goes through as it is inside this block, and the terminal is as before after it, whatever happens.
+    """Pass every key through unchanged within this block, and restore the terminal afterwards, whatever happens.
 
-    Nothing happens for what is no terminal.
+    Does nothing if the descriptor is not a terminal.
     """
     if not os.isatty(descriptor):
         yield
@@ -173,7 +173,7 @@ def raw_terminal(descriptor: int) -> Iterator[None]:
     before = termios.tcgetattr(descriptor)
 
     def end(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt  # out through the `finally` below
+        raise KeyboardInterrupt  # runs the `finally` below
 
     handlers = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`export` and `import`: machines on their way to another host."""
+"""`export` and `import`: moving machines to another host."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vmm.cli.common import epilog, output_options, print_json, print_line, progr
 
 
 def told(done: TransferResult, words: str, *, as_json: bool, quiet: bool) -> None:
-    """Say what was done."""
+    """Report what was done."""
     if as_json:
         print_json(asdict(done))
     elif not quiet:
@@ -26,13 +26,14 @@ def told(done: TransferResult, words: str, *, as_json: bool, quiet: bool) -> Non
 @click.command("export", epilog=epilog("vmm export web /mnt/usb/web", "vmm export web /mnt/usb/web --flat"))
 @click.argument("machine")
 @click.argument("folder", type=click.Path())
-@click.option("--snapshot", help="As it was at this snapshot, instead of as it is.")
-@click.option("--flat", is_flag=True, help="One image for each disk, without parents and snapshots.")
+@click.option("--snapshot", help="Export the state at this snapshot instead of the present one.")
+@click.option("--flat", is_flag=True, help="Write one image for each disk, without parents and snapshots.")
 @output_options
 def export_command(machine: str, folder: str, snapshot: str | None, flat: bool, as_json: bool, quiet: bool) -> None:
-    """Put MACHINE, which is off or saved, into the new FOLDER: configuration, snapshots, all images, saved memory.
+    """Export MACHINE, which must be off or saved, to the new FOLDER: configuration, snapshots, all images, saved
+    memory.
 
-    Images that others share are copied, too: the folder needs nothing else. `vmm import` makes a machine of it.
+    Images that others share are copied, too: the folder needs nothing else. `vmm import` creates a machine from it.
     """
     with progress_line(shown=not quiet and not as_json) as progress:
         done = export(machine, folder, snapshot=snapshot, flat=flat, progress=progress)
@@ -48,13 +49,13 @@ def export_command(machine: str, folder: str, snapshot: str | None, flat: bool, 
     ),
 )
 @click.argument("folder", type=click.Path())
-@click.option("--name", help="What to call the machine; by default as it was called.")
-@click.option("--register", is_flag=True, help="Use the files where they lie, and the old id, instead of a copy.")
+@click.option("--name", help="Name of the machine; by default its old name.")
+@click.option("--register", is_flag=True, help="Use the files where they are, with the old id, instead of copying.")
 @click.option("--map", "paths", metavar="OLD=NEW", multiple=True,
-              help="Where the machine has OLD, a file, device or folder outside of FOLDER, use NEW; an empty NEW"
+              help="Replace OLD, a file, device or folder outside FOLDER, with NEW; an empty NEW"
                    " leaves it out. Repeatable.")  # fmt: skip
 @click.option("--switch", "switches", metavar="OLD=NEW", multiple=True,
-              help="Plug what was in the switch OLD into NEW, '-' for none. Repeatable.")  # fmt: skip
+              help="Connect adapters of the switch OLD to NEW, '-' for none. Repeatable.")  # fmt: skip
 @click.option("--allow", type=click.Choice(list(ALLOWANCES)), multiple=True,
               help="Let the machine have this setting. Repeatable.")  # fmt: skip
 @output_options
@@ -68,11 +69,11 @@ def import_command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Make a machine out of FOLDER, which `vmm export` wrote. Every file is checked before anything is changed.
+    """Create a machine from FOLDER, which `vmm export` wrote. Every file is checked before anything is changed.
 
-    A copy has an id of its own, so it can be there more than once, and beside the original. FOLDER may come from a
-    stranger: a machine that would reach outside of it is refused, and each thing is listed with the option that allows
-    it. What was allowed is printed before the machine is made.
+    A copy gets an id of its own, so it can exist several times, and beside the original. FOLDER may come from a
+    stranger: a machine that would reach outside FOLDER is refused, and each problem is listed with the option that
+    allows it. What was allowed is printed before the machine is created.
     """
     consent = Consent(dict(_pair(word, "--map") for word in paths),
                       dict(_pair(word, "--switch") for word in switches), frozenset(allow))  # fmt: skip
@@ -81,11 +82,11 @@ def import_command(
             folder, name=name, register=register, consent=consent, progress=progress,
             announce=lambda words: None if quiet or as_json else print_line(f"allowed: {words}"),
         )  # fmt: skip
-    told(done, f"{done.name} is there", as_json=as_json, quiet=quiet)
+    told(done, f"{done.name} is imported", as_json=as_json, quiet=quiet)
 
 
 def _pair(word: str, option: str) -> tuple[str, str]:
-    """OLD=NEW; a stranger's OLD may hold any number of "="."""
+    """Parse OLD=NEW; a stranger's OLD may contain any number of "="."""
     old, sign, new = word.rpartition("=")
     if not sign or not old:
         raise click.BadParameter(f"{word!r} is not OLD=NEW", param_hint=option)

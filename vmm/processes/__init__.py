@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The processes of a running machine: who starts whom, and how a worker is reached."""
+"""The processes of a running machine: which process starts which, and how the worker is reached."""

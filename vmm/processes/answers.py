@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a worker says about its machine, as values: how it is, and what a start came to.
+"""A worker's answers about its machine, as values: the machine's state, and the result of a start.
 
-Decides which parts of an answer callers see, and that one that cannot be understood (the worker may be of another
-version) is an error with a hint. Light: the command line starts machines with it. Must not know sockets.
+Decides which parts of an answer callers see, and that an answer that cannot be understood (the worker may come from
+another version of vmm) is an error with a hint. Imports little: the command line starts machines with it. Must not
+know sockets.
 """
 
 from __future__ import annotations
@@ -18,21 +19,21 @@ from vmm.store.state import MachineState
 
 @contextlib.contextmanager
 def understood(machine: str) -> Iterator[None]:
-    """An answer of the machine's worker is read in this block. Raises VmmError where it is not what it should be."""
+    """Read an answer of the machine's worker in this block. Raises VmmError if a part is missing or wrong."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise VmmError(
-            "its worker's answer cannot be understood; it may be of another version of vmm", machine=machine,
+            "cannot understand the answer of its worker, which may come from another version of vmm", machine=machine,
             hint="shut the machine down and start it with this version",
         ) from error  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class MachineStatus:
-    """How a machine is at this moment. Of one that does not run only `state` is known.
+    """The state of a machine at this moment. If the machine is not running, only `state` is known.
 
-    `heartbeat`: of the guest's agent. `reason`: why it is paused-critical.
+    `heartbeat`: of the guest's agent. `reason`: why the machine is paused-critical.
     """
 
     state: MachineState
@@ -44,14 +45,14 @@ class MachineStatus:
 
     @classmethod
     def of_document(cls, document: dict[str, Any]) -> MachineStatus:
-        """Out of what a worker said."""
+        """Parse a worker's answer. Raises KeyError, TypeError or ValueError; see `understood`."""
         known = ("operation", "reason", "accelerator", "uptime_seconds", "heartbeat")
         return cls(MachineState(document["state"]), **{key: document.get(key) for key in known})
 
 
 @dataclass(frozen=True, slots=True)
 class Disconnected:
-    """An adapter that is on no switch although its definition names one, and why."""
+    """An adapter that is connected to no switch although its definition names one, and the reason."""
 
     adapter: str
     switch: str | None
@@ -60,14 +61,14 @@ class Disconnected:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """What a machine is after it was started."""
+    """The state of a machine after its start, and the adapters that could not be connected."""
 
     state: MachineState
     disconnected: tuple[Disconnected, ...] = ()
 
     @classmethod
     def of_document(cls, document: dict[str, Any]) -> Started:
-        """Out of what its worker said."""
+        """Parse a worker's answer. Raises KeyError, TypeError or ValueError; see `understood`."""
         found = document.get("disconnected") or ()
         return cls(
             MachineState(document["state"]),

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies of a machine's disks in a new folder, which appears whole or not at all.
+"""Copies of a machine's disks in a new folder, which appears complete or not at all.
 
-Decides what the folder contains and how it is named while it is made. Must not know how the disks are kept still
-meanwhile, nor how an image is copied: `vhdkit convert` does this in a process of its own.
+Decides what the folder contains and what it is called while it is being written. Must not know how the disks are kept
+from changing meanwhile, nor how an image is copied: a separate `vhdkit convert` process does that.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from vmm.model.spec import DiskSpec, MachineSpec
 from vmm.processes.rpc import Progress
 
 UEFI_VARIABLES = "uefi-vars.fd"  # in a backup
-_MAX_VARIABLES_BYTES = 64 << 20  # of UEFI firmware: some MiB
+_MAX_VARIABLES_BYTES = 64 << 20  # UEFI firmware has a few MiB
 _LOOK_SECONDS = 0.2
 
 
 def disks_to_copy(spec: MachineSpec) -> list[DiskSpec]:
-    """The images of a machine. Raises Refused for one whose disks cannot be frozen."""
+    """The machine's images. Raises Refused if the machine has disks that cannot be frozen."""
     from vmm.store.devices import refuse_passed_through
 
-    refuse_passed_through(spec, "a backup", hint="back those up from inside the guest")
+    refuse_passed_through(spec, "a backup", hint="back up those disks from inside the guest")
     return [disk for disk in spec.disks if disk.is_image]
 
 
 def check_target(folder: str) -> str:
-    """The absolute path of a folder that is not there yet, in one that is. Raises AlreadyExists, NotFound."""
+    """The absolute path of a folder that must not exist yet, while its parent must. Raises AlreadyExists, NotFound."""
     target = os.path.abspath(folder)
     if os.path.lexists(target):
-        raise AlreadyExists("is there already", path=target, hint="name a new folder")
+        raise AlreadyExists("already exists", path=target, hint="name a new folder")
     try:
         os.stat(os.path.dirname(target))
     except OSError as error:
@@ -46,14 +46,14 @@ def check_target(folder: str) -> str:
 
 
 def make_part(target: str, name: str) -> str:
-    """A new folder beside the target, in which it is made. Raises AlreadyExists, AccessDenied, NoSpace."""
+    """Create the folder beside the target that collects the copies. Raises AlreadyExists, AccessDenied, NoSpace."""
     part = f"{target}.part"
     try:
         os.mkdir(part, 0o700)
-    except FileExistsError as error:  # of somebody else's, or one that is being made: not ours to remove
+    except FileExistsError as error:  # it may belong to another user or a running command: do not remove it
         raise AlreadyExists(
             "is in the way of the new folder", machine=name, path=part,
-            hint="where a backup or export that was interrupted left it: remove it; or name another folder",
+            hint="remove it if an interrupted backup or export left it there, or name another folder",
         ) from error  # fmt: skip
     except OSError as error:
         raise of_os_error(error, "make the folder", machine=name, path=part) from error
@@ -70,9 +70,9 @@ async def copy_disks(
 ) -> dict[str, str]:
     """Copy these images, the definition and the UEFI variables into the new folder `target`; disk id -> its copy.
 
-    `ended`: give up when this says so. Raises StoreFailed and its like; nothing is left then.
+    `ended`: stop copying when this returns True. Raises StoreFailed and other VmmErrors; nothing is left behind then.
     """
-    variables = uefi_variables_of(machine, spec)  # of the moment that the disks are of
+    variables = uefi_variables_of(machine, spec)  # from the same moment as the disks
     part = make_part(target, spec.name)
     try:
         copies = {}
@@ -97,19 +97,19 @@ async def copy_disks(
 def copy_disks_now(
     machine: MachinePaths, spec: MachineSpec, disks: list[DiskSpec], target: str, progress: Progress
 ) -> dict[str, str]:
-    """The same for a caller that has no loop."""
+    """As `copy_disks`, for callers without an event loop."""
     return asyncio.run(copy_disks(machine, spec, disks, target, progress))
 
 
 def uefi_variables_of(machine: MachinePaths, spec: MachineSpec) -> bytes | None:
-    """The UEFI variables as they are now; None where there are none. Raises AccessDenied, VmmError."""
+    """The current UEFI variables; None if the machine has none. Raises AccessDenied, VmmError."""
     if spec.firmware != "uefi":
         return None
     try:
         with open(machine.uefi_variables, "rb") as file:
             return file.read(_MAX_VARIABLES_BYTES)
     except FileNotFoundError:
-        return None  # it has never been started
+        return None  # the machine has never been started
     except OSError as error:
         raise of_os_error(error, "read the UEFI variables", path=machine.uefi_variables) from error
 
@@ -125,7 +125,7 @@ async def _convert(disk: DiskSpec, copy: str, progress: Progress, ended: Callabl
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,
         env=python_environment(),
-        umask=0o077,  # a copy is ours alone
+        umask=0o077,  # a copy is readable by its owner only
     )
     talking = asyncio.create_task(process.communicate())
     try:
@@ -133,7 +133,7 @@ async def _convert(disk: DiskSpec, copy: str, progress: Progress, ended: Callabl
             await asyncio.wait({talking}, timeout=_LOOK_SECONDS)
             progress({"step": f"copying {disk.id}"})
             if ended():
-                raise WrongState("was switched off while it was copied, or stops with its host")
+                raise WrongState("was switched off during the copy, or is stopping with its host")
     finally:
         if not talking.done():
             process.terminate()
@@ -143,7 +143,7 @@ async def _convert(disk: DiskSpec, copy: str, progress: Progress, ended: Callabl
 
 
 def parent_words(disk: DiskSpec) -> list[str]:
-    """Where vhdkit may find the parents of a disk's image."""
+    """The options that let vhdkit find the parents of a disk's image."""
     words = [word for folder in disk.parent_dirs for word in ("--allow-parent-dir", folder)]
     return words + (["--allow-raw-parent"] if disk.allow_raw_parent or disk.format == "raw" else [])
 
@@ -161,7 +161,7 @@ def error_in(said: bytes, disk: DiskSpec) -> VmmError:
 
 @contextlib.contextmanager
 def told_when_failed(tell: Callable[..., None], target: str) -> Iterator[None]:
-    """An event with the reason when this block ends early, be it by Ctrl-C."""
+    """Record an event with the reason if this block fails or is interrupted, for instance by Ctrl-C."""
     try:
         yield
     except VmmError as error:

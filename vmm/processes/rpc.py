@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Both ends of the worker's control socket: JSON-RPC 2.0, one message a line.
 
-Decides how many clients there may be, how long a line may be, and that a request that was accepted is carried out even
-if the client disconnects. Progress is sent in notifications {"method": "progress"} before the result. Errors are
+Decides how many clients there may be, how long a line may be, and that an accepted request is carried out even if the
+client disconnects. Progress is sent as notifications {"method": "progress"} before the result. Errors are those of
 `vmm.model.errors` on both sides. How lines are split and messages encoded is decided in `vhdkit.jsonrpc`. Must not
 know what the methods do.
 
-The client is synchronous and light (the command line uses it); asyncio is imported only with the server.
+The client is synchronous and imports little (the command line uses it); asyncio is imported only by the server.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _MAX_ANSWER_BYTES = 4 * MAX_LINE_BYTES
 FAILED, BAD_REQUEST, NO_METHOD, BAD_PARAMS, INTERNAL = (
     jsonrpc.FAILED, jsonrpc.INVALID_REQUEST, jsonrpc.NO_METHOD, jsonrpc.INVALID_PARAMS, jsonrpc.INTERNAL,
 )  # fmt: skip
-# What workers of earlier releases accepted, and the codes of their refusals.
+# What workers of earlier releases accepted, and the error codes with which they refused requests.
 _DIALECT = jsonrpc.Dialect(needs_version=False, not_json=BAD_REQUEST, bad_method=NO_METHOD)
 _PIECE_BYTES = 1 << 16
 _LAST_WORDS_SECONDS = 2.0
@@ -42,7 +42,7 @@ Method: TypeAlias = Callable[[dict[str, Any], Progress], Awaitable[object]]
 
 
 class ControlServer:
-    """Answers on a listening socket. `methods` take the parameters and a function that tells how far they are."""
+    """Answer requests on a listening socket. Each method takes its parameters and a function that reports progress."""
 
     def __init__(self, methods: dict[str, Method], on_crash: Callable[[str], None] = lambda text: None) -> None:
         self.methods = methods
@@ -53,7 +53,7 @@ class ControlServer:
         self._clients: set[asyncio.Task[None]] = set()
 
     async def start(self, sock: socket.socket) -> None:
-        """Take clients from a listening socket, which is closed with the server."""
+        """Accept clients on a listening socket, which is closed with the server."""
         import asyncio
 
         def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -76,7 +76,7 @@ class ControlServer:
                 call = asyncio.create_task(self._answer(line, writer))
                 self._calls.add(call)
                 call.add_done_callback(self._calls.discard)
-                await asyncio.wait({call})  # one at a time; not ended with the connection
+                await asyncio.wait({call})  # one call at a time; it goes on if the client disconnects
         except ConnectionError:
             pass
         except jsonrpc.LineTooLong as problem:
@@ -92,7 +92,7 @@ class ControlServer:
             request = jsonrpc.parse_request(line, _DIALECT)
             method = self.methods.get(request.method)
             if method is None:
-                text = f"there is no such method; there are {', '.join(self.methods)}"
+                text = f"unknown method; the methods are {', '.join(self.methods)}"
                 raise jsonrpc.RefusedRequest(NO_METHOD, text, request.id)
         except jsonrpc.RefusedRequest as problem:
             _send(writer, problem.answer())
@@ -106,7 +106,7 @@ class ControlServer:
             _send(writer, jsonrpc.encode_result(request.id, result))
         except VmmError as error:
             _send(writer, jsonrpc.encode_failure(request.id, FAILED, str(error), to_document(error)))
-        except Exception as error:  # a mistake of ours: the machine runs on
+        except Exception as error:  # a bug in vmm: the machine keeps running
             import traceback
 
             self._on_crash(traceback.format_exc())
@@ -114,7 +114,7 @@ class ControlServer:
             _send(writer, jsonrpc.encode_failure(request.id, INTERNAL, text))
 
     async def close(self) -> None:
-        """Take no more clients, let those that wait have their answers, hang up."""
+        """Stop accepting clients, finish the calls in progress within a short time, and disconnect."""
         import asyncio
 
         if self._server is not None:
@@ -130,19 +130,19 @@ class ControlServer:
 
 
 def parameter(params: dict[str, Any], name: str, kind: type | UnionType, default: object = None) -> Any:
-    """A parameter of that kind; the default where it is absent or null. Raises InvalidSpec for another kind."""
+    """A parameter of type `kind`; the default if it is absent or null. Raises InvalidSpec for another type."""
     value = params.get(name)
     if value is None:
         return default
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise InvalidSpec(f"the parameter {name!r} is not of the kind {getattr(kind, '__name__', kind)}")
-    if isinstance(value, float) and math.isnan(value):  # no time would ever be over
+        raise InvalidSpec(f"the parameter {name!r} is not of type {getattr(kind, '__name__', kind)}")
+    if isinstance(value, float) and math.isnan(value):  # a NaN as a timeout would never expire
         raise InvalidSpec(f"the parameter {name!r} is not a number")
     return value
 
 
 async def _next_line(reader: asyncio.StreamReader, lines: jsonrpc.LineBuffer) -> bytes | None:
-    """The client's next line; None when it has hung up. Raises ConnectionError, LineTooLong."""
+    """The client's next line; None after it disconnected. Raises ConnectionError, LineTooLong."""
     while (line := lines.next_line()) is None:
         piece = await reader.read(_PIECE_BYTES)
         if not piece:
@@ -163,7 +163,7 @@ class ControlClient:
     """A connection to a worker. Usable as a context manager."""
 
     def __init__(self, path: str, *, machine: str | None = None) -> None:
-        """Connect. Raises NotFound where no worker listens, AccessDenied."""
+        """Connect. Raises NotFound if no worker is listening, AccessDenied."""
         self.path = path
         self.machine = machine
         self._caller = jsonrpc.Caller(_MAX_ANSWER_BYTES)
@@ -173,7 +173,7 @@ class ControlClient:
         except OSError as error:
             self._socket.close()
             if isinstance(error, PermissionError):
-                raise AccessDenied("may not be controlled by you", machine=machine, path=path) from error
+                raise AccessDenied("you may not control this machine", machine=machine, path=path) from error
             raise NotFound("no worker is listening", machine=machine, path=path) from error
 
     def call(
@@ -184,13 +184,14 @@ class ControlClient:
         progress: Progress | None = None,
         **params: object,
     ) -> Any:
-        """The method's result. Raises the error that the worker met, TimedOut, or VmmError when it goes away.
+        """The method's result. Raises the error that the worker reported, TimedOut, or VmmError if the connection is
+        lost.
 
-        `timeout_seconds` is between two signs of life; None waits for ever.
+        `timeout_seconds` is the longest silence between two messages; None waits forever.
         """
         request = self._caller.request(method, params)
         try:
-            self._socket.settimeout(timeout_seconds)  # not what was left of an earlier call's time
+            self._socket.settimeout(timeout_seconds)  # the full time again, not what an earlier call left of it
             self._socket.sendall(request)
             while isinstance(message := self._next_message(method, timeout_seconds), jsonrpc.Notification):
                 if message.method == "progress" and progress is not None:
@@ -201,9 +202,9 @@ class ControlClient:
                 f"the worker did not answer {method} within {timeout_seconds:g} s", machine=self.machine
             ) from error
         except OSError as error:
-            raise VmmError(f"the worker went away during {method}", machine=self.machine) from error
+            raise VmmError(f"the connection to the worker was lost during {method}", machine=self.machine) from error
         except jsonrpc.ProtocolError as error:
-            raise VmmError("what answers there is not a worker", machine=self.machine, path=self.path) from error
+            raise VmmError("no worker answers there", machine=self.machine, path=self.path) from error
 
     def _result(self, answer: jsonrpc.Answer) -> Any:
         failure = answer.failure
@@ -225,7 +226,7 @@ class ControlClient:
         return message
 
     def close(self) -> None:
-        """Hang up."""
+        """Disconnect."""
         self._socket.close()
 
     def __enter__(self) -> Self:

@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """The supervisor of a running machine: a small process that keeps the disk server and the worker alive.
 
-Decides when each of the two is started again. The command that starts the machine starts it. The supervisor starts the
-server at once (which takes longest) and the worker, and from then on only waits for one of them to end (pidfd). The
-worker watches the supervisor in turn: any one or two of the three may be killed. What is found running is taken over
-instead of being started again.
+Decides when each of the two is restarted. The command that starts the machine starts the supervisor, which starts the
+server (it takes longest) and the worker at once, and from then on only waits for one of them to end (pidfd). The
+worker in turn watches the supervisor, so any one or two of the three may be killed. Processes that are found running
+are taken over, not started again.
 
-    command line --> supervisor --> vhdkit serve (the disks)     the supervisor has the disks' listening socket, so
-                       ^  `---> worker --> QEMU                  a new server finds QEMU waiting in the same queue
-                       '--------- watches
+    command line --> supervisor --> vhdkit serve (the disks)    the supervisor holds the disks' listening socket, so
+                          ^  `---> worker --> QEMU              QEMU waits in the same queue for a new server
+                          '--------- watches
 
-A signal that asks it to end (the host stops, a login ends) makes the machine carry out its automatic stop action: the
-supervisor passes the signal on to the worker and keeps both alive until that is done (`leaving`).
+A signal that asks the supervisor to end (the host stops, a login session ends) makes the machine carry out its
+automatic stop action: the supervisor passes the signal on to the worker and keeps both processes alive until that is
+done (`leaving`).
 
-It ends last: when the worker has noted that the machine is off, the server is ended (which flushes), the runtime
-folder is removed, and its lock is released. Must not know what the worker does. Imports little, to stay small. Files,
-logs, locks and events call it `keeper`, as vmm 0.1.0 did.
+The supervisor ends last: when the worker has recorded that the machine is off, it ends the server (which flushes),
+removes the runtime folder and releases its lock. Must not know what the worker does. Imports little, to stay small.
+Files, logs, locks and events call it `keeper`, as vmm 0.1.0 did.
 
     python -m vmm.processes.supervisor MACHINE-FOLDER RUNTIME-FOLDER [READY-DESCRIPTOR]
 """
@@ -40,17 +41,17 @@ from vmm.model.paths import MachinePaths, RuntimePaths, make_folders, write_whol
 from vmm.store.known_images import known_images
 from vmm.store.state import ENDING_SIGNALS, SERVER_END_SIGNAL, SupervisorNote, WorkerNote, WorkerPhase, mark_leaving
 
-SHORT_LIFE_SECONDS = 5.0  # who lived less than that is started again a little later each time
+SHORT_LIFE_SECONDS = 5.0  # a process that lived less than this is restarted after a pause that grows each time
 PAUSES_SECONDS = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-SERVER_END_SECONDS = 60.0  # a last flush to a slow disk
+SERVER_END_SECONDS = 60.0  # the server may have to flush to a slow disk
 _TAIL_BYTES = 16 << 10
-# The server wants to see its own number in LISTEN_PID, which only it knows. It does not hear what a host that stops
-# sends to all processes: the guest is saved or shut down first. SIGINT ends it.
+# The server expects its own pid in LISTEN_PID, which only the process itself knows. It ignores the signals that a host
+# sends to all processes when it stops, because the guest is saved or shut down first. SIGINT ends it.
 _ACTIVATE = 'trap "" TERM HUP; LISTEN_FDS=1 LISTEN_PID=$$ exec "$@"'
 
 
 class _Kept:
-    """A process that is kept alive: who it is, and when it may be started next."""
+    """A process that is kept alive: its identity, and when it may be started again."""
 
     def __init__(self, ref: ProcessRef | None) -> None:
         pidfd = None if ref is None else ref.open_pidfd()
@@ -60,13 +61,13 @@ class _Kept:
         self.not_before = 0.0
 
     def begun(self, pid: int) -> None:
-        """It was started, as our child."""
+        """Record that the process was started, as our child."""
         self.ref = ProcessRef.of(pid)
-        self.pidfd = os.pidfd_open(pid)  # a child stays ours to look at until it is waited for
+        self.pidfd = os.pidfd_open(pid)  # the pid of a child cannot be reused before waitpid
         self.started = time.monotonic()
 
     def ended(self) -> int | None:
-        """It has ended: its exit status where it was our child; plans when to start it again."""
+        """Record that the process ended, and plan its restart; its exit status, or None if it was not our child."""
         status = None
         if self.ref is not None:
             with contextlib.suppress(ChildProcessError):
@@ -80,7 +81,7 @@ class _Kept:
         return status
 
     def is_due(self) -> bool:
-        """True when it should be started now."""
+        """True if the process should be started now."""
         return self.ref is None and time.monotonic() >= self.not_before
 
 
@@ -94,21 +95,21 @@ class Supervisor:
         self._lock = lock
         self._listener: socket.socket | None = None
         note = SupervisorNote.read(runtime) or SupervisorNote()
-        worker = WorkerNote.read(runtime) if ready is None else None  # a first start finds nobody
-        self._is_first_start = note.server is None  # else a snapshot may have moved the leaf meanwhile
+        worker = WorkerNote.read(runtime) if ready is None else None  # at the first start there is no worker yet
+        self._is_first_start = note.server is None  # later on, a snapshot may have moved the leaf
         self._server = _Kept(note.server)
         self._worker = _Kept(worker.worker if worker is not None else note.worker)
         self._failure: dict[str, Any] | None = None
         self._is_given_up = False
-        self._asked, asks = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)  # readable when a signal came
+        self._asked, asks = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)  # readable once a signal has arrived
         signal.set_wakeup_fd(asks)
         for number in ENDING_SIGNALS:
             signal.signal(number, lambda number, frame: None)
 
     def run(self) -> None:
-        """Keep both alive until the machine is to be off, then put everything away."""
+        """Keep both processes alive until the machine is off, then remove everything."""
         if not self._lock.is_current():
-            return  # the folder is another start's by now
+            return  # another start has taken the folder
         self._note()
         while not self._is_over():
             if self._server.is_due() and not self._is_given_up:
@@ -128,11 +129,11 @@ class Supervisor:
         if not self._lock.is_current():
             return True
         note = WorkerNote.read(self._runtime)
-        is_gone = not os.path.exists(self._runtime.running)  # nothing can be started again
+        is_gone = not os.path.exists(self._runtime.running)  # without the definition nothing can be started again
         return is_gone or (note is not None and note.phase is WorkerPhase.ENDED)
 
     def _wait(self) -> None:
-        """Until one of them ends, or one is due to be started."""
+        """Wait until one of the processes ends, or is due to be started."""
         kept = [self._server, self._worker]
         poll = select.poll()
         for one in kept:
@@ -154,7 +155,7 @@ class Supervisor:
                 add_event(self._machine.events, "worker-died")
 
     def _pass_on_signal(self) -> None:
-        """The worker carries the stop action out; the next one, when this one is dead, by the mark."""
+        """Have the worker carry out the stop action; if it is dead, the mark makes the next worker do it."""
         os.read(self._asked, 1 << 10)
         mark_leaving(self._runtime)
         if self._worker.ref is not None:
@@ -186,7 +187,7 @@ class Supervisor:
         self._note()
 
     def _listen(self) -> socket.socket:
-        """The disks' socket: of the user that QEMU runs as, who is the folder's group."""
+        """Create the disks' socket. It belongs to the user that QEMU runs as, whose group id is the folder's group."""
         from vmm.host.private_socket import bind_private
 
         group = os.stat(self._runtime.folder).st_gid
@@ -196,12 +197,12 @@ class Supervisor:
         status = self._server.ended()
         note = WorkerNote.read(self._runtime)
         if note is not None and note.phase is WorkerPhase.ENDED:
-            self._is_given_up = True  # it was sent away
+            self._is_given_up = True  # the worker ended it on purpose
             return
         self._failure = last_error_in(self._machine.log("disks"), status)
-        # A server that does not get up, such as for an image that is in use, will not the next time either.
+        # A server that fails to start, for instance because an image is in use, would fail again.
         self._is_given_up = (note is None or note.phase is WorkerPhase.STARTING) and status is not None and status > 0
-        if not self._is_given_up:  # else the start fails, and says why
+        if not self._is_given_up:  # otherwise the start fails with this error
             add_event(self._machine.events, "disk-server-died", problem=self._failure.get("message"))
         self._note()
 
@@ -223,14 +224,14 @@ class Supervisor:
             environment=python_environment(),
             descriptors=descriptors,
         )
-        if self._ready is not None:  # a second worker has nobody to report to
+        if self._ready is not None:  # later workers report to no one
             os.close(self._ready)
             self._ready = None
         self._worker.begun(pid)
         self._note()
 
     def _note(self) -> None:
-        with contextlib.suppress(VmmError):  # a full file system must not end us
+        with contextlib.suppress(VmmError):  # a full file system must not end the supervisor
             if not self._lock.is_current():
                 return
             SupervisorNote(ProcessRef.of_self(), self._worker.ref, self._server.ref, self._failure).write(
@@ -239,7 +240,7 @@ class Supervisor:
 
 
 def exports_of(runtime: RuntimePaths, *, follow_leaf: bool) -> list[dict[str, Any]]:
-    """What the disks' server is to serve, out of the definition that the machine runs with. Raises VmmError."""
+    """The exports for the disk server, from the definition that the machine runs with. Raises VmmError."""
     try:
         with open(runtime.running, "rb") as file:
             definition = json.load(file)
@@ -262,7 +263,7 @@ def export_of(disk: dict[str, Any], *, follow_leaf: bool) -> dict[str, Any]:
 
 
 def last_error_in(log_path: str, status: int | None) -> dict[str, Any]:
-    """The error that the server ended with, as a document: its own words, else what its end looked like."""
+    """The error that ended the server, as a document: what it wrote, otherwise one made from its exit status."""
     with contextlib.suppress(OSError, ValueError), open(log_path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - _TAIL_BYTES))
@@ -272,19 +273,19 @@ def last_error_in(log_path: str, status: int | None) -> dict[str, Any]:
             error = StoreFailed(str(told.get("problem") or told.get("message")), path=told.get("path"),
                                 hint=hint_of_vhdkit(told.get("hint")))  # fmt: skip
             return to_document(error) | {"exit_code": told.get("exit_code", error.exit_code)}
-    if status == NoSpace.exit_code:  # it could not even write down why
-        return to_document(NoSpace("the disks' server found no space left", path=log_path))
+    if status == NoSpace.exit_code:  # there was no room even for the message
+        return to_document(NoSpace("the disk server found no space left", path=log_path))
     if status is None:
         words = "ended"
     elif status < 0:
         words = f"was ended by {signal.Signals(-status).name}"
     else:
         words = f"ended with code {status}"
-    return to_document(StoreFailed(f"the disks' server {words}", path=log_path))
+    return to_document(StoreFailed(f"the disk server {words}", path=log_path))
 
 
 def main() -> None:
-    """The process."""
+    """Entry point of the process."""
     machine, runtime = MachinePaths(sys.argv[1]), RuntimePaths(sys.argv[2])
     ready = int(sys.argv[3]) if len(sys.argv) > 3 else None
     if ready is not None:
@@ -292,13 +293,13 @@ def main() -> None:
     os.chdir("/")
     os.umask(0o077)
     if ready is None and WorkerNote.read(runtime) is None:
-        return  # the machine that we were to look after is gone, and another start has its folder
+        return  # the machine's folder is gone, or another start has it
     lock = Lock(runtime.lock("keeper"))
     try:
-        if lock.try_take():  # else there is one already
+        if lock.try_take():  # otherwise a supervisor is already running
             Supervisor(machine, runtime, ready, lock).run()
     except FileNotFoundError:
-        return  # the folder is gone, and so is the machine
+        return  # the folder is gone, and with it the machine
 
 
 if __name__ == "__main__":

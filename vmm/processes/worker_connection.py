@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How other processes reach a machine's worker: one that is listening, one to be started, or one to be brought back.
+"""How other processes reach a machine's worker: one that is listening, one to be started, or one to be replaced.
 
-Decides whether a machine runs, and repairs what was killed: if QEMU is alive but unattended, a supervisor is started,
-which starts the rest; if nothing is alive, what is left over is removed. Light (the command line starts machines with
-it): it reads a definition's id and leaves the rest of it to the worker.
+Decides whether a machine is running, and repairs what was killed: if QEMU is alive but unattended, it starts a
+supervisor, which starts the rest; if no process is alive, it removes the remains. Imports little, because the command
+line starts machines with it: it reads only the id from a definition and leaves the rest to the worker.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ if TYPE_CHECKING:
     from vmm.kvm.process import Identity
     from vmm.store.registry import Changing, Machine
 
-COME_BACK_SECONDS = 20.0  # for a worker to be there again
-START_SECONDS = 120.0  # without a word of it
-END_SECONDS = 60.0  # for everything to be put away
+COME_BACK_SECONDS = 20.0  # for a worker to be back
+START_SECONDS = 120.0  # without any message from the worker
+END_SECONDS = 60.0  # for all processes of the machine to end
 STATUS_SECONDS = 10.0
 _LOOK_SECONDS = 0.02
 _TRIES = 100
@@ -63,7 +63,7 @@ _MAX_DEFINITION_BYTES = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class MachineRef:
-    """A machine as far as it must be known to find its worker."""
+    """What must be known of a machine to find its worker."""
 
     name: str
     machine: MachinePaths
@@ -71,18 +71,18 @@ class MachineRef:
 
     @classmethod
     def of(cls, name: str) -> MachineRef:
-        """By the machine's name. Raises NotFound, InvalidSpec."""
+        """Look the machine up by its name. Raises NotFound, InvalidSpec."""
         machine = MachinePaths(machine_folder(name))
         machine_id = _id_in(machine)
         if machine_id is None:
-            from vmm.store.registry import load  # says what is wrong with it
+            from vmm.store.registry import load  # raises an error that names what is wrong with the definition
 
             machine_id = load(name).spec.id
         return cls(name, machine, runtime_of(machine_id))
 
 
 def _id_in(machine: MachinePaths) -> str | None:
-    """The id in a machine's definition; None where there is none that can be one."""
+    """The id in a machine's definition; None if there is no valid one."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         with open(machine.definition, "rb") as file:
             machine_id = json.loads(file.read(_MAX_DEFINITION_BYTES))["id"]
@@ -91,10 +91,10 @@ def _id_in(machine: MachinePaths) -> str | None:
 
 
 def contact(place: MachineRef, ids: AllIds | None = None, *, holds_lock: bool = False) -> ControlClient | None:
-    """A connection to the machine's worker; None where the machine does not run. `ids`: those that were read already.
+    """Connect to the machine's worker; None if the machine is not running. `ids`: all machines' ids, if already read.
 
-    `holds_lock`: the caller has the machine's lock, under which what is left of a dead one is taken away.
-    Raises TimedOut when somebody should be there and is not, AccessDenied, Refused for a copy of another machine.
+    `holds_lock`: the caller holds the machine's lock, under which the remains of a dead machine are removed. Raises
+    TimedOut if a lost worker does not come back, AccessDenied, Refused for a copy of another machine.
     """
     refuse_copy(place.name, ids)
     deadline = time.monotonic() + COME_BACK_SECONDS
@@ -116,21 +116,22 @@ def contact(place: MachineRef, ids: AllIds | None = None, *, holds_lock: bool = 
                 _spawn_supervisor(place)
         if time.monotonic() > deadline:
             raise TimedOut(
-                "its worker does not come back", machine=place.name, path=place.machine.log("worker"),
+                "its worker has not come back", machine=place.name, path=place.machine.log("worker"),
                 hint=f"vmm logs {place.name}",
             )  # fmt: skip
         time.sleep(_LOOK_SECONDS)
 
 
 def is_looked_after(runtime: RuntimePaths) -> bool:
-    """True while a supervisor or a worker lives."""
+    """True while a supervisor or a worker is alive."""
     return is_locked(runtime.lock("keeper")) or is_locked(runtime.lock("worker"))
 
 
 def status_of(place: MachineRef, ids: AllIds | None = None, *, holds_lock: bool = False) -> MachineStatus:
-    """How a machine is, also one that is about to end. `ids`, `holds_lock` and errors as `contact`."""
+    """The state of a machine, even one that is about to end. `ids`, `holds_lock` and errors as for `contact`."""
     for _ in range(_TRIES):
-        if original_of(place.name, ids) is not None:  # the processes of its id are the original's
+        # the running processes with this id belong to the original machine
+        if original_of(place.name, ids) is not None:
             break
         client = contact(place, ids, holds_lock=holds_lock)
         if client is None:
@@ -141,17 +142,19 @@ def status_of(place: MachineRef, ids: AllIds | None = None, *, holds_lock: bool 
         except TimedOut:
             raise
         except VmmError:
-            time.sleep(_LOOK_SECONDS)  # it ended just now, or was killed: look again
+            time.sleep(_LOOK_SECONDS)  # the worker just ended or was killed: try again
             continue
         with understood(place.name):
             return MachineStatus.of_document(answer)
     else:
-        raise TimedOut("its worker ends whenever it is asked", machine=place.name, hint=f"vmm logs {place.name}")
+        raise TimedOut(
+            "its worker ended at each attempt to query it", machine=place.name, hint=f"vmm logs {place.name}"
+        )
     return MachineStatus(MachineState.SAVED if saved.is_saved(place.machine) else MachineState.OFF)
 
 
 def _clean_up(place: MachineRef) -> bool:
-    """Nobody lives any more: take away what is left. False when somebody is at work on the machine."""
+    """Remove the remains of a machine without living processes. False if another command is working on the machine."""
     with contextlib.suppress(InUse), machine_lock(place.machine.folder, place.name, patience_seconds=0):
         _take_away_dead(place)
         return True
@@ -162,13 +165,14 @@ def _clean_up(place: MachineRef) -> bool:
 def changing(
     name: str, *, stop_merge: bool = True, settles: bool = True
 ) -> Iterator[tuple[Changing, ControlClient | None]]:
-    """The machine, which no other command changes while the block runs, and its worker where it runs.
+    """Hold the machine, so that no other command changes it during the block; with its worker if it is running.
 
-    What was cut short on one that does not run is settled first (`settle_left`), unless `settles` is off.
+    An interrupted operation on a machine that is not running is settled first (`settle_left`), unless `settles` is
+    False.
 
-    The machine is read last: after the lock was taken, and after it was seen whether it runs, since a worker changes
-    the definition too. What is left of one of which nobody lives any more is taken away first. Raises as
-    `registry.changing` and `contact`.
+    The definition is read last: after the lock was taken and after it is known whether the machine is running, because
+    a worker changes the definition too. The remains of a dead machine are removed first. Raises as `registry.changing`
+    and `contact`.
     """
     from vmm.store import registry
 
@@ -183,9 +187,9 @@ def changing(
 
 
 def has_settled(machine: Changing) -> bool:
-    """Have the worker of a machine whose lock is held settle what was cut short; False when there is none any more.
+    """Have the worker of a machine whose lock is held settle an interrupted operation; False if no worker is running.
 
-    Raises as `contact`, and what stands in the way.
+    Raises as `contact`, and the error that prevents settling.
     """
     place = MachineRef(machine.name, machine.paths, machine.runtime)
     client = contact(place, holds_lock=True)
@@ -197,9 +201,10 @@ def has_settled(machine: Changing) -> bool:
 
 
 def settle_left(lock: HeldLock, machine: MachinePaths, *, stop_merge: bool = True) -> None:
-    """Settle what was cut short on a machine that does not run and whose lock is held.
+    """Settle an interrupted operation on a machine that is not running and whose lock is held.
 
-    A merge in the background is stopped for it, unless `stop_merge` is off: then it is let alone. Raises VmmError.
+    A merge in the background is stopped for this, unless `stop_merge` is False: then it is left alone. Raises
+    VmmError.
     """
     if not is_left(machine):
         return
@@ -214,14 +219,15 @@ def settle_left(lock: HeldLock, machine: MachinePaths, *, stop_merge: bool = Tru
 
 
 def is_left(machine: MachinePaths) -> bool:
-    """True when something that was cut short is to be settled. Raises VmmError."""
+    """True if an interrupted operation is to be settled. Raises VmmError."""
     return has_note(machine) or (has_tree(machine) and load_tree(machine).journal is not None)
 
 
 def look(name: str) -> Machine:
-    """A machine, for looking at it and its disks: where it died in the middle of something that is settled first.
+    """Load a machine in order to inspect it and its disks; an operation that was interrupted is settled first.
 
-    Not while another command is at work on it. Raises as `registry.load`, and what stands in the way of settling.
+    Nothing is settled while another command is working on the machine. Raises as `registry.load`, and the error that
+    prevents settling.
     """
     from vmm.store import registry
 
@@ -240,9 +246,9 @@ def _runs(place: MachineRef) -> bool:
 
 
 def _take_away_dead(place: MachineRef) -> None:
-    """The same for who has the machine's lock already. Nothing happens while somebody looks after the machine.
+    """As `_clean_up`, with the machine's lock already held. Does nothing while a supervisor or worker is alive.
 
-    The locks of supervisor and worker are taken meanwhile: a supervisor that a dead worker had just started finds them
+    Takes the locks of supervisor and worker meanwhile: a supervisor that a dying worker has just started finds them
     taken, or later a folder without notes, and ends.
     """
     locks = [Lock(place.runtime.lock(part)) for part in ("keeper", "worker")]
@@ -279,9 +285,10 @@ def _spawn_supervisor(place: MachineRef, ready: int | None = None) -> None:
 
 
 def start(name: str, *, discard_saved: bool = False, progress: Progress | None = None) -> Started:
-    """Start a machine, with its saved memory where there is some; returns when it runs.
+    """Start a machine, with its saved memory if there is any; returns once it is running.
 
-    Raises WrongState when it runs already, InUse when another command is at work, and what stands in the way.
+    Raises WrongState if it is already running, InUse while another command is working on it, and what prevents the
+    start.
     """
     with machine_turn(machine_folder(name), name), contextlib.ExitStack() as stack:
         place = MachineRef.of(name)
@@ -318,7 +325,7 @@ def start(name: str, *, discard_saved: bool = False, progress: Progress | None =
 
 
 def _look_before_discarding(place: MachineRef) -> None:
-    """Raise what would keep the machine from starting, while its memory is still there."""
+    """Check what would prevent the start, while the saved memory still exists. Raises VmmError."""
     from vmm.snapshots.preflight import look_before_discarding
     from vmm.store.registry import load_folder
 
@@ -341,12 +348,12 @@ def _refuse_running(place: MachineRef) -> None:
     if client is not None:
         with client:
             state = client.call("status", timeout_seconds=5)["state"]
-        raise WrongState(f"is {state} already", machine=place.name)
+        raise WrongState(f"is already {state}", machine=place.name)
     end_left(place.runtime, END_SECONDS)
 
 
 def _wait_started(place: MachineRef, reading: int, progress: Progress | None) -> Started:
-    """Follow what the worker tells. Raises its error, after everything was put away."""
+    """Follow the worker's messages. If it reports an error, wait until everything is removed, then raise the error."""
     received = b""
     while True:
         if not select.select([reading], [], [], START_SECONDS)[0]:
@@ -373,9 +380,9 @@ def _wait_started(place: MachineRef, reading: int, progress: Progress | None) ->
 
 
 def _after_all(place: MachineRef) -> Started:
-    """The worker was killed before it said anything: the supervisor has started another, or nobody lives.
+    """The worker was killed before it reported a result: the supervisor has started another, or everything is dead.
 
-    Who was killed may still be ending: its end of the pipe closes before its lock is free.
+    The killed process may still be ending: its end of the pipe closes before its lock is released.
     """
     found = status_of(place, holds_lock=True)
     deadline = time.monotonic() + START_SECONDS
@@ -384,13 +391,13 @@ def _after_all(place: MachineRef) -> Started:
         found = status_of(place, holds_lock=True)
     if found.state in (MachineState.OFF, MachineState.SAVED, MachineState.STARTING):
         raise QemuFailed(
-            "its worker ended before the machine ran", machine=place.name, hint=f"vmm logs {place.name}"
+            "its worker ended before the machine was running", machine=place.name, hint=f"vmm logs {place.name}"
         )  # fmt: skip
     return Started(found.state)
 
 
 def wait_put_away(place: MachineRef) -> None:
-    """Return when nothing of the machine is left: no process, no lock, no socket. Raises TimedOut."""
+    """Wait until nothing of the machine is left: no process, no lock, no socket. Raises TimedOut."""
     deadline = time.monotonic() + END_SECONDS
     while os.path.isdir(place.runtime.folder) and is_locked(place.runtime.lock("keeper")):
         if time.monotonic() > deadline:
@@ -399,13 +406,13 @@ def wait_put_away(place: MachineRef) -> None:
 
 
 def make_runtime(runtime: RuntimePaths, identity: Identity | None) -> None:
-    """The machine's runtime folder, empty. QEMU's user may pass through it, and see and write nothing in it.
+    """Create the machine's runtime folder, empty. QEMU's user may pass through it, but not list it or write in it.
 
     Raises AccessDenied, NoSpace.
     """
     make_private(os.path.dirname(runtime.folder), mode=0o711 if identity is not None else 0o700)
     if os.path.lexists(runtime.folder):
-        make_private(runtime.folder)  # a link, or somebody else's, is not emptied
+        make_private(runtime.folder)  # a symbolic link or another user's folder is not emptied
         shutil.rmtree(runtime.folder, ignore_errors=True)
     make_private(runtime.folder)
     if identity is not None:

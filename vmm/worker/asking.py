@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Asking a guest to shut itself down until it does: by its agent, otherwise by the power button.
+"""Asks a guest to shut down until it does: through its agent, otherwise with the power button.
 
-Decides when it is worth asking again. A guest that has just begun to boot hears neither: if the button is
-pressed before the guest listens, that is lost, and the agent starts last. So the guest is asked again when an agent
-starts, and the button is pressed again from time to time while the guest is young. An older guest has heard it, and
-might take a second press for something else. Must not know what follows if the guest does not obey.
+Decides when it is worth asking again. A guest that has just begun to boot notices neither: a press of the button is
+lost if the guest does not listen yet, and the agent starts last. So the guest is asked again when an agent starts, and
+the button is pressed again from time to time while the guest is young. An older guest has noticed the first press, and
+might take a second one for something else. Must not know what follows if the guest does not obey.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vmm.kvm.guest_agent import GuestAgent
 from vmm.kvm.qmp import Qmp
 from vmm.model.errors import VmmError
 
-YOUNG_SECONDS: Final = 300.0  # since it was booted: a slow installation medium takes minutes
+YOUNG_SECONDS: Final = 300.0  # since boot: a slow installation medium takes minutes
 AGAIN_SECONDS: Final = 5.0
 _LOOK_SECONDS = 0.1
 
@@ -26,7 +26,7 @@ Way = Literal["agent", "power button"]
 
 
 class Machine(Protocol):
-    """What is needed of a running machine; `running.Running` is one."""
+    """What is needed of a running machine; `running.Running` provides it."""
 
     agent: GuestAgent
     exited: asyncio.Event
@@ -38,9 +38,10 @@ class Machine(Protocol):
 
 
 async def ask_until_off(running: Machine, timeout_seconds: float, *, again_seconds: float = AGAIN_SECONDS) -> None:
-    """Ask until the guest has powered off. Raises TimeoutError; QemuFailed and TimedOut when QEMU cannot be asked.
+    """Ask until the guest has powered off. Raises TimeoutError; QemuFailed and TimedOut if QEMU cannot be asked.
 
-    The time is looked at between questions: one that is cut off would be answered to whoever asks next.
+    The deadline is checked between requests: the answer to an aborted request would be taken for the answer to the
+    next one.
     """
     deadline = time.monotonic() + timeout_seconds
     told: Way | None = None
@@ -70,7 +71,7 @@ async def _until_worth_asking_again(running: Machine, way: Way, again_seconds: f
         if time.monotonic() >= deadline:
             raise TimeoutError
         if running.agent.is_open and was_without_agent:
-            return  # it has come, or come again after a restart
+            return  # the agent has started, perhaps again after a reboot
         was_without_agent = was_without_agent or not running.agent.is_open
         is_time = way == "power button" and time.monotonic() - since > again_seconds
         if is_time and running.boot_age_seconds() < YOUNG_SECONDS:

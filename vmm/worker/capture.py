@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Snapshots of a machine that runs, in its worker: memory, devices and all disks of one moment.
+"""Snapshots of a running machine, in its worker: memory, devices and all disks at one moment.
 
     lock, journal: prepare   the snapshot's folder, its configuration, a file with room for all the memory
     (agent: freeze)          only on request; thawed in any case
-    the guest stands still   all disks get their new leaves, in one call of their server
-    it continues             definitions follow; QEMU writes memory in the background
-    all is written           the folder gets its name, and the tree the snapshot: from here on it exists
+    the guest is paused      all disks get new leaves, in one call to the disk server
+    the guest resumes        definitions follow; QEMU writes memory in the background
+    all is written           the folder gets its final name, the tree the snapshot: from here on it exists
 
-Decides the order, and what an early end leaves: before the disks are exchanged nothing; after that the guest continues
-on its new leaves, and the images below, which belong to no snapshot, are merged when the machine is off. If the worker
-is killed, its successor finishes the snapshot (`recovery`), because QEMU goes on writing by itself. How QEMU is told
-is decided in `kvm.background`.
+Decides the order, and what an early end leaves: before the disks are switched, nothing; after that the guest continues
+on its new leaves, and the images below them, which belong to no snapshot, are merged once the machine is off. If the
+worker is killed, its successor finishes the snapshot (`recovery`), because QEMU keeps writing by itself. Which
+commands QEMU gets is decided in `kvm.background`.
 
-No numpy here, so that the worker stays small. What needs it is done by the command that asks, or by
-`background_merge`.
+Does not import numpy, so that the worker stays small. What needs it is done by the command that takes the snapshot, or
+by `background_merge`.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ if TYPE_CHECKING:
     from vmm.worker.running import Running
 
 OPERATION = "snapshot"
-LONG_PAUSE_SECONDS = 1.0  # after which the guest's clock is set: memory is large, and there is no better mode
-FREEZE_SECONDS = 10.0  # the guest's file systems thaw by themselves then
+# after a longer pause the guest's clock is set: without a better mode, much memory means a long pause
+LONG_PAUSE_SECONDS = 1.0
+FREEZE_SECONDS = 10.0  # after this the guest's file systems thaw by themselves
 
 
 class Capture:
@@ -56,7 +57,7 @@ class Capture:
         self._plugging = plugging
 
     def methods(self) -> dict[str, Method]:
-        """What the control socket offers."""
+        """The methods of the control socket."""
         return {"snapshot-create": self._create}
 
     # -- taking --------------------------------------------------------------------------------------------------
@@ -88,7 +89,7 @@ class Capture:
 
 
 class _Taking:
-    """One snapshot being taken."""
+    """One snapshot in progress."""
 
     def __init__(self, running: Running, plugging: Plugging, held: Held, request: SnapshotRequest) -> None:
         self._running = running
@@ -105,7 +106,7 @@ class _Taking:
         self._capturing: Capturing | None = None
 
     async def run(self, progress: Progress) -> Snapshot:
-        """The snapshot. Raises VmmError; `take_back` afterwards."""
+        """Take the snapshot. Raises VmmError; then call `take_back`."""
         running, spec = self._running, self._running.spec
         self._held.begin(self._journal)
         self._is_begun = True
@@ -151,8 +152,8 @@ class _Taking:
         self._folder.copy_uefi(self._running.machine, self._running.spec)
 
     async def take_back(self) -> None:
-        """After a failure: what was pivoted stays so, the rest goes. What cannot be put in order now stands in the
-        journal, and is settled before anything else is begun.
+        """Clean up after a failure: disks that were switched stay so, the rest is removed. What cannot be cleaned up
+        now stays in the journal, and is settled before any other operation.
         """
         running, held = self._running, self._held
         try:
@@ -163,7 +164,7 @@ class _Taking:
                 return
             held.take_over()
             if running.exited.is_set():
-                return  # the leaves are adopted when the machine is off, or before it is started again
+                return  # the leaves are adopted when the machine is off, or before it is restarted
             moved = await served_leaves(running)
             await follow_pivots(running, held, self._journal.pivots, moved)
             self._folder.discard()

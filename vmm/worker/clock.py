@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A guest's clock, which stands still while its machine does: set to the host's time when the guest continues.
 
-Decides for how long this is tried, and that a failure is an event: after memory was restored, a
-pause, a failure of disks, or a save that failed. Through the agent, and only if the integration service
-`time_sync` is on. Must not know what pauses a machine.
+Decides for how long this is tried, and that a failure is recorded as an event: after memory was restored, after a
+pause, a disk failure, or a save that failed. Uses the agent, and only if the integration service `time_sync` is on.
+Must not know what pauses a machine.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from vmm.model.errors import VmmError
 from vmm.model.spec import MachineSpec
 from vmm.store.state import MachineState
 
-TRY_SECONDS: Final = 30.0  # an agent whose guest has just come back needs a moment to notice
+TRY_SECONDS: Final = 30.0  # the agent of a guest that has just resumed needs a moment
 _AGAIN_SECONDS = 1.0
 
 
 class Machine(Protocol):
-    """What is needed of a running machine; `running.Running` is one."""
+    """What is needed of a running machine; `running.Running` provides it."""
 
     agent: GuestAgent
     exited: asyncio.Event
@@ -42,10 +42,10 @@ class GuestClock:
     def __init__(self, running: Machine) -> None:
         self._running = running
         self._is_being_set = False
-        self._has_stood_still = False  # since the time that is being set was looked at
+        self._has_stood_still = False  # after the host's time was read for the attempt in progress
 
     def bring_to_now(self, after: str) -> None:
-        """Set it in the background; `after` says what the clock stood still for."""
+        """Set the clock in the background; `after` names the reason for which it stood still."""
         self._has_stood_still = True
         if self._running.spec.integration.time_sync and not self._is_being_set:
             self._is_being_set = True
@@ -65,7 +65,7 @@ class GuestClock:
                     continue
                 except VmmError as error:
                     if running.state is MachineState.PAUSED:
-                        return  # it is set when the guest goes on
+                        return  # it is set when the guest resumes
                     if time.monotonic() > deadline:
                         running.tell("clock-not-set", after=after, problem=error.problem)
                         return

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the worker offers about the inside of its machine: its screen, its agent, the key-value exchange.
+"""The worker's methods for the inside of its machine: its screen, its agent, the key-value exchange.
 
 Decides the names, parameters and results of these methods of the control socket; what they do is decided in
 `kvm.guest_agent`, `kvm.key_value` and `kvm.screen`. Results are JSON; a picture is encoded in base64.
@@ -32,7 +32,7 @@ class GuestServices:
         self._one_picture = asyncio.Lock()
 
     def methods(self) -> dict[str, Method]:
-        """By name, for the control socket."""
+        """The methods of the control socket, by name."""
         return {
             "screen": self._screen,
             "agent-ping": self._ping,
@@ -49,7 +49,7 @@ class GuestServices:
     async def _screen(self, params: dict[str, Any], progress: Progress) -> object:
         """{"png": base64}. Raises WrongState for a machine without a screen."""
         if not self._running.spec.screen:
-            raise WrongState("has no screen", hint=f"vmm set {self._running.spec.name} --screen, when it is off")
+            raise WrongState("has no screen", hint=f"vmm set {self._running.spec.name} --screenwhile it is off")
         async with self._one_picture:
             picture = await screen.screendump(self._running.qmp)
         return {"png": base64.b64encode(picture).decode()}
@@ -57,12 +57,12 @@ class GuestServices:
     # -- the agent --------------------------------------------------------------------------------------------------
 
     async def _ping(self, params: dict[str, Any], progress: Progress) -> object:
-        """The heartbeat, after asking for one."""
+        """The heartbeat, after querying the agent."""
         await self._running.agent.ping()
         return asdict(self._running.agent.heartbeat())
 
     async def _info(self, params: dict[str, Any], progress: Progress) -> object:
-        """Heartbeat, system and addresses, asked for now. Raises AgentUnavailable where nobody answers."""
+        """Heartbeat, system and addresses, queried now. Raises AgentUnavailable if the agent does not answer."""
         agent = self._running.agent
         info = await agent.os_info()
         interfaces = await agent.addresses()
@@ -81,14 +81,14 @@ class GuestServices:
         return {"count": await self._running.agent.thaw()}
 
     async def _set_time(self, params: dict[str, Any], progress: Progress) -> object:
-        """The guest's clock to the host's."""
+        """Set the guest's clock to the host's."""
         await self._running.agent.set_time()
         return {}
 
     # -- the exchange -----------------------------------------------------------------------------------------------
 
     async def _list(self, params: dict[str, Any], progress: Progress) -> object:
-        """{"items": {pool: {key: value}}, "present": whether somebody in the guest takes part}."""
+        """{"items": {pool: {key: value}}, "present": whether a program in the guest takes part}."""
         exchange = self._running.exchange
         return {"items": {pool: exchange.items(pool) for pool in POOLS}, "present": exchange.is_present}
 
@@ -98,11 +98,11 @@ class GuestServices:
         return asdict(find_item(self._running.exchange.get, key, pool))
 
     async def _set(self, params: dict[str, Any], progress: Progress) -> object:
-        """{"key": K, "value": V}: {"taken": whether the guest has it}."""
+        """{"key": K, "value": V}: {"taken": whether the guest has received it}."""
         return {"taken": await self._running.exchange.set(_key(params), parameter(params, "value", str, ""))}
 
     async def _delete(self, params: dict[str, Any], progress: Progress) -> object:
-        """{"key": K}: {"taken": whether the guest has heard of it}."""
+        """{"key": K}: {"taken": whether the guest has received the deletion}."""
         return {"taken": await self._running.exchange.delete(_key(params))}
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that QEMU is given when it starts: sockets, descriptors, copies of files, and the command line.
+"""Everything that QEMU gets when it starts: sockets, descriptors, copies of files, and the command line.
 
-Decides what a definition needs from this host, and that all of it is checked and held open before QEMU starts. What
-is opened here reaches QEMU as a descriptor, so neither its user nor later changes of names matter. Must not know
-states.
+Decides what a definition needs from this host, and that all of it is checked and held open before QEMU starts. What is
+opened here reaches QEMU as a descriptor, so neither the permissions of QEMU's user nor later changes of names matter.
+Must not know states.
 """
 
 from __future__ import annotations
@@ -25,52 +25,53 @@ from vmm.model.paths import MachinePaths, RuntimePaths
 from vmm.model.spec import DiskSpec, MachineSpec
 from vmm.store.media import is_device, kernel_hint, known_by, open_in_drive
 
-FIRST_DESCRIPTOR = 10  # as QEMU sees the first; those below are everybody's
+FIRST_DESCRIPTOR = 10  # the first number that QEMU sees; lower ones have other uses
 _NO_KERNEL_BYTES = 4096  # QEMU reads a header and four sectors of set-up code
 UEFI_HINT = "install UEFI firmware for guests: sudo apt install ovmf"
 
 
 @dataclass(slots=True)
 class Launch:
-    """What QEMU is to be started with. `close` after it was started, or when it is not going to be."""
+    """What QEMU is started with. Call `close` once QEMU has started, or if it is not going to be started."""
 
     identity: Identity | None
-    descriptors: dict[int, int] = field(default_factory=dict)  # as QEMU sees them -> ours
-    media: dict[str, str | None] = field(default_factory=dict)  # drive -> what its medium is known by
-    kept_mtus: dict[str, tuple[int, int]] = field(default_factory=dict)  # adapter -> (restored, its switch's); 0: none
+    descriptors: dict[int, int] = field(default_factory=dict)  # number that QEMU sees -> our descriptor
+    media: dict[str, str | None] = field(default_factory=dict)  # drive -> what identifies its medium
+    # adapter -> (MTU restored, its switch's MTU); 0: none
+    kept_mtus: dict[str, tuple[int, int]] = field(default_factory=dict)
     sets: int = 0
     _open: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def give(self, ours: int) -> int:
-        """QEMU gets this descriptor, and sees it under the number returned. Ours is closed by `close`."""
+        """Pass this descriptor to QEMU under the number returned. `close` closes ours."""
         number = FIRST_DESCRIPTOR + len(self.descriptors)
         self.descriptors[number] = ours
         self._open.callback(os.close, ours)
         return number
 
     def give_set(self, ours: int) -> tuple[int, int]:
-        """(set, descriptor as QEMU sees it) of a set of this one descriptor."""
+        """(set, number that QEMU sees) of a descriptor set with this one descriptor."""
         self.sets += 1
         return self.sets, self.give(ours)
 
     def give_secret(self, secret_id: str, content: bytes) -> Device:
-        """QEMU gets a secret; what object it makes of it."""
+        """Pass a secret to QEMU; returns the object with which QEMU reads it."""
         memory = os.memfd_create(secret_id, os.MFD_CLOEXEC)
         number = self.give(memory)
         os.write(memory, content)
         return {"qom-type": "secret", "id": secret_id, "file": f"/dev/fd/{number}"}
 
     def listen(self, path: str) -> int:
-        """A listening socket there for QEMU; only we may connect. Raises OSError."""
+        """Listen on a socket at this path for QEMU; only our user can connect. Raises OSError."""
         return self.give(bind_private(path).detach())
 
     def close(self) -> None:
-        """Give up our ends."""
+        """Close our descriptors."""
         self._open.close()
 
 
 def no_adapters(launch: Launch) -> tuple[Adapter, ...]:
-    """What a machine without a network has."""
+    """The adapters of a machine without a network."""
     del launch
     return ()
 
@@ -87,16 +88,16 @@ def prepare(
     adapters: Callable[[Launch], tuple[Adapter, ...]] = no_adapters,
     mtus: Mapping[str, int] = MappingProxyType({}),
 ) -> tuple[list[str], Launch]:
-    """(the command, what goes with it). Raises VmmError for whatever is missing; then nothing is left open.
+    """(the command line, what goes with it). Raises VmmError for anything missing; then nothing is left open.
 
-    `adapters` delivers the network adapters. `had_kernel`: what is restored was started with a kernel, so QEMU must
-    have one, whatever it is. `mtus`: what adapters told the guest whose memory is restored, by their ids.
+    `adapters` provides the network adapters. `had_kernel`: the state to be restored was started with a kernel, so QEMU
+    needs one, whatever its content. `mtus`: the MTUs that the restored guest knows, by adapter id.
     """
     check_reachable(runtime.folder, identity)
     for disk in spec.disks:
-        if disk.controller == "ide" and disk.read_only and disk.kind != "iso":  # of a definition from elsewhere
+        if disk.controller == "ide" and disk.read_only and disk.kind != "iso":  # in a definition from elsewhere
             raise InvalidSpec(
-                f"{disk.id} is read-only, and there is no read-only disk on IDE", machine=spec.name, path=disk.path,
+                f"{disk.id} is read-only, but a disk on IDE cannot be read-only", machine=spec.name, path=disk.path,
                 hint=f"vmm disk remove {spec.name} {disk.id}, and add it again with ,controller=scsi,read-only",
             )  # fmt: skip
     launch = Launch(identity, media={disk.id: None for disk in spec.disks if disk.kind == "iso"})
@@ -143,7 +144,7 @@ def prepare(
 
 
 def _display(runtime: RuntimePaths, identity: Identity | None) -> str:
-    """Where QEMU itself listens for viewers of the screen: the only folder that it may write into."""
+    """Where QEMU itself listens for viewers of the screen: in the only folder that it may write to."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(runtime.vnc)
     if not os.path.isdir(runtime.display):
@@ -156,7 +157,7 @@ def _display(runtime: RuntimePaths, identity: Identity | None) -> str:
 def _copied(
     spec: MachineSpec, what: Literal["kernel", "initrd"], runtime: RuntimePaths, identity: Identity | None
 ) -> str | None:
-    """A file that QEMU opens by its name, where its user may read it."""
+    """Copy a file that QEMU opens by name to where QEMU's user may read it. None if the machine has none."""
     path = spec.kernel if what == "kernel" else spec.initrd
     if path is None:
         return None
@@ -171,7 +172,7 @@ def _copied(
 
 
 def _as_saved(adapter: Adapter, mtus: Mapping[str, int], launch: Launch) -> Adapter:
-    """The adapter as restored memory knows it, whatever its switch carries by now."""
+    """The adapter as the restored memory knows it, whatever MTU its switch has now."""
     name = str(adapter.device["id"])
     wanted = int(adapter.device.get("host_mtu", 0))
     kept = mtus.get(name, wanted)
@@ -183,9 +184,10 @@ def _as_saved(adapter: Adapter, mtus: Mapping[str, int], launch: Launch) -> Adap
 
 
 def _kernel(spec: MachineSpec, runtime: RuntimePaths, identity: Identity | None, *, had_kernel: bool) -> str | None:
-    """The kernel; for memory whose kernel is gone a file of zeros, with which no guest can be booted.
+    """The kernel; if memory is restored whose kernel is gone, a file of zeros, with which no guest can boot.
 
-    QEMU restores memory only where there is a kernel as there was one: with it comes a ROM, which is part of memory.
+    QEMU restores memory only if there is a kernel exactly when there was one: a kernel brings a ROM, which is part of
+    memory.
     """
     if spec.kernel is not None or not had_kernel:
         return _copied(spec, "kernel", runtime, identity)
@@ -205,20 +207,20 @@ def _medium(spec: MachineSpec, disk: DiskSpec, launch: Launch) -> Medium:
         number, descriptor = launch.give_set(opened)
         node = file_node(disk.id, number, read_only=True, is_device=is_device(opened))
         return Medium(node, ((number, descriptor),))
-    from vmm.store.devices import medium_of  # few machines need it, and every start would wait for it
+    from vmm.store.devices import medium_of  # few machines need this import, and every start would wait for it
 
     return medium_of(spec, disk, give_set=launch.give_set, give_secret=launch.give_secret)
 
 
 def find_uefi() -> tuple[str, str]:
-    """(code, empty variables) of the UEFI firmware. Raises Unsupported where there is none."""
+    """(code, empty variables) of the UEFI firmware. Raises Unsupported if none is installed."""
     if (found := uefi.find()) is not None:
         return found
-    raise Unsupported("there is no UEFI firmware for guests on this host", hint=UEFI_HINT)
+    raise Unsupported("this host has no UEFI firmware for guests", hint=UEFI_HINT)
 
 
 def _uefi_variables(machine: MachinePaths, launch: Launch) -> Medium:
-    """The machine's own variables, which are made when it is first started."""
+    """The machine's own UEFI variables, created at its first start."""
     path = machine.uefi_variables
     try:
         if not os.path.exists(path):

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A running machine whose host stops: its automatic stop action, in bounded time, whatever the request comes from.
+"""A running machine whose host stops: its automatic stop action, in bounded time, however the request arrives.
 
-Decides what is tried if one way fails (a machine that cannot be saved is asked to shut down, and if it does not, it is
-powered off), how much of the time each may take, and that the work is done once: a signal to the worker or the
+Decides what is tried if one way fails (a machine that cannot be saved is asked to shut down, and powered off if it
+does not), how much of the time each way may take, and that the work is done once: a signal to the worker or the
 supervisor, and `vmm host autostart --stop-machines`, all lead here, at once or one after the other. Must not know how
 these requests arrive, nor what becomes of the disks.
 
-INV-STOP-ACTION: SIGTERM to any of a machine's processes, or to all of them, carries out its stop action. QEMU and the
-disk server do not end by it (`running`, `supervisor`), and because of a mark in the runtime folder the next worker
-continues if this one is killed.
+INV-STOP-ACTION: SIGTERM to any of a machine's processes, or to all of them, carries out its stop action. The signal
+does not end QEMU or the disk server (`running`, `supervisor`), and because of a mark in the runtime folder the next
+worker continues if this one is killed.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from vmm.worker.states import End
 if TYPE_CHECKING:
     from vmm.worker.saving import Saving
 
-# systemd kills what is left of a login 90 seconds after it asked its processes to end.
+# systemd kills the rest of a login session 90 seconds after it asked its processes to end.
 SIGNAL_SECONDS = 75.0
-HOST_SECONDS = 600.0  # our own unit has 900, for all machines
+HOST_SECONDS = 600.0  # the unit that vmm installs allows 900, for all machines
 _IDLE_SHARE, _SAVE_SHARE = 0.2, 0.6  # of the time: to wait for another operation, and until saving is given up
-_OFF_SECONDS = 10.0  # what is kept for QEMU to write out its disks and end
+_OFF_SECONDS = 10.0  # reserved for QEMU to write out its disks and end
 
-_GIVING_WAY = ("backup", "snapshot-merge")  # what they merge can be cancelled, and goes on another time
+_GIVING_WAY = ("backup", "snapshot-merge")  # their merges can be cancelled and continued another time
 
 Way = Callable[[float], Awaitable[None]]
 Rest = Callable[[], asyncio.Future[None] | None]
@@ -55,10 +55,10 @@ class Leaving:
         return self._task is not None
 
     def begin(self, by: str, seconds: float, after: Rest = lambda: None) -> asyncio.Task[str]:
-        """Begin, or join what has begun; the task's result says what was done.
+        """Begin the stop action, or join the one in progress; the task's result says what was done.
 
-        `by`: who asked, for the event. `after`: the work on what a worker before us left, once it has begun; it comes
-        first.
+        `by`: the origin of the request, for the event. `after`: returns the task that settles what an earlier worker
+        left, once it has begun; that task comes first.
         """
         if self._task is None:
             mark_leaving(self._running.runtime)
@@ -85,21 +85,21 @@ class Leaving:
             try:
                 await way(ends.get(name, began + seconds))
                 return word
-            except Exception as error:  # the next way has to be tried whatever this was
+            except Exception as error:  # whatever failed, the next way has to be tried
                 problem = error.problem if isinstance(error, VmmError) else f"internal error: {error!r}"
                 running.tell("stop-action-failed", action=name, problem=problem)
         return "failed"
 
     def _action(self) -> str:
-        """What the definition says now."""
+        """The stop action in the current definition."""
         with contextlib.suppress(VmmError):
             return registry.read_definition(self._running.machine.definition).automatic.stop
         return self._running.spec.automatic.stop
 
     async def _wait_ready(self, deadline: float, after: Rest) -> None:
-        """Until the machine has started and does nothing else, or the time for that is over.
+        """Wait until the machine has started and no other operation is in progress, or the time for that is over.
 
-        Backups and merges, which may take hours, are given up.
+        Backups and merges, which may take hours, are cancelled.
         """
         running = self._running
         running.gives_way = True
@@ -120,7 +120,7 @@ class Leaving:
             try:
                 await self._saving.save(lambda document: None, give_up_at=deadline)
                 return
-            except InUse:  # another operation is not done yet, such as a snapshot whose memory is being written
+            except InUse:  # another operation has not ended, such as a snapshot whose memory is being written
                 if time.monotonic() > deadline:
                     raise
             await asyncio.sleep(LOOK_SECONDS)
@@ -128,7 +128,7 @@ class Leaving:
     async def _shut_down(self, deadline: float) -> None:
         seconds = deadline - time.monotonic()
         if seconds <= 0:
-            raise TimedOut("there is no time left for the guest to shut down")
+            raise TimedOut("not enough time is left for the guest to shut down")
         await self._running.shutdown(seconds, beside_others=True)
 
     async def _turn_off(self, deadline: float) -> None:
@@ -140,5 +140,5 @@ class Leaving:
         while (
             not running.exited.is_set() and running.note.phase is not WorkerPhase.ENDED and time.monotonic() < deadline
         ):
-            await running.kill()  # one that was about to start
+            await running.kill()  # QEMU was about to start
             await asyncio.sleep(LOOK_SECONDS)

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Merges of a machine's images while it runs, in its worker; the disk server carries them out.
 
-    layers below the one written to     in the background, the guest notices nothing
-    the one written to, too             in passes, then the guest's writes are held for the rest
+    layers below the leaf      in the background, unnoticed by the guest
+    the leaf, too              in passes, then the guest's writes are held for the rest
 
 Decides what is recorded before and after, so that a successor knows which image is the machine's disk: the journal
-names the disk, and the server, or the files themselves, show where its line ended. Which merges are made is decided by
-the command that asks (with `dependents`, which needs numpy); here it is checked that nothing else needs what changes.
+names the disk, and the server, or the files themselves, show where its chain begins now. Which merges are made is
+decided by the command that requests them (with `dependents`, which needs numpy); here it is checked that nothing else
+needs the images that change.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class LiveMerges:
         self._running = running
 
     def methods(self) -> dict[str, Method]:
-        """What the control socket offers."""
+        """The methods of the control socket."""
         return {"snapshot-merge": self._merge, "snapshot-merge-cancel": self._cancel}
 
     async def _merge(self, params: dict[str, Any], progress: Progress) -> object:
@@ -65,13 +66,13 @@ class LiveMerges:
         return {name: result[name] for name in ("passes", "held_seconds", "copied_bytes")} | {"target": target}
 
     def _check(self, held: Held, target: str, layers: list[str]) -> None:
-        """Raise where the tree has changed since somebody judged it."""
+        """Check that the tree has not changed since the command planned the merge. Raises InvalidSpec, Refused."""
         tree = held.tree
         step = target
         for path in reversed(layers):
             image = tree.images.get(path)
             if image is None or not image.ours or image.parent != step:
-                raise InvalidSpec(f"the snapshots have changed meanwhile: {path} does not stand on {step}")
+                raise InvalidSpec(f"the snapshots have changed meanwhile: {step} is not the parent of {path}")
             step = path
         if not layers or target not in tree.images:
             raise InvalidSpec("the snapshots have changed meanwhile", hint="try again")
@@ -84,10 +85,10 @@ class LiveMerges:
             real = [os.path.realpath(path) for path in chain]
             if any(real[start : start + len(wanted)] == wanted for start in range(len(real))):
                 return disk
-        raise InvalidSpec("is not part of a disk of the running machine", path=layers[0])
+        raise InvalidSpec("is not a layer of any disk of the running machine", path=layers[0])
 
     async def _cancel(self, params: dict[str, Any], progress: Progress) -> object:
-        """Stop the merge that is under way; {"cancelled"}. What was copied is found again by the next."""
+        """Stop the merge in progress; {"cancelled"}. The next merge finds what was already copied."""
         done = await self._running.server.call("cancel")
         return {"cancelled": bool(done["exports"])}
 

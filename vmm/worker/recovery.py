@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was interrupted while the machine runs, settled by its worker: the one that is started again, or the one asked.
+"""Operations that were interrupted on a running machine, settled by a restarted worker or on a command's request.
 
     CreateLive        QEMU goes on writing memory by itself: it is waited for, and the snapshot is finished; otherwise
                       the new leaves that are served are the machine's disks, and there is no snapshot
@@ -10,7 +10,8 @@
 Decides that from the moment at which this module takes over a journal, no snapshot, merge or backup begins before it
 is settled. Which image takes a guest's writes, the disk server says (`served`).
 
-No numpy here, so that the worker stays small. What needs it is done by the command that asks (`machine_snapshots`).
+Does not import numpy, so that the worker stays small. What needs it is done by the command that asks
+(`machine_snapshots`).
 """
 
 from __future__ import annotations
@@ -54,19 +55,19 @@ _LOOK_SECONDS = 0.1
 
 
 class Recovery:
-    """What was left undone on one running machine."""
+    """The interrupted operations of one running machine."""
 
     def __init__(self, running: Running) -> None:
         self._running = running
         self._under_way = asyncio.Lock()
 
     def methods(self) -> dict[str, Method]:
-        """What the control socket offers."""
+        """The methods of the control socket."""
         return {"snapshot-settle": self._asked}
 
     def before(self, method: Method) -> Method:
-        """The method, called when nothing is left undone on the disks. While another operation is under way it is
-        called at once, and says so.
+        """Wrap a method so that it runs after interrupted operations on the disks are settled. While another operation
+        is in progress, the method is called at once, and refuses.
         """
 
         async def called(params: dict[str, Any], progress: Progress) -> object:
@@ -77,24 +78,24 @@ class Recovery:
         return called
 
     def is_pending(self) -> bool:
-        """True when something is to be settled. Raises VmmError."""
+        """True if an operation is to be settled. Raises VmmError."""
         machine = self._running.machine
         return has_note(machine) or (has_tree(machine) and load_tree(machine).journal is not None)
 
     async def _asked(self, params: dict[str, Any], progress: Progress) -> object:
-        """Settle what there is, for a command that wants to begin something; {"settled": true}."""
+        """Settle interrupted operations for a command that is about to begin one; {"settled": true}."""
         await self.finish()
         return {"settled": True}
 
     async def finish_interrupted(self) -> None:
-        """As `finish`, for a worker that comes back. A failure is told, and the next command tries again."""
+        """As `finish`, for a restarted worker. A failure is recorded as an event, and the next command tries again."""
         try:
             await self.finish()
         except (VmmError, OSError) as error:
             self._running.tell("snapshot-left", problem=str(error))
 
     async def finish(self) -> None:
-        """Settle all that was cut short. Raises InUse while another operation is under way, and what stops it."""
+        """Settle what was interrupted. Raises InUse during another operation, and the error that prevents settling."""
         async with self._under_way:
             if not self.is_pending():
                 return
@@ -108,7 +109,7 @@ class Recovery:
                         await self.settle(held)
 
     async def _wait_idle(self, stack: contextlib.AsyncExitStack) -> None:
-        """Nothing else is done to the machine. What another command does ends, and is settled by itself as a rule."""
+        """Wait until no other operation is in progress. What another command does ends, and usually settles itself."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + _HOLD_SECONDS
         while True:
@@ -121,7 +122,7 @@ class Recovery:
             await asyncio.sleep(_LOOK_SECONDS)
 
     async def settle(self, held: Held) -> None:
-        """Settle what the journal says. Raises VmmError; then it stands as before."""
+        """Settle what the journal says. Raises VmmError; then the journal stays."""
         journal = held.take_over()
         match journal:
             case None:
@@ -139,7 +140,7 @@ class Recovery:
                 return
             case CreateOff() | Apply() | PutInPlace():
                 raise WrongState(
-                    f"{words_of(journal)} was cut short before it was started, and can be settled when it is off",
+                    f"{words_of(journal)} was interrupted before the start, and can be settled only while it is off",
                     machine=held.name, hint=f"vmm shutdown {held.name}; any command settles it then",
                 )  # fmt: skip
             case _:
@@ -174,7 +175,7 @@ class Recovery:
             running.tell("snapshot-created", snapshot=snapshot.name)
 
     async def _written_memory(self, journal: CreateLive, is_pivoted: bool) -> Memory:
-        """The memory, when QEMU has written all of it. Raises QemuFailed where it has not and will not."""
+        """Wait until QEMU has written all the memory. Raises QemuFailed if it has not and will not."""
         running = self._running
         lost = QemuFailed("the worker died before the memory was captured")
         if not has_qemu(running):
@@ -193,12 +194,12 @@ class Recovery:
         return memory
 
     async def _complete_found(self, folder: SnapshotFolder, memory: Memory) -> None:
-        """The memory file that another worker had begun: its length is what QEMU wrote. Raises VmmError."""
+        """Complete the memory file that another worker began: its length is what QEMU wrote. Raises VmmError."""
         path = folder.in_part(folder.memory)
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError as error:
-            raise StoreFailed(f"the memory's file cannot be opened: {error.strerror}", path=path) from error
+            raise StoreFailed(f"the memory file cannot be opened: {error.strerror}", path=path) from error
         try:
             size = os.fstat(descriptor).st_size
             await background.check_written(self._running.qmp, descriptor, size)
@@ -230,12 +231,12 @@ class Recovery:
 
 
 def has_qemu(running: Running) -> bool:
-    """True while QEMU lives. Its disks' server may outlive it, and is asked all the same."""
+    """True while QEMU is alive. The disk server may outlive it, and is queried all the same."""
     return running.note.qemu is not None and not running.exited.is_set()
 
 
 async def hold(running: Running, stack: contextlib.ExitStack) -> Held:
-    """The tree, when the command that has it is done with it. Raises InUse."""
+    """Take the tree once the command that holds it is done. Raises InUse."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + _HOLD_SECONDS
     while True:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Starting a machine, with its saved memory if there is any, and saving it: memory and devices to disk and back.
 
-Decides the order: what can fail comes before the guest stops, a state is complete before QEMU is told to quit, and
-used up before the guest continues. What belongs to a saved state and what is compared is decided in `saved`.
+Decides the order: what can fail comes before the guest stops; a saved state is complete before QEMU is asked to quit,
+and used up before the guest continues. What belongs to a saved state and what is compared is decided in `saved`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vmm.worker.conversation import LOOK_SECONDS, STOP_SECONDS
 from vmm.worker.running import START_SECONDS, Running
 from vmm.worker.states import End, Verb
 
-_FASTEST_BYTES = 1 << 36  # a second: no limit while memory is saved, the guest stands still
+_FASTEST_BYTES = 1 << 36  # a second: no limit, because the guest stands still while memory is saved
 
 
 class Saving:
@@ -35,7 +35,7 @@ class Saving:
         self._running = running
 
     async def start(self, progress: Progress) -> None:
-        """Start QEMU, with the saved memory where there is some. Raises VmmError; then nothing of it runs."""
+        """Start QEMU, with the saved memory if there is any. Raises VmmError; then nothing is left running."""
         evidence = await asyncio.to_thread(accel.gather, cache_folder=runtime_home())
         if not saved.is_saved(self._running.machine):
             await self._running.launch(accel.choose(evidence, self._running.spec.accelerator).name, incoming=False)
@@ -72,7 +72,7 @@ class Saving:
             try:
                 migration = await self._running.qmp.execute("query-migrate")
             except QemuFailed:
-                await asyncio.sleep(LOOK_SECONDS)  # it is about to end: its last words say why
+                await asyncio.sleep(LOOK_SECONDS)  # it is about to end, and its last message gives the reason
                 continue
             if migration.get("status") == "completed":
                 break
@@ -91,14 +91,14 @@ class Saving:
         await self._running.refresh()
 
     async def _tell_of_other_media(self, description: saved.Description) -> None:
-        """The guest finds that a medium is another one than it had, before it takes the old one's files for its."""
+        """Show the guest that a drive has another medium, so that it does not use cached data of the old one."""
         running = self._running
         for drive_id in changed_drives(running.spec, description.media, description.accepted, running.media):
             await tray.tell_guest(running.qmp, drive_id)
             running.tell("medium-changed", drive=drive_id, path=_path_of(running.spec, drive_id))
 
     async def finish_interrupted(self) -> None:
-        """A worker died while it saved: go on without, or end QEMU when all was saved already."""
+        """After a worker died while it saved: continue without saving, or end QEMU if everything was saved."""
         if self._running.note.operation != "save":
             self._running.note.operation = None
             return
@@ -117,12 +117,13 @@ class Saving:
         saved.discard_part(self._running.machine)
         self._running.note.operation = None
         self._running.write_note()
-        self._running.tell("save-failed", problem="the worker died meanwhile")
+        self._running.tell("save-failed", problem="the worker died while it saved the machine")
 
     async def save(self, progress: Progress, *, give_up_at: float | None = None) -> None:
-        """Memory and devices to disk, then off. On an error the machine goes on as before. Raises NoSpace and more.
+        """Save memory and devices to disk, then switch off. After an error the machine continues. Raises NoSpace and
+        others.
 
-        `give_up_at` (of the monotonic clock): memory that is not written by then is not saved. Raises TimedOut.
+        `give_up_at` (of the monotonic clock): stop saving if the memory is not written by then. Raises TimedOut.
         """
         self._running.need(Verb.SAVE)
         with self._running.busy("save"):
@@ -156,7 +157,7 @@ class Saving:
             await self._running.quit(End.SAVED)
 
     async def _let_go_on(self) -> None:
-        """A migration that is being cancelled may refuse for a moment."""
+        """Resume the guest. A migration that is being cancelled may refuse this for a moment."""
         deadline = time.monotonic() + STOP_SECONDS
         while time.monotonic() < deadline and not self._running.exited.is_set():
             with contextlib.suppress(VmmError):
@@ -180,7 +181,7 @@ class Saving:
                 reason = reason_of(migration)
                 raise QemuFailed(f"the memory could not be saved: {reason}")
             if give_up_at is not None and time.monotonic() > give_up_at:
-                raise TimedOut("there is no time left to write all the memory")
+                raise TimedOut("not enough time is left to write all the memory")
             if ram := migration.get("ram"):
                 progress({"step": "saving memory", "done": ram["total"] - ram["remaining"], "total": ram["total"]})
             await asyncio.sleep(LOOK_SECONDS)

@@ -25,10 +25,10 @@ _RUNNING, _PAUSED, _CRITICAL = MachineState.RUNNING, MachineState.PAUSED, Machin
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What the state follows from. `status` is QEMU's word (`query-status`), a guess unless `is_known`.
+    """What determines the state. `status` is what QEMU answers to `query-status`, or a guess unless `is_known`.
 
-    `is_ending`: QEMU ended, was told to, or the guest was asked to shut down. `is_paused_by_user`: by `pause`, and not
-    resumed since.
+    `is_ending`: QEMU has ended or was asked to quit, or the guest was asked to shut down. `is_paused_by_user`: paused
+    by `pause`, and not resumed since.
     """
 
     phase: WorkerPhase
@@ -39,21 +39,25 @@ class Facts:
     operation: str | None = None
 
 
-# The first row that holds gives the state.
+# The first row whose condition holds gives the state.
 STATES: Final[tuple[tuple[str, Callable[[Facts], bool], MachineState], ...]] = (
-    ("QEMU is being made", lambda one: one.phase is WorkerPhase.STARTING, MachineState.STARTING),
-    ("it ends or has ended", lambda one: one.is_ending or one.phase is WorkerPhase.ENDED, MachineState.STOPPING),
+    ("QEMU is starting", lambda one: one.phase is WorkerPhase.STARTING, MachineState.STARTING),
+    (
+        "the machine ends or has ended",
+        lambda one: one.is_ending or one.phase is WorkerPhase.ENDED,
+        MachineState.STOPPING,
+    ),
     ("its memory is being saved", lambda one: one.operation == "save", _PAUSED),
     ("the user paused it", lambda one: one.is_paused_by_user, _PAUSED),
     ("QEMU runs the guest", lambda one: one.status == "running", _RUNNING),
-    ("another worker took over: the guest ran on meanwhile", lambda one: not one.is_known, _RUNNING),
+    ("another worker took over: the guest kept running meanwhile", lambda one: not one.is_known, _RUNNING),
     ("a disk failed", lambda one: one.status == "io-error", _CRITICAL),
     ("QEMU holds the guest for another reason", lambda one: True, _PAUSED),
 )
 
 
 def state_of(facts: Facts) -> MachineState:
-    """The state of a machine about which this is known."""
+    """The state of a machine for these facts."""
     return next(state for _, holds, state in STATES if holds(facts))
 
 
@@ -142,6 +146,6 @@ ALLOWED: Final[dict[Verb, frozenset[MachineState]]] = {
 
 
 def refuse(verb: Verb, state: MachineState) -> None:
-    """Raise WrongState, which names the state, where it does not allow the verb."""
+    """Raise WrongState, naming the state, if it does not allow the verb."""
     if state not in ALLOWED[verb]:
         raise WrongState(f"is {state.value}: {verb.value}")

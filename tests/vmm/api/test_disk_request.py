@@ -50,7 +50,7 @@ def test_a_read_only_disk_is_never_on_ide(spec: MachineSpec, tmp_path: Path) -> 
     """A read-only disk on IDE is refused; by default it goes to virtio or, as a further one, to SCSI."""
     for name in ("one", "two"):
         vhdkit.create_image(tmp_path / f"{name}.vhd", 4 * MIB)
-    with pytest.raises(InvalidSpec, match="no read-only disk on IDE"):
+    with pytest.raises(InvalidSpec, match="cannot be read-only"):
         disk_of(DiskRequest(str(tmp_path / "one.vhd"), "ide", read_only=True), spec)
     first = disk_of(DiskRequest(str(tmp_path / "one.vhd"), read_only=True), spec)
     assert first.controller == "virtio"
@@ -72,7 +72,7 @@ def test_a_definition_with_a_read_only_disk_on_ide(manager: Manager, tmp_path: P
     make_machine(manager, tmp_path)
     definition = Path(registry.load("small").paths.definition)
     definition.write_text(definition.read_text().replace('"read_only": false', '"read_only": true'))
-    with pytest.raises(InvalidSpec, match="no read-only disk on IDE") as refused:
+    with pytest.raises(InvalidSpec, match="cannot be read-only") as refused:
         manager.start("small")
     assert "vmm disk remove small disk-0" in str(refused.value)
 

@@ -180,7 +180,7 @@ def test_malformed_answers_of_a_worker(machines: Machines, answer: object) -> No
     machines.create()
     place = MachineRef.of("web")
     for ask in (RunningMachine.guest_info, RunningMachine.ping, RunningMachine.thaw, RunningMachine.items):
-        with pytest.raises(VmmError, match="answer cannot be understood"):
+        with pytest.raises(VmmError, match="cannot understand the answer"):
             ask(running(place, answer)[0])
 
 

@@ -96,13 +96,13 @@ def test_the_console_on_a_terminal(web: Manager) -> None:
     first = Terminal()
     second = None
     try:
-        assert "Ctrl-] leaves" in first.see("READY")
+        assert "Ctrl-] disconnects" in first.see("READY")
         first.type("k")
         first.see("key k")
         first.type("\x03")
         first.see("key \x03")
         second = Terminal("--no-scrollback")
-        assert "READY" not in second.see("somebody else has the keyboard")
+        assert "READY" not in second.see("the keyboard is in use")
         first.type("z")
         second.see("key z")
         second.type("\x1d")
@@ -171,9 +171,9 @@ def test_wrong_arguments(web: Manager) -> None:
     """Impossible options, and machines that are missing or off, lead to one line and an exit code, without a
     traceback."""
     for words, code, text in (
-        (("--shared", "--take"), 2, "exclude each other"),
+        (("--shared", "--take"), 2, "are mutually exclusive"),
         *((("--timeout", text), 2, "above 0") for text in ("0", "nan", "inf", "soon")),
-        (("--expect", ""), 2, "needs the text"),
+        (("--expect", ""), 2, "needs a text"),
     ):
         done = vmm("console", "web", *words)
         assert done.returncode == code and text in done.stderr and done.stderr.count("\n") == 1
@@ -209,7 +209,7 @@ def test_pictures_of_the_screen(web: Manager, tmp_path: Path, monkeypatch: pytes
 
 def test_key_value_items(web: Manager) -> None:
     """Items are set, read, listed and deleted on the command line; wrong ones are refused."""
-    assert "hears of it later" in vmm("kvp", "set", "web", "role", "front end").stdout
+    assert "will receive it later" in vmm("kvp", "set", "web", "role", "front end").stdout
     assert vmm("kvp", "get", "web", "role").stdout == "front end\n"
     assert json.loads(vmm("kvp", "get", "web", "role", "--json").stdout)["pool"] == "host"
     assert vmm("kvp", "set", "web", "text", "-", text="two\nlines").returncode == 0

@@ -116,7 +116,7 @@ def test_changing_settings(folder: Path) -> None:
     definition = document("show", "www")["definition"]
     assert definition["memory_bytes"] == 64 * MIB and definition["name"] == "www"
     assert [name for name, is_on in definition["integration"].items() if not is_on] == ["heartbeat", "backup"]
-    assert "say what is to change" in failure("set", "www", code=2)
+    assert "name a setting to change" in failure("set", "www", code=2)
     assert "no machine" in failure("set", "web", "--cpus", "2", code=1)
     assert "cpu_count" in failure("set", "www", "--cpus", "1000", code=2)
     good("create", "db", "--disk", "b.vhd")

@@ -73,8 +73,8 @@ def test_doctor_shows_only_faults(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.output == (
         "missing second: no\n"
         "        without it: a thing\n"
-        "        what helps: do it\n"
-        "1 of 2 are well; machines can run on this host\n"
+        "        remedy: do it\n"
+        "1 of 2 checks passed; machines can run on this host\n"
     )
     assert "first" in vmm("doctor", "--all").output
     checks.append(Check("c", "third", State.MISSING, "no", "everything", "buy it", needed=True))

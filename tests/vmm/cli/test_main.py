@@ -46,5 +46,5 @@ main()
 """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
     assert ended.returncode == 8 and ended.stdout == ""
-    assert ended.stderr.startswith("vmm: vmm needs pydantic, qemu.qmp, which this Python does not have (pip install ")
+    assert ended.stderr.startswith("vmm: vmm needs pydantic, qemu.qmp, which this Python lacks (pip install ")
     assert ended.stderr.count("\n") == 1

@@ -60,7 +60,7 @@ def test_delete_and_merge(web: Machines) -> None:
     assert "a is deleted" in said and "2 merges in the background" in said
     assert "2 merges waiting" in vmm("snapshot", "tree", "web")
     assert vmm("snapshot", "merge", "web") == "web: 2 merged\n"
-    assert vmm("snapshot", "merge", "web") == "web: there is nothing to merge\n"
+    assert vmm("snapshot", "merge", "web") == "web: nothing to merge\n"
     assert vmm_json("snapshot", "merge", "web") == {"merged": 0, "merges": []}
     assert "nothing is being merged" in vmm("snapshot", "merge", "web", "--cancel")
     assert "no snapshots" in vmm("snapshot", "list", "web")
@@ -79,7 +79,7 @@ def test_applying_a_snapshot(web: Machines) -> None:
     assert vmm("snapshot", "apply", "web", "b", "--snapshot-current", "--name", "kept") == "web is at b, and off\n"
     assert [one["name"] for one in vmm_json("snapshot", "list", "web")] == ["a", "b", "kept"]
     assert vmm_json("snapshot", "apply", "web", "a", "--discard-current")["state"] == "off"
-    assert "--name goes with" in vmm("snapshot", "apply", "web", "a", "--discard-current", "--name", "x", code=2)
+    assert "--name needs" in vmm("snapshot", "apply", "web", "a", "--discard-current", "--name", "x", code=2)
     vmm("snapshot", "apply", "web", "a", "--discard-current", "--snapshot-current", code=6)
 
 
@@ -87,7 +87,7 @@ def test_names_and_limit(web: Machines) -> None:
     """Renaming, notes, and the limit."""
     assert vmm("snapshot", "rename", "web", "b", "better", "--notes", "n") == "web: better\n"
     assert vmm_json("snapshot", "rename", "web", "better", "--notes", "m")["notes"] == "m"
-    assert "a new name or --notes" in vmm("snapshot", "rename", "web", "better", code=2)
+    assert "give a new name, --notes, or both" in vmm("snapshot", "rename", "web", "better", code=2)
     vmm("snapshot", "rename", "web", "better", "a", code=1)
     assert vmm("snapshot", "limit", "web", "2") == "web may have 2 snapshots\n"
     assert "may have 2" in vmm("snapshot", "create", "web", code=6)
@@ -135,7 +135,7 @@ def test_importing_a_strangers_machine(web: Machines) -> None:
     words = ("import", str(out), "--name", "copy", "--map", "/boot/a=b=", "--allow", "autostart")
     lines = vmm(*words).splitlines()
     assert lines[0] == "allowed: goes without the kernel /boot/a=b"
-    assert lines[1].startswith("allowed: the machine starts") and lines[2].startswith("copy is there")
+    assert lines[1].startswith("allowed: the machine starts") and lines[2].startswith("copy is imported")
     assert len(vmm_json(*words[:3], "again", *words[4:])["granted"]) == 2
 
 

@@ -158,7 +158,7 @@ def test_a_capture_of_a_switch_that_ends_is_an_error(vmm: Terminal) -> None:
     os.kill(json.loads(vmm.good("switch", "show", "lab", "--json"))["status"]["pid"], signal.SIGKILL)
     said = capture.communicate(timeout=30)[1]
     assert capture.returncode == 5  # as for any wrong state
-    assert f"switch lab ended during the capture; {path} holds what came until then" in said
+    assert f"switch lab ended during the capture; {path} has the frames captured until then" in said
     assert said.count("\n") == 1
 
 

@@ -31,7 +31,7 @@ def test_malformed_answers_are_errors(answer: Any) -> None:
     """The error names the machine and says what helps."""
     for kind in (MachineStatus, Started):
         with (
-            pytest.raises(VmmError, match=r"web: its worker's answer cannot be understood.*this version"),
+            pytest.raises(VmmError, match=r"web: cannot understand the answer of its worker.*this version"),
             understood("web"),
         ):
             kind.of_document(answer)

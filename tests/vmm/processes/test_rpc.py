@@ -88,7 +88,7 @@ def test_results_errors_and_crashes(server: Server) -> None:
             client.call("fail")
         with pytest.raises(VmmError, match="internal error: ZeroDivisionError"):
             client.call("crash")
-        with pytest.raises(VmmError, match="no such method; there are echo"):
+        with pytest.raises(VmmError, match="unknown method; the methods are echo"):
             client.call("fly")
         assert client.call("echo") == {}
     assert "ZeroDivisionError" in server.crashes[0]
@@ -148,7 +148,7 @@ def test_a_server_that_is_not_a_worker(tmp_path: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="vmm-rpc-") as folder:
         path = os.path.join(folder, "s")
         with bind_private(path) as listener:
-            for said, words in ((b"garbage\n", "not a worker"), (b"5\n", "not a worker"), (b"", "ended during")):
+            for said, words in ((b"garbage\n", "no worker"), (b"5\n", "no worker"), (b"", "ended during")):
                 with ControlClient(path) as client:
                     other, _ = listener.accept()
                     other.sendall(said)

@@ -232,7 +232,7 @@ def test_all_processes_killed_while_starting(manager: Manager, tmp_path: Path) -
 
     with ThreadPoolExecutor(1) as threads:
         killing = threads.submit(kill_all)
-        with pytest.raises(QemuFailed, match="before the machine ran"):
+        with pytest.raises(QemuFailed, match="before the machine was running"):
             manager.start("small")
         killing.result()
     assert not os.path.exists(MachineRef.of("small").runtime.folder) and manager.state("small") is MachineState.OFF

@@ -66,8 +66,8 @@ def test_media_are_changed_while_the_machine_is_off(manager: Manager, tmp_path: 
     assert document("disk", "change", "small", one, "--eject")["id"] == "disk-2"
     for drive in ("disk-2", "disk-3"):
         good("disk", "remove", "small", drive)
-    assert "FILE, or --eject" in failure("disk", "change", "small", "disk-1", code=2)
-    assert "FILE, or --eject" in failure("disk", "change", "small", "disk-1", one, "--eject", code=2)
+    assert "or use --eject" in failure("disk", "change", "small", "disk-1", code=2)
+    assert "or use --eject" in failure("disk", "change", "small", "disk-1", one, "--eject", code=2)
     assert events(manager, "small", "medium-changed")[:2] == [str(one), None]
 
 
