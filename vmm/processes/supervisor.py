@@ -7,8 +7,8 @@ worker in turn watches the supervisor, so any one or two of the three may be kil
 are taken over, not started again.
 
     command line --> supervisor --> vhdkit serve (the disks)    the supervisor holds the disks' listening socket, so
-                          ^  `---> worker --> QEMU              QEMU waits in the same queue for a new server
-                          '--------- watches
+                       ^  `---> worker --> QEMU                 QEMU waits in the same queue for a new server
+                       '--------- watches
 
 A signal that asks the supervisor to end (the host stops, a login session ends) makes the machine carry out its
 automatic stop action: the supervisor passes the signal on to the worker and keeps both processes alive until that is

@@ -8,7 +8,7 @@
     Backup            what stands on its frozen images is merged away; the note of a backup becomes such a journal
 
 Decides that from the moment at which this module takes over a journal, no snapshot, merge or backup begins before it
-is settled. Which image takes a guest's writes, the disk server says (`served`).
+is settled. Which image takes a guest's writes is decided by what the disk server serves (`served`).
 
 Does not import numpy, so that the worker stays small. What needs it is done by the command that asks
 (`machine_snapshots`).
