@@ -163,7 +163,7 @@ def test_the_console_in_a_script(web: Manager) -> None:
     done = vmm("console", "web", "--no-scrollback", text="ab")
     assert (done.returncode, done.stdout, done.stderr) == (0, "key a\nkey b\n", "")
     done = vmm("console", "web", "--expect", "never said", "--timeout", "0.2")
-    assert done.returncode == 9 and "did not say 'never said'" in done.stderr
+    assert done.returncode == 9 and "did not print 'never said'" in done.stderr
     assert vmm("console", "web", "--watch", "--no-scrollback", text="x").stdout == ""
 
 
