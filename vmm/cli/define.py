@@ -189,7 +189,7 @@ def set_command(name: str, new_name: str | None, new_id: bool, as_json: bool, qu
 
     \b
     With --json: what `vmm show --json` prints, and
-        takes_effect  "now" or "next start"
+      takes_effect  "now" or "next start"
     """
     manager = Manager()
     if new_id:

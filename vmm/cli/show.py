@@ -70,7 +70,7 @@ def _adapters_in_short(one: MachineInfo) -> str:
 
 
 def addresses_of(one: MachineInfo, adapter: AdapterSpec) -> list[str]:
-    """The addresses, with prefixes, that the guest reports for the adapter's MAC address."""
+    """The addresses, with prefixes, that the guest reports for the adapter's MAC address, link-local ones last."""
     interfaces = one.guest.interfaces if one.guest is not None else ()
     mac = (adapter.mac or "").lower()
     found = [word for card in interfaces if card.mac.lower() == mac for word in card.addresses]
@@ -160,16 +160,16 @@ def show_command(name: str, as_json: bool, quiet: bool) -> None:
     Settings that a running machine gets only at its next start are marked.
 
     \b
-    With --json: one object; unknown values, and those that only a running machine has, are null:
-        name state reason operation accelerator uptime_seconds heartbeat folder
-        copy_of
-        guest {heartbeat seen_seconds_ago os interfaces [{name mac addresses}]}
-        pids {supervisor worker server qemu}
-        definition {...}     as stored: memory_bytes cpu_count disks [...] ...
-        running {...}        the definition that it runs with
-        at_next_start {...}  the settings in which the two differ, as they will be
-        adapters [{id switch mac connected connection addresses}]
-        problem {kind exit_code message problem machine path hint}
+    With --json: one object; what is unknown, or not running, is null:
+      name state reason operation accelerator uptime_seconds heartbeat folder
+      copy_of
+      guest {heartbeat seen_seconds_ago os interfaces [{name mac addresses}]}
+      pids {supervisor worker server qemu}
+      definition {...}     as stored: memory_bytes cpu_count disks [...] ...
+      running {...}        the definition that it runs with
+      at_next_start {...}  the settings in which the two differ, as they will be
+      adapters [{id switch mac connected connection addresses}]
+      problem {kind exit_code message problem machine path hint}
     """
     manager = Manager()
     one = manager.show(name, guest=True)

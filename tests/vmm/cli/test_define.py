@@ -78,7 +78,7 @@ def test_create_with_everything(folder: Path) -> None:
         (["x", "--cdrom", "."], 2, "neither a file"),
         (["x", "--kernel", "absent"], 1, "could not open"),
         (["x", "--initrd", "kernel"], 2, "kernel only"),
-        (["x", "--boot-order", "floppy"], 2, "not one of disk"),
+        (["x", "--boot-order", "floppy"], 2, "the devices are disk"),
         (["x", "--service", "coffee=on"], 2, "heartbeat"),
         (["x", "--service", "heartbeat=maybe"], 2, "NAME=on|off"),
         (["x", "--service", "tea=on"], 2, "time-sync, key-value, backup"),

@@ -105,7 +105,7 @@ def test_names_and_limit(web: Machines) -> None:
         (("snapshot", "create", "web", "--consistent"), 5, "does not run"),
         (("snapshot", "merge", "web", "--live"), 5, "does not run"),
         (("snapshot", "merge", "web", "--max-rate", "1M"), 2, "--live"),
-        (("snapshot", "merge", "web", "--live", "--max-rate", "0"), 2, "positive"),
+        (("snapshot", "merge", "web", "--live", "--max-rate", "0"), 2, "more than 0"),
         (("snapshot", "forget-memory", "web", "a"), 5, "no memory"),
         (("snapshot", "fly"), 2, "fly"),
         (("export", "web", "/nowhere/at/all"), 1, "/nowhere"),
@@ -148,7 +148,7 @@ def test_export_and_import(web: Machines) -> None:
     assert [one["name"] for one in vmm_json("snapshot", "list", "copy")] == ["a", "b"]
     vmm("import", str(out), "--name", "copy", code=1)
     assert "2 images" in vmm("snapshot", "export", "web", "b", str(web.folder / "b"), "--flat")
-    assert "is there: 2 images" in vmm("import", str(web.folder / "b"), "--name", "flat")
+    assert "is imported: 2 images" in vmm("import", str(web.folder / "b"), "--name", "flat")
 
 
 def test_delete_with_snapshots(web: Machines) -> None:
