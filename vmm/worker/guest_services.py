@@ -49,7 +49,7 @@ class GuestServices:
     async def _screen(self, params: dict[str, Any], progress: Progress) -> object:
         """{"png": base64}. Raises WrongState for a machine without a screen."""
         if not self._running.spec.screen:
-            raise WrongState("has no screen", hint=f"vmm set {self._running.spec.name} --screenwhile it is off")
+            raise WrongState("has no screen", hint=f"vmm set {self._running.spec.name} --screen, while it is off")
         async with self._one_picture:
             picture = await screen.screendump(self._running.qmp)
         return {"png": base64.b64encode(picture).decode()}
