@@ -10,6 +10,8 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -164,7 +166,14 @@ if $vhdkit mount disk.vhd /srv; then exit 9; fi
 """
 
 
-def test_an_ordinary_user(folder: Path) -> None:
+@pytest.fixture
+def own_folder() -> Iterator[Path]:
+    """A folder outside of pytest's own, which every start of pytest closes to other users again."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+        yield Path(name)
+
+
+def test_an_ordinary_user(own_folder: Path) -> None:
     """Mounts, writes, reads and unmounts; may neither admit other users nor mount on a folder of another user."""
     require_fuse()
     require_root()
@@ -172,17 +181,17 @@ def test_an_ordinary_user(folder: Path) -> None:
     require_tool("setpriv")
     site = next(path for path in map(Path, sys.path) if path.name == "site-packages")
     environment = {
-        **os.environ, "PYTHONPATH": f"{ROOT}:{site}", "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(folder),
+        **os.environ, "PYTHONPATH": f"{ROOT}:{site}", "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(own_folder),
         "XDG_RUNTIME_DIR": "", "TMPDIR": "/tmp",
     }  # fmt: skip
     python = _python_for_all(environment)
     if "user_allow_other" in _uncommented(Path("/etc/fuse.conf")):
         pytest.skip("/etc/fuse.conf has user_allow_other here")
-    with Reachable(folder):
+    with Reachable(own_folder):
         script = SCRIPT.format(user=NOBODY_UID, script=AS_USER.format(python=python))
         done = subprocess.run(
             [unshare, "--mount", "sh", "-c", script], capture_output=True, text=True, timeout=120, check=False,
-            env=environment, cwd=folder,
+            env=environment, cwd=own_folder,
         )  # fmt: skip
     assert done.returncode == 0, (done.stdout, done.stderr)
     assert "disk.vhd is at mnt: 4.0 MiB, writable" in done.stdout and done.stdout.endswith("hello")
