@@ -229,7 +229,7 @@ def _below(disk_id: str, path: str, tree: Tree) -> str | None:
 
 
 def _tips(start: str, kept: set[str]) -> list[tuple[str, ...]]:
-    """The ways from an image to the newest of those that stand on it, without images that somebody keeps or uses."""
+    """The paths from an image to the newest images that build on it, without images that are kept or in use."""
     found: list[tuple[str, ...]] = []
     ways: list[tuple[str, ...]] = [()]
     while ways:

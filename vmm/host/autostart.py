@@ -145,7 +145,7 @@ def remove(scope: Scope) -> Result:
     except OSError as error:
         raise of_os_error(error, "remove the unit", path=path) from error
     _reload(scope)
-    notes = ("machines that it started are stopped by systemd only when it is told so: systemctl stop",)
+    notes = ("systemd does not stop the machines that the unit started until you run systemctl stop",)
     return Result(path, True, notes if _runs(scope) else ())
 
 

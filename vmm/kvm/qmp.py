@@ -88,7 +88,7 @@ class Qmp:
             ) from error
         if answer != token:
             await qmp.close()
-            raise AgentUnavailable("the guest agent answers to somebody else's question")
+            raise AgentUnavailable("the guest agent answered another program's request")
         return qmp
 
     async def _connect(self, path: str, timeout_seconds: float) -> None:

@@ -18,7 +18,7 @@ def goes_on_without_us(what: str, machine: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as interrupt:
-        interrupt.add_note(f"{what} goes on; vmm events {machine} tells how it ends")
+        interrupt.add_note(f"{what} goes on; vmm events {machine} shows how it ends")
         raise
 
 

@@ -234,7 +234,7 @@ def make_private(folder: str, *, mode: int = 0o700) -> None:
         facts = os.lstat(folder)
         if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.geteuid():
             raise AccessDenied(
-                "is not a folder of yours: somebody else may have put it there",
+                "is not your folder: another user may have created it",
                 path=folder,
                 hint="remove it, or set VMM_RUNTIME to another folder",
             )

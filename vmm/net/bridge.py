@@ -27,7 +27,7 @@ from vmm.net.plan import HostAddress, HostFacts, Route, UplinkFacts
 from vmm.net.switch_spec import SwitchSpec
 
 FOREVER = 0xFFFFFFFF
-ALIAS = "vmm switch"  # tells a bridge of ours from another program's of the same name
+ALIAS = "vmm switch"  # distinguishes our bridge from another program's of the same name
 _KERNEL_PROTOCOLS = (1, 2)  # redirect, kernel: made again by themselves
 _MULTICAST_OR_LOCAL = (3, 2, 5)  # kinds of routes that the kernel makes: broadcast, local, multicast
 _ANSWERED = 0x02 | 0x04 | 0x08 | 0x10 | 0x80  # reachable, stale, delay, probe, permanent

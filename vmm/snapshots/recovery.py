@@ -298,7 +298,7 @@ def _follow(held: Held, journal: MergeLive) -> None:
     while children := [one for one in vhdkit.find_children([path])[path] if one not in held.tree.images]:
         if len(children) > 1:
             raise Refused(
-                f"{len(children)} images stand on it, and which of them is the newest cannot be told",
+                f"{len(children)} images stand on it, and which of them is the newest is unknown",
                 machine=held.name, path=path, hint=f"vmm repair {held.name} lists them",
             )  # fmt: skip
         path = children[0]  # a leaf that the merge put on top in the meantime

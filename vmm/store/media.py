@@ -168,8 +168,8 @@ def _as_refusal(spec: MachineSpec) -> Iterator[None]:
     except VmmError as error:
         raise Refused(
             f"the saved state needs it: {error.problem}", machine=spec.name, path=error.path,
-            hint=f"{error.hint}; the saved memory stays. A drive whose medium is another one tells the guest so, and"
-            " another kernel or initrd counts when the guest restarts",
+            hint=f"{error.hint}; the saved memory stays. The guest notices another medium in a drive, and"
+            " uses another kernel or initrd once it restarts",
         ) from error  # fmt: skip
 
 

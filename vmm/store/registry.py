@@ -197,7 +197,7 @@ def save(machine: Changing, spec: MachineSpec) -> Changing:
 
     def change(present: MachineSpec) -> MachineSpec:
         if present != machine.spec:
-            raise InUse("was changed by somebody else meanwhile", machine=machine.name, hint="try again")
+            raise InUse("was changed by another command meanwhile", machine=machine.name, hint="try again")
         return spec
 
     return update(machine.lock, change)

@@ -121,13 +121,13 @@ def unplug_all(spec: MachineSpec, owner: Owner) -> None:
 
 
 async def told_mtus(qmp: Qmp, spec: MachineSpec) -> dict[str, int]:
-    """The MTU in bytes that each synthetic adapter of a running QEMU told its guest, by its id; 0 where it tells none.
+    """The MTU in bytes that each synthetic adapter of a running QEMU announced to its guest, by its id; 0 for none.
 
     It is the one from its start: its switch may carry other frames by now.
     """
     found = {}
     for adapter in spec.adapters:
-        with contextlib.suppress(QemuFailed):  # a legacy adapter tells none, and one may be gone
+        with contextlib.suppress(QemuFailed):  # a legacy adapter announces none, and one may be gone
             path = f"/machine/peripheral/{adapter.id}"
             found[adapter.id] = int(await qmp.execute("qom-get", path=path, property="host_mtu"))
     return found

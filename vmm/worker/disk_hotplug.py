@@ -140,7 +140,7 @@ class Plugging:
         with self._running.busy(CHANGE_MEDIUM), self._held() as held:
             note = self._running.note
             note.details |= {"drive": drive.id, "drive_had": drive.path}
-            self._running.write_note()  # whoever follows us has to know before anything changes
+            self._running.write_note()  # the next worker has to know before anything changes
             try:
                 await tray.open_tray(self._running.qmp, drive.id, force=bool(parameter(params, "force", bool, False)))
                 try:

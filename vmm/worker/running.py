@@ -38,7 +38,7 @@ from vmm.worker.states import End, Facts, Verb, refuse, state_of
 START_SECONDS = 60.0  # from QEMU's start until it answers
 QUIT_SECONDS = 20.0
 REACH_SECONDS = 10.0
-KNOWN_SECONDS = 5.0  # whoever asks for the status waits twice as long
+KNOWN_SECONDS = 5.0  # callers that query the status wait twice as long
 
 Tell = Callable[..., None]  # tell(event, **details)
 

@@ -57,7 +57,7 @@ from vmm.worker.saving import Saving
 from vmm.worker.states import End
 from vmm.worker.supervision import Supervision
 
-SHUTDOWN_SECONDS = 120.0  # for a guest to shut down, unless somebody says otherwise
+SHUTDOWN_SECONDS = 120.0  # for a guest to shut down, unless the caller sets another limit
 SERVER_END_SECONDS = 60.0
 MAX_RECOVERIES, RECOVERY_WINDOW_SECONDS = 3, 60.0  # a machine that crashes at once is not started for ever
 
@@ -106,7 +106,7 @@ class Worker:
             os.write(2, text.encode() + b"\n")
 
     def _report(self, **document: object) -> None:
-        """To whoever waits for the start."""
+        """Report to the command that waits for the start."""
         if self._ready is None:
             return
         with contextlib.suppress(OSError):
@@ -262,7 +262,7 @@ class Worker:
             await self._running.stop()
 
     def _leave_for_signal(self, name: str) -> None:
-        """The host stops, or whoever started us goes: what the definition says for that."""
+        """The host stops, or the session that started us ends: carry out the stop action."""
         self._leaving.begin(name, SIGNAL_SECONDS, lambda: self._rest)
 
     # -- what the control socket offers --------------------------------------------------------------------------

@@ -230,7 +230,7 @@ def test_a_definition_that_was_read_too_early_is_not_saved(web: Machines) -> Non
     """Saving a decision made from another definition is refused; a change of one setting keeps all others."""
     with registry.changing("web") as machine:
         leaf = moved_by_another_process()
-        with pytest.raises(InUse, match="changed by somebody else"):
+        with pytest.raises(InUse, match="changed by another command"):
             registry.save(machine, machine.spec.changed(cpu_count=3))
         registry.update(machine.lock, lambda spec: spec.changed(cpu_count=4))
     spec = registry.load("web").spec

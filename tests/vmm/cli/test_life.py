@@ -136,7 +136,7 @@ def test_a_command_interrupted_while_the_worker_works(
     monkeypatch.setattr(contact, "contact", lambda *words: Worker())
     result = run(verb, "small")
     assert result.exit_code == 130
-    assert f"vmm: interrupted: the {verb} goes on; vmm events small tells how it ends" in result.stderr
+    assert f"vmm: interrupted: the {verb} goes on; vmm events small shows how it ends" in result.stderr
 
 
 def test_a_host_without_qemu(manager: Manager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

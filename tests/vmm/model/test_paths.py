@@ -69,11 +69,11 @@ def test_planted_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "target")
     (tmp_path / "file").write_text("")
     for name in ("link", "file"):
-        with pytest.raises(AccessDenied, match="somebody else"):
+        with pytest.raises(AccessDenied, match="another user"):
             paths.make_private(str(tmp_path / name))
     if os.geteuid() == 0:
         os.chown(tmp_path / "target", 12345, 12345)
-        with pytest.raises(AccessDenied, match="somebody else"):
+        with pytest.raises(AccessDenied, match="another user"):
             paths.make_private(str(tmp_path / "target"))
 
 

@@ -143,7 +143,7 @@ def test_interrupting_the_backup_of_a_running_machine(
     monkeypatch.setattr(ControlClient, "_next_message", interrupted)
     result = run("backup", "small", tmp_path / "copy")
     assert result.exit_code == 130
-    assert "vmm: interrupted: the backup goes on; vmm events small tells how it ends" in result.stderr
+    assert "vmm: interrupted: the backup goes on; vmm events small shows how it ends" in result.stderr
     wait_until(lambda: events(manager, "backed-up"), "it ends")
     assert (tmp_path / "copy" / "disk-0.vhd").exists()
     manager.stop("small")

@@ -251,7 +251,7 @@ def _take_away(folders: Collection[str]) -> None:
 
 
 def _added(inside: Inside, arrival: Arrival, landing: _Landing, *, counter: Counter | None) -> TransferResult:
-    """The machine in the registry, with its tree and memory, so that nobody sees it without them.
+    """The machine in the registry, with its tree and memory, so that no command sees it without them.
 
     `counter` is told of what is copied; None for a machine whose files become its own where they lie.
     """

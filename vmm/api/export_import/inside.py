@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of a folder that somebody else wrote, reached without ever leaving it.
+"""The files of a folder from a stranger, reached without ever leaving it.
 
 Decides that a file belongs to the folder: its name leads there through real folders only, from a descriptor of the
 folder that was opened once; it is a regular file, of the stated size, and not a second name of somebody else's file.

@@ -137,7 +137,7 @@ def _obstacle(
     if path in held:
         return "another machine uses the image that stands on it"
     if foreign.get(path):
-        return "an image of somebody else's stands on the one that would be merged away"
+        return "an image of another owner builds on the one that would be merged away"
     return None
 
 
