@@ -136,7 +136,7 @@ class GuestAccess:
             return machine.set_item(key, value)
 
     def delete_item(self, key: str) -> bool:
-        """Remove an item of the host's pool; True if the guest has been told already. Raises NotFound."""
+        """Remove an item of the host's pool; True if the guest has received the deletion. Raises NotFound."""
         with self._for_a_change() as machine:
             return machine.delete_item(key)
 

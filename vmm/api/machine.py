@@ -176,7 +176,7 @@ class Guest(Protocol):
         """Set an item of the host's; True if the guest has accepted it. One that is off was opened."""
 
     def delete_item(self, key: str) -> bool:
-        """Remove an item of the host's; True if the guest has been told. One that is off was opened."""
+        """Remove an item of the host's; True if the guest has received the deletion. One that is off was opened."""
 
 
 class OpenMachine(Life, Hardware, Copies, Guest, Protocol):

@@ -313,7 +313,7 @@ class RunningMachine(LocalMachine):
             return bool(answer["taken"])
 
     def delete_item(self, key: str) -> bool:
-        """Remove an item of the host's; True if the guest has been told already. Raises NotFound."""
+        """Remove an item of the host's; True if the guest has received the deletion. Raises NotFound."""
         answer = self._ask_guest("kvp-delete", key=key)
         with understood(self.name):
             return bool(answer["taken"])

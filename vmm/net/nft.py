@@ -100,7 +100,7 @@ def _dhcp_servers() -> list[Rule]:
 
 @dataclass(frozen=True, slots=True)
 class PortChains:
-    """What the kernel is told of a port: its chains by their names, and the counters and limits they use."""
+    """The rules of a port for the kernel: its chains by their names, and the counters and limits they use."""
 
     chains: dict[str, list[Rule]]
     counters: frozenset[str]
@@ -360,7 +360,7 @@ def load(spec: SwitchSpec, ports: Sequence[GuestPort], *, anew: bool = False) ->
 
 
 def _present(spec: SwitchSpec) -> list[Kept]:
-    """What a document may leave as it is. Somebody may take it away at any time, as `nft flush ruleset` does."""
+    """What a document may leave as it is. Other programs may remove it at any time, as `nft flush ruleset` does."""
     return [(kind, str(one["name"])) for kind, one in _own(spec) if kind in _KEPT]
 
 

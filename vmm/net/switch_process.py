@@ -29,7 +29,7 @@ from vmm.net.switch_control import MAX_ANSWER_BYTES
 
 CONNECT_SECONDS = 5.0
 ANSWER_SECONDS = 10.0
-GRACE_SECONDS = 4.0  # to answer and to end when told to; it is deleted, so what a kill loses is not needed
+GRACE_SECONDS = 4.0  # to answer and to end; the switch is being deleted, so what a kill loses is not needed
 _LOCK, _START_LOCK, _CONTROL, _LOG, _PID = "switch.lock", "start.lock", "control.sock", "switch.log", "pid"
 _MODULE = "vmm.net.user_switch"
 _PROBE_SECONDS = 0.01

@@ -149,7 +149,7 @@ def _start_dhcp(host: HostSide) -> list[Fault]:
 
 
 def _put_card_back(host: HostSide) -> list[Fault]:
-    """Put it back; what is to be told where that is not possible, once for each reason."""
+    """Put it back; returns what to report if that is not possible, once for each reason."""
     wrong, tries = card_watch.problem(host), _Tries(host, "card")
     try:
         card_watch.put_back(host)
@@ -164,7 +164,7 @@ def _put_card_back(host: HostSide) -> list[Fault]:
 
 
 def _follow_mtu(host: HostSide) -> list[Fault]:
-    """Have bridge and taps follow; what is to be told where that fails, once for each reason."""
+    """Have bridge and taps follow; returns what to report if that fails, once for each reason."""
     tries = _Tries(host, "mtu")
     try:
         host.bridge.follow_mtu()

@@ -232,7 +232,7 @@ class Plugging:
         return result
 
     async def _refuse_shrinking(self, disk: DiskSpec, size_bytes: int) -> None:
-        """Raise WrongState when that is less than the disk has. Raises StoreFailed when it cannot be told."""
+        """Raise WrongState if the disk is larger than that, StoreFailed if its size is unknown."""
         status = await self._running.server.call("status", timeout_seconds=5)
         sizes = [int(one["size_bytes"]) for one in status["exports"] if one["name"] == disk.id]
         if not sizes:

@@ -202,7 +202,7 @@ class Worker:
         return True
 
     async def _put_away(self, watch: asyncio.Future[Any]) -> None:
-        """The disks' server flushes and ends, those who wait are told, then we end. The supervisor does the rest."""
+        """Have the disk server flush and end, answer waiting callers, then end. The supervisor does the rest."""
         note_running(self._machine, self._leaving.has_begun)  # what the host stopped runs again when it starts
         self._note.phase = WorkerPhase.ENDED
         with contextlib.suppress(VmmError):
@@ -254,7 +254,7 @@ class Worker:
 
     async def _reachable_no_more(self) -> None:
         """The runtime folder is gone, so no command finds the machine any more: it is saved, or else powered off."""
-        self._tell("runtime-folder-gone", problem="nobody can reach the machine any more: it is saved")
+        self._tell("runtime-folder-gone", problem="the machine cannot be reached any more: it is saved")
         try:
             await self._saving.save(lambda document: None)
         except VmmError as error:

@@ -7,7 +7,7 @@
         snapshots/ID/          the folders of the snapshots
         saved/  uefi-vars.fd   memory of a saved machine, UEFI variables
 
-Decides what is exported, and that the folder appears whole or not at all, readable for nobody else. How it becomes a
+Decides what is exported, and that the folder appears complete or not at all, for its owner only. How it becomes a
 machine again is decided in `importing`.
 """
 

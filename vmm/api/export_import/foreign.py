@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which settings of a stranger's definition a machine on this host may have, and what its user must allow first.
 
-A definition in an exported folder was written by somebody else. If root imported it as it is, that author could
+A definition in an exported folder was written by a stranger. If root imported it as it is, that author could
 choose which files of this host a guest reads and writes. So there is a decision for every setting:
 
     allowed     it concerns the guest alone: memory, processors, its own controllers

@@ -2,11 +2,11 @@
 """Making machines from folders that `exporting.export` wrote, or is said to have written.
 
 Decides in which order a folder becomes a machine, so that it appears whole or not at all. What may be in the
-folder is decided in `arrival`; somebody may have changed it since then.
+folder is decided in `arrival`; it may have been changed since then.
 
     look     the manifest and all definitions are read once, and everything that is refused is reported at once
     copy     files go into a private folder, under the names that the manifest has for them and no others
-    check    the chains of the copies lie in that folder; nobody else may be able to change what is registered in place
+    check    the chains of the copies lie in that folder; only we may be able to change what is registered in place
     add      the machine appears in the registry, with its snapshots and its memory
 """
 

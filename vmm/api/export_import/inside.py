@@ -2,7 +2,7 @@
 """The files of a folder from a stranger, reached without ever leaving it.
 
 Decides that a file belongs to the folder: its name leads there through real folders only, from a descriptor of the
-folder that was opened once; it is a regular file, of the stated size, and not a second name of somebody else's file.
+folder that was opened once; it is a regular file, of the stated size, and not a second name of a file elsewhere.
 What was opened is what was checked, so nothing can be substituted in between. Must not know what the files mean.
 """
 
