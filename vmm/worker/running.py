@@ -310,10 +310,10 @@ class Running:
     async def wait_end(self) -> End:
         """Wait until QEMU has ended; why."""
         await self.exited.wait()
-        for task in list(self._tasks):
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(set(self._tasks))
+        while self._tasks:  # again: a task may lose a cancellation that arrives together with a connection's end
+            for task in list(self._tasks):
+                task.cancel()
+            await asyncio.wait(set(self._tasks), timeout=LOOK_SECONDS)
         await self.conversation.close()
         await self.agent.close()
         self._is_stopping = False
