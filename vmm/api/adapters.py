@@ -31,7 +31,7 @@ _POOL_NAME = "mac-pool.json"
 
 
 def host_pool() -> mac.Pool:
-    """The host's pool, written down when it is first wanted: an address that changes later changes no adapter's."""
+    """The host's MAC pool, stored at its first use: if the host's address changes later, adapters keep theirs."""
     path = os.path.join(paths.home(), _POOL_NAME)
     try:
         prefix = bytes.fromhex(records.read_object(path)["prefix"])
@@ -53,7 +53,7 @@ def host_pool() -> mac.Pool:
 
 
 def _first_address() -> str | None:
-    """The IPv4 address that packets to the world would have; nothing is sent."""
+    """The IPv4 source address that packets to other networks would have; nothing is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         try:
             sock.connect(("192.0.2.1", 9))
@@ -74,13 +74,13 @@ def _machine_id() -> str:
 
 
 def choosing_macs() -> contextlib.AbstractContextManager[None]:
-    """One process at a time gives out addresses, until the adapter that got one is written down."""
+    """Lock the assignment of MAC addresses; hold it until the adapter with the new address is stored."""
     paths.make_home()
     return locked(os.path.join(paths.home(), ".mac.lock"))
 
 
 def mac_owners() -> dict[bytes, str]:
-    """Every MAC address that is in use here, and whose it is."""
+    """Every MAC address in use on this host, with its owner in words."""
     owners: dict[bytes, str] = {}
     for machine in registry.load_all()[0]:
         for adapter in machine.spec.adapters:
@@ -90,7 +90,7 @@ def mac_owners() -> dict[bytes, str]:
 
 
 def fit(settings: dict[str, Any], spec: MachineSpec) -> AdapterSpec:
-    """An adapter for a machine out of what a user said: with an id and a MAC address. Raises VmmError."""
+    """A new adapter for a machine from the user's settings, with an id and a MAC address. Raises VmmError."""
     owners = mac_owners() | {
         frames.parse_mac(one.mac): f"adapter {one.id} of this machine" for one in spec.adapters if one.mac is not None
     }
@@ -106,7 +106,7 @@ def fit(settings: dict[str, Any], spec: MachineSpec) -> AdapterSpec:
 
 
 def with_new_macs(spec: MachineSpec) -> MachineSpec:
-    """The same adapters with addresses of the host's pool, for a copy of a machine. See `choosing_macs`."""
+    """The definition with new addresses from the host's pool, for a copy of a machine. See `choosing_macs`."""
     owners, fresh = mac_owners(), []
     for one in spec.adapters:
         address = mac.pick(host_pool(), owners)
@@ -123,11 +123,11 @@ def find(machine: Machine, adapter_id: str) -> AdapterSpec:
         if adapter_id in (adapter.id, adapter.mac):
             return adapter
     known = ", ".join(one.id for one in machine.spec.adapters) or "none"
-    raise NotFound(f"there is no adapter {adapter_id!r}; there are {known}", machine=machine.name)
+    raise NotFound(f"has no adapter {adapter_id!r}; its adapters: {known}", machine=machine.name)
 
 
 def changed(before: AdapterSpec, settings: dict[str, Any]) -> AdapterSpec:
-    """An adapter with other settings, as a user said them. Raises InvalidSpec, AlreadyExists for a MAC in use."""
+    """The adapter with the user's changes. Raises InvalidSpec, AlreadyExists for a MAC in use."""
     if settings.get("mac") is not None:
         owners = {key: owner for key, owner in mac_owners().items() if frames.format_mac(key) != before.mac}
         mac.check_static(str(settings["mac"]), owners)
@@ -150,15 +150,15 @@ def plugged_into(switch: str) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class DeletedSwitch:
-    """What became of a switch: the adapters that are without one, until there is one of that name again, and what of
-    the host's network could not be put back, in words."""
+    """What deleting a switch did: which adapters are disconnected until a switch of that name exists again, and what
+    could not be restored in the host's network, in words."""
 
     disconnected: list[str]
     not_put_back: list[str]
 
 
 def delete_switch(name: str, *, force: bool = False) -> DeletedSwitch:
-    """Take a switch away.
+    """Delete a switch.
 
     Raises NotFound, InUse for a switch that machines are plugged into, unless `force`.
     """
@@ -168,7 +168,7 @@ def delete_switch(name: str, *, force: bool = False) -> DeletedSwitch:
         raise InUse(
             f"machines are plugged into switch {name!r}: {', '.join(users)}",
             hint="plug them elsewhere (vmm nic set MACHINE ADAPTER --switch OTHER); with --force they are"
-            " disconnected until there is a switch of that name again",
+            " disconnected until a switch of that name exists again",
         )
     return DeletedSwitch(users, switches.delete(name, force=force))
 

@@ -3,10 +3,10 @@
 
 Decides which machines start and stop with the host, and in which order. How one stops is decided by its worker
 (`leaving`), which also learns by signals that the host stops. The failure of one machine does not affect others. Must
-not know by what it is called (the unit that `host.autostart` installs).
+not know what calls it (the unit that `host.autostart` installs).
 
-That a machine was running when the host stopped is a file in its folder, which its worker makes and removes: a host
-that lost its power had no time to write anything.
+A file in the machine's folder, which its worker creates and removes, records that the machine is running: a host that
+loses power has no time to write anything.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vmm.store import registry
 from vmm.store.registry import Machine
 from vmm.store.state import MachineState
 
-AT_ONCE = 4  # machines that are stopped side by side: more would only share the disk
+AT_ONCE = 4  # machines that are stopped at the same time; more would only compete for the disk
 _OFF = (MachineState.OFF, MachineState.SAVED)
 
 
@@ -37,7 +37,7 @@ class AutomaticResult:
 
 
 def starts_with_host(machine: Machine) -> bool:
-    """What a machine's automatic start action says now."""
+    """True if the machine's automatic start action starts it now."""
     action = machine.spec.automatic.start
     return action == "always" or (action == "if-was-running" and os.path.lexists(machine.paths.was_running))
 
@@ -48,7 +48,7 @@ def start_machines(
     sleep: Callable[[float], None] = time.sleep,
     tell: Callable[[AutomaticResult], None] | None = None,
 ) -> list[AutomaticResult]:
-    """Start what starts with the host, those with the shortest delay first. Delays count from now."""
+    """Start the machines that start with the host, those with the shortest delay first. Delays count from now."""
     with manager.folders.used():
         machines, failures = registry.load_all()
     outcomes = [AutomaticResult(error.machine or "", "failed", error) for error in failures]
@@ -102,7 +102,7 @@ def _stopped(manager: Manager, machine: Machine) -> AutomaticResult | None:
             return None
         try:
             return AutomaticResult(name, manager.stop_with_host(name))
-        except VmmError:  # its worker was killed meanwhile: the next one goes on with it
+        except VmmError:  # its worker was killed meanwhile; the next one continues
             if (state := manager.state(name)) in _OFF:
                 return AutomaticResult(name, "saved" if state is MachineState.SAVED else "shut down")
             return AutomaticResult(name, manager.stop_with_host(name))

@@ -47,7 +47,7 @@ def plan_delete(machine: Machine, *, with_disks: bool, with_snapshots: bool) -> 
     if (count := len(load_tree(machine.paths).snapshots)) and not with_snapshots:
         raise WrongState(
             f"has {count} snapshot{'s' if count > 1 else ''}, which would be deleted with it", machine=name,
-            hint=f"vmm delete {name} --with-snapshots agrees to that",
+            hint=f"to delete them, too: vmm delete {name} --with-snapshots",
         )  # fmt: skip
     disks, kept = [], []
     unread = known_images.look().unread
@@ -59,11 +59,11 @@ def plan_delete(machine: Machine, *, with_disks: bool, with_snapshots: bool) -> 
         elif not with_disks:
             kept.append((disk.path, "disks stay unless --with-disks is given"))
         elif not os.path.exists(disk.path):
-            kept.append((disk.path, "it is not there"))
+            kept.append((disk.path, "it does not exist"))
         elif unread:
             kept.append((disk.path, f"the machine {unread[0]} cannot be read, and may need it"))
         elif (other := registry.other_user_of(disk, name)) is not None:
-            kept.append((disk.path, f"it is a disk of the machine {other}, too"))
+            kept.append((disk.path, f"it is also a disk of the machine {other}"))
         else:
             try:
                 look_at(disk, writable=True)

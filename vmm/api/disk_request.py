@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A disk or drive that is requested, and the disk that a machine gets.
+"""From a request for a disk or drive to the disk that a machine gets.
 
-Decides the defaults (controller, place, serial), what a file or device is taken for, and what
-could never start and is therefore refused now: QEMU has no read-only disk on IDE, and an ISO image is not a hard disk.
-Must not know whether the machine runs.
+Decides the defaults (controller, place, serial), what kind of disk a file or device becomes, and which
+requests are refused now because the machine could never start: QEMU has no read-only disk on IDE, and an ISO image is
+not a hard disk. Must not know whether the machine runs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vmm.store.media import open_medium
 
 @dataclass(frozen=True, slots=True)
 class DiskRequest:
-    """A disk for a machine. `controller` None: IDE while there is room, then SCSI; `unit` None: any.
+    """A disk for a machine. `controller` None: IDE while there is room, then SCSI; `unit` None: any free one.
 
     `path` None is an empty drive, only with kind "iso". `format` is the image's format if it is not to be detected:
     "raw" also for a file that holds an ISO image and is meant as a hard disk.
@@ -42,15 +42,15 @@ class DiskRequest:
 
     @property
     def is_image(self) -> bool:
-        """As of `DiskSpec`."""
+        """As in `DiskSpec`."""
         return self.kind == "vhd"
 
 
-DiskWish = DiskRequest  # its name in 0.1.0, which stays
+DiskWish = DiskRequest  # its name in 0.1.0, still supported
 
 
 def disk_of(request: DiskRequest, spec: MachineSpec) -> DiskSpec:
-    """A disk for a machine as it is requested, with what was not said chosen and its image looked at.
+    """The disk for a request: defaults are filled in, and its image is examined.
 
     Raises InvalidSpec, NotFound, AccessDenied, StoreFailed, InUse, Refused.
     """
@@ -64,7 +64,7 @@ def disk_of(request: DiskRequest, spec: MachineSpec) -> DiskSpec:
     taken = [disk.serial for disk in spec.disks]
     serial = request.serial
     if path is not None and request.kind == "pass-through":
-        from vmm.store import devices  # takes long, and few machines need it
+        from vmm.store import devices  # slow to import, and few machines need it
 
         found = devices.looked_at(path, read_only=request.read_only, machine_id=spec.id)
         path = found.pop("path")
@@ -93,9 +93,9 @@ def disk_of(request: DiskRequest, spec: MachineSpec) -> DiskSpec:
 
 
 def _trusted_folders(path: str, said: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of the folders that the user trusts for good in which parents of this image lie.
+    """The user's permanently trusted folders that hold parents of this image.
 
-    They are written down with the disk: the machine's processes may run in another environment.
+    They are stored with the disk, because the machine's processes may run in another environment.
     """
     trusted = tuple(os.path.realpath(one) for one in vhdkit.trusted_parent_dirs().parent_dirs)
     if not trusted:
@@ -104,7 +104,7 @@ def _trusted_folders(path: str, said: tuple[str, ...]) -> tuple[str, ...]:
     try:
         parents = vhdkit.chain_paths(path, options=options)[1:]
     except vhdkit.VhdkitError:
-        return ()  # what is wrong with it is said by who opens it
+        return ()  # opening the image reports what is wrong with it
     near = (os.path.dirname(os.path.realpath(path)), *said)
     far = [one for one in parents if not _is_beneath_any(one, near)]
     return tuple(dict.fromkeys(folder for folder in trusted if any(_is_beneath_any(one, (folder,)) for one in far)))
@@ -125,7 +125,7 @@ def _refuse_read_only_on_ide(request: DiskRequest, controller: Controller) -> No
 def _usual_controller(request: DiskRequest, spec: MachineSpec) -> Controller:
     if request.kind == "iso":
         return "ide"
-    if request.read_only:  # on virtio where it may be what the machine boots from
+    if request.read_only:  # on virtio if the machine may boot from it
         return "scsi" if any(disk.kind != "iso" and disk.controller != "scsi" for disk in spec.disks) else "virtio"
     on_ide = sum(disk.controller == "ide" for disk in spec.disks)
     return "ide" if on_ide < 3 else "scsi"

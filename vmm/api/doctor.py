@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What this host lacks, what does not work without it, and the command that installs it.
 
-Decides what vmm can use, in which order it matters, and how each is described. Whether something is there is found out
-by `kernel`, by looking for programs, and by what the accelerator's trial saw; each check can be run by itself and
+Decides what vmm can use, in which order it matters, and how each is described. What is available is
+found out by `kernel`, by a search for programs, and by the accelerator's trial; each check can be run on its own and
 changes nothing. Must not know machines.
 """
 
@@ -34,7 +34,7 @@ _LITTLE_SPACE_BYTES = 1 << 30
 
 
 class State(StrEnum):
-    """How well something is there."""
+    """How well a feature is available."""
 
     OK = "ok"
     LIMITED = "limited"
@@ -43,10 +43,10 @@ class State(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that vmm can use.
+    """One feature of the host that vmm can use.
 
     `found` is what was seen, `without` what stops working (empty when all is well), `remedy` the command or step that
-    helps. Without something `needed` no machine runs at all.
+    helps. If a `needed` feature is missing, no machine can run at all.
     """
 
     key: str
@@ -76,7 +76,7 @@ def install(package: str) -> str:
 
 
 def sudo() -> str:
-    """How a command begins that only root may give."""
+    """The prefix of a command that only root may run."""
     return "" if os.geteuid() == 0 else "sudo "
 
 
@@ -91,7 +91,7 @@ def _judge(
     needed: bool = False,
     worst: State = State.MISSING,
 ) -> Check:
-    """A check that is well when there is no problem."""
+    """A check that passes if `problem` is None."""
     if problem is None:
         return Check(key, title, State.OK, found, needed=needed)
     return Check(key, title, worst, problem, without, remedy, needed)
@@ -99,12 +99,12 @@ def _judge(
 
 def _program(key: str, name: str, package: str, *, title: str, without: str, needed: bool = False) -> Check:
     path = shutil.which(name, path=kernel.program_path())
-    problem = None if path else f"there is no command {name}"
+    problem = None if path else f"this host has no command {name}"
     return _judge(key, title, problem, found=path or "", without=without, remedy=install(package), needed=needed)
 
 
 def _helps_with(problem: str | None, usual: str, without_right: str | None = None) -> str:
-    """What helps: the package of a command that is missing, else the right, else the usual step."""
+    """The remedy: the package of a missing command, else the missing permission, else the usual step."""
     for name, package in _PACKAGE_OF.items():
         if problem is not None and problem.endswith(f"no command {name}"):
             return install(package)
@@ -138,7 +138,7 @@ def _check_privileges() -> Iterator[Check]:
         "setpriv",
         "util-linux",
         title="giving up rights",
-        without="no machine can be started, because QEMU would keep our rights",
+        without="no machine can be started, because QEMU would keep the user's privileges",
         needed=True,
     )
 
@@ -173,13 +173,13 @@ def _check_accelerator() -> Iterator[Check]:
     if chosen.name == "kvm":
         yield Check("kvm", "acceleration", State.OK, chosen.proof)
         return
-    without = "machines run in TCG, which translates their code: they compute many times slower"
+    without = "machines run in TCG, which translates their code: they are many times slower"
     state = State.LIMITED if chosen.problem and accel.KERNEL_WORDS in chosen.problem else State.MISSING
     yield Check("kvm", "acceleration", state, chosen.problem or chosen.proof, without, chosen.hint)
 
 
 def cache_folder() -> str | None:
-    """The runtime folder, where what the accelerator's trial saw is kept, when it is there and ours."""
+    """The runtime folder, which keeps the result of the accelerator's trial; None unless it exists and is ours."""
     folder = paths.runtime_home()
     with contextlib.suppress(OSError):
         facts = os.lstat(folder)
@@ -199,7 +199,7 @@ def _check_folders() -> Iterator[Check]:
         if not os.path.isdir(place):
             problem: str | None = f"{place} is not a folder"
         elif not os.access(place, os.W_OK | os.X_OK):
-            problem = f"{place} may not be written by us"
+            problem = f"{place} is not writable"
         else:
             problem = None
         variable = "VMM_HOME" if key == "home" else "VMM_RUNTIME"
@@ -233,7 +233,7 @@ def _check_firmware() -> Iterator[Check]:
     yield _judge(
         "uefi",
         "UEFI firmware",
-        None if firmware else "there is no OVMF",
+        None if firmware else "OVMF is not installed",
         found=firmware[0] if firmware else "",
         without="machines with --firmware uefi cannot be started",
         remedy=install("ovmf"),
@@ -246,10 +246,10 @@ def _check_iscsi() -> Iterator[Check]:
 
 
 def _iscsi_problem() -> str | None:
-    """Ask QEMU's tool for a URL that names nothing: it is not tried when the protocol is known."""
+    """Have qemu-img open an empty URL: if it knows the protocol, it fails while parsing the URL."""
     tool = shutil.which("qemu-img", path=kernel.program_path())
     if tool is None:
-        return "there is no command qemu-img to ask"
+        return "not known: this host has no command qemu-img"
     try:
         done = subprocess.run(
             [tool, "info", "iscsi://"],
@@ -267,7 +267,7 @@ def _iscsi_problem() -> str | None:
 
 def _check_capture() -> Iterator[Check]:
     title = "memory saved while the guest runs"
-    without = "a snapshot of a running machine stops it as long as its memory takes to be written"
+    without = "a snapshot of a running machine stops the guest until its memory is written"
     remedy = f"echo vm.unprivileged_userfaultfd=1 | {sudo()}tee /etc/sysctl.d/60-vmm.conf; {sudo()}sysctl --system"
     root = os.geteuid() == 0
     problem = kernel.write_protecting_userfaultfd()
@@ -276,13 +276,13 @@ def _check_capture() -> Iterator[Check]:
     elif (way := userfault.best_way()) is Way.EVERYBODY:
         yield Check("capture", title, State.OK, "vm.unprivileged_userfaultfd is 1, so for every machine")
     elif way is Way.DEVICE:
-        found = f"{userfault.DEVICE}, for machines with --background-capture; their QEMU needs no other right"
+        found = f"{userfault.DEVICE}, for machines with --background-capture; their QEMU needs no other privilege"
         remedy = "for one machine: vmm set NAME --background-capture"
         yield Check("capture", title, State.LIMITED, found, f"for all others {without}", remedy)
     else:
         found = (
             "only for machines whose QEMU keeps CAP_SYS_PTRACE (--background-capture): a guest that escapes from it "
-            "has a right over the host's processes; vmm takes away the system calls for that, not what /proc shows"
+            "has power over the host's processes; vmm blocks the system calls for that, but not what /proc shows"
         )
         remedy = (
             f"QEMU 8 or newer on Linux 6.1 or newer needs only {userfault.DEVICE}; or, for every program of the host: "
@@ -307,13 +307,13 @@ def _check_network() -> Iterator[Check]:
         "bridges",
         bridge,
         found="yes",
-        without="there are no switches with the back end bridge, and so no external ones",
+        without="switches with the back end bridge, and so external ones, cannot be created",
         remedy=_helps_with(bridge, f"{sudo()}modprobe bridge"),
     )
     yield _judge(
         "bridge-vlan",
         "VLANs on bridges",
-        kernel.bridge_vlan_filtering() if bridge is None else "there are no bridges",
+        kernel.bridge_vlan_filtering() if bridge is None else "bridges are not available",
         found="yes",
         without="VLANs need the back end user: vmm switch create NAME --backend user",
         remedy="a kernel with CONFIG_BRIDGE_VLAN_FILTERING",
@@ -324,7 +324,7 @@ def _check_network() -> Iterator[Check]:
         "guards on bridges",
         guards,
         found="yes",
-        without="on the back end bridge a guest could use another one's MAC address",
+        without="on the back end bridge a guest could use another guest's MAC address",
         remedy=_helps_with(guards, "a kernel with CONFIG_NF_TABLES_BRIDGE"),
     )
     vhost = kernel.device("/dev/vhost-net")
@@ -333,7 +333,7 @@ def _check_network() -> Iterator[Check]:
         "network in the kernel",
         vhost,
         found="/dev/vhost-net",
-        without="QEMU itself moves the packets of taps, which takes more of the processor",
+        without="QEMU itself moves the packets of taps, which takes more processor time",
         remedy=_helps_with(vhost, f"{sudo()}modprobe vhost_net", "run vmm as root, for which it is used"),
         worst=State.LIMITED,
     )
@@ -348,7 +348,7 @@ def _check_network() -> Iterator[Check]:
 
 
 def _check_switches() -> Iterator[Check]:
-    """The switches that there are; only where there are any."""
+    """The existing switches; no check if there are none."""
     from vmm.net import switches, watching
     from vmm.net.host_side import HostSide
 
@@ -367,8 +367,8 @@ def _check_switches() -> Iterator[Check]:
             "switches",
             "; ".join(f"{name}: {problem}" for name, problem in wrong) or None,
             found=", ".join(spec.name for spec in found),
-            without="guests on that switch get no address, no names or no way out, or do what is forbidden to them",
-            remedy="a machine on the switch that runs puts it right within a second; see vmm switch show",
+            without="guests on that switch lack addresses, names or access to other networks, or can break its rules",
+            remedy="a running machine on the switch repairs it within a second; see vmm switch show",
             worst=State.LIMITED,
         )
 
@@ -376,28 +376,28 @@ def _check_switches() -> Iterator[Check]:
 def _check_mount() -> Iterator[Check]:
     fuse = kernel.device("/dev/fuse")
     if fuse is None and shutil.which("fusermount3", path=kernel.program_path()) is None and os.geteuid() != 0:
-        fuse = "there is no command fusermount3"
+        fuse = "this host has no command fusermount3"
     yield _judge(
         "fuse",
         "mounting images",
         fuse,
         found="/dev/fuse",
         without="vhdkit mount cannot show a chain as files",
-        remedy=_helps_with(fuse, f"{sudo()}modprobe fuse", f"{sudo()}chmod 666 /dev/fuse, as distributions have it"),
+        remedy=_helps_with(fuse, f"{sudo()}modprobe fuse", f"{sudo()}chmod 666 /dev/fuse, as distributions set it"),
     )
 
 
 def _check_autostart() -> Iterator[Check]:
     there = shutil.which("systemctl", path=kernel.program_path())
     runs = os.path.isdir("/run/systemd/system")
-    problem = None if there and runs else "there is no systemd" if not there else "systemd does not run here"
+    problem = None if there and runs else "systemd is not installed" if not there else "systemd is not running"
     yield _judge(
         "systemd",
         "starting with the host",
         problem,
         found="systemd",
         without="vmm host autostart cannot start machines with the host",
-        remedy="start them by the means of this system: vmm host autostart --print shows the commands",
+        remedy="start them with this system's own service manager: vmm host autostart --print shows the commands",
         worst=State.LIMITED,
     )
 

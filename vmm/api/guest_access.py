@@ -52,7 +52,7 @@ class GuestAccess:
     def open_console(self, *, typing: Typing = "alone", scrollback_bytes: int | None = None) -> ConsoleConnection:
         """A connection to the serial console.
 
-        Raises WrongState if the machine is off, InUse if too many people watch.
+        Raises WrongState if the machine is off, InUse if too many clients are connected.
         """
         from vmm.kvm import console
 
@@ -60,7 +60,7 @@ class GuestAccess:
         try:
             link, answer = console.open_console(self._place.runtime.console, typing=typing, scrollback_bytes=size)
         except NotFound:
-            with machines.reach(self._place) as machine:  # says what state it is in, or brings the worker back
+            with machines.reach(self._place) as machine:  # raises with its state, or restarts its worker
                 machine.need_guest()
             link, answer = console.open_console(self._place.runtime.console, typing=typing, scrollback_bytes=size)
         except VmmError as error:

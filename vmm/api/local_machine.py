@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a machine of this host decides by itself, whether it runs or not: the base of `StoppedMachine` and
+"""What holds for a machine of this host whether it runs or not: the base of `StoppedMachine` and
 `RunningMachine`.
 
 Decides which disk, adapter or snapshot a word means, what is refused while the machine is saved, which settings are
-fixed, and that nothing is done to a tree of snapshots before what was interrupted is settled. How a change is made, in
-files or by the worker, is left to the two (`_apply_*`).
+fixed, and that a tree of snapshots is changed only after an interrupted operation is settled. How a change is made, in
+files or by the worker, is left to the subclasses (`_apply_*`).
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ class LocalMachine(ABC):
     @property
     @abstractmethod
     def is_running(self) -> bool:
-        """True for one that has a worker."""
+        """True if it has a worker."""
 
     @property
     def opened(self) -> Changing:
-        """The machine and its lock, for what concerns files."""
-        assert self._opened is not None, "what changes a machine opens it; this one was only reached"
+        """The machine and its lock, for access to its files."""
+        assert self._opened is not None, "a machine must be opened to be changed; this one was only reached"
         return self._opened
 
     @property
@@ -58,7 +58,7 @@ class LocalMachine(ABC):
         return self.opened.spec
 
     def status(self) -> MachineStatus:
-        """How it is now."""
+        """Its present status."""
         return status_of(self.place)
 
     def _refuse_saved(self, doing: str) -> None:
@@ -87,12 +87,12 @@ class LocalMachine(ABC):
         if refused:
             self._refuse_saved(f"changing {', '.join(sorted(refused))}")
         changes = settings_with_real_paths(settings)
-        if changes.get("kernel", "") is None:  # they go with a kernel only
+        if changes.get("kernel", "") is None:  # they need a kernel
             changes = {"initrd": None, "append": None, **changes}
         refuse_impossible(machine.spec.changed(**changes), settings)
         if changes.get("name", machine.name) != machine.name:
             self._apply_rename(machine.spec.changed(**changes))
-        else:  # the disks are what the worker says: a snapshot may move them at this moment
+        else:  # the worker decides the disks: a snapshot may be moving them
             registry.update(machine.lock, lambda spec: spec.changed(**changes))
         return self.is_running and bool(hardware)
 
@@ -102,7 +102,7 @@ class LocalMachine(ABC):
     # -- disks -------------------------------------------------------------------------------------------------------
 
     def add_disk(self, request: DiskRequest) -> DiskSpec:
-        """Add a disk or drive; to a machine that runs on SCSI. Raises InvalidSpec, NotFound, StoreFailed, InUse."""
+        """Add a disk or drive; a running machine gets it on SCSI. Raises InvalidSpec, NotFound, StoreFailed, InUse."""
         from vmm.api.disk_request import disk_of
         from vmm.model.serials import keep_serials
         from vmm.store.images import note_marks
@@ -115,7 +115,7 @@ class LocalMachine(ABC):
         return disk
 
     def _fitting(self, request: DiskRequest) -> DiskRequest:
-        """The request, with what this machine decides in it."""
+        """The request, completed with what this machine decides."""
         return request
 
     @abstractmethod
@@ -136,7 +136,7 @@ class LocalMachine(ABC):
     def _apply_disk_removed(self, disk: DiskSpec) -> None: ...
 
     def change_medium(self, drive: str, path: str | None, *, force: bool = False) -> DiskSpec:
-        """Another medium, or none, in a drive. Raises NotFound, InvalidSpec, WrongState, Refused."""
+        """Put another medium, or none, into a drive. Raises NotFound, InvalidSpec, WrongState, Refused."""
         from vmm.model.paths import default_folders
         from vmm.store.images import find_disk, find_image, readable
 
@@ -156,7 +156,7 @@ class LocalMachine(ABC):
     def _apply_medium(self, drive: DiskSpec, *, force: bool) -> None: ...
 
     def resize_disk(self, disk: str, size_bytes: int, *, shrink: bool = False) -> int:
-        """Resize a disk; its new size in bytes. Raises StoreFailed, WrongState, InvalidSpec."""
+        """Resize a disk; returns its new size in bytes. Raises StoreFailed, WrongState, InvalidSpec."""
         from vmm.store.images import find_disk
 
         found = find_disk(self.opened, disk)
@@ -177,7 +177,7 @@ class LocalMachine(ABC):
         with adapters.choosing_macs():
             self._refuse_saved("adding an adapter")
             adapter = adapters.fit(settings, self.spec)
-            after = self.spec.changed(adapters=[*self.spec.adapters, adapter])  # raises for one that cannot be
+            after = self.spec.changed(adapters=[*self.spec.adapters, adapter])  # raises if it is not valid
             self._apply_adapter_added(adapter, after)
         return adapter
 
@@ -197,7 +197,7 @@ class LocalMachine(ABC):
     def _apply_adapter_removed(self, adapter: AdapterSpec) -> None: ...
 
     def change_adapter(self, adapter: str, settings: dict[str, Any]) -> AdapterSpec:
-        """Other settings for an adapter; of a running machine those that can change. Raises VmmError."""
+        """Change an adapter; of a running machine only the settings that can change. Raises VmmError."""
         from vmm.api import adapters
 
         with adapters.choosing_macs():
@@ -215,7 +215,7 @@ class LocalMachine(ABC):
     # -- the tree of snapshots ---------------------------------------------------------------------------------------
 
     def delete_snapshot(self, word: str, *, subtree: bool = False) -> Deleted:
-        """Take one, or one and its descendants, out of the tree. Raises NotFound, InUse, VmmError."""
+        """Delete a snapshot; with `subtree` its descendants, too. Raises NotFound, InUse, VmmError."""
         from vmm.snapshots.delete import delete
 
         with self.held_tree() as held:
@@ -229,19 +229,19 @@ class LocalMachine(ABC):
             return forget_memory(held, word)
 
     def rename_snapshot(self, word: str, name: str) -> None:
-        """Another name. Raises NotFound, AlreadyExists, InvalidSpec."""
+        """Rename a snapshot. Raises NotFound, AlreadyExists, InvalidSpec."""
         with self._tree_for_a_moment() as held:
             held.tree.rename(held.find(word), name)
             held.save()
 
     def annotate_snapshot(self, word: str, notes: str) -> None:
-        """Other notes. Raises NotFound, InvalidSpec."""
+        """Replace a snapshot's notes. Raises NotFound, InvalidSpec."""
         with self._tree_for_a_moment() as held:
             held.tree.annotate(held.find(word), notes)
             held.save()
 
     def limit_snapshots(self, limit: int) -> None:
-        """How many there may be. Raises InvalidSpec."""
+        """Limit the number of snapshots. Raises InvalidSpec."""
         if not 1 <= limit <= MAX_LIMIT:
             raise InvalidSpec(f"a machine may have 1 to {MAX_LIMIT} snapshots")
         with self._tree_for_a_moment() as held:
@@ -250,11 +250,11 @@ class LocalMachine(ABC):
 
     @abstractmethod
     def held_tree(self) -> contextlib.AbstractContextManager[Held]:
-        """The tree, for changing, with nothing left to settle. Raises InUse, what prevents settling, VmmError."""
+        """The tree, for changes, after an interrupted operation is settled. Raises InUse, VmmError."""
 
     @contextlib.contextmanager
     def _tree_for_a_moment(self) -> Iterator[Held]:
-        """The tree, for a short change. A merge in the background gives way for it and continues afterwards."""
+        """The tree, for a short change. A merge in the background stops for it and continues afterwards."""
         merging = read_merging(self.place.machine)
         try:
             with self.held_tree() as held:
@@ -265,4 +265,4 @@ class LocalMachine(ABC):
 
     @abstractmethod
     def merge_in_background(self) -> None:
-        """Have a process of its own make the merges that are due, where the machine's state allows it."""
+        """Start a process that makes the merges that are due, if the machine's state allows it."""

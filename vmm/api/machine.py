@@ -54,16 +54,16 @@ class Life(Protocol):
     """Switching off, pausing, saving. Each raises WrongState where the state does not allow it."""
 
     def shutdown(self, timeout_seconds: float, progress: Progress | None = None) -> None:
-        """Have the guest shut itself down; returns when everything is put away. Raises TimedOut."""
+        """Have the guest shut itself down; returns when its processes have ended. Raises TimedOut."""
 
     def stop(self, progress: Progress | None = None) -> None:
-        """Power off; returns when everything is put away."""
+        """Power off; returns when its processes have ended."""
 
     def save(self, progress: Progress | None = None) -> None:
-        """Memory and devices to disk, then off; returns when everything is put away. Raises NoSpace."""
+        """Save memory and devices to disk, then switch off; returns when its processes have ended. Raises NoSpace."""
 
     def stop_with_host(self, progress: Progress | None = None) -> str:
-        """Carry out the automatic stop action; what was done, in words."""
+        """Carry out the automatic stop action; returns what was done, in words."""
 
     def reset(self) -> None:
         """Press the reset button."""
@@ -91,10 +91,10 @@ class Hardware(Protocol):
         """Remove a disk by its id, serial or path; the image stays. Raises NotFound, TimedOut."""
 
     def change_medium(self, drive: str, path: str | None, *, force: bool = False) -> DiskSpec:
-        """Another medium, or none, in a drive. Raises NotFound, InvalidSpec, Refused for a locked drive."""
+        """Put another medium, or none, into a drive. Raises NotFound, InvalidSpec, Refused for a locked drive."""
 
     def resize_disk(self, disk: str, size_bytes: int, *, shrink: bool = False) -> int:
-        """Resize a disk; its new size in bytes. Raises StoreFailed, InvalidSpec."""
+        """Resize a disk; returns its new size in bytes. Raises StoreFailed, InvalidSpec."""
 
     def add_adapter(self, settings: dict[str, Any]) -> AdapterSpec:
         """Add an adapter with these settings of `AdapterSpec`. Raises InvalidSpec, NotFound, AlreadyExists."""
@@ -103,7 +103,7 @@ class Hardware(Protocol):
         """Remove an adapter by its id or MAC address. Raises NotFound, TimedOut."""
 
     def change_adapter(self, adapter: str, settings: dict[str, Any]) -> AdapterSpec:
-        """Other settings for an adapter. Raises NotFound, InvalidSpec."""
+        """Change an adapter's settings. Raises NotFound, InvalidSpec."""
 
 
 class Copies(Protocol):
@@ -113,19 +113,19 @@ class Copies(Protocol):
         """Take a snapshot. Raises as `MachineSnapshots.create`. The machine was opened."""
 
     def delete_snapshot(self, word: str, *, subtree: bool = False) -> Deleted:
-        """Take one, or one and its descendants, out of the tree. Raises NotFound. The machine was opened."""
+        """Delete a snapshot; with `subtree` its descendants, too. Raises NotFound. The machine was opened."""
 
     def forget_memory(self, word: str) -> Snapshot:
         """Keep a snapshot without its memory. Raises NotFound. The machine was opened."""
 
     def rename_snapshot(self, word: str, name: str) -> None:
-        """Another name. Raises NotFound, AlreadyExists, InvalidSpec. The machine was opened."""
+        """Rename a snapshot. Raises NotFound, AlreadyExists, InvalidSpec. The machine was opened."""
 
     def annotate_snapshot(self, word: str, notes: str) -> None:
-        """Other notes. Raises NotFound, InvalidSpec. The machine was opened."""
+        """Replace a snapshot's notes. Raises NotFound, InvalidSpec. The machine was opened."""
 
     def limit_snapshots(self, limit: int) -> None:
-        """How many there may be. Raises InvalidSpec. The machine was opened."""
+        """Limit the number of snapshots. Raises InvalidSpec. The machine was opened."""
 
     def merge_live(
         self, *, max_rate_bytes: int | None = None, progress: Progress | None = None
@@ -133,17 +133,17 @@ class Copies(Protocol):
         """Make the merges that are due while the machine runs. The machine was opened."""
 
     def cancel_merge(self) -> bool:
-        """Stop a merge; False: there is none."""
+        """Stop a merge; False if none is in progress."""
 
     def backup(self, folder: str, progress: Progress | None = None) -> BackupResult:
-        """Copy all disks of one moment into the new folder. Raises AlreadyExists, Refused, StoreFailed, NoSpace."""
+        """Copy all disks of one moment into a new folder. Raises AlreadyExists, Refused, StoreFailed, NoSpace."""
 
 
 class Guest(Protocol):
-    """The inside. What needs a guest raises WrongState where none is running."""
+    """The inside of a machine. Methods that need a guest raise WrongState if none is running."""
 
     def need_guest(self) -> None:
-        """Raise WrongState where no guest is running."""
+        """Raise WrongState if no guest is running."""
 
     def screen(self) -> bytes:
         """A picture of the screen, as PNG."""
@@ -155,16 +155,16 @@ class Guest(Protocol):
         """What the agent says now. Raises AgentUnavailable."""
 
     def guest_summary(self) -> GuestInfo | None:
-        """The same as last known where the guest does not answer quickly; None where it has no agent."""
+        """The same, as last known if the guest does not answer quickly; None if it has no agent."""
 
     def freeze(self, max_seconds: float) -> int:
-        """Flush and freeze the guest's file systems; how many."""
+        """Flush and freeze the guest's file systems; returns how many."""
 
     def thaw(self) -> int:
-        """Thaw them; how many. Raises TimedOut if they had to be thawed earlier."""
+        """Thaw them; returns how many. Raises TimedOut if they had to be thawed earlier."""
 
     def set_time(self) -> None:
-        """The guest's clock to the host's."""
+        """Set the guest's clock to the host's."""
 
     def items(self) -> dict[str, dict[str, str]]:
         """All exchanged items, {pool: {key: value}}."""
@@ -173,10 +173,10 @@ class Guest(Protocol):
         """An item. Raises NotFound."""
 
     def set_item(self, key: str, value: str) -> bool:
-        """Set an item of the host's; True if the guest has accepted it. One that is off was opened."""
+        """Set an item of the host's; True if the guest has accepted it. A machine that is off was opened."""
 
     def delete_item(self, key: str) -> bool:
-        """Remove an item of the host's; True if the guest has received the deletion. One that is off was opened."""
+        """Remove an item of the host's; True if the guest has received that. A machine that is off was opened."""
 
 
 class OpenMachine(Life, Hardware, Copies, Guest, Protocol):
@@ -188,11 +188,11 @@ class OpenMachine(Life, Hardware, Copies, Guest, Protocol):
 
     @property
     def is_running(self) -> bool:
-        """True for one that has a worker."""
+        """True if it has a worker."""
 
     @property
     def spec(self) -> MachineSpec:
         """The definition, read after the lock was taken. The machine was opened."""
 
     def status(self) -> MachineStatus:
-        """How it is now."""
+        """Its present status."""

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Snapshots of a machine, as the library and the command line see them: every verb, in every state.
+"""A machine's snapshots, as the library and the command line see them: every verb, in every state.
 
     snapshots = vmm.Manager().snapshots("web")
     before = snapshots.create("before the update")
     snapshots.apply(before.id, discard_current=True)
 
-Decides which verbs follow each other and what is refused before anything is done. What a verb means for a machine that
-is off or runs is decided in `stopped_machine` and `running_machine`.
+Decides which steps a verb has and what is refused beforehand. What a verb means for a machine that is off or runs
+is decided in `stopped_machine` and `running_machine`.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class MachineSnapshots:
         return load_tree(worker_connection.look(self.name).paths)
 
     def find(self, word: str) -> Snapshot:
-        """One by its name, its id, or the beginning of its id. Raises NotFound."""
+        """A snapshot by its name, its id, or the beginning of its id. Raises NotFound."""
         with self._named():
             return self.tree().find(word)
 
@@ -84,7 +84,7 @@ class MachineSnapshots:
         return hidden_images(worker_connection.look(self.name))
 
     def sizes(self, snapshot: Snapshot) -> Sizes:
-        """The sizes of the images that it froze, and of its memory."""
+        """The sizes of the images that the snapshot froze, and of its memory."""
         disk = sum(_allocated(path) for path in snapshot.disks.values())
         memory = 0
         with contextlib.suppress(OSError), os.scandir(snapshot.folder) as entries:
@@ -111,10 +111,10 @@ class MachineSnapshots:
 
         `consistent`: its agent freezes the guest's file systems meanwhile. `mode`: how memory is captured, one
         of `MODES`; None is the best that the host allows. Raises Refused, AlreadyExists, InvalidSpec, NoSpace,
-        AgentUnavailable, WrongState, InUse, StoreFailed, QemuFailed; then there is no snapshot.
+        AgentUnavailable, WrongState, InUse, StoreFailed, QemuFailed; then no snapshot exists.
         """
         if mode is not None and mode not in MODES:
-            raise InvalidSpec(f"there is no mode {mode!r}; there are {', '.join(MODES)}")
+            raise InvalidSpec(f"unknown mode {mode!r}; the modes are {', '.join(MODES)}")
         with self._open() as machine:
             return machine.take_snapshot(SnapshotRequest(snapshot_name, notes, consistent, mode), progress)
 
@@ -139,7 +139,7 @@ class MachineSnapshots:
             raise Refused(
                 "the present state would be lost",
                 machine=self.name,
-                hint="--discard-current drops it, --snapshot-current keeps it as a snapshot; say one of them",
+                hint="--discard-current drops it, --snapshot-current keeps it as a snapshot; choose one",
             )
         machine = worker_connection.look(self.name)
         look_before_apply(machine, load_tree(machine.paths), snapshot)  # before the guest is powered off
@@ -158,9 +158,9 @@ class MachineSnapshots:
     # -- taking away -----------------------------------------------------------------------------------------------
 
     def delete(self, word: str, *, subtree: bool = False) -> Deleted:
-        """Delete one, with `subtree` also all that descend from it, in any state of the machine. Raises NotFound.
+        """Delete a snapshot, with `subtree` also its descendants, in any state of the machine. Raises NotFound.
 
-        The merges that this needs are made when the machine is off: at once, in the background, if it is.
+        The merges that this needs are made while the machine is off: at once, in the background, if it is off now.
         """
         with self._open() as machine:
             deleted = machine.delete_snapshot(word, subtree=subtree)
@@ -178,7 +178,7 @@ class MachineSnapshots:
     def merge(self, *, progress: Progress | None = None) -> int:
         """Make the merges that are due for a machine that is off, and wait for them; returns how many were made.
 
-        Raises WrongState while it runs or is saved, and what stopped them.
+        Raises WrongState while it runs or is saved, and the error that stopped a merge.
         """
         machine = registry.load(self.name)
         state = machines.status(MachineRef(machine.name, machine.paths, machine.runtime)).state
@@ -187,10 +187,10 @@ class MachineSnapshots:
                 f"is {state}: its images are in use", machine=self.name,
                 hint="merge when it is off, or while it runs with --live" if state == MachineState.RUNNING else None,
             )  # fmt: skip
-        told = progress or (lambda document: None)
+        show = progress or (lambda document: None)
 
         def tell(merging: Merging) -> None:
-            told({"step": "merging", "done": merging.done_bytes, "total": merging.total_bytes})
+            show({"step": "merging", "done": merging.done_bytes, "total": merging.total_bytes})
 
         fold.follow(machine.paths, tell)
         return fold.Fold(machine.paths, machine.runtime, tell=tell).run()
@@ -209,7 +209,7 @@ class MachineSnapshots:
     def cancel_merge(self) -> bool:
         """Stop a merge, live or in the background; nothing is lost, and it can continue from there.
 
-        False: there is none.
+        Returns False if none is in progress.
         """
         with machines.reach(self.name) as machine:
             return machine.cancel_merge()
@@ -217,17 +217,17 @@ class MachineSnapshots:
     # -- names -----------------------------------------------------------------------------------------------------
 
     def rename(self, word: str, name: str) -> None:
-        """Give one another name. Raises NotFound, AlreadyExists, InvalidSpec."""
+        """Rename a snapshot. Raises NotFound, AlreadyExists, InvalidSpec."""
         with self._open(stop_merge=False) as machine:
             machine.rename_snapshot(word, name)
 
     def annotate(self, word: str, notes: str) -> None:
-        """Give one other notes. Raises NotFound, InvalidSpec."""
+        """Replace a snapshot's notes. Raises NotFound, InvalidSpec."""
         with self._open(stop_merge=False) as machine:
             machine.annotate_snapshot(word, notes)
 
     def set_limit(self, limit: int) -> None:
-        """Set how many the machine may have. Raises InvalidSpec."""
+        """Limit the number of snapshots. Raises InvalidSpec."""
         with self._open(stop_merge=False) as machine:
             machine.limit_snapshots(limit)
 
@@ -235,13 +235,13 @@ class MachineSnapshots:
 
     @contextlib.contextmanager
     def _open(self, *, stop_merge: bool = True) -> Iterator[StoppedMachine | RunningMachine]:
-        """The machine, which no other command changes meanwhile."""
+        """The machine, locked against changes by other commands."""
         with self._named(), machines.open(self.name, stop_merge=stop_merge) as machine:
             yield machine
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:
-        """Errors say which machine they are about."""
+        """Errors name the machine."""
         try:
             yield
         except VmmError as error:

@@ -5,7 +5,7 @@
     with machines.reach("web") as machine: ...     for what needs no lock, such as powering it off while another
                                                    command waits for something
 
-Decides which implementation of `machine.OpenMachine` it is: whether it runs is looked at after its lock was taken, and
+Decides which implementation of `machine.OpenMachine` it is: whether it runs is determined after its lock is taken, and
 it is read after that, because a worker changes the definition, too.
 """
 
@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 def open(name: str, *, stop_merge: bool = True, settles: bool = True) -> Iterator[StoppedMachine | RunningMachine]:
     """The machine, which no other command changes while the block runs.
 
-    What was interrupted on one that is off is settled first, unless `settles` is off; a merge in the background is
-    stopped, unless `stop_merge` is off. Raises NotFound, InUse, InvalidSpec, TimedOut, Refused for a copy of another.
+    An interrupted operation of a machine that is off is settled first, unless `settles` is off; a merge in the
+    background is stopped, unless `stop_merge` is off. Raises NotFound, InUse, InvalidSpec, TimedOut,
+    Refused for a copy of another machine.
     """
     with worker_connection.changing(name, stop_merge=stop_merge, settles=settles) as (machine, client):
         place = MachineRef(machine.name, machine.paths, machine.runtime)
@@ -59,7 +60,7 @@ def open_stopped(
     with open(name, stop_merge=stop_merge, settles=settles) as machine:
         if not isinstance(machine, StoppedMachine):
             refuse_running(machine.place, doing, hint=hint)
-            raise WrongState("was about to end just now", machine=name, hint="try again")
+            raise WrongState("was just ending", machine=name, hint="try again")
         yield machine
 
 
@@ -83,7 +84,7 @@ def reach(name: str | MachineRef) -> Iterator[StoppedMachine | RunningMachine]:
 
 
 def status(name: str | MachineRef, ids: AllIds | None = None) -> MachineStatus:
-    """How a machine is, also one that is about to end. `ids`: those of all machines, where they were read already.
+    """The status of a machine, even of one that is just ending. `ids`: those of all machines, if already read.
 
     Raises NotFound, TimedOut.
     """

@@ -55,7 +55,7 @@ LogName = Literal["worker", "keeper", "qemu", "disks", "console"]
 
 @dataclass(frozen=True, slots=True)
 class MachineInfo:
-    """A machine as `list` and `show` report it. `problem` says why nothing more is known about it.
+    """A machine as `list` and `show` report it. `problem` is the reason if nothing more is known about it.
 
     `copy_of` is the machine with the same id, of which this one is a copied folder: it must get an id of its own
     (`new_id`) before anything else. `spec` is the definition, `running` the one with which it runs; the differences
@@ -99,9 +99,8 @@ class DiskInfo:
 class Manager:
     """All machines of this user on this host.
 
-    `home` is the folder of everything that outlives a reboot, `runtime` that of sockets; those not given are the
-    environment's (`VMM_HOME`, `VMM_RUNTIME`). Everything done through this object, and the processes that it starts,
-    use them.
+    `home` is the folder of everything that outlives a reboot, `runtime` that of sockets; by default they come
+    from the environment (`VMM_HOME`, `VMM_RUNTIME`). This object and the processes that it starts use these folders.
     """
 
     def __init__(
@@ -136,10 +135,10 @@ class Manager:
         found = machines.status(place, ids)
         if (original := original_of(name, ids)) is not None:
             return MachineInfo(name, found.state, machine.spec, folder=machine.paths.folder, copy_of=original)
-        told: GuestInfo | None = None
+        summary: GuestInfo | None = None
         if guest and found.heartbeat is not None:
             with machines.reach(place) as reached:
-                told = reached.guest_summary()
+                summary = reached.guest_summary()
         processes = processes_of(place.runtime)
         return MachineInfo(
             name=machine.name,
@@ -151,7 +150,7 @@ class Manager:
             reason=found.reason,
             heartbeat=found.heartbeat,
             operation=found.operation or ("merge" if read_merging(machine.paths) is not None else None),
-            guest=told,
+            guest=summary,
             pids={part: ref.pid for part, ref in processes.items()},
             running=_running_spec(place) if processes else None,
         )
@@ -196,7 +195,7 @@ class Manager:
         `adapters` have settings of `AdapterSpec`; one without a MAC address gets one from the host's pool.
 
         Machine type and CPU model are pinned now. Raises InvalidSpec, AlreadyExists, NotFound, StoreFailed, InUse,
-        Unsupported (there is no QEMU).
+        Unsupported (QEMU is missing).
         """
         from vmm.api.possible import refuse_impossible
         from vmm.kvm import machine_types
@@ -232,7 +231,7 @@ class Manager:
             return machine.change_settings(settings)
 
     def new_id(self, name: str) -> NewId:
-        """Make a machine of its own out of a copied folder, which is off. See `NewId` for what becomes of its disks.
+        """Turn a copied folder, which is off, into a separate machine. See `NewId` for what happens to its disks.
 
         Raises WrongState for a machine that is not a copy.
         """
@@ -303,7 +302,7 @@ class Manager:
             machine.resume()
 
     def discard_saved(self, name: str) -> None:
-        """Discard a saved machine's memory. Raises WrongState if there is none."""
+        """Discard a saved machine's memory. Raises WrongState if it is not saved."""
         with machines.open(name, stop_merge=False) as machine:
             machine.discard_saved()
 
@@ -411,7 +410,7 @@ def _size_of(disk: DiskSpec) -> int | None:
     if disk.is_image:
         return look_at(disk).size_bytes
     if disk.kind == "pass-through":
-        from vmm.store import devices  # takes long, and few machines need it
+        from vmm.store import devices  # slow to import, and few machines need it
 
         return devices.size_bytes_of(disk)
     descriptor = open_medium(disk.path)

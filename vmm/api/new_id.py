@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A copied machine becomes a machine of its own: what it keeps, and what belongs to its original.
+"""Turning a copied machine folder into a separate machine: what it keeps, and what belongs to its original.
 
     id, MAC addresses          new ones
     disks                      an image that was copied with the folder is the copy's own; one that the original
                                or another machine or snapshot names is taken out of the definition, and left alone
-    snapshots, saved memory    they belong to the original, or fit its disks: put aside in the folder `of-FORMER-ID`
+    snapshots, saved memory    they belong to the original or fit its disks: moved to the folder `of-FORMER-ID`
 
 Decides what a copy may keep. Removes nothing. The id changes last: if this is interrupted, the machine is still a
 copy, and repeating it finishes it.
@@ -51,8 +51,8 @@ class TakenOut:
 
 @dataclass(frozen=True, slots=True)
 class NewId:
-    """What became of a copy. `disks` are those that it has; `taken_out` those that another machine needs; `aside` is
-    the folder with the snapshots and memory that it had, None where it had none.
+    """The result for a copy. `disks` are those that it keeps; `taken_out` those that another machine needs; `aside` is
+    the folder with the snapshots and memory that it had, None if it had none.
     """
 
     machine: str
@@ -64,11 +64,11 @@ class NewId:
 
 
 def give_new_id(name: str) -> NewId:
-    """Make a copied machine one of its own. Raises WrongState for one that is no copy, InUse, VmmError."""
+    """Turn a copy into a separate machine. Raises WrongState for a machine that is not a copy, InUse, VmmError."""
     with machine_turn(machine_folder(name), name) as lock:
         original = original_of(name)
         if original is None:
-            raise WrongState("is the only machine with its id, and needs no other", machine=name)
+            raise WrongState("is the only machine with its id, and needs no new one", machine=name)
         machine = registry.load_for_change(lock)
         aside = _put_aside(machine)
         done = _renewed(machine, lock, original, aside)
@@ -77,7 +77,7 @@ def give_new_id(name: str) -> NewId:
 
 
 def _put_aside(machine: Changing) -> str | None:
-    """Snapshots and memory go out of the way; the folder with them."""
+    """Move snapshots and memory aside; returns the folder that has them."""
     folder = machine.paths.folder
     aside = os.path.join(folder, f"of-{machine.spec.id}")
     there = [one for one in _ASIDE if os.path.lexists(os.path.join(folder, one))]
@@ -90,7 +90,7 @@ def _put_aside(machine: Changing) -> str | None:
             sync_folder(aside)
             sync_folder(folder)
     except OSError as error:
-        raise of_os_error(error, "put the copy's snapshots aside", machine=machine.name, path=aside) from error
+        raise of_os_error(error, "move the copy's snapshots aside", machine=machine.name, path=aside) from error
     return aside if os.path.isdir(aside) else None
 
 
@@ -101,7 +101,7 @@ def _free_name(folder: str, name: str) -> str:
 
 
 def _renewed(machine: Changing, lock: HeldLock, original: str, aside: str | None) -> NewId:
-    from vmm.api.adapters import choosing_macs, with_new_macs  # only here: they know of switches
+    from vmm.api.adapters import choosing_macs, with_new_macs  # here, because it imports the switches
 
     source = machine_folder(original)
     with choosing_macs():
@@ -143,14 +143,14 @@ def _is_file(path: str) -> bool:
 
 
 def _needed_elsewhere(disk: DiskSpec, lock: HeldLock) -> str | None:
-    """Who else names the image or device, as a clause; None where it may stay."""
+    """What else needs the image or device, as a clause; None if the copy may keep it."""
     if disk.path is None or disk.kind == "iso":
         return None
     if disk.kind == "pass-through":
         other = registry.other_user_of(disk, lock.name)
         return None if other is None else f"it is given to the machine {other}"
     if disk.read_only:
-        return None  # whether it may be read beside its writer is asked when the definition is written
+        return None  # storing the definition checks whether it may be read beside its writer
     try:
         for use in uses(lock.folder, os.path.basename(disk.path), only_others=True):
             if _is_same(use.path, disk.path):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this host and its QEMU cannot provide, checked when it is requested and not only when the machine starts.
+"""What this host and its QEMU cannot provide, checked at the request, before the machine starts.
 
 Decides what can be known at that time: whether QEMU has the processor model and the machine type, whether the host
 can ever have so much memory, whether a target that answers has the LUN. What cannot be known, such as the answer of a
-target that is away now, is accepted; starting the machine then reports it.
+target that is unreachable now, is accepted; starting the machine then reports it.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ def _refuse_memory(spec: MachineSpec) -> None:
     available = host_memory_bytes()
     if available is not None and spec.memory_bytes > available:
         raise InvalidSpec(
-            f"wants {_mib(spec.memory_bytes)} of memory, and this host has {_mib(available)}, swap space included",
-            machine=spec.name, hint="give it less with --memory",
+            f"needs {_mib(spec.memory_bytes)} of memory, and this host has {_mib(available)}, swap space included",
+            machine=spec.name, hint="give it less memory: --memory SIZE",
         )  # fmt: skip
 
 
 def host_memory_bytes() -> int | None:
-    """Memory and swap space of this host; None where it does not say."""
+    """Memory and swap space of this host; None if unknown."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             found = _MEMORY.findall(file.read())
@@ -59,7 +59,7 @@ def _refuse_model(spec: MachineSpec) -> None:
         alike = sorted(one for one in known if one.lower().startswith(model.lower()[:4]))
         raise InvalidSpec(
             f"QEMU has no processor model {model!r}", machine=spec.name,
-            hint=f"alike are {', '.join(alike[:8])}" if alike else f"{SYSTEM_PROGRAM} -cpu help lists them",
+            hint=f"similar models: {', '.join(alike[:8])}" if alike else f"{SYSTEM_PROGRAM} -cpu help lists them",
         )  # fmt: skip
 
 

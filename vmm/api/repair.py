@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A machine whose definition names an image that is not its newest: what is found, and what would be done.
+"""Repairing a machine whose definition names an image that is not its newest.
 
-    operation   something was interrupted: it is settled, as any command does
+    operation   an operation was interrupted: it is settled, as any command does
     adopt       images stand on the one that the definition names, and nothing else uses them: the newest becomes the
                 machine's disk
-    new leaf    the definition names an image that a snapshot keeps: a new leaf is put on it
+    new leaf    the definition names an image that a snapshot keeps: it gets a new leaf
     give up     the image that the definition names is missing: the one below it becomes the disk, only on request
 
 Decides which image is the newest, and never guesses: if two images stand on the same one, the user must say
@@ -40,9 +40,9 @@ _OWN_NAME = re.compile(r".+_[0-9a-f]{8}(-[0-9]+)?\.avhd")  # of images made for 
 
 @dataclass(frozen=True, slots=True)
 class RepairStep:
-    """One thing that was found. `remedy` is what is done about it; None: nothing, and `hint` says what helps.
+    """One problem that was found. `remedy` is what is done about it; if it is None, `hint` is what the user can do.
 
-    `chain` are the images that are taken on, the newest last, each on the one before; the first is there already.
+    `chain` are the images that become the disk, the newest last, each on the one before; the first exists already.
     """
 
     kind: RepairKind
@@ -55,14 +55,14 @@ class RepairStep:
 
 
 def look(machine: Machine, *, leaf: str | None = None, give_up_missing: bool = False) -> list[RepairStep]:
-    """What is wrong with a machine's disks, as its files say now. `leaf` says which image is the newest where that
-    cannot be told. Raises NotFound for a leaf that is none of them, StoreFailed, VmmError.
+    """What is wrong with a machine's disks, as its files say now. `leaf` names the newest image if that
+    cannot be determined. Raises NotFound for a leaf that is not one of them, StoreFailed, VmmError.
     """
     tree = load_tree(machine.paths)
     found: list[RepairStep] = []
     if tree.journal is not None or has_note(machine.paths):
         doing = words_of(tree.journal) if tree.journal is not None else "a backup"
-        found.append(RepairStep("operation", f"{doing} was cut short", "it is settled, as the next command would do"))
+        found.append(RepairStep("operation", f"{doing} was cut short", "it is settled, as by the next command"))
     if _needs_new_leaves(tree.journal):
         found += [
             _missing(one.disk, one.child, one.frozen, (), give_up=give_up_missing)
@@ -111,7 +111,7 @@ def _repair(held: Held, leaf: str | None, give_up_missing: bool) -> list[RepairS
                 settle_journal(held, replace(journal, pivoted=False))
                 problem = None
     done = [one for one in steps if one.kind == "operation" and problem is None]
-    held.take_over()  # what could not be settled is, once every disk is on its newest image
+    held.take_over()  # the rest is settled once every disk is on its newest image
     rest = look(registry.load_for_change(held), leaf=None, give_up_missing=give_up_missing)
     disks = [one for one in (rest if leaf is None else steps) if one.kind != "operation"]
     for step in disks:
@@ -153,8 +153,8 @@ def _take_on(held: Held, step: RepairStep) -> Changing:
         for parent, child in pairwise(chain):
             held.tree.grow(parent, child, kind if parent == chain[0] else "vhd", child_id=vhdkit.image_id(child))
     except vhdkit.VhdkitError as error:
-        raise store_problem(error, "take the newest image on") from error
-    held.save()  # before the definition: an image that is not known is never removed
+        raise store_problem(error, "adopt the newest image") from error
+    held.save()  # before the definition: an unknown image is never removed
     newest = (chain[-1], "vhd" if len(chain) > 1 else kind)
     return registry.update(held, lambda spec: relocated(spec, {str(step.disk): newest}), check_images=True)
 
@@ -180,18 +180,18 @@ def _look_at(
     if len(tips) > 1:
         names = ", ".join(one[-1] for one in tips)
         return RepairStep(
-            "adopt", f"{len(tips)} images lead away from it, and which is the newest cannot be told: {names}", None,
-            disk.id, start, hint="say which one: --leaf IMAGE",
+            "adopt", f"{len(tips)} images descend from it, and the newest cannot be determined: {names}", None,
+            disk.id, start, hint="name the newest one: --leaf IMAGE",
         )  # fmt: skip
     if tips and wanted is None and not all(one in tree.images or _is_own_name(one) for one in tips[0]):
         return RepairStep(
-            "adopt", f"{tips[0][-1]} stands on it, and has no name that vmm gives", None, disk.id, start,
+            "adopt", f"{tips[0][-1]} stands on it, and its name is not one that vmm gives", None, disk.id, start,
             hint=f"if it is the machine's newest image: --leaf {tips[0][-1]}",
         )  # fmt: skip
     if tips:
         return RepairStep(
-            "adopt", f"is not the newest image: {tips[0][-1]} stands on it, and no machine uses that",
-            f"{tips[0][-1]} is taken on", disk.id, start, (start, *tips[0]),
+            "adopt", f"is not the newest image: {tips[0][-1]} stands on it, and no machine uses that image",
+            f"{tips[0][-1]} becomes the disk", disk.id, start, (start, *tips[0]),
         )  # fmt: skip
     is_frozen = os.path.realpath(start) in frozen
     chain = (start, child_path(start)) if is_frozen else (start,)
@@ -199,17 +199,17 @@ def _look_at(
         return _missing(disk.id, path, start, chain, give_up=give_up)
     if is_frozen and os.path.realpath(start) not in others:
         return RepairStep(
-            "new leaf", "a snapshot keeps it as it is, and the machine would write to it", f"{chain[-1]} is put on it",
-            disk.id, path, chain,
+            "new leaf", "a snapshot needs it unchanged, and the machine would write to it",
+            f"it gets the new leaf {chain[-1]}", disk.id, path, chain,
         )  # fmt: skip
     return None
 
 
 def _missing(disk_id: str, path: str, below: str, chain: tuple[str, ...], *, give_up: bool) -> RepairStep:
-    remedy = f"the machine goes on from {below}, without what was written to the missing image"
+    remedy = f"the machine continues from {below}, without what was written to the missing image"
     return RepairStep(
         "give up", "is missing", remedy if give_up else None, disk_id, path, chain,
-        hint=f"put it back; if it is lost: --give-up-missing goes on from {below}",
+        hint=f"put it back; if it is lost: --give-up-missing continues from {below}",
     )  # fmt: skip
 
 
@@ -218,7 +218,7 @@ def _is_own_name(path: str) -> bool:
 
 
 def _below(disk_id: str, path: str, tree: Tree) -> str | None:
-    """What a missing image stood on, as far as is known, and is there."""
+    """The nearest image that a missing one stood on and that exists; None if unknown."""
     step: str | None = path
     while step is not None and not os.path.exists(step):
         image = tree.images.get(step)
@@ -247,7 +247,7 @@ def _tips(start: str, kept: set[str]) -> list[tuple[str, ...]]:
 
 
 def _leads_to_kept(path: str, kept: set[str]) -> bool:
-    """True for an image on which one stands that a snapshot keeps: it belongs to that one's branch."""
+    """True if a snapshot keeps an image that stands on this one, which then belongs to that branch."""
     return any(os.path.realpath(one) in kept for one in vhdkit.find_children([path])[path])
 
 

@@ -20,13 +20,13 @@ from vmm.model.paths import MachinePaths
 from vmm.store import registry
 from vmm.store.state import MachineState
 
-MAX_REVERTS, WINDOW_SECONDS = 3, 120.0  # a snapshot whose guest dies at once is not gone back to for ever
+MAX_REVERTS, WINDOW_SECONDS = 3, 120.0  # so that a guest that dies at once is not reverted for ever
 OFF_SECONDS = 120.0
 _LOOK_SECONDS = 0.1
 
 
 def revert(machine: MachinePaths) -> None:
-    """Go back and start. What goes wrong is an event of the machine."""
+    """Return to the snapshot and start. A failure becomes an event of the machine."""
     name = registry.read_definition(machine.definition).name
 
     def tell(event: str, **details: object) -> None:
@@ -36,7 +36,7 @@ def revert(machine: MachinePaths) -> None:
         snapshots = MachineSnapshots(name)
         snapshot = snapshots.tree().now
         if snapshot is None:
-            tell("recovery-given-up", problem="there is no snapshot to go back to")
+            tell("recovery-given-up", problem="the machine has no snapshot to go back to")
             return
         if _recently(read_events(machine.events)) >= MAX_REVERTS:
             tell("recovery-given-up", problem=f"{MAX_REVERTS} times within {WINDOW_SECONDS:.0f} s")
@@ -50,7 +50,7 @@ def revert(machine: MachinePaths) -> None:
 
 
 def _recently(events: list[Event]) -> int:
-    """How often it was done lately."""
+    """How often the machine was reverted recently."""
     since = time.time() - WINDOW_SECONDS
     done = [one for one in events if one.name == "recovery" and one.details.get("action") == "revert"]
     return sum(one.time is not None and one.time > since for one in done)

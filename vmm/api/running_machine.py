@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A machine that runs, as its worker: each method is one request on the control socket.
 
-Decides how a method is asked for, how long its worker may be silent, and what its answers mean as values; an answer
-that cannot be understood is an error, not a crash of the caller. What the worker does is decided in `vmm.worker`.
+Decides which request a method makes, how long the worker may be silent, and how its answers become values; a malformed
+answer is an error, not a crash of the caller. What the worker does is decided in `vmm.worker`.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from vmm.store.snapshots.tree import Snapshot
 
 EXIT_CANCELLED = 130  # of vhdkit, when a merge is cancelled
-_PATIENCE_SECONDS = 120.0  # between two signs of life of a verb that takes long
+_PATIENCE_SECONDS = 120.0  # between two signs of life during a long verb
 _ADAPTER_SECONDS = 60.0
-_MEMORY_SECONDS = 600.0  # a guest's memory goes to a slow disk
+_MEMORY_SECONDS = 600.0  # writing a guest's memory to a slow disk
 _FREEZING_SECONDS = 120.0  # the guest writes out all that is dirty first
 _SETTLE_SECONDS = 60.0  # for another operation on the running machine to end
 _LOOK_SECONDS = 0.05
@@ -70,19 +70,19 @@ class RunningMachine(LocalMachine):
         worker_connection.wait_put_away(self.place)
 
     def shutdown(self, timeout_seconds: float, progress: Progress | None = None) -> None:
-        """Have the guest shut itself down; returns when everything is put away. Raises TimedOut, WrongState."""
+        """Have the guest shut itself down; returns when its processes have ended. Raises TimedOut, WrongState."""
         self._ask_until_off("shutdown", progress, seconds=timeout_seconds)
 
     def stop(self, progress: Progress | None = None) -> None:
-        """Power off; returns when everything is put away."""
+        """Power off; returns when its processes have ended."""
         self._ask_until_off("stop", progress)
 
     def save(self, progress: Progress | None = None) -> None:
-        """Save, then off; returns when everything is put away. Raises WrongState, NoSpace."""
+        """Save, then off; returns when its processes have ended. Raises WrongState, NoSpace."""
         self._ask_until_off("save", progress)
 
     def stop_with_host(self, progress: Progress | None = None) -> str:
-        """Carry out the automatic stop action; what was done, in words."""
+        """Carry out the automatic stop action; returns what was done, in words."""
         with understood(self.name):
             done = str(self._ask("leave", progress)["done"])
         worker_connection.wait_put_away(self.place)
@@ -107,7 +107,7 @@ class RunningMachine(LocalMachine):
     # -- settings, disks, adapters -----------------------------------------------------------------------------------
 
     def _apply_rename(self, spec: MachineSpec) -> None:
-        raise WrongState("is running, and cannot have another name now", machine=self.name)
+        raise WrongState("is running, and cannot be renamed now", machine=self.name)
 
     def _fitting(self, request: DiskRequest) -> DiskRequest:
         if request.controller is None and request.kind != "iso":
@@ -143,7 +143,7 @@ class RunningMachine(LocalMachine):
     # -- snapshots and backups ---------------------------------------------------------------------------------------
 
     def take_snapshot(self, request: SnapshotRequest, progress: Progress | None = None) -> Snapshot:
-        """Take one with memory, devices and disks of one moment. Raises as `MachineSnapshots.create`."""
+        """Take a snapshot with memory, devices and disks of one moment. Raises as `MachineSnapshots.create`."""
         with goes_on_without_us("the snapshot", self.name):
             done = self._ask(
                 "snapshot-create", progress, timeout_seconds=_MEMORY_SECONDS,
@@ -155,7 +155,7 @@ class RunningMachine(LocalMachine):
 
     @contextlib.contextmanager
     def held_tree(self) -> Iterator[Held]:
-        """The tree, for changing, after what was interrupted is settled: by the worker as long as there is one.
+        """The tree, for changes, after an interrupted operation is settled: by the worker, as long as it exists.
 
         Raises InUse, what prevents settling, VmmError.
         """
@@ -167,7 +167,7 @@ class RunningMachine(LocalMachine):
             with holding(self.opened.paths, self.name) as held:
                 if not has_worker:
                     settle(held)
-                elif isinstance(held.tree.journal, Delete | MergeOff):  # of what no guest uses
+                elif isinstance(held.tree.journal, Delete | MergeOff):  # of images that no guest uses
                     journal = held.take_over()
                     assert journal is not None
                     settle_journal(held, journal)
@@ -176,7 +176,7 @@ class RunningMachine(LocalMachine):
                     return
             try:
                 has_worker = worker_connection.has_settled(self.opened)
-            except VmmError:  # it may be about to end: what is left then is ours to settle
+            except VmmError:  # it may be ending: then the rest is settled here
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(_LOOK_SECONDS)
@@ -184,7 +184,7 @@ class RunningMachine(LocalMachine):
     def merge_live(
         self, *, max_rate_bytes: int | None = None, progress: Progress | None = None
     ) -> tuple[MergeResult, ...]:
-        """Make the merges that are due; a failed one is in the result. Raises what a cancelled one does."""
+        """Make the merges that are due; a failed one is in the result. Raises if one is cancelled."""
         from vmm.snapshots.steps import tidy
         from vmm.store import registry
 
@@ -200,7 +200,7 @@ class RunningMachine(LocalMachine):
                 done.append(MergeResult(merge.target, problem=str(error)))
             passed_over.add(merge.target)
             machine = registry.load_for_change(machine.lock)
-        if all(one.problem is None for one in done):  # else it may wait for what failed to be settled
+        if all(one.problem is None for one in done):  # otherwise this may wait until the failed merge is settled
             with self.held_tree() as held:
                 tidy(held)
         return tuple(done)
@@ -208,7 +208,7 @@ class RunningMachine(LocalMachine):
     def _merge_one(
         self, machine: Changing, merge: LayerMerge, rate: int | None, progress: Progress | None
     ) -> MergeResult:  # fmt: skip
-        """One merge: by the worker where it is part of a disk that is served, else by ourselves."""
+        """One merge: by the worker if it is part of a disk that is served, else by this process."""
         from vmm.snapshots import background_merge
         from vmm.snapshots.dependents import judge
         from vmm.snapshots.steps import chain_of
@@ -234,7 +234,7 @@ class RunningMachine(LocalMachine):
         """Nothing: the images are in use, and its worker starts the merges when it ends."""
 
     def cancel_merge(self) -> bool:
-        """Stop a live merge; False: there is none."""
+        """Stop a live merge; False if none is in progress."""
         done = self._ask("snapshot-merge-cancel", timeout_seconds=ANSWER_SECONDS)
         with understood(self.name):
             return bool(done["cancelled"])
@@ -273,25 +273,25 @@ class RunningMachine(LocalMachine):
             return GuestInfo.of_document(answer)
 
     def guest_summary(self) -> GuestInfo | None:
-        """What the agent says, as last known where it does not answer quickly; None where there is none."""
+        """What the agent says, as last known if it does not answer quickly; None if the guest has none."""
         answer = self._ask("status", guest=True)
         with understood(self.name):
             return GuestInfo.of_document(answer["guest"]) if answer.get("guest") is not None else None
 
     def freeze(self, max_seconds: float) -> int:
-        """Flush and freeze the guest's file systems; how many. They thaw by themselves after `max_seconds`."""
+        """Flush and freeze the guest's file systems; returns how many. They thaw by themselves after `max_seconds`."""
         answer = self._ask_guest("agent-freeze", max_seconds=max_seconds, timeout_seconds=_FREEZING_SECONDS)
         with understood(self.name):
             return int(answer["count"])
 
     def thaw(self) -> int:
-        """Thaw them; how many. Raises TimedOut if they had to be thawed earlier."""
+        """Thaw them; returns how many. Raises TimedOut if they had to be thawed earlier."""
         answer = self._ask_guest("agent-thaw", timeout_seconds=_FREEZING_SECONDS)
         with understood(self.name):
             return int(answer["count"])
 
     def set_time(self) -> None:
-        """The guest's clock to the host's."""
+        """Set the guest's clock to the host's."""
         self._ask_guest("agent-set-time")
 
     def items(self) -> dict[str, dict[str, str]]:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A machine that is off or saved, as its files: changes are made in the definition and in images, under its lock.
 
-Decides what each method of `machine.OpenMachine` means for files, and what is said about those that need a machine
-that runs. What the changes are is decided in `local_machine`.
+Decides what each method of `machine.OpenMachine` means for files, and how those that need a running machine fail. What
+the changes are is decided in `local_machine`.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class StoppedMachine(LocalMachine):
         self._cannot("resume it")
 
     def discard_saved(self) -> None:
-        """Discard its memory. Raises WrongState if there is none."""
+        """Discard its memory. Raises WrongState if it is not saved."""
         if not saved.is_saved(self.opened.paths):
             raise WrongState("is not saved", machine=self.name)
         saved.discard(self.opened.paths)
@@ -127,16 +127,16 @@ class StoppedMachine(LocalMachine):
     # -- snapshots and backups ---------------------------------------------------------------------------------------
 
     def take_snapshot(self, request: SnapshotRequest, progress: Progress | None = None) -> Snapshot:
-        """Take one of the files. Raises WrongState for a consistent one, and as `snapshots.create.create`."""
+        """Take a snapshot of the files. Raises WrongState for a consistent one, and as `snapshots.create.create`."""
         from vmm.snapshots.create import create
 
         if request.consistent:
-            raise WrongState("does not run: nothing can be frozen in it, and nothing needs to be")
+            raise WrongState("does not run: its file systems cannot be frozen, and need not be")
         return create(self.opened, request)
 
     @contextlib.contextmanager
     def held_tree(self) -> Iterator[Held]:
-        """The tree, for changing, after what was interrupted is settled. Raises InUse, VmmError."""
+        """The tree, for changes, after an interrupted operation is settled. Raises InUse, VmmError."""
         from vmm.snapshots.recovery import settle
 
         with holding(self.opened.paths, self.name) as held:
@@ -150,7 +150,7 @@ class StoppedMachine(LocalMachine):
         raise WrongState("does not run", hint=f"without --live: vmm snapshot merge {self.name}")
 
     def cancel_merge(self) -> bool:
-        """Stop the merge in the background; False: there is none."""
+        """Stop the merge in the background; False if none is in progress."""
         if read_merging(self.place.machine) is None:
             return False
         with holding(self.place.machine, self.name):
@@ -179,8 +179,8 @@ class StoppedMachine(LocalMachine):
             disks = disk_copies.disks_to_copy(machine.spec)
             disk_copies.check_target(folder)
             refuse_older(machine, load_tree(machine.paths))
-            told = progress or (lambda document: None)
-            copied = disk_copies.copy_disks_now(machine.paths, machine.spec, disks, folder, told)
+            show = progress or (lambda document: None)
+            copied = disk_copies.copy_disks_now(machine.paths, machine.spec, disks, folder, show)
         # A saved machine's file systems are in use, and those of one that died were.
         consistent = is_clean(machine.paths) and not saved.is_saved(machine.paths)
         tell("backed-up", folder=folder, consistent=consistent)
@@ -228,12 +228,12 @@ class StoppedMachine(LocalMachine):
         self._no_guest()
 
     def items(self) -> dict[str, dict[str, str]]:
-        """All items of both pools, out of the file."""
+        """All items of both pools, from the file."""
         store = self._store()
         return {"host": store.items("host"), "guest": store.items("guest")}
 
     def get_item(self, key: str, pool: str | None = None) -> ExchangedItem:
-        """An item, out of the file. Raises NotFound."""
+        """An item, from the file. Raises NotFound."""
         from vmm.kvm.key_value import find_item, pool_named
 
         return find_item(self._store().get, key, pool_named(pool))
@@ -243,7 +243,7 @@ class StoppedMachine(LocalMachine):
         return self._change_items(lambda store, pool: store.set(pool, key, value))
 
     def delete_item(self, key: str) -> bool:
-        """Remove an item of the host's from the file; False. Raises NotFound."""
+        """Remove an item of the host's from the file; False: no guest has received that yet. Raises NotFound."""
         return self._change_items(lambda store, pool: store.delete(pool, key))
 
     def _store(self) -> KeyValueStore:
@@ -260,7 +260,7 @@ class StoppedMachine(LocalMachine):
 
 
 def _reap_later(pid: int) -> None:
-    """A child that outlives us is init's; one that does not must not stay a zombie of a long-lived program."""
+    """Wait for the child, so that it leaves no zombie in a long-lived program; init adopts one that outlives us."""
     import threading
 
     def wait() -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the verbs share: options, sizes, tables, JSON, and a progress line.
 
-Decides layout and style, nothing about content. All text from outside passes through `printable`.
+Decides layout and style, not content. All text from outside passes through `printable`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class DiskSizeType(AnyType):
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> vhdkit.DiskSize:
-        """The size in bytes, with the size that was given if it was rounded."""
+        """The size in bytes; if it was rounded, with the size that was given."""
         try:
             return vhdkit.parse_disk_size(str(value))
         except ValueError as error:

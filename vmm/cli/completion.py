@@ -23,7 +23,7 @@ Names: TypeAlias = Callable[[click.Context], Iterable[str]]
 
 
 class NameType(AnyType):
-    """A text whose possible values are determined when a shell asks for them."""
+    """A text whose possible values are looked up when a shell asks for them."""
 
     name = "text"
 

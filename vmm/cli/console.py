@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vmm console` and `vmm screen`: using a machine's serial console, and seeing its screen.
 
-Decides what users see when they connect and leave, and which viewer is started if there is a display. How a terminal
-is connected is decided in `terminal`.
+Decides what users see when they connect and disconnect, and which viewer is started if a display exists. How a
+terminal is connected is decided in `terminal`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     "--log", "wants_log", is_flag=True, help="Print the recorded output and exit; works while the machine is off, too."
 )
 @click.option("--watch", is_flag=True, help="Only watch; send no input.")
-@click.option("--shared", is_flag=True, help="Share the keyboard with all others that use --shared.")
+@click.option("--shared", is_flag=True, help="Share the keyboard with all who use --shared.")
 @click.option("--take", is_flag=True, help="Take over the keyboard from its present user.")
 @click.option("--expect", metavar="TEXT", help="Exit when the guest has printed TEXT.")
 @click.option(
@@ -59,7 +59,7 @@ def console_command(
 ) -> None:
     """Connect this terminal to the serial console of the machine NAME. Ctrl-] disconnects; the machine keeps running.
 
-    Any number of terminals can watch, one can type. If standard input is not a terminal, it is sent as it is, and the
+    Any number of terminals can watch; one can type. If standard input is not a terminal, it is sent as it is, and the
     command exits when the input has been sent and the guest has been silent for a second.
     """
     if watch + shared + take > 1:
@@ -92,7 +92,8 @@ def _join(
         if not is_again:
             if not console.may_type and typing != "never":
                 print_aside(
-                    f"{name}: the keyboard is in use; this only watches (to type: --take, or --shared in both)"
+                    f"{name}: the keyboard is in use; this terminal only watches (to type: --take, or --shared"
+                    " in both)"
                 )
             elif is_terminal:
                 print_aside(f"{name}: connected to the console; Ctrl-] disconnects")
@@ -116,7 +117,7 @@ def _join(
 def screen_command(name: str, png: str | None, no_viewer: bool, as_json: bool, quiet: bool) -> None:
     """Look at the screen of the machine NAME: over VNC with keyboard and mouse, or with --png as a picture.
 
-    A viewer is started if one is installed and there is a display for it; with --json none is started.
+    A viewer is started if one is installed and a display exists; with --json none is started.
     """
     guest = Manager().guest(name)
     if png is not None:
@@ -160,7 +161,7 @@ def _user() -> str:
 
 
 def _take_picture(guest: GuestAccess, path: str) -> int:
-    """Write a picture to the file, completely or not at all; its size in bytes."""
+    """Write a picture to the file, completely or not at all; returns its size in bytes."""
     picture = guest.screen()
     if path == "-":
         sys.stdout.buffer.write(picture)

@@ -179,9 +179,9 @@ def create_command(
 @click.command("set", epilog=epilog("vmm set web --memory 2G", "vmm set web --automatic-stop shut-down --rename www"))
 @click.argument("name")
 @click.option("--rename", "new_name", metavar="NAME", help="Rename the machine.")
-@click.option("--new-id", is_flag=True, help="Turn a copied machine folder into a separate machine: it gets an id"
-              " and MAC addresses of its own, keeps the images that were copied with it, and leaves those that its"
-              " original needs, and the snapshots and saved memory.")  # fmt: skip
+@click.option("--new-id", is_flag=True, help="Turn a copied machine folder into a separate machine: it gets a new id"
+              " and new MAC addresses, and keeps the images that were copied with it, but not those that its"
+              " original needs, nor the snapshots and saved memory.")  # fmt: skip
 @_setting_options
 @output_options
 def set_command(name: str, new_name: str | None, new_id: bool, as_json: bool, quiet: bool, **words: Any) -> None:
@@ -214,7 +214,7 @@ def _new_id(manager: Manager, name: str, *, quiet: bool) -> None:
     done = manager.new_id(name)
     if quiet:
         return
-    print_line(f"{name} is no longer a copy of {done.original}: its id is {done.id}")
+    print_line(f"{name} is now a machine separate from {done.original}: its id is {done.id}")
     for kept in done.disks:
         print_line(f"keeps    {kept.disk}: {kept.path}")
     for left in done.taken_out:

@@ -54,7 +54,7 @@ def parse_disk(word: str, *, kind: Literal["vhd", "pass-through", "iso"] = "vhd"
             settings["parent_dirs"] += (value,)
         elif name in ("index", "unit"):
             if not value.isdecimal():
-                raise click.BadParameter(f"{option!r} in {word!r}is not a number")
+                raise click.BadParameter(f"{option!r} in {word!r} is not a number")
             settings["controller_index" if name == "index" else "unit"] = int(value)
         else:
             settings[name] = value
@@ -130,17 +130,15 @@ def remove_command(name: str, disk: str, as_json: bool, quiet: bool) -> None:
 @click.argument("drive", metavar="DRIVE")
 @click.argument("file", metavar="[FILE]", required=False)
 @click.option("--eject", is_flag=True, help="Remove the medium and leave the drive empty.")
-@click.option(
-    "--force", is_flag=True, help="Change it even if the guest has locked the drive, and is perhaps reading."
-)
+@click.option("--force", is_flag=True, help="Change it even if the guest has locked the drive and may be reading it.")
 @output_options
 def change_command(
     name: str, drive: str, file: str | None, eject: bool, force: bool, as_json: bool, quiet: bool
 ) -> None:
     """Put the ISO image FILE into DRIVE (its id, serial or present image) of the machine NAME, or remove the medium.
 
-    If the machine is running, the guest finds another medium, as after a press of the button of a real drive; a guest
-    that has locked the drive is asked to release it. A saved machine finds the new medium when it is started.
+    If the machine is running, the guest finds another medium, as if the button of a real drive had been pressed; a
+    guest that has locked the drive is asked to release it. A saved machine finds the new medium when it is started.
     """
     if (file is None) is not eject:
         raise click.UsageError("name a FILE for the drive, or use --eject")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the command `vmm` begins.
+"""The entry point of the command `vmm`.
 
 Decides what a Ctrl-C means while Python is still importing modules: the process ends without a traceback, because
 nothing has been done yet. Nothing else of vmm is imported before that is set up. What it means later is
@@ -17,9 +17,9 @@ def main() -> None:
     """Entry point of the command `vmm`."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # an ignored signal (nohup) stays ignored
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # We have no plugins of pydantic, and looking for some reads the metadata of every package that is installed.
+    # vmm uses no plugins of pydantic, and the search for them reads the metadata of every installed package.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
-    gc.disable()  # until the group has imported the verb: imports make no garbage, and looking for it takes time
+    gc.disable()  # until the group has imported the verb: imports create no garbage, and looking for it takes time
     from vmm.cli.main import main as command
 
     command()

@@ -33,7 +33,7 @@ __all__ = ["EXIT_FAILED", "interruptible", "report", "settle_standard_error", "s
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Within this block Ctrl-C raises KeyboardInterrupt; before, `entry` has it end the process."""
+    """Within this block Ctrl-C raises KeyboardInterrupt; before it, Ctrl-C ends the process (`entry`)."""
     is_ours = threading.current_thread() is threading.main_thread()
     if not is_ours or signal.getsignal(signal.SIGINT) != signal.SIG_DFL:
         yield
@@ -91,7 +91,7 @@ def _of_usage(error: click.ClickException) -> dict[str, Any]:
 
 
 def _words_of_usage(error: click.ClickException) -> str:
-    """click's sentence about wrong arguments, without a programmer's words for numbers."""
+    """click's sentence about wrong arguments, with plain words for numbers."""
     words = printable(error.format_message())
     for theirs, ours in _WORDS_OF_NUMBERS.items():
         words = re.sub(theirs, ours, words)

@@ -128,7 +128,7 @@ def doctor_command(show_all: bool, as_json: bool) -> None:
 @click.option("--all", "show_all", is_flag=True, help="Show empty drives and loop devices without a file, too.")
 @_json_option
 def disks_command(show_all: bool, as_json: bool) -> None:
-    """List all block devices: size, model, identity, DAS or SAN, users, and whether a machine can have it whole."""
+    """List all block devices: size, model, identity, DAS or SAN, users, and whether it can be passed through."""
     from vmm.host.block import HostDevices
 
     host = HostDevices()
@@ -141,7 +141,7 @@ def disks_command(show_all: bool, as_json: bool) -> None:
         )
         return
     if not devices:
-        click.echo("there are no block devices")
+        click.echo("no block devices found")
         return
     rows = [
         (
@@ -175,8 +175,8 @@ def _used_by(host: HostDevices, device: BlockDevice) -> list[str]:
 
 
 def _given() -> Given:
-    """The devices that machines already have. A machine that cannot be read, or storage that does not answer, is not a
-    reason to show no disks, so image files are looked up by name.
+    """The devices that machines already have. A machine that cannot be read, or storage that does not answer, must not
+    prevent the list, so image files are looked up by name.
     """
     from vmm.kvm.passthrough import given_of
     from vmm.store import registry
@@ -191,7 +191,7 @@ def _given() -> Given:
 def _reasons(host: HostDevices, device: BlockDevice, given: Given) -> list[str]:
     from vmm.kvm import passthrough
 
-    read_only = device.read_only  # a write-protected device can be given away for reading
+    read_only = device.read_only  # a write-protected device can be passed through for reading
     facts = passthrough.facts_of(device, host)
     return [str(one) for one in passthrough.refusals(facts, read_only=read_only, given=given)]
 
@@ -244,8 +244,15 @@ def set_path_command(key: str, folder: str | None, reset: bool, as_json: bool) -
 )
 @click.option("--remove", "action", flag_value="remove", help="Remove the unit.")
 @click.option("--print", "action", flag_value="print", help="Only print the unit.")
-@click.option("--start-machines", "action", flag_value="start", help="What the unit calls when the host starts.")
-@click.option("--stop-machines", "action", flag_value="stop", help="What the unit calls when the host stops.")
+@click.option(
+    "--start-machines",
+    "action",
+    flag_value="start",
+    help="Start the machines; the unit does this when the host starts.",
+)
+@click.option(
+    "--stop-machines", "action", flag_value="stop", help="Stop the machines; the unit does this when the host stops."
+)
 @click.option("--user/--system", "for_user", default=None, help="For your user, or for the host (root only).")
 @_json_option
 def autostart_command(action: str | None, for_user: bool | None, as_json: bool) -> None:
@@ -302,7 +309,7 @@ def _run_automatic(action: str, *, as_json: bool) -> None:
 
 
 def own_command() -> list[str]:
-    """The full path with which this command is called."""
+    """The full path of this command."""
     beside = os.path.join(os.path.dirname(sys.executable), "vmm")
     called = os.path.abspath(sys.argv[0])
     for path in (called if os.path.basename(called) == "vmm" else "", beside, shutil.which("vmm") or ""):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vmm agent` and `vmm kvp`: facts that a guest reports about itself, and the items that guest and host exchange.
+"""`vmm agent` and `vmm kvp`: what a guest reports about itself, and the items that guest and host exchange.
 
 Decides how these are shown. What they mean is decided in `vmm.api.guest_access`.
 """
@@ -85,7 +85,7 @@ def freeze(name: str, seconds: float, as_json: bool, quiet: bool) -> None:
 @click.argument("name")
 @output_options
 def thaw(name: str, as_json: bool, quiet: bool) -> None:
-    """Thaw the file systems that `freeze` froze; fails if they had already thawed, and a copy is not of one moment."""
+    """Thaw the file systems that `freeze` froze; fails if they thawed earlier, so that a copy is not of one moment."""
     count = Manager().guest(name).thaw()
     if as_json:
         print_json({"count": count})
@@ -163,7 +163,7 @@ def set_item(name: str, key: str, value: str, as_json: bool, quiet: bool) -> Non
             value = sys.stdin.buffer.read(MAX_INPUT_BYTES).decode()
         except UnicodeDecodeError:
             raise InvalidSpec("the value on standard input is not valid UTF-8") from None
-    _told(name, Manager().guest(name).set_item(key, value), as_json, quiet)
+    _report(name, Manager().guest(name).set_item(key, value), as_json, quiet)
 
 
 @kvp_command.command("delete", epilog=epilog("vmm kvp delete web role"))
@@ -172,10 +172,10 @@ def set_item(name: str, key: str, value: str, as_json: bool, quiet: bool) -> Non
 @output_options
 def delete_item(name: str, key: str, as_json: bool, quiet: bool) -> None:
     """Remove the host's item KEY of the machine NAME."""
-    _told(name, Manager().guest(name).delete_item(key), as_json, quiet)
+    _report(name, Manager().guest(name).delete_item(key), as_json, quiet)
 
 
-def _told(name: str, taken: bool, as_json: bool, quiet: bool) -> None:
+def _report(name: str, taken: bool, as_json: bool, quiet: bool) -> None:
     if as_json:
         print_json({"taken": taken})
     elif not quiet:

@@ -23,7 +23,7 @@ def _manager() -> Manager:
     return Manager()
 
 
-def _told(name: str, state: str, *, as_json: bool, quiet: bool) -> None:
+def _report(name: str, state: str, *, as_json: bool, quiet: bool) -> None:
     if as_json:
         print_json({"name": name, "state": state})
     elif not quiet:
@@ -69,7 +69,7 @@ def shutdown_command(name: str, timeout: float, force: bool, as_json: bool, quie
             if not force:
                 raise
             manager.stop(name, progress=progress)
-    _told(name, "off", as_json=as_json, quiet=quiet)
+    _report(name, "off", as_json=as_json, quiet=quiet)
 
 
 @click.command("stop", epilog=epilog("vmm stop web"))
@@ -79,7 +79,7 @@ def stop_command(name: str, as_json: bool, quiet: bool) -> None:
     """Power NAME off, without asking the guest. What the guest had flushed to its disks is kept."""
     with progress_line(shown=not quiet and not as_json) as progress:
         _manager().stop(name, progress=progress)
-    _told(name, "off", as_json=as_json, quiet=quiet)
+    _report(name, "off", as_json=as_json, quiet=quiet)
 
 
 @click.command("save", epilog=epilog("vmm save web"))
@@ -92,7 +92,7 @@ def save_command(name: str, as_json: bool, quiet: bool) -> None:
     """
     with progress_line(shown=not quiet and not as_json) as progress:
         _manager().save(name, progress=progress)
-    _told(name, "saved", as_json=as_json, quiet=quiet)
+    _report(name, "saved", as_json=as_json, quiet=quiet)
 
 
 @click.command("reset", epilog=epilog("vmm reset web"))
@@ -102,7 +102,7 @@ def reset_command(name: str, as_json: bool, quiet: bool) -> None:
     """Press the reset button of NAME."""
     manager = _manager()
     manager.reset(name)
-    _told(name, manager.state(name), as_json=as_json, quiet=quiet)
+    _report(name, manager.state(name), as_json=as_json, quiet=quiet)
 
 
 @click.command("pause", epilog=epilog("vmm pause web"))
@@ -111,7 +111,7 @@ def reset_command(name: str, as_json: bool, quiet: bool) -> None:
 def pause_command(name: str, as_json: bool, quiet: bool) -> None:
     """Pause NAME: the guest stands still, and its memory stays in place."""
     _manager().pause(name)
-    _told(name, "paused", as_json=as_json, quiet=quiet)
+    _report(name, "paused", as_json=as_json, quiet=quiet)
 
 
 @click.command("resume", epilog=epilog("vmm resume web"))
@@ -120,4 +120,4 @@ def pause_command(name: str, as_json: bool, quiet: bool) -> None:
 def resume_command(name: str, as_json: bool, quiet: bool) -> None:
     """Resume NAME after a pause."""
     _manager().resume(name)
-    _told(name, "running", as_json=as_json, quiet=quiet)
+    _report(name, "running", as_json=as_json, quiet=quiet)

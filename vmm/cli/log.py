@@ -28,7 +28,7 @@ _FOLLOW_HELP = "Keep printing new events until Ctrl-C, or the machine is deleted
 def events_command(name: str, follow: bool, as_json: bool, quiet: bool) -> None:
     """Show what happened to the machine NAME, oldest first.
 
-    With --json one list, with --json --follow an object a line: {"time_unix_seconds", "event", ...its fields}.
+    With --json: one list; with --json --follow: one object per line: {"time_unix_seconds", "event", ...its fields}.
     """
     manager = Manager()
     if as_json and not follow:
@@ -42,7 +42,7 @@ def events_command(name: str, follow: bool, as_json: bool, quiet: bool) -> None:
 
 
 def event_document(event: Event) -> dict[str, Any]:
-    """An event for JSON: the name of its time includes the unit."""
+    """An event as JSON; the key of its time names the unit."""
     found = {} if event.time is None else {"time_unix_seconds": event.time}
     details = {("time_unix_seconds" if key == "time" else key): value for key, value in event.details.items()}
     return {**found, "event": event.name, **details}
@@ -125,7 +125,7 @@ def _tail(path: str, count: int) -> list[str]:
 
 
 def _following(path: str) -> Iterator[str]:
-    """Lines as they are written, until the machine is deleted, also after the log was rotated."""
+    """New lines as they are written, also after the log is rotated, until the machine is deleted."""
     position = None
     rest = b""
     try:

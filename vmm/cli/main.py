@@ -45,7 +45,7 @@ Shell completion (put the line into ~/.bashrc or ~/.zshrc to keep it):
 VMM_DEBUG=1 shows where an internal error came from. VMM_HOME and VMM_RUNTIME are the folders of machines and sockets.
 """
 
-# Verb -> "module:command" and its summary for `vmm --help`, which imports none of them; in the order of first use.
+# Verb -> ("module:command", summary for `vmm --help`, which imports no module); in the order of first use.
 _VERBS: dict[str, tuple[str, str]] = {
     "create": ("vmm.cli.define:create_command", "Define a machine."),
     "list": ("vmm.cli.show:list_command", "List all machines and their states."),
@@ -116,7 +116,7 @@ class _Group(click.Group):
             sys.stdout = io.StringIO()  # the caller closed it: output is dropped
         if sys.stderr is None:
             sys.stderr = io.StringIO()
-        if hasattr(sys.stdout, "reconfigure"):  # a name that the terminal cannot show must not be an error
+        if hasattr(sys.stdout, "reconfigure"):  # so that a name that the terminal cannot show is not an error
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
             with interruptible():

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`repair`: lets a machine that has lost track of its newest image find it again.
+"""`repair`: finds the newest image of a machine that has lost track of it.
 
-Decides how the result is reported, and that the user must confirm it. What is wrong and how to fix it is decided in
+Decides how the result is reported, and that the user must confirm it. What is wrong and how to repair it is decided in
 `vmm.api.repair`.
 """
 
@@ -27,10 +27,10 @@ from vmm.cli.common import confirm, epilog, output_options, print_json, print_li
 def repair_command(
     name: str, dry_run: bool, yes: bool, leaf: str | None, give_up_missing: bool, as_json: bool, quiet: bool
 ) -> None:
-    """Look for the newest images of the machine NAME, which must not run, and use them.
+    """Find the newest images of the machine NAME, which must be off, and use them.
 
     This is for a machine whose definition names an image that is missing, or on which another image builds; vmm 0.1.0
-    could leave one like that after a kill. Nothing is removed or moved, and nothing is guessed.
+    could leave such a machine when it was killed. Nothing is removed or moved, and nothing is guessed.
     """
     manager = Manager()
     found = manager.repair(name, dry_run=True, leaf=leaf, give_up_missing=give_up_missing)

@@ -35,7 +35,7 @@ def list_command(as_json: bool, quiet: bool) -> None:
         if rows:
             print_table(("NAME", "STATE", "CPUS", "MEMORY", "DISKS", "ADAPTERS", "UP", "NOTE"), rows, states=1)
         else:
-            print_aside("there are no machines: vmm create NAME --disk IMAGE")
+            print_aside("no machines: vmm create NAME --disk IMAGE")
 
 
 def _row(one: MachineInfo) -> list[str]:
@@ -60,7 +60,7 @@ def _row(one: MachineInfo) -> list[str]:
 
 
 def _adapters_in_short(one: MachineInfo) -> str:
-    """The adapter's switches, and the addresses that the guest has on them."""
+    """The adapters' switches, and the addresses that the guest has on them."""
     assert one.spec is not None
     words = []
     for adapter in one.spec.adapters:

@@ -90,10 +90,9 @@ def _memory_words(snapshot: Snapshot) -> str:
 @click.argument("machine")
 @output_options
 def tree_command(machine: str, as_json: bool, quiet: bool) -> None:
-    """Draw the snapshots of MACHINE, and where it is now. Sizes are those that images and memory have on disk.
+    """Draw the snapshots of MACHINE, and where it is now. Sizes are what images and memory occupy on disk.
 
-    The size of disks is that of the images that the snapshot froze, so of what was written since the snapshot before
-    it.
+    The size of disks is that of the images that the snapshot froze: of what was written since the previous snapshot.
     """
     snapshots = _of(machine)
     tree = snapshots.tree()
@@ -357,8 +356,8 @@ def forget_memory_command(machine: str, snapshot: str, as_json: bool, quiet: boo
 def merge_command(machine: str, live: bool, max_rate: int | None, cancel: bool, as_json: bool, quiet: bool) -> None:
     """Merge the images of MACHINE that deleted snapshots have left, and wait for the result.
 
-    While the machine is off this happens by itself in the background. --live merges while the guest runs: its writes
-    are held only at the end, for some milliseconds.
+    While the machine is off, this happens automatically in the background. --live merges while the guest runs: its
+    writes are held only at the end, for a few milliseconds.
     """
     snapshots = _of(machine)
     if cancel:
@@ -400,9 +399,9 @@ def merge_command(machine: str, live: bool, max_rate: int | None, cancel: bool, 
 def export_command(machine: str, snapshot: str, folder: str, flat: bool, as_json: bool, quiet: bool) -> None:
     """Export MACHINE, as it was at SNAPSHOT, to the new FOLDER, whatever it is doing now. See `vmm export`."""
     from vmm.api.export_import.exporting import export
-    from vmm.cli.transfer import told
+    from vmm.cli.transfer import report
 
     one = _of(machine).find(snapshot)
     with progress_line(shown=not quiet and not as_json) as progress:
         done = export(machine, folder, snapshot=one.id, flat=flat, progress=progress)
-    told(done, f"{machine} at {one.name} is in {done.folder}", as_json=as_json, quiet=quiet)
+    report(done, f"{machine} at {one.name} is in {done.folder}", as_json=as_json, quiet=quiet)

@@ -87,9 +87,9 @@ def create_command(name: str, yes: bool, dry_run: bool, as_json: bool, quiet: bo
     """Create a switch called NAME.
 
     An external switch takes this host's addresses from the card and gives them to a bridge: what will be done is shown
-    first, and undone at once if the gateway stops answering. Deleting the switch puts everything back.
+    first, and undone at once if the gateway stops answering. Deleting the switch restores everything.
     """
-    switches.refuse_existing(name)  # before planning: what the switch already has would conflict with the plan
+    switches.refuse_existing(name)  # before planning: an existing switch would conflict with its own plan
     spec = _spec_of(name, words)
     planned = HostSide(spec).backend.plan()
     if planned.refusals:
@@ -198,11 +198,11 @@ def list_command(as_json: bool, quiet: bool) -> None:
         if rows:
             print_table(("SWITCH", "TYPE", "BACK END", "NETWORK", "PORTS"), rows)
         else:
-            print_aside("there are no switches: vmm switch create NAME")
+            print_aside("no switches: vmm switch create NAME")
 
 
 def _port_count(spec: SwitchSpec) -> str:
-    """How many ports the switch has, or that its process hangs: the other switches are listed all the same."""
+    """The number of ports, or that the switch's process hangs; the other switches are listed in any case."""
     try:
         return str(len(HostSide(spec).guests()))
     except TimedOut:
@@ -333,7 +333,7 @@ def addresses_command(name: str, as_json: bool, quiet: bool) -> None:
 @click.option("--remove", is_flag=True, help="Remove the fixed address.")
 @output_options
 def lease_command(name: str, adapter: str, address: str | None, remove: bool, as_json: bool, quiet: bool) -> None:
-    """Give ADAPTER always the same ADDRESS, and its machine's name, on the internal switch NAME.
+    """Always give ADAPTER the same ADDRESS, and its machine's name, on the internal switch NAME.
 
     The address must be in the switch's network, and be neither this host's nor another adapter's.
     """
@@ -367,14 +367,14 @@ def lease_command(name: str, adapter: str, address: str | None, remove: bool, as
 
 @switch_command.command("delete", epilog=epilog("vmm switch delete lab"))
 @click.argument("name")
-@click.option("--force", is_flag=True, help="Even with machines on it, which are disconnected until there is a switch"
-              " of that name again. What cannot be put back is listed and left as it is.")  # fmt: skip
+@click.option("--force", is_flag=True, help="Delete it even with machines on it, which are disconnected until a switch"
+              " of that name exists again. What cannot be put back is listed and left as it is.")  # fmt: skip
 @output_options
 def delete_command(name: str, force: bool, as_json: bool, quiet: bool) -> None:
-    """Delete the switch NAME, and put this host's network back as it was before.
+    """Delete the switch NAME, and restore this host's network.
 
-    Two things need --force: a switch that machines are connected to, running or not, and a switch of which something
-    cannot be put back. Settings of a card that is gone by now are listed.
+    --force is needed if machines, running or not, are connected to the switch, or if something cannot be put back.
+    Settings of a card that no longer exists are listed.
     """
     from vmm.api.adapters import delete_switch
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`switch capture`: writes the frames on a switch to files that Wireshark reads.
+"""`switch capture`: writes the frames on a switch to files for Wireshark.
 
-Decides how a capture is requested and how it ends. Where the stream is split into files is decided in
+Decides how a capture is requested and how it ends. How the stream is split into files is decided in
 `net.capture_files`.
 """
 
@@ -35,7 +35,7 @@ from vmm.net.host_side import HostSide
 @click.option("--snap", type=int, metavar="BYTES", help="Keep only the first BYTES of each frame.")
 @click.option("-o", "--output", required=True, metavar="FILE", help="Output file, as pcapng; - for standard output.")
 @click.option(
-    "--max-size", type=SIZE, metavar="SIZE", help="Stop when FILE has this size; with --files: begin another file."
+    "--max-size", type=SIZE, metavar="SIZE", help="Stop when FILE has this size; with --files: begin a new file."
 )
 @click.option("--files", type=click.IntRange(2, MAX_FILES), metavar="N",
               help="Keep the newest N files of --max-size: FILE's name with -00001 and so on.")  # fmt: skip

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""This terminal, connected to a machine's console: keys one way, output the other.
+"""This terminal, connected to a machine's console: keys go one way, output the other.
 
 Decides how a terminal is made raw and reliably restored, which key disconnects, when a script's console ends (its
-input is used up and the guest is silent, a text has appeared, or the time is over), and that a console whose worker
+input is used up and the guest is silent, a text has appeared, or the time is up), and that a console whose worker
 died is connected again. Must not know what the console is: `connect` returns a connected socket, or raises a VmmError.
 """
 
@@ -25,7 +25,7 @@ from vmm.model.errors import VmmError
 
 LEAVE_KEY: Final = b"\x1d"  # Ctrl-]
 LINGER_SECONDS: Final = 1.0
-RECONNECT_SECONDS: Final = 30.0  # a killed worker is back much sooner, unless the host is busy
+RECONNECT_SECONDS: Final = 30.0  # a killed worker is replaced much sooner, unless the host is busy
 _RETRY_SECONDS: Final = 0.1
 _PIECE_BYTES: Final = 16 * 1024
 _MAX_UNSENT_BYTES: Final = 64 * 1024
@@ -72,7 +72,7 @@ class Join:
         self._last_output = time.monotonic()
 
     def run(self) -> Ended:
-        """Connect until one of the ends occurs. Raises VmmError if there is no console at the beginning."""
+        """Stay connected until one of the ends occurs. Raises VmmError if the console is missing at the beginning."""
         link = self._connect(False)
         try:
             with raw_terminal(self._input):

@@ -13,7 +13,7 @@ from vmm.api.export_import.importing import import_machine
 from vmm.cli.common import epilog, output_options, print_json, print_line, progress_line
 
 
-def told(done: TransferResult, words: str, *, as_json: bool, quiet: bool) -> None:
+def report(done: TransferResult, words: str, *, as_json: bool, quiet: bool) -> None:
     """Report what was done."""
     if as_json:
         print_json(asdict(done))
@@ -33,11 +33,12 @@ def export_command(machine: str, folder: str, snapshot: str | None, flat: bool, 
     """Export MACHINE, which must be off or saved, to the new FOLDER: configuration, snapshots, all images, saved
     memory.
 
-    Images that others share are copied, too: the folder needs nothing else. `vmm import` creates a machine from it.
+    Images shared with other machines are copied, too, so the folder is complete. `vmm import` creates a machine from
+    it.
     """
     with progress_line(shown=not quiet and not as_json) as progress:
         done = export(machine, folder, snapshot=snapshot, flat=flat, progress=progress)
-    told(done, f"{machine} is in {done.folder}", as_json=as_json, quiet=quiet)
+    report(done, f"{machine} is in {done.folder}", as_json=as_json, quiet=quiet)
 
 
 @click.command(
@@ -71,8 +72,8 @@ def import_command(
 ) -> None:
     """Create a machine from FOLDER, which `vmm export` wrote. Every file is checked before anything is changed.
 
-    A copy gets an id of its own, so it can exist several times, and beside the original. FOLDER may come from a
-    stranger: a machine that would reach outside FOLDER is refused, and each problem is listed with the option that
+    A copy gets an id of its own, so it can exist several times, and beside the original. FOLDER need not be
+    trusted: a machine that would reach outside FOLDER is refused, and each problem is listed with the option that
     allows it. What was allowed is printed before the machine is created.
     """
     consent = Consent(dict(_pair(word, "--map") for word in paths),
@@ -82,11 +83,11 @@ def import_command(
             folder, name=name, register=register, consent=consent, progress=progress,
             announce=lambda words: None if quiet or as_json else print_line(f"allowed: {words}"),
         )  # fmt: skip
-    told(done, f"{done.name} is imported", as_json=as_json, quiet=quiet)
+    report(done, f"{done.name} is imported", as_json=as_json, quiet=quiet)
 
 
 def _pair(word: str, option: str) -> tuple[str, str]:
-    """Parse OLD=NEW; a stranger's OLD may contain any number of "="."""
+    """Parse OLD=NEW; OLD, which comes from the export, may contain any number of "="."""
     old, sign, new = word.rpartition("=")
     if not sign or not old:
         raise click.BadParameter(f"{word!r} is not OLD=NEW", param_hint=option)

@@ -110,7 +110,7 @@ def test_acceleration(monkeypatch: pytest.MonkeyPatch) -> None:
     ("problem", "way", "state", "words"),
     [
         (None, Way.EVERYBODY, State.OK, "every machine"),
-        (None, Way.DEVICE, State.LIMITED, "needs no other right"),
+        (None, Way.DEVICE, State.LIMITED, "needs no other privilege"),
         (None, Way.CAPABILITY, State.LIMITED, "a guest that escapes"),
         ("userfaultfd: no", Way.CAPABILITY, State.MISSING, "userfaultfd: no"),
     ],
@@ -130,7 +130,7 @@ def test_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel, "bridge", lambda: "there is no command ip")
     monkeypatch.setattr(kernel, "bridge_guards", lambda: "Operation not supported")
     assert only("network", "bridge").remedy == doctor.install("iproute2")
-    assert only("network", "bridge-vlan").found == "there are no bridges"
+    assert only("network", "bridge-vlan").found == "bridges are not available"
     assert "kernel" in (only("network", "bridge-guard").remedy or "")
     assert "modprobe tun" in (only("network", "tun").remedy or "")
     assert only("network", "vhost-net").state is State.LIMITED

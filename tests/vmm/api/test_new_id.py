@@ -114,5 +114,5 @@ def test_on_the_command_line(home: Path) -> None:
     assert "a copy of web: vmm set copy --new-id" in run.invoke(main, ["list"]).output
     done = run.invoke(main, ["set", "copy", "--new-id", "--cpus", "2"])
     assert done.exit_code == 0, done.output
-    assert "copy is no longer a copy of web" in done.output and "the machine web needs it" in done.output
+    assert "copy is now a machine separate from web" in done.output and "the machine web needs it" in done.output
     assert registry.load("copy").spec.cpu_count == 2

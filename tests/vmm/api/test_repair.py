@@ -202,7 +202,7 @@ def test_a_damaged_tree_can_be_moved_away(machines: Machines) -> None:
 def test_command_line(machines: Machines) -> None:
     """It shows the findings; without --yes and a terminal nothing is done."""
     frozen, newest, _ = orphaned(machines)
-    assert f"{newest} is taken on" in good("repair", "web", "--dry-run") and leaf_of() == frozen
+    assert f"{newest} becomes the disk" in good("repair", "web", "--dry-run") and leaf_of() == frozen
     result = run("repair", "web")
     assert result.exit_code == 2 and "--yes" in result.stderr and leaf_of() == frozen
     good("repair", "web", "--yes")

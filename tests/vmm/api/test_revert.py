@@ -54,7 +54,7 @@ def test_without_a_snapshot_it_is_off(manager: Manager, folder: Path) -> None:
     guest(manager, folder, automatic={"recovery": "revert"})
     kill_qemu()
     wait_until(lambda: actions(manager), "the event")
-    assert actions(manager) == [("recovery-given-up", "there is no snapshot to go back to")]
+    assert actions(manager) == [("recovery-given-up", "the machine has no snapshot to go back to")]
     wait_state(manager, MachineState.OFF)
 
 

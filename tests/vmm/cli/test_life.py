@@ -33,7 +33,7 @@ def test_the_life_of_a_machine(manager: Manager, tmp_path: Path) -> None:
     assert "is paused: cannot pause" in failure("pause", "small", code=5)
     assert good("resume", "small") == "small is running\n"
     assert "takes effect at its next start" in good("set", "small", "--memory", "32M")
-    assert "cannot have another name" in failure("set", "small", "--rename", "big", code=5)
+    assert "cannot be renamed now" in failure("set", "small", "--rename", "big", code=5)
     assert "cannot delete it" in failure("delete", "small", "--yes", code=5)
     good("set", "small", "--memory", "16M")
     assert good("save", "small") == "small is saved\n"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder that is to become a machine, examined: what it contains, and what of that is acceptable.
+"""Examining a folder that is to become a machine: what it contains, and what of that is acceptable.
 
 Nothing in the folder is trusted. Decides which names its files may have, how large they may be, that all
 definitions are judged (`foreign`), including those of snapshots, and that every chain lies in the folder. Creates
@@ -28,18 +28,18 @@ from vmm.store.snapshots.tree import MAX_LIMIT, Tree, read_tree
 _MAX_MANIFEST_BYTES = 32 << 20
 _MAX_DEFINITION_BYTES = 4 << 20
 _MAX_FILES = 16384
-# Files that are read as a whole somewhere have limits of their own; the others take space, which is looked at.
+# Files that are read whole have limits of their own; the others only take space, which is checked.
 _MAX_UEFI_BYTES, _MAX_DESCRIPTION_BYTES = 64 << 20, 8 << 20
 _MAX_FILE_BYTES = 64 << 40  # of a raw image; a file with holes may seem as large as anything
-_MAX_TOLD = 20  # things in one message
+_MAX_LISTED = 20  # problems in one message
 _OPTIONS = vhdkit.OpenOptions(allow_raw_parent=True)  # parents lie in the image's own folder and nowhere else
 
 
 @dataclass(slots=True)
 class Arrival:
-    """A folder that was looked at. Its paths are names in the folder: `disks/one.avhd`.
+    """A folder that was examined. Its paths are names in the folder: `disks/one.avhd`.
 
-    `definitions`: by snapshot, and None for the machine itself, as they were read and not yet judged.
+    `definitions`: by the snapshot's id, and None for the machine itself; as read, not yet judged.
     """
 
     folder: str
@@ -58,7 +58,7 @@ class Arrival:
         return "saved/memory.bin" in self.files and "saved/state.json" in self.files
 
     def leaves(self) -> set[str]:
-        """The names of all images that a state of the machine begins with."""
+        """The names of all images that are the top of a chain in some state of the machine."""
         return {*self.images.values(), *(path.lstrip("/") for path in self.tree.frozen())}
 
 
@@ -66,7 +66,7 @@ class Arrival:
 
 
 def look_at_export(inside: Inside) -> Arrival:
-    """What an exported folder holds; every file that it names is there. Raises NotFound, InvalidSpec, Refused."""
+    """The contents of an exported folder; every file that it names exists. Raises NotFound, InvalidSpec, Refused."""
     path = os.path.join(inside.root, MANIFEST)
     try:
         content = inside.read(MANIFEST, _MAX_MANIFEST_BYTES)
@@ -85,7 +85,7 @@ def look_at_export(inside: Inside) -> Arrival:
     except InvalidSpec:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, VmmError) as error:
-        raise InvalidSpec("is damaged: it describes no export", path=path) from error
+        raise InvalidSpec("is damaged: its content is not that of an export", path=path) from error
     if len(files) > _MAX_FILES:
         raise InvalidSpec(f"names more than {_MAX_FILES} files", path=path)
     tree.journal = None
@@ -116,19 +116,19 @@ def _check_file(inside: Inside, name: str, size: int, spec: MachineSpec) -> None
 
 
 def _check_names(arrival: Arrival) -> None:
-    """Raise InvalidSpec unless everything that is named is one of the folder's files, in the place for such files."""
+    """Raise InvalidSpec unless each file that is named is in the folder, in the place for such files."""
     frozen = [*arrival.tree.frozen(), *arrival.tree.images, *_parents(arrival.tree)]
     for name in (*arrival.images.values(), *(path.lstrip("/") for path in frozen)):
         base = name.removeprefix("disks/")
         if name not in arrival.files or name != f"disks/{base}" or "/" in base:
-            raise InvalidSpec(f"names an image outside of the export: {name!r}", path=arrival.folder)
+            raise InvalidSpec(f"names an image outside the export: {name!r}", path=arrival.folder)
     for name in arrival.media.values():
         if name not in arrival.files or not name.startswith("media/") or name.count("/") != 1:
-            raise InvalidSpec(f"names a file outside of the export: {name!r}", path=arrival.folder)
+            raise InvalidSpec(f"names a file outside the export: {name!r}", path=arrival.folder)
     for name in arrival.files:
         base = os.path.basename(name)
-        if base.startswith(".") and ".vhdkit-" in base:  # vhdkit's records are about files of this host
-            raise InvalidSpec(f"holds a record of vhdkit's, which an export does not: {name!r}", path=arrival.folder)
+        if base.startswith(".") and ".vhdkit-" in base:  # vhdkit's records describe files of the exporting host
+            raise InvalidSpec(f"contains a record of vhdkit, which an export never has: {name!r}", path=arrival.folder)
     for one in arrival.tree.snapshots.values():
         Tree().check_name(one.name)
 
@@ -138,7 +138,7 @@ def _parents(tree: Tree) -> Iterator[str]:
 
 
 def check_chains(arrival: Arrival, disks: str) -> None:
-    """Raise Refused or StoreFailed unless every chain opens and lies in that folder, which is all there is of it."""
+    """Raise Refused or StoreFailed unless every chain opens and lies wholly in that folder."""
     real = os.path.realpath(disks)
     for leaf in arrival.leaves():
         path = os.path.join(disks, os.path.basename(leaf))
@@ -163,21 +163,21 @@ def chain_of(path: str, arrival: Arrival) -> list[str]:
 
 
 def resolved(consent: Consent) -> Consent:
-    """With real paths: what the user names is what is used, whatever becomes of links. Raises NotFound."""
+    """The same with real paths: what the user named is used, even if links change. Raises NotFound."""
     paths = {}
     for old, new in consent.paths.items():
         if new != LEAVE_OUT and "://" not in new:
             if not os.path.exists(new):
-                raise NotFound("is not there", path=new)
+                raise NotFound("does not exist", path=new)
             new = os.path.realpath(new)
         paths[old] = new
     return replace(consent, paths=paths)
 
 
 def judge_all(arrival: Arrival, consent: Consent, announce: Callable[[str], None]) -> None:
-    """Judge all definitions; everything that is refused is said at once. Raises Refused, InvalidSpec."""
+    """Judge all definitions; everything that is refused is reported in one error. Raises Refused, InvalidSpec."""
     own = arrival.definitions[None]
-    # By the path that a definition has: what came along, and what is named by its place in this very folder.
+    # By the path in the definition: the files of the export, and those that are named by their path in this folder.
     inside = {old: placed(arrival, name) for old, name in arrival.media.items()}
     inside |= {placed(arrival, name): placed(arrival, name) for name in arrival.files if name.startswith("media/")}
     inside |= {str(disk.path): placed(arrival, arrival.images[disk.id]) for disk in own.disks
@@ -189,7 +189,7 @@ def judge_all(arrival: Arrival, consent: Consent, announce: Callable[[str], None
     for key, spec in arrival.definitions.items():
         judged = judge(spec, images=_images_for(arrival, key, spec), inside=inside, consent=consent)
         if any(disk.is_image and str(disk.path).startswith(media) for disk in judged.spec.disks):
-            raise InvalidSpec("names an image where an export has none", path=media)
+            raise InvalidSpec("names an image in the folder for media, where an export has none", path=media)
         refused |= judged.refused
         granted += [words for words in judged.granted if words not in granted]
         used |= judged.used
@@ -198,7 +198,7 @@ def judge_all(arrival: Arrival, consent: Consent, announce: Callable[[str], None
     if refused:
         raise _refusal(arrival.folder, refused)
     if unused := sorted({*consent.paths, *consent.switches, *consent.allow} - used):
-        raise InvalidSpec(f"has nothing called {unused[0]!r}", path=arrival.folder, hint="see vmm import --help")
+        raise InvalidSpec(f"contains nothing called {unused[0]!r}", path=arrival.folder, hint="see vmm import --help")
     arrival.granted = tuple(granted)
     for words in granted:
         announce(words)
@@ -209,7 +209,7 @@ def placed(arrival: Arrival, name: str) -> str:
 
 
 def _images_for(arrival: Arrival, key: str | None, spec: MachineSpec) -> dict[str, tuple[str, str]]:
-    """Disk id -> (path, format) of what came along for a definition."""
+    """Disk id -> (path, format) of the images that the export has for a definition."""
     if key is None:
         return {disk.id: (placed(arrival, arrival.images[disk.id]), "vhd" if arrival.flat else disk.format or "vhd")
                 for disk in spec.disks if disk.id in arrival.images}  # fmt: skip
@@ -223,7 +223,7 @@ def _images_for(arrival: Arrival, key: str | None, spec: MachineSpec) -> dict[st
 
 
 def _looked_at(judged: Judged) -> MachineSpec:
-    """The definition, with what the user named looked at as `vmm disk add` does. Raises VmmError."""
+    """The definition, after what the user named is examined as by `vmm disk add`. Raises VmmError."""
     spec, disks = judged.spec, []
     for disk in spec.disks:
         path = disk.path
@@ -245,9 +245,9 @@ def _looked_at(judged: Judged) -> MachineSpec:
 
 def _refusal(folder: str, refused: dict[str, str]) -> VmmError:
     things = [f"{what} [{option}]" for what, option in refused.items()]
-    more = f"; and {len(things) - _MAX_TOLD} more" if len(things) > _MAX_TOLD else ""
+    more = f"; and {len(things) - _MAX_LISTED} more" if len(things) > _MAX_LISTED else ""
     return Refused(
-        f"would reach outside of the export: {'; '.join(things[:_MAX_TOLD])}{more}",
+        f"would reach outside the export: {'; '.join(things[:_MAX_LISTED])}{more}",
         path=folder,
-        hint="allow what you trust with the options in brackets; NEW is what to use instead, or empty for nothing",
+        hint="allow what you trust with the options in brackets; NEW is the replacement, or empty for none",
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Machines on their way to another host: a folder that contains a whole machine.
+"""Exporting machines for another host: a folder that contains a whole machine.
 
     DIR/vmm-export.json        the definition, the tree of snapshots, and every file with its size; paths are relative
         disks/                 all images in one folder, each naming its parent beside it
@@ -49,7 +49,7 @@ Progress = Callable[[dict[str, Any]], None]
 class TransferResult:
     """What was exported or imported: the folder or the machine's name, and how many images.
 
-    `granted`: what an imported machine has, by the user's word, that was not in the folder.
+    `granted`: what an imported machine has, with the user's consent, from outside the folder.
     """
 
     name: str
@@ -65,11 +65,11 @@ class TransferResult:
 def export(
     name: str, folder: str, *, snapshot: str | None = None, flat: bool = False, progress: Progress | None = None
 ) -> TransferResult:
-    """Put a machine that is off or saved, with all its snapshots, or one snapshot of a machine in any state, into
+    """Export a machine that is off or saved, with all its snapshots, or one snapshot of a machine in any state, to
     `folder`.
 
     `flat`: one image without a parent for each disk, and no snapshots. Raises WrongState, Refused for passed-through
-    disks, AlreadyExists, NotFound, NoSpace, StoreFailed; then there is no folder.
+    disks, AlreadyExists, NotFound, NoSpace, StoreFailed; then no folder is left.
     """
     target = check_target(folder)
     with machines.open(name) as found:
@@ -120,7 +120,7 @@ class _Export:
         os.mkdir(os.path.join(part, "disks"), 0o700)
 
     def whole(self, flat: bool) -> TransferResult:
-        """The machine with its snapshots, or flat as it is now."""
+        """Export the machine with its snapshots, or flat as it is now."""
         spec, tree = self._machine.spec, self._tree
         has_memory = saved.is_saved(self._machine.paths)
         specs = [spec, *([] if flat else map(definition_of, tree.snapshots.values()))]
@@ -148,7 +148,7 @@ class _Export:
         return self._finish(spec, images, tree, "vhd" if flat else None)
 
     def one(self, snapshot: Snapshot, flat: bool) -> TransferResult:
-        """A machine that is what it was at the snapshot, with no snapshots of its own."""
+        """Export the machine as it was at the snapshot, without snapshots."""
         spec = definition_of(snapshot)
         folder = SnapshotFolder(snapshot.folder)
         self._counter.expect_files([*media_files([spec]), *([] if snapshot.memory_bytes is None else [folder.memory])])
@@ -173,7 +173,7 @@ class _Export:
         return self._chain_at(disk.path, options)
 
     def _chain_at(self, path: str, options: vhdkit.OpenOptions | None = None) -> list[str]:
-        """The images that `path` stands on, with itself; nothing is written to them until the export is made."""
+        """The image at `path` and all that it stands on; they are not written to until the export is complete."""
         real = os.path.realpath(path)
         chain = next((one[one.index(real) :] for one in self._chains if real in one), None)
         if chain is None:
@@ -203,7 +203,7 @@ class _Export:
         return names
 
     def _copy_images(self, chains: list[list[str]]) -> None:
-        """Every image of these chains, once, each named after its file; then each names its parent's copy."""
+        """Copy every image of these chains once, named after its file; then let each name its parent's copy."""
         parents: dict[str, str | None] = {}
         for chain in chains:
             parents |= dict(zip(chain, [*chain[1:], None], strict=True))
@@ -229,7 +229,7 @@ class _Export:
         copy_file(description, os.path.join(folder, "state.json"))
 
     def _copy_media(self, specs: list[MachineSpec]) -> None:
-        """ISO images, kernels and initrds. One that is not there, or is a drive of this host, stays behind."""
+        """Copy ISO images, kernels and initrds; not those that do not exist, nor drives of this host."""
         there = media_files(specs)
         if there:
             os.mkdir(os.path.join(self._part, "media"), 0o700)
@@ -250,7 +250,7 @@ class _Export:
             snapshots[one.id] = replace(one, disks=disks, folder=f"/snapshots/{one.id}")
         images = {}
         for path, image in tree.images.items():
-            if os.path.realpath(path) in self._names:  # what no state needs stays here
+            if os.path.realpath(path) in self._names:  # images that no state needs are not exported
                 parent = None if image.parent is None else self._rooted(image.parent)
                 images[self._rooted(path)] = replace(image, parent=parent)
         return Tree(snapshots, tree.now, images, tree.limit, None)
@@ -287,17 +287,17 @@ class _Export:
 
 
 def media_files(specs: list[MachineSpec]) -> list[str]:
-    """The ISO images, kernels and initrds of these definitions that are there, each once; no drives of this host."""
+    """The ISO images, kernels and initrds of these definitions that exist, each once; no drives of this host."""
     wanted = [path for spec in specs for path in (spec.kernel, spec.initrd)]
     wanted += [disk.path for spec in specs for disk in spec.disks if disk.kind == "iso"]
     return [path for path in dict.fromkeys(wanted) if path is not None and os.path.isfile(path)]
 
 
 def need_room(folder: str, size_bytes: int) -> None:
-    """Raise NoSpace where a folder's file system has no room for so many bytes."""
+    """Raise NoSpace if a folder's file system has no room for so many bytes."""
     facts = os.statvfs(folder)
     if facts.f_bavail * facts.f_frsize < size_bytes:
-        raise NoSpace(f"there is no room for {size_bytes >> 20} MiB", path=folder)
+        raise NoSpace(f"has no room for {size_bytes >> 20} MiB", path=folder)
 
 
 def _free_name(name: str, taken: set[str]) -> str:
@@ -307,7 +307,7 @@ def _free_name(name: str, taken: set[str]) -> str:
 
 
 def adopt_parents(parents: dict[str, str | None]) -> None:
-    """Let each image name the parent given, which is the one it stands on by its id. Raises VhdkitError."""
+    """Let each image name the given parent, whose id it already has as its parent's. Raises VhdkitError."""
     options = vhdkit.OpenOptions(allow_raw_parent=True)
     done: set[str] = {path for path, parent in parents.items() if parent is None}
     left = {path: parent for path, parent in parents.items() if parent is not None}

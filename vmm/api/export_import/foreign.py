@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which settings of a stranger's definition a machine on this host may have, and what its user must allow first.
+"""Which settings of an untrusted definition a machine on this host may have, and what its user must allow first.
 
-A definition in an exported folder was written by a stranger. If root imported it as it is, that author could
-choose which files of this host a guest reads and writes. So there is a decision for every setting:
+The author of an exported folder is not trusted. If root imported its definition unchanged, that author could choose
+which files of this host a guest reads and writes. So every setting has a decision:
 
     allowed     it concerns the guest alone: memory, processors, its own controllers
     confined    it leads into the imported folder, or the user replaces it (`--map OLD=NEW`, `--switch`)
@@ -90,7 +90,7 @@ class Judged:
     """A definition after judging. With `refused` the import must not be made; `granted` is what the user allowed.
 
     `given` are the ids of disks whose file or device the user named: they are not yet looked at. `used` are the words
-    of the consent that something stood for.
+    of the consent that applied to something.
     """
 
     spec: MachineSpec
@@ -103,9 +103,9 @@ class Judged:
 def judge(
     spec: MachineSpec, *, images: Mapping[str, tuple[str, str]], inside: Mapping[str, str], consent: Consent
 ) -> Judged:
-    """The definition as it may be here.
+    """The definition as allowed on this host.
 
-    `images`: disk id -> (path, format) of the images that came along. `inside`: a path as the definition has it -> the
+    `images`: disk id -> (path, format) of the images in the export. `inside`: a path as the definition has it -> the
     file of the import that it means.
     """
     judged = Judged(spec)
@@ -123,7 +123,7 @@ def judge(
     )
     adapters = [finding.adapter(adapter) for adapter in spec.adapters]
     finding.unknown(spec, spec.integration, spec.automatic, spec.paths, *spec.disks, *spec.adapters)
-    if not judged.refused:  # else it may lack what it needs to be a machine
+    if not judged.refused:  # otherwise it may lack what a valid definition needs
         judged.spec = spec.changed(
             disks=[disk for disk in disks if disk is not None], adapters=adapters, paths=paths, **boot
         )
@@ -139,7 +139,7 @@ class _Finding:
         self._consent = consent
 
     def path(self, what: str, path: str | None) -> str | None:
-        """The file that a path means here; None where there is none, or none that is allowed."""
+        """The file that a path means on this host; None if it has none, or is not allowed."""
         if path is None:
             return None
         if path in self._inside:
@@ -153,8 +153,8 @@ class _Finding:
         return new or None
 
     def disk(self, disk: DiskSpec, images: Mapping[str, tuple[str, str]]) -> DiskSpec | None:
-        """The disk as it may be here; None where the machine goes without it."""
-        changes: dict[str, Any] = {"parent_dirs": (), "identity": None}  # all that it stands on lies beside it
+        """The disk as allowed on this host; None if the machine goes without it."""
+        changes: dict[str, Any] = {"parent_dirs": (), "identity": None}  # its parents lie beside it
         if disk.is_image and disk.id in images:
             path, kind = images[disk.id]
             raw_below = disk.allow_raw_parent or (disk.format == "raw" and kind == "vhd")
@@ -183,7 +183,7 @@ class _Finding:
         self._judged.used.add(adapter.switch)
         new = self._consent.switches[adapter.switch]
         if new in ("", UNPLUGGED):
-            self._grant(f"adapter {adapter.id} is on no switch")
+            self._grant(f"adapter {adapter.id} is not on a switch")
             return adapter.model_copy(update={"switch": None})
         lan = f", VLAN {adapter.vlan}" if adapter.vlan is not None else ""
         if adapter.trunk:
@@ -202,7 +202,7 @@ class _Finding:
             self._judged.refused[ALLOWANCES[what]] = f"--allow {what}"
 
     def unknown(self, *models: BaseModel) -> None:
-        """Refuse settings about which nothing was decided."""
+        """Refuse settings that have no decision."""
         for model in models:
             for name in sorted(set(type(model).model_fields) - set(DECISIONS[type(model)])):
                 self._judged.refused[f"the setting {name}"] = "export it without that setting"

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Making machines from folders that `exporting.export` wrote, or is said to have written.
+"""Making machines from folders that `exporting.export` wrote, or that claim so.
 
 Decides in which order a folder becomes a machine, so that it appears whole or not at all. What may be in the
-folder is decided in `arrival`; it may have been changed since then.
+folder is decided in `arrival`; the folder may have been changed since then.
 
     look     the manifest and all definitions are read once, and everything that is refused is reported at once
     copy     files go into a private folder, under the names that the manifest has for them and no others
-    check    the chains of the copies lie in that folder; only we may be able to change what is registered in place
+    check    the chains of the copies lie in that folder; no other user can change what is registered in place
     add      the machine appears in the registry, with its snapshots and its memory
 """
 
@@ -60,14 +60,14 @@ def import_machine(
     announce: Callable[[str], None] | None = None,
     progress: Progress | None = None,
 ) -> TransferResult:
-    """Make a machine out of an exported folder.
+    """Make a machine from an exported folder.
 
-    A copy with an id of its own, in the host's folders; with `register` the very files become the machine's, where
-    they lie, with the old id. `consent` is what it may have besides the folder's own files; `announce` is called with
-    each of these things before anything is made.
+    The machine is a copy with a new id, in the host's folders; with `register` it uses the files where they are, with
+    the old id. `consent` is what it may have besides the folder's own files; `announce` is called with each of these
+    things before anything is created.
 
-    Raises NotFound, InvalidSpec for what is no export, Refused for one that reaches outside of itself, AlreadyExists
-    for a name or id that is there, NoSpace.
+    Raises NotFound, InvalidSpec for a folder that is not an export, Refused for one that reaches outside itself,
+    AlreadyExists for a name or id in use, NoSpace.
     """
     with Inside(folder) as inside:
         arrival = look_at_export(inside)
@@ -76,7 +76,7 @@ def import_machine(
             spec = spec.changed(name=name)
         if spec.name in registry.names():
             raise AlreadyExists(
-                "there is a machine of that name already", machine=spec.name, hint="give another: --name"
+                "a machine of that name exists already", machine=spec.name, hint="give another name: --name"
             )
         if register:
             _refuse_known(spec, folder)
@@ -91,7 +91,7 @@ def import_machine(
 
 
 def _refuse_known(spec: MachineSpec, folder: str) -> None:
-    """An id is taken, too, when it leads to the runtime folder of another machine: that has a part of it only."""
+    """Raise AlreadyExists if the id, or its part in the name of the runtime folder, is that of another machine."""
     for other in registry.load_all()[0]:
         if other.spec.id == spec.id or runtime_of(other.spec.id) == runtime_of(spec.id):
             raise AlreadyExists(f"is the machine {other.name} already", path=folder, hint="without --register")
@@ -101,7 +101,7 @@ def _refuse_known(spec: MachineSpec, folder: str) -> None:
 
 
 class _Landing:
-    """Where the files of an import lie in the end: names in the folder become paths, in definitions too."""
+    """The final places of an import's files: names in the folder become paths, in definitions, too."""
 
     def __init__(self, arrival: Arrival, disks: str, media: str, snapshots: str) -> None:
         self._arrival = arrival
@@ -129,7 +129,7 @@ class _Landing:
         return spec.changed(disks=disks, kernel=moved(spec.kernel), initrd=moved(spec.initrd))
 
     def tree(self) -> Tree:
-        """The tree of snapshots with the paths as they are here."""
+        """The tree of snapshots with the paths on this host."""
         before = self._arrival.tree
         snapshots = {
             one.id: replace(one, disks={disk: self.path(path) for disk, path in one.disks.items()},
@@ -159,11 +159,11 @@ def _copied(inside: Inside, arrival: Arrival, progress: Progress) -> TransferRes
     spec = arrival.judged[None]
     disks = os.path.join(os.path.realpath(spec.paths.disks or default_folders()["disks"]), spec.name)
     snapshots = os.path.join(os.path.realpath(spec.paths.snapshots or default_folders()["snapshots"]), spec.id)
-    if os.path.lexists(disks) and not _is_empty(disks):  # a deleted machine leaves its folder
+    if os.path.lexists(disks) and not _is_empty(disks):  # a deleted machine may leave an empty folder
         raise _in_the_way(disks)
     landing = _Landing(arrival, disks, os.path.join(disks, "media"), snapshots)
     part = unfinished.folder_of(disks)
-    made = [part]  # what goes again where this fails: never what another command made meanwhile
+    made = [part]  # removed if this fails; never what another command created meanwhile
     try:
         make_folders(os.path.dirname(disks))
         unfinished.sweep(os.path.dirname(disks), folders=True)
@@ -195,7 +195,7 @@ def _is_empty(folder: str) -> bool:
 
 
 def _name_folder(part: str, folder: str) -> None:
-    """Raises AlreadyExists where another command was faster. Raises OSError."""
+    """Raises AlreadyExists if another command was faster, OSError."""
     try:
         os.rename(part, folder)
     except OSError as error:
@@ -220,7 +220,7 @@ def _copy_files(inside: Inside, arrival: Arrival, part: str, counter: Counter) -
 
 
 def _copy_snapshot(inside: Inside, arrival: Arrival, landing: _Landing, snapshot_id: str, counter: Counter) -> None:
-    """The definition as it was judged, not as it lies there by now; memory and variables as they are."""
+    """Copy a snapshot: the definition as it was judged, not as it may be by now; memory and variables unchanged."""
     folder = SnapshotFolder(landing.folder(snapshot_id))
     make_folders(os.path.dirname(folder.folder))
     os.mkdir(folder.folder, 0o700)
@@ -234,7 +234,7 @@ def _copy_snapshot(inside: Inside, arrival: Arrival, landing: _Landing, snapshot
 
 
 def _adopt(arrival: Arrival, disks: str) -> None:
-    """Every image names the parent beside it. Raises StoreFailed."""
+    """Let every image name the parent beside it. Raises StoreFailed."""
     parents: dict[str, str | None] = {}
     for leaf in sorted(arrival.leaves()):
         chain = chain_of(os.path.join(disks, os.path.basename(leaf)), arrival)
@@ -251,9 +251,9 @@ def _take_away(folders: Collection[str]) -> None:
 
 
 def _added(inside: Inside, arrival: Arrival, landing: _Landing, *, counter: Counter | None) -> TransferResult:
-    """The machine in the registry, with its tree and memory, so that no command sees it without them.
+    """Add the machine to the registry together with its tree and memory, so that no command sees it without them.
 
-    `counter` is told of what is copied; None for a machine whose files become its own where they lie.
+    `counter` counts what is copied; it is None for a machine that uses the files where they are.
     """
     spec, tree = landing.spec(None), landing.tree()
 
@@ -264,10 +264,12 @@ def _added(inside: Inside, arrival: Arrival, landing: _Landing, *, counter: Coun
         _bring_files(inside, arrival, machine, counter)
         if arrival.has_memory:
             adapt_saved(machine, spec)
-            saved.accept_media(machine, media_of(spec))  # what came along, or what the user named instead
+            saved.accept_media(machine, media_of(spec))  # those of the export, or those that the user named instead
 
     with contextlib.ExitStack() as held:
-        if spec.adapters and counter is not None and not arrival.has_memory:  # what is in memory knows the old address
+        if (
+            spec.adapters and counter is not None and not arrival.has_memory
+        ):  # the guest in memory knows the old address
             from vmm.api.adapters import choosing_macs, with_new_macs
 
             held.enter_context(choosing_macs())

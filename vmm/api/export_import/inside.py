@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of a folder from a stranger, reached without ever leaving it.
+"""The files of an untrusted folder, reached without ever leaving it.
 
 Decides that a file belongs to the folder: its name leads there through real folders only, from a descriptor of the
 folder that was opened once; it is a regular file, of the stated size, and not a second name of a file elsewhere.
-What was opened is what was checked, so nothing can be substituted in between. Must not know what the files mean.
+The file that is opened is the one that was checked, so no other can be substituted in between. Must not know what the
+files mean.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Inside:
                 raise InvalidSpec(f"is {_kind_of(facts.st_mode)}: an import holds files and folders only", path=path)
             if facts.st_nlink > 1 and facts.st_uid != self._owner:
                 raise Refused("is a hard link to another user's file", path=path)
-            # The kernel's own link to what was looked at: nothing is opened that was not, and a device never is.
+            # The kernel's own link to the file that was checked: no other file, and never a device, is opened.
             return os.open(f"/proc/self/fd/{handle}", os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise of_os_error(error, "read the file", path=path) from error
@@ -61,11 +62,11 @@ class Inside:
             os.close(handle)
 
     def _walk(self, name: str) -> int:
-        """A descriptor that only names what is there, whatever it is."""
+        """A descriptor that only names the file, of whatever type."""
         path = os.path.join(self.root, name)
         *folders, last = name.split("/")
         if len(folders) > MAX_DEPTH or any(part in ("", ".", "..") or "\0" in part for part in (*folders, last)):
-            raise InvalidSpec(f"names a file outside of it: {name!r}", path=self.root)
+            raise InvalidSpec(f"names a file outside the folder: {name!r}", path=self.root)
         here = self._fd
         try:
             for folder in folders:
@@ -76,7 +77,7 @@ class Inside:
             return os.open(last, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=here)
         except (FileNotFoundError, ValueError) as error:
             raise NotFound("is missing from the import", path=path) from error
-        except NotADirectoryError as error:  # a link is none, either
+        except NotADirectoryError as error:  # or a link
             raise NotFound("is missing from the import: a part of its path is not a folder", path=path) from error
         except OSError as error:
             raise of_os_error(error, "read the file", path=path) from error
@@ -105,7 +106,7 @@ class Inside:
         return content
 
     def has(self, name: str) -> bool:
-        """True where there is something of that name."""
+        """True if a file of that name exists."""
         try:
             os.close(self._walk(name))
         except NotFound:
@@ -125,7 +126,7 @@ class Inside:
             os.close(descriptor)
 
     def room(self, name: str) -> int:
-        """Bytes that a file takes up. Raises as `open`."""
+        """Bytes that a file occupies. Raises as `open`."""
         descriptor = self.open(name)
         try:
             return os.fstat(descriptor).st_blocks * 512
@@ -135,7 +136,7 @@ class Inside:
     def refuse_strangers(self, names: list[str]) -> None:
         """Raise Refused unless only we, or root, can change these files, or put others in their place.
 
-        For files that are used where they lie, for good.
+        For files that are used permanently where they are.
         """
         seen: set[str] = set()
         for name in names:
@@ -143,7 +144,7 @@ class Inside:
             facts = os.lstat(path)
             if facts.st_nlink > 1 and name.startswith("disks/"):
                 raise Refused(
-                    "has a second name (hard link): writing to it would change that file", path=path, hint=_COPY
+                    "has a second name (hard link): writing to it would change that other file", path=path, hint=_COPY
                 )
             while path not in seen:
                 seen.add(path)
