@@ -65,7 +65,7 @@ def test_adapters_are_found_changed_and_removed(home: Path) -> None:
     assert Manager().change_adapter("one", first.mac, mac=first.mac.upper(), spoofing=True).spoofing
     with pytest.raises(errors.AlreadyExists, match="adapter nic-0 of machine one"):
         Manager().change_adapter("two", second.id, mac=first.mac)
-    with pytest.raises(errors.NotFound, match="there are nic-0"):
+    with pytest.raises(errors.NotFound, match="its adapters: nic-0"):
         Manager().remove_adapter("one", "nic-5")
     Manager().remove_adapter("one", "nic-0")
     assert registry.load("one").spec.adapters == ()
