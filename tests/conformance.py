@@ -26,12 +26,18 @@ from vhdkit.formats.vhd.create import create_differencing, create_dynamic, creat
 from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.formats.vhd.fixed import FixedImage, open_fixed
 from vhdkit.formats.vhd.opening import open_dynamic
-from vhdkit.image import ExtentKind, Layer, read_extents
+from vhdkit.formats.vhdx.blocks import VhdxImage
+from vhdkit.formats.vhdx.create import create as create_vhdx
+from vhdkit.formats.vhdx.create import new_disk
+from vhdkit.formats.vhdx.opening import open_vhdx
+from vhdkit.image import ExtentKind, Layer, ParentRef, read_extents
 from vhdkit.store import Store
-from vhdkit.units import KIB, MIB, SECTOR_SIZE, is_power_of_two, sectors_to_bytes, whole_sectors
+from vhdkit.units import KIB, MIB, PAGE_SIZE, SECTOR_SIZE, is_power_of_two, sectors_to_bytes, whole_sectors
 
 BLOCK_SIZE = 512 * KIB
 SIZE = 3 * BLOCK_SIZE + 5 * SECTOR_SIZE
+VHDX_SIZE = 3 * MIB + 5 * PAGE_SIZE
+REF = ParentRef.of_paths(b"p" * 16, 0, relative=".\\base.vhdx", absolute="\\srv\\base.vhdx", name="base.vhdx")
 LAYER_METHODS = frozenset(name for name in vars(Layer) if not name.startswith("_"))
 
 
@@ -63,11 +69,30 @@ class Subject:
         return self.opener(store, writable=writable)
 
 
+def vhdx_in(
+    store: Store, *, fixed: bool = False, parent: ParentRef | None = None, sector_bytes: int = SECTOR_SIZE
+) -> None:
+    """Make the store an empty VHDX."""
+    create_vhdx(store, new_disk(VHDX_SIZE, sector_bytes), MIB, fixed=fixed, parent=parent)
+
+
 SUBJECTS = (
     Subject("raw", LinearImage, lambda store: create_raw(store, SIZE), open_raw),
     Subject("fixed", FixedImage, lambda store: create_fixed(store, SIZE), open_fixed),
     Subject(
         "dynamic", DynamicImage, lambda store: create_dynamic(store, SIZE, block_size_bytes=BLOCK_SIZE), open_dynamic
+    ),
+    Subject("vhdx", VhdxImage, vhdx_in, open_vhdx, size=VHDX_SIZE),
+    Subject("vhdx-fixed", VhdxImage, lambda store: vhdx_in(store, fixed=True), open_vhdx, size=VHDX_SIZE),
+    Subject("vhdx-child", VhdxImage, lambda store: vhdx_in(store, parent=REF), open_vhdx, size=VHDX_SIZE),
+    Subject("vhdx-4k", VhdxImage, lambda store: vhdx_in(store, sector_bytes=PAGE_SIZE), open_vhdx, 8, VHDX_SIZE),
+    Subject(
+        "vhdx-child-4k",
+        VhdxImage,
+        lambda store: vhdx_in(store, parent=REF, sector_bytes=PAGE_SIZE),
+        open_vhdx,
+        8,
+        VHDX_SIZE,
     ),
     Subject(
         "differencing",
@@ -123,7 +148,9 @@ def check_shape(subject: Subject) -> None:
     if layer.block_size_bytes:
         assert is_power_of_two(layer.block_size_bytes)
         assert len(layer.allocated_blocks()) == -(-subject.size // layer.block_size_bytes)
-        assert all(layer.block_offset(block) == -1 for block in range(len(layer.allocated_blocks())))
+        stored = layer.allocated_blocks()
+        assert all(stored) or not any(stored)  # a fixed image with blocks has space for each of them
+        assert all((layer.block_offset(block) >= 0) == stored[block] for block in range(len(stored)))
     else:
         assert len(layer.allocated_blocks()) == 0
         assert layer.block_offset(0) == 0 and layer.owned_sectors(0) is None

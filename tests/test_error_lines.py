@@ -56,7 +56,7 @@ info base.vhd/x
 info
 info base.vhd base.vhd
 info --formt raw base.vhd
-info --format vhdx base.vhd
+info --format vdi base.vhd
 info --format vhd plain.raw
 info LONG
 info locked.vhd
@@ -73,11 +73,11 @@ map orphan.avhd
 map leaf.avhd --svg no/such/map.svg
 map leaf.avhd --svg base.vhd
 map leaf.avhd --svg dir
-convert base.vhd new.raw
+convert base.vhd new
 convert base.vhd base.vhd --to fixed --force
 convert base.vhd alone.vhd --to fixed
 convert base.vhd no/such/new.vhd --to fixed
-convert base.vhd new.vhd --to vhdx
+convert base.vhd new.vhd --to vmdk
 convert base.vhd new.vhd --to dynamic --block-size 3M
 convert base.vhd new.vhd --to fixed --block-size 2M
 convert base.vhd - --to dynamic

@@ -32,6 +32,7 @@ from vhdkit.store import ReadStore, Store
 from vhdkit.units import SECTOR_SIZE, sectors_to_bytes
 
 ID_BYTES = 16  # of every id: the size of an id's field in records beside an image
+ZEROS_WITHOUT_SPACE = -2  # the offset of a block that is owned whole, as zeros: see `Layer.block_offset`
 NULL_ID = bytes(ID_BYTES)  # in records, the id of an image without one (a raw disk)
 
 
@@ -247,7 +248,13 @@ class Layer(Protocol):
         ...
 
     def block_offset(self, block_index: int) -> int:
-        """Store offset of the block's first data byte; -1 when the block is not allocated."""
+        """Store offset of the block's first data byte; -1 when the block is not allocated, -2 when it is owned whole,
+        as zeros that take no space.
+        """
+        ...
+
+    def zero_blocks(self) -> NDArray[np.bool_]:
+        """One boolean per block: True if it is owned whole, as zeros that take no space. Empty where none can be."""
         ...
 
     def owned_sectors(self, block_index: int) -> NDArray[np.bool_] | None:

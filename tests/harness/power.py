@@ -23,6 +23,7 @@ from tests.harness.stores import CrashStore, MemStore, PowerCut
 from vhdkit import errors, formats
 from vhdkit.chain.engine.chain import Chain
 from vhdkit.disk import Disk
+from vhdkit.finding import Severity
 from vhdkit.formats.probe import FormatName, open_layer
 from vhdkit.formats.raw import create_raw
 from vhdkit.formats.vhd.create import ParentLink, create_differencing, create_dynamic
@@ -239,7 +240,7 @@ def faults_of(store: MemStore) -> list[str]:
     found = formats.probed(store)
     if found.name == FormatName.VHD:
         return ParsedVhd.parse(store).overlaps()
-    return [one.message for one in found.check(store)]
+    return [one.message for one in found.check(store) if one.severity is Severity.ERROR]
 
 
 def _read_all(store: MemStore, parents: Sequence[Layer], writable: bool, seed: str) -> bytes:

@@ -146,6 +146,10 @@ class SparseLayer:
         """See `Layer`."""
         return np.asarray(self.table != 0)
 
+    def zero_blocks(self) -> NDArray[np.bool_]:
+        """See `Layer`."""
+        return np.zeros(0, dtype=np.bool_)
+
     def block_offset(self, block_index: int) -> int:
         """See `Layer`."""
         return int(self.table[block_index]) * PAGE_SIZE or -1
@@ -382,7 +386,9 @@ class SparseFormat:
         """See `Format`."""
         return None
 
-    def create_child(self, store: Store, size_bytes: int, parent: ParentRef, *, block_size_bytes: int) -> None:
+    def create_child(
+        self, store: Store, size_bytes: int, parent: ParentRef, *, block_size_bytes: int, disk: Layer | None = None
+    ) -> None:
         """See `Format`."""
         self._make(store, size_bytes, _parent_document(parent))
 

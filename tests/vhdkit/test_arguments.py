@@ -26,8 +26,8 @@ WRONG: dict[str, list[object]] = {
     "Size | None": ["5X", "", "ten", b"5", 1.5, np.float64(5), True],
     "NewSize": ["5X", "", "ten", b"5", 1.5, np.float64(5), True, None],
     "NewSize | None": ["5X", "", "ten", b"5", 1.5, np.float64(5), True],
-    "DiskFormat": ["vhdx", "RAW", 5, None],
-    "DiskFormat | str": ["vhdx", "RAW", "", b"raw", 5, None],
+    "DiskFormat": ["vmdk", "RAW", 5, None],
+    "DiskFormat | str": ["vmdk", "RAW", "", b"raw", 5, None],
     "str | None": [5, b"x", True, Path("x")],
     "AnyPath": [None, 5, "", b"", "a\0b", ["a.vhd"], True],
     "AnyPath | None": [5, "", b"", "a\0b", ["a.vhd"], True],
@@ -119,7 +119,7 @@ def test_a_plain_text_names_a_format(tmp_path: Path) -> None:
     """`format_name="raw"` equals `FormatName.RAW`: a guest's raw disk with the header of a VHD stays raw."""
     options = vhdkit.OpenOptions(format_name="raw")
     assert options.format_name is vhdkit.FormatName.RAW
-    for wrong in ("vhdx", "RAW", 1, "", b"raw"):
+    for wrong in ("vmdk", "RAW", 1, "", b"raw"):
         with pytest.raises(vhdkit.InvalidArgument, match="format_name"):
             vhdkit.OpenOptions(format_name=wrong)  # type: ignore[arg-type]
     image = tmp_path / "guest"

@@ -258,16 +258,18 @@ class Crew:
 
 
 @pytest.mark.usefixtures("hasty_threads")
-@pytest.mark.parametrize("disk_format", ["child", *DiskFormat])
+@pytest.mark.parametrize("disk_format", ["child", "vhdx-child", *DiskFormat])
 def test_writers_that_share_sectors(tmp_path: Path, disk_format: str) -> None:
     """Threads that change their own bytes of shared sectors lose nothing; a flush at the same time is harmless, and
     readers see every byte either old or new."""
     path = tmp_path / ("disk.img" if disk_format == DiskFormat.RAW else "disk.vhd")
-    if disk_format == "child":
-        create_image(tmp_path / "base.vhd", 2 * MIB)
-        create_child(path, tmp_path / "base.vhd", block_size_bytes=BLOCK_SIZE)
+    block_size = MIB if "vhdx" in disk_format else BLOCK_SIZE
+    if disk_format.endswith("child"):
+        base_format = DiskFormat.VHDX if "vhdx" in disk_format else DiskFormat.DYNAMIC
+        create_image(tmp_path / "base", 2 * MIB, disk_format=base_format)
+        create_child(path, tmp_path / "base", block_size_bytes=block_size)
     else:
-        create_image(path, 2 * MIB, disk_format=DiskFormat(disk_format), block_size_bytes=BLOCK_SIZE)
+        create_image(path, 2 * MIB, disk_format=DiskFormat(disk_format), block_size_bytes=block_size)
     piece, workers, rounds = 300, 4, 25
     starts = (0, BLOCK_SIZE - 1000, MIB + 77)
     disk, crew, done = open_disk(path, writable=True), Crew(), threading.Event()

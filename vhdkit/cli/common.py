@@ -24,8 +24,8 @@ from vhdkit.units import DiskSize, parse_disk_size, parse_size
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
 BLOCK_SIZE_HELP = (
-    "Unit of allocation of a dynamic VHD, 512K to 256M; default 2M. XenServer's vhd-util misreads any size other"
-    " than 2M."
+    "Unit of allocation, a power of two: 512K to 256M in a dynamic VHD, 1M to 256M in a VHDX; default 2M."
+    " XenServer's vhd-util misreads VHDs of any size other than 2M."
 )
 STREAM = "-"  # standard input or output in place of a file
 

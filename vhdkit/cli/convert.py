@@ -15,13 +15,13 @@ from typing import Any
 import click
 
 import vhdkit
-from vhdkit import DiskFormat, InvalidArgument
+from vhdkit import DiskFormat, InvalidArgument, formats
 from vhdkit.chain.records.pending import file_of
 from vhdkit.chain.verbs.convert import convert_chain
 from vhdkit.chain.verbs.stream import export_stream, import_stream, pass_stream
 from vhdkit.cli.common import BLOCK_SIZE_HELP, PATH, STREAM, Common, epilog, image_options, progress_option
 from vhdkit.cli.common import size as parsed_size
-from vhdkit.cli.naming import note_other_name
+from vhdkit.cli.naming import format_by_name, note_other_name, refuse_contradiction
 from vhdkit.cli.output import exact_size, note, print_json
 from vhdkit.cli.progress import progress_shown
 from vhdkit.errors import printable
@@ -55,7 +55,7 @@ class _Conversion:
 @click.argument("source", metavar="SRC", type=PATH)
 @click.argument("destination", metavar="DST", type=PATH)
 @click.option("--to", "kind", type=click.Choice([one.value for one in DiskFormat]),
-              help="Kind of the new image. Required unless --azure is given.")  # fmt: skip
+              help="Kind of the new image; by default what DST's name says (.vhd, .vhdx, .raw).")  # fmt: skip
 @click.option("--azure", is_flag=True, help="Make a fixed VHD of whole MiB, as Azure requires.")
 @click.option("--block-size", type=parsed_size, help=BLOCK_SIZE_HELP)
 @click.option(
@@ -79,10 +79,12 @@ def convert_command(
     With --json: {"source", "destination", "format", "virtual_size_bytes",
                   "seconds", "bytes_per_second"}
     """
-    if kind is None and not azure:
-        raise click.UsageError("choose the kind of image with --to raw, --to fixed or --to dynamic")
-    target = DiskFormat(kind or DiskFormat.FIXED)
-    if block_size is not None and target is not DiskFormat.DYNAMIC:
+    default = DiskFormat.FIXED if azure else format_by_name(destination, raw=True)
+    target = DiskFormat(kind) if kind is not None else default
+    if target is None:
+        raise click.UsageError(f"choose the kind of image with --to: {', '.join(one.value for one in DiskFormat)}")
+    refuse_contradiction(destination, target, "--to")
+    if block_size is not None and not target.has_blocks:
         raise click.UsageError(f"a {target} image has no blocks: leave out --block-size")
     if destination == STREAM and common.json:
         raise click.UsageError("standard output cannot take both the disk and the JSON document")
@@ -173,7 +175,7 @@ def _standard_output() -> Any:
 def _print_result(job: _Conversion, size_bytes: int, seconds: float, common: Common) -> None:
     if job.destination == STREAM:
         return
-    note_other_name(common, job.destination, raw=job.kind is DiskFormat.RAW)
+    note_other_name(common, job.destination, formats.making(job.kind))
     speed = int(size_bytes / max(seconds, 0.001))
     if common.json:
         document = {
@@ -186,8 +188,7 @@ def _print_result(job: _Conversion, size_bytes: int, seconds: float, common: Com
         }
         print_json(document)
     elif not common.quiet:
-        what = "raw image" if job.kind is DiskFormat.RAW else f"{job.kind} VHD"
         click.echo(
-            f"wrote {printable(job.destination)}: {what}, {exact_size(size_bytes)},"
+            f"wrote {printable(job.destination)}: {job.kind.label}, {exact_size(size_bytes)},"
             f" in {seconds:.1f} s ({format_size(speed)}/s)"
         )

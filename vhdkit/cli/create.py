@@ -11,13 +11,14 @@ import os
 import click
 
 import vhdkit
-from vhdkit import DiskFormat, OpenOptions
+from vhdkit import DiskFormat, OpenOptions, formats
 from vhdkit.cli.common import BLOCK_SIZE_HELP, PATH, Common, disk_size, epilog, image_options
 from vhdkit.cli.common import size as parsed_size
-from vhdkit.cli.naming import note_other_name, refuse_other_name
+from vhdkit.cli.naming import format_by_name, note_other_name, refuse_contradiction, refuse_other_name
 from vhdkit.cli.output import exact_size, note, note_rounding, print_json
 from vhdkit.errors import printable
 from vhdkit.folder import is_within, real_path
+from vhdkit.store import FileStore
 from vhdkit.units import DiskSize, format_size
 
 _EXAMPLES = (
@@ -33,15 +34,16 @@ _EXAMPLES = (
               help="Virtual size, such as 10G, in whole sectors. A child may be larger than its parent.")  # fmt: skip
 @click.option("--parent", type=PATH, help="Make a differencing image on this parent, which is not changed.")
 @click.option("--format", "disk_format", type=click.Choice([one.value for one in DiskFormat]),
-              help="Kind of the new image; default dynamic.")  # fmt: skip
+              help="Kind of the new image; by default vhdx for a name in .vhdx, else dynamic.")  # fmt: skip
 @click.option("--block-size", type=parsed_size, help=BLOCK_SIZE_HELP)
+@click.option("--sector-size", type=click.Choice(["512", "4096"]), help="Logical sector size of a VHDX, in bytes.")
 @click.option("--preallocate", is_flag=True, help="Allocate the whole space of a fixed or raw image now.")
 @click.option("--azure", is_flag=True, help="Make a fixed VHD of whole MiB, as Azure requires.")
 @click.option("--force", is_flag=True, help="Replace an existing file, unless it is in use or a parent.")
 @image_options(leaf_format=False)
 def create_command(
     path: str, size: DiskSize | None, parent: str | None, disk_format: str | None, block_size: int | None,
-    preallocate: bool, azure: bool, force: bool, common: Common,
+    sector_size: str | None, preallocate: bool, azure: bool, force: bool, common: Common,
 ) -> None:  # fmt: skip
     """Create an image of zeros, or with --parent an empty child.
 
@@ -50,26 +52,33 @@ def create_command(
     where open_with lists the options that opening the new image needs.
     """
     if parent is not None:
-        if disk_format is not None or preallocate or azure:
+        if disk_format is not None or preallocate or azure or sector_size is not None:
             raise click.UsageError(
-                "a child is always a differencing VHD: leave out --format, --preallocate and --azure"
+                "a child is a differencing image with its parent's format and sectors:"
+                " leave out --format, --sector-size, --preallocate and --azure"
             )
         made = vhdkit.create_child(
             path, parent, size_bytes=size, block_size_bytes=block_size, options=common.options, replace=force
         )  # fmt: skip
         note_rounding(common, size)
         needed = needed_to_open(path, parent, common.options)
-        note_other_name(common, path)
-        _print_result(common, path, "differencing", made, parent, needed)
+        with FileStore.open(path) as store:
+            made_format = formats.probed(store)
+        note_other_name(common, path, made_format)
+        _print_result(common, path, "differencing", f"differencing {made_format.title}", made, parent, needed)
         return
     if size is None:
         raise click.UsageError("give the size with --size (such as 10G), or a parent with --parent")
     if disk_format is None and not azure:
         refuse_other_name(path)
-    kind = DiskFormat(disk_format or (DiskFormat.FIXED if azure else DiskFormat.DYNAMIC))
-    if block_size is not None and kind is not DiskFormat.DYNAMIC:
+    default = DiskFormat.FIXED if azure else format_by_name(path) or DiskFormat.DYNAMIC
+    kind = DiskFormat(disk_format or default)
+    refuse_contradiction(path, kind, "--format")
+    if block_size is not None and not kind.has_blocks:
         raise click.UsageError(f"a {kind} image has no blocks: leave out --block-size")
     sizes = {} if block_size is None else {"block_size_bytes": block_size}
+    if sector_size is not None:
+        sizes["sector_bytes"] = int(sector_size)
     made = vhdkit.create_image(
         path, size, disk_format=kind, preallocate=preallocate, azure=azure, replace=force, **sizes
     )
@@ -79,12 +88,12 @@ def create_command(
         note(common, f"rounded {asked}{unit} up to {made} bytes ({format_size(made)}): Azure requires whole MiB")
     else:
         note_rounding(common, size)
-    note_other_name(common, path, raw=kind is DiskFormat.RAW)
-    _print_result(common, path, kind.value, made, None, [])
+    note_other_name(common, path, formats.making(kind))
+    _print_result(common, path, kind.value, kind.label, made, None, [])
 
 
 def _print_result(
-    common: Common, path: str, kind: str, size_bytes: int, parent: str | None, needed: list[list[str]]
+    common: Common, path: str, kind: str, label: str, size_bytes: int, parent: str | None, needed: list[list[str]]
 ) -> None:
     if common.json:
         document = {
@@ -96,9 +105,8 @@ def _print_result(
         }
         print_json(document)
     elif not common.quiet:
-        what = f"{kind} image" if kind == "raw" else f"{kind} VHD"
         on = "" if parent is None else f" on {printable(parent)}"
-        click.echo(f"created {printable(path)}: {what}, {exact_size(size_bytes)}{on}")
+        click.echo(f"created {printable(path)}: {label}, {exact_size(size_bytes)}{on}")
     if needed:
         note(common, "opening it requires " + " ".join(word for option in needed for word in option))
 

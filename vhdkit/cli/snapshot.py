@@ -11,12 +11,14 @@ from collections.abc import Sequence
 import click
 
 import vhdkit
+from vhdkit import formats
 from vhdkit.cli.common import PATH, Common, dry_run_option, epilog, image_options
 from vhdkit.cli.create import needed_to_open
 from vhdkit.cli.naming import note_other_name
 from vhdkit.cli.output import note, print_json, print_text
 from vhdkit.errors import printable
 from vhdkit.folder import exists
+from vhdkit.store import FileStore
 
 
 @click.command(
@@ -101,6 +103,7 @@ def _print_result(parents: Sequence[str], made: Sequence[str], kind: str, common
         if not common.quiet:
             will = "would create" if dry_run else "created"
             print_text(f"{will} {printable(new)} on {printable(old)}, which is read-only from now on")
-        note_other_name(common, new)
+        with FileStore.open(old) as store:
+            note_other_name(common, new, formats.named(formats.probed(store).child_format))
         if with_:
             note(common, f"opening {new} requires " + " ".join(with_))

@@ -11,10 +11,11 @@ from __future__ import annotations
 from vhdkit.formats.format import Format
 from vhdkit.formats.raw import RAW
 from vhdkit.formats.vhd.format import VHD
+from vhdkit.formats.vhdx.format import VHDX
 from vhdkit.image import Layer
 from vhdkit.store import ReadStore, Store
 
-FORMATS: tuple[Format, ...] = (VHD, RAW)
+FORMATS: tuple[Format, ...] = (VHD, VHDX, RAW)
 
 
 def named(name: str) -> Format:

@@ -48,7 +48,6 @@ def _archive(name: str, tool: str) -> Foreign:
 
 
 _MARKS: tuple[tuple[bytes, Foreign], ...] = (
-    (b"vhdxfile", _image("VHDX")),
     (b"QFI\xfb", _image("QCOW2")),
     (b"KDMV", _image("VMDK")),
     (b"# Disk DescriptorFile", _image("VMDK")),

@@ -19,11 +19,12 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from vhdkit import errors
 from vhdkit.finding import Finding
 from vhdkit.formats.draft import DraftStore
 from vhdkit.image import ImageFacts, Layer, ParentRef
 from vhdkit.store import ReadStore, Store
-from vhdkit.units import MIB
+from vhdkit.units import MIB, SECTOR_SIZE
 
 DEFAULT_BLOCK_SIZE = 2 * MIB
 Moved = Callable[[int], None]  # called with the bytes that were moved since the last call
@@ -33,13 +34,23 @@ Moved = Callable[[int], None]  # called with the bytes that were moved since the
 class CreateRequest:
     """A new image: its virtual size, which of the format's `kinds`, its unit of allocation where it has one.
 
-    `preallocate` reserves the space of an image whose sectors lie one after the other.
+    `sector_bytes` is the logical sector size, of which most formats have only one. `preallocate` reserves the space of
+    an image whose sectors lie one after the other.
     """
 
     size_bytes: int
     kind: str
     block_size_bytes: int = DEFAULT_BLOCK_SIZE
     preallocate: bool = False
+    sector_bytes: int = SECTOR_SIZE
+
+
+def refuse_sector_size(request: CreateRequest, title: str) -> None:
+    """Raise InvalidArgument for sectors of another size than a format with only one has."""
+    if request.sector_bytes != SECTOR_SIZE:
+        raise errors.InvalidArgument(
+            f"a {title} has sectors of {SECTOR_SIZE} bytes, not {request.sector_bytes}: only a VHDX can have others"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +76,10 @@ class ImageDetails:
     batmap: bool = False
     parent_name: str = ""
     parent_locators: tuple[tuple[str, str | None], ...] = ()
+    logical_sector_bytes: int | None = None
+    physical_sector_bytes: int | None = None
+    virtual_disk_id: str | None = None
+    log_entries: int | None = None  # that were not replayed
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,8 +322,13 @@ class Format(Protocol):
         """What follows the bytes of a disk that is written as a stream; None for a kind that cannot be streamed."""
         ...
 
-    def create_child(self, store: Store, size_bytes: int, parent: ParentRef, *, block_size_bytes: int) -> None:
-        """Make the empty `store` a child that owns nothing. Raises InvalidArgument, NoSpace, IoFailed."""
+    def create_child(
+        self, store: Store, size_bytes: int, parent: ParentRef, *, block_size_bytes: int, disk: Layer | None = None
+    ) -> None:
+        """Make the empty `store` a child that owns nothing. Raises InvalidArgument, NoSpace, IoFailed.
+
+        `disk` is an image of the virtual disk that the child shows: what belongs to the disk is taken over from it.
+        """
         ...
 
     def relink(self, store: Store, parent: ParentRef) -> None:

@@ -46,6 +46,10 @@ class LinearImage:
         """See `Layer.allocated_blocks`."""
         return np.zeros(0, dtype=np.bool_)
 
+    def zero_blocks(self) -> NDArray[np.bool_]:
+        """See `Layer.zero_blocks`: there are none."""
+        return np.zeros(0, dtype=np.bool_)
+
     def block_offset(self, block_index: int) -> int:
         """See `Layer.block_offset`: the whole image is one block."""
         assert block_index == 0

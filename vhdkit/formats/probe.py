@@ -17,12 +17,15 @@ from vhdkit.formats.format import Format
 from vhdkit.image import Layer
 from vhdkit.store import ReadStore, Store
 
+VHD_SET_SUFFIX = ".vhds"
+
 
 class FormatName(StrEnum):
     """The formats that a file can have; the kind of a VHD is in its footer."""
 
     RAW = "raw"
     VHD = "vhd"
+    VHDX = "vhdx"
 
     @classmethod
     def _missing_(cls, value: object) -> FormatName | None:
@@ -42,13 +45,28 @@ def identify(store: ReadStore, *, by_name: bool = True) -> Format:
     """
     if store.size() == 0:
         raise errors.InvalidArgument("is empty: not a disk image", path=store.name)
-    found = formats.probed(store)
-    if not found.is_plain:
-        return found
+    recognised = [one for one in formats.FORMATS if not one.is_plain and one.probe(store)]
+    if len(recognised) > 1:
+        titles = " and a ".join(one.title for one in recognised)
+        names = " or ".join(f"--format {one.name}" for one in recognised)
+        raise errors.UnsupportedFormat(
+            f"looks like a {titles} at the same time: the guest of one may have written the other",
+            path=store.name,
+            hint=f"say which one it is: {names}",
+        )
+    if recognised:
+        return recognised[0]
+    found = formats.plain()
+    if store.name.lower().endswith(VHD_SET_SUFFIX) and by_name:
+        raise errors.UnsupportedFormat(
+            "is a VHD Set, which holds no disk",
+            path=store.name,
+            hint="open the .avhdx file beside it, which does",
+        )
     foreign = identify_foreign(store.pread(0, HEAD_BYTES))
     if foreign is not None:
         raise errors.UnsupportedFormat(
-            f"is {foreign.name}; vhdkit reads VHD, AVHD and raw images",
+            f"is {foreign.name}; vhdkit reads VHD, VHDX and raw images",
             path=store.name,
             hint=foreign.hint.format(path=errors.quoted(store.name) if by_name else "FILE")
             + "; if it is a raw disk that only begins like one, add --format raw",

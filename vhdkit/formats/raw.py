@@ -21,6 +21,7 @@ from vhdkit.formats.format import (
     Resizable,
     ResizePlan,
     StructureDump,
+    refuse_sector_size,
 )
 from vhdkit.formats.linear import LinearImage
 from vhdkit.image import ImageFacts, Layer, ParentRef
@@ -164,6 +165,7 @@ class RawFormat:
 
     def check_request(self, request: CreateRequest) -> None:
         """See `Format.check_request`."""
+        refuse_sector_size(request, "raw disk")
         check_raw_size(request.size_bytes)
 
     def create(self, store: Store, request: CreateRequest) -> None:
@@ -176,7 +178,9 @@ class RawFormat:
         """See `Format.stream_end`."""
         return b""
 
-    def create_child(self, store: Store, size_bytes: int, parent: ParentRef, *, block_size_bytes: int) -> None:
+    def create_child(
+        self, store: Store, size_bytes: int, parent: ParentRef, *, block_size_bytes: int, disk: Layer | None = None
+    ) -> None:
         """See `Format.create_child`: a raw disk records no parent."""
         raise errors.InvalidArgument("a raw disk cannot have a parent", path=store.name)
 

@@ -100,7 +100,8 @@ def look_at(disk: DiskSpec, *, writable: bool = False) -> KnownImage:
     kinds = [vhdkit.FormatName(disk.format)] if disk.format is not None else []
     try:
         if not kinds:
-            _open(disk, None, lock=False).close()  # gives the best error for a file of neither format
+            with _open(disk, None, lock=False) as found:  # gives the best error for a file of neither format
+                _refuse_vhdx(disk, found)
             kinds = [vhdkit.FormatName.VHD, vhdkit.FormatName.RAW]
         for kind in kinds:
             try:
@@ -127,6 +128,15 @@ def look_at(disk: DiskSpec, *, writable: bool = False) -> KnownImage:
     except vhdkit.VhdkitError as error:
         raise store_error(error) from error
     raise AssertionError("one of two kinds was opened or raised")
+
+
+def _refuse_vhdx(disk: DiskSpec, opened: vhdkit.Disk) -> None:
+    """Raise InvalidSpec for a chain of VHDX images, which must not be taken for raw disks."""
+    if opened.chain.leaf.format_name == vhdkit.FormatName.VHDX:
+        raise InvalidSpec(
+            "is a VHDX image; disks of machines are VHD or raw images", path=disk.path,
+            hint=f"convert it first: vhdkit convert {disk.path} DISK.vhd",
+        )  # fmt: skip
 
 
 def is_cd_image(opened: vhdkit.Disk) -> bool:

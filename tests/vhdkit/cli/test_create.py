@@ -143,7 +143,7 @@ def test_a_size_is_rounded_up_to_whole_sectors(text: str, size_bytes: int) -> No
     assert run("create", "whole.vhd", "--size", "1.5G").stderr == ""
 
 
-@pytest.mark.parametrize("name", ["x.vhdx", "x.raw", "X.QCOW2", "x.vmdk", "x.vhd.gz"])
+@pytest.mark.parametrize("name", ["x.vdi", "x.raw", "X.QCOW2", "x.vmdk", "x.vhd.gz"])
 def test_a_vhd_named_like_another_format_needs_format(name: str, folder: Path) -> None:
     """Without --format no file is made and the message says what to do; with it a note names what the file is."""
     said = failure("create", name, "--size", "1M", code=2)
@@ -168,7 +168,7 @@ def test_a_raw_disk_named_like_another_format_needs_no_option() -> None:
 def test_help_warns_about_other_block_sizes() -> None:
     """The help of --block-size names the program that reads such an image wrongly."""
     for verb in ("create", "convert"):
-        assert "vhd-util misreads any size other than 2M" in " ".join(good(verb, "--help").split())
+        assert "vhd-util misreads VHDs of any size other than 2M" in " ".join(good(verb, "--help").split())
 
 
 def test_force_is_suggested_only_where_it_helps() -> None:

@@ -93,7 +93,7 @@ def test_errors_as_json() -> None:
         ("/dev/null", 2, "character device"),
         ("loop", 2, "symbolic links"),
         ("n" * 300, 2, "too long"),
-        ("other.vhdx", 1, "VHDX"),
+        ("other.vmdk", 1, "VMDK"),
     ],
 )
 def test_a_wrong_path(verb: str, name: str, code: int, text: str) -> None:
@@ -102,7 +102,7 @@ def test_a_wrong_path(verb: str, name: str, code: int, text: str) -> None:
     Path("file").write_text("x")
     Path("empty.vhd").touch()
     Path("empty.raw").touch()
-    Path("other.vhdx").write_bytes(b"vhdxfile" + bytes(4096))
+    Path("other.vmdk").write_bytes(b"KDMV" + bytes(4096))
     os.mkfifo("fifo")
     Path("loop").symlink_to("loop")
     assert text in failure(verb, name, code=code)

@@ -18,6 +18,8 @@ from vhdkit.formats.linear import LinearImage
 from vhdkit.formats.probe import FormatName, identify, open_layer
 from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.formats.vhd.fixed import FixedImage
+from vhdkit.formats.vhdx.create import create as create_vhdx
+from vhdkit.formats.vhdx.create import new_disk
 
 
 def _store(name: str, raw: bytes) -> MemStore:
@@ -38,7 +40,6 @@ def test_a_vhd_is_recognised_under_any_name(name: str) -> None:
 
 
 FOREIGN = [
-    (b"vhdxfile", "a VHDX image", "qemu-img convert"),
     (b"QFI\xfb", "a QCOW2 image", "qemu-img convert"),
     (b"KDMV", "a VMDK image", "qemu-img convert"),
     (b"# Disk DescriptorFile\n", "a VMDK image", "qemu-img convert"),
@@ -131,3 +132,35 @@ def test_ignore_bitmaps_reaches_the_layer() -> None:
     store = Vhd(blocks={0: Block(pattern(512), bits=b"")}).build().store()
     assert open_layer(store).owned_sectors(0) is not None
     assert open_layer(store, ignore_bitmaps=True).owned_sectors(0) is None
+
+
+def _vhdx(name: str) -> MemStore:
+    store = MemStore(name)
+    create_vhdx(store, new_disk(MIB), MIB, fixed=True)
+    return store
+
+
+def test_a_vhdx_whose_guest_wrote_a_footer_is_not_guessed() -> None:
+    """The last sector of a VHDX may be its guest's: a file that could be a VHD too is refused until the user says."""
+    store = _vhdx("a.vhdx")
+    assert identify(store).name == FormatName.VHDX
+    footer = Vhd(size=store.size() - 512, disk_type=FIXED).build().store("x.vhd").contents()[-512:]
+    store.pwrite(store.size() - 512, footer)
+    with pytest.raises(UnsupportedFormat, match="looks like a VHD and a VHDX") as caught:
+        identify(store)
+    assert caught.value.hint is not None and "--format vhd or --format vhdx" in caught.value.hint
+    assert open_layer(store, format_name="vhdx").format_name == FormatName.VHDX
+
+
+def test_a_vhd_set_is_refused_with_the_way_out() -> None:
+    """A `.vhds` coordinates shared disks and holds none; the `.avhdx` beside it does."""
+    with pytest.raises(UnsupportedFormat, match="VHD Set") as caught:
+        identify(_store("a.vhds", b"x" * 4096))
+    assert caught.value.hint is not None and ".avhdx" in caught.value.hint
+
+
+def test_a_file_named_vhdx_without_its_beginning_is_refused() -> None:
+    """It is damaged or something else, and never taken for a raw disk."""
+    with pytest.raises(CorruptImage) as caught:
+        identify(_store("a.vhdx", b"x" * 4096))
+    assert caught.value.reason is CorruptReason.FILE_IDENTIFIER

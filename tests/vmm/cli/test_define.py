@@ -57,6 +57,15 @@ def test_create_with_everything(folder: Path) -> None:
     assert json.loads(good("list", "--json"))[0]["definition"] == definition
 
 
+def test_a_vhdx_is_never_taken_for_a_raw_disk(folder: Path) -> None:
+    """A VHDX image is refused, under any name, with the line that makes a VHD of it."""
+    vhdkit.create_image(folder / "c.vhdx", 8 * MIB, disk_format="vhdx")
+    (folder / "c.img").symlink_to("c.vhdx")
+    for name in ("c.vhdx", "c.img"):
+        text = failure("create", "web", "--disk", name, code=2)
+        assert "is a VHDX image" in text and "vhdkit convert" in text
+
+
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [

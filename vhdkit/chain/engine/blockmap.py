@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vhdkit.image import Layer
+from vhdkit.image import ZEROS_WITHOUT_SPACE, Layer
 from vhdkit.units import MIB, PAGE_SIZE, SECTOR_SIZE, whole_sectors
 
 LAYER_BITS = 8
@@ -87,7 +87,10 @@ class BlockMap:
         self._known_limit = max(1, WALK_MIXED_BYTES // self.grain_sectors)
 
     def _fold(self) -> NDArray[np.int64]:
-        """UNKNOWN where a sparse layer has a block, the base's offset where it is linear, else ZERO."""
+        """UNKNOWN where a sparse layer has a block, the base's offset where it is linear, else ZERO.
+
+        A block of zeros without space counts as one where it hides something, so everywhere but in the base.
+        """
         table = np.full(self.grain_count, ZERO, dtype=np.int64)
         base, visible = self.layers[-1], self.visible_bytes[-1]
         if not base.block_size_bytes:
@@ -103,6 +106,9 @@ class BlockMap:
             if layer.block_size_bytes:
                 grains = -(-size_bytes // self.grain_bytes)
                 allocated = layer.allocated_blocks()
+                zeros = layer.zero_blocks()
+                if len(zeros) and layer is not base:
+                    allocated = allocated | zeros
                 ratio = layer.block_size_bytes // self.grain_bytes
                 if ratio > 1:
                     allocated = np.repeat(allocated, ratio)
@@ -132,6 +138,8 @@ class BlockMap:
             if self.visible_bytes[index] < end_bytes:
                 return UNKNOWN
             owned, offset = self._owned_by(layer, start_bytes)
+            if offset == ZEROS_WITHOUT_SPACE:
+                return UNKNOWN
             if offset >= 0:
                 whole = owned is None and layer.data_end_bytes >= offset + self.grain_bytes
                 return offset << LAYER_BITS | index if whole else UNKNOWN
@@ -216,6 +224,8 @@ class BlockMap:
             if not open_sectors.any():
                 break
             owned, offset = self._owned_by(layer, start_bytes)
+            if offset == ZEROS_WITHOUT_SPACE:
+                break  # what lies deeper is hidden: the rest of the grain is zeros, of no layer
             if offset < 0:
                 continue
             offsets[index] = offset
@@ -230,13 +240,13 @@ class BlockMap:
         return bytearray(owners.tobytes()), tuple(offsets)
 
     def _owned_by(self, layer: Layer, start_bytes: int) -> tuple[NDArray[np.bool_] | None, int]:
-        """The layer's owned sectors within the grain (None: all), and the grain's offset in its file or -1."""
+        """The layer's owned sectors within the grain (None: all), and the grain's offset in its file, -1 or -2."""
         if not layer.block_size_bytes:
             return None, start_bytes
         block, within = divmod(start_bytes, layer.block_size_bytes)
         offset = layer.block_offset(block)
         if offset < 0:
-            return None, -1
+            return None, offset
         owned = layer.owned_sectors(block)
         if owned is not None and layer.block_size_bytes != self.grain_bytes:
             first = whole_sectors(within)

@@ -99,7 +99,7 @@ def convert_chain(
     request = CreateRequest(size, disk_format, block_size_bytes)
     with _prepare(chain, os.fsdecode(destination), request, replace=replace, options=options) as (new, target):
         copy_content(chain, target, one_writer=bool(target.block_size_bytes), progress=progress)
-        target.flush()
+        target.seal()
         new.commit(sync=sync)
     return size
 

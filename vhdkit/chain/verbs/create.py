@@ -28,6 +28,7 @@ from vhdkit.formats.format import DEFAULT_BLOCK_SIZE, CreateRequest, Format
 from vhdkit.image import NULL_ID, ImageFacts, Layer, ParentRef
 from vhdkit.named import opened_again
 from vhdkit.store import FileStore, Store
+from vhdkit.units import SECTOR_SIZE
 
 
 class DiskFormat(StrEnum):
@@ -36,6 +37,25 @@ class DiskFormat(StrEnum):
     RAW = "raw"
     FIXED = "fixed"
     DYNAMIC = "dynamic"
+    VHDX = "vhdx"
+    VHDX_FIXED = "vhdx-fixed"
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether an image of this format is allocated in blocks, whose size can be chosen."""
+        return self not in (DiskFormat.RAW, DiskFormat.FIXED)
+
+    @property
+    def label(self) -> str:
+        """What messages call an image of this format."""
+        titles = {
+            DiskFormat.RAW: "raw image",
+            DiskFormat.FIXED: "fixed VHD",
+            DiskFormat.DYNAMIC: "dynamic VHD",
+            DiskFormat.VHDX: "dynamic VHDX",
+            DiskFormat.VHDX_FIXED: "fixed VHDX",
+        }
+        return titles.get(self, str(self))
 
     @classmethod
     def _missing_(cls, value: object) -> DiskFormat | None:
@@ -54,22 +74,24 @@ def create_image(
     *,
     disk_format: DiskFormat | str = DiskFormat.DYNAMIC,
     block_size_bytes: Size = DEFAULT_BLOCK_SIZE,
+    sector_bytes: Size = SECTOR_SIZE,
     preallocate: bool = False,
     azure: bool = False,
     replace: bool = False,
 ) -> int:
     """Create an image of zeros; returns its virtual size in bytes.
 
-    `preallocate` reserves the space of a fixed or raw image. `azure` makes a fixed VHD whose size is rounded up
-    to whole MiB, as Azure requires. Raises InvalidArgument, AlreadyExists, NotFound, AccessDenied, NoSpace.
+    `sector_bytes` is the logical sector size, 512 or for a VHDX also 4096. `preallocate` reserves the space of a fixed
+    or raw image. `azure` makes a fixed VHD whose size is rounded up to whole MiB, as Azure requires.
+    Raises InvalidArgument, AlreadyExists, NotFound, AccessDenied, NoSpace.
     """
     size_bytes, block_size_bytes = byte_size("size_bytes", size_bytes), byte_size("block_size_bytes", block_size_bytes)
-    disk_format = DiskFormat(disk_format)
+    disk_format, sector_bytes = DiskFormat(disk_format), byte_size("sector_bytes", sector_bytes)
     if azure:
         if disk_format is not DiskFormat.FIXED:
             raise errors.InvalidArgument("Azure accepts only fixed VHDs")
         size_bytes = azure_size(size_bytes)
-    request = CreateRequest(size_bytes, disk_format, block_size_bytes, preallocate)
+    request = CreateRequest(size_bytes, disk_format, block_size_bytes, preallocate, sector_bytes)
     made = formats.making(disk_format)
     made.check_request(request)
     check_block_size(made, block_size_bytes)
@@ -200,7 +222,9 @@ def write_child(
     if block_size_bytes is None:
         block_size_bytes = parent.block_size_bytes or DEFAULT_BLOCK_SIZE
     link = link_to(child, parent)
-    formats.for_children_of(parent).create_child(store, size_bytes, link, block_size_bytes=block_size_bytes)
+    formats.for_children_of(parent).create_child(
+        store, size_bytes, link, block_size_bytes=block_size_bytes, disk=parent
+    )
     record_parent(store, parent.store, link.linkage_id)
 
 

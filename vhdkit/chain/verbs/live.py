@@ -195,7 +195,9 @@ def scratch_child(chain: Chain, directory: str | None) -> Chain:
     try:
         block_size = chain.leaf.block_size_bytes or DEFAULT_BLOCK_SIZE
         child_format = formats.for_children_of(chain.leaf)
-        child_format.create_child(store, chain.size_bytes, _SCRATCH_PARENT, block_size_bytes=block_size)
+        child_format.create_child(
+            store, chain.size_bytes, _SCRATCH_PARENT, block_size_bytes=block_size, disk=chain.leaf
+        )
         child = child_format.open(store, writable=True)
         return stack(chain, child)
     except BaseException:

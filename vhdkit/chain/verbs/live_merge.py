@@ -37,7 +37,7 @@ from vhdkit.chain.names.marks import mark_child
 from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.records.intent import Intent, Phase
 from vhdkit.chain.verbs.create import link_of, linkage_of, require_names
-from vhdkit.chain.verbs.merge_parts import file_of_layer, merge_would_break, named, seen_through
+from vhdkit.chain.verbs.merge_parts import file_of_layer, merge_would_break, named, refuse_without_id, seen_through
 from vhdkit.chain.verbs.merge_plan import plan_merge
 from vhdkit.chain.verbs.merge_steps import (
     RealNames,
@@ -97,6 +97,7 @@ def plan_live_merge(chain: Chain, first: int, target: int) -> LiveMergePlan:
     change, or blocks would move.
     """
     assert 0 <= first < target < len(chain.layers)
+    refuse_without_id(chain.layers[first : target + 1])
     names = [named(layer) for layer in chain.layers[first : target + 1]]
     plan = LiveMergePlan(chain, first, target, Intent(Phase.COPY, names[-1], tuple(names[:-1]), relink=first > 0))
     if len({layer.size_bytes for layer in plan.held}) > 1:

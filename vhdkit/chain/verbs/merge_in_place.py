@@ -46,7 +46,14 @@ from vhdkit.chain.names.parents import allowed_folders
 from vhdkit.chain.records import pending
 from vhdkit.chain.records.intent import Intent, Named, Phase, intent_of, refuse_sources
 from vhdkit.chain.verbs.create import link_of, linkage_of, require_names
-from vhdkit.chain.verbs.merge_parts import amount, file_of_layer, merge_would_break, named, seen_through
+from vhdkit.chain.verbs.merge_parts import (
+    amount,
+    file_of_layer,
+    merge_would_break,
+    named,
+    refuse_without_id,
+    seen_through,
+)
 from vhdkit.chain.verbs.merge_plan import MergePlan, plan_merge
 from vhdkit.chain.verbs.merge_steps import (
     RealNames,
@@ -117,6 +124,7 @@ def plan_in_place(layers: Sequence[Layer], index: int, *, relink_children: bool)
     Raises CorruptImage for a damaged source.
     """
     sources, target, below = tuple(layers[:index]), layers[index], tuple(layers[index + 1 :])
+    refuse_without_id(layers[: index + 1])
     names = tuple(named(layer) for layer in layers[: index + 1])
     moves = plan_merge(sources, target, below_bytes=seen_through(below))
     return InPlacePlan(sources, target, below, names, moves, relink_children)

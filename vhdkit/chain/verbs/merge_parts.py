@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 
-from vhdkit import errors
+from vhdkit import errors, formats
 from vhdkit.arguments import AnyPath
 from vhdkit.chain.names.children import Dependent, has_children
 from vhdkit.chain.names.opening import open_layers
@@ -43,6 +43,21 @@ def named(layer: Layer) -> Named:
     """A layer as named in the record of a merge."""
     store = file_of_layer(layer)
     return Named(real_path(store.name), layer.facts.file_id or NULL_ID)
+
+
+def refuse_without_id(layers: Sequence[Layer]) -> None:
+    """Refuse images that the record of an interrupted merge could not name. Raises InvalidArgument.
+
+    The record decides which files are removed, so it names images by an id that never changes. A raw disk has no id,
+    and its path has to do.
+    """
+    for layer in layers:
+        if layer.facts.file_id is None and not formats.of(layer).is_plain:
+            raise errors.InvalidArgument(
+                f"is a {layer.facts.title}, which cannot be merged in place",
+                path=layer.store.name,
+                hint="merge to a new file with --to",
+            )
 
 
 def seen_through(layers: Sequence[Layer]) -> int:

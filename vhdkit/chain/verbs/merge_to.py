@@ -62,7 +62,7 @@ def _prepare(plan: MergeToPlan) -> Iterator[tuple[NewFile, Layer]]:
 
 def _complete(plan: MergeToPlan, new: NewFile, target: Layer) -> None:
     """The content is complete: give the file its name, and note its parent's state."""
-    target.flush()
+    target.seal()
     if plan.below:
         record_parent(new.store, plan.below[0].store, linkage_of(plan.below[0]))
     with marked([(plan.path, new.store, file_of_layer(plan.below[0]).name)] if plan.below else []):
@@ -77,7 +77,9 @@ def _write_empty(plan: MergeToPlan, new: NewFile) -> None:
         assert facts.parent is not None
         names = names_of(new.path, file_of_layer(plan.below[0]).name, facts.parent.linkage_id, facts.parent.timestamp)
         parent: ParentRef = replace(names, linkage_ids=facts.parent.linkage_ids)  # also those of an id that may change
-        image_format.create_child(new.store, plan.size_bytes, parent, block_size_bytes=lowest.block_size_bytes)
+        image_format.create_child(
+            new.store, plan.size_bytes, parent, block_size_bytes=lowest.block_size_bytes, disk=lowest
+        )
         return
     block_size_bytes = lowest.block_size_bytes or DEFAULT_BLOCK_SIZE
     image_format.create(new.store, CreateRequest(plan.size_bytes, facts.kind, block_size_bytes))

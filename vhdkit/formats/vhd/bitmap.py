@@ -79,18 +79,3 @@ def set_run(raw: bytearray, first: int, count: int) -> bool:
         raw[byte + 1 : last] = middle
         raw[last] |= tail
     return grew
-
-
-def runs(bits: NDArray[np.bool_]) -> list[tuple[int, int, bool]]:
-    """The runs of equal bits as (first, count, value), in order, without gaps."""
-    if not len(bits):
-        return []
-    edges = np.flatnonzero(bits[1:] != bits[:-1]) + 1
-    starts = [0, *edges.tolist()]
-    ends = [*starts[1:], len(bits)]
-    value = bool(bits[0])
-    result = []
-    for start, end in zip(starts, ends, strict=True):
-        result.append((start, end - start, value))
-        value = not value
-    return result

@@ -14,6 +14,7 @@ import numpy as np
 
 from vhdkit.errors import CorruptImage, CorruptReason
 from vhdkit.finding import Finding, Severity, finding_of, left_by_repair
+from vhdkit.formats.bits import runs
 from vhdkit.formats.vhd import bitmap, geometry, layout
 from vhdkit.formats.vhd.bat import Bat
 from vhdkit.formats.vhd.entries import bad_entries, entry_error, used_sizes
@@ -340,7 +341,7 @@ def _bitmap_findings(
         if bitmap.is_full(raw, inside) or metadata.is_differencing or ignore_bitmaps:
             continue
         owned = bitmap.owned(raw, sector_count)
-        for first, count, is_owned in bitmap.runs(owned[:inside]):
+        for first, count, is_owned in runs(owned[:inside]):
             place = None if is_owned else _first_data(store, start + size + sectors_to_bytes(first), count)
             if place is not None:
                 yield _warning(

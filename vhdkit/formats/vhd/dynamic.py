@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from vhdkit import errors
 from vhdkit.errors import CorruptImage
 from vhdkit.finding import Finding
+from vhdkit.formats.bits import runs
 from vhdkit.formats.remember import Notes
 from vhdkit.formats.vhd import bitmap
 from vhdkit.formats.vhd.bat import Bat, BatInFile, FewFlags
@@ -108,6 +109,10 @@ class DynamicImage:
         """See `Layer.allocated_blocks`."""
         return self.bat.allocated()
 
+    def zero_blocks(self) -> NDArray[np.bool_]:
+        """See `Layer.zero_blocks`: zeros take space here."""
+        return np.zeros(0, dtype=np.bool_)
+
     def block_offset(self, block_index: int) -> int:
         """See `Layer.block_offset`."""
         start = self.bat.block_start(block_index)
@@ -149,7 +154,7 @@ class DynamicImage:
             if owned is None:
                 yield from self._owned_run(position, count, offset + sectors_to_bytes(first))
                 continue
-            for run_first, run_count, is_owned in bitmap.runs(owned[first : first + count]):
+            for run_first, run_count, is_owned in runs(owned[first : first + count]):
                 if not is_owned:
                     yield Extent(position + run_first, run_count, self.unowned)
                     continue

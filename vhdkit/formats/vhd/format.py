@@ -22,6 +22,7 @@ from vhdkit.formats.format import (
     ImageDetails,
     Resizable,
     StructureDump,
+    refuse_sector_size,
 )
 from vhdkit.formats.vhd import layout
 from vhdkit.formats.vhd.bat import Bat
@@ -143,6 +144,7 @@ class VhdFormat:
         """See `Format.check_request`."""
         from vhdkit.formats.vhd import create
 
+        refuse_sector_size(request, "VHD")
         if request.preallocate and request.kind != _FIXED:
             raise errors.InvalidArgument("only fixed and raw images can be preallocated")
         create.check_size(request.size_bytes, fixed=request.kind == _FIXED)
@@ -165,7 +167,9 @@ class VhdFormat:
             return None
         return layout.build_footer(create.new_footer(layout.DISK_TYPE_FIXED, size_bytes))
 
-    def create_child(self, store: Store, size_bytes: int, parent: ParentRef, *, block_size_bytes: int) -> None:
+    def create_child(
+        self, store: Store, size_bytes: int, parent: ParentRef, *, block_size_bytes: int, disk: Layer | None = None
+    ) -> None:
         """See `Format.create_child`."""
         from vhdkit.formats.vhd import create
 

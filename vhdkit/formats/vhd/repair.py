@@ -22,9 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vhdkit.errors import CorruptImage, CorruptReason, printable
+from vhdkit.formats.bits import runs
 from vhdkit.formats.draft import DraftStore
 from vhdkit.formats.format import ByteRange, Consent, Fix
-from vhdkit.formats.vhd import batmap, bitmap, geometry, layout
+from vhdkit.formats.vhd import batmap, geometry, layout
 from vhdkit.formats.vhd.bat import ENTRIES_PER_SECTOR, Bat
 from vhdkit.formats.vhd.check import (
     LEAK_BYTES,
@@ -207,7 +208,7 @@ def _ranges(metadata: Metadata, blocks: NDArray[np.bool_]) -> Iterator[ByteRange
     """The chosen blocks as ranges of the disk, neighbours joined."""
     assert metadata.header is not None
     size = metadata.header.block_size
-    for first, count, chosen in bitmap.runs(blocks):
+    for first, count, chosen in runs(blocks):
         if chosen:
             yield ByteRange(first * size, min((first + count) * size, metadata.size_bytes) - first * size)
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from vhdkit.formats.bits import runs
 from vhdkit.formats.draft import DraftStore
 from vhdkit.formats.format import CompactPlan, Moved, ResizePlan
-from vhdkit.formats.vhd import bitmap
 from vhdkit.formats.vhd.create import check_size
 from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.formats.vhd.fixed import FixedImage
@@ -105,8 +105,8 @@ class DynamicPacking:
         owned = image.owned_sectors(block_index) if image.is_differencing else None
         if owned is None:
             return [(0, inside)]
-        runs = bitmap.runs(owned[: whole_sectors(inside)])
-        return [(sectors_to_bytes(first), sectors_to_bytes(count)) for first, count, is_owned in runs if is_owned]
+        found = runs(owned[: whole_sectors(inside)])
+        return [(sectors_to_bytes(first), sectors_to_bytes(count)) for first, count, is_owned in found if is_owned]
 
     def plan(self, dropped: NDArray[np.int64]) -> CompactPlan:
         """See `Compactable.plan`."""

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from vhdkit.formats.bits import runs
 from vhdkit.formats.draft import DraftStore
 from vhdkit.formats.format import ByteRange
 from vhdkit.formats.vhd import bitmap
@@ -134,7 +135,7 @@ class Tangle:
         if self._is_differencing and not is_whole:
             made.doubtful.append(ByteRange(block * self._block_size, self._size_of(block)))
         elif not is_whole:
-            for number, count, is_odd in bitmap.runs(self._has_data(block) & ~found):
+            for number, count, is_odd in runs(self._has_data(block) & ~found):
                 if is_odd:
                     made.doubtful.append(self._part(block, number, count))
 

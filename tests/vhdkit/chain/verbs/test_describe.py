@@ -78,8 +78,8 @@ def test_a_loop_is_described_as_a_problem(tmp_path: Path) -> None:
 
 
 def test_other_formats_are_refused_by_their_names(tmp_path: Path) -> None:
-    """The error for a VHDX or QCOW2 names its format."""
-    for magic, name in ((b"vhdxfile", "VHDX"), (b"QFI\xfb", "QCOW2")):
+    """The error for a VMDK or QCOW2 names its format."""
+    for magic, name in ((b"KDMV", "VMDK"), (b"QFI\xfb", "QCOW2")):
         (tmp_path / "x").write_bytes(magic.ljust(4096, b"\0"))
         with pytest.raises(errors.UnsupportedFormat, match=name):
             describe_image(tmp_path / "x")

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -75,15 +73,3 @@ def test_is_full_looks_at_the_blocks_sectors_only(raw: bytes, whole: bool, count
     count = min(count, len(raw))
     raw = b"\xff" * count + raw if whole else raw
     assert bitmap.is_full(raw, count * 8) == all(_bits(raw)[: count * 8])
-
-
-@given(st.lists(st.booleans(), max_size=200))
-def test_runs_are_maximal_and_cover_everything(bits: list[bool]) -> None:
-    """Runs follow each other without gaps, alternate, and agree with the bits."""
-    found = bitmap.runs(np.array(bits, dtype=np.bool_))
-    assert [value for _, count, value in found for _ in range(count)] == bits
-    position = 0
-    for first, count, _ in found:
-        assert first == position and count > 0
-        position += count
-    assert all(one[2] != two[2] for one, two in pairwise(found))

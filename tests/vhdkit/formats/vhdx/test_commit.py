@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""VHDX images at a power cut: inside every write and every sync each sector holds its flushed content or newer."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from tests.harness.power import PowerRun, Scene, open_mem, scribble
+from tests.harness.stores import MemStore
+from vhdkit.formats.probe import open_layer
+from vhdkit.formats.vhdx.commit import Commit
+from vhdkit.formats.vhdx.create import create, new_disk
+from vhdkit.formats.vhdx.format import VHDX
+from vhdkit.formats.vhdx.journal import Journal
+from vhdkit.formats.vhdx.log import LogChange
+from vhdkit.image import ParentRef
+from vhdkit.units import MIB, SECTOR_SIZE
+
+SIZE = MIB + 36 * SECTOR_SIZE
+
+
+def base_scene(seed: int) -> Scene:
+    """A dynamic image with some content."""
+    leaf, content = MemStore("leaf.vhdx"), bytearray(SIZE)
+    create(leaf, new_disk(SIZE), MIB)
+    with open_mem(leaf, writable=True) as disk:
+        scribble(disk, content, random.Random(seed), 2)
+    return Scene(leaf, [], bytes(content))
+
+
+def child_scene(seed: int) -> Scene:
+    """A child over an image with content; it owns parts of blocks."""
+    below = base_scene(seed)
+    parents, content = [open_layer(below.leaf.copy(frozen=True))], bytearray(below.content)
+    linkage_id = VHDX.linkage_id(below.leaf)
+    assert linkage_id is not None
+    parent = ParentRef.of_paths(linkage_id, 0, relative=".\\b.vhdx", absolute="\\b.vhdx", name="b.vhdx")
+    leaf = MemStore("leaf.avhdx")
+    VHDX.create_child(leaf, SIZE, parent, block_size_bytes=MIB, disk=parents[0])
+    with open_mem(leaf, parents, writable=True) as disk:
+        scribble(disk, content, random.Random(seed + 1), 1)
+    return Scene(leaf, parents, bytes(content))
+
+
+@pytest.mark.parametrize("scene", [base_scene, child_scene], ids=["base", "child"])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.nightly)])
+def test_every_cut_leaves_flushed_or_newer(scene: Callable[[int], Scene], seed: int) -> None:
+    """INV-FLUSHED-OR-NEWER, INV-LOG-WHOLE, INV-HEADER-PAIR: the file opens, and no flushed sector is lost."""
+    run = PowerRun(scene(seed), seed, cuts=2, steps=14)
+    run.run()
+    assert run.operations > run.syncs > 3 and run.judged > run.operations
+
+
+def small_ring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Entries of one page each, so that a flush has several and the ring is reused."""
+    monkeypatch.setattr(Journal, "max_pages", property(lambda self: 1))
+
+
+def test_flushes_of_several_entries_survive_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages that do not fit into one entry follow in an order in which every prefix is a sound image."""
+    small_ring(monkeypatch)
+    PowerRun(child_scene(2), 2, cuts=2, steps=10).run()
+
+
+def caught(scene: Callable[[int], Scene]) -> None:
+    """A wrong order is found by one of a few workloads."""
+    with pytest.raises(AssertionError):
+        for seed in range(6):
+            PowerRun(scene(seed), seed, cuts=6, steps=16, second_cuts=False).run()
+
+
+def test_a_header_that_names_its_log_too_early_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Self-test: the entry and the header that names it become durable with one sync."""
+    real = Journal._put_empty
+
+    def unsynced(self: Journal, log_guid: bytes) -> None:
+        guard, self._guard = self._guard, _NoSync()  # type: ignore[assignment]
+        try:
+            real(self, log_guid)
+        finally:
+            self._guard = guard
+
+    monkeypatch.setattr(Journal, "_put_empty", unsynced)
+    caught(base_scene)
+
+
+class _NoSync:
+    """A guard whose sync does nothing."""
+
+    def sync(self) -> None:
+        """Pretend."""
+
+
+@pytest.mark.nightly
+def test_a_childs_data_and_entry_in_one_sync_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Self-test: bits that are durable before their data hide the parent."""
+    real = Commit._write
+
+    def together(self: Commit, pages: list[LogChange]) -> None:
+        self._has_parent = False
+        real(self, pages)
+
+    monkeypatch.setattr(Commit, "_write", together)
+    caught(child_scene)
+
+
+def test_pages_in_their_places_before_the_log_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Self-test: a page that is written before its entry is durable points at data that may be lost."""
+
+    def at_once(self: Commit, pages: list[LogChange]) -> None:
+        for one in pages:
+            assert one.data is not None
+            self._store.pwrite(one.file_offset_bytes, one.data)
+
+    monkeypatch.setattr(Commit, "_write", at_once)
+    caught(child_scene)

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one write order of a VHDX, and where new blocks go.
+
+Decides which pages of metadata are dirty, what must be durable before they are logged, in which order several entries
+follow each other, and where a new block is placed. Must not know virtual sectors: `blocks` says which block and which
+bits.
+
+    a write:  room for the block -> data          (page cache)            BAT entry and bits change only in memory
+    a flush:  copy the dirty pages -> sync, where the table says so -> log entry -> sync -> the pages in their places
+
+    sync before the entry?
+        without a parent    no: the block lies in space that reads as zeros; a cut that keeps the entry and loses the
+                            data shows zeros, which is what was there
+        with a parent       yes: zeros would hide it
+
+- `INV-DATA-BEFORE-METADATA`: whatever the log makes visible is durable, or shows what was there before.
+- `INV-FLUSHED-OR-NEWER`: pages that do not fit into one entry follow in an order in which every prefix is a sound
+  image: bitmaps that exist, the BAT from its end to its start (the entry of a chunk's bitmap lies behind those of its
+  blocks), new bitmaps, in which no bit is set before.
+- `INV-NO-REUSE`: no space of the file is ever given to a second block.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from vhdkit import errors
+from vhdkit.formats.guard import SyncGuard
+from vhdkit.formats.vhdx import layout
+from vhdkit.formats.vhdx.bat import ENTRIES_PER_PAGE, Bat, BlockState
+from vhdkit.formats.vhdx.journal import Journal
+from vhdkit.formats.vhdx.log import SECTOR, LogChange
+from vhdkit.formats.vhdx.metadata import Metadata
+from vhdkit.store import Store
+from vhdkit.units import MIB, round_down, round_up
+
+MAX_DIRTY_PAGES = 2048  # 8 MiB of metadata waiting for a flush; reaching it flushes
+MAX_CACHED_PAGES = 4096  # 16 MiB of clean bitmap pages kept in memory
+
+
+class Commit:
+    """What one open image must still write: dirty pages of the BAT and of sector bitmaps.
+
+    One writer at a time calls the methods that place and change; `flush` may run beside it.
+    """
+
+    def __init__(self, store: Store, metadata: Metadata, bat: Bat, journal: Journal, guard: SyncGuard) -> None:
+        self._store = store
+        self._bat = bat
+        self._has_parent = metadata.items.has_parent
+        self._free_bytes = layout.HEADER_SECTION_SIZE
+        self.guard = guard
+        self.lock = threading.Lock()  # over everything that a flush copies
+        self._flush_lock = threading.Lock()  # one flush at a time
+        self._journal = journal
+        self._journal_lock = threading.Lock()  # a session is begun by a writer or a flush
+        self._bits: dict[int, bytearray] = {}  # pages of sector bitmaps; those dirty or in flight never leave
+        self._dirty_bits: set[int] = set()
+        self._dirty_bat: set[int] = set()  # pages of the table, by number
+        self._in_flight: tuple[set[int], set[int]] = (set(), set())
+        self._fresh_bitmaps: set[int] = set()  # offsets of bitmap blocks that are not in the file's BAT yet
+        self._begun = False
+
+    # -- sessions ---------------------------------------------------------------------------------------------------
+
+    def change_begins(self) -> None:
+        """A writer is about to change something that a guest can see, be it in place."""
+        if not self._begun:
+            with self._journal_lock:
+                self._journal.begin(changes_disk=True, needs_log=False)
+            self._begun = True
+
+    @property
+    def renewed_id(self) -> bytes | None:
+        """See `Format.renewed_id`."""
+        return self._journal.renewed_id
+
+    @property
+    def header(self) -> layout.Header:
+        """The current header."""
+        return self._journal.header
+
+    # -- space ------------------------------------------------------------------------------------------------------
+
+    def place(self, size_bytes: int, fill: Callable[[int], object] | None) -> int:
+        """Make room at the end of the file and have `fill` write what belongs there; returns its offset.
+
+        Nothing points there until `point`. On failure the file is cut back to what it was. Raises NoSpace.
+        """
+        size_before = self._store.size()
+        start = round_up(max(self._free_bytes, size_before), MIB)
+        end = start + size_bytes
+        if end > layout.MAX_FILE_BYTES:
+            raise errors.NoSpace("a VHDX file cannot grow past 66 TiB", path=self._store.name)
+        try:
+            self._store.truncate(end)
+            if fill is not None:
+                fill(start)
+        except BaseException:  # Ctrl-C too: what was written there must not be under a later block
+            self._give_back(size_before, end)
+            raise
+        self._free_bytes = end
+        return start
+
+    def _give_back(self, size_before: int, end: int) -> None:
+        """Undo a half-made extension; where even that fails the space leaks, since it may not be zeros."""
+        try:
+            self._store.truncate(size_before)
+        except errors.VhdkitError:
+            self._free_bytes = end
+
+    # -- what changes in memory -------------------------------------------------------------------------------------
+
+    def point(self, block_index: int, state: BlockState, offset_bytes: int = 0) -> None:
+        """Give a block this state and place, now in memory and at the next flush in the file (under `lock`)."""
+        self._set(self._bat.shape.block_entry(block_index), state, offset_bytes)
+
+    def _set(self, entry_index: int, state: BlockState, offset_bytes: int) -> None:
+        number = entry_index // ENTRIES_PER_PAGE
+        if number not in self._dirty_bat and number not in self._in_flight[1]:
+            self._reserve(self._bat.offset_bytes + number * SECTOR)
+        self._bat.set(entry_index, offset_bytes | state)
+        self._dirty_bat.add(number)
+
+    def _reserve(self, offset_bytes: int) -> None:
+        """Give a page of metadata its space now, where it has none: a flush must not fail for want of it."""
+        for _, _, is_data in list(self._store.data_runs(offset_bytes, SECTOR)):
+            if not is_data:
+                self._store.reserve(offset_bytes, SECTOR)
+                return
+
+    def bitmap_of(self, chunk_index: int) -> int:
+        """Where the sector bitmap of a chunk lies; it gets a place if it has none. Raises NoSpace."""
+        offset = self._bat.bitmap_offset(chunk_index)
+        if offset >= 0:
+            return offset
+        offset = self.place(layout.BITMAP_BLOCK_SIZE, None)
+        with self.lock:
+            self._fresh_bitmaps.add(offset)
+            self._set(self._bat.shape.bitmap_entry(chunk_index), BlockState.FULLY_PRESENT, offset)
+        return offset
+
+    def bits(self, offset_bytes: int, size_bytes: int) -> bytes:
+        """Bytes of a sector bitmap, from memory or from the file. They lie in one page."""
+        with self.lock:
+            return bytes(self.bits_to_change(offset_bytes, size_bytes))
+
+    def bits_to_change(self, offset_bytes: int, size_bytes: int) -> bytearray:
+        """A copy of bytes of a sector bitmap, which lie in one page (under `lock`)."""
+        page = round_down(offset_bytes, SECTOR)
+        kept = self._bits.get(page)
+        if kept is None:
+            kept = self._bits[page] = self._load(page)
+        return kept[offset_bytes - page : offset_bytes - page + size_bytes]
+
+    def _load(self, page: int) -> bytearray:
+        raw = bytearray(SECTOR)
+        self._store.pread_into(page, memoryview(raw))
+        return raw
+
+    def put_bits(self, offset_bytes: int, raw: bytes | bytearray) -> None:
+        """Change bytes of a sector bitmap, given by `bits_to_change` (under `lock`)."""
+        page = round_down(offset_bytes, SECTOR)
+        if page not in self._dirty_bits and page not in self._in_flight[0]:
+            self._reserve(page)
+        within = offset_bytes - page
+        self._bits[page][within : within + len(raw)] = raw
+        self._dirty_bits.add(page)
+
+    # -- limits -----------------------------------------------------------------------------------------------------
+
+    def half_full(self) -> bool:
+        """True when half of what may wait for a flush does, so a flush beside the writers is a good idea."""
+        return 2 * self._dirty_count() >= MAX_DIRTY_PAGES
+
+    def _dirty_count(self) -> int:
+        return len(self._dirty_bits) + len(self._dirty_bat)
+
+    def limit(self) -> None:
+        """Flush when too much is dirty, forget bitmap pages when too many are clean. For writers."""
+        if self._dirty_count() >= MAX_DIRTY_PAGES:
+            self.flush()
+        self.forget_clean()
+
+    def forget_clean(self) -> None:
+        """Forget bitmap pages when too many are clean. Writes nothing, so a reader may call it."""
+        if len(self._bits) > MAX_CACHED_PAGES + MAX_DIRTY_PAGES:
+            with self.lock:
+                keep = self._dirty_bits | self._in_flight[0]
+                self._bits = {page: self._bits[page] for page in keep}
+
+    # -- flushing ---------------------------------------------------------------------------------------------------
+
+    def flush(self) -> None:
+        """Make everything written so far durable, in the named order. Raises SyncFailed, NoSpace, IoFailed.
+
+        After NoSpace, IoFailed or Ctrl-C nothing is lost: the pages stay dirty and the next flush tries again.
+        """
+        with self._flush_lock:
+            with self.lock:
+                self._take_back()
+                self._in_flight = self._dirty_bits, self._dirty_bat
+                self._dirty_bits, self._dirty_bat = set(), set()
+                fresh = set(self._fresh_bitmaps)
+                groups = self._copied(fresh)
+            try:
+                self._write(groups)
+            except BaseException:
+                with self.lock:
+                    self._take_back()
+                raise
+            with self.lock:
+                self._in_flight = set(), set()
+                self._fresh_bitmaps -= fresh
+
+    def _take_back(self) -> None:
+        """What an earlier flush did not make durable is dirty (under `lock`). Done again it does no harm."""
+        self._dirty_bits |= self._in_flight[0]
+        self._dirty_bat |= self._in_flight[1]
+        self._in_flight = set(), set()
+
+    def _copied(self, fresh: set[int]) -> list[LogChange]:
+        """Copies of the dirty pages in the order in which they may reach the device (under `lock`)."""
+        bits, table = self._in_flight
+        is_new = {page: round_down(page, layout.BITMAP_BLOCK_SIZE) in fresh for page in bits}
+        old = [self._page_of_bits(page) for page in sorted(bits) if not is_new[page]]
+        new = [self._page_of_bits(page) for page in sorted(bits) if is_new[page]]
+        return [*old, *(self._page_of_table(number) for number in sorted(table, reverse=True)), *new]
+
+    def _page_of_bits(self, page: int) -> LogChange:
+        return LogChange(page, SECTOR, bytes(self._bits[page]))
+
+    def _page_of_table(self, number: int) -> LogChange:
+        return LogChange(self._bat.offset_bytes + number * SECTOR, SECTOR, self._bat.page(number))
+
+    def _write(self, pages: list[LogChange]) -> None:
+        with self._journal_lock:
+            if not pages:
+                self._journal.sync()
+                return
+            self._journal.begin(changes_disk=False)
+            if self._has_parent:
+                self._journal.sync()
+            for first in range(0, len(pages), self._journal.max_pages):
+                group = pages[first : first + self._journal.max_pages]
+                self._journal.log(group)
+                self._journal.sync()
+                self._journal.logged(group)
+
+    def write_pages(self, writes: list[tuple[int, bytes]]) -> None:
+        """Change these bytes of metadata, (offset, bytes), as one: after an interruption all of them or none.
+
+        Nothing else is dirty. They lie in the file, not in the BAT or in a sector bitmap. Raises as `flush` does.
+        """
+        pages: dict[int, bytearray] = {}
+        for offset, raw in writes:
+            for page in range(round_down(offset, SECTOR), offset + len(raw), SECTOR):
+                kept = pages.get(page)
+                if kept is None:
+                    kept = pages[page] = self._load(page)
+                start, stop = max(offset, page), min(offset + len(raw), page + SECTOR)
+                kept[start - page : stop - page] = raw[start - offset : stop - offset]
+        assert not self._dirty_count() and len(pages) <= self._journal.max_pages
+        for page in pages:
+            self._reserve(page)
+        with self._flush_lock:
+            self._write([LogChange(page, SECTOR, bytes(raw)) for page, raw in sorted(pages.items())])
+
+    def close(self) -> None:
+        """Flush, and leave a file with nothing in its log. Raises as `flush` does; see `SyncGuard.finish`."""
+        self.guard.finish(self.settle)
+
+    def settle(self) -> None:
+        """Flush, and leave nothing in the log. Raises as `flush` does."""
+        self.flush()
+        with self._journal_lock:
+            if not self._journal.is_settled:
+                self._journal.sync()
+            self._journal.end()
+            self._begun = False  # the next change begins with the headers as they are then

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CRC-32C (Castagnoli), which protects a VHDX's headers, region tables and log entries.
+
+Decides how it is computed: over numpy tables, because a flush computes it over every page that it logs and no
+library of the core has it. Must not know what it protects.
+
+The CRC is linear: the value over a piece of 512 bytes is the exclusive or of one table entry for each byte, chosen by
+its place and its value; appending a piece shifts the value so far by 512 bytes, which four more tables do.
+
+Source: RFC 3720, appendix B.4 (polynomial 0x1EDC6F41, reflected 0x82F63B78, initial value and final XOR all ones).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vhdkit.units import SECTOR_SIZE
+
+_POLYNOMIAL = 0x82F63B78
+_PIECE = SECTOR_SIZE  # bytes taken at once; the tables for them are 512 KiB
+_BATCH = 2048  # pieces looked up at once: 4 MiB of temporary memory
+_ONES = 0xFFFFFFFF
+
+
+def _byte_table() -> NDArray[np.uint32]:
+    values = np.arange(256, dtype=np.uint32)
+    for _ in range(8):
+        values = np.where(values & 1, values >> 1 ^ np.uint32(_POLYNOMIAL), values >> 1).astype(np.uint32)
+    return values
+
+
+@functools.cache
+def _tables() -> tuple[NDArray[np.uint32], NDArray[np.uint32], list[list[int]]]:
+    """(for one byte, by place in a piece and byte, for each byte of a value the shift by one piece)."""
+    one = _byte_table()
+
+    def shifted(values: NDArray[np.uint32]) -> NDArray[np.uint32]:
+        return np.asarray(values >> 8 ^ one[values & 0xFF], dtype=np.uint32)
+
+    places = np.empty((_PIECE, 256), dtype=np.uint32)
+    places[-1] = one
+    for place in range(_PIECE - 2, -1, -1):
+        places[place] = shifted(places[place + 1])
+    bits = np.left_shift(np.uint32(1), np.arange(32, dtype=np.uint32))
+    for _ in range(_PIECE):
+        bits = shifted(bits)
+    shifts = []
+    for first in range(0, 32, 8):
+        table = np.zeros(256, dtype=np.uint32)
+        for bit in range(8):
+            table[np.arange(256) >> bit & 1 == 1] ^= bits[first + bit]
+        shifts.append(table.tolist())
+    return one, places, shifts
+
+
+def crc32c(data: bytes | bytearray | memoryview, value: int = 0) -> int:
+    """The CRC-32C of `data`; `value` is that of what comes before it."""
+    one, places, shifts = _tables()
+    raw = np.frombuffer(data, dtype=np.uint8)
+    state = value ^ _ONES
+    whole = len(raw) // _PIECE
+    low, second, third, high = shifts
+    for first in range(0, whole, _BATCH):
+        pieces = raw[first * _PIECE : min(first + _BATCH, whole) * _PIECE].reshape(-1, _PIECE)
+        for part in np.bitwise_xor.reduce(places[np.arange(_PIECE), pieces], axis=1).tolist():
+            state = (
+                low[state & 0xFF] ^ second[state >> 8 & 0xFF] ^ third[state >> 16 & 0xFF] ^ high[state >> 24] ^ part
+            )
+    for byte in raw[whole * _PIECE :].tolist():
+        state = state >> 8 ^ int(one[(state ^ byte) & 0xFF])
+    return state ^ _ONES
+
+
+def sealed(raw: bytes, checksum_offset: int) -> bytes:
+    """`raw` with its checksum field, 4 bytes at that offset, made right."""
+    cleared = raw[:checksum_offset] + bytes(4) + raw[checksum_offset + 4 :]
+    return raw[:checksum_offset] + crc32c(cleared).to_bytes(4, "little") + raw[checksum_offset + 4 :]
+
+
+def is_sealed(raw: bytes, checksum_offset: int) -> bool:
+    """True when the checksum field is right."""
+    return sealed(raw, checksum_offset) == raw

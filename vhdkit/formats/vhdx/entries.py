@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which entries of a BAT cannot be true.
+
+Decides which states and places are impossible, and which of that prevents reading. Must not know what the blocks hold.
+
+Source: [MS-VHDX] 2.5.1; blocks in states 1 to 3 may keep an offset, of trimmed space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vhdkit.errors import CorruptImage, CorruptReason
+from vhdkit.formats.vhdx import layout
+from vhdkit.formats.vhdx.bat import Bat, BlockState
+from vhdkit.formats.vhdx.metadata import Metadata
+
+_STATE = np.uint64(layout.BAT_STATE_MASK)
+_OFFSET = np.uint64(layout.BAT_OFFSET_MASK)
+_RESERVED = np.uint64(layout.BAT_RESERVED_MASK)
+
+
+def read_bat(metadata: Metadata) -> Bat:
+    """The table, examined: the image can be read by it. Raises CorruptImage, IoFailed."""
+    bat = Bat.load(metadata.view, metadata.regions.bat.file_offset, metadata.shape)
+    for fault in faults(metadata, bat):
+        raise fault
+    return bat
+
+
+def faults(metadata: Metadata, bat: Bat) -> Iterator[CorruptImage]:
+    """Every entry that the image cannot be read with, as an error; at most one of a kind for a part of the table."""
+    for numbers, entries in bat.used():
+        yield from _state_faults(metadata, bat, numbers, entries)
+        yield from _place_faults(metadata, numbers, entries)
+    yield from _overlaps(metadata, bat)
+    yield from _logged_data(metadata, bat)
+
+
+def reserved_bits(metadata: Metadata, bat: Bat) -> CorruptImage | None:
+    """The first entry with bits that must be zero: other programs refuse it, and the image is not written to."""
+    for numbers, entries in bat.used():
+        for place in np.flatnonzero(entries & _RESERVED)[:1].tolist():
+            number, entry = int(numbers[place]), int(entries[place])
+            return _fault(metadata, number, CorruptReason.BAT_RESERVED, "reserved bits are set", found=f"{entry:#x}")
+    return None
+
+
+def _fault(metadata: Metadata, number: int, reason: CorruptReason, problem: str, **values: Any) -> CorruptImage:
+    return CorruptImage(
+        reason,
+        problem,
+        path=metadata.path,
+        structure=metadata.shape.structure(number),
+        offset_bytes=metadata.regions.bat.file_offset + number * layout.BAT_ENTRY_SIZE,
+        **values,
+    )
+
+
+def _is_bitmap(metadata: Metadata, numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
+    shape = metadata.shape
+    return np.asarray(numbers % (shape.ratio + 1) == shape.ratio)
+
+
+def _is_stored(metadata: Metadata, numbers: NDArray[np.int64], states: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Whether an entry stands for bytes in the file that are used: in an image without parent no bitmap is."""
+    stored = states >= BlockState.FULLY_PRESENT
+    return stored if metadata.items.has_parent else stored & ~_is_bitmap(metadata, numbers)
+
+
+def _state_faults(
+    metadata: Metadata, bat: Bat, numbers: NDArray[np.int64], entries: NDArray[np.uint64]
+) -> Iterator[CorruptImage]:
+    states, is_bitmap = entries & _STATE, _is_bitmap(metadata, numbers)
+    is_block = ~is_bitmap & (_blocks(metadata, numbers) < metadata.shape.block_count)
+    impossible = is_block & ((states == 4) | (states == 5))
+    if metadata.items.has_parent:
+        impossible |= is_bitmap & (states != BlockState.NOT_PRESENT) & (states != BlockState.FULLY_PRESENT)
+    else:
+        impossible |= is_block & (states == BlockState.PARTIALLY_PRESENT)
+    for place in np.flatnonzero(impossible)[:1].tolist():
+        problem = "a state that no such block can have"
+        yield _fault(metadata, int(numbers[place]), CorruptReason.BLOCK_STATE, problem, found=int(states[place]))
+    if not metadata.items.has_parent:
+        return
+    partial = numbers[is_block & (states == BlockState.PARTIALLY_PRESENT)]
+    for chunk in np.unique(partial // (metadata.shape.ratio + 1)).tolist():
+        if bat.bitmap_offset(chunk) < 0:
+            number = int(partial[partial // (metadata.shape.ratio + 1) == chunk][0])
+            problem = f"is partially present, but the sector bitmap of chunk {chunk} is not there"
+            yield _fault(metadata, number, CorruptReason.BITMAP_MISSING, problem)
+            return
+
+
+def _blocks(metadata: Metadata, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+    chunks, within = np.divmod(numbers, metadata.shape.ratio + 1)
+    return np.asarray(chunks * metadata.shape.ratio + within)
+
+
+def _sizes(metadata: Metadata, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many bytes each entry's block has to have in the file. The end of the last one may lie behind the disk's."""
+    shape, block_size = metadata.shape, metadata.items.block_size
+    sizes = np.where(_is_bitmap(metadata, numbers), layout.BITMAP_BLOCK_SIZE, block_size)
+    last = shape.block_entry(shape.block_count - 1)
+    sizes[numbers == last] = metadata.items.size_bytes - (shape.block_count - 1) * block_size
+    return np.asarray(sizes)
+
+
+def _place_faults(
+    metadata: Metadata, numbers: NDArray[np.int64], entries: NDArray[np.uint64]
+) -> Iterator[CorruptImage]:
+    stored = _is_stored(metadata, numbers, entries & _STATE)
+    used = numbers[stored]
+    offsets = (entries[stored] & _OFFSET).astype(np.int64)  # below 2^63 only where possible: see the next line
+    outside = (offsets < layout.HEADER_SECTION_SIZE) | (offsets > layout.MAX_FILE_BYTES)
+    outside |= offsets + _sizes(metadata, used) > metadata.view.size()
+    for place in np.flatnonzero(outside)[:1].tolist():
+        low = 0 <= int(offsets[place]) < layout.HEADER_SECTION_SIZE
+        yield _fault(
+            metadata,
+            int(used[place]),
+            CorruptReason.BLOCK_OVER_METADATA if low else CorruptReason.BLOCK_OUTSIDE_FILE,
+            "lies over the headers" if low else "does not lie inside the file",
+            found=f"byte {int(entries[stored][place] & _OFFSET):#x} of {metadata.view.size()}",
+        )
+
+
+def places(metadata: Metadata, bat: Bat) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """(entry numbers, offsets, sizes in the file) of everything that blocks use, by offset."""
+    parts = [(numbers, entries) for numbers, entries in bat.used()]
+    if not parts:
+        empty = np.zeros(0, dtype=np.int64)
+        return empty, empty, empty
+    numbers, entries = (np.concatenate(column) for column in zip(*parts, strict=True))
+    stored = _is_stored(metadata, numbers, entries & _STATE)
+    numbers, offsets = numbers[stored], (entries[stored] & _OFFSET).astype(np.int64)
+    if len(offsets) > 1 and (offsets[1:] < offsets[:-1]).any():
+        order = np.argsort(offsets, kind="stable")
+        numbers, offsets = numbers[order], offsets[order]
+    return numbers, offsets, _sizes(metadata, numbers)
+
+
+def _overlaps(metadata: Metadata, bat: Bat) -> Iterator[CorruptImage]:
+    """Blocks over each other, and over what is no block."""
+    numbers, offsets, sizes = places(metadata, bat)
+    for place in np.flatnonzero(offsets[1:] < offsets[:-1] + sizes[:-1])[:1].tolist():
+        lower = metadata.shape.structure(int(numbers[place]))
+        problem = f"lies over the block of {lower}"
+        found = f"byte {int(offsets[place + 1]):#x}"
+        yield _fault(metadata, int(numbers[place + 1]), CorruptReason.BLOCKS_OVERLAP, problem, found=found)
+    for name, start, size in metadata.structures():
+        for place in range(*_between(offsets, sizes, start, start + size)):
+            yield _fault(
+                metadata,
+                int(numbers[place]),
+                CorruptReason.BLOCK_OVER_METADATA,
+                f"lies over the {name}",
+                found=f"byte {int(offsets[place]):#x}",
+            )
+            break
+
+
+def _between(offsets: NDArray[np.int64], sizes: NDArray[np.int64], start: int, stop: int) -> tuple[int, int]:
+    """The places, in order of offsets, whose blocks share bytes with a range."""
+    last = int(np.searchsorted(offsets, stop))
+    first = int(np.searchsorted(offsets, start))
+    if first and offsets[first - 1] + sizes[first - 1] > start:
+        first -= 1
+    return first, last
+
+
+def _logged_data(metadata: Metadata, bat: Bat) -> Iterator[CorruptImage]:
+    """A log that was not replayed and would change a guest's data, which no program logs."""
+    if metadata.replay is None:
+        return
+    numbers, offsets, sizes = places(metadata, bat)
+    is_block = ~_is_bitmap(metadata, numbers)
+    numbers, offsets, sizes = numbers[is_block], offsets[is_block], sizes[is_block]
+    for one in metadata.replay.changes:
+        first, last = _between(offsets, sizes, one.file_offset_bytes, one.end_bytes)
+        if first < last:
+            block = metadata.shape.structure(int(numbers[first]))
+            yield CorruptImage(
+                CorruptReason.LOG_OVER_DATA,
+                f"changes byte {one.file_offset_bytes:#x}, in the data of {block}",
+                path=metadata.path,
+                structure="log",
+                offset_bytes=metadata.log[0],
+            )
+            return

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""VHDX as a `Format`: the one door through which the rest of vhdkit reaches the modules beside this one.
+
+Decides nothing of its own; each method names the module that does. What only a few verbs need is imported by the
+method that needs it: `info` starts without the modules that check and repair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from vhdkit import errors
+from vhdkit.errors import CorruptImage, CorruptReason
+from vhdkit.finding import Finding
+from vhdkit.formats.draft import DraftStore
+from vhdkit.formats.format import (
+    Compactable,
+    Consent,
+    CreateRequest,
+    Fix,
+    ImageDetails,
+    Resizable,
+    StructureDump,
+)
+from vhdkit.formats.vhdx.blocks import VhdxImage
+from vhdkit.formats.vhdx.facts import FORMAT_NAME, details_of, facts_of
+from vhdkit.formats.vhdx.header import current_slot, has_identifier, read_headers
+from vhdkit.formats.vhdx.items import inherited
+from vhdkit.formats.vhdx.metadata import read_metadata
+from vhdkit.formats.vhdx.opening import open_vhdx
+from vhdkit.image import ImageFacts, Layer, ParentRef
+from vhdkit.store import ReadStore, Store
+
+_DYNAMIC, _FIXED = "vhdx", "vhdx-fixed"
+
+
+class VhdxFormat:
+    """See `Format`."""
+
+    name = FORMAT_NAME
+    title = "VHDX"
+    suffixes = (".vhdx", ".avhdx")
+    kinds = (_DYNAMIC, _FIXED)
+    child_format = FORMAT_NAME
+    child_suffix = ".avhdx"
+    is_plain = False
+
+    # -- what a file is, without opening it ---------------------------------------------------------------------------
+
+    def probe(self, store: ReadStore) -> bool:
+        """See `Format.probe`: the file begins as every VHDX does."""
+        return has_identifier(store)
+
+    def refuse_name(self, store: ReadStore) -> None:
+        """See `Format.refuse_name`."""
+        raise CorruptImage(
+            CorruptReason.FILE_IDENTIFIER,
+            "the file does not begin as a VHDX does",
+            path=store.name,
+            structure="file type identifier",
+            offset_bytes=0,
+            hint="the file is damaged or is not a VHDX; if it is a raw disk, say --format raw",
+        )
+
+    def facts(self, store: ReadStore) -> ImageFacts:
+        """See `Format.facts`."""
+        return facts_of(read_metadata(store))
+
+    def describe(self, store: ReadStore) -> tuple[ImageFacts, ImageDetails]:
+        """See `Format.describe`."""
+        metadata = read_metadata(store)
+        return facts_of(metadata), details_of(metadata)
+
+    def file_id(self, store: ReadStore) -> bytes | None:
+        """See `Format.file_id`: a VHDX has no id that never changes and that no other image of its chain has."""
+        return None
+
+    def linkage_id(self, store: ReadStore) -> bytes | None:
+        """See `Format.linkage_id`: the current header's DataWriteGuid."""
+        if not has_identifier(store):
+            return None
+        places = read_headers(store)
+        slot = current_slot(places)
+        return None if slot is None else places[slot].header.data_write_guid
+
+    def renewed_id(self, layer: Layer) -> bytes | None:
+        """See `Format.renewed_id`: the DataWriteGuid of this session."""
+        assert isinstance(layer, VhdxImage)
+        return layer.renewed_id
+
+    def parent_ids(self, store: ReadStore) -> frozenset[bytes]:
+        """See `Format.parent_ids`."""
+        if not has_identifier(store):
+            return frozenset()
+        try:
+            parent = read_metadata(store).parent
+        except CorruptImage:
+            return frozenset()
+        return frozenset() if parent is None else frozenset(parent.linkage_ids)
+
+    def claimed_parent(self, store: ReadStore) -> tuple[bytes | None, bool]:
+        """See `Format.claimed_parent`: the metadata of a damaged file name none."""
+        return None, False
+
+    def may_be_changing(self, store: ReadStore, file_id: bytes, sizes_bytes: tuple[int, int]) -> bool:
+        """See `Format.may_be_changing`."""
+        return not has_identifier(store)  # undo logs are made for images that have an id
+
+    def is_torn(self, sector: bytes, before: bytes, after: bytes) -> bool:
+        """See `Format.is_torn`: of two headers only one is written at a time."""
+        return False
+
+    def written_at(self, modified_ns: int) -> int:
+        """See `Format.written_at`: a VHDX records no time of its parent."""
+        return 0
+
+    # -- opening and making -------------------------------------------------------------------------------------------
+
+    def open(self, store: Store, *, writable: bool = False, ignore_bitmaps: bool = False) -> Layer:
+        """See `Format.open`."""
+        return open_vhdx(store, writable=writable)
+
+    def check_block_size(self, block_size_bytes: int) -> None:
+        """See `Format.check_block_size`."""
+        from vhdkit.formats.vhdx import create
+
+        create.check_block_size(block_size_bytes)
+
+    def check_request(self, request: CreateRequest) -> None:
+        """See `Format.check_request`."""
+        from vhdkit.formats.vhdx import create
+
+        if request.preallocate and request.kind not in (_FIXED, "fixed"):
+            raise errors.InvalidArgument("only fixed and raw images can be preallocated")
+        create.check_sector_size(request.sector_bytes)
+        create.check_size(request.size_bytes, request.sector_bytes)
+        create.check_block_size(request.block_size_bytes)
+
+    def create(self, store: Store, request: CreateRequest) -> None:
+        """See `Format.create`; `kind` may also be that of an image, as in its facts."""
+        from vhdkit.formats.vhdx import create
+
+        disk = create.new_disk(request.size_bytes, request.sector_bytes)
+        fixed = request.kind in (_FIXED, "fixed")
+        create.create(store, disk, request.block_size_bytes, fixed=fixed, preallocate=request.preallocate)
+
+    def stream_end(self, kind: str, size_bytes: int) -> bytes | None:
+        """See `Format.stream_end`."""
+        return None
+
+    def create_child(
+        self, store: Store, size_bytes: int, parent: ParentRef, *, block_size_bytes: int, disk: Layer | None = None
+    ) -> None:
+        """See `Format.create_child`: sector sizes and the disk's id are those of `disk`."""
+        from vhdkit.formats.vhdx import create
+
+        if isinstance(disk, VhdxImage):
+            values = create.resized(inherited(disk.metadata.view, disk.metadata.items), size_bytes)
+        else:
+            values = create.new_disk(size_bytes)
+        create.create(store, values, block_size_bytes, parent=parent)
+
+    def relink(self, store: Store, parent: ParentRef) -> None:
+        """See `Format.relink`."""
+        from vhdkit.formats.vhdx.relink import relink
+
+        relink(open_vhdx(store, writable=True), parent)
+
+    # -- looking after ------------------------------------------------------------------------------------------------
+
+    def check(
+        self, store: ReadStore, *, ignore_bitmaps: bool = False, progress: Callable[[int, int], None] | None = None
+    ) -> list[Finding]:
+        """See `Format.check`."""
+        from vhdkit.formats.vhdx.check import check_vhdx
+
+        return check_vhdx(store)
+
+    def repair(self, draft: DraftStore, consent: Consent) -> list[Fix]:
+        """See `Format.repair`. Raises UnsupportedFormat."""
+        raise errors.UnsupportedFormat(
+            "is a VHDX, which cannot be repaired in place",
+            path=draft.name,
+            hint=f"what can be read of it can be converted: vhdkit convert {errors.quoted(draft.name)} COPY.vhdx",
+        )
+
+    def settle(self, draft: DraftStore) -> list[Fix]:
+        """See `Format.settle`: everything is in its usual place."""
+        return []
+
+    def dump(self, store: ReadStore) -> list[StructureDump]:
+        """See `Format.dump`."""
+        from vhdkit.formats.vhdx.dump import dump_vhdx
+
+        return dump_vhdx(store)
+
+    def refuse_foreign_writer(self, layer: Layer) -> None:
+        """See `Format.refuse_foreign_writer`: nothing in the file says that a program writes to it."""
+
+    def drop_unreferenced(self, layer: Layer) -> None:
+        """See `Format.drop_unreferenced`: nothing is written."""
+
+    def resizable(self, layer: Layer) -> Resizable | None:
+        """See `Format.resizable`."""
+        return None
+
+    def compactable(self, layer: Layer) -> Compactable | None:
+        """See `Format.compactable`."""
+        return None
+
+
+VHDX = VhdxFormat()

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The log and the headers of an image that is written to: what must be durable before what.
+
+Decides which part of the ring is free, where an entry's tail points, and in which order header slots change. Must not
+know what is in the pages that it logs: `commit` says which, and when.
+
+    first change of a session
+        an empty entry with a new log id, at the log's start                    -> sync
+        a header with new ids that names this log, in the slot not current      -> sync
+        the same in the other slot                                              (synced with whatever comes next)
+    a group of pages     an entry with their bytes -> sync -> the same bytes in their places   (synced with the next)
+    close                header without log -> sync, the same in the other slot -> sync
+
+- `INV-LOG-WHOLE`: at every moment the newest durable entry and all entries from its tail on are in the ring. So the
+space that is free lies before the tail *that the newest durable entry records*, not before the tail in memory: should
+the next entry be torn, the file is still opened by the one before it.
+- `INV-HEADER-PAIR`: a slot is written only while the other one holds a valid header that is durable.
+
+Source: [MS-VHDX] 2.2.2.1, 2.3.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections import deque
+from dataclasses import dataclass, replace
+
+from vhdkit.formats.guard import SyncGuard
+from vhdkit.formats.vhdx import layout, log
+from vhdkit.formats.vhdx.crc import sealed
+from vhdkit.formats.vhdx.header import HeaderPlace, current_header, read_headers
+from vhdkit.formats.vhdx.layout import Header
+from vhdkit.formats.vhdx.log import SECTOR, LogChange
+from vhdkit.image import NULL_ID
+from vhdkit.store import Store
+from vhdkit.units import MIB, round_down, round_up
+
+_SPARE_SECTORS = 2  # for an empty entry that frees the ring, and so that the ring is never full to the last sector
+_RANDOM_BITS = 60  # of the first sequence number of a session, as Windows chooses it
+
+
+@dataclass(slots=True)
+class _Logged:
+    """An entry in the ring that counts; `pages` are those that are not written in their places yet."""
+
+    offset: int
+    pages: list[LogChange]
+
+
+class Journal:
+    """The log of one image. One caller at a time.
+
+    `place` is the current header, `place_of_log` (offset, size) of a log that holds nothing to replay.
+    """
+
+    def __init__(self, store: Store, place: HeaderPlace, place_of_log: tuple[int, int], guard: SyncGuard) -> None:
+        self._store = store
+        self._guard = guard
+        self._slot = place.slot
+        self._header = place.header
+        self._log_offset, self._log_size = place_of_log
+        self._other_due = False  # the slot that is not current still has to get the newest header
+        self._synced_size = 0  # of the file, at the last sync
+        self._head = 0  # where the next entry goes
+        self._durable_tail = 0  # what the newest durable entry says
+        self._unsettled: deque[_Logged] = deque()
+        self._sequence = 0
+        self._has_log = False  # this session has a log id, in a durable header
+        self._has_file_guid = False
+        self._has_data_guid = False
+        self._next_data_guid = uuid.uuid4().bytes  # known before it is used: children record it first
+        self._is_quiet = False  # nothing is in the log, and another opening may write headers meanwhile
+
+    @property
+    def renewed_id(self) -> bytes | None:
+        """The DataWriteGuid that the next change of the disk brings; None if this session has brought it already."""
+        return None if self._has_data_guid else self._next_data_guid
+
+    @property
+    def header(self) -> Header:
+        """The current header."""
+        return self._header
+
+    @property
+    def max_pages(self) -> int:
+        """The most pages that one entry can hold."""
+        sectors = self._log_size // SECTOR - _SPARE_SECTORS - 1
+        pages = sectors - 1
+        while log.entry_size(pages) > sectors * SECTOR:
+            pages -= 1
+        return pages
+
+    def sync(self) -> None:
+        """Make everything written so far durable. Raises SyncFailed."""
+        size = self._store.size()
+        settled = sum(not one.pages for one in self._unsettled)
+        self._guard.sync()
+        self._synced_size = size
+        for _ in range(settled):  # the oldest ones: pages are put in their places in the order of their entries
+            self._unsettled.popleft()
+        self._other_due = False
+
+    # -- sessions ---------------------------------------------------------------------------------------------------
+
+    def begin(self, *, changes_disk: bool, needs_log: bool = True) -> None:
+        """Be ready for a change of the file, or of what a guest sees. Raises SyncFailed, NoSpace, IoFailed."""
+        if self._has_file_guid and (self._has_data_guid or not changes_disk) and (self._has_log or not needs_log):
+            return
+        if self._is_quiet:
+            self._read_headers()
+        header = self._header
+        if not self._has_file_guid:
+            header = replace(header, file_write_guid=uuid.uuid4().bytes)
+        if changes_disk and not self._has_data_guid:
+            header = replace(header, data_write_guid=self._next_data_guid)
+        if needs_log and not self._has_log:
+            header = replace(header, log_guid=self._start_log())
+        self._write_header(header)
+        self._has_file_guid = True
+        self._has_data_guid |= changes_disk
+        self._has_log |= needs_log
+
+    def forget(self) -> None:
+        """What the log held was put in its places: take its id from both headers, durable. Raises SyncFailed."""
+        self.sync()
+        self._write_header(replace(self._header, file_write_guid=uuid.uuid4().bytes, log_guid=NULL_ID))
+        self._has_file_guid = True
+        self.sync()
+
+    def _start_log(self) -> bytes:
+        """Put an empty entry of a new log id into the ring, durable; the header does not name it yet."""
+        if not self._has_log:
+            for offset, size, is_data in list(self._store.data_runs(self._log_offset, self._log_size)):
+                if not is_data:  # a flush must not fail for want of space
+                    self._store.reserve(offset, size)
+            self.sync()
+        log_guid = uuid.uuid4().bytes
+        self._sequence = uuid.uuid4().int % (1 << _RANDOM_BITS) + 1
+        self._put_empty(log_guid)  # behind a log of this session: that is what the headers name until they change
+        return log_guid
+
+    def _put_empty(self, log_guid: bytes) -> None:
+        """Write an entry without pages that is its own tail, durable: the rest of the ring is free then."""
+        assert self.is_settled
+        self._write_entry(self._head, [], log_guid)
+        self.sync()
+        self._durable_tail = self._head
+        self._head = (self._head + SECTOR) % self._log_size
+        self._sequence += 1
+
+    def new_log(self) -> None:
+        """Forget the log so far for good: entries in front of the tail, too, which some programs replay.
+
+        For space that the log wrote metadata to, before it is given to blocks. Everything is settled. Raises as
+        `begin` does.
+        """
+        self._write_header(replace(self._header, log_guid=self._start_log()))
+
+    def _write_header(self, header: Header) -> None:
+        """Make `header`, with the next number, the current one, durable; the other slot gets it with the next sync."""
+        if self._other_due:
+            self.sync()
+        self._put_header(1 - self._slot, header)
+        self.sync()
+        self._put_header(1 - self._slot, header)
+        self._other_due = True
+
+    def _put_header(self, slot: int, header: Header) -> None:
+        number = self._header.sequence_number + 1
+        header = replace(
+            header,
+            sequence_number=number,
+            log_version=layout.LOG_VERSION,
+            log_offset=self._log_offset,
+            log_length=self._log_size,
+        )
+        raw = layout.build_header(header).ljust(layout.HEADER_SIZE, b"\0")
+        self._store.pwrite(layout.HEADER_OFFSETS[slot], sealed(raw, layout.HEADER_CHECKSUM_OFFSET))
+        self._slot, self._header = slot, header
+
+    def end(self) -> None:
+        """Take the log's id from both headers, durable. Everything is settled. Raises SyncFailed, IoFailed."""
+        assert self.is_settled
+        if self._has_log:
+            self._write_header(replace(self._header, log_guid=NULL_ID))
+            self._has_log = False
+        if self._other_due:
+            self.sync()
+        self._is_quiet = True
+
+    def _read_headers(self) -> None:
+        """Go by the headers as they are now: another opening of the file may have written them."""
+        place = current_header(self._store.name, read_headers(self._store))
+        self._slot, self._header = place.slot, place.header
+        self._is_quiet = False
+
+    # -- entries ----------------------------------------------------------------------------------------------------
+
+    @property
+    def is_settled(self) -> bool:
+        """True when every page that was logged is durable in its place."""
+        return not self._unsettled
+
+    def log(self, pages: list[LogChange]) -> None:
+        """Write an entry with these pages, at most `max_pages`; it counts once `sync` has returned.
+
+        Raises NoSpace, IoFailed; then the entry does not count, and its place is used again.
+        """
+        assert self._has_log and 0 < len(pages) <= self.max_pages
+        self._apply()
+        if self._free_bytes() < log.entry_size(len(pages)) + _SPARE_SECTORS * SECTOR:
+            self.sync()
+            self._put_empty(self._header.log_guid)
+        self._write_entry(self._head, pages, self._header.log_guid)
+
+    def logged(self, pages: list[LogChange]) -> None:
+        """The entry with these pages, the last one of `log`, is durable: put them in their places.
+
+        Raises NoSpace, IoFailed: nothing is lost then, and the entry stays in the log.
+        """
+        self._durable_tail = self._tail()
+        self._unsettled.append(_Logged(self._head, pages))
+        self._head = (self._head + log.entry_size(len(pages))) % self._log_size
+        self._sequence += 1
+        self._apply()
+
+    def _apply(self) -> None:
+        """Put the pages of every entry that counts in their places; the next call tries again what fails."""
+        for entry in self._unsettled:
+            for one in entry.pages:
+                assert one.data is not None
+                self._store.pwrite(one.file_offset_bytes, one.data)
+            entry.pages = []
+
+    def _tail(self) -> int:
+        """The offset of the oldest entry that is still needed, the next one included."""
+        return self._unsettled[0].offset if self._unsettled else self._head
+
+    def _free_bytes(self) -> int:
+        used = (self._head - self._durable_tail) % self._log_size
+        return self._log_size - used
+
+    def _write_entry(self, offset: int, pages: list[LogChange], log_guid: bytes) -> None:
+        raw = log.build_entry(
+            log_guid,
+            self._sequence,
+            self._tail(),
+            pages,
+            flushed_file_offset=round_down(self._synced_size, MIB),
+            last_file_offset=round_up(self._store.size(), MIB),
+        )
+        split = min(len(raw), self._log_size - offset)
+        self._store.pwrite(self._log_offset + offset, raw[:split])
+        if split < len(raw):
+            self._store.pwrite(self._log_offset, raw[split:])

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The region tables of a VHDX: where the BAT and the metadata lie, and what else claims a place.
+
+Decides which of the two tables to believe, and what is refused: a required region that is unknown, and places that
+cannot be. Must not know what is in a region.
+
+Unknown regions that are not required stay where they are; nothing may be written over them.
+
+Source: [MS-VHDX] 2.2.3.
+"""
+
+from __future__ import annotations
+
+import itertools
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+from vhdkit.errors import CorruptImage, CorruptReason
+from vhdkit.finding import Finding, Severity
+from vhdkit.formats.vhdx import layout
+from vhdkit.formats.vhdx.crc import is_sealed, sealed
+from vhdkit.formats.vhdx.layout import RegionEntry, RegionTableHeader
+from vhdkit.store import ReadStore
+
+_KNOWN = {layout.REGION_BAT: "BAT region", layout.REGION_METADATA: "metadata region"}
+
+
+@dataclass(frozen=True, slots=True)
+class Regions:
+    """The regions of a file; `findings` are about the table that was not needed."""
+
+    bat: RegionEntry
+    metadata: RegionEntry
+    others: tuple[RegionEntry, ...]
+    findings: tuple[Finding, ...] = ()
+
+    def places(self) -> list[tuple[str, int, int]]:
+        """(name, offset, size) of every region, in bytes."""
+        return [(name_of(one), one.file_offset, one.length) for one in (self.bat, self.metadata, *self.others)]
+
+
+def name_of(region: RegionEntry) -> str:
+    """How messages call a region."""
+    return _KNOWN.get(region.guid, f"region {uuid.UUID(bytes=region.guid)}")
+
+
+def table_name(copy: int) -> str:
+    """How messages call a region table."""
+    return f"region table {copy + 1}"
+
+
+def table_state(raw: bytes) -> str:
+    """What the bytes of a region table are worth: "good", or what is wrong with it as a whole."""
+    if len(raw) < layout.REGION_TABLE_SIZE:
+        return "outside the file"
+    if not raw.startswith(layout.REGION_SIGNATURE):
+        return "no region table here"
+    if not is_sealed(raw, layout.HEADER_CHECKSUM_OFFSET):
+        return "checksum wrong"
+    return "good"
+
+
+def read_table(store: ReadStore, copy: int) -> bytes:
+    """The bytes of a copy of the table, fewer at the end of the file."""
+    return store.pread(layout.REGION_TABLE_OFFSETS[copy], layout.REGION_TABLE_SIZE)
+
+
+def read_regions(store: ReadStore, log: tuple[int, int]) -> Regions:
+    """The regions by the first table that is intact; `log` is (offset, size) of the log. Raises CorruptImage."""
+    tables = [read_table(store, copy) for copy in range(2)]
+    states = [table_state(raw) for raw in tables]
+    if "good" not in states:
+        raise CorruptImage(
+            CorruptReason.REGION_TABLE,
+            f"neither region table is intact (table 1: {states[0]}, table 2: {states[1]})",
+            path=store.name,
+            structure=table_name(0),
+            offset_bytes=layout.REGION_TABLE_OFFSETS[0],
+        )
+    copy = states.index("good")
+    findings = [
+        Finding(
+            Severity.WARNING,
+            "region-table-damaged",
+            f"{states[other]}; the image is read by the other table",
+            store.name,
+            table_name(other),
+            layout.REGION_TABLE_OFFSETS[other],
+        )
+        for other in range(2)
+        if states[other] != "good"
+    ]
+    entries = parse_entries(store.name, tables[copy], copy)
+    return _examined(store, entries, copy, log, tuple(findings))
+
+
+def parse_entries(path: str, raw: bytes, copy: int) -> list[RegionEntry]:
+    """The entries of an intact table. Raises CorruptImage for more than there can be."""
+    count = layout.parse_region_table(raw[: layout.REGION_TABLE_HEADER_SIZE]).entry_count
+    if count > layout.MAX_REGIONS:
+        raise CorruptImage(
+            CorruptReason.REGION_TABLE,
+            "too many entries",
+            expected=f"at most {layout.MAX_REGIONS}",
+            found=count,
+            **_where(path, copy, None),
+        )
+    starts = (layout.REGION_TABLE_HEADER_SIZE + number * layout.REGION_ENTRY_SIZE for number in range(count))
+    return [layout.parse_region_entry(raw[start : start + layout.REGION_ENTRY_SIZE]) for start in starts]
+
+
+def _where(path: str, copy: int, number: int | None) -> dict[str, Any]:
+    offset = layout.REGION_TABLE_OFFSETS[copy]
+    if number is None:
+        return {"path": path, "structure": table_name(copy), "offset_bytes": offset}
+    entry = offset + layout.REGION_TABLE_HEADER_SIZE + number * layout.REGION_ENTRY_SIZE
+    return {"path": path, "structure": f"{table_name(copy)}, entry {number + 1}", "offset_bytes": entry}
+
+
+def _examined(
+    store: ReadStore, entries: list[RegionEntry], copy: int, log: tuple[int, int], findings: tuple[Finding, ...]
+) -> Regions:
+    seen: dict[bytes, RegionEntry] = {}
+    for number, one in enumerate(entries):
+        where = _where(store.name, copy, number)
+        if one.guid in seen:
+            raise CorruptImage(CorruptReason.REGION_ENTRY, f"a second {name_of(one)}", **where)
+        if one.guid not in _KNOWN and one.required & layout.REGION_REQUIRED:
+            raise CorruptImage(
+                CorruptReason.REGION_REQUIRED,
+                f"{name_of(one)} is unknown, and marked as required to read the image",
+                hint="the file needs a newer program than this one",
+                **where,
+            )
+        _check_place(store, one, where)
+        seen[one.guid] = one
+    for wanted, name in _KNOWN.items():
+        if wanted not in seen:
+            raise CorruptImage(CorruptReason.REGION_ENTRY, f"no {name}", **_where(store.name, copy, None))
+    _check_apart(store.name, entries, copy, log)
+    others = tuple(one for one in entries if one.guid not in _KNOWN)
+    return Regions(seen[layout.REGION_BAT], seen[layout.REGION_METADATA], others, findings)
+
+
+def _check_place(store: ReadStore, one: RegionEntry, where: dict[str, Any]) -> None:
+    aligned = one.file_offset % layout.ALIGNMENT == 0 and one.length % layout.ALIGNMENT == 0
+    if not aligned or one.length == 0 or one.file_offset < layout.HEADER_SECTION_SIZE:
+        raise CorruptImage(
+            CorruptReason.REGION_ENTRY,
+            f"{name_of(one)} has an impossible place",
+            expected="whole mebibytes behind the first",
+            found=f"{one.length} bytes at byte {one.file_offset:#x}",
+            **where,
+        )
+    if one.guid in _KNOWN and one.file_offset + one.length > store.size():
+        raise CorruptImage(
+            CorruptReason.REGION_OUTSIDE_FILE,
+            f"{name_of(one)} reaches past the end of the file",
+            found=f"{one.length} bytes at byte {one.file_offset:#x} of a file of {store.size()} bytes",
+            **where,
+        )
+
+
+def _check_apart(path: str, entries: list[RegionEntry], copy: int, log: tuple[int, int]) -> None:
+    places = sorted([("log", *log), *((name_of(one), one.file_offset, one.length) for one in entries)], key=_start)
+    for (lower, start, size), (upper, offset, _) in itertools.pairwise(places):
+        if offset < start + size:
+            raise CorruptImage(
+                CorruptReason.STRUCTURES_OVERLAP,
+                f"begins inside the {lower}",
+                path=path,
+                structure=upper,
+                offset_bytes=offset,
+            )
+
+
+def _start(place: tuple[str, int, int]) -> int:
+    return place[1]
+
+
+def build_table(entries: list[RegionEntry]) -> bytes:
+    """The 64 KiB of a region table."""
+    head = layout.build_region_table(RegionTableHeader(layout.REGION_SIGNATURE, 0, len(entries), 0))
+    raw = head + b"".join(layout.build_region_entry(one) for one in entries)
+    return sealed(raw.ljust(layout.REGION_TABLE_SIZE, b"\0"), layout.HEADER_CHECKSUM_OFFSET)

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A VHDX with a log that was not replayed, seen as it will be once it is.
+
+Decides where the log may lie, what a sequence of entries does to the file, and what it may not touch. Must not know
+which structures it changes: whether a page lies over a guest's data is examined in `metadata`, when the BAT is known.
+
+A file is never changed by reading it: metadata are read through a `PatchedStore`, and a guest's data, which the log
+never holds, from the file itself.
+
+Source: [MS-VHDX] 2.3.3.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass
+from typing import Any
+
+from vhdkit.errors import CorruptImage, CorruptReason
+from vhdkit.formats.patched import PatchedStore, Patches
+from vhdkit.formats.vhdx import layout, log
+from vhdkit.formats.vhdx.header import HeaderPlace, is_dirty
+from vhdkit.formats.vhdx.log import Entry, LogChange
+from vhdkit.store import ReadStore
+from vhdkit.units import MIB, format_size
+
+_MAX_CHANGES = 1 << 19  # in one sequence: twice the pages of the largest log
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """What the log holds: `view` is the file as it will be, `changes` are apart from each other, in file order."""
+
+    view: PatchedStore
+    entries: tuple[Entry, ...]
+    changes: tuple[LogChange, ...]
+
+
+def log_place(store: ReadStore, place: HeaderPlace) -> tuple[int, int]:
+    """(offset, size) of the log. Raises CorruptImage for one that cannot be."""
+    header = place.header
+    where: dict[str, Any] = {"path": store.name, "structure": place.structure, "offset_bytes": place.offset_bytes}
+    if header.log_version != layout.LOG_VERSION and is_dirty(header):
+        raise CorruptImage(
+            CorruptReason.LOG_VERSION,
+            "the log has an unknown version, and changes in it that are not in their places yet",
+            expected=layout.LOG_VERSION,
+            found=header.log_version,
+            **where,
+        )
+    offset, size = header.log_offset, header.log_length
+    if size == 0 and not is_dirty(header):
+        return layout.HEADER_SECTION_SIZE, 0
+    possible = offset % MIB == 0 and offset >= layout.HEADER_SECTION_SIZE and size % MIB == 0
+    if not (possible and 0 < size <= layout.MAX_LOG_BYTES and offset + size <= store.size()):
+        raise CorruptImage(
+            CorruptReason.LOG_PLACE,
+            "the log has an impossible place",
+            expected=f"whole mebibytes behind the first, inside the file, at most {format_size(layout.MAX_LOG_BYTES)}",
+            found=f"{size} bytes at byte {offset:#x} of a file of {store.size()} bytes",
+            **where,
+        )
+    return offset, size
+
+
+def read_log(store: ReadStore, place: HeaderPlace) -> Replay | None:
+    """What the log of the current header does; None if there is nothing to replay. Raises CorruptImage, IoFailed."""
+    offset, size = log_place(store, place)
+    if not is_dirty(place.header):
+        return None
+    where: dict[str, Any] = {"path": store.name, "structure": "log", "offset_bytes": offset}
+
+    def ring(start: int, count: int) -> bytes:
+        raw = store.pread(offset + start, min(count, size - start))
+        return raw if start + count <= size else raw + store.pread(offset, start + count - size)
+
+    entries = log.find_entries(ring, size, place.header.log_guid, _heads(store, offset, size))
+    sequence = log.active_sequence(entries, size)
+    if not sequence:
+        raise CorruptImage(
+            CorruptReason.LOG_SEQUENCE,
+            "the log says that it holds changes, but has no whole sequence of entries: the file was damaged, or copied"
+            " while it was written to",
+            hint="see docs/recovery.md; a copy made while no program has the image open reads well",
+            **where,
+        )
+    newest = sequence[-1].header
+    if store.size() < newest.flushed_file_offset:
+        raise CorruptImage(
+            CorruptReason.LOG_TRUNCATED,
+            "the file is shorter than its log says: it was cut short",
+            expected=f"at least {newest.flushed_file_offset} bytes",
+            found=f"{store.size()} bytes",
+            **where,
+        )
+    end = newest.last_file_offset
+    if end > layout.MAX_FILE_BYTES:
+        raise _misplaced("says that the file ends", end, where, offset + sequence[-1].offset_bytes)
+    changes = _changes(sequence, ring, (offset, size), where)
+    patches = Patches()
+    for one in changes:
+        patches.lay(one.file_offset_bytes, one.end_bytes, one.data)
+    view_size = max([store.size(), end, *(one.end_bytes for one in changes[-1:])])
+    return Replay(PatchedStore(store, view_size, patches), tuple(sequence), tuple(changes))
+
+
+def _heads(store: ReadStore, offset: int, size: int) -> list[int]:
+    """The offsets in the log of all sectors that begin like an entry. Holes are not read."""
+    heads = []
+    for start, length, may_hold_data in store.data_runs(offset, size):
+        if not may_hold_data:
+            continue
+        first = start - (start - offset) % log.SECTOR
+        for position in range(first, start + length, MIB):
+            raw = store.pread(position, min(MIB, start + length - position))
+            heads += [
+                position - offset + place
+                for place in range(0, len(raw), log.SECTOR)
+                if raw.startswith(layout.LOG_ENTRY_SIGNATURE, place)
+            ]
+    return sorted(set(heads))
+
+
+def _changes(
+    sequence: list[Entry], ring: log.Ring, log_range: tuple[int, int], where: dict[str, Any]
+) -> list[LogChange]:
+    """What is left of all changes once later ones have replaced earlier ones, in file order."""
+    count = sum(one.header.descriptor_count for one in sequence)
+    if count > _MAX_CHANGES:
+        raise CorruptImage(
+            CorruptReason.LOG_ENTRY, "too many changes", expected=f"at most {_MAX_CHANGES}", found=count, **where
+        )
+    changes: list[LogChange] = []
+    for entry in sequence:
+        for one in entry.changes(ring):
+            _check_target(one, log_range, where, log_range[0] + entry.offset_bytes)
+            if one.size_bytes:
+                changes.append(one)
+    return _last_ones(changes)
+
+
+def _check_target(one: LogChange, log_range: tuple[int, int], where: dict[str, Any], entry_offset: int) -> None:
+    """Refuse a range that the log of no program changes: identifier, headers, the log itself, behind every file."""
+    start, stop = one.file_offset_bytes, one.end_bytes
+    if start % log.SECTOR or stop % log.SECTOR:
+        raise _misplaced("changes a part of a page", start, where, entry_offset)
+    if start < layout.REGION_TABLE_OFFSETS[0]:
+        raise _misplaced("changes the headers", start, where, entry_offset)
+    if stop > layout.MAX_FILE_BYTES:
+        raise _misplaced("changes a place", stop, where, entry_offset)
+    if start < sum(log_range) and stop > log_range[0]:
+        raise _misplaced("changes the log itself", start, where, entry_offset)
+
+
+def _misplaced(what: str, place: int, where: dict[str, Any], entry_offset: int) -> CorruptImage:
+    where = where | {"structure": "log entry", "offset_bytes": entry_offset}
+    return CorruptImage(CorruptReason.LOG_OFFSET, f"{what}, at byte {place:#x}, which no program logs", **where)
+
+
+def _last_ones(changes: list[LogChange]) -> list[LogChange]:
+    """The ranges that the last change to each byte leaves, in file order.
+
+    Goes backwards over the changes, and paints what is not painted yet; painted places are skipped in one step.
+    """
+    edges = sorted({edge for one in changes for edge in (one.file_offset_bytes, one.end_bytes)})
+    painter: list[LogChange | None] = [None] * len(edges)
+    following = list(range(len(edges) + 1))  # the next place that is not painted, or a step towards it
+
+    def unpainted(place: int) -> int:
+        root = place
+        while following[root] != root:
+            root = following[root]
+        while following[place] != root:
+            following[place], place = root, following[place]
+        return root
+
+    for one in reversed(changes):
+        stop = bisect_left(edges, one.end_bytes)
+        place = unpainted(bisect_left(edges, one.file_offset_bytes))
+        while place < stop:
+            painter[place] = one
+            following[place] = place + 1
+            place = unpainted(place)
+    left: list[LogChange] = []
+    for place, top in enumerate(painter):
+        if top is None:
+            continue
+        start, stop = edges[place], edges[place + 1]
+        data = top.data
+        if data is not None:
+            data = data[start - top.file_offset_bytes : stop - top.file_offset_bytes]
+        elif left and left[-1].data is None and left[-1].end_bytes == start:
+            start = left.pop().file_offset_bytes
+        left.append(LogChange(start, stop - start, data))
+    return left
