@@ -197,7 +197,7 @@ def test_refused_snapshot_verbs(machines: Machines) -> None:
         web.apply("a")
     with pytest.raises(WrongState, match="does not run"):
         web.create("b", consistent=True)
-    with pytest.raises(InvalidSpec, match="no mode"):
+    with pytest.raises(InvalidSpec, match="unknown mode"):
         web.create("b", mode="magic")
     with pytest.raises(InvalidSpec):
         web.set_limit(0)

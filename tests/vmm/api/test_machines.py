@@ -107,7 +107,7 @@ def test_items_of_a_machine_that_is_off(machines: Machines) -> None:
     with api.reach("web") as machine:
         assert machine.items() == {"host": {"role": "front end"}, "guest": {}}
         assert machine.get_item("role").pool == "host"
-        with pytest.raises(AssertionError, match="opens it"):
+        with pytest.raises(AssertionError, match="must be opened to be changed"):
             machine.delete_item("role")
 
 
@@ -122,7 +122,7 @@ def test_a_machine_opened_without_its_lock_cannot_be_changed(machines: Machines)
             lambda: machine.delete_snapshot("a"),
             machine.discard_saved,
         ):
-            with pytest.raises(AssertionError, match="opens it"):
+            with pytest.raises(AssertionError, match="must be opened to be changed"):
                 change()
 
 

@@ -72,7 +72,7 @@ def test_disks_of_a_running_machine(manager: Manager, tmp_path: Path) -> None:
     assert "stays" in good("disk", "remove", "small", "disk-1")
     assert "has no disk" in failure("disk", "remove", "small", "disk-1", code=1)
     assert "is not a size" in failure("disk", "resize", "small", "disk-0", "big", code=2)
-    assert "either" in failure("disk", "add", "small", "x", "--cdrom", "--pass-through", code=2)
+    assert "mutually exclusive" in failure("disk", "add", "small", "x", "--cdrom", "--pass-through", code=2)
     assert "name an IMAGE" in failure("disk", "add", "small", code=2)
 
 
