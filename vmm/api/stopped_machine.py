@@ -175,7 +175,7 @@ class StoppedMachine(LocalMachine):
         from vmm.snapshots.dependents import refuse_older
 
         machine, tell = self.opened, partial(add_event, self.place.machine.events)
-        with disk_copies.told_when_failed(tell, folder), ends_with_us("the backup"):
+        with disk_copies.recording_failure(tell, folder), ends_with_us("the backup"):
             disks = disk_copies.disks_to_copy(machine.spec)
             disk_copies.check_target(folder)
             refuse_older(machine, load_tree(machine.paths))

@@ -151,16 +151,16 @@ def parent_words(disk: DiskSpec) -> list[str]:
 def error_in(said: bytes, disk: DiskSpec) -> VmmError:
     """The error that a `vhdkit … --json` process reported on its standard error."""
     with contextlib.suppress(ValueError, IndexError, KeyError, TypeError):
-        told = json.loads(said.strip().splitlines()[-1])["error"]
-        problem, hint = str(told.get("problem") or told["message"]), hint_of_vhdkit(told.get("hint"))
-        error = StoreFailed(problem, path=told.get("path"), hint=hint)
-        error.exit_code = int(told["exit_code"])
+        reported = json.loads(said.strip().splitlines()[-1])["error"]
+        problem, hint = str(reported.get("problem") or reported["message"]), hint_of_vhdkit(reported.get("hint"))
+        error = StoreFailed(problem, path=reported.get("path"), hint=hint)
+        error.exit_code = int(reported["exit_code"])
         return error
     return StoreFailed("could not be copied", path=disk.path)
 
 
 @contextlib.contextmanager
-def told_when_failed(tell: Callable[..., None], target: str) -> Iterator[None]:
+def recording_failure(tell: Callable[..., None], target: str) -> Iterator[None]:
     """Record an event with the reason if this block fails or is interrupted, for instance by Ctrl-C."""
     try:
         yield

@@ -95,7 +95,7 @@ class Supervisor:
         self._lock = lock
         self._listener: socket.socket | None = None
         note = SupervisorNote.read(runtime) or SupervisorNote()
-        worker = WorkerNote.read(runtime) if ready is None else None  # at the first start there is no worker yet
+        worker = WorkerNote.read(runtime) if ready is None else None  # at the first start no worker exists yet
         self._is_first_start = note.server is None  # later on, a snapshot may have moved the leaf
         self._server = _Kept(note.server)
         self._worker = _Kept(worker.worker if worker is not None else note.worker)
@@ -269,10 +269,10 @@ def last_error_in(log_path: str, status: int | None) -> dict[str, Any]:
         file.seek(max(0, size - _TAIL_BYTES))
         last = json.loads(file.read().strip().split(b"\n")[-1])
         if status is not None and status > 0 and isinstance(last.get("error"), dict):
-            told = last["error"]
-            error = StoreFailed(str(told.get("problem") or told.get("message")), path=told.get("path"),
-                                hint=hint_of_vhdkit(told.get("hint")))  # fmt: skip
-            return to_document(error) | {"exit_code": told.get("exit_code", error.exit_code)}
+            found = last["error"]
+            error = StoreFailed(str(found.get("problem") or found.get("message")), path=found.get("path"),
+                                hint=hint_of_vhdkit(found.get("hint")))  # fmt: skip
+            return to_document(error) | {"exit_code": found.get("exit_code", error.exit_code)}
     if status == NoSpace.exit_code:  # there was no room even for the message
         return to_document(NoSpace("the disk server found no space left", path=log_path))
     if status is None:

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from vmm.kvm.process import Identity
     from vmm.store.registry import Changing, Machine
 
-COME_BACK_SECONDS = 20.0  # for a worker to be back
+COME_BACK_SECONDS = 20.0  # for a worker to be restarted
 START_SECONDS = 120.0  # without any message from the worker
 END_SECONDS = 60.0  # for all processes of the machine to end
 STATUS_SECONDS = 10.0
@@ -82,7 +82,7 @@ class MachineRef:
 
 
 def _id_in(machine: MachinePaths) -> str | None:
-    """The id in a machine's definition; None if there is no valid one."""
+    """The id in a machine's definition; None if it has no valid one."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         with open(machine.definition, "rb") as file:
             machine_id = json.loads(file.read(_MAX_DEFINITION_BYTES))["id"]

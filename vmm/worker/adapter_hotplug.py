@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The adapters of a running machine: plugged in when it starts or while it runs, and unplugged when it is off.
+"""The adapters of a running machine: connected when it starts or while it runs, and disconnected when it is off.
 
 Decides in which order an adapter reaches the switch, QEMU and the definition, and that the machines that use a switch
-start its process again when it dies, and join it again when it was deleted and made anew. Joins `net`, which knows
-switches, with `kvm`, which knows QEMU; neither knows the other. What an adapter is made of is decided in
-`net.adapter`, which is imported only if there is one, so a machine without adapters starts without it.
+restart its process when it dies, and join it again when it was deleted and created anew. Connects `net`, which knows
+switches, with `kvm`, which knows QEMU; neither knows the other. What an adapter consists of is decided in
+`net.adapter`, which is imported only if the machine has adapters, so that others start without it.
 """
 
 from __future__ import annotations
@@ -37,27 +37,27 @@ if TYPE_CHECKING:
     from vmm.net.joining import Joined
 
 WATCH_SECONDS = 0.5
-UNPLUG_SECONDS = 20.0  # for the guest to let go of an adapter
+UNPLUG_SECONDS = 20.0  # for the guest to release an adapter
 _LOOK_SECONDS = 0.05
 _LIVE = (MachineState.RUNNING, MachineState.PAUSED)
 
 
 def owner_of(spec: MachineSpec, runtime_folder: str, identity: Identity | None) -> Owner:
-    """The machine as the network's rooms know it."""
+    """The machine as an owner of ports and devices in the network."""
     from vmm.net.adapter import Owner
 
     return Owner(spec.id, runtime_folder, None if identity is None else identity.owner)
 
 
 def slot_of(adapter: AdapterSpec, spec: MachineSpec) -> int:
-    """The adapter's place on the bus: it follows from its id, so that others can come and go."""
+    """The adapter's slot on the bus, derived from its id, so that adding and removing others does not change it."""
     found = re.fullmatch(r"nic-(\d|1[01])", adapter.id)
     number = int(found[1]) if found else [one.id for one in spec.adapters].index(adapter.id)
     return adapter_slot(number)
 
 
 def described(adapter: AdapterSpec, spec: MachineSpec, plugged: Plugged) -> Adapter:
-    """The adapter's description for QEMU, with its place on the bus and in the order of booting."""
+    """The adapter's description for QEMU, with its slot on the bus and its place in the boot order."""
     device = {**plugged.device, "bus": "pci.0", "addr": f"{slot_of(adapter, spec):#x}"}
     if adapter.kind == "legacy" and (number := boot_indices(spec).get(adapter.id)) is not None:
         device["bootindex"] = number
@@ -65,9 +65,9 @@ def described(adapter: AdapterSpec, spec: MachineSpec, plugged: Plugged) -> Adap
 
 
 def plug_all(spec: MachineSpec, machine: MachinePaths, runtime_folder: str, launch: Launch) -> dict[str, Plugged]:
-    """Every adapter of a machine that is about to start, by its id. Raises VmmError; then none is plugged in.
+    """Connect every adapter of a machine that is about to start; by id. Raises VmmError; then none is connected.
 
-    One whose switch is gone is prepared for the next switch of that name, on the back end that it was on last.
+    One whose switch is gone is prepared for the next switch of that name, with the back end that it used last.
     """
     from vmm.net.adapter import prepare
 
@@ -90,7 +90,7 @@ def plug_all(spec: MachineSpec, machine: MachinePaths, runtime_folder: str, laun
 
 
 def plugged_in(adapter: AdapterSpec, owner: Owner, give: Give) -> Plugged:
-    """The adapter's cable in its switch. Raises VmmError, which names other machines as people know them."""
+    """Connect the adapter to its switch. Raises VmmError, which refers to other machines by their names."""
     from vmm.net.adapter import SameAddress, plug
 
     try:
@@ -99,12 +99,13 @@ def plugged_in(adapter: AdapterSpec, owner: Owner, give: Give) -> Plugged:
         other = "/".join(filter(None, registry.machine_of_port(error.port)))
         raise InUse(
             f"{adapter.id} has the MAC address {adapter.mac}, which {other}, already on switch "
-            f"{adapter.switch!r}, also has", hint="give one of them another: vmm nic set MACHINE ADAPTER mac=ADDRESS",
+            f"{adapter.switch!r}, also has",
+            hint="change one of the addresses: vmm nic set MACHINE ADAPTER mac=ADDRESS",
         ) from error  # fmt: skip
 
 
 def lives(port: Mapping[str, Any]) -> bool:
-    """True when the machine that a switch's port is of runs, or starts; of one that is not known, when it answers."""
+    """True if the machine that a switch's port belongs to is running or starting; if it is unknown, if it answers."""
     with contextlib.suppress(VmmError):
         runtime = registry.load(registry.machine_of_port(port["name"])[0]).runtime
         return any(is_locked(runtime.lock(part)) for part in ("keeper", "worker"))
@@ -112,7 +113,7 @@ def lives(port: Mapping[str, Any]) -> bool:
 
 
 def unplug_all(spec: MachineSpec, owner: Owner) -> None:
-    """Every adapter of a machine that is off; what resists is left."""
+    """Disconnect every adapter of a machine that is off; one that cannot be disconnected is skipped."""
     from vmm.net.adapter import unplug
 
     for adapter in spec.adapters:
@@ -120,14 +121,14 @@ def unplug_all(spec: MachineSpec, owner: Owner) -> None:
             unplug(adapter, owner)
 
 
-async def told_mtus(qmp: Qmp, spec: MachineSpec) -> dict[str, int]:
+async def announced_mtus(qmp: Qmp, spec: MachineSpec) -> dict[str, int]:
     """The MTU in bytes that each synthetic adapter of a running QEMU announced to its guest, by its id; 0 for none.
 
-    It is the one from its start: its switch may carry other frames by now.
+    It was set when QEMU started: the switch's MTU may have changed since.
     """
     found = {}
     for adapter in spec.adapters:
-        with contextlib.suppress(QemuFailed):  # a legacy adapter announces none, and one may be gone
+        with contextlib.suppress(QemuFailed):  # a legacy adapter announces none, and an adapter may be gone
             path = f"/machine/peripheral/{adapter.id}"
             found[adapter.id] = int(await qmp.execute("qom-get", path=path, property="host_mtu"))
     return found
@@ -138,23 +139,23 @@ class Wiring:
 
     def __init__(self, running: Running) -> None:
         self._running = running
-        self._ends: dict[str, int] = {}  # by the adapter's id: readable once its switch's process has ended
+        self._ends: dict[str, int] = {}  # by adapter id: readable once the process of its switch has ended
         self._woken = asyncio.Event()
-        self._joined: dict[str, Joined] = {}  # by the adapter's id: where it was at the last look
-        self._without_gateway: set[str] = set()  # switches, by name, whose gateway does not run
+        self._joined: dict[str, Joined] = {}  # by adapter id: its connection at the last check
+        self._without_gateway: set[str] = set()  # names of switches whose gateway is not running
         self._changing = (
             asyncio.Lock()
-        )  # held while an adapter is changed or looked at: neither sees half of the other
+        )  # held while an adapter is changed or checked: neither sees the other half done
         running.plug_adapters = self._plug_all
 
     @property
     def owner(self) -> Owner:
-        """The machine as the network's rooms know it."""
+        """The machine as an owner of ports and devices in the network."""
         running = self._running
         return owner_of(running.spec, running.runtime.folder, running.identity)
 
     def _plug_all(self, launch: Launch) -> tuple[Adapter, ...]:
-        """As `plug_all`. In a thread: the events for it come from `set_links`."""
+        """As `plug_all`. Runs in a thread, so `set_links` reports its events."""
         running, self._joined = self._running, {}
         if not running.spec.adapters:
             return ()
@@ -165,7 +166,7 @@ class Wiring:
         return tuple(described(adapter, running.spec, done[adapter.id]) for adapter in running.spec.adapters)
 
     def disconnected(self) -> list[dict[str, str | None]]:
-        """The adapters that are on no switch although their definition names one, each with the reason."""
+        """The adapters that are connected to no switch although their definition names one, each with the reason."""
         found = [(one, self._joined.get(one.id)) for one in self._running.spec.adapters]
         return [
             {"adapter": one.id, "switch": one.switch, "problem": joined.problem}
@@ -174,7 +175,7 @@ class Wiring:
         ]
 
     def methods(self) -> dict[str, Method]:
-        """What the control socket offers about adapters."""
+        """The methods of the control socket that concern adapters."""
         return {"nic-add": self._add, "nic-remove": self._remove, "nic-set": self._set}
 
     def _adapter(self, params: dict[str, Any]) -> AdapterSpec:
@@ -182,16 +183,16 @@ class Wiring:
         adapter = self._running.spec.adapter(adapter_id)
         if adapter is None:
             known = ", ".join(one.id for one in self._running.spec.adapters) or "none"
-            raise NotFound(f"there is no adapter {adapter_id!r} in the running machine; there are {known}")
+            raise NotFound(f"has no adapter {adapter_id!r}; its adapters: {known}")
         return adapter
 
     async def _add(self, params: dict[str, Any], progress: Progress) -> object:
-        """Plug in an adapter; {"adapter": an adapter's settings}."""
+        """Add an adapter; {"adapter": an adapter's settings}."""
         adapter = make_adapter(**parameter(params, "adapter", dict, {}))
         self._running.need(Verb.ADD_ADAPTER)
         before = self._running.spec
         if before.adapter(adapter.id) is not None:
-            raise AlreadyExists(f"there is an adapter {adapter.id!r} already")
+            raise AlreadyExists(f"the machine already has an adapter {adapter.id!r}")
         after = before.changed(adapters=[*before.adapters, adapter])
         with self._running.busy("nic-add"):
             given: list[tuple[str, int]] = []
@@ -219,7 +220,7 @@ class Wiring:
                 await qmp.send_descriptor(name, descriptor)
             await qmp.execute("netdev_add", **one.netdev)
         except BaseException:
-            for name, _ in given:  # a tap that QEMU holds open cannot go
+            for name, _ in given:  # a tap that QEMU holds open cannot be removed
                 await qmp.forget_descriptor(name)
             raise
         finally:
@@ -234,7 +235,7 @@ class Wiring:
             raise
 
     async def _remove(self, params: dict[str, Any], progress: Progress) -> object:
-        """Unplug an adapter; {"adapter": id}."""
+        """Remove an adapter; {"adapter": id}."""
         from vmm.net.adapter import unplug, wire_id
 
         adapter = self._adapter(params)
@@ -244,12 +245,12 @@ class Wiring:
         )
         with self._running.busy("nic-remove"):
             qmp = self._running.qmp
-            with contextlib.suppress(QemuFailed):  # gone already, after a try that took too long
+            with contextlib.suppress(QemuFailed):  # gone already, after an attempt that timed out
                 await qmp.execute("device_del", id=adapter.id)
             if not await self._is_gone(adapter.id):
                 raise TimedOut(
-                    f"the guest did not let go of {adapter.id} within {UNPLUG_SECONDS:.0f} s",
-                    hint="try again when the guest has booted, or take the cable out:"
+                    f"the guest did not release {adapter.id} within {UNPLUG_SECONDS:.0f} s",
+                    hint="try again when the guest has booted, or unplug its cable:"
                     " vmm nic set MACHINE ADAPTER link=down",
                 )
             with contextlib.suppress(QemuFailed):
@@ -271,7 +272,7 @@ class Wiring:
         return False
 
     async def _set(self, params: dict[str, Any], progress: Progress) -> object:
-        """Other rules for an adapter that stays where it is plugged in; {"adapter": its new settings}."""
+        """Change the rules of an adapter that stays connected; {"adapter": its new settings}."""
         from vmm.net.adapter import replug
 
         adapter = make_adapter(**parameter(params, "adapter", dict, {}))
@@ -279,7 +280,8 @@ class Wiring:
         fixed = [key for key in ("switch", "kind", "mac", "queues") if getattr(adapter, key) != getattr(before, key)]
         if fixed:
             raise WrongState(
-                f"is running: the {fixed[0]} of {adapter.id} cannot change now", hint="remove the adapter and add it"
+                f"is running: the {fixed[0]} of {adapter.id} cannot change now",
+                hint="remove the adapter and add it again",
             )
         spec = self._running.spec
         after = spec.changed(adapters=[adapter if one.id == adapter.id else one for one in spec.adapters])
@@ -287,7 +289,7 @@ class Wiring:
             async with self._changing:
                 is_connected = all(one["adapter"] != adapter.id for one in self.disconnected())
                 if is_connected:
-                    with contextlib.suppress(NotFound):  # its switch was just deleted: the next one gets the rules
+                    with contextlib.suppress(NotFound):  # its switch was just deleted: the next one receives the rules
                         await asyncio.to_thread(replug, adapter, self.owner)
                     if adapter.link_up != before.link_up:
                         await self._set_link(adapter.id, adapter.link_up)
@@ -296,7 +298,7 @@ class Wiring:
         return {"adapter": adapter.model_dump(mode="json")}
 
     async def _set_link(self, adapter_id: str, up: bool) -> None:
-        """What the guest sees of its cable."""
+        """Show the guest whether the cable of this adapter is plugged in."""
         await self._running.qmp.execute("set_link", name=adapter_id, up=up)
 
     def _write_down(self, spec: MachineSpec) -> None:
@@ -307,7 +309,7 @@ class Wiring:
     # -- keeping switches alive -----------------------------------------------------------------------------------
 
     async def set_links(self) -> None:
-        """After a start: what each cable is like. Memory that was restored knows how it was when it was saved."""
+        """After a start: set the link of each adapter. Restored memory contains its state at the time of saving."""
         for one in self.disconnected():
             self._running.tell("adapter-disconnected", **one)
         without = {one["adapter"] for one in self.disconnected()}
@@ -315,7 +317,7 @@ class Wiring:
             await self._set_link(adapter.id, adapter.link_up and adapter.id not in without)
 
     async def watch(self) -> None:
-        """As long as the machine runs, keep its adapters on their switches."""
+        """As long as the machine runs, keep its adapters connected to their switches."""
         while True:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._woken.wait(), WATCH_SECONDS)
@@ -326,11 +328,11 @@ class Wiring:
                     if adapter is None or adapter.switch is None:
                         continue
                     if self._running.state in (*_LIVE, MachineState.CRITICAL):
-                        with contextlib.suppress(VmmError, OSError):  # the next look tries again
+                        with contextlib.suppress(VmmError, OSError):  # the next check tries again
                             await self._look_at(adapter)
 
     async def _look_at(self, adapter: AdapterSpec) -> None:
-        """Have an adapter on its switch, and show the guest by its link when that came or went."""
+        """Keep an adapter on its switch, and set its link in the guest when the switch appears or disappears."""
         from vmm.net.joining import join
 
         assert adapter.switch is not None
@@ -363,7 +365,7 @@ class Wiring:
             self._running.tell("switch-mended", switch=switch, what="gateway")
 
     async def _watch_end(self, adapter: AdapterSpec) -> None:
-        """Have the end of the switch's process wake `watch`: guests are cut off until it is started again."""
+        """Wake `watch` when the process of the switch ends: guests are cut off until it is restarted."""
         from vmm.net.joining import end_descriptor
 
         if adapter.id not in self._ends:
@@ -383,7 +385,7 @@ class Wiring:
             os.close(descriptor)
 
     async def put_away(self) -> None:
-        """The machine is off."""
+        """Disconnect the adapters: the machine is off."""
         for adapter_id in list(self._ends):
             self._forget_end(adapter_id)
         if self._running.spec.adapters:

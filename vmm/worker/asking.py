@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Asks a guest to shut down until it does: through its agent, otherwise with the power button.
 
-Decides when it is worth asking again. A guest that has just begun to boot notices neither: a press of the button is
-lost if the guest does not listen yet, and the agent starts last. So the guest is asked again when an agent starts, and
-the button is pressed again from time to time while the guest is young. An older guest has noticed the first press, and
-might take a second one for something else. Must not know what follows if the guest does not obey.
+Decides when to ask again. A guest that has just begun to boot notices neither: a press of the button is lost until the
+guest listens for it, and the agent starts last. So the guest is asked again when an agent starts, and the button is
+pressed again from time to time during the first minutes after boot. Later the guest has noticed the first press, and
+might interpret a second one differently. Must not know what follows if the guest does not obey.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ async def ask_until_off(running: Machine, timeout_seconds: float, *, again_secon
     next one.
     """
     deadline = time.monotonic() + timeout_seconds
-    told: Way | None = None
+    reported: Way | None = None
     while not running.exited.is_set():
         way = await _ask(running)
-        if way != told:
+        if way != reported:
             running.tell("shutdown-requested", by=way)
-            told = way
+            reported = way
         await _until_worth_asking_again(running, way, again_seconds, deadline)
 
 

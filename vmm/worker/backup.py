@@ -5,7 +5,7 @@
             -> the frozen chains copied -> leaves merged into the frozen images while the guest runs -> journal done
 
 Decides this order, and what an early end leaves: from the journal on, the definitions and the journal together say
-which images the guest writes to, and whoever settles the journal merges what stands on the frozen images
+which images the guest writes to, and settling the journal merges the leaves above the frozen images into them
 (`recovery`; when the machine is off, `snapshots.recovery`). Must not know how an image is copied
 (`processes.disk_copies`), nor how leaves are made and merged (`new_leaves`, `live_merge`).
 """
@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vmm.model.errors import StoreFailed, VmmError
-from vmm.processes.disk_copies import check_target, copy_disks, disks_to_copy, told_when_failed
+from vmm.processes.disk_copies import check_target, copy_disks, disks_to_copy, recording_failure
 from vmm.processes.rpc import Progress
 from vmm.snapshots.dependents import images_of
 from vmm.snapshots.steps import pivots_for
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from vmm.worker.disk_hotplug import Plugging
     from vmm.worker.running import Running
 
-FREEZE_SECONDS = 10.0  # the guest's file systems thaw by themselves then
+FREEZE_SECONDS = 10.0  # after this the guest's file systems thaw by themselves
 
 
 class Backups:
@@ -47,7 +47,7 @@ class Backups:
         """Copy all disks as they are at one moment; {"folder": absolute path}: {"folder", "disks", "consistent"}."""
         running = self._running
         folder = str(params.get("folder", ""))
-        with told_when_failed(running.tell, folder):
+        with recording_failure(running.tell, folder):
             target = check_target(folder)
             disks = disks_to_copy(running.spec)
             with running.busy("backup"), holding(running.machine, running.spec.name) as held:
@@ -58,7 +58,7 @@ class Backups:
     async def _take(
         self, held: Held, disks: list[DiskSpec], target: str, progress: Progress
     ) -> tuple[dict[str, str], bool]:
-        running, spec = self._running, self._running.spec  # the definition of the moment that is copied
+        running, spec = self._running, self._running.spec  # as it is when the disks are frozen
         pivots = pivots_for(spec, held.tree, images_of(spec))
         held.need_settled()
         if not pivots:
@@ -71,7 +71,7 @@ class Backups:
             journal = await leaves.follow(journal)
             copies = await copy_disks(running.machine, spec, disks, target, progress, self._is_over)
         finally:
-            if not running.exited.is_set():  # else the journal is settled when the machine is off, or started again
+            if not running.exited.is_set():  # otherwise the journal is settled while it is off, or at its restart
                 await merge_away(running, held, journal, progress)
         return copies, consistent
 
@@ -79,7 +79,7 @@ class Backups:
         return self._running.exited.is_set() or self._running.gives_way
 
     async def _freeze(self, leaves: NewLeaves) -> bool:
-        """All disks at one moment; True if the guest's agent could write the file systems out before."""
+        """Freeze all disks at one moment; True if the guest's agent flushed and froze the file systems first."""
         running = self._running
         async with contextlib.AsyncExitStack() as frozen:
             consistent = False
@@ -92,9 +92,9 @@ class Backups:
 
 
 async def merge_away(running: Running, held: Held, journal: Backup, progress: Progress) -> None:
-    """Merge what stands on a backup's frozen images into them while the guest runs, and end the backup.
+    """Merge the leaves above a backup's frozen images into them while the guest runs, and end the backup.
 
-    Raises StoreFailed, TimedOut; the journal then stays, and the rest is merged when it is settled.
+    Raises StoreFailed, TimedOut; the journal then remains, and the rest is merged when it is settled.
     """
     if not journal.merging:
         moved = await served_leaves(running)
@@ -114,13 +114,13 @@ async def _merge_away(running: Running, held: Held, one: Pivot, progress: Progre
     await wait_merged(running, one.disk)
     chain = (await served_layers(running)).get(one.disk)
     if chain is None:
-        raise StoreFailed(f"the disks' server does not serve {one.disk}", hint=f"vmm repair {held.name}")
+        raise StoreFailed(f"the disk server does not serve {one.disk}", hint=f"vmm repair {held.name}")
     real, frozen = [os.path.realpath(path) for path in chain], os.path.realpath(one.frozen)
     if frozen not in real:
-        raise StoreFailed("is not in the chain of its disk any more", path=one.frozen, hint=f"vmm repair {held.name}")
+        raise StoreFailed("is no longer in the chain of its disk", path=one.frozen, hint=f"vmm repair {held.name}")
     above = chain[: real.index(frozen)]
     merge = MergeLive(one.disk, one.frozen, tuple(above) or (one.child,))
-    if above and above[0] != one.child:  # a merge that was cut short had put another leaf on top
+    if above and above[0] != one.child:  # an interrupted merge had put another leaf on top
         await follow_merge(running, held, merge)
         held.save()
     progress({"step": f"merging {one.disk}"})
@@ -132,4 +132,4 @@ async def _merge_away(running: Running, held: Held, one: Pivot, progress: Progre
             await follow_merge(running, held, merge)
             held.save()
         raise
-    await follow_merge(running, held, merge)  # also if QEMU has ended: the caller takes the merge as recorded
+    await follow_merge(running, held, merge)  # even if QEMU has ended: the caller expects the merge to be recorded

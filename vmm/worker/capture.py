@@ -34,7 +34,7 @@ from vmm.store.snapshots.memory import SnapshotFolder, description_document
 from vmm.store.snapshots.snapshot import Snapshot
 from vmm.store.snapshots.store import Held, holding
 from vmm.store.state import MachineState
-from vmm.worker.adapter_hotplug import told_mtus
+from vmm.worker.adapter_hotplug import announced_mtus
 from vmm.worker.new_leaves import NewLeaves
 from vmm.worker.served import follow_pivots, served_leaves
 from vmm.worker.states import Verb
@@ -122,7 +122,7 @@ class _Taking:
             description = description_document(
                 spec, qemu_version=f"{version['major']}.{version['minor']}.{version['micro']}",
                 accelerator=str(running.note.accelerator), was_running=self._was_running,
-                media=running.media, mtus=await told_mtus(running.qmp, spec),
+                media=running.media, mtus=await announced_mtus(running.qmp, spec),
             )  # fmt: skip
             self._snapshot = replace(self._snapshot, mode=mode.value)
             memory = Memory(mode.value, self._was_running, description, self._snapshot)

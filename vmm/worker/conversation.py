@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The conversation with one QEMU: what it reports, for as long as it lives.
+"""The conversation with one QEMU: what it reports, for as long as it is alive.
 
-Decides what each of QEMU's events means for the machine, and how a failed disk is tried again. What follows from a
-change of its status is decided in `states`. A conversation that breaks off is begun again: QEMU may live on.
+Decides what each of QEMU's events means for the machine, and how a failed disk is retried. What follows from a change
+of QEMU's status is decided in `states`. If the connection breaks off, a new one is made: QEMU may still be alive.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vmm.store.state import WorkerNote
 from vmm.worker.clock import GuestClock
 from vmm.worker.states import Effect, End, StatusReport, effects_of
 
-STOP_SECONDS = 20.0  # stop and cont wait for requests in flight, whose server may be away
+STOP_SECONDS = 20.0  # stop and cont wait for requests in flight, whose server may be restarting
 RETRY_SECONDS = (0.3, 0.5, 1.0, 2.0, 3.0)  # between attempts to continue after a disk failed
 LOOK_SECONDS = 0.05
 
@@ -32,7 +32,7 @@ Data = Mapping[str, Any]
 
 
 class Machine(Protocol):
-    """What is needed of a running machine; `running.Running` is one."""
+    """What is needed of a running machine; `running.Running` provides it."""
 
     runtime: RuntimePaths
     note: WorkerNote
@@ -75,23 +75,23 @@ class Conversation:
 
     @property
     def qmp(self) -> Qmp:
-        """The monitor. Raises QemuFailed while there is no conversation with it."""
+        """The monitor. Raises QemuFailed while it is not connected."""
         if self._qmp is None or not self._qmp.is_connected:
             raise QemuFailed("QEMU cannot be reached at the moment", hint="try again")
         return self._qmp
 
     @property
     def is_open(self) -> bool:
-        """True while there is a conversation with QEMU."""
+        """True while QEMU's monitor is connected."""
         return self._qmp is not None and self._qmp.is_connected
 
     @property
     def has_begun(self) -> bool:
-        """True if QEMU has reported its status in the present conversation or an earlier one, and one is open."""
+        """True if QEMU has reported its status, in this conversation or an earlier one, and a monitor is set."""
         return self._qmp is not None and self.is_known
 
     def begin(self, qmp: Qmp | None) -> None:
-        """Listen in the background: on this connection, or on one that is made first."""
+        """Listen in the background, on this connection; without one, connect first."""
         self._qmp = qmp
         self._running.in_background(self._listen())
 
@@ -102,7 +102,7 @@ class Conversation:
             self._qmp = None
 
     async def _listen(self) -> None:
-        """Listen for as long as QEMU lives, connecting again where a conversation broke off."""
+        """Listen for as long as QEMU is alive; reconnect when the connection breaks off."""
         while not self._running.exited.is_set():
             try:
                 if self._qmp is None:
@@ -144,7 +144,7 @@ class Conversation:
         self._running.tell("guest-panicked")
 
     async def _look_at_ports(self) -> None:
-        """Whether the guest holds its channels open: QEMU reports only changes."""
+        """Ask whether the guest holds its channels open: QEMU reports only changes."""
         for device in await self.qmp.execute("query-chardev"):
             self._port_changed(device["label"], bool(device["frontend-open"]))
 
@@ -165,7 +165,7 @@ class Conversation:
     # -- status --------------------------------------------------------------------------------------------------
 
     async def refresh(self) -> None:
-        """Ask QEMU for its status, and do what follows from it. Raises QemuFailed, TimedOut."""
+        """Query QEMU's status, and act on it. Raises QemuFailed, TimedOut."""
         before = self.status
         self.status = (await self.qmp.execute("query-status"))["status"]
         self.is_known = True
@@ -177,7 +177,7 @@ class Conversation:
             self._act(effect)
 
     async def refresh_or_assume(self, status: str) -> None:
-        """As `refresh`, after QEMU did what it was asked for: if it no longer answers, this status is assumed."""
+        """As `refresh`, after QEMU carried out a command; if it no longer answers, assume this status."""
         try:
             await self.refresh()
         except VmmError:
@@ -192,7 +192,7 @@ class Conversation:
                 self._powered_off("guest-shutdown")
             case Effect.CRASHED:
                 running.end = End.CRASHED
-                running.tell("qemu-died", problem=f"the guest cannot go on: {self.status}")
+                running.tell("qemu-died", problem=f"the guest cannot continue: {self.status}")
                 running.in_background(running.quit(End.CRASHED))
             case Effect.REPORT_FAILED_DISK:
                 running.tell("paused-critical", reason=self.critical_reason)
@@ -206,7 +206,7 @@ class Conversation:
                 assert_never(effect)
 
     async def _retry(self) -> None:
-        """Try to continue until it works: the server may come back, the file system may get space again."""
+        """Try to continue until it works: the server may be restarted, or space may be freed on the file system."""
         running = self._running
         tries = 0
         try:

@@ -2,9 +2,9 @@
 """Disks that are added, removed or enlarged while the machine runs, and a copy of all of them at one moment.
 
 Decides what may be changed in a running machine (disks on SCSI; those on virtio can grow), and in which order the
-change reaches QEMU, the running definition and the stored one: a disk is recorded before the guest can use it, so that
-it is served again whatever is killed, and forgotten after the guest has released it. How QEMU is told is decided in
-`kvm.drives`.
+change reaches QEMU, the running definition and the stored one. A disk is recorded before the guest can use it, so that
+it is served again whichever process is killed, and removed from the definitions after the guest has released it. Which
+commands QEMU gets is decided in `kvm.drives`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Plugging:
         self._running = running
 
     def methods(self) -> dict[str, Method]:
-        """What the control socket offers about disks."""
+        """The methods of the control socket that concern disks."""
         return {
             "disk-add": self._add,
             "disk-remove": self._remove,
@@ -54,28 +54,28 @@ class Plugging:
         disk = self._running.spec.disk(disk_id)
         if disk is None:
             known = ", ".join(one.id for one in self._running.spec.disks) or "none"
-            raise NotFound(f"there is no disk {disk_id!r} in the running machine; there are {known}")
+            raise NotFound(f"has no disk {disk_id!r}; its disks: {known}")
         return disk
 
     async def _add(self, params: dict[str, Any], progress: Progress) -> object:
-        """Plug in a disk; {"disk": a disk's settings}."""
+        """Add a disk; {"disk": a disk's settings}."""
         disk = make_disk(**parameter(params, "disk", dict, {}))
         self._running.need(Verb.ADD_DISK)
         if disk.kind == "iso":
             raise WrongState(
-                "is running, and a drive on ide cannot be added then",
-                hint="shut the machine down first; what is in a drive that it has can be changed: vmm disk change",
+                "is running: a drive on ide can be added only while it is off",
+                hint="shut the machine down first; to change the medium in an existing drive: vmm disk change",
             )
         if disk.controller != "scsi":
             raise WrongState(
-                f"is running, and a disk on {disk.controller} cannot be added then",
-                hint="add it on scsi, or when the machine is off",
+                f"is running: a disk on {disk.controller} can be added only while it is off",
+                hint="add it on scsi, or shut the machine down first",
             )
         used = {one.controller_index for one in self._running.spec.disks if one.controller == "scsi"} | {0}
         if disk.controller_index not in used:
             raise WrongState(
-                f"runs without a SCSI controller {disk.controller_index}",
-                hint="use controller 0, which is always there",
+                f"is running without SCSI controller {disk.controller_index}",
+                hint="use controller 0, which always exists",
             )
         before = self._running.spec
         after = before.changed(disks=[*before.disks, disk])
@@ -110,12 +110,12 @@ class Plugging:
                 os.close(ours)
 
     async def _remove(self, params: dict[str, Any], progress: Progress) -> object:
-        """Unplug a disk; {"disk": id}."""
+        """Remove a disk; {"disk": id}."""
         disk = self._disk(params)
         self._running.need(Verb.REMOVE_DISK)
         if disk.controller != "scsi":
             raise WrongState(
-                f"is running, and a disk on {disk.controller} cannot be removed then",
+                f"is running: a disk on {disk.controller} can be removed only while it is off",
                 hint="shut the machine down first",
             )
         before = self._running.spec
@@ -127,12 +127,14 @@ class Plugging:
         return {"disk": disk.id}
 
     async def _change(self, params: dict[str, Any], progress: Progress) -> object:
-        """Another medium in a drive; {"disk": id, "path": its file or None, "force": a locked tray, too}."""
+        """Change a drive's medium; {"disk": id, "path": its file or None, "force": even if its tray is locked}."""
         drive = self._disk(params)
         path = parameter(params, "path", str)
         self._running.need(Verb.CHANGE_MEDIUM)
         if drive.kind != "iso":
-            raise WrongState(f"{drive.id} is a disk: only a drive's medium can be changed while the machine runs")
+            raise WrongState(
+                f"{drive.id} is a disk: only the medium in a drive can be changed while the machine is running"
+            )
         changed = make_disk(**{**drive.model_dump(), "path": path})
         if path is not None:
             os.close(await asyncio.to_thread(open_in_drive, self._running.spec, changed))
@@ -140,7 +142,7 @@ class Plugging:
         with self._running.busy(CHANGE_MEDIUM), self._held() as held:
             note = self._running.note
             note.details |= {"drive": drive.id, "drive_had": drive.path}
-            self._running.write_note()  # the next worker has to know before anything changes
+            self._running.write_note()  # recorded for the next worker before anything changes
             try:
                 await tray.open_tray(self._running.qmp, drive.id, force=bool(parameter(params, "force", bool, False)))
                 try:
@@ -155,7 +157,7 @@ class Plugging:
         return {"disk": json.loads(changed.model_dump_json())}
 
     async def _put_in(self, drive: DiskSpec) -> None:
-        """The medium of this definition into its open drive."""
+        """Put the medium that this definition names into its drive, whose tray is open."""
         running = self._running
         if drive.path is None:
             await tray.change_medium(running.qmp, drive.id, None)
@@ -172,7 +174,7 @@ class Plugging:
         running.media[drive.id] = identity
 
     async def _note_what_is_in(self, held: Held, before: MachineSpec, changed: DiskSpec) -> None:
-        """A change that failed has left the old medium in the drive, or none."""
+        """Record what a failed change has left in the drive: the old medium, or none."""
         old = before.disk(changed.id)
         assert old is not None
         with contextlib.suppress(VmmError):
@@ -184,7 +186,7 @@ class Plugging:
         self.write_down(held, _with_disk(before, old))
 
     async def finish_interrupted(self) -> None:
-        """A worker died while it changed a medium: what was written down in the stored definition, first, is done."""
+        """Finish a change of medium that a killed worker began, as the stored definition, written first, says."""
         running = self._running
         if running.note.operation != CHANGE_MEDIUM:
             return
@@ -197,7 +199,7 @@ class Plugging:
                 await running.wait_reachable()
                 found = await tray.look(running.qmp, drive_id)
                 if drive.path == had and (found.node is not None or had is None):
-                    if found.node is not None:  # nothing but the tray was changed yet
+                    if found.node is not None:  # only the tray was opened
                         await running.qmp.execute("blockdev-close-tray", id=drive_id)
                 else:
                     await tray.open_tray(running.qmp, drive.id, force=True)
@@ -213,17 +215,17 @@ class Plugging:
         running.write_note()
 
     async def _resize(self, params: dict[str, Any], progress: Progress) -> object:
-        """Make a disk larger; {"disk": id, "size_bytes"}. It never gets smaller while a guest uses it."""
+        """Enlarge a disk; {"disk": id, "size_bytes"}. A disk that a guest uses is never shrunk."""
         disk = self._disk(params)
         size_bytes = parameter(params, "size_bytes", int, 0)
         if size_bytes <= 0:
-            raise InvalidSpec("a size is a positive number of bytes")
+            raise InvalidSpec("the size must be a positive number of bytes")
         self._running.need(Verb.RESIZE_DISK)
         if not disk.is_image or disk.read_only:
             raise WrongState("only a writable image can be resized")
         if disk.controller == "ide":
             raise WrongState(
-                "is running, and a guest does not see a disk on ide grow", hint="shut the machine down first"
+                "is running: a disk on ide can be enlarged only while it is off", hint="shut the machine down first"
             )
         with self._running.busy("disk-resize"):
             await self._refuse_shrinking(disk, size_bytes)
@@ -232,27 +234,30 @@ class Plugging:
         return result
 
     async def _refuse_shrinking(self, disk: DiskSpec, size_bytes: int) -> None:
-        """Raise WrongState if the disk is larger than that, StoreFailed if its size is unknown."""
+        """Raise WrongState if the disk is larger than `size_bytes`, StoreFailed if its size is unknown."""
         status = await self._running.server.call("status", timeout_seconds=5)
         sizes = [int(one["size_bytes"]) for one in status["exports"] if one["name"] == disk.id]
         if not sizes:
             raise StoreFailed(f"{disk.id} is not served", hint="vmm disk list shows what is wrong with it")
         if size_bytes < sizes[0]:
             raise WrongState(
-                f"is {self._running.state.value}, and {disk.id} has {sizes[0]} bytes: a disk is not made smaller then",
+                f"is {self._running.state.value}: {disk.id}, of {sizes[0]} bytes, can be shrunk only while it is off",
                 hint=f"shut the machine down, then: vmm disk resize {self._running.spec.name} {disk.id} SIZE --shrink",
             )
 
     async def _status(self, params: dict[str, Any], progress: Progress) -> object:
-        """The disks as the server serves them: sizes and layers."""
+        """The sizes and layers of the disks, as reported by the disk server."""
         return await self._running.server.call("status", timeout_seconds=5)
 
     def _held(self) -> contextlib.AbstractContextManager[Held]:
-        """A disk that comes or goes is one that no snapshot is being taken of. Raises InUse."""
+        """Hold the snapshot tree, so that no snapshot is taken while disks are added or removed. Raises InUse."""
         return holding(self._running.machine, self._running.spec.name)
 
     def write_down(self, lock: HeldLock, spec: MachineSpec) -> None:
-        """The running definition, which the supervisor reads, and the stored one's disks. Raises InUse, NoSpace."""
+        """Write the running definition, which the supervisor reads, and its disks to the stored one.
+
+        Raises InUse, NoSpace.
+        """
         registry.update(lock, lambda stored: stored.changed(disks=list(spec.disks)))
         self._running.redefine(spec)
 
@@ -262,5 +267,5 @@ def _with_disk(spec: MachineSpec, changed: DiskSpec) -> MachineSpec:
 
 
 def _secret(secret_id: str, content: bytes) -> Device:
-    """The object for a secret, whose content goes over the monitor's private socket."""
+    """The QEMU object for a secret; its content is sent over the monitor's private socket."""
     return {"qom-type": "secret", "id": secret_id, "format": "base64", "data": base64.b64encode(content).decode()}

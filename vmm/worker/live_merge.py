@@ -72,10 +72,10 @@ class LiveMerges:
         for path in reversed(layers):
             image = tree.images.get(path)
             if image is None or not image.ours or image.parent != step:
-                raise InvalidSpec(f"the snapshots have changed meanwhile: {step} is not the parent of {path}")
+                raise InvalidSpec(f"the snapshots have changed in the meantime: {step} is not the parent of {path}")
             step = path
         if not layers or target not in tree.images:
-            raise InvalidSpec("the snapshots have changed meanwhile", hint="try again")
+            raise InvalidSpec("the snapshots have changed in the meantime", hint="try again")
         if set(tree.frozen()) & {target, *layers[1:]}:
             raise Refused("a snapshot needs one of the images as it is")
 
@@ -96,7 +96,7 @@ class LiveMerges:
 async def merge_served(
     running: Running, merge: MergeLive, progress: Progress, *, max_rate_bytes: int | None = None
 ) -> dict[str, Any]:
-    """Have the disks' server merge layers of a disk that it serves; returns its answer. Raises StoreFailed, InUse."""
+    """Have the disk server merge layers of a disk that it serves; returns its answer. Raises StoreFailed, InUse."""
     server, disk, newest = running.server, merge.disk, merge.layers[0]
     chain = (await served_layers(running))[disk]
     request: dict[str, Any] = {"export": disk, "into": merge.target, "max_rate_bytes": max_rate_bytes}
@@ -107,8 +107,9 @@ async def merge_served(
         await asyncio.wait({merging}, timeout=_LOOK_SECONDS)
         with contextlib.suppress(VmmError, KeyError, TypeError, StopIteration):
             status = await server.call("status", timeout_seconds=5)
-            told = next(one["merge"] for one in status["exports"] if one["name"] == disk)
-            if told:
-                progress({"step": f"merging {disk}", "done": told["done_bytes"], "total": told["total_bytes"]})
+            merge_status = next(one["merge"] for one in status["exports"] if one["name"] == disk)
+            if merge_status:
+                done, total = merge_status["done_bytes"], merge_status["total_bytes"]
+                progress({"step": f"merging {disk}", "done": done, "total": total})
     result: dict[str, Any] = merging.result()
     return result

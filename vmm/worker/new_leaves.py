@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """New leaves on all disks of a running machine, at one moment, as a snapshot or a backup needs them.
 
-    prepare   the disks' server makes the new images
+    prepare   the disk server makes the new images
     put_on    from one moment on they take the guest's writes, and the images below are frozen
     follow    tree, journal and definitions name them
 

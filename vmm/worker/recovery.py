@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Operations that were interrupted on a running machine, settled by a restarted worker or on a command's request.
 
-    CreateLive        QEMU goes on writing memory by itself: it is waited for, and the snapshot is finished; otherwise
-                      the new leaves that are served are the machine's disks, and there is no snapshot
-    MergeLive         continues in the disk server: it is waited for, and what is served then is the machine's disk
+    CreateLive        QEMU keeps writing memory by itself: once it has finished, so is the snapshot; if it cannot
+                      finish, the new leaves that are served become the machine's disks, without a snapshot
+    MergeLive         continues in the disk server; when it ends, the image that is served is the machine's disk
     Delete, MergeOff  settled as when the machine is off: no guest uses the files concerned
-    Backup            what stands on its frozen images is merged away; the note of a backup becomes such a journal
+    Backup            the leaves above its frozen images are merged; the note of a backup becomes such a journal
 
 Decides that from the moment at which this module takes over a journal, no snapshot, merge or backup begins before it
 is settled. Which image takes a guest's writes is decided by what the disk server serves (`served`).

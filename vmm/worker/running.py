@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """One QEMU and its machine, from start to end, as the worker sees it.
 
-Decides what each verb tells QEMU, and that one operation is under way at a time. Which state the machine is in, and
-which verbs that allows, is decided in `states`, what QEMU's reports mean in `conversation`.
+Decides which commands QEMU gets for each verb, and that only one operation is in progress at a time. Which state the
+machine is in, and which verbs that allows, is decided in `states`, what QEMU's reports mean in `conversation`.
 
-QEMU stays when the guest powers off (-no-shutdown) until it is told to quit, so an unrequested end is a
-crash, whether or not a worker saw it. Must not know who asks, nor what happens after the end.
+When the guest powers off, QEMU stays (-no-shutdown) until the worker has it quit. So an unrequested end is a crash,
+whether or not a worker saw it. Must not know the origin of a request, nor what happens after the end.
 """
 
 from __future__ import annotations
@@ -67,11 +67,11 @@ class Running:
         self.conversation = Conversation(self)
         self._process: QemuProcess | None = None
         self.exited = asyncio.Event()
-        self.end: End | None = None  # why it ends or has ended
+        self.end: End | None = None  # why QEMU is ending or has ended
         self._is_stopping = False
         self._tasks: set[asyncio.Task[None]] = set()
-        self.gives_way = False  # the host stops: long work that can be done another time ends
-        self.is_leaving = False  # and from now on nothing new is begun
+        self.gives_way = False  # the host is stopping: long operations that can be repeated later end
+        self.is_leaving = False  # the stop action has begun: no new operation is accepted
 
     # -- what it runs with ---------------------------------------------------------------------------------------
 
@@ -81,9 +81,9 @@ class Running:
         return self._spec
 
     def redefine(self, spec: MachineSpec) -> None:
-        """The machine runs with this definition from now on; the disk server is started with it. Raises NoSpace.
+        """Run with this definition from now on; a restarted disk server uses it too. Raises NoSpace.
 
-        The file comes first: the worker that follows a killed one, and the supervisor, know no other.
+        The file is written first: the supervisor and the successor of a killed worker read only the file.
         """
         write_whole(self.runtime.running, spec.to_json(), durable=False)
         self._spec = spec
@@ -106,11 +106,11 @@ class Running:
 
     @property
     def status(self) -> str:
-        """QEMU's word for what it does, as it was last reported."""
+        """QEMU's status, in QEMU's own term, as last reported."""
         return self.conversation.status
 
     def document(self) -> dict[str, Any]:
-        """All that can be said without asking anybody."""
+        """The status, as far as it is known without a query to QEMU or the guest."""
         started = self.note.started
         heartbeat = self.agent.heartbeat()
         return {
@@ -125,16 +125,16 @@ class Running:
 
     @property
     def qmp(self) -> Qmp:
-        """The monitor. Raises QemuFailed while there is no conversation with it."""
+        """The monitor. Raises QemuFailed while it is not connected."""
         return self.conversation.qmp
 
     @property
     def is_reachable(self) -> bool:
-        """True while there is a conversation with QEMU."""
+        """True while QEMU's monitor is connected."""
         return self.conversation.is_open
 
     async def wait_reachable(self) -> None:
-        """Return when there is a conversation with QEMU, or none is to be expected soon."""
+        """Wait until QEMU's monitor is connected, or until no connection is to be expected soon."""
         deadline = time.monotonic() + REACH_SECONDS
         while not self.conversation.has_begun and self.end is None and self.note.phase is WorkerPhase.RUNNING:
             if time.monotonic() > deadline:
@@ -142,7 +142,7 @@ class Running:
             await asyncio.sleep(LOOK_SECONDS)
 
     async def wait_known(self) -> None:
-        """Return when QEMU has said how the machine is, or does not say it soon: who takes over knows nothing yet."""
+        """Wait for QEMU's first status, for a limited time: a worker that takes over does not know it at first."""
         deadline = time.monotonic() + KNOWN_SECONDS
         while not self.conversation.is_known and self.end is None:
             if not self.note.qemu or self.note.phase is not WorkerPhase.RUNNING or time.monotonic() > deadline:
@@ -151,9 +151,9 @@ class Running:
 
     @contextlib.contextmanager
     def busy(self, operation: str) -> Iterator[None]:
-        """One operation at a time. Raises InUse while there is another, WrongState when the host stops."""
+        """Allow one operation at a time. Raises InUse during another one, WrongState while the host is stopping."""
         if self.is_leaving and operation != "save":
-            raise WrongState("is stopping with its host: nothing new is begun")
+            raise WrongState("is stopping with its host: no new operation can begin")
         if self.note.operation is not None:
             raise InUse(f"is busy with another operation: {self.note.operation}", hint="wait for it to end")
         self.note.operation = operation
@@ -165,7 +165,7 @@ class Running:
             self.write_note()
 
     def boot_age_seconds(self) -> float:
-        """How long ago the guest was booted; for ever where it came with its memory."""
+        """How long ago the guest was booted; infinity if its memory was restored."""
         booted = self.note.details.get("booted")
         return time.time() - booted if isinstance(booted, int | float) else float("inf")
 
@@ -173,7 +173,7 @@ class Running:
     def media(self) -> dict[str, str | None]:
         """What identifies the medium in each drive (`vmm.store.media`); None for an empty drive."""
         found = self.note.details.get("media")
-        if not isinstance(found, dict):  # of a worker that did not know of it
+        if not isinstance(found, dict):  # written by an earlier release without this entry
             found = self.note.details["media"] = {}
         return found
 
@@ -182,12 +182,12 @@ class Running:
             self.note.write(self.runtime)
 
     def _note_thaw_owed(self, is_owed: bool) -> None:
-        """Whoever follows us must know that the guest was asked to freeze."""
+        """Record for the next worker that the guest was asked to freeze."""
         self.note.details["thaw_owed"] = is_owed
         self.write_note()
 
     def need(self, verb: Verb) -> None:
-        """Raise WrongState where the state does not allow the verb."""
+        """Raise WrongState if the state does not allow the verb."""
         refuse(verb, self.state)
 
     # -- starting ------------------------------------------------------------------------------------------------
@@ -200,9 +200,9 @@ class Running:
             identity=self.identity, had_kernel=had_kernel, adapters=self.plug_adapters, mtus=mtus or {},
         )  # fmt: skip
         try:
-            if not incoming:  # else the guest goes on where it was
+            if not incoming:  # otherwise the guest continues where it was
                 self.hub.mark_start()
-            await self.hub.start()  # connected before the guest can say anything
+            await self.hub.start()  # connected before the guest can write anything
             self.exited.clear()
             self.end = None
             process = start_qemu(command, log_path=self.machine.log("qemu"), descriptors=launch.descriptors)
@@ -224,7 +224,7 @@ class Running:
         self._serve_guest()
 
     async def _first_contact(self) -> None:
-        """Wait until QEMU answers. Raises what the disks' server said, what QEMU said, TimedOut."""
+        """Wait until QEMU answers. Raises the error of the disk server, that of QEMU, or TimedOut."""
         connecting = asyncio.create_task(Qmp.connect(self.runtime.qmp, timeout_seconds=START_SECONDS))
         exited = asyncio.create_task(self.exited.wait())
         try:
@@ -237,12 +237,12 @@ class Running:
                     raise self._refusal()
             self.conversation.begin(connecting.result())
         except QemuFailed:
-            # Both die together when the server does: its reason is the better one.
+            # If the server dies, QEMU dies with it: the server's reason is more useful.
             await asyncio.sleep(LOOK_SECONDS)
             supervisor = SupervisorNote.read(self.runtime)
             if supervisor is not None and supervisor.failure is not None:
                 raise from_document(supervisor.failure) from None
-            if self.exited.is_set():  # it hung up before it was seen to end
+            if self.exited.is_set():  # it disconnected before its end was noticed
                 raise self._refusal() from None
             raise
         finally:
@@ -254,18 +254,18 @@ class Running:
         await self.refresh()
 
     async def refresh(self) -> None:
-        """Ask QEMU for its status, and do what follows from it. Raises QemuFailed, TimedOut."""
+        """Query QEMU's status, and act on it. Raises QemuFailed, TimedOut."""
         await self.conversation.refresh()
 
     def _refusal(self) -> QemuFailed:
-        return self.failed_as_told("QEMU refused the machine")
+        return self.failure_with_reason("QEMU refused the machine")
 
     async def take_over(self, ref: ProcessRef) -> None:
-        """Go on with a QEMU that another worker started. Raises VmmError."""
+        """Take over a QEMU that another worker started. Raises VmmError."""
         await self.hub.start(wait_seconds=1)
         self._adopt(QemuProcess(ref, self.machine.log("qemu")))
         if self.note.details.pop("restoring", None):
-            await self.kill()  # half its memory is there; the saved state is whole
+            await self.kill()  # its memory is incomplete; the saved state is intact
             raise QemuFailed(
                 "the worker died while it restored the saved memory", hint=f"try again: vmm start {self.spec.name}"
             )
@@ -298,8 +298,8 @@ class Running:
         self.note.qemu = None
         self.exited.set()
 
-    def failed_as_told(self, what: str, words: str | None = None) -> QemuFailed:
-        """`what` happened, for the reason that QEMU gave in these words, or last of all."""
+    def failure_with_reason(self, what: str, words: str | None = None) -> QemuFailed:
+        """The error `what`, with the reason that QEMU gave in `words`, or else in its last message."""
         if words is None and self._process is not None:
             words = self._process.last_words()
         meaning = in_our_words(words or "")
@@ -308,9 +308,9 @@ class Running:
         return QemuFailed(f"{what}: {meaning[0]}", hint=meaning[1])
 
     async def wait_end(self) -> End:
-        """Wait until QEMU has ended; why."""
+        """Wait until QEMU has ended; returns why."""
         await self.exited.wait()
-        while self._tasks:  # again: a task may lose a cancellation that arrives together with a connection's end
+        while self._tasks:  # repeated: a task may miss a cancellation that arrives together with a connection's end
             for task in list(self._tasks):
                 task.cancel()
             await asyncio.wait(set(self._tasks), timeout=LOOK_SECONDS)
@@ -322,7 +322,7 @@ class Running:
         return self.end or End.CRASHED
 
     async def quit(self, end: End) -> None:
-        """End QEMU in order (it flushes the disks), and surely."""
+        """End QEMU cleanly, so that it flushes the disks; kill it if it does not quit."""
         if self.end is None:
             self.end = end
         with contextlib.suppress(VmmError):
@@ -359,7 +359,7 @@ class Running:
     # -- verbs ---------------------------------------------------------------------------------------------------
 
     async def pause(self) -> None:
-        """Stand still. Raises WrongState, InUse, QemuFailed, TimedOut."""
+        """Pause the guest. Raises WrongState, InUse, QemuFailed, TimedOut."""
         self.need(Verb.PAUSE)
         with self.busy("pause"):
             self.note.details["paused"] = True
@@ -368,11 +368,11 @@ class Running:
             except VmmError:
                 self.note.details.pop("paused", None)
                 raise
-            await self.conversation.refresh_or_assume("paused")  # a save that follows at once saves it paused
+            await self.conversation.refresh_or_assume("paused")  # an immediate save then records it as paused
         self.tell("paused")
 
     async def resume(self) -> None:
-        """Go on. Raises WrongState, InUse, StoreFailed while a disk still fails."""
+        """Resume the guest. Raises WrongState, InUse, StoreFailed while a disk still fails."""
         self.need(Verb.RESUME)
         with self.busy("resume"):
             self.note.details.pop("paused", None)
@@ -381,28 +381,29 @@ class Running:
             await self.conversation.refresh_or_assume("running")
         if self.status == "io-error":
             raise StoreFailed(
-                f"cannot go on: {self.conversation.critical_reason}", hint="it will by itself when the cause is gone"
+                f"cannot continue: {self.conversation.critical_reason}",
+                hint="it continues by itself when the cause is gone",
             )
         self.tell("resumed")
         self.clock.bring_to_now("pause")
 
     async def reset(self) -> None:
-        """As the reset button. Raises WrongState, InUse, QemuFailed."""
+        """Reset the machine, as with a reset button. Raises WrongState, InUse, QemuFailed."""
         self.need(Verb.RESET)
         with self.busy("reset"):
             await self.qmp.execute("system_reset")
 
     async def stop(self) -> None:
-        """Power off, whatever the guest thinks of it; in every state. What the guest had flushed stays."""
+        """Power off without asking the guest, in any state. Data that the guest has flushed is kept."""
         self._is_stopping = True
         self.end = self.end or End.STOPPED
         self.tell("stopped", by="vmm")
         await self.quit(End.STOPPED)
 
     async def shutdown(self, timeout_seconds: float, *, beside_others: bool = False) -> None:
-        """Have the guest shut itself down, by its agent, else by the power button. Raises TimedOut, WrongState.
+        """Have the guest shut down, through its agent or else the power button. Raises TimedOut, WrongState.
 
-        Raises InUse beside another operation, unless `beside_others`: a guest may do so at any time, too.
+        Raises InUse during another operation, unless `beside_others`: a guest may shut down at any time anyway.
         """
         self.need(Verb.SHUT_DOWN)
         if self.note.operation is not None and not beside_others:

@@ -20,7 +20,7 @@ from vmm.model.spec import MachineSpec
 from vmm.processes.rpc import Progress
 from vmm.store import saved
 from vmm.store.media import changed_drives
-from vmm.worker.adapter_hotplug import told_mtus
+from vmm.worker.adapter_hotplug import announced_mtus
 from vmm.worker.conversation import LOOK_SECONDS, STOP_SECONDS
 from vmm.worker.running import START_SECONDS, Running
 from vmm.worker.states import End, Verb
@@ -68,7 +68,7 @@ class Saving:
         await self._running.qmp.execute("migrate-incoming", uri="fd:saved", timeout_seconds=STOP_SECONDS)
         while True:
             if self._running.exited.is_set():
-                raise self._running.failed_as_told("the saved memory cannot be restored")
+                raise self._running.failure_with_reason("the saved memory cannot be restored")
             try:
                 migration = await self._running.qmp.execute("query-migrate")
             except QemuFailed:
@@ -77,7 +77,9 @@ class Saving:
             if migration.get("status") == "completed":
                 break
             if migration.get("status") == "failed":
-                raise self._running.failed_as_told("the saved memory cannot be restored", migration.get("error-desc"))
+                raise self._running.failure_with_reason(
+                    "the saved memory cannot be restored", migration.get("error-desc")
+                )
             done = os.lseek(descriptor, 0, os.SEEK_CUR)
             progress({"step": "restoring memory", "done": done, "total": description.memory_file_bytes})
             await asyncio.sleep(LOOK_SECONDS)
@@ -120,17 +122,17 @@ class Saving:
         self._running.tell("save-failed", problem="the worker died while it saved the machine")
 
     async def save(self, progress: Progress, *, give_up_at: float | None = None) -> None:
-        """Save memory and devices to disk, then switch off. After an error the machine continues. Raises NoSpace and
-        others.
+        """Save memory and devices to disk, then switch off. After an error the machine continues.
 
-        `give_up_at` (of the monotonic clock): stop saving if the memory is not written by then. Raises TimedOut.
+        `give_up_at` (of the monotonic clock): stop saving if the memory is not written by then. Raises NoSpace,
+        TimedOut and other VmmErrors.
         """
         self._running.need(Verb.SAVE)
         with self._running.busy("save"):
             await self._running.refresh()
             was_running = self._running.status == "running"
             version = (await self._running.qmp.execute("query-version"))["qemu"]
-            mtus = await told_mtus(self._running.qmp, self._running.spec)
+            mtus = await announced_mtus(self._running.qmp, self._running.spec)
             descriptor = await asyncio.to_thread(saved.open_memory_file, self._running.machine, self._running.spec)
             self._running.note.details["was_running"] = was_running
             self._running.write_note()

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the disks' server of a running machine serves, and how tree and definitions follow it.
+"""What the disk server of a running machine serves, and how the snapshot tree and the definitions follow it.
 
-Decides that the server is the authority on which image takes a guest's writes, whether or not QEMU lives. Must not
+Decides that the server is the authority on which image takes a guest's writes, whether or not QEMU is alive. Must not
 know which operation asks.
 
-No numpy here, so that the worker stays small.
+Does not import numpy, so that the worker stays small.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ if TYPE_CHECKING:
     from vmm.model.spec import MachineSpec
     from vmm.worker.running import Running
 
-SERVER_SECONDS = 30.0  # for the disks' server to be back, when it was killed
+SERVER_SECONDS = 30.0  # for a killed disk server to be restarted
 _LOOK_SECONDS = 0.1
 
 
 async def wait_serving(running: Running) -> None:
-    """Return when the disks' server answers; one that was killed is waited for. Raises TimedOut, WrongState."""
+    """Wait until the disk server answers, if need be for its restart. Raises TimedOut, WrongState."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + SERVER_SECONDS
     while not await running.server.is_serving():
         if running.note.phase is WorkerPhase.ENDED:
             raise WrongState("is being switched off", hint="try again in a moment")
         if loop.time() > deadline:
-            raise TimedOut(f"the disks' server did not answer within {SERVER_SECONDS:g} s")
+            raise TimedOut(f"the disk server did not answer within {SERVER_SECONDS:g} s")
         await asyncio.sleep(_LOOK_SECONDS)
 
 
 async def served_leaves(running: Running) -> dict[str, str]:
     """Disk id -> the image that takes its writes now. Raises StoreFailed.
 
-    A snapshot that the server is in the middle of is waited for: it does one thing after the other. New leaves that it
-    has only prepared go.
+    Waits for a snapshot that the server is taking, because the server carries out one request after the other. New
+    leaves that it has prepared but not put to use are removed.
     """
     await wait_serving(running)
     with contextlib.suppress(VmmError):
@@ -55,12 +55,12 @@ async def served_leaves(running: Running) -> dict[str, str]:
 
 
 async def served_layers(running: Running) -> dict[str, list[str]]:
-    """Disk id -> the images it is read from, leaf first. Raises StoreFailed."""
+    """Disk id -> the images that it is read from, leaf first. Raises StoreFailed."""
     return {disk: list(layers) for disk, layers in (await _served(running)).items()}
 
 
 async def served_ids(running: Running) -> dict[str, str | None]:
-    """The ids of all images that are served, by their paths. Raises StoreFailed."""
+    """The ids of all served images, by path. Raises StoreFailed."""
     return {path: image_id for layers in (await _served(running)).values() for path, image_id in layers.items()}
 
 
@@ -73,7 +73,7 @@ async def _served(running: Running) -> dict[str, dict[str, str | None]]:
 
 
 async def wait_merged(running: Running, disk: str) -> None:
-    """Return when the server merges nothing of this disk: a merge outlives the worker that asked for it."""
+    """Wait until the server is not merging this disk: a merge outlives the worker that requested it."""
     await wait_serving(running)
     while True:
         status = await running.server.call("status", timeout_seconds=30)
@@ -83,10 +83,10 @@ async def wait_merged(running: Running, disk: str) -> None:
 
 
 async def follow_pivots(running: Running, held: Held, pivots: Sequence[Pivot], moved: dict[str, str]) -> None:
-    """Those new leaves that are served are the machine's disks. Raises VmmError, OSError.
+    """Record the new leaves that are served as the machine's disks. Raises VmmError, OSError.
 
     One that is not served was prepared and never used, or made by a server that was killed before it served it; it
-    goes, unless it holds something.
+    is removed, unless it holds data.
     """
     done = [one for one in pivots if moved.get(one.disk) == one.child]
     rest = [one for one in pivots if one not in done]
@@ -97,20 +97,20 @@ async def follow_pivots(running: Running, held: Held, pivots: Sequence[Pivot], m
 
 
 async def follow_merge(running: Running, held: Held, journal: MergeLive) -> None:
-    """The tree and the definitions say what the server serves. One that was killed is waited for: the merge died
-    with it, and it is back with the newest image. The tree is written with the caller's next step.
+    """Record in the tree and the definitions what the server serves. If the server was killed, the merge ended with
+    it; this waits for its restart, after which it serves the newest image. The caller's next step writes the tree.
 
-    Raises StoreFailed, TimedOut; the journal stays then.
+    Raises StoreFailed, TimedOut; the journal then remains.
     """
     await wait_serving(running)
     served = (await _served(running)).get(journal.disk)
     if served is None:
-        raise StoreFailed(f"the disks' server does not serve {journal.disk}", hint=f"vmm repair {held.name}")
+        raise StoreFailed(f"the disk server does not serve {journal.disk}", hint=f"vmm repair {held.name}")
     machine = record_chain(held, journal, served)
     disks = {one.id: one for one in machine.spec.disks}
     _follow(running, running.spec.changed(disks=[disks.get(one.id, one) for one in running.spec.disks]))
 
 
 def _follow(running: Running, spec: MachineSpec) -> None:
-    if spec != running.spec:  # else nothing can fail
+    if spec != running.spec:  # otherwise nothing is written, so nothing can fail
         running.redefine(spec)

@@ -2,12 +2,12 @@
 """Which state a running machine is in, what a change of QEMU's status leads to, and which verb each state allows.
 
     starting --> running <--> paused          pause, resume; save from either
-                 |  ^  `----> stopping        the guest was asked to shut down, or QEMU was told to quit
+                 |  ^  `----> stopping        the guest was asked to shut down, or QEMU to quit
                  v  |
             paused-critical                   a disk failed: it continues by itself when the cause is gone
 
-Decides all of it from facts alone, as tables, so every combination can be tried. Must not know QEMU, tasks or files.
-Pure.
+Decides all of it from facts alone, as tables, so that every combination can be tested. Must not know QEMU, tasks or
+files. Pure.
 """
 
 from __future__ import annotations

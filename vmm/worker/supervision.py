@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a worker watches what other processes find its machine by: the supervisor, and the runtime folder.
+"""How a worker watches the supervisor and the runtime folder, through which other processes find its machine.
 
-Decides when another supervisor is started, and when the folder counts as gone. What becomes of a machine without its
+Decides when another supervisor is started, and when the folder counts as gone. What happens to a machine without its
 runtime folder is decided in `worker`.
 """
 
@@ -33,7 +33,7 @@ class Supervision:
         tell: Callable[..., None],
         folder_gone: Callable[[], Awaitable[None]],
     ) -> None:
-        """`folder_gone` is awaited once, if the runtime folder has been removed. Raises OSError if it is not there."""
+        """`folder_gone` is awaited once, if the runtime folder has been removed. Raises OSError if it is missing."""
         self._machine = machine
         self._runtime = runtime
         self._tell = tell
@@ -42,15 +42,15 @@ class Supervision:
         self._last: SupervisorNote | None = None
 
     def watches(self) -> tuple[Coroutine[Any, Any, None], ...]:
-        """What is to run for as long as the machine does."""
+        """The coroutines that must run for as long as the machine does."""
         return self._watch_supervisor(), self._watch_folder()
 
     def note(self) -> SupervisorNote | None:
-        """What the supervisor noted last, also if the folder that the note was in is gone."""
+        """The supervisor's latest note, even after the folder that contained it is gone."""
         return SupervisorNote.read(self._runtime) or self._last
 
     async def _watch_supervisor(self) -> None:
-        """Start another one when it has died."""
+        """Start another supervisor when one has died."""
         loop = asyncio.get_running_loop()
         while self._has_folder():
             note = SupervisorNote.read(self._runtime)
@@ -76,7 +76,7 @@ class Supervision:
             await asyncio.sleep(SUPERVISOR_AGAIN_SECONDS)
 
     async def _wait_for_note(self, pid: int) -> None:
-        """Until the new supervisor has written that it is there, or has ended."""
+        """Wait until the new supervisor has written its note, or has ended."""
         deadline = time.monotonic() + SUPERVISOR_AGAIN_SECONDS * 10
         while time.monotonic() < deadline and ProcessRef.of(pid) is not None:
             note = SupervisorNote.read(self._runtime)
@@ -92,7 +92,9 @@ class Supervision:
         return False
 
     async def _watch_folder(self) -> None:
-        """A user's last session takes /run/user/ID with it, and programs that tidy up /tmp take what is there."""
+        """Wait until the folder is removed, as /run/user/ID is when a user's last session ends, or files in /tmp are
+        when a program tidies up there; then call `folder_gone`.
+        """
         while self._has_folder():
             self._last = self.note()
             await asyncio.sleep(FOLDER_LOOK_SECONDS)

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The worker: one process for each running machine, from its start until it is off and everything is put away.
+"""The worker: one process for each running machine, from its start until it is off and everything is cleaned up.
 
 Decides what the control socket offers, what happens after QEMU ends (recovery, or off), how the successor of a killed
-worker continues, and what becomes of a machine that cannot be reached any more. What a verb means for QEMU is decided
+worker continues, and what happens to a machine that can no longer be reached. What a verb means for QEMU is decided
 in `running`, what it means for disks in `disk_hotplug`.
 
     python -m vmm.worker.worker MACHINE-FOLDER RUNTIME-FOLDER [READY-DESCRIPTOR]
 
-On the ready descriptor it reports the progress of starting, one JSON object a line: {"progress": ...}, and at last
+On the ready descriptor it reports the progress of the start, one JSON object a line: {"progress": ...}, and finally
 {"result": ...} or {"error": ...}.
 """
 
@@ -59,7 +59,7 @@ from vmm.worker.supervision import Supervision
 
 SHUTDOWN_SECONDS = 120.0  # for a guest to shut down, unless the caller sets another limit
 SERVER_END_SECONDS = 60.0
-MAX_RECOVERIES, RECOVERY_WINDOW_SECONDS = 3, 60.0  # a machine that crashes at once is not started for ever
+MAX_RECOVERIES, RECOVERY_WINDOW_SECONDS = 3, 60.0  # a machine that crashes at once is not restarted forever
 
 
 class Worker:
@@ -76,7 +76,7 @@ class Worker:
         self._note.worker = ProcessRef.of_self()
         if self._found is None:
             self._note.qemu = None
-            self._note.operation = None  # it ended with QEMU and the worker that did it
+            self._note.operation = None  # it ended with QEMU and its worker
         self._running = Running(self._spec, machine, runtime, self._note, self._tell)
         self._saving = Saving(self._running)
         self._leaving = Leaving(self._running, self._saving)
@@ -86,22 +86,22 @@ class Worker:
         self._recovery = Recovery(self._running)
         self._capture = Capture(self._running, self._plugging)
         self._merges = LiveMerges(self._running)
-        self._rest: asyncio.Task[None] | None = None  # of what a worker before this one had begun
+        self._rest: asyncio.Task[None] | None = None  # settles what an earlier worker had begun
         self._wiring = Wiring(self._running)
-        self._off = asyncio.Event()  # everything of the machine is put away
+        self._off = asyncio.Event()  # everything of the machine is cleaned up
         self._problem: VmmError | None = None  # what went wrong with the disks at the end
         self._recoveries: list[float] = []
         self._is_clean = False  # the guest shut itself down
-        self._reverts = False  # it goes back to its snapshot when all is put away
+        self._reverts = False  # it is reverted to its snapshot once everything is cleaned up
         self._control = ControlServer(self._methods(), on_crash=self._log)
 
-    # -- telling -------------------------------------------------------------------------------------------------
+    # -- reporting -----------------------------------------------------------------------------------------------
 
     def _tell(self, event: str, **details: object) -> None:
         add_event(self._machine.events, event, **details)
 
     def _log(self, text: str) -> None:
-        """Into the worker's own log, which is our standard error."""
+        """Write to the worker's own log, which is its standard error."""
         with contextlib.suppress(OSError):
             os.write(2, text.encode() + b"\n")
 
@@ -115,15 +115,15 @@ class Worker:
             os.close(self._ready)
             self._ready = None
 
-    # -- the whole life ------------------------------------------------------------------------------------------
+    # -- from start to end ---------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """From start, or from where another worker was killed, until the machine is off."""
+        """Run from the start, or from where another worker was killed, until the machine is off."""
         for number in ENDING_SIGNALS:
             asyncio.get_running_loop().add_signal_handler(number, self._leave_for_signal, signal.Signals(number).name)
         self._note.write(self._runtime)
         if is_leaving(self._runtime):
-            self._leave_for_signal("a signal to the worker before")
+            self._leave_for_signal("a signal to the previous worker")
         await self._control.start(bind_private(self._runtime.control))
         watch = asyncio.gather(*self._supervision.watches())
         switches = asyncio.create_task(self._wiring.watch())
@@ -131,7 +131,7 @@ class Worker:
             end = await self._first_end()
             while end is End.CRASHED and self._may_recover():
                 self._tell("recovery", action="restart")
-                await self._recovery.finish_interrupted()  # the disks' server still knows which images are the newest
+                await self._recovery.finish_interrupted()  # the disk server still knows which images are the newest
                 try:
                     self._note.phase = WorkerPhase.STARTING
                     await self._begin()
@@ -149,7 +149,7 @@ class Worker:
             await self._put_away(watch)
 
     async def _first_end(self) -> End:
-        """Start or take over, and wait for the end; an end at once where nothing can be started."""
+        """Start or take over, and wait for the end; returns at once if the machine cannot be started."""
         try:
             if self._found is not None:
                 self._tell("taken-over")
@@ -158,7 +158,7 @@ class Worker:
                 await self._saving.finish_interrupted()
                 self._running_now()
             elif self._lost:
-                self._tell("qemu-died", problem="while no worker was there")
+                self._tell("qemu-died", problem="while no worker was running")
                 return End.CRASHED
             elif self._note.phase is WorkerPhase.ENDED:
                 return End.STOPPED
@@ -187,7 +187,7 @@ class Worker:
             self._note.write(self._runtime)
 
     def _may_recover(self) -> bool:
-        """What the definition says now, and not more often than makes sense; never while the host stops."""
+        """True if the current definition asks for a restart, up to a limit; never while the host is stopping."""
         if self._leaving.has_begun:
             return False
         with contextlib.suppress(VmmError):
@@ -203,7 +203,7 @@ class Worker:
 
     async def _put_away(self, watch: asyncio.Future[Any]) -> None:
         """Have the disk server flush and end, answer waiting callers, then end. The supervisor does the rest."""
-        note_running(self._machine, self._leaving.has_begun)  # what the host stopped runs again when it starts
+        note_running(self._machine, self._leaving.has_begun)  # if the host stopped it, the host also restarts it
         self._note.phase = WorkerPhase.ENDED
         with contextlib.suppress(VmmError):
             self._note.write(self._runtime)
@@ -235,7 +235,7 @@ class Worker:
                 )
 
     def _start_merging(self) -> None:
-        """What snapshots that were deleted meanwhile left to merge, in a process of its own. It waits for our end."""
+        """Merge what deleted snapshots left, in a separate process, which waits until this one ends."""
         if has_tree(self._machine) and not saved.is_saved(self._machine):
             with contextlib.suppress(OSError):
                 fold.spawn(self._machine, self._runtime)
@@ -247,14 +247,14 @@ class Worker:
             return
         try:
             await self._running.server.call("shutdown")
-        except VmmError:  # it is not that far yet, or ended just now
+        except VmmError:  # it is not listening yet, or has just ended
             server.send(SERVER_END_SIGNAL)
         if not await asyncio.to_thread(server.wait, SERVER_END_SECONDS):
             await asyncio.to_thread(server.end, 1.0, SERVER_END_SIGNAL)
 
     async def _reachable_no_more(self) -> None:
-        """The runtime folder is gone, so no command finds the machine any more: it is saved, or else powered off."""
-        self._tell("runtime-folder-gone", problem="the machine cannot be reached any more: it is saved")
+        """Save the machine, or else power it off: without the runtime folder, commands can no longer find it."""
+        self._tell("runtime-folder-gone", problem="the machine can no longer be reached: it is saved")
         try:
             await self._saving.save(lambda document: None)
         except VmmError as error:
@@ -262,13 +262,13 @@ class Worker:
             await self._running.stop()
 
     def _leave_for_signal(self, name: str) -> None:
-        """The host stops, or the session that started us ends: carry out the stop action."""
+        """Carry out the stop action: the host is stopping, or the session that started the machine is ending."""
         self._leaving.begin(name, SIGNAL_SECONDS, lambda: self._rest)
 
     # -- what the control socket offers --------------------------------------------------------------------------
 
     def _methods(self) -> dict[str, Method]:
-        """All methods; those that need QEMU wait until there is a conversation with it."""
+        """All methods; those that need QEMU wait until its monitor is connected."""
         methods: dict[str, Method] = {
             "pause": self._pause,
             "resume": self._resume,
@@ -287,7 +287,7 @@ class Worker:
             **self._capture.methods(),
             **self._merges.methods(),
         }
-        for name in ("disk-status", "snapshot-merge-cancel"):  # they look, and end what settling waits for
+        for name in ("disk-status", "snapshot-merge-cancel"):  # they only inspect, or end what settling waits for
             methods[name] = if_settled.pop(name)
         methods |= {name: self._recovery.before(method) for name, method in if_settled.items()}
         return {"status": self._status, **{name: self._when_reachable(method) for name, method in methods.items()}}
@@ -300,7 +300,7 @@ class Worker:
         return called
 
     async def _status(self, params: dict[str, Any], progress: Progress) -> object:
-        """How the machine is; {"guest": true} asks the guest's agent, too."""
+        """The status of the machine; {"guest": true} queries the guest's agent too."""
         await self._running.wait_known()
         document = self._running.document()
         if parameter(params, "guest", bool, False) and self._running.agent.is_open:
@@ -337,7 +337,7 @@ class Worker:
         return await self._when_off(progress)
 
     async def _leave(self, params: dict[str, Any], progress: Progress) -> object:
-        """What the automatic stop action says, because the host stops; {"done": "saved" and the like}."""
+        """Carry out the automatic stop action, because the host is stopping; {"done": "saved" and the like}."""
         alive = asyncio.create_task(_signs_of_life(progress, "stopping with the host"))
         try:
             done = await asyncio.shield(self._leaving.begin("vmm", HOST_SECONDS, lambda: self._rest))
@@ -347,7 +347,7 @@ class Worker:
         return {"done": done}
 
     async def _when_off(self, progress: Progress) -> object:
-        """Answer when the disks are free. Raises what went wrong with them."""
+        """Answer once the disks are released. Raises the error that occurred with them."""
         alive = asyncio.create_task(_signs_of_life(progress, "closing the disks"))
         try:
             await self._off.wait()
@@ -359,20 +359,20 @@ class Worker:
 
 
 async def _signs_of_life(progress: Progress, step: str) -> None:
-    """Whoever waits knows that we are there."""
+    """Report every second, so that the waiting caller knows that the worker is alive."""
     while True:
         await asyncio.sleep(1)
         progress({"step": step})
 
 
 def _is_supervisors(runtime: RuntimePaths) -> bool:
-    """True when the supervisor of this folder started us."""
+    """True if the supervisor of this folder started this process."""
     note = SupervisorNote.read(runtime)
     return note is not None and note.supervisor is not None and note.supervisor.pid == os.getppid()
 
 
 def main() -> None:
-    """The process."""
+    """Entry point of the process."""
     machine, runtime = MachinePaths(sys.argv[1]), RuntimePaths(sys.argv[2])
     ready = int(sys.argv[3]) if len(sys.argv) > 3 else None
     if ready is not None:
@@ -380,11 +380,11 @@ def main() -> None:
     os.chdir("/")
     os.umask(0o077)
     if ready is None and WorkerNote.read(runtime) is None and not _is_supervisors(runtime):
-        return  # the machine that we were to run is gone, and another start has its folder
+        return  # the machine that was to be run is gone, and another start has taken its folder
     lock = Lock(runtime.lock("worker"))
     try:
         if not lock.try_take():
-            return  # there is one already
+            return  # another worker is already running
     except FileNotFoundError:
         return  # the folder is gone, and so is the machine
     try:
@@ -399,7 +399,7 @@ def main() -> None:
             with contextlib.suppress(OSError):
                 os.write(ready, json.dumps({"error": to_document(problem)}).encode() + b"\n")
             note = WorkerNote.read(runtime) or WorkerNote()
-            if note.qemu is None:  # nothing runs: it would fail again
+            if note.qemu is None:  # nothing is running: another start would fail again
                 note.phase = WorkerPhase.ENDED
                 with contextlib.suppress(VmmError):
                     note.write(runtime)
