@@ -69,7 +69,7 @@ class GuestAccess:
         return ConsoleConnection(link, answer["typing"] is True)
 
     def has_console(self) -> bool:
-        """True while there is a console, also while a new worker replaces one that died."""
+        """True while the console exists, also while a new worker replaces one that died."""
         return os.path.exists(self._place.runtime.console)
 
     def console_log(self) -> bytes:

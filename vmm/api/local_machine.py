@@ -30,7 +30,7 @@ _FIXED = {"id", "schema_version", "disks", "adapters", "generation"}
 
 
 class LocalMachine(ABC):
-    """A machine of this host. `opened` is what was read after its lock was taken; None if it was only reached."""
+    """A machine of this host. `opened`: its definition, read after its lock was taken; None if it was only reached."""
 
     def __init__(self, place: MachineRef, opened: Changing | None) -> None:
         self.place = place

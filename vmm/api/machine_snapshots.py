@@ -107,7 +107,7 @@ class MachineSnapshots:
         mode: str | None = None,
         progress: Progress | None = None,
     ) -> Snapshot:
-        """Take a snapshot of the machine in whatever state it is.
+        """Take a snapshot of the machine, in any state.
 
         `consistent`: its agent freezes the guest's file systems meanwhile. `mode`: how memory is captured, one
         of `MODES`; None is the best that the host allows. Raises Refused, AlreadyExists, InvalidSpec, NoSpace,

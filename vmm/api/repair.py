@@ -159,7 +159,7 @@ def _take_on(held: Held, step: RepairStep) -> Changing:
     return registry.update(held, lambda spec: relocated(spec, {str(step.disk): newest}), check_images=True)
 
 
-# -- what there is ---------------------------------------------------------------------------------------------------
+# -- looking --------------------------------------------------------------------------------------------------------
 
 
 def _look_at(

@@ -147,7 +147,7 @@ def print_line(text: str) -> None:
 
 
 def print_aside(text: str) -> None:
-    """Print one line that reports no failure on standard error. If that fails, the verb goes on."""
+    """Print a line that is not an error on standard error. If that fails, the verb continues."""
     with contextlib.suppress(OSError, ValueError):
         click.echo(printable(text), err=True)
 
@@ -203,7 +203,7 @@ def progress_line(*, shown: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
 
 
 def _show_on_terminal(text: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # the verb goes on without a terminal
+    with contextlib.suppress(OSError, ValueError):  # the verb continues without a terminal
         sys.stderr.write(text)
         sys.stderr.flush()
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How an adapter is written as one argument, SWITCH[,OPTION=VALUE...], and how a bandwidth is written.
 
-Decides only the syntax; which values are valid is decided in `spec`. Imports little, because `create` needs it, too.
+Decides only the syntax; which values are valid is decided in `spec`. Imports little, because `create` uses it, too.
 """
 
 from __future__ import annotations

@@ -108,16 +108,16 @@ class _Landing:
         self._disks, self._media, self._snapshots = disks, media, snapshots
 
     def path(self, name: str) -> str:
-        """Of an image or another file."""
+        """The path of an image or another file."""
         folder, _, base = name.lstrip("/").partition("/")
         return os.path.join({"disks": self._disks, "media": self._media}[folder], base)
 
     def folder(self, snapshot_id: str) -> str:
-        """Of a snapshot."""
+        """The folder of a snapshot."""
         return os.path.join(self._snapshots, snapshot_id)
 
     def spec(self, key: str | None) -> MachineSpec:
-        """A judged definition with the paths as they are here."""
+        """A judged definition with the paths on this host."""
         spec = self._arrival.judged[key]
 
         def moved(path: str | None) -> str | None:
