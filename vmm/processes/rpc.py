@@ -76,7 +76,7 @@ class ControlServer:
                 call = asyncio.create_task(self._answer(line, writer))
                 self._calls.add(call)
                 call.add_done_callback(self._calls.discard)
-                await asyncio.wait({call})  # one call at a time; it goes on if the client disconnects
+                await asyncio.wait({call})  # one call at a time; it continues if the client disconnects
         except ConnectionError:
             pass
         except jsonrpc.LineTooLong as problem:

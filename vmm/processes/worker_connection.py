@@ -219,7 +219,7 @@ def settle_left(lock: HeldLock, machine: MachinePaths, *, stop_merge: bool = Tru
 
 
 def is_left(machine: MachinePaths) -> bool:
-    """True if an interrupted operation is to be settled. Raises VmmError."""
+    """True if an interrupted operation has to be settled. Raises VmmError."""
     return has_note(machine) or (has_tree(machine) and load_tree(machine).journal is not None)
 
 

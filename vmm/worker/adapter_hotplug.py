@@ -356,7 +356,7 @@ class Wiring:
             await self._set_link(adapter.id, adapter.link_up)
 
     def _note_gateway(self, switch: str, problem: str | None) -> None:
-        """An event when the gateway of a switch ended, and one when it is back; none for each failed try between."""
+        """Record when the gateway of a switch ends and when it is restarted, but no failed attempts between."""
         if problem is not None and switch not in self._without_gateway:
             self._without_gateway.add(switch)
             self._running.tell("switch-impaired", switch=switch, what="gateway", problem=problem)

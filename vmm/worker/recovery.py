@@ -78,7 +78,7 @@ class Recovery:
         return called
 
     def is_pending(self) -> bool:
-        """True if an operation is to be settled. Raises VmmError."""
+        """True if an interrupted operation has to be settled. Raises VmmError."""
         machine = self._running.machine
         return has_note(machine) or (has_tree(machine) and load_tree(machine).journal is not None)
 
@@ -136,7 +136,7 @@ class Recovery:
                 return
             case Backup():
                 await merge_away(self._running, held, journal, lambda document: None)
-                self._running.tell("backup-cleaned-up", problem="a backup was cut short")
+                self._running.tell("backup-cleaned-up", problem="a backup was interrupted")
                 return
             case CreateOff() | Apply() | PutInPlace():
                 raise WrongState(

@@ -134,7 +134,7 @@ class Running:
         return self.conversation.is_open
 
     async def wait_reachable(self) -> None:
-        """Wait until QEMU's monitor is connected, or until no connection is to be expected soon."""
+        """Wait until QEMU's monitor is connected, or until no connection can be expected soon."""
         deadline = time.monotonic() + REACH_SECONDS
         while not self.conversation.has_begun and self.end is None and self.note.phase is WorkerPhase.RUNNING:
             if time.monotonic() > deadline:
