@@ -2,7 +2,7 @@
 """Bytes at offsets: how the content of a file is read and written.
 
 Decides what a store is, for readers (`ReadStore`) and for writers (`Store`), and how the bytes of a file reach the
-operating system (`pread`, `pwrite`, `fdatasync`). Must not know what the bytes mean. There is no shared position:
+operating system (`pread`, `pwrite`, `fdatasync`). Must not know what the bytes mean. Openings share no position:
 every call names its offset. Where a file has holes is decided in `space`; which file a name leads to, and how it is
 held, in `named`.
 """

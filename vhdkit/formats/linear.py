@@ -120,7 +120,7 @@ class LinearImage:
         self.write_zeroes(sector_index, sector_count)
 
     def flush_is_due(self) -> bool:
-        """See `Layer.flush_is_due`: there is no metadata to wait for one."""
+        """See `Layer.flush_is_due`: no metadata waits for one."""
         return False
 
     def flush(self) -> None:

@@ -123,7 +123,7 @@ def _stat(pid: int) -> list[str] | None:
 
 
 def command_words(pid: int) -> list[str]:
-    """The command line of a process, as words; empty if there is no such process.
+    """The command line of a process, as words; empty for a process that has ended.
 
     Between execve and the setup of the new program's stack the kernel shows an empty command line, and a caller that
     waited for the program to start may read it just then (proc_pid_cmdline(5)); such a moment is waited out.

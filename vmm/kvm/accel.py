@@ -74,7 +74,7 @@ def probe(
     """The accelerator for `wanted` ("auto", "kvm" or "tcg"), proven by running a guest now or earlier since boot.
 
     `cache_folder` is a private folder for the results; without it everything is tried now (0.3 s).
-    Raises Unsupported if there is no QEMU, or if the wanted accelerator runs no guest.
+    Raises Unsupported without QEMU, or if the wanted accelerator runs no guest.
     """
     return choose(gather(cache_folder=cache_folder, qemu=qemu, refresh=refresh), wanted)
 
@@ -149,7 +149,7 @@ def _hint_for(refusal: str) -> str | None:
 
 
 def gather(*, cache_folder: str | None = None, qemu: str | None = None, refresh: bool = False) -> Evidence:
-    """Try KVM and QEMU, or return the cached results. Raises Unsupported if there is no QEMU that starts."""
+    """Try KVM and QEMU, or return the cached results. Raises Unsupported if QEMU is missing or does not start."""
     path = qemu or program.find()
     key = _key(path)
     cache_path = None if cache_folder is None else os.path.join(cache_folder, CACHE_NAME)

@@ -246,8 +246,8 @@ class ConsoleHub:
 
     def _show(self, data: bytes) -> None:
         if self._on_first_output is not None:
-            told, self._on_first_output = self._on_first_output, None
-            told()
+            report, self._on_first_output = self._on_first_output, None
+            report()
         assert self._log is not None
         self._log.append(data)
         for watcher in self._watchers:

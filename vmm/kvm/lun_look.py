@@ -28,7 +28,7 @@ _SECRET_ID = "password"
 
 
 def look_at_lun(lun: Lun, *, initiator: str, password: bytes | None = None) -> str | None:
-    """The fingerprint of the content; None if it cannot be read now, or if there is no qemu-io."""
+    """The fingerprint of the content; None if it cannot be read now, or without qemu-io."""
     tool = shutil.which("qemu-io")
     if tool is None:
         return None

@@ -16,7 +16,7 @@ _ALIAS = re.compile(r"^(\S+)\s.*\(alias of (\S+)\)")
 
 
 def newest(family: str) -> str:
-    """The versioned type that `pc` stands for. Raises Unsupported if there is no QEMU, QemuFailed."""
+    """The versioned type that `pc` stands for. Raises Unsupported without QEMU, QemuFailed."""
     return newest_in(program.answer([program.find(), "-machine", "help"]), family)
 
 
@@ -30,7 +30,7 @@ def newest_in(listing: str, family: str) -> str:
 
 
 def machine_types() -> frozenset[str]:
-    """The names of all machine types. Raises Unsupported if there is no QEMU, QemuFailed."""
+    """The names of all machine types. Raises Unsupported without QEMU, QemuFailed."""
     return types_in(program.answer([program.find(), "-machine", "help"]))
 
 
@@ -40,7 +40,7 @@ def types_in(listing: str) -> frozenset[str]:
 
 
 def processor_models() -> frozenset[str]:
-    """The names of all processor models. Raises Unsupported if there is no QEMU, QemuFailed."""
+    """The names of all processor models. Raises Unsupported without QEMU, QemuFailed."""
     return models_in(program.answer([program.find(), "-cpu", "help"]))
 
 

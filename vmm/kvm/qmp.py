@@ -68,7 +68,7 @@ class Qmp:
     async def connect_agent(cls, path: str, *, timeout_seconds: float = AGENT_SECONDS) -> Qmp:
         """Connect to a guest agent and discard its pending answers to earlier clients.
 
-        Raises AgentUnavailable if there is no answer.
+        Raises AgentUnavailable without an answer.
         """
         client = QMPClient("agent")
         client.await_greeting = False

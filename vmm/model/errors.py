@@ -63,7 +63,7 @@ class InvalidSpec(VmmError):
 
 
 class NotFound(VmmError):
-    """There is no such machine, disk, adapter, file or device."""
+    """The machine, disk, adapter, file or device does not exist."""
 
 
 class AlreadyExists(VmmError):

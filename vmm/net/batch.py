@@ -13,7 +13,7 @@ lines, or the headers of all slots would fall into the same few lines of the cac
     as is   |<------------------- length ------------------------->|
     changed |<----12------>|  + tag +  |<--- from skip to length -->|
 
-`INV-BATCH-BOUNDED`: the kernel is never told of more room than a slot has; a frame that fills its slot is too long.
+`INV-BATCH-BOUNDED`: the kernel is never offered more room than a slot has; a frame that fills its slot is too long.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ class BridgeBackend:
         return None
 
     def status(self) -> dict[str, Any] | None:
-        """None: there is no process to ask."""
+        """None: it has no process to ask."""
         return None
 
     def state(self, status: dict[str, Any] | None) -> str:

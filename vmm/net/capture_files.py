@@ -58,7 +58,7 @@ class CaptureFiles:
             self._file.close()
 
     def write(self, received: bytes) -> bool:
-        """Take what came; False when there is no room for more. Raises VmmError for anything but pcapng."""
+        """Take what came; False without room for more. Raises VmmError for anything but pcapng."""
         self._input += received
         at = 0
         has_room = True

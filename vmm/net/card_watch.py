@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The card of an external switch that is no longer part of its bridge, or whose MTU changed: noticed and put right.
+"""The card of an external switch that has left its bridge, or whose MTU changed: noticed and put right.
 
 Decides when a card may be put back: when it is still the switch's card, nothing else has taken it, and the host does
 not use it for itself, because its addresses would stop working. A look reads two or three files of sysfs, and is not a

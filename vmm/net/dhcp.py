@@ -68,7 +68,7 @@ def configuration(spec: SwitchSpec, lease_path: str) -> str:
         f"dhcp-lease-max={spec.network.num_addresses}",
         f"host-record=host.{spec.domain},{spec.interface.ip}",
     ]
-    # Without a way out there is no server to pass questions on to, and no router to announce.
+    # Without a way out no server exists to pass questions on to, and no router to announce.
     lines += (
         [f"dhcp-option=option:router,{spec.interface.ip}"] if spec.nat else ["no-resolv", "dhcp-option=option:router"]
     )

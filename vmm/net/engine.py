@@ -13,7 +13,7 @@ empties those tables. What depends on more is marked in the decision: `inspect` 
 `INV-SWITCH-MODEL`: `forward` gives what a naive 802.1Q bridge gives, for any sequence of frames.
 `INV-VLAN-ISOLATED`: a frame only reaches ports that are members of its VLAN, and no tag within a tag becomes the
 frame's own on its way (a guest could send into a VLAN it is not a member of).
-`INV-UNTAGGED-ONLY`: through an adapter that is no trunk no tag passes, in either direction, but a priority tag
+`INV-UNTAGGED-ONLY`: no tag passes through an adapter other than a trunk, in either direction, but a priority tag
 (VLAN 0), which is taken off.
 `INV-NO-REFLECTION`: a frame never returns to the port it came from.
 `INV-TABLE-BOUNDED`: at most MAX_ADDRESSES addresses are known, MAX_PORT_ADDRESSES of one port.

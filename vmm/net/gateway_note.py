@@ -28,7 +28,7 @@ def leave(folder: str, problem: str) -> None:
 
 
 def remove(folder: str) -> None:
-    """The gateway runs, or is no longer wanted."""
+    """The gateway runs, or was stopped."""
     with contextlib.suppress(OSError):
         os.unlink(os.path.join(folder, _NAME))
 

@@ -334,7 +334,7 @@ def _between_others(guard: Guard) -> Rule:
 
 
 def removal(spec: SwitchSpec) -> dict[str, Any]:
-    """A document after which there is no table of the switch's, whether there was one or not."""
+    """A document that removes the tables of the switch, if there are any."""
     commands = []
     tables = (("netdev", spec.table_name), ("bridge", spec.table_name), ("inet", f"{spec.table_name}_out"))
     for family, table in tables:
@@ -382,7 +382,7 @@ def _own(spec: SwitchSpec) -> list[tuple[str, dict[str, Any]]]:
 
 
 def listed(family: str, table: str) -> list[tuple[str, dict[str, Any]]]:
-    """(kind, facts) of everything in a table; nothing where there is no such table."""
+    """(kind, facts) of everything in a table; nothing without such a table."""
     done = _nft("-j", "list", "table", family, table)
     if done.returncode != 0:
         return []
@@ -391,19 +391,19 @@ def listed(family: str, table: str) -> list[tuple[str, dict[str, Any]]]:
 
 def run(rules: dict[str, Any]) -> None:
     """Have the kernel take a document, whole or not at all. Raises Unsupported, VmmError."""
-    done = _nft("-j", "-f", "-", told=json.dumps(rules))
+    done = _nft("-j", "-f", "-", document=json.dumps(rules))
     if done.returncode != 0:
         said = done.stderr.decode(errors="replace").strip().splitlines() or ["nothing"]
         raise errors.VmmError(f"nft refused the switch's rules: {said[0]}")
 
 
-def _nft(*words: str, told: str = "") -> subprocess.CompletedProcess[bytes]:
+def _nft(*words: str, document: str = "") -> subprocess.CompletedProcess[bytes]:
     program = shutil.which("nft", path="/usr/sbin:/sbin:/usr/bin:/bin")
     if program is None:
         raise errors.Unsupported("nft is not installed", hint=NFT_HINT)
     try:
         return subprocess.run(
-            [program, *words], input=told.encode(), capture_output=True, timeout=NFT_SECONDS, check=False
+            [program, *words], input=document.encode(), capture_output=True, timeout=NFT_SECONDS, check=False
         )
     except subprocess.TimeoutExpired as error:
         raise errors.TimedOut("nft does not answer") from error

@@ -2,9 +2,9 @@
 """Rules of a bridge that were taken away, as by `nft flush ruleset`: noticed and loaded again.
 
 Decides what a look costs while nothing happens: one question to the kernel, for the number of the state of all rules
-(`rule_check.generation`), which is compared with the one for which the switch's were last found as planned. Whoever
-finds another compares them, under the switch's lock, which falls when its holder is killed; the others see that it is
-done. Who looks, and when: `watching`.
+(`rule_check.generation`), which is compared with the one for which the switch's were last found as planned. The
+process that finds another compares them, under the switch's lock, which ends with its holder; the others see that it
+is done. Which processes look, and when: `watching`.
 
     FOLDER/rules.json   {"boot_id": ..., "generation": 17, "attempts": 0}
 

@@ -2,8 +2,8 @@
 """Kernel settings (sysctl) that several switches want at once, and what they were before the first.
 
 Decides that a setting is put back when the last switch that holds it lets go, to what it was before the first took it:
-in whatever order switches come and go, none loses what it needs, and in the end the host is as it was. What somebody
-else changed or wants meanwhile stays. Each of the two works again when it was killed half way. Must not know which
+in whatever order switches come and go, none loses what it needs, and in the end the host is as it was. What other
+programs changed or want meanwhile stays. Each of the two works again when it was killed half way. Must not know which
 settings a switch needs.
 
     FOLDER/settings.json   {"boot_id": ..., "held": {SETTING: HELD, ...}}
@@ -89,7 +89,7 @@ def before(folder: str, setting: str) -> str | None:
 
 
 def _put_back(setting: str, one: Mapping[str, Any]) -> None:
-    """Back to what it was, unless that is no longer ours to decide.
+    """Back to what it was, unless the value was changed by others meanwhile.
 
     Another program set another value since, or set ours on all interfaces, as Docker and libvirt do with `ip_forward`.
     """

@@ -72,7 +72,7 @@ def _ensure(netlink: IPRoute, spec: SwitchSpec, name: str, bytes_per_second: int
         burst = max(2 * (mtu_bytes + frames.HEADER_BYTES + frames.TAG_BYTES), int(bytes_per_second * BURST_SECONDS))
         limit = max(MIN_QUEUE_BYTES, int(bytes_per_second * QUEUE_SECONDS)) + burst
         netlink.tc("replace", "tbf", index=index, rate=bytes_per_second, burst=burst, limit=limit)
-    netlink.link("set", index=index, mtu=mtu_bytes, state="up")  # its MTU only tells for which one the queue is
+    netlink.link("set", index=index, mtu=mtu_bytes, state="up")  # its MTU only shows which one the queue is for
 
 
 def _rate(netlink: IPRoute, index: int) -> int | None:

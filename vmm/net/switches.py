@@ -119,7 +119,7 @@ def delete(name: str, *, force: bool = False) -> list[str]:
 
     Raises InUse while guests are plugged in, VmmError for what resists. Forced it ends with neither.
     """
-    load(name)  # this error comes first, where there is no folder for the lock yet
+    load(name)  # this error comes first, before the folder for the lock exists
     with _changing():
         spec = load(name)
         host = HostSide(spec)
@@ -192,7 +192,7 @@ def staying(name: str) -> Iterator[HostSide]:
 
     Raises NotFound, InvalidSpec.
     """
-    load(name)  # this error comes first, where there is no folder for the lock yet
+    load(name)  # this error comes first, before the folder for the lock exists
     with _changing():
         yield HostSide(load(name))
 

@@ -3,7 +3,7 @@
 
 Decides what must be present for a snapshot to be applied, and for a machine to start without its saved memory. The
 checks change nothing and take no locks, so the code that acts afterwards checks again under its own locks. Use by the
-machine itself is no obstacle, because it will have ended by then.
+machine itself does not count, because it will have ended by then.
 
 INV-LOOK-FIRST: a verb that destroys something first refuses for every reason that can be known beforehand.
 

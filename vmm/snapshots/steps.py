@@ -3,7 +3,7 @@
 
     journal: prepare     new images and folders are made; an operation that ends here is undone
     journal: commit      it takes effect: definition, saved memory and UEFI variables are put in place, repeatably
-    no journal           what is no longer needed is removed, according to the delete rule
+    no journal           leftovers are removed, according to the delete rule
 
 Decides the name of a new leaf and how a disk's definition changes with it. A new leaf lies beside the image on which
 it stands, as with Hyper-V 2008 R2: our programs that open that image for writing look there for children, and refuse.

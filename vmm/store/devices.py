@@ -3,7 +3,7 @@
 
 Decides when such a disk is examined (when it is defined, so that an unsuitable one is refused at once) and when it is
 claimed (when QEMU starts or the disk is plugged in, and for as long as QEMU lives), and which operations a machine
-with such a disk does not support: there is no image of ours beneath it, so its content cannot be preserved while the
+with such a disk does not support: it stands on none of our images, so its content cannot be preserved while the
 guest keeps writing. Whether a disk may be given away, and the claim itself, are decided in `kvm.passthrough` and
 `kvm.iscsi`; the list of machines comes from `registry`.
 """

@@ -199,7 +199,7 @@ def children_of(path: str, *, parent_dirs: Sequence[str] = ()) -> list[str]:
 def note_marks(machine: Machine, disks: Sequence[DiskSpec]) -> None:
     """Mark the parents of disks that lie in other folders, so that vhdkit protects them even without vmm.
 
-    A mark that cannot be set is recorded as an event and is no failure: vmm knows the images of its machines anyway.
+    A mark that cannot be set is recorded as an event and not raised: vmm knows the images of its machines anyway.
     """
     for disk in disks:
         if not disk.is_image or disk.path is None or disk.format == "raw":

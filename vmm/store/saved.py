@@ -95,7 +95,7 @@ def complete(
 ) -> None:
     """All memory is written: truncate the file to what was written, sync, describe and rename it.
 
-    Raises VmmError; there is no saved state then, and the machine can continue.
+    Raises VmmError; no saved state exists then, and the machine can continue.
     """
     folder = folder_while_saving(machine)
     try:

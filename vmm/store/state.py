@@ -35,7 +35,7 @@ class MachineState(StrEnum):
 
 
 class WorkerPhase(StrEnum):
-    """The worker's progress: its QEMU is being started, runs, or is no longer wanted."""
+    """The worker's progress: its QEMU is being started, runs, or was stopped."""
 
     STARTING = "starting"
     RUNNING = "running"

@@ -111,7 +111,7 @@ def replacing(
     Yields it for `NewFile`, which replaces this file and no other; None if it does not exist.
 
     A file of the chain `layers`, an image in use, or one that has children is not replaced: raises
-    InvalidArgument, ImageInUse, HasChildren. If there is no file yet, this does nothing. Without `replace` it only
+    InvalidArgument, ImageInUse, HasChildren. Without a file this does nothing. Without `replace` it only
     sets the hint of the block's AlreadyExists, which names --force if that would be accepted.
     """
     if not is_regular(path):

@@ -162,7 +162,7 @@ def _from(free: Sequence[tuple[int, int]], preferred: int) -> list[tuple[int, in
 
 
 def _fit(free: Sequence[tuple[int, int]], sizes: Sequence[int]) -> list[int] | None:
-    """An offset for each size, the first one that fits; None if there is no space for all."""
+    """An offset for each size, the first one that fits; None without space for all."""
     ranges, offsets = list(free), []
     for size in sizes:
         found = next((index for index, (start, end) in enumerate(ranges) if end - start >= size), None)

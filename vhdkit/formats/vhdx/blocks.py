@@ -370,7 +370,7 @@ class VhdxImage:
 
 @contextlib.contextmanager
 def _whole(commit: Commit) -> Iterator[None]:
-    """A write, after which nothing more is written if something that is no error of ours left it in the middle."""
+    """A write, after which nothing more is written if an exception other than our errors ends it midway."""
     try:
         yield
     except errors.VhdkitError:

@@ -145,7 +145,7 @@ def places(metadata: Metadata, bat: Bat) -> tuple[NDArray[np.int64], NDArray[np.
 
 
 def _overlaps(metadata: Metadata, bat: Bat) -> Iterator[CorruptImage]:
-    """Blocks over each other, and over what is no block."""
+    """Blocks that overlap each other or other structures."""
     numbers, offsets, sizes = places(metadata, bat)
     for place in np.flatnonzero(offsets[1:] < offsets[:-1] + sizes[:-1])[:1].tolist():
         lower = metadata.shape.structure(int(numbers[place]))

@@ -152,7 +152,7 @@ def _is_valid(header: LogEntryHeader, raw: bytes) -> bool:
 def active_sequence(entries: dict[int, Entry], log_size: int) -> list[Entry]:
     """The entries to replay, oldest first: those from the tail of the newest entry for which none is missing.
 
-    Empty where there is no such entry. What lies in front of the tail is not replayed, be it valid: its space in the
+    Empty without such an entry. What lies in front of the tail is not replayed, be it valid: its space in the
     file may hold a guest's data by now.
     """
     run_of: dict[int, tuple[int, int]] = {}  # offset: (which run of entries without a gap, the number in it)

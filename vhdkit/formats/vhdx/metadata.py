@@ -68,7 +68,7 @@ class Metadata:
         return raw.decode("utf-16-le", "replace").split("\0", 1)[0]
 
     def structures(self) -> list[tuple[str, int, int]]:
-        """(name, offset, size) of everything that is no block, in bytes."""
+        """(name, offset, size) of every structure but blocks, in bytes."""
         places = [("header section", 0, layout.HEADER_SECTION_SIZE), *self.regions.places()]
         return places + ([("log", *self.log)] if self.log[1] else [])
 
