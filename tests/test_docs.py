@@ -11,6 +11,7 @@ from pathlib import Path
 from tests.doc_commands import blocks, pages
 from tests.test_layering import FILE_ROOMS, LAYERS, VMM_LAYERS
 from vhdkit.formats.vhd.layout import STRUCTURES
+from vhdkit.formats.vhdx import layout as vhdx_layout
 
 ROOT = Path(__file__).parent.parent
 INVARIANT = re.compile(r"INV-[A-Z-]*[A-Z]")
@@ -35,10 +36,11 @@ def docstrings_of_tests() -> str:
 
 
 def test_offset_tables_agree_with_the_layout() -> None:
-    """Every structure has a table in formats-vhd.md with the same fields, offsets and sizes as layout.py."""
-    text = (ROOT / "docs/formats-vhd.md").read_text()
-    for name, fields in STRUCTURES.items():
-        assert table_of(text, name) == [tuple(field) for field in fields], name
+    """Every structure has a table in the page of its format with the same fields, offsets and sizes as layout.py."""
+    for page, structures in (("formats-vhd.md", STRUCTURES), ("formats-vhdx.md", vhdx_layout.STRUCTURES)):
+        text = (ROOT / "docs" / page).read_text()
+        for name, fields in structures.items():
+            assert table_of(text, name) == [tuple(field) for field in fields], name
 
 
 def test_changelog_has_every_release_with_its_date() -> None:

@@ -26,7 +26,8 @@ from vhdkit.formats.vhdx import bitmap
 from vhdkit.formats.vhdx.bat import Bat, BatInFile, BlockState, offset_of, state_of
 from vhdkit.formats.vhdx.commit import Commit
 from vhdkit.formats.vhdx.entries import reserved_bits
-from vhdkit.formats.vhdx.facts import FORMAT_NAME, facts_of
+from vhdkit.formats.vhdx.facts import facts_of
+from vhdkit.formats.vhdx.identify import FORMAT_NAME
 from vhdkit.formats.vhdx.metadata import Metadata
 from vhdkit.image import ZEROS_WITHOUT_SPACE, Extent, ExtentKind, ImageFacts, Piece, copy_piece, merged_extents
 from vhdkit.store import Store

@@ -20,6 +20,7 @@ from vhdkit import errors
 from vhdkit.formats.vhdx import items, layout
 from vhdkit.formats.vhdx.bat import BlockState, Shape
 from vhdkit.formats.vhdx.crc import sealed
+from vhdkit.formats.vhdx.identify import FILE_IDENTIFIER
 from vhdkit.formats.vhdx.layout import Header, RegionEntry
 from vhdkit.formats.vhdx.locator import (
     ABSOLUTE,
@@ -136,7 +137,7 @@ def create(
         store.pwrite(offset, build_table(regions))
     _write_headers(store)
     creator = CREATOR.encode("utf-16-le")
-    store.pwrite(0, (layout.FILE_IDENTIFIER + creator).ljust(PAGE_SIZE, b"\0"))
+    store.pwrite(0, (FILE_IDENTIFIER + creator).ljust(PAGE_SIZE, b"\0"))
 
 
 def _write_headers(store: Store) -> None:

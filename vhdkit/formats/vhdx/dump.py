@@ -14,6 +14,7 @@ from vhdkit.errors import CorruptImage
 from vhdkit.formats.format import FieldValue, StructureDump
 from vhdkit.formats.vhdx import layout
 from vhdkit.formats.vhdx.header import HeaderState, current_slot, read_headers
+from vhdkit.formats.vhdx.identify import FILE_IDENTIFIER
 from vhdkit.formats.vhdx.items import Item, read_table
 from vhdkit.formats.vhdx.layout import RegionEntry
 from vhdkit.formats.vhdx.locator import parse_locator
@@ -34,7 +35,7 @@ def dump_vhdx(store: ReadStore) -> list[StructureDump]:
         FieldValue("signature", 0, layout.CREATOR_OFFSET, repr(raw[: layout.CREATOR_OFFSET])[1:]),
         FieldValue("creator", layout.CREATOR_OFFSET, layout.CREATOR_SIZE, repr(creator)),
     )
-    good = "good" if raw.startswith(layout.FILE_IDENTIFIER) else "no identifier here"
+    good = "good" if raw.startswith(FILE_IDENTIFIER) else "no identifier here"
     dumps = [StructureDump("file type identifier", 0, good, identifier)]
     places = read_headers(store)
     current = current_slot(places)

@@ -7,11 +7,10 @@ import uuid
 
 from vhdkit.formats.format import ImageDetails
 from vhdkit.formats.vhdx.bat import Bat, BlockState
+from vhdkit.formats.vhdx.identify import FORMAT_NAME
 from vhdkit.formats.vhdx.locator import PATH_KEYS
 from vhdkit.formats.vhdx.metadata import Metadata
 from vhdkit.image import ImageFacts
-
-FORMAT_NAME = "vhdx"
 
 
 def facts_of(metadata: Metadata) -> ImageFacts:

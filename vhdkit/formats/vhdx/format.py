@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """VHDX as a `Format`: the one door through which the rest of vhdkit reaches the modules beside this one.
 
-Decides nothing of its own; each method names the module that does. What only a few verbs need is imported by the
-method that needs it: `info` starts without the modules that check and repair.
+Decides nothing of its own; each method names the module that does. Methods import what they need, because most files
+are no VHDX, and asking them must not take longer.
 """
 
 from __future__ import annotations
@@ -22,12 +22,7 @@ from vhdkit.formats.format import (
     Resizable,
     StructureDump,
 )
-from vhdkit.formats.vhdx.blocks import VhdxImage
-from vhdkit.formats.vhdx.facts import FORMAT_NAME, details_of, facts_of
-from vhdkit.formats.vhdx.header import current_slot, has_identifier, read_headers
-from vhdkit.formats.vhdx.items import inherited
-from vhdkit.formats.vhdx.metadata import read_metadata
-from vhdkit.formats.vhdx.opening import open_vhdx
+from vhdkit.formats.vhdx.identify import FORMAT_NAME, has_identifier
 from vhdkit.image import ImageFacts, Layer, ParentRef
 from vhdkit.store import ReadStore, Store
 
@@ -64,10 +59,16 @@ class VhdxFormat:
 
     def facts(self, store: ReadStore) -> ImageFacts:
         """See `Format.facts`."""
+        from vhdkit.formats.vhdx.facts import facts_of
+        from vhdkit.formats.vhdx.metadata import read_metadata
+
         return facts_of(read_metadata(store))
 
     def describe(self, store: ReadStore) -> tuple[ImageFacts, ImageDetails]:
         """See `Format.describe`."""
+        from vhdkit.formats.vhdx.facts import details_of, facts_of
+        from vhdkit.formats.vhdx.metadata import read_metadata
+
         metadata = read_metadata(store)
         return facts_of(metadata), details_of(metadata)
 
@@ -79,12 +80,16 @@ class VhdxFormat:
         """See `Format.linkage_id`: the current header's DataWriteGuid."""
         if not has_identifier(store):
             return None
+        from vhdkit.formats.vhdx.header import current_slot, read_headers
+
         places = read_headers(store)
         slot = current_slot(places)
         return None if slot is None else places[slot].header.data_write_guid
 
     def renewed_id(self, layer: Layer) -> bytes | None:
         """See `Format.renewed_id`: the DataWriteGuid of this session."""
+        from vhdkit.formats.vhdx.blocks import VhdxImage
+
         assert isinstance(layer, VhdxImage)
         return layer.renewed_id
 
@@ -92,6 +97,8 @@ class VhdxFormat:
         """See `Format.parent_ids`."""
         if not has_identifier(store):
             return frozenset()
+        from vhdkit.formats.vhdx.metadata import read_metadata
+
         try:
             parent = read_metadata(store).parent
         except CorruptImage:
@@ -118,6 +125,8 @@ class VhdxFormat:
 
     def open(self, store: Store, *, writable: bool = False, ignore_bitmaps: bool = False) -> Layer:
         """See `Format.open`."""
+        from vhdkit.formats.vhdx.opening import open_vhdx
+
         return open_vhdx(store, writable=writable)
 
     def check_block_size(self, block_size_bytes: int) -> None:
@@ -153,6 +162,8 @@ class VhdxFormat:
     ) -> None:
         """See `Format.create_child`: sector sizes and the disk's id are those of `disk`."""
         from vhdkit.formats.vhdx import create
+        from vhdkit.formats.vhdx.blocks import VhdxImage
+        from vhdkit.formats.vhdx.items import inherited
 
         if isinstance(disk, VhdxImage):
             values = create.resized(inherited(disk.metadata.view, disk.metadata.items), size_bytes)
@@ -162,6 +173,7 @@ class VhdxFormat:
 
     def relink(self, store: Store, parent: ParentRef) -> None:
         """See `Format.relink`."""
+        from vhdkit.formats.vhdx.opening import open_vhdx
         from vhdkit.formats.vhdx.relink import relink
 
         relink(open_vhdx(store, writable=True), parent)

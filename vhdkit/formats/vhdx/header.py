@@ -57,11 +57,6 @@ class HeaderPlace:
         return layout.parse_header(self.raw.ljust(layout.HEADER_SIZE, b"\0"))
 
 
-def has_identifier(store: ReadStore) -> bool:
-    """True for a file that begins as every VHDX does."""
-    return store.pread(0, len(layout.FILE_IDENTIFIER)) == layout.FILE_IDENTIFIER
-
-
 def read_headers(store: ReadStore) -> tuple[HeaderPlace, HeaderPlace]:
     """Both slots, judged one by one."""
     first, second = (_read(store, slot) for slot in range(2))

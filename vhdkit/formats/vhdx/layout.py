@@ -23,7 +23,6 @@ ALIGNMENT = MIB  # of the log, regions and blocks
 HEADER_SECTION_SIZE = MIB  # identifier, headers, region tables; nothing else lies there
 LOG_PAGE_SIZE = 4 * KIB  # the unit of the log and of everything that goes through it
 
-FILE_IDENTIFIER = b"vhdxfile"
 CREATOR_OFFSET = 8
 CREATOR_SIZE = 512  # UTF-16, ended by NUL or full
 

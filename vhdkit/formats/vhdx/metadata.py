@@ -20,10 +20,10 @@ from vhdkit.formats.vhdx.bat import Shape
 from vhdkit.formats.vhdx.header import (
     HeaderPlace,
     current_header,
-    has_identifier,
     header_findings,
     read_headers,
 )
+from vhdkit.formats.vhdx.identify import FILE_IDENTIFIER, has_identifier
 from vhdkit.formats.vhdx.items import Items, read_items
 from vhdkit.formats.vhdx.layout import Header
 from vhdkit.formats.vhdx.locator import parent_ref, parse_locator
@@ -83,8 +83,8 @@ def read_metadata(store: ReadStore) -> Metadata:
             path=path,
             structure="file type identifier",
             offset_bytes=0,
-            expected=layout.FILE_IDENTIFIER,
-            found=store.pread(0, len(layout.FILE_IDENTIFIER)),
+            expected=FILE_IDENTIFIER,
+            found=store.pread(0, len(FILE_IDENTIFIER)),
             hint="if it is a raw disk, say --format raw",
         )
     headers = read_headers(store)
