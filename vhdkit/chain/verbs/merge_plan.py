@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vhdkit.image import ExtentKind, Layer, Piece
+from vhdkit.image import ZEROS_WITHOUT_SPACE, ExtentKind, Layer, Piece
 from vhdkit.units import SECTOR_SIZE, covering_sectors, sectors_to_bytes, whole_sectors
 
 _KEEP, _ZERO = 255, 254  # owner bytes besides the indexes of the sources: keep the target's own, and zeros
@@ -67,6 +67,8 @@ class MergePlan:
             if not layer.block_size_bytes or visible < sectors_to_bytes(first + count):
                 break
             offset, owned = _owned_by(layer, first, count)
+            if offset == ZEROS_WITHOUT_SPACE:
+                break
             if offset >= 0:
                 whole = owned is None and next(_holes(layer, offset, count), None) is None
                 return [Piece(first, count, layer.store, offset)] if whole else []
@@ -82,6 +84,9 @@ class MergePlan:
                 owners[seen:][undecided[seen:]] = _ZERO
                 undecided[seen:] = False
             offset, owned = _owned_by(layer, first, count)
+            if offset == ZEROS_WITHOUT_SPACE:
+                owners[undecided] = _ZERO
+                break
             if offset < 0:
                 continue
             taken = undecided if owned is None else undecided & owned
@@ -134,12 +139,13 @@ def plan_merge(sources: Sequence[Layer], target: Layer, *, below_bytes: int = 0,
 
 
 def _touched(sources: Sequence[Layer], visible: Sequence[int], count: int, unit_bytes: int) -> NDArray[np.bool_]:
-    """The `count` blocks of the target in which a source has space."""
+    """The `count` blocks of the target in which a source has space, or zeros without space."""
     touched = np.zeros(count, dtype=np.bool_)
     for layer, size in zip(sources, visible, strict=True):
         if layer.block_size_bytes:
             seen = -(-size // unit_bytes)
-            allocated = _by_unit(layer.allocated_blocks(), layer.block_size_bytes, unit_bytes)[:seen]
+            owned, zeros = layer.allocated_blocks(), layer.zero_blocks()
+            allocated = _by_unit(owned | zeros if len(zeros) else owned, layer.block_size_bytes, unit_bytes)[:seen]
             touched[: len(allocated)] |= allocated
         else:
             for offset, length, is_data in layer.store.data_runs(0, size):
@@ -179,12 +185,14 @@ def _by_unit(blocks: NDArray[np.bool_], block_bytes: int, unit_bytes: int) -> ND
 
 
 def _owned_by(layer: Layer, first: int, count: int) -> tuple[int, NDArray[np.bool_] | None]:
-    """Where these sectors lie in the layer's file (-1: nowhere), and which of them it owns (None: all)."""
+    """Where these sectors lie in the layer's file (or as `Layer.block_offset`), and which it owns (None: all)."""
     if not layer.block_size_bytes:
         return sectors_to_bytes(first), None
     block, within = divmod(first, whole_sectors(layer.block_size_bytes))
-    if sectors_to_bytes(first) >= layer.size_bytes or (offset := layer.block_offset(block)) < 0:
+    if sectors_to_bytes(first) >= layer.size_bytes:
         return -1, None
+    if (offset := layer.block_offset(block)) < 0:
+        return offset, None
     owned = layer.owned_sectors(block)
     return offset + sectors_to_bytes(within), None if owned is None else owned[within : within + count]
 

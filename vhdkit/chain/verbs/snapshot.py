@@ -238,7 +238,8 @@ def _is_left_over(one: _NewChild) -> bool:
             recorded = child.facts.parent
             if recorded is None or child.size_bytes != parent.size_bytes:
                 return False
-            return parent.unique_id in recorded.linkage_ids and not child.allocated_blocks().any()
+            owns = child.allocated_blocks().any() or child.zero_blocks().any()
+            return parent.unique_id in recorded.linkage_ids and not owns
     except errors.VhdkitError:
         return False
 

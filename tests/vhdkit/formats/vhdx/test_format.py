@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""VHDX images under the verbs of a chain."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+import vhdkit
+from vhdkit.units import KIB, MIB
+
+SIZE = 6 * MIB
+
+
+def written(path: Path, content: bytearray, seed: int) -> None:
+    """A block of zeros, then random data, in the leaf at this path; also in `content`."""
+    rng = random.Random(seed)
+    with vhdkit.open_disk(path, writable=True) as disk:
+        block = rng.randrange(SIZE // MIB // 2) * 2 * MIB
+        disk.write_zeroes(block, 2 * MIB)
+        content[block : block + 2 * MIB] = bytes(2 * MIB)
+        for _ in range(3):
+            offset, size = rng.randrange(SIZE - 64 * KIB), rng.randint(1, 64 * KIB)
+            data = rng.randbytes(size)
+            disk.write(offset, data)
+            content[offset : offset + size] = data
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_chain_reads_and_merges_as_its_model(tmp_path: Path, seed: int) -> None:
+    """Through snapshots, a new parent's name, a merge to a new file and conversions the leaf reads the same."""
+    content, leaf = bytearray(SIZE), tmp_path / "0.vhdx"
+    vhdkit.create_image(leaf, SIZE, disk_format="vhdx", block_size_bytes=MIB)
+    with vhdkit.open_disk(leaf, writable=True) as disk:
+        content[:] = random.Random(seed).randbytes(SIZE)
+        disk.write(0, content)
+    for depth in range(1, 4):
+        child = tmp_path / f"{depth}.avhdx"
+        vhdkit.create_child(child, leaf, block_size_bytes=MIB << seed % 2)
+        leaf = child
+        written(leaf, content, seed * 10 + depth)
+    made = [leaf]
+    for number, into in enumerate([None, tmp_path / "1.avhdx", tmp_path / "0.vhdx"]):
+        made.append(tmp_path / f"merged{number}.avhdx")
+        vhdkit.merge(leaf, into=into, to=made[-1])
+    for kind in ("raw", "dynamic", "vhdx", "vhdx-fixed"):
+        made.append(tmp_path / f"converted-{kind}")
+        vhdkit.convert(leaf, made[-1], kind)
+    for path in made:
+        options = vhdkit.OpenOptions(format_name="raw") if path.name.endswith("raw") else None
+        with vhdkit.open_disk(path, options=options) as disk:
+            assert disk.read(0, SIZE) == content, path.name
+        if options is None:
+            assert not [one for one in vhdkit.check(path) if one.severity > 0], path.name
+
+
+def test_what_is_not_done_in_place_is_refused(tmp_path: Path) -> None:
+    """Merging into a parent, resizing, compacting and repairing change nothing, and say what to do."""
+    base, child = tmp_path / "base.vhdx", tmp_path / "child.avhdx"
+    vhdkit.create_image(base, SIZE, disk_format="vhdx")
+    vhdkit.create_child(child, base)
+    before = [base.read_bytes(), child.read_bytes()]
+    with pytest.raises(vhdkit.InvalidArgument, match="cannot be merged in place") as caught:
+        vhdkit.merge(child)
+    assert caught.value.hint == "merge to a new file with --to"
+    with pytest.raises(vhdkit.InvalidArgument, match="cannot be changed"):
+        vhdkit.resize(child, 2 * SIZE)
+    with pytest.raises(vhdkit.InvalidArgument, match="cannot be made smaller"):
+        vhdkit.compact(child)
+    with pytest.raises(vhdkit.UnsupportedFormat, match="cannot be repaired"):
+        vhdkit.repair(child)
+    with pytest.raises(vhdkit.InvalidArgument, match="cannot be noted"):
+        vhdkit.open_disk(child, writable=True, options=vhdkit.OpenOptions(notes_folder=str(tmp_path)))
+    assert [base.read_bytes(), child.read_bytes()] == before
