@@ -219,7 +219,6 @@ SAME_MEANING: dict[str, str] = {
     "Bat": "the block allocation table, of VHD and of VHDX",
     "BatInFile": "as Bat",
     "Commit": "what an open image must still write, of VHD and of VHDX",
-    "Field": "a field of a structure, of VHD and of VHDX",
     "LocatorEntry": "an entry of the parent locators, of VHD and of VHDX",
     "Metadata": "what an image file says about itself, of VHD and of VHDX",
     "Consent": "what the user allows, of a repair and of an import",

@@ -13,9 +13,11 @@ from __future__ import annotations
 import functools
 import struct
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from construct import Bytes, Int8ub, Int16ub, Int32ub, Int64ub, Struct
+
+from vhdkit.formats.fields import Field, fields_of
 
 FOOTER_SIZE = 512
 SHORT_FOOTER_SIZE = 511  # written by Virtual PC before 2004
@@ -106,27 +108,11 @@ assert _HEADER.sizeof() == HEADER_SIZE
 assert _BATMAP_HEADER.sizeof() == BATMAP_HEADER_SIZE
 
 
-class Field(NamedTuple):
-    """Where a field lies in its structure: for the documentation, `dump` and its tests."""
-
-    name: str
-    offset_bytes: int
-    size_bytes: int
-
-
-def _fields(structure: Any) -> tuple[Field, ...]:
-    fields, offset = [], 0
-    for part in structure.subcons:
-        fields.append(Field(part.name, offset, part.sizeof()))
-        offset += part.sizeof()
-    return tuple(fields)
-
-
 STRUCTURES: dict[str, tuple[Field, ...]] = {
-    "footer": _fields(_FOOTER),
-    "dynamic header": _fields(_HEADER),
-    "parent locator entry": _fields(_LOCATOR),
-    "batmap header": _fields(_BATMAP_HEADER),
+    "footer": fields_of(_FOOTER),
+    "dynamic header": fields_of(_HEADER),
+    "parent locator entry": fields_of(_LOCATOR),
+    "batmap header": fields_of(_BATMAP_HEADER),
 }
 _OFFSET = {name: {f.name: f.offset_bytes for f in fields} for name, fields in STRUCTURES.items()}
 FOOTER_CHECKSUM_OFFSET = _OFFSET["footer"]["checksum"]

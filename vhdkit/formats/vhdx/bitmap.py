@@ -29,15 +29,6 @@ def owned(raw: bytes | bytearray, sector_bytes: int) -> NDArray[np.bool_]:
     return bits if sector_bytes == SECTOR_SIZE else np.repeat(bits, sector_bytes // SECTOR_SIZE)
 
 
-def packed(owned_sectors: NDArray[np.bool_], sector_bytes: int) -> bytes:
-    """The bits for one truth value per `SECTOR_SIZE` bytes; the reverse of `owned`.
-
-    All truth values of one logical sector are equal.
-    """
-    bits = owned_sectors[:: sector_bytes // SECTOR_SIZE]
-    return np.packbits(bits, bitorder="little").tobytes()
-
-
 def set_run(raw: bytearray, first: int, count: int) -> bool:
     """Set `count` bits from `first`; True when one of them was clear."""
     end = first + count

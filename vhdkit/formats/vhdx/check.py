@@ -10,7 +10,7 @@ from vhdkit.errors import CorruptImage
 from vhdkit.finding import Finding, Severity, finding_of
 from vhdkit.formats.vhdx import layout
 from vhdkit.formats.vhdx.bat import Bat
-from vhdkit.formats.vhdx.entries import faults, places, reserved_bits
+from vhdkit.formats.vhdx.entries import faults, places, reserved_bits, whole_sizes
 from vhdkit.formats.vhdx.header import HeaderState
 from vhdkit.formats.vhdx.metadata import Metadata, read_metadata
 from vhdkit.formats.vhdx.regions import read_table, table_name, table_state
@@ -70,8 +70,8 @@ def _tables_differ(metadata: Metadata) -> list[Finding]:
 
 def _unused_space(metadata: Metadata, bat: Bat) -> list[Finding]:
     """Space of the file that neither blocks nor structures use."""
-    _, _, sizes = places(metadata, bat)
-    used = int(sizes.sum()) + sum(size for _, _, size in metadata.structures())
+    numbers, _, _ = places(metadata, bat)
+    used = int(whole_sizes(metadata, numbers).sum()) + sum(size for _, _, size in metadata.structures())
     unused = metadata.view.size() - used
     if unused < MIB:
         return []

@@ -29,6 +29,7 @@ from vhdkit import errors
 from vhdkit.formats.guard import SyncGuard
 from vhdkit.formats.vhdx import layout
 from vhdkit.formats.vhdx.bat import ENTRIES_PER_PAGE, Bat, BlockState
+from vhdkit.formats.vhdx.entries import end_of_structures
 from vhdkit.formats.vhdx.journal import Journal
 from vhdkit.formats.vhdx.log import SECTOR, LogChange
 from vhdkit.formats.vhdx.metadata import Metadata
@@ -49,7 +50,7 @@ class Commit:
         self._store = store
         self._bat = bat
         self._has_parent = metadata.items.has_parent
-        self._free_bytes = layout.HEADER_SECTION_SIZE
+        self._free_bytes = end_of_structures(metadata, bat)  # the file may end before that, inside its last block
         self.guard = guard
         self.lock = threading.Lock()  # over everything that a flush copies
         self._flush_lock = threading.Lock()  # one flush at a time

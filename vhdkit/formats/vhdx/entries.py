@@ -101,10 +101,15 @@ def _blocks(metadata: Metadata, numbers: NDArray[np.int64]) -> NDArray[np.int64]
     return np.asarray(chunks * metadata.shape.ratio + within)
 
 
+def whole_sizes(metadata: Metadata, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many bytes belong to each entry's block, even if the disk or the file ends inside it."""
+    return np.where(_is_bitmap(metadata, numbers), layout.BITMAP_BLOCK_SIZE, metadata.items.block_size)
+
+
 def _sizes(metadata: Metadata, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
     """How many bytes each entry's block has to have in the file. The end of the last one may lie behind the disk's."""
     shape, block_size = metadata.shape, metadata.items.block_size
-    sizes = np.where(_is_bitmap(metadata, numbers), layout.BITMAP_BLOCK_SIZE, block_size)
+    sizes = whole_sizes(metadata, numbers)
     last = shape.block_entry(shape.block_count - 1)
     sizes[numbers == last] = metadata.items.size_bytes - (shape.block_count - 1) * block_size
     return np.asarray(sizes)
@@ -142,6 +147,14 @@ def places(metadata: Metadata, bat: Bat) -> tuple[NDArray[np.int64], NDArray[np.
         order = np.argsort(offsets, kind="stable")
         numbers, offsets = numbers[order], offsets[order]
     return numbers, offsets, _sizes(metadata, numbers)
+
+
+def end_of_structures(metadata: Metadata, bat: Bat) -> int:
+    """Where the last block or structure ends, in bytes; the file may end before that, inside its last block."""
+    numbers, offsets, _ = places(metadata, bat)
+    sizes = whole_sizes(metadata, numbers)
+    ends = [start + size for _, start, size in metadata.structures()]
+    return max([*ends, int((offsets + sizes).max()) if len(offsets) else 0])
 
 
 def _overlaps(metadata: Metadata, bat: Bat) -> Iterator[CorruptImage]:

@@ -96,7 +96,7 @@ def read_items(store: ReadStore, region: RegionEntry) -> Items:
     if has_parent and locator is None:
         raise CorruptImage(
             CorruptReason.ITEM_MISSING,
-            "says that the image has a parent, but there is no parent locator",
+            "the image is marked as having a parent, but has no parent locator",
             **_of(store.name, parameters),
         )
     if locator is not None and not has_parent:

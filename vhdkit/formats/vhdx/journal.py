@@ -129,14 +129,13 @@ class Journal:
 
     def _start_log(self) -> bytes:
         """Put an empty entry of a new log id into the ring, durable; the header does not name it yet."""
-        if not self._has_log:
-            for offset, size, is_data in list(self._store.data_runs(self._log_offset, self._log_size)):
-                if not is_data:  # a flush must not fail for want of space
-                    self._store.reserve(offset, size)
-            self.sync()
+        for offset, size, is_data in list(self._store.data_runs(self._log_offset, self._log_size)):
+            if not is_data:  # a flush must not fail for want of space
+                self._store.reserve(offset, size)
+        self.sync()
         log_guid = uuid.uuid4().bytes
         self._sequence = uuid.uuid4().int % (1 << _RANDOM_BITS) + 1
-        self._put_empty(log_guid)  # behind a log of this session: that is what the headers name until they change
+        self._put_empty(log_guid)
         return log_guid
 
     def _put_empty(self, log_guid: bytes) -> None:
@@ -147,14 +146,6 @@ class Journal:
         self._durable_tail = self._head
         self._head = (self._head + SECTOR) % self._log_size
         self._sequence += 1
-
-    def new_log(self) -> None:
-        """Forget the log so far for good: entries in front of the tail, too, which some programs replay.
-
-        For space that the log wrote metadata to, before it is given to blocks. Everything is settled. Raises as
-        `begin` does.
-        """
-        self._write_header(replace(self._header, log_guid=self._start_log()))
 
     def _write_header(self, header: Header) -> None:
         """Make `header`, with the next number, the current one, durable; the other slot gets it with the next sync."""

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from construct import Bytes, Int16ul, Int32ul, Int64ul, Struct
 
+from vhdkit.formats.fields import Field, fields_of
 from vhdkit.units import KIB, MIB, TIB
 
 ALIGNMENT = MIB  # of the log, regions and blocks
@@ -169,33 +170,17 @@ assert _LOG_ENTRY_HEADER.sizeof() == LOG_ENTRY_HEADER_SIZE
 assert _DATA_DESCRIPTOR.sizeof() == _ZERO_DESCRIPTOR.sizeof() == DESCRIPTOR_SIZE
 
 
-class Field(NamedTuple):
-    """Where a field lies in its structure: for the documentation, `dump` and its tests."""
-
-    name: str
-    offset_bytes: int
-    size_bytes: int
-
-
-def _fields(structure: Any) -> tuple[Field, ...]:
-    fields, offset = [], 0
-    for part in structure.subcons:
-        fields.append(Field(part.name, offset, part.sizeof()))
-        offset += part.sizeof()
-    return tuple(fields)
-
-
 STRUCTURES: dict[str, tuple[Field, ...]] = {
-    "header": _fields(_HEADER),
-    "region table": _fields(_REGION_TABLE),
-    "region table entry": _fields(_REGION_ENTRY),
-    "metadata table": _fields(_METADATA_TABLE),
-    "metadata table entry": _fields(_METADATA_ENTRY),
-    "parent locator": _fields(_LOCATOR_HEADER),
-    "parent locator entry": _fields(_LOCATOR_ENTRY),
-    "log entry": _fields(_LOG_ENTRY_HEADER),
-    "data descriptor": _fields(_DATA_DESCRIPTOR),
-    "zero descriptor": _fields(_ZERO_DESCRIPTOR),
+    "header": fields_of(_HEADER),
+    "region table": fields_of(_REGION_TABLE),
+    "region table entry": fields_of(_REGION_ENTRY),
+    "metadata table": fields_of(_METADATA_TABLE),
+    "metadata table entry": fields_of(_METADATA_ENTRY),
+    "parent locator": fields_of(_LOCATOR_HEADER),
+    "parent locator entry": fields_of(_LOCATOR_ENTRY),
+    "log entry": fields_of(_LOG_ENTRY_HEADER),
+    "data descriptor": fields_of(_DATA_DESCRIPTOR),
+    "zero descriptor": fields_of(_ZERO_DESCRIPTOR),
 }
 
 

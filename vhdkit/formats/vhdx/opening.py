@@ -12,7 +12,7 @@ from vhdkit.errors import CorruptImage, CorruptReason
 from vhdkit.formats.guard import SyncGuard
 from vhdkit.formats.vhdx.blocks import VhdxImage
 from vhdkit.formats.vhdx.commit import Commit
-from vhdkit.formats.vhdx.entries import read_bat
+from vhdkit.formats.vhdx.entries import read_bat, reserved_bits
 from vhdkit.formats.vhdx.journal import Journal
 from vhdkit.formats.vhdx.metadata import Metadata, read_metadata
 from vhdkit.store import FileStore, Store
@@ -27,7 +27,7 @@ def open_vhdx(store: Store, *, writable: bool = False) -> VhdxImage:
     if not metadata.log[1]:
         raise CorruptImage(
             CorruptReason.LOG_PLACE,
-            "there is no log, so the image can only be read",
+            "the image has no log, so it can only be read",
             path=store.name,
             structure=metadata.current.structure,
             offset_bytes=metadata.current.offset_bytes,
@@ -37,16 +37,16 @@ def open_vhdx(store: Store, *, writable: bool = False) -> VhdxImage:
         raise errors.InvalidArgument(
             "is a VHDX, whose unflushed changes cannot be noted", path=store.name, hint="leave out --remember"
         )
+    damage = reserved_bits(metadata, bat)
+    if damage is not None:
+        raise damage
     guard = SyncGuard(store)
     journal = Journal(store, metadata.current, metadata.log, guard)
     if metadata.replay is not None:
         _replay(store, metadata, journal)
         metadata = read_metadata(store)
         bat = read_bat(metadata)
-    image = VhdxImage(store, metadata, bat, Commit(store, metadata, bat, journal, guard))
-    if image.damage is not None:
-        raise image.damage
-    return image
+    return VhdxImage(store, metadata, bat, Commit(store, metadata, bat, journal, guard))
 
 
 def _replay(store: Store, metadata: Metadata, journal: Journal) -> None:

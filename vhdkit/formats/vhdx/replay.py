@@ -79,9 +79,9 @@ def read_log(store: ReadStore, place: HeaderPlace) -> Replay | None:
     if not sequence:
         raise CorruptImage(
             CorruptReason.LOG_SEQUENCE,
-            "the log says that it holds changes, but has no whole sequence of entries: the file was damaged, or copied"
-            " while it was written to",
-            hint="see docs/recovery.md; a copy made while no program has the image open reads well",
+            "the header refers to a log with pending changes, but the log has no complete sequence of entries: the"
+            " file is damaged, or was copied while a program was writing to it",
+            hint="copy the image again while no program has it open",
             **where,
         )
     newest = sequence[-1].header

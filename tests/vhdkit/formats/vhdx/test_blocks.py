@@ -6,9 +6,14 @@ from __future__ import annotations
 import pytest
 
 from tests.harness.power import open_mem
-from tests.vhdkit.formats.vhdx.images import BAT, PARENT, SIZE, image, set_entry
+from tests.harness.stores import MemStore
+from tests.vhdkit.formats.vhdx.images import BAT, METADATA, PARENT, SIZE, add_log, image, page, set_entry
+from vhdkit.errors import CorruptImage, CorruptReason
 from vhdkit.formats.probe import open_layer
 from vhdkit.formats.vhdx.bat import BlockState
+from vhdkit.formats.vhdx.create import create, new_disk
+from vhdkit.formats.vhdx.format import VHDX
+from vhdkit.formats.vhdx.log import LogChange
 from vhdkit.units import MIB
 
 
@@ -27,3 +32,28 @@ def test_zero_states_of_a_child(state: BlockState) -> None:
     with open_mem(child, parents) as disk:
         assert disk.read(MIB, MIB) == bytes(512) + b"d" * 512 + bytes(MIB - 1024)
         assert disk.read(2 * MIB, MIB) == b"p" * MIB
+
+
+def test_a_new_block_lies_behind_a_last_block_that_is_cut_short() -> None:
+    """A file may end inside its last block, behind the disk's end: that space stays the block's."""
+    store = MemStore("cut.vhdx")
+    create(store, new_disk(4 * MIB + 4096), 4 * MIB)
+    first = store.size()
+    store.truncate(first + 4096)
+    store.pwrite(3 * MIB + 8, (first | 6).to_bytes(8, "little"))  # the block of the last page
+    layer = VHDX.open(store, writable=True)
+    layer.write(0, memoryview(b"x" * 512))
+    assert layer.block_offset(0) >= first + 4 * MIB
+    layer.close()
+    assert VHDX.check(store) == []
+
+
+def test_a_doubtful_image_is_refused_before_its_log_is_replayed() -> None:
+    """Opening for writing changes nothing in an image that it then refuses."""
+    store = image()
+    set_entry(store, 1, 0, 8)
+    add_log(store, [[LogChange(METADATA + 512 * 1024, 4096, page(b"y"))]])
+    before = store.contents()
+    with pytest.raises(CorruptImage) as caught:
+        VHDX.open(store, writable=True)
+    assert caught.value.reason is CorruptReason.BAT_RESERVED and store.contents() == before
