@@ -67,7 +67,7 @@ def unit_text(scope: Scope, command: Sequence[str], environment: Mapping[str, st
     Raises InvalidSpec for a command that a unit cannot express.
     """
     if not command or not os.path.isabs(command[0]):
-        raise InvalidSpec("a unit needs the whole path of the command", path=command[0] if command else "")
+        raise InvalidSpec("a unit needs the absolute path of the command", path=command[0] if command else "")
     call = " ".join(map(_quoted, command))
     variables = "".join(f"Environment={_quoted(f'{name}={value}')}\n" for name, value in sorted(environment.items()))
     network = "" if scope == "user" else "Wants=network-online.target\nAfter=network-online.target remote-fs.target\n"
@@ -91,9 +91,9 @@ def unit_text(scope: Scope, command: Sequence[str], environment: Mapping[str, st
 
 
 def _quoted(word: str) -> str:
-    """A word quoted for systemd, with nothing for it to expand (for variables, see the colons above)."""
+    """A word quoted for systemd, with `%` escaped; the colons in the unit keep systemd from expanding variables."""
     if any(not one.isprintable() for one in word):
-        raise InvalidSpec("holds a character that a unit cannot", path=word)
+        raise InvalidSpec("contains a character that a unit cannot express", path=word)
     for plain, escaped in (("\\", "\\\\"), ('"', '\\"'), ("%", "%%")):
         word = word.replace(plain, escaped)
     return f'"{word}"'
@@ -112,8 +112,8 @@ def install(scope: Scope, command: Sequence[str]) -> Result:
     """
     if shutil.which("systemctl", path=program_path()) is None:
         raise Unsupported(
-            "there is no systemd",
-            hint="let this system's own service manager call what vmm host autostart --print shows",
+            "systemd is not installed",
+            hint="have this system's service manager run the commands that vmm host autostart --print shows",
         )
     path = unit_path(scope)
     content = unit_text(scope, command, kept_environment())
@@ -145,7 +145,7 @@ def remove(scope: Scope) -> Result:
     except OSError as error:
         raise of_os_error(error, "remove the unit", path=path) from error
     _reload(scope)
-    notes = ("systemd does not stop the machines that the unit started until you run systemctl stop",)
+    notes = ("the machines that the unit started keep running until you run systemctl stop",)
     return Result(path, True, notes if _runs(scope) else ())
 
 
@@ -158,7 +158,7 @@ def is_installed(scope: Scope) -> bool:
 
 
 def verify(path: str, scope: Scope) -> str | None:
-    """The complaints of systemd-analyze about a unit; None if it has none or is not installed."""
+    """What systemd-analyze complains about in a unit; None if nothing, or if systemd-analyze is not installed."""
     program = shutil.which("systemd-analyze", path=program_path())
     if program is None:
         return None
@@ -204,9 +204,9 @@ def _write_checked(scope: Scope, path: str, content: str) -> None:
 def _check_rights(scope: Scope, path: str) -> None:
     if scope == "system" and os.geteuid() != 0:
         raise AccessDenied(
-            "only root has machines start with the system",
+            "only root can have machines start with the system",
             path=path,
-            hint="sudo vmm host autostart; or --user, for machines of your own",
+            hint="sudo vmm host autostart; or --user, for your own machines",
         )
 
 
@@ -231,7 +231,7 @@ def _systemctl(scope: Scope, *words: str) -> None:
     try:
         done = _run([program, f"--{scope}", "--no-ask-password", *words])
     except subprocess.TimeoutExpired as error:
-        raise VmmError(f"systemctl {words[0]} does not end", path=UNIT) from error
+        raise VmmError(f"systemctl {words[0]} did not end within {_SECONDS:.0f} s", path=UNIT) from error
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         reason = lines[-1].strip() if lines else f"exit code {done.returncode}"
@@ -239,7 +239,7 @@ def _systemctl(scope: Scope, *words: str) -> None:
 
 
 def _reload(scope: Scope) -> None:
-    """Tell a running service manager to reload its units."""
+    """Make a running service manager reload its units."""
     if _runs(scope):
         _systemctl(scope, "daemon-reload")
 
@@ -259,7 +259,7 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
 def _notes(scope: Scope) -> list[str]:
     notes = []
     if not _runs(scope):
-        notes.append("systemd does not run here: machines will start when it does")
+        notes.append("systemd is not running: machines will start once it is")
     if scope == "user":
         try:
             name = pwd.getpwuid(os.geteuid()).pw_name

@@ -49,14 +49,14 @@ _TRANSPORT_OF_PLACE = (
     (re.compile(r"/virtio\d+/"), "virtio"),
     (re.compile(r"/host\d+/target"), "scsi"),
 )
-# udev links that are not based on an identity, or on one that we read ourselves in a better form.
+# udev links that are not based on an identity, or are based on one that we read ourselves in a better form.
 _WEAK_LINKS = ("lvm-pv-uuid-", "dm-name-")
 _STRONG_LINKS = ("wwn-", "nvme-eui.", "nvme-uuid.", "scsi-3", "dm-uuid-", "md-uuid-")
 
 
 @dataclass(frozen=True, slots=True)
 class BlockDevice:
-    """One block device. Sizes in bytes; a text is None if the host does not report it."""
+    """One block device. Sizes in bytes; a string is None if the host does not report it."""
 
     name: str  # assigned by the kernel, and different from boot to boot: "sda"
     path: str
@@ -125,7 +125,7 @@ class HostDevices:
         """The device with that number, such as "8:0". Raises NotFound."""
         place = self._path(f"sys/dev/block/{number}")
         if not os.path.islink(place):
-            raise NotFound(f"the kernel knows no block device {number}")
+            raise NotFound(f"the kernel has no block device {number}")
         return self.device(os.path.basename(os.readlink(place)))
 
     def by_identity(self, identity: str) -> list[BlockDevice]:
@@ -143,7 +143,7 @@ class HostDevices:
         place = os.path.realpath(self._sys(name))
         number = self._value(name, "dev")
         if number is None:
-            raise NotFound(f"there is no block device {name!r}")
+            raise NotFound(f"block device {name!r} does not exist")
         parent = os.path.basename(os.path.dirname(place)) if self._value(name, "partition") is not None else None
         disk = parent or name
         kind = self._kind(name, parent)
@@ -191,7 +191,7 @@ class HostDevices:
         return "cd-rom" if self._value(name, "device/type") == "5" else "disk"
 
     def _transport(self, disk: str, members: tuple[str, ...]) -> str | None:
-        fabric = self._value(disk, "device/transport")  # of an NVMe controller; a subsystem's follows
+        fabric = self._value(disk, "device/transport")  # for an NVMe controller; for a subsystem, see below
         if fabric is None and disk.startswith("nvme"):
             fabric = next(self._fabrics_of_subsystem(disk), None)
         if fabric is not None:
@@ -366,7 +366,7 @@ def find(path: str, *, root: str = "/") -> BlockDevice:
     try:
         return HostDevices(root).device_of_number(number)
     except NotFound as error:
-        raise NotFound("is a node without a device behind it", path=path, hint=LIST_HINT) from error
+        raise NotFound("is a device node whose device does not exist", path=path, hint=LIST_HINT) from error
 
 
 def write_mark(path: str, *, root: str = "/") -> list[str | int | None]:
@@ -385,8 +385,8 @@ LIST_HINT = "vmm host disks lists the disks of this host"
 
 def _unseen(error: OSError) -> str:
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
-        return "there is no such device"
-    return f"the device cannot be looked at: {error.strerror}"
+        return "the device does not exist"
+    return f"the device cannot be examined: {error.strerror}"
 
 
 def _is_block(mode: int) -> bool:

@@ -72,14 +72,14 @@ def confine(machine: str) -> str | None:
     """Install the filter for this process and its descendants. None on success, otherwise the reason."""
     instructions = filter_for(machine)
     if instructions is None:
-        return f"there is no system call filter for {machine}"
+        return f"vmm has no system call filter for {machine}"
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_ulong]
     program = _Program(len(instructions) // 8, instructions)
     if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, None, 0, 0) != 0:
         return f"no-new-privs cannot be set: {os.strerror(ctypes.get_errno())}"
     if libc.prctl(_PR_SET_SECCOMP, _MODE_FILTER, ctypes.byref(program), 0, 0) != 0:
-        return f"the kernel takes no system call filter: {os.strerror(ctypes.get_errno())}"
+        return f"the kernel does not accept a system call filter: {os.strerror(ctypes.get_errno())}"
     return None
 
 

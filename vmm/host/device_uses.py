@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernel's tables say about the use of block devices: where they are mounted, and which ones are swap.
+"""What block devices are used for, according to the kernel's tables: where they are mounted, and which ones are swap.
 
-Decides how a line of each table is read; lines that make no sense are skipped. Must not know sysfs. Pure.
+Decides how a line of each table is read; malformed lines are skipped. Must not know sysfs. Pure.
 
 Sources: proc_pid_mountinfo(5), swapon(8).
 """
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 
 def mounts_by_device(text: str) -> dict[str, list[str]]:
-    """Mount points by device number and by source, from mountinfo. Some file systems report numbers of their own."""
+    """Mount points by device number and by source, from mountinfo: some file systems report a number of their own."""
     found: dict[str, list[str]] = defaultdict(list)
     for line in text.splitlines():
         words = line.split(" ")

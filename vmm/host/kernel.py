@@ -71,10 +71,10 @@ def _in_namespace(program: str, *words: str) -> str | None:
     """Run a command in its own network namespace, which disappears when the command ends."""
     path = shutil.which(program, path=program_path())
     if path is None:
-        return f"there is no command {program}"
+        return f"this host has no command {program}"
     unshare = shutil.which("unshare", path=program_path())
     if unshare is None:
-        return "there is no command unshare"
+        return "this host has no command unshare"
     user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
     try:
         done = subprocess.run(

@@ -32,7 +32,7 @@ _MAX_COMMAND_BYTES = 1 << 20  # longer than any of our command lines
 
 @dataclass(frozen=True, slots=True)
 class ProcessRef:
-    """A process: its pid, and its start time in clock ticks since boot, without which a pid identifies nothing."""
+    """A process: its pid, and its start time in clock ticks since boot, because the kernel reuses pids."""
 
     pid: int
     start_ticks: int
@@ -63,7 +63,7 @@ class ProcessRef:
         return {"pid": self.pid, "start_ticks": self.start_ticks}
 
     def is_alive(self) -> bool:
-        """True while the process runs; a zombie does not run."""
+        """True while the process runs; a zombie counts as ended."""
         return ProcessRef.of(self.pid) == self
 
     def open_pidfd(self) -> int | None:
@@ -126,7 +126,7 @@ def command_words(pid: int) -> list[str]:
     """The command line of a process, as words; empty for a process that has ended.
 
     Between execve and the setup of the new program's stack the kernel shows an empty command line, and a caller that
-    waited for the program to start may read it just then (proc_pid_cmdline(5)); such a moment is waited out.
+    waited for the program to start may read it just then (proc_pid_cmdline(5)), so an empty one is read again.
     """
     deadline = time.monotonic() + BUSY_SECONDS
     with contextlib.suppress(OSError):
@@ -135,7 +135,7 @@ def command_words(pid: int) -> list[str]:
                 content = file.read(_MAX_COMMAND_BYTES)
             if content or time.monotonic() > deadline:
                 return [os.fsdecode(word) for word in content.removesuffix(b"\0").split(b"\0")] if content else []
-            os.readlink(f"/proc/{pid}/exe")  # fails for kernel threads and the dead, which never have one
+            os.readlink(f"/proc/{pid}/exe")  # fails for kernel threads and ended processes, which have none
             time.sleep(_LOOK_SECONDS)
     return []
 
@@ -170,7 +170,7 @@ def spawn_detached(
     """
     log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-    # First moved above all target numbers, or one could be overwritten before it is copied.
+    # First moved above all target numbers; otherwise one could be overwritten before it is copied.
     wanted = {0: null, 1: log, 2: log, **(descriptors or {})}
     first_free = max(wanted) + 1
     moved = {number: fcntl.fcntl(ours, fcntl.F_DUPFD_CLOEXEC, first_free) for number, ours in wanted.items()}
@@ -258,8 +258,8 @@ def locked(path: str) -> Iterator[None]:
 
 
 class HeldLock:
-    """Proof that the lock of a machine, or of its snapshots, is held. State to be changed is read with it, so that no
-    decision is based on what was read before.
+    """Proof that the lock of a machine, or of its snapshots, is held. Functions that change state require it and read
+    the state themselves, so that no decision is based on what was read before the lock was taken.
     """
 
     def __init__(self, folder: str, name: str) -> None:

@@ -27,7 +27,7 @@ def user_of(identifier: str) -> int | None:
         if _is_mapped(candidate):
             return candidate
     raise Unsupported(
-        "there is no user id for it: this root maps too few of them",
+        "no user id is left for it: this user namespace maps too few of them",
         hint="map at least 65536 user ids into this container",
     )
 

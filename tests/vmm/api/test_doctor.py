@@ -127,7 +127,7 @@ def test_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without bridges there are no VLANs on them either; a missing tool and a missing part of the kernel are
     distinguished."""
     monkeypatch.setattr(kernel, "device", lambda path: f"{path}: No such file or directory")
-    monkeypatch.setattr(kernel, "bridge", lambda: "there is no command ip")
+    monkeypatch.setattr(kernel, "bridge", lambda: "this host has no command ip")
     monkeypatch.setattr(kernel, "bridge_guards", lambda: "Operation not supported")
     assert only("network", "bridge").remedy == doctor.install("iproute2")
     assert only("network", "bridge-vlan").found == "bridges are not available"
@@ -139,8 +139,8 @@ def test_network(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("problem", "helps"),
     [
-        ("there is no command unshare", "util-linux"),
-        ("there is no command nft", "nftables"),
+        ("this host has no command unshare", "util-linux"),
+        ("this host has no command nft", "nftables"),
         ("/dev/x: No such file or directory", "the usual"),
         ("/dev/x: Permission denied", "the right"),
         (None, "the usual"),

@@ -250,7 +250,7 @@ def test_errors_say_what_a_path_is(tmp_path: Path) -> None:
     for path, what in ((file, "a file"), (tmp_path, "a folder"), (Path("/dev/null"), "a character device")):
         with pytest.raises(InvalidSpec, match=f"is {what}, not a block device.*vmm host disks"):
             block.find(str(path))
-    with pytest.raises(NotFound, match="no such device"):
+    with pytest.raises(NotFound, match="the device does not exist"):
         block.find(str(tmp_path / "none"))
 
 

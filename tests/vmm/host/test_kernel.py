@@ -39,10 +39,10 @@ def test_answers_agree_with_ip() -> None:
 def test_a_missing_program_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Without ip or unshare the answer names it."""
     monkeypatch.setattr(kernel, "program_path", lambda: str(tmp_path))
-    assert kernel.bridge() == "there is no command ip"
+    assert kernel.bridge() == "this host has no command ip"
     (tmp_path / "ip").write_text("#!/bin/sh\n")
     (tmp_path / "ip").chmod(0o755)
-    assert kernel.bridge() == "there is no command unshare"
+    assert kernel.bridge() == "this host has no command unshare"
 
 
 @pytest.mark.parametrize(
