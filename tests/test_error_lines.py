@@ -507,7 +507,7 @@ def test_faults_are_found(line: str, fault: str) -> None:
 
 def test_a_good_line_has_no_fault() -> None:
     """A line with a path, what is wrong, and a command with the path is accepted."""
-    assert faults("vmm", "vmm: a.vhd: there is no such image (make one: vhdkit create a.vhd --size 10G)\n") == []
+    assert faults("vmm", "vmm: a.vhd: the image does not exist (create it: vhdkit create a.vhd --size 10G)\n") == []
 
 
 def texts(source: str) -> Iterator[str]:

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The note that vmm 0.1.0 left of a backup in progress: the new image that stands on each disk meanwhile.
+"""The note in which vmm 0.1.0 recorded a backup in progress: the image of each disk, and the new image on top of it.
 
     MACHINE-FOLDER/backup.json        {disk id: {"frozen": image, "child": the one that takes the writes}}
 
-Today a backup has a journal like every other operation, and a note that is found becomes one (`snapshots.recovery`).
-Decides what is believed of a note. It is untrusted, and images are merged because of it, so a child must lie beside
-the image on which it stands and have a name of the form that 0.1.0 gave. Light: every command looks for it.
+Now a backup has a journal like every other operation, and a note that is found is turned into one
+(`snapshots.recovery`). Decides which notes are accepted. A note is untrusted, and images are merged because of it, so
+a child must lie beside the image on which it stands and have a name of the form that 0.1.0 used. Light: every command
+looks for a note.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def _stacked(row: dict[str, object]) -> Stacked:
 
 
 def remove_note(machine: MachinePaths) -> None:
-    """Remove the note: the backup is over, or a journal stands for it. Raises VmmError."""
+    """Remove the note: the backup is over, or a journal has replaced the note. Raises VmmError."""
     try:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(note_path(machine))

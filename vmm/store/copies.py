@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two machines with one id, one of which is a copied folder: which one is the copy.
+"""Two machines with the same id, because a machine's folder was copied: which one is the copy.
 
 An id leads to a machine's processes, images and snapshots, so a copy with the id of another machine would stop that
 machine's guest and remove its snapshots. Decides which machine is a copy and how that is reported; `new_id` turns a
@@ -75,7 +75,7 @@ def refuse_copy(name: str, ids: AllIds | None = None) -> None:
     if original is not None:
         raise Refused(
             f"has the same id as the machine {original}: one is a copy of the other", machine=name,
-            hint=f"vmm set {name} --new-id makes a machine of its own out of the copy",
+            hint=f"vmm set {name} --new-id makes the copy a machine of its own",
         )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 
 Decides when such a disk is examined (when it is defined, so that an unsuitable one is refused at once) and when it is
 claimed (when QEMU starts or the disk is plugged in, and for as long as QEMU lives), and which operations a machine
-with such a disk does not support: it stands on none of our images, so its content cannot be preserved while the
+with such a disk does not support: the disk is not one of our images, so its content cannot be preserved while the
 guest keeps writing. Whether a disk may be given away, and the claim itself, are decided in `kvm.passthrough` and
 `kvm.iscsi`; the list of machines comes from `registry`.
 """
@@ -28,15 +28,15 @@ from vmm.store import known_images, registry
 
 MAX_PASSWORD_BYTES = 255
 
-GiveSet = Callable[[int], tuple[int, int]]  # our descriptor -> (set, the descriptor for QEMU); QEMU owns ours then
+GiveSet = Callable[[int], tuple[int, int]]  # our descriptor -> (set, the descriptor for QEMU); QEMU then owns ours
 GiveSecret = Callable[[str, bytes], Device]  # (id, content) -> the object to make first
 
 
 def looked_at(path: str, *, read_only: bool, machine_id: str) -> dict[str, str]:
-    """Settings for a device or LUN: the stable path and the identity. Keeps no claim.
+    """Settings for a device or LUN: the stable path and the identity.
 
-    The device is claimed for a moment, so that any obstacle is reported now. A LUN is tried if its target answers, and
-    accepted unchecked otherwise. Raises InvalidSpec, NotFound, InUse, Refused, AccessDenied.
+    The device is claimed for a moment, so that any obstacle is reported now, and released again. A LUN is tried if
+    its target answers, and accepted unchecked otherwise. Raises InvalidSpec, NotFound, InUse, Refused, AccessDenied.
     """
     given = given_to_others(machine_id)
     if iscsi.is_url(path):
@@ -115,9 +115,9 @@ def read_password(path: str) -> bytes:
     except OSError as error:
         raise of_os_error(error, "read the password", path=path) from error
     if facts.st_mode & 0o077:
-        raise Refused("may be read by others", path=path, hint=f"chmod 600 {path}")
+        raise Refused("can be read by other users", path=path, hint=f"chmod 600 {path}")
     if not 0 < len(content) <= MAX_PASSWORD_BYTES:
-        raise Refused(f"holds no password of 1 to {MAX_PASSWORD_BYTES} bytes on its first line", path=path)
+        raise Refused(f"must have a password of 1 to {MAX_PASSWORD_BYTES} bytes as its first line", path=path)
     return content
 
 
@@ -130,7 +130,7 @@ def size_bytes_of(disk: DiskSpec) -> int | None:
 
 
 def refuse_passed_through(spec: MachineSpec, what: str, *, hint: str | None = None) -> None:
-    """Raise Refused if the machine has a device or LUN, whose content `what` ("a snapshot") could not hold."""
+    """Raise Refused if the machine has a device or LUN, whose content `what` ("a snapshot") could not include."""
     found = [disk for disk in spec.disks if disk.kind == "pass-through"]
     if found:
         names = ", ".join(f"{disk.id} ({disk.path})" for disk in found)

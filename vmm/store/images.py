@@ -27,7 +27,7 @@ _CD_MARKS = (b"CD001", b"BEA01")
 
 @dataclass(frozen=True, slots=True)
 class KnownImage:
-    """What is known of an image after looking at it."""
+    """What was found out about an image by opening it."""
 
     path: str
     format: str  # "vhd" or "raw"
@@ -58,11 +58,11 @@ def find_disk(machine: Machine, word: str) -> DiskSpec:
     found = [one for one in disks if one.path is not None and os.path.realpath(one.path) == path]
     if len(found) > 1:
         names = " and ".join(one.id for one in found)
-        raise InvalidSpec(f"is in {names}", machine=machine.name, path=word, hint="name one of them by its id")
+        raise InvalidSpec(f"is used by {names}", machine=machine.name, path=word, hint="use the id of one of them")
     if found:
         return found[0]
     known = ", ".join(disk.id for disk in disks) or "none"
-    raise NotFound(f"has no disk {word!r}; there are {known}", machine=machine.name)
+    raise NotFound(f"has no disk {word!r}; its disks: {known}", machine=machine.name)
 
 
 def readable(path: str) -> str:
@@ -83,7 +83,7 @@ def settings_with_real_paths(settings: Mapping[str, object]) -> dict[str, object
     if isinstance(folders, Mapping):
         for folder in folders.values():
             if isinstance(folder, str) and not os.path.isdir(folder):
-                raise InvalidSpec("is not a folder", path=folder, hint="make it first")
+                raise InvalidSpec("is not a folder", path=folder, hint="create it first")
         found["paths"] = {
             key: os.path.realpath(folder) if isinstance(folder, str) else folder for key, folder in folders.items()
         }
@@ -112,22 +112,22 @@ def look_at(disk: DiskSpec, *, writable: bool = False) -> KnownImage:
             else:
                 with opened:
                     if opened.size_bytes < MIN_DISK_BYTES:
-                        raise InvalidSpec(f"is not a disk: it holds {opened.size_bytes} bytes", path=disk.path)
+                        raise InvalidSpec(f"is too small for a disk: it has {opened.size_bytes} bytes", path=disk.path)
                     if kind is vhdkit.FormatName.RAW and disk.format is None and is_cd_image(opened):
                         raise InvalidSpec(
-                            "holds the file system of a CD or DVD", path=disk.path,
-                            hint="give it as a medium (--cdrom); as a hard disk all the same with ,format=raw",
+                            "contains the file system of a CD or DVD", path=disk.path,
+                            hint="insert it as a medium (--cdrom), or force its use as a hard disk with ,format=raw",
                         )  # fmt: skip
                     return KnownImage(disk.path, kind.value, opened.size_bytes)
     except vhdkit.NotFound as error:
         raise NotFound(
-            "there is no such image",
+            "the image does not exist",
             path=error.path or disk.path,
-            hint=f"make one: vhdkit create {disk.path} --size 10G",
+            hint=f"create it: vhdkit create {disk.path} --size 10G",
         ) from error
     except vhdkit.VhdkitError as error:
         raise store_error(error) from error
-    raise AssertionError("one of two kinds was opened or raised")
+    raise AssertionError("the last format was opened, or its error was raised")
 
 
 def _refuse_vhdx(disk: DiskSpec, opened: vhdkit.Disk) -> None:
@@ -155,7 +155,7 @@ def refuse_frozen(disk: DiskSpec) -> None:
         more = f" and {len(children) - 1} more images stand" if len(children) > 1 else " stands"
         raise Refused(
             f"{children[0]}{more} on it: it is not the newest image, and must not change", path=disk.path,
-            hint="add the newest one, which holds what was written last, or a child of its own: "
+            hint="add the newest one, which has the latest writes, or a child of its own: "
             f"vhdkit create NEW.avhd --parent {disk.path}",
         )  # fmt: skip
 
@@ -181,14 +181,14 @@ def resize_image(disk: DiskSpec, size_bytes: int, *, shrink: bool) -> int:
 def guarded(options: vhdkit.OpenOptions) -> vhdkit.OpenOptions:
     """Options for operations that change an image: they refuse to change one on which an image of any machine stands.
 
-    Taking a snapshot does not need them: it writes to no image that has a child, and it helps users whose image has
-    one.
+    Taking a snapshot does not need them: it never writes to an image that has a child, and it is the way out for users
+    whose machine writes to such an image.
     """
     return replace(options, known_images=known_images())
 
 
 def children_of(path: str, *, parent_dirs: Sequence[str] = ()) -> list[str]:
-    """The images that stand on this one: where vhdkit looks, and among those of all machines. Raises StoreFailed."""
+    """The images that stand on this one: those that vhdkit finds, and those of all machines. Raises StoreFailed."""
     options = guarded(vhdkit.OpenOptions(parent_dirs=tuple(parent_dirs), allow_raw_parent=True))
     try:
         return vhdkit.find_children([path], everywhere=True, options=options)[path]

@@ -79,7 +79,7 @@ def refuse_used_elsewhere(own: str, paths: Iterable[str]) -> None:
     wanted = frozenset(map(os.path.realpath, paths))
     for name, images in look().by_machine.items():
         if name != own and (used := sorted(wanted & images)):
-            raise InUse(f"is not merged: the machine {name} uses it", machine=own, path=used[0])
+            raise InUse(f"cannot be merged: the machine {name} uses it", machine=own, path=used[0])
 
 
 def _images_of(machine: MachinePaths) -> Iterator[str]:

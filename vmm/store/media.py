@@ -104,7 +104,7 @@ def change_hint(name: str, drive: DiskSpec) -> str:
 def kernel_hint(name: str, what: str) -> str:
     """Hint: how to change or remove a machine's kernel or initrd."""
     none = "--kernel ''" if what == "kernel" else "--initrd ''"
-    return f"vmm set {name} --{what} FILE names another, and {none} goes without"
+    return f"vmm set {name} --{what} FILE sets another one, and {none} removes it"
 
 
 def open_in_drive(spec: MachineSpec, drive: DiskSpec) -> int:
@@ -156,19 +156,19 @@ def refuse_other_media(spec: MachineSpec, then: Media | None, accepted: Media) -
             had = "another medium" if then[drive.id] is not None else "no medium"
             raise Refused(
                 f"the saved state does not fit: the guest had {had} in {drive.id}", machine=spec.name,
-                path=drive.path, hint=f"{change_hint(spec.name, drive)}: the guest finds that it was changed",
+                path=drive.path, hint=f"{change_hint(spec.name, drive)}: the guest will notice the change",
             )  # fmt: skip
 
 
 @contextlib.contextmanager
 def _as_refusal(spec: MachineSpec) -> Iterator[None]:
-    """For missing files that a saved machine needs: its memory is kept, also when the hint is followed."""
+    """Refuse missing files that a saved machine needs; its memory is kept, also if the user follows the hint."""
     try:
         yield
     except VmmError as error:
         raise Refused(
             f"the saved state needs it: {error.problem}", machine=spec.name, path=error.path,
-            hint=f"{error.hint}; the saved memory stays. The guest notices another medium in a drive, and"
+            hint=f"{error.hint}; the saved memory is kept. The guest notices another medium in a drive, and"
             " uses another kernel or initrd once it restarts",
         ) from error  # fmt: skip
 

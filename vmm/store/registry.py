@@ -157,9 +157,11 @@ def add(
         make_folders(parent)
         with standing_still():
             if os.path.lexists(entry):
-                raise AlreadyExists("there is a machine of that name already", machine=spec.name)
+                raise AlreadyExists("a machine of that name already exists", machine=spec.name)
             if os.path.lexists(target):
-                raise AlreadyExists("is in the way of the new machine's folder", machine=spec.name, path=target)
+                raise AlreadyExists(
+                    "already exists where the new machine's folder would be", machine=spec.name, path=target
+                )
             _refuse_known_id(spec)
             check_disks(spec)
             unfinished.sweep(parent, folders=True)
@@ -230,7 +232,7 @@ def rename(machine: Changing, spec: MachineSpec) -> None:
     try:
         with standing_still():
             if os.path.lexists(new) or os.path.lexists(target):
-                raise AlreadyExists("there is a machine or folder of that name already", machine=spec.name)
+                raise AlreadyExists("a machine or folder of that name already exists", machine=spec.name)
             # The definition is written last: until then the folder's name is the valid one.
             os.rename(machine.paths.folder, target)
             if is_link:
@@ -285,7 +287,7 @@ def check_disks(spec: MachineSpec) -> None:
     written = [_identity(disk) for disk in spec.disks if disk.kind != "iso"]
     if len(set(written)) != len(written):
         twice = next(disk for disk in spec.disks if written.count(_identity(disk)) > 1)
-        raise InUse("is given twice to this machine", machine=spec.name, path=twice.path)
+        raise InUse("is attached twice to this machine", machine=spec.name, path=twice.path)
     _refuse_merged(spec)
     others, _ = load_all()
     for other in others:
@@ -296,7 +298,7 @@ def check_disks(spec: MachineSpec) -> None:
             if own is not None and not (own.read_only and disk.read_only):
                 child = f"give this machine a child of its own: vhdkit create NEW.avhd --parent {own.path}"
                 raise InUse(
-                    f"is a disk of the machine {other.name} already",
+                    f"is already a disk of the machine {other.name}",
                     machine=spec.name,
                     path=own.path,
                     hint=child if own.is_image else f"vmm disk remove {other.name} {disk.id}",
@@ -310,7 +312,7 @@ def _refuse_merged(spec: MachineSpec) -> None:
         if disk.path is not None and (other := merged.get(os.path.realpath(disk.path))) is not None:
             raise InUse(
                 f"is being merged by the machine {other}", machine=spec.name, path=disk.path,
-                hint=f"vmm snapshot tree {other} shows how far it is; a copy stays as it is: vhdkit convert",
+                hint=f"vmm snapshot tree {other} shows its progress; to use a copy instead: vhdkit convert",
             )  # fmt: skip
 
 

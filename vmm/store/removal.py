@@ -134,7 +134,7 @@ def _uses_of(machine: Machine, *, is_own: bool) -> Iterator[Use]:
         if disk.path is not None and disk.kind != "pass-through":
             yield Use(disk.path, who)
     for path in _paths_in(machine.runtime.running, ("disks",)):
-        yield Use(path, f"{who}, which runs,")
+        yield Use(path, f"the running machine {machine.name}")
     for path in _paths_in(os.path.join(machine.paths.folder, "backup.json"), ()):
         yield Use(path, f"a backup of {machine.name}")
     if not has_tree(machine.paths):
@@ -149,7 +149,7 @@ def _uses_of(machine: Machine, *, is_own: bool) -> Iterator[Use]:
         for path in tree.images:
             yield Use(path, who)
         for path in _strings_in(None if tree.journal is None else journal_document(tree.journal)):
-            yield Use(path, f"{who}, in the middle of a change,")
+            yield Use(path, f"an unfinished operation on {who}")
 
 
 def _paths_in(path: str, keys: tuple[str, ...]) -> Iterator[str]:
@@ -162,9 +162,9 @@ def _paths_in(path: str, keys: tuple[str, ...]) -> Iterator[str]:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise of_os_error(error, "look who needs the image", path=path) from error
+        raise of_os_error(error, "find out which images are needed", path=path) from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise VmmError("is damaged, so it is not known which images it names", path=path) from error
+        raise VmmError("is damaged, so the images that it names are unknown", path=path) from error
     yield from _strings_in(document)
 
 
@@ -209,7 +209,7 @@ def holder_of(path: str) -> str | None:
     except OSError as error:
         if os.path.islink(path):
             return None  # only the link is removed, not its target
-        raise of_os_error(error, "look who has the image open", path=path) from error
+        raise of_os_error(error, "find out which process has the image open", path=path) from error
     try:
         facts = os.fstat(descriptor)
         is_locked = _is_locked(descriptor)

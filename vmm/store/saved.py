@@ -78,7 +78,7 @@ def open_memory_file(machine: MachinePaths, spec: MachineSpec) -> int:
             raise
     except OSError as error:
         discard_part(machine)
-        raise of_os_error(error, "make room for the machine's memory", path=folder) from error
+        raise of_os_error(error, "reserve space for the machine's memory", path=folder) from error
     return descriptor
 
 
@@ -117,7 +117,7 @@ def complete(
         os.rename(folder, machine.saved)
         sync_folder(machine.folder)
     except OSError as error:
-        raise of_os_error(error, "keep the saved state", path=folder) from error
+        raise of_os_error(error, "store the saved state", path=folder) from error
 
 
 def note_disks(machine: MachinePaths, spec: MachineSpec) -> None:
@@ -149,7 +149,7 @@ def read_description(machine: MachinePaths) -> Description:
     except OSError as error:
         raise of_os_error(error, "read the saved state", path=path) from error
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise VmmError("is damaged: it describes no saved state", path=path) from error
+        raise VmmError("is damaged: it does not describe a saved state", path=path) from error
 
 
 def machine_document(spec: MachineSpec, media: Media, mtus: Mapping[str, int]) -> dict[str, Any]:
@@ -199,7 +199,7 @@ def accept_media(machine: MachinePaths, media: Media) -> None:
         with open(path, "rb") as file:
             document = json.loads(file.read(_MAX_DESCRIPTION_BYTES))
     except (OSError, ValueError, RecursionError) as error:
-        raise VmmError("is damaged: it describes no saved state", path=path) from error
+        raise VmmError("is damaged: it does not describe a saved state", path=path) from error
     document["accepted"] = {**description.accepted, **media}
     write_whole(path, json.dumps(document, indent=2).encode() + b"\n")
 
@@ -241,7 +241,7 @@ def _definition_problem(description: Description, spec: MachineSpec) -> str | No
     now = json.loads(spec.to_json())
     for name in ("id", "memory_bytes", "cpu_count", "machine_type", "cpu_model", "firmware", "screen"):
         if description.definition.get(name) != now[name]:
-            return f"{name} was {description.definition.get(name)} and is {now[name]}"
+            return f"{name} was {description.definition.get(name)} and is now {now[name]}"
 
     def places(definition: dict[str, Any]) -> list[list[object]]:
         rows = []
@@ -262,7 +262,7 @@ def _definition_problem(description: Description, spec: MachineSpec) -> str | No
 
 
 def version_problem(saved: str, present: str) -> str | None:
-    """Why this QEMU should not restore it: an older QEMU need not be able to read what a newer one wrote."""
+    """Why this QEMU should not restore it: an older QEMU may be unable to read what a newer one wrote."""
 
     def numbers(version: str) -> list[int]:
         return [int(part) for part in version.split(".") if part.isdecimal()][:2]
@@ -281,7 +281,7 @@ def _disks_problem(machine: MachinePaths, spec: MachineSpec, tell: Tell) -> str 
     except (OSError, ValueError, RecursionError):
         then = None
     if not isinstance(then, dict):
-        return "the note about its disks is damaged"
+        return "the record of the state of its disks is damaged"
     now = _looks_of(spec)
     for disk in spec.disks:
         before, after = then.get(disk.id), now.get(disk.id)
@@ -318,14 +318,14 @@ def use_up(machine: MachinePaths) -> None:
         os.rename(machine.saved, f"{machine.saved}.used")
         sync_folder(machine.folder)
     except OSError as error:
-        raise of_os_error(error, "use up the saved state", path=machine.saved) from error
+        raise of_os_error(error, "remove the saved state", path=machine.saved) from error
     shutil.rmtree(f"{machine.saved}.used", ignore_errors=True)
 
 
 def discard(machine: MachinePaths) -> None:
     """Discard the saved state. Raises NotFound if there is none."""
     if not is_saved(machine):
-        raise NotFound("there is no saved state", path=machine.saved)
+        raise NotFound("the machine has no saved state", path=machine.saved)
     use_up(machine)
 
 
@@ -341,5 +341,5 @@ def refuse_when_saved(machine: MachinePaths, name: str, what: str) -> None:
         raise WrongState(
             f"is saved, and {what} would make its saved memory useless",
             machine=name,
-            hint=f"start it first, or throw the memory away: vmm start {name} --discard-saved",
+            hint=f"start it first, or discard the memory: vmm start {name} --discard-saved",
         )

@@ -64,7 +64,7 @@ def test_disks_of_a_running_machine(manager: Manager, tmp_path: Path) -> None:
     vhdkit.create_image(tmp_path / "data.vhd", 8 * MIB)
     good("start", "small")
     assert "disk-1 on scsi0:0, serial DATA" in good("disk", "add", "small", tmp_path / "data.vhd,serial=DATA")
-    assert "is given twice" in failure("disk", "add", "small", tmp_path / "data.vhd", code=5)
+    assert "is attached twice" in failure("disk", "add", "small", tmp_path / "data.vhd", code=5)
     rows = document("disk", "list", "small")
     assert [(row["id"], row["size_bytes"]) for row in rows] == [("disk-0", 8 * MIB), ("disk-1", 8 * MIB)]
     assert "data.vhd" in good("disk", "list", "small")

@@ -365,7 +365,7 @@ def test_files_without_a_password(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "password"
     path.write_bytes(content)
     path.chmod(0o600)
-    with pytest.raises(Refused, match="holds no password"):
+    with pytest.raises(Refused, match="must have a password"):
         devices.read_password(str(path))
 
 

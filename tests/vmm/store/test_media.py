@@ -96,6 +96,6 @@ def test_errors_for_missing_media_say_what_to_do(tmp_path: Path, missing: str, w
     with pytest.raises(NotFound, match=missing) as caught:
         look_at_files(spec)
     assert way in str(caught.value)
-    with pytest.raises(Refused, match="the saved memory stays") as refused:
+    with pytest.raises(Refused, match="the saved memory is kept") as refused:
         refuse_other_media(spec, None, {})
     assert way in str(refused.value) and "--discard-saved" not in str(refused.value)

@@ -60,8 +60,10 @@ def test_media_are_changed_while_the_machine_is_off(manager: Manager, tmp_path: 
         manager.change_medium("small", "disk-1", str(tmp_path))
     good("disk", "add", "small", one, "--cdrom")
     good("disk", "add", "small", one, "--cdrom")
-    assert "is in disk-2 and disk-3 (name one" in failure("disk", "change", "small", one, "--eject", code=2)
-    assert "is in disk-2 and disk-3 (name one" in failure("disk", "remove", "small", one, code=2)
+    assert "is used by disk-2 and disk-3 (use the id of one" in failure(
+        "disk", "change", "small", one, "--eject", code=2
+    )
+    assert "is used by disk-2 and disk-3 (use the id of one" in failure("disk", "remove", "small", one, code=2)
     assert document("disk", "change", "small", "disk-3", "--eject")["path"] is None
     assert document("disk", "change", "small", one, "--eject")["id"] == "disk-2"
     for drive in ("disk-2", "disk-3"):
@@ -241,7 +243,7 @@ def test_a_snapshot_with_memory_whose_medium_is_missing(manager: Manager, tmp_pa
     manager.stop("small")
     moved = one.rename(tmp_path / "moved.iso")
     assert manager.snapshots("small").apply(snapshot.id, discard_current=True).state == "saved"
-    with pytest.raises(Refused, match="the saved memory stays"):
+    with pytest.raises(Refused, match="the saved memory is kept"):
         manager.start("small")
     manager.change_medium("small", "disk-1", str(moved))  # the same medium under another name: no notification
     manager.start("small")

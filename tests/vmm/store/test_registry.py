@@ -126,7 +126,7 @@ def test_one_writer_for_each_image(tmp_path: Path) -> None:
     (tmp_path / "soft.vhd").symlink_to(image)
     registry.add(spec("web", image))
     for name in ("a.vhd", "hard.vhd", "soft.vhd", "./a.vhd"):
-        with pytest.raises(InUse, match=r"is a disk of the machine web already .*vhdkit create"):
+        with pytest.raises(InUse, match=r"is already a disk of the machine web .*vhdkit create"):
             registry.add(spec("db", tmp_path / name))
     with pytest.raises(InUse, match="twice"):
         registry.add(spec("db", other, tmp_path / "b.vhd"))

@@ -375,7 +375,7 @@ def test_no_space_for_the_memory(manager: Manager, folder: Path) -> None:
         set_default_folder("snapshots", str(place))
         small = guest(manager, folder)
         before = registry.load("small").spec
-        with pytest.raises(NoSpace, match="no room for the machine's memory"):
+        with pytest.raises(NoSpace, match="not enough space for the machine's memory"):
             small.create("a")
         assert registry.load("small").spec == before and not small.tree().snapshots and small.tree().journal is None
         assert len(list(folder.glob("*.avhd"))) == 1 and not list(place.rglob("*.part"))

@@ -145,7 +145,7 @@ def test_changes_that_a_running_machine_refuses(manager: Manager, tmp_path: Path
         manager.resize_disk("small", "disk-0", 16 * MIB)
     with pytest.raises(InUse, match="twice"):
         manager.add_disk("small", DiskRequest(str(leaf)))
-    with pytest.raises(NotFound, match="no such image"):
+    with pytest.raises(NotFound, match="the image does not exist"):
         manager.add_disk("small", DiskRequest(str(tmp_path / "absent.vhd")))
     with vhdkit.open_disk(other, writable=True), pytest.raises(InUse, match="another program"):
         manager.add_disk("small", DiskRequest(str(other)))

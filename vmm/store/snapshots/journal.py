@@ -224,8 +224,8 @@ def read_journal(document: object, path: str) -> Journal:
         return _decoded(document)
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise VmmError(
-            f"is damaged: its journal, the record of an operation that was cut short, cannot be understood ({error})",
-            path=path, hint="put a copy of the file back; what it says would remove and rename images",
+            f"is damaged: its journal, the record of an interrupted operation, cannot be parsed ({error})",
+            path=path, hint="restore the file from a copy; settling a wrong journal could remove and rename images",
         ) from error  # fmt: skip
 
 

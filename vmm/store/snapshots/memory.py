@@ -115,8 +115,8 @@ class SnapshotFolder:
                 raise
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise NoSpace(f"there is no room for the machine's memory ({wanted // MIB} MiB)", path=path) from error
-            raise of_os_error(error, "make room for the machine's memory", path=path) from error
+                raise NoSpace(f"not enough space for the machine's memory ({wanted // MIB} MiB)", path=path) from error
+            raise of_os_error(error, "reserve space for the machine's memory", path=path) from error
 
     def complete_memory(self, descriptor: int, size_bytes: int, document: dict[str, Any]) -> None:
         """All memory is written: release the excess space, sync, and describe the file.
@@ -131,7 +131,7 @@ class SnapshotFolder:
             os.ftruncate(descriptor, size_bytes)
             os.fsync(descriptor)
         except OSError as error:
-            raise of_os_error(error, "keep the machine's memory", path=path) from error
+            raise of_os_error(error, "store the machine's memory", path=path) from error
         document = {**document, "memory_file_bytes": size_bytes}
         write_whole(self.in_part(self.description), json.dumps(document, indent=1).encode() + b"\n")
 
@@ -211,9 +211,9 @@ class SnapshotFolder:
             document["definition"] = json.loads(spec.to_json())
             write_whole(os.path.join(folder, "state.json"), json.dumps(document, indent=1).encode() + b"\n")
         except OSError as error:
-            raise of_os_error(error, "bring the memory back", path=folder) from error
+            raise of_os_error(error, "restore the memory", path=folder) from error
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise VmmError("is damaged: it does not describe a memory", path=self.description) from error
+            raise VmmError("is damaged: it does not describe a machine's memory", path=self.description) from error
         return folder
 
 
@@ -233,7 +233,7 @@ def put_saved(machine: MachinePaths) -> None:
             os.rename(applied_folder(machine), machine.saved)
             sync_folder(machine.folder)
     except OSError as error:
-        raise of_os_error(error, "bring the memory back", path=machine.saved) from error
+        raise of_os_error(error, "restore the memory", path=machine.saved) from error
 
 
 def adapt_saved(machine: MachinePaths, spec: MachineSpec) -> None:
@@ -246,7 +246,7 @@ def adapt_saved(machine: MachinePaths, spec: MachineSpec) -> None:
     except OSError as error:
         raise of_os_error(error, "read the saved state", path=path) from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise VmmError("is damaged: it describes no saved state", path=path) from error
+        raise VmmError("is damaged: it does not describe a saved state", path=path) from error
     write_whole(path, json.dumps(document, indent=2).encode() + b"\n")
     saved.note_disks(machine, spec)
 

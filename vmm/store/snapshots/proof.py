@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a file is what one of our records says, checked before it is removed, merged or followed.
+"""Whether a file is the one that a record of ours describes, checked before it is removed, merged or followed.
 
 Decides what counts as proof (`INV-PROVEN-OURS`). Records are untrusted, and images are precious: we may remove an
 image if it is a regular file beside the image on which it stands, and has the id that was recorded when it was made. A
@@ -30,7 +30,7 @@ def doubt(path: str, image: Image, folders: Collection[str]) -> str | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        return f"it cannot be looked at: {error.strerror}"
+        return f"it cannot be examined: {error.strerror}"
     if not stat.S_ISREG(facts.st_mode):
         return "it is not a regular file"
     if image.parent is None or os.path.dirname(path) != os.path.dirname(image.parent):
@@ -40,9 +40,9 @@ def doubt(path: str, image: Image, folders: Collection[str]) -> str | None:
     except vhdkit.VhdkitError as error:
         return f"it cannot be read: {error.problem}"
     if found is None:
-        return "it has no id by which it could be known again"
+        return "it has no id by which to recognize it"
     if image.id is not None:
-        return None if found == image.id else "it is another image than the one that was made for the machine"
+        return None if found == image.id else "it is not the image that was made for the machine"
     if not path.endswith(CHILD_SUFFIX) or not stands_on(path, image.parent, folders):
         return "nothing proves that it was made for the machine"
     return None

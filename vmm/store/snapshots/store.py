@@ -4,7 +4,7 @@
     MACHINE-FOLDER/snapshots.json        the tree and its journal (`tree`), replaced as a whole
                    .snapshots.lock       held (flock) by the process that changes it, for as long as that takes
                    merging.json          the process that merges, and its progress (`background_merge`)
-    SNAPSHOTS/MACHINE-ID/SNAPSHOT-ID/    ID.json configuration, ID.bin memory, ID.vsv what it belongs to
+    SNAPSHOTS/MACHINE-ID/SNAPSHOT-ID/    ID.json configuration, ID.bin memory, ID.vsv what the memory fits
 
 Decides who may change a tree: one process at a time, which first stops a background merge; that continues later.
 Light: starting a machine uses this.
@@ -101,7 +101,7 @@ class Held(HeldLock):
         self._is_owner = False
 
     def remove_empty(self) -> None:
-        """Remove the stored tree if it says nothing, as before the first operation. Raises AccessDenied."""
+        """Remove the stored tree if it is empty, as before the first operation. Raises AccessDenied."""
         if self.tree.to_json() != Tree().to_json():
             return
         try:
@@ -134,13 +134,13 @@ class Held(HeldLock):
             from vmm.store.snapshots.journal import words_of
 
             raise InUse(
-                f"{words_of(self.tree.journal)} was cut short, and is not settled yet",
+                f"{words_of(self.tree.journal)} was interrupted and has not been settled yet",
                 machine=self.name, hint=f"vmm repair {self.name} shows what is left, and settles it",
             )  # fmt: skip
 
     def _need_owner(self) -> None:
         if not self._is_owner:
-            raise AssertionError("the journal is another operation's: begin one, or take it over")
+            raise AssertionError("the journal belongs to another operation: begin a new one, or take this one over")
 
     def _write(self, journal: Journal | None) -> None:
         self.tree.journal = journal
@@ -193,9 +193,9 @@ def _take(lock: Lock, machine: MachinePaths, name: str, *, stop_merge: bool) -> 
             deadline = time.monotonic() + MERGE_STOP_SECONDS
         if time.monotonic() > deadline:
             raise InUse(
-                "its snapshots are being worked on by another command" if merging is None else
+                "another command is changing its snapshots" if merging is None else
                 "its snapshots are being merged",
-                machine=name, hint="wait for it to end; vmm snapshot tree shows what is under way",
+                machine=name, hint="wait for it to end; vmm snapshot tree shows what is in progress",
             )  # fmt: skip
         time.sleep(_LOOK_SECONDS)
 

@@ -103,7 +103,7 @@ class Tree:
         """Raise if a snapshot cannot be added: Refused beyond the limit, AlreadyExists, InvalidSpec."""
         if len(self.snapshots) >= self.limit:
             raise Refused(
-                f"has {len(self.snapshots)} snapshots already, and may have {self.limit}",
+                f"already has {len(self.snapshots)} snapshots; its limit is {self.limit}",
                 hint="delete some of them, or allow more: vmm snapshot limit MACHINE NUMBER",
             )
         self.check_name(name)
@@ -116,7 +116,7 @@ class Tree:
                 "characters, without a space at either end"
             )
         if any(name == one.name for one in self.snapshots.values()):
-            raise AlreadyExists(f"has a snapshot {name!r} already")
+            raise AlreadyExists(f"already has a snapshot {name!r}")
 
     def add(self, snapshot: Snapshot) -> None:
         """Add a snapshot of the present state; the machine is now based on it."""

@@ -229,7 +229,7 @@ def test_saved_memory_without_its_medium_and_kernel(machines: Machines, out: Pat
     os.close(descriptor)
     assert description.had_kernel and copy.spec.kernel is None
     assert description.media == known and description.accepted == {"disk-1": None}
-    with pytest.raises(Refused, match="the saved memory stays"):
+    with pytest.raises(Refused, match="the saved memory is kept"):
         saved.open_saved_memory(web.paths, web.spec, "7.2.0")
 
 

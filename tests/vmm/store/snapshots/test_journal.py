@@ -151,7 +151,7 @@ def test_a_journal_has_one_owner(machines: Machines) -> None:
         held.begin(JOURNALS[7])
     with holding(paths, "web") as held:
         for begin in (lambda: held.begin(Delete(())), lambda: tidy(held)):
-            with pytest.raises(InUse, match=r"merging images was cut short.*vmm repair web"):
+            with pytest.raises(InUse, match=r"merging images was interrupted.*vmm repair web"):
                 begin()
         for step in (held.done, lambda: held.go_on(Delete(()))):
             with pytest.raises(AssertionError):
