@@ -84,7 +84,10 @@ class Watch:
         self.events = []
         self.armed = True
         try:
-            with mock.patch.object(os, "open", self._open_beneath):
+            with (
+                mock.patch.object(os, "open", self._open_beneath),
+                mock.patch.object(sys, "dont_write_bytecode", True),  # a module that is needed for the first time
+            ):
                 work()
         finally:
             self.armed = False

@@ -23,50 +23,54 @@ from fuzz.sparse import FuzzStore, decode
 from vhdkit.chain.engine.chain import Chain
 from vhdkit.errors import CorruptImage, VhdkitError
 from vhdkit.finding import Severity
+from vhdkit.formats import named
 from vhdkit.formats.probe import FormatName, open_layer
-from vhdkit.formats.vhd.check import check_vhd
-from vhdkit.formats.vhd.dump import dump_vhd
 from vhdkit.image import Extent, ExtentKind, Layer, read_extents
 from vhdkit.units import GIB, KIB, SECTOR_SIZE, sectors_to_bytes, whole_sectors
 
 _WINDOW_SECTORS = whole_sectors(64 * KIB)
 _WHOLE_BELOW = 16 * GIB  # a smaller disk's extents are listed as a whole
-_FORMATS = (None, FormatName.VHD, FormatName.RAW)
 
 
 def target(data: bytes) -> None:
     """Do with the file whatever a user could do to it."""
-    store = FuzzStore(decode(data))
+    examine(data, FormatName.VHD, "image.vhd")
+
+
+def examine(data: bytes, format_name: FormatName, file_name: str) -> None:
+    """Do with the file whatever a user could do to it who takes it for this format, or for a raw disk."""
+    store = FuzzStore(decode(data), file_name)
     store.frozen = True
-    dumped = [one.structure for one in dump_vhd(store)]
-    findings = check_vhd(store)
-    check_vhd(store, ignore_bitmaps=True)
+    wanted = named(format_name)
+    dumped = [one.structure for one in wanted.dump(store)]
+    findings = wanted.check(store)
+    wanted.check(store, ignore_bitmaps=True)
     for said in [*dumped, *map(str, findings)]:
         assert said.isprintable(), repr(said)
-    for format_name in _FORMATS:
+    for tried in (None, format_name, FormatName.RAW):
         for ignore_bitmaps in (False, True):
             try:
-                layer = open_layer(store, format_name=format_name, ignore_bitmaps=ignore_bitmaps)
+                layer = open_layer(store, format_name=tried, ignore_bitmaps=ignore_bitmaps)
             except VhdkitError as error:
                 assert str(error).isprintable(), repr(str(error))
                 if isinstance(error, CorruptImage):
                     assert any(one.severity is Severity.ERROR for one in findings), error
                 continue
             _read(layer, data)
-    for format_name in _FORMATS[1:]:
-        _write(FuzzStore(decode(data)), format_name, data)
+    for tried in (format_name, FormatName.RAW):
+        _write(FuzzStore(decode(data), file_name), tried, data)
 
 
-def opens(data: bytes) -> bool:
-    """Whether the file opens as a VHD: how the mutations are measured."""
+def opens(data: bytes, format_name: FormatName = FormatName.VHD) -> bool:
+    """Whether the file opens as this format: how the mutations are measured."""
     try:
-        open_layer(FuzzStore(decode(data)), format_name=FormatName.VHD)
+        open_layer(FuzzStore(decode(data)), format_name=format_name)
     except VhdkitError:
         return False
     return True
 
 
-def _windows(layer: Layer, data: bytes) -> list[tuple[int, int]]:
+def windows(layer: Layer, data: bytes) -> list[tuple[int, int]]:
     """A few (first sector, count) ranges inside the disk: both ends, the middle, somewhere."""
     total = whole_sectors(layer.size_bytes)
     count = min(total, _WINDOW_SECTORS)
@@ -79,7 +83,7 @@ def _read(layer: Layer, data: bytes) -> None:
     if layer.size_bytes <= _WHOLE_BELOW:
         _covered(list(layer.extents(0, total)), 0, total)
     chain = Chain([layer])
-    for first, count in _windows(layer, data):
+    for first, count in windows(layer, data):
         extents = list(layer.extents(first, count))
         _covered(extents, first, count)
         walked, mapped = (bytearray(sectors_to_bytes(count)) for _ in range(2))
@@ -106,16 +110,18 @@ def _write(store: FuzzStore, format_name: FormatName | None, data: bytes) -> Non
     except VhdkitError:
         return
     written = {}
+    unit = whole_sectors(layer.sector_bytes)
     try:
-        for number, (first, count) in enumerate(_windows(layer, data)):
-            raw = bytes([number + 1]) * sectors_to_bytes(min(count, 3))
+        for number, (near, most) in enumerate(windows(layer, data)):
+            first, count = near - near % unit, most // unit
+            raw = bytes([number + 1]) * sectors_to_bytes(min(count, 3) * unit)
             layer.write(first, memoryview(raw))
             written[first] = raw
             if number % 2:
                 layer.flush()
             if count > 8:
-                layer.write_zeroes(first + 4, 2)
-                layer.trim(first + 6, 2)
+                layer.write_zeroes(first + 4 * unit, 2 * unit)
+                layer.trim(first + 6 * unit, 2 * unit)
         layer.flush()
     except VhdkitError:
         written.clear()
@@ -124,16 +130,16 @@ def _write(store: FuzzStore, format_name: FormatName | None, data: bytes) -> Non
     if not written:
         return
     again = open_layer(store, format_name=format_name)
-    for first, raw in _last_word(written).items():
+    for first, raw in _last_word(written, 8 * unit).items():
         buffer = bytearray(SECTOR_SIZE)
         read_extents(store, again.extents(first, 1), memoryview(buffer))
         assert buffer == raw, f"sector {first} does not read as written"
 
 
-def _last_word(written: dict[int, bytes]) -> dict[int, bytes]:
+def _last_word(written: dict[int, bytes], reach: int) -> dict[int, bytes]:
     """By sector, what it must hold now. Later writes, zeros and trims of a tiny disk may lie over earlier ones."""
     starts = sorted(written)
-    apart = all(after - before > 8 for before, after in itertools.pairwise(starts))
+    apart = all(after - before > reach for before, after in itertools.pairwise(starts))
     return {first: raw[:SECTOR_SIZE] for first, raw in written.items()} if apart else {}
 
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fuzz import fuzz_merge, fuzz_switch
+from fuzz import fuzz_merge, fuzz_switch, seeds_vhdx
 from fuzz.loop import CORPUS
 from fuzz.recipe import (
     ALLOW_EXTRA,
     ALLOW_RAW,
     DIFF,
+    DIFF_X,
     DYN,
+    DYN_X,
     EMPTY,
     FIX,
     HARD,
@@ -175,7 +177,31 @@ def chain_seeds() -> Iterator[tuple[str, bytes]]:
     sibling = Entry(name=2, own_id=5, parent_id=1, links=[Link(W2RU, b"leaf.vhd")])
     yield "has-children", with_text(b"parent.vhd", W2RU, base, sibling)
     yield "damaged-parent", with_text(b"parent.vhd", W2RU, Entry(1, DYN, 2, patches=[(1536, b"\0\0\0\1")]))
+    yield from vhdx_chain_seeds()
     yield "child-of-type-zero", Recipe(0, [Entry(kind=DIFF, patches=[(60, b"\0\0\0\0")])]).encode()
+
+
+def vhdx_chain_seeds() -> Iterator[tuple[str, bytes]]:
+    """The same for VHDX files. Names prove nothing, so theirs are those of VHDs."""
+    base = Entry(name=1, kind=DYN_X, own_id=2, shape=0x09)
+
+    def leaf(*links: Link, shape: int = 0x10, parent_id: int = 2) -> Entry:
+        return Entry(kind=DIFF_X, parent_id=parent_id, links=list(links), shape=shape)
+
+    to_parent = Link(W2RU, b".\\parent.vhd")
+    yield "vhdx-two", Recipe(WRITABLE, [leaf(to_parent), base]).encode()
+    middle = Entry(name=3, kind=DIFF_X, own_id=2, parent_id=3, shape=0x14, links=[Link(W2KU, b"..\\base.vhd")])
+    bottom = Entry(name=2, kind=DYN_X, own_id=3, shape=2)
+    yield "vhdx-three", Recipe(WRITABLE, [leaf(Link(W2RU, b"sub\\inner.vhd"), shape=2), middle, bottom]).encode()
+    yield "vhdx-linkage2", Recipe(WRITABLE, [leaf(to_parent, shape=0x30, parent_id=1), base]).encode()
+    yield "vhdx-loop", Recipe(0, [leaf(Link(W2RU, b"leaf.vhd"), parent_id=1)]).encode()
+    yield "vhdx-outside", Recipe(WRITABLE, [leaf(Link(W2RU, b"..\\outside\\parent.vhd"))]).encode()
+    yield "vhdx-outside-absolute", Recipe(WRITABLE, [leaf(Link(W2KU, b"%O/parent.vhd"))]).encode()
+    yield "vhdx-on-vhd", Recipe(WRITABLE, [leaf(to_parent), Entry(name=1, kind=DYN, own_id=2)]).encode()
+    child = Entry(parent_id=2, links=[Link(W2RU, b"parent.vhd")], shape=0x10)
+    yield "vhd-on-vhdx", Recipe(WRITABLE, [child, base]).encode()
+    patched = Entry(name=1, kind=DYN_X, own_id=2, patches=[(0, b"\x06\0\x40"), (2048, b"\xff" * 30)])
+    yield "vhdx-damaged-parent", Recipe(WRITABLE, [leaf(to_parent), patched]).encode()
 
 
 def merge_seeds() -> Iterator[tuple[str, bytes]]:
@@ -266,6 +292,8 @@ def corpus() -> dict[str, dict[str, bytes]]:
         "fuzz_merge": dict(merge_seeds()),
         "fuzz_nbd": dict(nbd_seeds()),
         "fuzz_switch": dict(switch_seeds()),
+        "fuzz_vhdx_open": seeds_vhdx.open_seeds(),
+        "fuzz_vhdx_tables": seeds_vhdx.table_seeds(),
     }
 
 

@@ -143,7 +143,8 @@ def _size(rng: random.Random, image: Sparse) -> None:
         image.put(image.size - SECTOR, image.peek(0, SECTOR))
 
 
-def _bits(rng: random.Random, image: Sparse) -> None:
+def flip_bits(rng: random.Random, image: Sparse) -> None:
+    """Flip a few bits of what is stored."""
     if not image.records:
         return
     offset, raw, repeat = rng.choice(image.records)
@@ -154,7 +155,8 @@ def _bits(rng: random.Random, image: Sparse) -> None:
             image.put(at, bytes([old[0] ^ 1 << rng.randrange(8)]))
 
 
-def _splice(rng: random.Random, image: Sparse, other: Sparse) -> None:
+def splice(rng: random.Random, image: Sparse, other: Sparse) -> None:
+    """Lay some of what another file stores over this one."""
     if not other.records:
         return
     for offset, raw, repeat in rng.sample(other.records, min(len(other.records), rng.randint(1, 3))):
@@ -169,8 +171,8 @@ def _poison(rng: random.Random, image: Sparse) -> None:
 
 
 _STEPS: tuple[Callable[[random.Random, Sparse], None], ...] = (
-    _footer, _footer, _footer, _header, _header, _header, _locator, _locator, _table, _table, _batmap, _size, _bits,
-    _poison,
+    _footer, _footer, _footer, _header, _header, _header, _locator, _locator, _table, _table, _batmap, _size,
+    flip_bits, _poison,
 )  # fmt: skip
 
 
@@ -182,7 +184,7 @@ def mutate_image(data: bytes, rng: random.Random, others: Sequence[bytes]) -> by
     image.records = list(image.records)
     for _ in range(rng.choice((1, 1, 2, 3, 6))):
         if rng.random() < 0.07:
-            _splice(rng, image, decode(rng.choice(others)))
+            splice(rng, image, decode(rng.choice(others)))
         else:
             rng.choice(_STEPS)(rng, image)
         if rng.random() < 0.93:

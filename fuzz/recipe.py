@@ -15,7 +15,11 @@ import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.harness.stores import MemStore
 from tests.harness.vhd_builder import DIFFERENCING, DYNAMIC, FIXED, GIB, KIB, MIB, Block, Locator, Vhd, put, seal
+from vhdkit.formats.vhdx.crc import sealed
+from vhdkit.formats.vhdx.create import create, new_disk
+from vhdkit.image import ParentName, ParentRef
 
 MAX_FILES = 6
 # The leaf is file 0 and always gets the first name. The case of names differs on purpose.
@@ -24,9 +28,12 @@ NAMES = (
     "folder.vhd", "pipe.vhd", "näme with  spaces.vhd", "-dash.vhd", "new\nline\x1b[31m.vhd", "linkdir/through.vhd",
     "%2e%2e", "C:\\odd\\name.vhd", "a" * 250 + ".vhd",
 )  # fmt: skip
-DIFF, DYN, FIX, RAW, LINK, PIPE, FOLDER, HARD, EMPTY = range(9)
-KINDS = 9
+DIFF, DYN, FIX, RAW, LINK, PIPE, FOLDER, HARD, EMPTY, DIFF_X, DYN_X = range(11)  # the last two are VHDX
+KINDS = 11
 CODES = (b"W2ru", b"W2ku", b"MacX", b"Wi2r", b"Wi2k", b"Mac ", b"\x1b[2J")
+VHDX_KEYS = (
+    "relative_path", "absolute_win32_path", "volume_path", "relative_path", "volume_path", "note", "\x1b[2J",
+)  # fmt: skip
 _ENCODINGS = ("utf-16-le", "utf-16-le", "utf-8", "latin-1", "latin-1", "utf-8", "utf-8")
 IDS = 6  # 0 is all zeros, which records a raw parent
 ALLOW_RAW, ALLOW_EXTRA, NO_LOCK, WRITABLE = 1, 2, 4, 8
@@ -122,7 +129,7 @@ def parse(data: bytes) -> Recipe:
     for index in range(count):
         one = Entry(reader.u8() % len(NAMES), reader.u8() % KINDS, reader.u8() % IDS, reader.u8() % IDS, reader.u8())
         if index == 0:
-            one.name, one.kind = 0, one.kind if one.kind in (DIFF, DYN, FIX) else DIFF
+            one.name, one.kind = 0, one.kind if one.kind in (DIFF, DYN, FIX, DIFF_X, DYN_X) else DIFF
         one.parent_name = reader.text()
         for _ in range(reader.u8() % 9):
             code, flavour = reader.u8() % len(CODES), reader.u8() % 4
@@ -158,6 +165,8 @@ def _place(one: Entry, path: Path, root: Path, outside: Path) -> None:
         os.link(root / NAMES[0], path)
     elif one.kind in (RAW, EMPTY):
         path.write_bytes(one.parent_name if one.kind == RAW else b"")
+    elif one.kind in (DIFF_X, DYN_X):
+        vhdx_image(one, root, outside).write(path)
     else:
         image(one, root, outside).build().write(path)
         if one.patches:
@@ -196,6 +205,50 @@ def image(one: Entry, root: Path, outside: Path) -> Vhd:
             place.offset = GIB << one.shape % 33
         vhd.locators[slot] = place
     return vhd
+
+
+class _Sectors(MemStore):
+    """An image in memory that can be put on disk."""
+
+    def write(self, path: Path) -> None:
+        """Make it a sparse file."""
+        with path.open("wb") as file:
+            file.truncate(self.size())
+            for number, raw in self._sectors.items():
+                file.seek(number * len(raw))
+                file.write(raw)
+
+
+def vhdx_image(one: Entry, root: Path, outside: Path) -> _Sectors:
+    """The VHDX of an entry that is one. Patches lie over its locator, or over the start of its BAT."""
+    store = _Sectors("image.vhdx")
+    names: list[ParentName] = []
+    for link in one.links:
+        text = _filled(link.text, root, outside).decode("utf-8", "replace")[:30000]
+        key = VHDX_KEYS[link.code]
+        if text and key not in [name.structure for name in names]:
+            names.append(ParentName(key, text))
+    parent = ParentRef((id_of(one.parent_id), id_of(one.parent_id + 1 if one.shape & 0x20 else 0)), 0, tuple(names))
+    block = MIB << (one.shape >> 2 & 1)
+    create(store, new_disk(MIB << (one.shape & 3)), block, parent=parent if one.kind == DIFF_X else None)
+    if one.shape & 0x18:
+        start = store.size()
+        store.truncate(start + block)
+        store.pwrite(start, b"x" * 512)
+        state = 7 if one.shape & 0x10 and one.kind == DIFF_X else 6
+        store.pwrite(3 * MIB, (start | state).to_bytes(8, "little"))
+        if state == 7:
+            bits = store.size()
+            store.truncate(bits + MIB)
+            store.pwrite(bits, b"\x01")
+            store.pwrite(3 * MIB + 8 * (4 * GIB // block), (bits | 6).to_bytes(8, "little"))
+    for slot in (64 * KIB, 128 * KIB):
+        raw = store.pread(slot, 4 * KIB)
+        store.pwrite(slot, sealed(put(raw, 32, id_of(one.own_id)), 4))
+    for offset, piece in one.patches:
+        within = offset % 2048
+        store.pwrite((2 * MIB + 64 * KIB if offset & 2048 else 3 * MIB) + within, piece[: 4 * KIB])
+    return store
 
 
 def _patch(one: Entry, path: Path) -> None:

@@ -14,12 +14,25 @@ from pathlib import Path
 
 import pytest
 
-from fuzz import fuzz_chain, fuzz_merge, fuzz_nbd, fuzz_open, fuzz_repair, fuzz_switch, loop
+from fuzz import (
+    fuzz_chain,
+    fuzz_merge,
+    fuzz_nbd,
+    fuzz_open,
+    fuzz_repair,
+    fuzz_switch,
+    fuzz_vhdx_log,
+    fuzz_vhdx_open,
+    fuzz_vhdx_tables,
+    loop,
+)
 from fuzz.loop import MAX_CASE_SECONDS, Mutate, Target
 from fuzz.make_corpus import MAX_SEED_BYTES, corpus
 from fuzz.mutate import mutate_image
+from fuzz.mutate_vhdx import mutate_vhdx
 from fuzz.sparse import FuzzStore, Sparse, decode
 from tests.support import daily_or_nightly
+from vhdkit.formats.probe import FormatName
 from vhdkit.units import KIB, MIB
 
 TARGETS: dict[str, tuple[Target, Mutate]] = {
@@ -29,8 +42,11 @@ TARGETS: dict[str, tuple[Target, Mutate]] = {
     "fuzz_repair": (fuzz_repair.target, mutate_image),
     "fuzz_nbd": (fuzz_nbd.target, fuzz_nbd.mutate),
     "fuzz_switch": (fuzz_switch.target, fuzz_switch.mutate),
+    "fuzz_vhdx_log": (fuzz_vhdx_log.target, fuzz_vhdx_log.mutate),
+    "fuzz_vhdx_open": (fuzz_vhdx_open.target, mutate_vhdx),
+    "fuzz_vhdx_tables": (fuzz_vhdx_tables.target, fuzz_vhdx_tables.mutate),
 }
-CORPUS_OF = {"fuzz_repair": fuzz_repair.SEEDS}
+CORPUS_OF = {"fuzz_repair": fuzz_repair.SEEDS, "fuzz_vhdx_log": fuzz_vhdx_log.SEEDS}
 SEEDS = [
     pytest.param(name, data, id=f"{name}-{file}")
     for name in TARGETS
@@ -44,6 +60,9 @@ BATCHES = [
     *(("fuzz_repair", seed, 25) for seed in range(daily_or_nightly(2, 8))),
     *(("fuzz_nbd", seed, 150) for seed in range(3)),
     *(("fuzz_switch", seed, 200) for seed in range(3)),
+    *(("fuzz_vhdx_log", seed, 40) for seed in range(daily_or_nightly(2, 8))),
+    *(("fuzz_vhdx_open", seed, 20) for seed in range(daily_or_nightly(2, 8))),
+    *(("fuzz_vhdx_tables", seed, 400) for seed in range(daily_or_nightly(1, 4))),
 ]
 FIXED_MEMORY = 128 * MIB  # the block map and the fine table of a disk of 2 TiB are 64 MiB
 MEMORY_PER_STORED_BYTE = 12  # a table of 4 Mi entries is 16 MiB; a few arrays of 64-bit numbers are made from it
@@ -96,6 +115,20 @@ def test_mutations_reach_deep() -> None:
     inputs = [data for file, data in loop.seeds("fuzz_open") if not file.endswith("ib")]
     opened = sum(fuzz_open.opens(data) for data in loop.mutations(inputs, mutate_image, 1, 100))
     assert 20 < opened < 95
+
+
+def test_vhdx_mutations_reach_deep() -> None:
+    """INV-BOUNDED would mean little if mutations failed early: a good part of the VHDX files still open."""
+    inputs = [data for _, data in loop.seeds("fuzz_vhdx_open")]
+    opened = sum(fuzz_open.opens(data, FormatName.VHDX) for data in loop.mutations(inputs, mutate_vhdx, 1, 100))
+    assert 20 < opened < 95
+
+
+def test_vhdx_log_mutations_reach_replay() -> None:
+    """INV-BOUNDED of the log is tested where it matters: in many mutations there is something to replay."""
+    inputs = [data for _, data in loop.seeds("fuzz_vhdx_open")]
+    made = loop.mutations(inputs, fuzz_vhdx_log.mutate, 1, 100)
+    assert 20 < sum(map(fuzz_vhdx_log.replays, made)) < 95
 
 
 def test_nbd_mutations_reach_requests() -> None:

@@ -14,6 +14,7 @@ from vhdkit.units import MIB, SECTOR_SIZE, round_down
 MAX_PADDING_BYTES = 2 * MIB  # after the footer; programs that round files up use whole MiB
 SEARCH_BYTES = MAX_PADDING_BYTES + layout.FOOTER_SIZE  # before the end of the file
 _READ_BYTES = MIB // 2
+_ZEROS = bytes(_READ_BYTES)
 
 
 def footer_before_zeros(store: ReadStore) -> tuple[int, bytes] | None:
@@ -22,9 +23,9 @@ def footer_before_zeros(store: ReadStore) -> tuple[int, bytes] | None:
     end, limit = size, max(size - SEARCH_BYTES, 0)
     while end > limit:  # from the end: the first byte that is not zero decides
         start = max(round_down(end - 1, _READ_BYTES), limit)
-        raw = store.pread(start, end - start).rstrip(b"\0")
-        if raw:
-            return _footer_at(store, start + len(raw))
+        raw = store.pread(start, end - start)
+        if raw != _ZEROS[: len(raw)]:  # many times faster than `rstrip`: every file that is no VHD comes here
+            return _footer_at(store, start + len(raw.rstrip(b"\0")))
         end = start
     return None
 

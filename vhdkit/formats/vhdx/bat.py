@@ -167,8 +167,10 @@ class Bat:
     def in_states(self, *states: BlockState) -> NDArray[np.bool_]:
         """One truth value per block: whether it is in one of these states, which are not NOT_PRESENT."""
         found = np.zeros(self.shape.block_count, dtype=np.bool_)
+        wanted = np.zeros(layout.BAT_STATE_MASK + 1, dtype=np.bool_)
+        wanted[list(states)] = True
         for blocks, entries in self.used_blocks():
-            found[blocks[np.isin(entries & np.uint64(layout.BAT_STATE_MASK), states)]] = True
+            found[blocks[wanted[entries & np.uint64(layout.BAT_STATE_MASK)]]] = True
         return found
 
 

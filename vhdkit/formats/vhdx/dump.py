@@ -95,9 +95,9 @@ def _dump_regions(store: ReadStore) -> list[StructureDump]:
 
 def _dump_metadata(store: ReadStore, region: RegionEntry) -> list[StructureDump]:
     start = region.file_offset
-    raw = store.pread(start, layout.METADATA_TABLE_HEADER_SIZE)
-    if len(raw) < layout.METADATA_TABLE_HEADER_SIZE:
+    if start + layout.METADATA_TABLE_SIZE > store.size():
         return [StructureDump("metadata table", start, "outside the file", ())]
+    raw = store.pread(start, layout.METADATA_TABLE_HEADER_SIZE)
     state, items = "good", []
     try:
         items = read_table(store, region)

@@ -88,7 +88,8 @@ def _state_faults(
     if not metadata.items.has_parent:
         return
     partial = numbers[is_block & (states == BlockState.PARTIALLY_PRESENT)]
-    for chunk in np.unique(partial // (metadata.shape.ratio + 1)).tolist():
+    chunks = np.bincount(partial // (metadata.shape.ratio + 1))  # `np.unique` loads a slow part of numpy
+    for chunk in np.flatnonzero(chunks).tolist():
         if bat.bitmap_offset(chunk) < 0:
             number = int(partial[partial // (metadata.shape.ratio + 1) == chunk][0])
             problem = f"is partially present, but the sector bitmap of chunk {chunk} is not there"
