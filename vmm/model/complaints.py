@@ -25,7 +25,7 @@ _SENTENCES = {
     "string_too_long": "must have at most {max_length} characters",
     "string_too_short": "must have at least {min_length} characters",
     "too_long": "must have at most {max_length} entries",
-    "string_unicode": "holds bytes that are not UTF-8: give the file a name, or a link, that is",
+    "string_unicode": "contains bytes that are not UTF-8: rename the file, or use a link whose name is UTF-8",
     "int_from_float": "must be a whole number",
     "finite_number": "must be a number",
 }

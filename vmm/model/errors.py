@@ -123,10 +123,10 @@ class StoreFailed(VmmError):
 
 
 _OWN_WORDS = {  # options of vhdkit's command line, and how vmm's command line expresses them
-    "--allow-parent-dir": "add the disk as IMAGE,parent-dir=FOLDER (first: vmm disk remove, where the machine has"
-    " it already)",
-    "--allow-raw-parent": "add the disk as IMAGE,allow-raw-parent (first: vmm disk remove, where the machine has"
-    " it already)",
+    "--allow-parent-dir": "add the disk as IMAGE,parent-dir=FOLDER (first: vmm disk remove, if the machine already"
+    " has it)",
+    "--allow-raw-parent": "add the disk as IMAGE,allow-raw-parent (first: vmm disk remove, if the machine already"
+    " has it)",
 }
 _TRUST = "if you trust it, "
 _COMMAND = re.compile(r"\bvhdkit (?!for\b)[a-z]+")  # "vhdkit check FILE --repair"; not "install vhdkit for ..."
@@ -162,7 +162,7 @@ def hint_of_vhdkit(hint: str | None) -> str | None:
     if _BARE_VERB.search(hint):  # a verb of the program that the user ran, which is vmm
         return None
     if hint.startswith(_ON_THE_CHILD):
-        return "vmm repair MACHINE shows whether that one is the newest image of the disk, and takes it on"
+        return "vmm repair MACHINE checks whether that is the newest image of the disk, and then uses it"
     options = re.findall(r"(?<![\w-])--[a-z][a-z-]*", hint)
     for option, words in _OWN_WORDS.items():
         if option in options:

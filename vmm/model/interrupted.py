@@ -18,7 +18,7 @@ def goes_on_without_us(what: str, machine: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as interrupt:
-        interrupt.add_note(f"{what} goes on; vmm events {machine} shows how it ends")
+        interrupt.add_note(f"{what} continues; vmm events {machine} shows how it ends")
         raise
 
 
@@ -28,5 +28,5 @@ def ends_with_us(what: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as interrupt:
-        interrupt.add_note(f"{what} was given up, and nothing of it is left")
+        interrupt.add_note(f"{what} was abandoned and left nothing behind")
         raise

@@ -285,7 +285,7 @@ def switches_folder() -> str:
 def switch_file(name: str) -> str:
     """The definition of the switch with that name (`vmm.net.switch_spec`), as JSON. Raises NotFound."""
     if "/" in name or "\0" in name or name.startswith("."):
-        raise NotFound(f"there is no switch {name!r}")
+        raise NotFound(f"switch {name!r} does not exist")
     return os.path.join(switches_folder(), f"{name}.json")
 
 
@@ -315,10 +315,10 @@ def machine_folder(name: str) -> str:
     except OSError as error:  # an unreadable folder does not mean that the machine does not exist
         raise of_os_error(error, "look for the machine", machine=name, path=entry) from error
     if not known:
-        raise NotFound(f"there is no machine {name!r}", hint="vmm list shows all machines")
+        raise NotFound(f"machine {name!r} does not exist", hint="vmm list shows all machines")
     folder = os.path.realpath(entry)
     if not os.path.isdir(folder):
-        raise NotFound("the machine's folder is not there; is its disk mounted?", machine=name, path=folder)
+        raise NotFound("the machine's folder is missing; is its file system mounted?", machine=name, path=folder)
     return folder
 
 
@@ -336,7 +336,9 @@ def default_folders() -> dict[str, str]:
         raise of_os_error(error, "read the host's settings", path=_settings_path()) from error
     except (ValueError, AttributeError, TypeError) as error:
         raise VmmError(
-            "is damaged: it should hold the host's settings as JSON", path=_settings_path(), hint="remove or mend it"
+            "is damaged: it must contain the host's settings as JSON",
+            path=_settings_path(),
+            hint="repair or remove it",
         ) from error
     return found
 
@@ -344,13 +346,13 @@ def default_folders() -> dict[str, str]:
 def set_default_folder(key: str, folder: str | None) -> None:
     """Set a default folder, which must exist; None restores the built-in one. Raises InvalidSpec, VmmError."""
     if key not in DEFAULT_KEYS:
-        raise InvalidSpec(f"there is no default folder {key!r}; there are {', '.join(DEFAULT_KEYS)}")
+        raise InvalidSpec(f"unknown default folder {key!r}; known are {', '.join(DEFAULT_KEYS)}")
     chosen = {name: path for name, path in default_folders().items() if path != os.path.join(home(), name)}
     if folder is None:
         chosen.pop(key, None)
     else:
         if not os.path.isdir(folder):
-            raise InvalidSpec("is not a folder", path=folder, hint="make it first")
+            raise InvalidSpec("is not a folder", path=folder, hint="create it first")
         chosen[key] = os.path.realpath(folder)
     make_home()
     write_whole(_settings_path(), json.dumps({"paths": chosen}, indent=2).encode() + b"\n")

@@ -23,7 +23,7 @@ _SERIAL = re.compile(rb"[A-Za-z0-9_-]{1,%d}" % MAX_SERIAL_CHARACTERS)
 
 
 def keep_serials(disks: Iterable[DiskSpec]) -> None:
-    """Store the disks' serial numbers with their images; an image that cannot hold one gets a new one next time."""
+    """Store the disks' serial numbers with their images; an image that cannot store one gets a new one next time."""
     for disk in disks:
         if disk.is_image and disk.path is not None:
             with contextlib.suppress(OSError):

@@ -86,14 +86,14 @@ class DiskSpec(_Settings):
         if self.controller_index >= controllers or self.unit >= units:
             raise ValueError(
                 f"{self.controller} has controllers 0 to {controllers - 1} with units 0 to {units - 1}, "
-                f"there is no {self.place}"
+                f"so {self.place} does not exist"
             )
         if self.kind == "iso" and self.controller != "ide":
-            raise ValueError("an ISO image goes into a drive on IDE")
+            raise ValueError("a drive for ISO images must be on IDE")
         if self.kind != "iso" and self.path is None:
             raise ValueError("only a drive for ISO images may be empty")
         if self.path is not None and (not self.path or "\0" in self.path):
-            raise ValueError("a path is not empty and holds no zero byte")
+            raise ValueError("a path must not be empty or contain a zero byte")
         return self
 
     @property
@@ -141,13 +141,13 @@ class AdapterSpec(_Settings):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.vlan is not None and self.trunk:
-            raise ValueError("an adapter has one VLAN or is a trunk, not both")
+            raise ValueError("an adapter has a VLAN or is a trunk, not both")
         if self.native_vlan and not self.trunk:
-            raise ValueError("only a trunk has a native VLAN")
+            raise ValueError("only a trunk can have a native VLAN")
         if 0 < self.bandwidth_bits_per_second < MIN_BANDWIDTH_BITS:
-            raise ValueError(f"a bandwidth limit is {MIN_BANDWIDTH_BITS} bits/s or more")
+            raise ValueError(f"a bandwidth limit must be {MIN_BANDWIDTH_BITS} bits/s or more")
         if self.kind == "legacy" and self.queues > 1:
-            raise ValueError("a legacy adapter has one queue")
+            raise ValueError("a legacy adapter can have only one queue")
         return self
 
 
@@ -208,7 +208,7 @@ class MachineSpec(_Settings):
     @classmethod
     def _can_be_passed_on(cls, word: str | None) -> str | None:
         if word is not None and "\0" in word:
-            raise ValueError("holds a zero byte")
+            raise ValueError("contains a zero byte")
         return word
 
     @field_validator("name")
@@ -229,10 +229,10 @@ class MachineSpec(_Settings):
             if sum(adapter.kind == kind for adapter in self.adapters) > limit:
                 raise ValueError(f"a machine has at most {limit} {kind} adapters")
         if self.kernel is None and (self.initrd is not None or self.append is not None):
-            raise ValueError("an initrd and arguments go with a kernel only")
+            raise ValueError("an initrd and kernel arguments require a kernel")
         hard_disks = [disk for disk in self.disks if disk.kind != "iso"]
         if hard_disks and all(disk.controller == "scsi" for disk in hard_disks) and not self._boots_otherwise():
-            raise ValueError("a machine does not boot from SCSI: put the first disk on ide or virtio")
+            raise ValueError("a machine cannot boot from SCSI: put the first disk on ide or virtio")
         return self
 
     def _boots_otherwise(self) -> bool:
@@ -321,9 +321,9 @@ def read_spec(content: bytes, path: str) -> MachineSpec:
     try:
         document = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise InvalidSpec("is not a machine definition: it holds no JSON", path=path) from error
+        raise InvalidSpec("is not a machine definition: it is not JSON", path=path) from error
     if not isinstance(document, dict):
-        raise InvalidSpec("is not a machine definition: it holds no JSON object", path=path)
+        raise InvalidSpec("is not a machine definition: it is not a JSON object", path=path)
     version = document.get("schema_version")
     if isinstance(version, int) and version > SCHEMA_VERSION:
         raise InvalidSpec(
@@ -348,4 +348,4 @@ def _validated(settings: dict[str, Any], machine: str | None) -> MachineSpec:
 def _check_unique(what: str, values: Sequence[object]) -> None:
     for value in values:
         if values.count(value) > 1:
-            raise ValueError(f"the {what} {value} is given twice")
+            raise ValueError(f"the {what} {value} is used twice")

@@ -46,8 +46,8 @@ def load(name: str) -> SwitchSpec:
         spec = SwitchSpec.model_validate(records.read_object(path))
     except FileNotFoundError as error:
         known = ", ".join(names()) or "none"
-        hint = f"make one: vmm switch create {name} --type private"
-        raise errors.NotFound(f"there is no switch {name!r}; there are: {known}", hint=hint) from error
+        hint = f"create it: vmm switch create {name} --type private"
+        raise errors.NotFound(f"switch {name!r} does not exist; existing switches: {known}", hint=hint) from error
     except OSError as error:
         raise errors.of_os_error(error, "read the switch", path=path) from error
     except ValidationError as error:

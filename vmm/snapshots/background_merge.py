@@ -34,7 +34,7 @@ from vmm.store.snapshots.journal import MergeOff
 from vmm.store.snapshots.store import Held, Merging, holding, load_tree, merging_path, read_merging, write_merging
 from vmm.store.state import processes_of
 
-PUT_AWAY_SECONDS = 90.0  # for the rest of a running machine to end
+PUT_AWAY_SECONDS = 90.0  # for the remaining processes of a machine to end
 LOCK_SECONDS = 30.0  # for another command to finish with the machine
 _TELL_SECONDS = 0.25
 _LOOK_SECONDS = 0.05

@@ -75,7 +75,7 @@ def forget_memory(held: Held, word: str) -> Snapshot:
     left = SnapshotFolder(snapshot.folder).discard_memory()
     if left:
         raise Refused(
-            "the snapshot has no memory any more, but its file stays: it is not a regular file",
+            "the snapshot no longer has memory, but the memory's file stays: it is not a regular file",
             machine=held.name,
             path=left[0],
         )

@@ -26,7 +26,7 @@ from vmm.store.snapshots.tree import Tree
 
 @dataclass(slots=True)
 class Survey:
-    """What was found. `problem` says why the result may be incomplete."""
+    """The result of a search. `problem` says why it may be incomplete."""
 
     foreign: dict[str, list[str]] = field(default_factory=dict)
     held: set[str] = field(default_factory=set)
@@ -99,8 +99,8 @@ def refuse_older(machine: Machine, tree: Tree) -> None:
         is_own = child in tree.images or OWN_NAME.fullmatch(os.path.basename(child)) or is_child_name(child)
         if is_own and os.path.realpath(child) not in others:
             raise Refused(
-                f"{child} stands on it, and may hold what was written last", machine=machine.name, path=path,
-                hint=f"vmm repair {machine.name} shows whether that is the newest image, and takes it on",
+                f"{child} stands on it, and may have the latest writes", machine=machine.name, path=path,
+                hint=f"vmm repair {machine.name} checks whether that is the newest image, and then uses it",
             )  # fmt: skip
 
 

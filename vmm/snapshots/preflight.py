@@ -88,16 +88,16 @@ def removal_problem(path: str) -> str | None:
     try:
         facts, around = os.lstat(path), os.stat(folder)
         if not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
-            return f"its folder {folder} may not be changed"
+            return f"its folder {folder} is not writable"
         owners = (facts.st_uid, around.st_uid)
         if around.st_mode & stat.S_ISVTX and os.geteuid() != 0 and os.geteuid() not in owners:
-            return f"in {folder} everybody removes only what is his own"
+            return f"in {folder} only the owner of a file may remove it"
         if _is_fixed(path, facts) or _is_fixed(folder, around):
             return "it or its folder is immutable (lsattr)"
     except FileNotFoundError:
         return None
     except OSError as error:
-        return f"it cannot be looked at: {error.strerror}"
+        return f"it cannot be examined: {error.strerror}"
     return None
 
 
@@ -164,7 +164,7 @@ def _document(path: str) -> dict[str, Any] | None:
 
 def _description_problem(document: dict[str, Any] | None) -> str | None:
     if document is None or not isinstance(document.get("definition"), dict):
-        return "it is not described"
+        return "its description is damaged"
     with contextlib.suppress(VmmError):  # without QEMU the versions cannot be compared
         here = program.inspect(program.find()).version
         return saved.version_problem(str(document.get("qemu_version")), here)
@@ -183,8 +183,8 @@ def _check_room(folder: str, size_bytes: int) -> None:
     try:
         facts = os.statvfs(folder)
         if facts.f_bavail * facts.f_frsize < size_bytes or (facts.f_files and not facts.f_favail):
-            raise NoSpace(f"there is no room for {size_bytes >> 20} MiB", path=folder)
+            raise NoSpace(f"not enough space for {size_bytes >> 20} MiB", path=folder)
         if not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
             raise PermissionError(13, os.strerror(13))
     except OSError as error:
-        raise of_os_error(error, "make files", path=folder) from error
+        raise of_os_error(error, "create files", path=folder) from error

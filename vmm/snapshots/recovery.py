@@ -186,15 +186,15 @@ def adopt(
         if ids is None and not os.path.lexists(one.child):
             if must:
                 raise Refused(
-                    f"the newest image of {one.disk} is missing: the guest wrote to it last",
+                    f"the newest image of {one.disk}, to which the guest wrote last, is missing",
                     machine=held.name, path=one.child,
-                    hint=f"put it back; vmm repair {held.name} shows what there is",
+                    hint=f"put it back; vmm repair {held.name} shows which images exist",
                 )  # fmt: skip
             continue
         if ids is None and (os.path.islink(one.child) or not stands_on(one.child, one.frozen, folders)):
             raise Refused(
                 f"does not stand on {one.frozen}, though it was made for {one.disk}", machine=held.name,
-                path=one.child, hint=f"vmm repair {held.name} shows what there is",
+                path=one.child, hint=f"vmm repair {held.name} shows which images exist",
             )  # fmt: skip
         there.append(one)
     for one in there:
@@ -256,7 +256,7 @@ def _settle_merge(held: Held, journal: MergeOff) -> None:
     for path in reversed(journal.layers):
         image = held.tree.images.get(path)
         if image is None or not image.ours or image.parent != step or step not in held.tree.images:
-            raise _damaged(held, "the merge that it says was begun is not one of its images")
+            raise _damaged(held, "its journal records a merge of images that it does not list")
         step = path
     _finish_complete(registry.load_for_change(held), target)
     if os.path.lexists(journal.layers[0]):
@@ -271,9 +271,9 @@ def _known(held: Held, path: str) -> str:
 
 
 def _finish_complete(machine: Machine, target: str) -> None:
-    """Finish a merge whose data is complete, so that its layers and record go: otherwise the next program that opens a
-    leaf above it for writing would finish it, and the tree would not be updated. One that still copies continues
-    later.
+    """Finish a merge whose data is complete, so that its layers and its record are removed: otherwise the next program
+    that opens a leaf above it for writing would finish it, and the tree would not be updated. A merge whose data is
+    not complete continues later.
 
     Raises VhdkitError; the journal or note then stays.
     """
@@ -293,7 +293,7 @@ def _follow(held: Held, journal: MergeLive) -> None:
     path = disk.path
     if not os.path.exists(path):  # it was merged away, and its target took its place
         if path not in journal.layers or _known(held, journal.target) not in held.tree.images:
-            raise _damaged(held, "the merge that it says was begun is not one of its images")
+            raise _damaged(held, "its journal records a merge of images that it does not list")
         path = _known(held, journal.target)
     while children := [one for one in vhdkit.find_children([path])[path] if one not in held.tree.images]:
         if len(children) > 1:

@@ -109,7 +109,7 @@ def commit(held: Held) -> Changing:
     spec = journal.spec(tree_path(held.machine))
     if spec.id != registry.load_for_change(held).spec.id:
         raise VmmError(
-            "is damaged: what is to be put in place is the definition of another machine",
+            "is damaged: the definition to put in place belongs to another machine",
             machine=held.name, path=tree_path(held.machine),
         )  # fmt: skip
     machine = registry.update(held, lambda _: spec, check_images=False)
@@ -134,7 +134,7 @@ def commit(held: Held) -> Changing:
             with open(descriptor, "rb") as file:
                 write_whole(machine.paths.uefi_variables, file.read(_MAX_VARIABLES_BYTES))
         except OSError as error:
-            raise of_os_error(error, "bring the UEFI variables back", path=journal.uefi) from error
+            raise of_os_error(error, "restore the UEFI variables", path=journal.uefi) from error
     held.done()
     return machine
 

@@ -156,7 +156,7 @@ def test_an_older_image_is_not_taken_for_the_present_state(machines: Machines, v
     """While a newer image exists on top of the one that the definition names, that is neither copied nor frozen
     again."""
     frozen, newest, expected = orphaned(machines, known=known)
-    with pytest.raises(Refused, match="may hold what was written last") as refused:
+    with pytest.raises(Refused, match="may have the latest writes") as refused:
         OLDER[verb](machines)
     assert newest in refused.value.problem and "vmm repair web" in str(refused.value.hint) and leaf_of() == frozen
     manager.repair("web")

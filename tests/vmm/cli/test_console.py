@@ -179,7 +179,7 @@ def test_wrong_arguments(web: Manager) -> None:
         assert done.returncode == code and text in done.stderr and done.stderr.count("\n") == 1
     for verb in "console", "screen":
         done = vmm(verb, "nothing")
-        assert done.returncode == 1 and "there is no machine" in done.stderr
+        assert done.returncode == 1 and "does not exist" in done.stderr
     web.stop("web")
     for line in "console web", "screen web", "screen web --png x.png", "agent ping web":
         done = vmm(*line.split())

@@ -78,15 +78,15 @@ def test_a_vhdx_is_never_taken_for_a_raw_disk(folder: Path) -> None:
         (["x", "--disk", ""], 2, "names no image"),
         (["x", "--disk", "cd.iso,controller=floppy"], 2, "not a controller"),
         (["x", "--disk", "a.avhd,unit=x"], 2, "not a number"),
-        (["x", "--disk", "a.avhd,unit=2"], 2, "there is no ide0:2"),
+        (["x", "--disk", "a.avhd,unit=2"], 2, "ide0:2 does not exist"),
         (["x", "--disk", "a.avhd,serial="], 2, "not an option"),
-        (["x", "--disk", "a.avhd,controller=scsi"], 2, "does not boot from SCSI"),
+        (["x", "--disk", "a.avhd,controller=scsi"], 2, "cannot boot from SCSI"),
         (["x", "--disk", "a.avhd", "--disk", "./a.avhd"], 5, "twice"),
         (["x", "--disk", "kernel"], 2, "is too small for a disk: it has"),
         (["x", "--cdrom", "absent.iso"], 1, "could not open"),
         (["x", "--cdrom", "."], 2, "neither a file"),
         (["x", "--kernel", "absent"], 1, "could not open"),
-        (["x", "--initrd", "kernel"], 2, "kernel only"),
+        (["x", "--initrd", "kernel"], 2, "require a kernel"),
         (["x", "--boot-order", "floppy"], 2, "the devices are disk"),
         (["x", "--service", "coffee=on"], 2, "heartbeat"),
         (["x", "--service", "heartbeat=maybe"], 2, "NAME=on|off"),
@@ -126,7 +126,7 @@ def test_changing_settings(folder: Path) -> None:
     assert definition["memory_bytes"] == 64 * MIB and definition["name"] == "www"
     assert [name for name, is_on in definition["integration"].items() if not is_on] == ["heartbeat", "backup"]
     assert "name a setting to change" in failure("set", "www", code=2)
-    assert "no machine" in failure("set", "web", "--cpus", "2", code=1)
+    assert "does not exist" in failure("set", "web", "--cpus", "2", code=1)
     assert "cpu_count" in failure("set", "www", "--cpus", "1000", code=2)
     good("create", "db", "--disk", "b.vhd")
     assert "already" in failure("set", "www", "--rename", "db", code=1)
@@ -147,7 +147,7 @@ def test_delete_lists_what_is_removed(folder: Path) -> None:
     good("create", "web", "--disk", "a.vhd")
     good("delete", "web", "--yes")
     assert (folder / "a.vhd").exists()
-    assert "no machine" in failure("delete", "web", "--yes", code=1)
+    assert "does not exist" in failure("delete", "web", "--yes", code=1)
 
 
 def test_a_disk_with_children_stays(folder: Path) -> None:

@@ -48,7 +48,7 @@ def test_the_life_of_a_machine(manager: Manager, tmp_path: Path) -> None:
     good("start", "small")
     assert good("stop", "small") == "small is off\n"
     for verb in ("start", "stop", "shutdown", "pause", "resume", "reset", "save", "events", "logs"):
-        assert "there is no machine 'absent'" in failure(verb, "absent", code=1)
+        assert "machine 'absent' does not exist" in failure(verb, "absent", code=1)
 
 
 def test_events_and_logs(manager: Manager, tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_a_command_interrupted_while_the_worker_works(
     monkeypatch.setattr(contact, "contact", lambda *words: Worker())
     result = run(verb, "small")
     assert result.exit_code == 130
-    assert f"vmm: interrupted: the {verb} goes on; vmm events small shows how it ends" in result.stderr
+    assert f"vmm: interrupted: the {verb} continues; vmm events small shows how it ends" in result.stderr
 
 
 def test_a_host_without_qemu(manager: Manager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,7 +97,7 @@ def test_names_and_limit(web: Machines) -> None:
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (("snapshot", "create", "absent"), 1, "no machine 'absent'"),
+        (("snapshot", "create", "absent"), 1, "machine 'absent' does not exist"),
         (("snapshot", "show", "web", "zzz"), 1, "no snapshot 'zzz'"),
         (("snapshot", "create", "web", "--name", "a"), 1, "already"),
         (("snapshot", "create", "web", "--name", ""), 2, "cannot be the name"),

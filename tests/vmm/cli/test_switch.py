@@ -82,7 +82,10 @@ def test_the_life_of_a_switch(vmm: Terminal) -> None:
     assert vmm.good("switch", "delete", "lab") == "lab is deleted\n"
     code, _, said = vmm.run("switch", "delete", "lab")
     assert code == 1
-    assert "there is no switch 'lab'; there are: none (make one: vmm switch create lab --type private)" in said
+    assert (
+        "switch 'lab' does not exist; existing switches: none (create it: vmm switch create lab --type private)"
+        in said
+    )
 
 
 @pytest.mark.parametrize(
@@ -109,8 +112,8 @@ def test_the_life_of_a_switch(vmm: Terminal) -> None:
             2,
             "10.77.251.255, the broadcast address",
         ),
-        (("show", "absent"), 1, "there is no switch 'absent'"),
-        (("capture", "absent", "-o", "x"), 1, "there is no switch 'absent'"),
+        (("show", "absent"), 1, "switch 'absent' does not exist"),
+        (("capture", "absent", "-o", "x"), 1, "switch 'absent' does not exist"),
         (("lease", "absent", "a/b"), 2, "give an address, or --remove"),
     ],
 )

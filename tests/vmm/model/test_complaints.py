@@ -35,7 +35,7 @@ _THEIR_WORDS = ("Input should", "Extra inputs", "Field required", "permitted", "
         ({"automatic": {"stop": "now"}}, "automatic.stop: must be 'save', 'turn-off' or 'shut-down'"),
         ({"cpu_model": "a b"}, "cpu_model: cannot be 'a b'"),
         ({"disks": [{"id": "disk-0"}]}, "disks.0.path: is missing"),
-        ({"kernel": "a\0b"}, "kernel: holds a zero byte"),
+        ({"kernel": "a\0b"}, "kernel: contains a zero byte"),
     ],
 )
 def test_wrong_settings_of_a_machine(settings: dict[str, Any], words: str) -> None:
@@ -54,7 +54,7 @@ def test_wrong_settings_of_anything_else() -> None:
         make_adapter(id="nic-0", queues=9)
     with pytest.raises(InvalidSpec, match="host_vlan: must be 4094 or less"):
         make_switch(name="lab", host_vlan=5000)
-    with pytest.raises(InvalidSpec, match=r"/x: is not a machine definition: it holds no JSON"):
+    with pytest.raises(InvalidSpec, match=r"/x: is not a machine definition: it is not JSON"):
         read_spec(b"{", "/x")
 
 

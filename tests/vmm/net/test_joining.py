@@ -85,7 +85,7 @@ def test_an_adapter_joins_a_new_switch_of_the_same_name(guest: Guest) -> None:
     assert join(guest.adapter, guest.owner, first.id) == Joined(first.id)
     switches.delete("lab", force=True)
     gone = join(guest.adapter, guest.owner, first.id)
-    assert gone.switch_id is None and "there is no switch 'lab'" in str(gone.problem)
+    assert gone.switch_id is None and "switch 'lab' does not exist" in str(gone.problem)
     assert not HostSide(first).user.is_running(), "a deleted switch was made again"
     switches.create(make_switch(name="lab"))
     second = switches.load("lab")
@@ -148,7 +148,7 @@ def test_machines_on_a_switch(manager: Manager, tmp_path: Path) -> None:
         assert adapters.delete_switch("lab", force=True).disconnected == ["small/nic-0"]
         wait_until(lambda: events("adapter-disconnected"), "the machine is notified")
         found = adapters.connection(small, nic)
-        assert found.is_connected is False and "there is no switch 'lab'" in found.words
+        assert found.is_connected is False and "switch 'lab' does not exist" in found.words
         switches.create(make_switch(name="lab"))
         wait_until(lambda: events("adapter-connected"), "the machine joins")
         assert adapters.connection(small, nic) == adapters.AdapterConnection(True, "connected")
@@ -173,7 +173,7 @@ def test_a_machine_can_start_without_its_switch(manager: Manager, tmp_path: Path
         found = [str(one.name) for one in manager.events("small")]
         return [one for one in found if one in ("adapter-disconnected", "adapter-connected")]
 
-    problem = "there is no switch 'lab'; there are: none"
+    problem = "switch 'lab' does not exist; existing switches: none"
     try:
         make_machine(manager, tmp_path, adapters=[{"switch": None}])
         switches.create(make_switch(name="lab"))
@@ -222,7 +222,7 @@ def test_a_machine_saved_on_a_deleted_bridge_is_restored(manager: Manager, tmp_p
         vmm("start", "small")
         vmm("save", "small")
         vmm("switch", "delete", "lab", "--force")
-        assert "nic-0 is disconnected: there is no switch 'lab'" in vmm("start", "small")
+        assert "nic-0 is disconnected: switch 'lab' does not exist" in vmm("start", "small")
         vmm("switch", "create", "lab", "--type", "private", "--backend", "bridge")
         wait_until(lambda: "adapter-connected" in [one.name for one in manager.events("small")], "it joins", 120)
         assert "master" in spaces.run(here, "ip link show type tun")

@@ -249,7 +249,7 @@ def test_damaged_files_are_reported(home: Path, content: bytes, words: str) -> N
 @pytest.mark.parametrize("name", ["unknown", "../x", ".hidden"])
 def test_unknown_switches(home: Path, name: str) -> None:
     """The error lists the switches that exist; a name never leads to another folder."""
-    with pytest.raises(errors.NotFound, match="there is no switch"):
+    with pytest.raises(errors.NotFound, match="does not exist"):
         switches.load(name)
 
 

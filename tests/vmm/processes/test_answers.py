@@ -20,8 +20,8 @@ def test_reading_a_status() -> None:
 
 def test_reading_the_answer_to_a_start() -> None:
     """Each adapter without a switch is named with the reason; an older worker names none."""
-    row = {"adapter": "nic-0", "switch": "lan", "problem": "there is no switch 'lan'"}
-    expected = Started(MachineState.RUNNING, (Disconnected("nic-0", "lan", "there is no switch 'lan'"),))
+    row = {"adapter": "nic-0", "switch": "lan", "problem": "switch 'lan' does not exist"}
+    expected = Started(MachineState.RUNNING, (Disconnected("nic-0", "lan", "switch 'lan' does not exist"),))
     assert Started.of_document({"state": "running", "disconnected": [row]}) == expected
     assert Started.of_document({"state": "running"}) == Started(MachineState.RUNNING)
 

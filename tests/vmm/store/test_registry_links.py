@@ -147,7 +147,7 @@ def test_hints_name_options_of_vmm() -> None:
     """Hints of vhdkit are passed on in vmm's words, or left out if they name an option that only vhdkit has."""
     assert hint_of_vhdkit("if you trust it, add --allow-parent-dir '/a b'") == (
         "if you trust it, add the disk as IMAGE,parent-dir='/a b' "
-        "(first: vmm disk remove, where the machine has it already)"
+        "(first: vmm disk remove, if the machine already has it)"
     )
     assert "allow-raw-parent" in str(hint_of_vhdkit("if you trust it, add --allow-raw-parent"))
     assert hint_of_vhdkit("repair it (`vhdkit check --repair`)") == "repair it (`vhdkit check --repair`)"

@@ -100,10 +100,10 @@ def test_every_link_is_set_after_a_start() -> None:
     adapters.append(make_adapter(id="nic-2", switch="gone"))
     running = FakeRunning(make_spec(name="x", adapters=adapters))
     wires = wiring.Wiring(cast(Running, running))
-    wires._joined["nic-2"] = Joined(None, "there is no switch")
+    wires._joined["nic-2"] = Joined(None, "switch 'gone' does not exist")
     asyncio.run(wires.set_links())
     assert running.links == {"nic-0": True, "nic-1": False, "nic-2": False}
-    found = {"adapter": "nic-2", "switch": "gone", "problem": "there is no switch"}
+    found = {"adapter": "nic-2", "switch": "gone", "problem": "switch 'gone' does not exist"}
     assert wires.disconnected() == [found]
     assert running.events == [{"event": "adapter-disconnected", **found}]
 
@@ -155,7 +155,7 @@ def test_a_disconnected_adapter_can_be_changed(
     running = FakeRunning(make_spec(name="x", adapters=[adapter]))
     running.state, running.identity, running.runtime = MachineState.RUNNING, None, Folder(str(tmp_path))
     wires = wiring.Wiring(cast(Running, running))
-    wires._joined["nic-0"] = Joined(None, "there is no switch") if is_known else Joined("1")
+    wires._joined["nic-0"] = Joined(None, "switch 'gone' does not exist") if is_known else Joined("1")
     monkeypatch.setattr(wires, "_write_down", lambda spec: setattr(running, "spec", spec))
     wanted = adapter.model_copy(update={"link_up": True, "vlan": 7}).model_dump(mode="json")
     asyncio.run(wires._set({"adapter": wanted}, lambda document: None))

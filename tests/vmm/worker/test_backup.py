@@ -122,7 +122,7 @@ def test_interrupting_the_backup_of_a_machine_that_is_off(
     monkeypatch.setattr(disk_copies, "_convert", interrupted)
     result = run("backup", "small", tmp_path / "copy")
     assert result.exit_code == 130
-    assert "vmm: interrupted: the backup was given up, and nothing of it is left" in result.stderr
+    assert "vmm: interrupted: the backup was abandoned and left nothing behind" in result.stderr
     assert [one["problem"] for one in events(manager, "backup-failed")] == ["it was interrupted"]
     assert not list(tmp_path.glob("copy*"))
 
@@ -143,7 +143,7 @@ def test_interrupting_the_backup_of_a_running_machine(
     monkeypatch.setattr(ControlClient, "_next_message", interrupted)
     result = run("backup", "small", tmp_path / "copy")
     assert result.exit_code == 130
-    assert "vmm: interrupted: the backup goes on; vmm events small shows how it ends" in result.stderr
+    assert "vmm: interrupted: the backup continues; vmm events small shows how it ends" in result.stderr
     wait_until(lambda: events(manager, "backed-up"), "it ends")
     assert (tmp_path / "copy" / "disk-0.vhd").exists()
     manager.stop("small")
