@@ -296,6 +296,13 @@ SCENES = {
             lambda: soak_remember.serve_and_change,
         ),
         Scene(
+            "remember-vhdx",
+            soak_remember.prepare_vhdx,
+            soak_remember.serve_and_change,
+            soak_remember.look,
+            lambda: soak_remember.serve_and_change,
+        ),
+        Scene(
             "compact",
             _make_image_with_gaps,
             ("compact", "base.vhd"),

@@ -28,11 +28,14 @@ def test_kills_at_random_moments(name: str) -> None:
 
 
 @pytest.mark.parametrize("written", [True, False])
-def test_a_lost_answered_write_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: bool) -> None:
+@pytest.mark.parametrize("prepare", [soak_remember.prepare, soak_remember.prepare_vhdx])
+def test_a_lost_answered_write_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepare: Callable[[], None], written: bool
+) -> None:
     """INV-ANSWERED-SURVIVES: the `remember` scene fails, naming the sector, if a frozen layer's notes are not
     written."""
     monkeypatch.chdir(tmp_path)
-    soak_remember.prepare()
+    prepare()
     assert soak.run_killed(soak_remember.prepare_and_die, None)
     if written:
         soak_remember.look(True)

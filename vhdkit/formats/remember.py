@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Notes of what an image has only in memory, kept where they survive the death of the process.
 
-A dynamic image keeps bits and BAT entries in memory until the next flush (`commit`): a power cut loses what no flush
-confirmed, as with every disk. When only a *process* is killed, less may be lost, because its clients live on: their
-writes were acknowledged, and they have no reason to write again. So a server may name a folder in memory
-(tmpfs), in which each change of a bitmap or a BAT entry is noted before the write is answered. The next server, in
-the same boot, first writes what was noted (`formats.vhd.recall`), and then the notes are removed.
+An image with blocks keeps bits and BAT entries in memory until the next flush (`commit` of its format): a power cut
+loses what no flush confirmed, as with every disk. When only a *process* is killed, less may be lost, because its
+clients live on: their writes were acknowledged, and they have no reason to write again. So a server may name a folder
+in memory (tmpfs), in which each change of a bitmap or a BAT entry is noted before the write is answered. The next
+server, in the same boot, first writes what was noted (`formats.recall`), and then the notes are removed.
 
 Notes are valid for one state of one file: the one in which the dead process left it. Two things distinguish that state
 from every other one.
@@ -19,16 +19,17 @@ from every other one.
 
 A process that dies inside a system call leaves its last change without such a time. In this case a time is accepted
 that is at most `SLACK_NS` later than the beginning of that change: a program without labels that writes so soon after
-it goes unnoticed, unless it moves or adds blocks, bits, or the file's end (`recall`). On file systems without labels
+it goes unnoticed, unless the image itself shows it (the `recall` of its format). On file systems without labels
 there is only the witness; for devices, and files on servers, whose clocks are not ours, only the label.
 
-Decides how notes are encoded and when they are removed. Two files are used in turn, so that the notes of a flush under
+Decides how notes are framed and when they are removed. Two files are used in turn, so that the notes of a flush under
 way are kept until it has ended; a file exists only as long as there is something in it. Must not know when an image is
-written, nor which notes are valid.
+written, what a note says (`recall` of each format), nor which notes are valid.
 
-    UNIQUE-ID-DEVICE-INODE.0, .1:   header, then (block, where its bitmap begins, where it began before, where new
-                                    blocks go, bitmap or nothing) ...
-    UNIQUE-ID-DEVICE-INODE.time:    `Witness`
+    FILE-ID-DEVICE-INODE.0, .1:     header, then (checksum, size of the image's file, length, note) ...
+    FILE-ID-DEVICE-INODE.time:      `Witness`
+
+The file id is `Format.file_id`, which never changes; `NULL_ID` for formats without one.
 """
 
 from __future__ import annotations
@@ -52,13 +53,11 @@ FLUSH_NOTES_BYTES = 32 * MIB  # of one file: a flush is due at this size, or sma
 MAX_NOTES_BYTES = 8 * FLUSH_NOTES_BYTES
 SLACK_NS = 2_000_000_000  # from the beginning of a change until the file's time shows it, on a very busy machine
 LABEL, KEPT_LABEL = "notes", "notes-kept"
-MAGIC = b"vhdkeep3"
+MAGIC = b"vhdkeep4"
 TOKEN_SIZE = 16
 WITNESSED, LABELLED = 1, 2
 HEADER = struct.Struct(">8sQ36s16sQQI16s")  # magic, turn, boot id, unique id, device, inode, flags, token
-# CRC of all that follows, block, bitmap's offset, bitmap's offset before or -1, where new blocks go, size of the file,
-# bitmap's length
-NOTE = struct.Struct(">IIQqQQI")
+NOTE = struct.Struct(">IQI")  # CRC of all that follows, size of the file, length of the note; the note follows
 WRITER, FLUSH = 0, 1  # the sources of changes; one of each at a time
 WITNESS_WORDS = 6
 _MAX_LABEL_BYTES = 1024
@@ -135,29 +134,16 @@ class Notes:
             if not self._files:
                 self._store.set_label(LABEL, None)
 
-    def note(
-        self,
-        block_index: int,
-        start_bytes: int,
-        bitmap: bytes | bytearray | None,
-        *,
-        before_bytes: int,
-        free_bytes: int,
-    ) -> None:
-        """Note that the block begins at `start_bytes` and has this bitmap, or with None the one in the image.
-
-        It began at `before_bytes`, negative if it had no place; the next new block goes after `free_bytes`.
-        """
-        raw = b"" if bitmap is None else bytes(bitmap)
+    def note(self, body: bytes) -> None:
+        """Note a change, in the format's own encoding. It counts from this moment on."""
         self.prepare()
         if self._has_failed:
             return
         now = self._turn % 2
         with self._trying():  # earlier notes stay valid
-            places = (start_bytes, before_bytes, free_bytes, self._store.size())
-            body = NOTE.pack(0, block_index, *places, len(raw))[4:] + raw
-            self._files[now].pwrite(self._ends[now], struct.pack(">I", zlib.crc32(body)) + body)
-            self._ends[now] += 4 + len(body)
+            framed = NOTE.pack(0, self._store.size(), len(body))[4:] + body
+            self._files[now].pwrite(self._ends[now], struct.pack(">I", zlib.crc32(framed)) + framed)
+            self._ends[now] += 4 + len(framed)
 
     def is_long(self) -> bool:
         """True when a flush is due because of the size of the notes."""

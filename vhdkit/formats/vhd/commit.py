@@ -27,6 +27,7 @@ from vhdkit.formats.guard import SyncGuard
 from vhdkit.formats.remember import FLUSH, WRITER, Notes
 from vhdkit.formats.vhd.bat import Bat
 from vhdkit.formats.vhd.layout import BAT_UNALLOCATED, FOOTER_SIZE
+from vhdkit.formats.vhd.recall import note_of
 from vhdkit.store import Store
 from vhdkit.units import MIB, PAGE_SIZE, round_up, sectors_to_bytes
 
@@ -177,7 +178,7 @@ class Commit:
         """Note a change before it is made to the BAT in memory."""
         if self._notes is not None:
             before = self._bat.block_start(block_index)
-            self._notes.note(block_index, start_bytes, bitmap, before_bytes=before, free_bytes=self._free_bytes)
+            self._notes.note(note_of(block_index, start_bytes, before, self._free_bytes, bitmap or b""))
 
     def change_begins(self) -> None:
         """A writer is about to change the file, possibly in place."""

@@ -3,7 +3,7 @@
 
 Decides what is done before the image is read or written: notes of a killed process are written into it, a lost footer
 is restored, and an image with overlapping blocks is refused for writing. Must not know what is in the blocks
-(`dynamic`), which notes are valid (`recall`), nor how a footer is restored (`mend`).
+(`dynamic`), which notes are valid (both `recall`s), nor how a footer is restored (`mend`).
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ import numpy as np
 
 from vhdkit.errors import CorruptImage
 from vhdkit.finding import finding_of
-from vhdkit.formats import remember
-from vhdkit.formats.vhd import bitmap, recall
+from vhdkit.formats import recall, remember
+from vhdkit.formats.vhd import bitmap
 from vhdkit.formats.vhd.bat import Bat
 from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.formats.vhd.entries import check_blocks, used_sizes
 from vhdkit.formats.vhd.mend import mend
 from vhdkit.formats.vhd.metadata import Metadata, read_metadata
 from vhdkit.formats.vhd.places import block_data_end, nominal_end
+from vhdkit.formats.vhd.recall import recover
 from vhdkit.formats.vhd.room import end_of_room
 from vhdkit.store import Store
 from vhdkit.units import SECTOR_SIZE
@@ -64,7 +65,7 @@ def _write_what_was_noted(store: Store, metadata: Metadata) -> bool:
     assert metadata.header is not None
     bat = Bat.load(store, metadata.header.table_offset, metadata.block_count)
     block_size, unique_id = metadata.header.block_size, metadata.footer.unique_id
-    bitmaps = recall.recover(store, unique_id, bat, bitmap.bitmap_size(block_size), block_size)
+    bitmaps = recover(store, unique_id, bat, bitmap.bitmap_size(block_size), block_size)
     if bitmaps:
         try:
             overlap = check_blocks(metadata, bat)

@@ -195,7 +195,13 @@ class VhdxImage:
         if commit.guard.failure is not None:
             commit.guard.check()
         commit.change_begins()
-        self.store.pwrite(store_offset_bytes, data)
+        if not commit.takes_notes:
+            self.store.pwrite(store_offset_bytes, data)
+            return
+        try:
+            self.store.pwrite(store_offset_bytes, data)
+        finally:
+            commit.change_ended()
 
     def write_zeroes(self, sector_index: int, sector_count: int) -> bool:
         """See `Layer.write_zeroes`. In a differencing image this hides the parent's data."""
@@ -208,6 +214,7 @@ class VhdxImage:
 
     def _write_block(self, commit: Commit, block: int, first: int, count: int, data: memoryview | None) -> bool:
         """Own a run of one block, holding `data`, or zeros when that is None."""
+        commit.change_begins()  # again for each block, since a block may take time
         entry = self.bat.block(block)
         state = state_of(entry)
         if state < BlockState.FULLY_PRESENT:
@@ -227,13 +234,14 @@ class VhdxImage:
             return False  # it reads as zeros
         is_whole = first == 0 and count == self._sectors_inside(block)
         if data is None and is_whole:
-            with commit.lock:
+            with commit.changing:
                 commit.point(block, BlockState.ZERO)
+            commit.limit()
             return True
         bits = commit.bitmap_of(block // self.bat.shape.ratio) if shows_parent and not is_whole else -1
         fill = None if data is None else lambda offset: self.store.pwrite(offset + sectors_to_bytes(first), data)
         offset = commit.place(self.block_size_bytes, fill)
-        with commit.lock:
+        with commit.changing:
             if bits >= 0:
                 self._clear_bits(commit, block)
                 self._set_bits(commit, block, first, count)
@@ -243,7 +251,7 @@ class VhdxImage:
 
     def _own(self, commit: Commit, block: int, first: int, count: int) -> bool:
         """Set bits for data that is already in the file. True when one was clear."""
-        with commit.lock:
+        with commit.changing:
             grew = self._set_bits(commit, block, first, count)
         if grew:
             commit.limit()
@@ -254,7 +262,7 @@ class VhdxImage:
         return self.bat.bitmap_offset(chunk) + within * self._bytes_of_bits
 
     def _set_bits(self, commit: Commit, block: int, first: int, count: int) -> bool:
-        """Set the bits of a run of sectors (under the lock); True when one was clear."""
+        """Set the bits of a run of sectors (in `changing`); True when one was clear."""
         per_sector, base, grew = whole_sectors(self.sector_bytes), self._place_of_bits(block), False
         first, stop = first // per_sector, (first + count) // per_sector
         for start, end in _by_page(base + first // 8, -(-stop // 8) - first // 8):
@@ -267,7 +275,7 @@ class VhdxImage:
         return grew
 
     def _clear_bits(self, commit: Commit, block: int) -> None:
-        """Clear every bit of a block (under the lock): another program may have left some set."""
+        """Clear every bit of a block (in `changing`): another program may have left some set."""
         for start, end in _by_page(self._place_of_bits(block), self._bytes_of_bits):
             if any(commit.bits_to_change(start, end - start)):
                 commit.put_bits(start, bytes(end - start))
@@ -292,7 +300,7 @@ class VhdxImage:
             else:
                 copy_piece(piece, self.store, offset)
         if state_of(self.bat.block(block)) == BlockState.PARTIALLY_PRESENT:
-            with commit.lock:
+            with commit.changing:
                 for piece in pieces:
                     first = piece.sector_index - block * self._sectors_per_block
                     self._set_bits(commit, block, first, piece.sector_count)
@@ -305,7 +313,7 @@ class VhdxImage:
         is_whole = sum(piece.sector_count for piece in pieces) == self._sectors_inside(block)
         if all(piece.source is None for piece in pieces) and (is_whole or not shows_parent):
             if shows_parent:
-                with commit.lock:
+                with commit.changing:
                     commit.point(block, BlockState.ZERO)
                 commit.limit()
             return
@@ -317,7 +325,7 @@ class VhdxImage:
 
         bits = commit.bitmap_of(block // self.bat.shape.ratio) if shows_parent and not is_whole else -1
         offset = commit.place(self.block_size_bytes, fill)
-        with commit.lock:
+        with commit.changing:
             if bits >= 0:
                 self._clear_bits(commit, block)
                 for piece in pieces:
@@ -327,10 +335,14 @@ class VhdxImage:
 
     def trim(self, sector_index: int, sector_count: int) -> None:
         """See `Layer.trim`. Bits and BAT stay as they are (`INV-NO-REUSE`)."""
-        self._to_write(sector_index, sector_count)
-        for extent in self.extents(sector_index, sector_count):
-            if extent.store_offset_bytes is not None:
-                self.store.punch(extent.store_offset_bytes, extent.size_bytes)
+        commit = self._to_write(sector_index, sector_count)
+        try:
+            for extent in self.extents(sector_index, sector_count):
+                if extent.store_offset_bytes is not None:
+                    commit.change_begins()
+                    self.store.punch(extent.store_offset_bytes, extent.size_bytes)
+        finally:
+            commit.change_ended()
 
     def log_writes(self, writes: list[tuple[int, bytes]]) -> None:
         """Change these bytes of metadata, (offset, bytes), all or none of them, durable: see `Commit.write_pages`."""
@@ -379,6 +391,8 @@ def _whole(commit: Commit) -> Iterator[None]:
     except BaseException:
         commit.guard.interrupted()
         raise
+    finally:
+        commit.change_ended()
 
 
 def _by_page(place: int, size: int) -> Iterator[tuple[int, int]]:

@@ -22,22 +22,41 @@ bits.
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from vhdkit import errors
 from vhdkit.formats.guard import SyncGuard
+from vhdkit.formats.remember import FLUSH, WRITER, Notes
 from vhdkit.formats.vhdx import layout
 from vhdkit.formats.vhdx.bat import ENTRIES_PER_PAGE, Bat, BlockState
 from vhdkit.formats.vhdx.entries import end_of_structures
 from vhdkit.formats.vhdx.journal import Journal
 from vhdkit.formats.vhdx.log import SECTOR, LogChange
 from vhdkit.formats.vhdx.metadata import Metadata
+from vhdkit.formats.vhdx.recall import Noted, NotedBytes, note_of
 from vhdkit.store import Store
 from vhdkit.units import MIB, round_down, round_up
 
 MAX_DIRTY_PAGES = 2048  # 8 MiB of metadata waiting for a flush; reaching it flushes
 MAX_CACHED_PAGES = 4096  # 16 MiB of clean bitmap pages kept in memory
+
+
+class _Changing:
+    """A change of one block's metadata in memory, under `Commit.lock`; in the end it is noted as a whole."""
+
+    def __init__(self, commit: Commit) -> None:
+        self._commit = commit
+
+    def __enter__(self) -> None:
+        self._commit.lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._commit.put_note()
+        finally:
+            self._commit.lock.release()
 
 
 class Commit:
@@ -46,13 +65,26 @@ class Commit:
     One writer at a time calls the methods that place and change; `flush` may run beside it.
     """
 
-    def __init__(self, store: Store, metadata: Metadata, bat: Bat, journal: Journal, guard: SyncGuard) -> None:
+    def __init__(
+        self,
+        store: Store,
+        metadata: Metadata,
+        bat: Bat,
+        journal: Journal,
+        guard: SyncGuard,
+        notes: Notes | None = None,
+    ) -> None:
+        """`notes` take each change that is only in memory; None where that is not wanted."""
         self._store = store
+        self._notes = notes
+        self.takes_notes = notes is not None
         self._bat = bat
         self._has_parent = metadata.items.has_parent
         self._free_bytes = end_of_structures(metadata, bat)  # the file may end before that, inside its last block
         self.guard = guard
         self.lock = threading.Lock()  # over everything that a flush copies
+        self.changing = _Changing(self)
+        self._changed: list[NotedBytes] = []  # that are not noted yet; always empty without `lock`
         self._flush_lock = threading.Lock()  # one flush at a time
         self._journal = journal
         self._journal_lock = threading.Lock()  # a session is begun by a writer or a flush
@@ -71,6 +103,13 @@ class Commit:
             with self._journal_lock:
                 self._journal.begin(changes_disk=True, needs_log=False)
             self._begun = True
+        if self._notes is not None:
+            self._notes.change_begins(WRITER)
+
+    def change_ended(self) -> None:
+        """A writer has changed the file, or could not."""
+        if self._notes is not None:
+            self._notes.change_ended(WRITER)
 
     @property
     def renewed_id(self) -> bytes | None:
@@ -94,6 +133,8 @@ class Commit:
         end = start + size_bytes
         if end > layout.MAX_FILE_BYTES:
             raise errors.NoSpace("a VHDX file cannot grow past 66 TiB", path=self._store.name)
+        if self._notes is not None:
+            self._notes.prepare()  # the slow part of a note, while nothing waits for it
         try:
             self._store.truncate(end)
             if fill is not None:
@@ -114,15 +155,28 @@ class Commit:
     # -- what changes in memory -------------------------------------------------------------------------------------
 
     def point(self, block_index: int, state: BlockState, offset_bytes: int = 0) -> None:
-        """Give a block this state and place, now in memory and at the next flush in the file (under `lock`)."""
+        """Give a block this state and place, now in memory and at the next flush in the file (in `changing`)."""
         self._set(self._bat.shape.block_entry(block_index), state, offset_bytes)
 
     def _set(self, entry_index: int, state: BlockState, offset_bytes: int) -> None:
         number = entry_index // ENTRIES_PER_PAGE
         if number not in self._dirty_bat and number not in self._in_flight[1]:
             self._reserve(self._bat.offset_bytes + number * SECTOR)
+        if self._notes is not None:
+            before, after = (
+                one.to_bytes(layout.BAT_ENTRY_SIZE, "little")
+                for one in (self._bat.entry(entry_index), offset_bytes | state)
+            )
+            place = self._bat.offset_bytes + entry_index * layout.BAT_ENTRY_SIZE
+            self._changed.append(NotedBytes(place, before, after))
         self._bat.set(entry_index, offset_bytes | state)
         self._dirty_bat.add(number)
+
+    def put_note(self) -> None:
+        """Note what was changed in memory since the last note (under `lock`): no flush has copied it yet."""
+        if self._notes is not None and self._changed:
+            self._notes.note(note_of(self._journal.moment, self._changed))
+            self._changed.clear()
 
     def _reserve(self, offset_bytes: int) -> None:
         """Give a page of metadata its space now, where it has none: a flush must not fail for want of it."""
@@ -137,7 +191,7 @@ class Commit:
         if offset >= 0:
             return offset
         offset = self.place(layout.BITMAP_BLOCK_SIZE, None)
-        with self.lock:
+        with self.changing:
             self._fresh_bitmaps.add(offset)
             self._set(self._bat.shape.bitmap_entry(chunk_index), BlockState.FULLY_PRESENT, offset)
         return offset
@@ -161,26 +215,44 @@ class Commit:
         return raw
 
     def put_bits(self, offset_bytes: int, raw: bytes | bytearray) -> None:
-        """Change bytes of a sector bitmap, given by `bits_to_change` (under `lock`)."""
+        """NotedBytes bytes of a sector bitmap, given by `bits_to_change` (in `changing`)."""
         page = round_down(offset_bytes, SECTOR)
         if page not in self._dirty_bits and page not in self._in_flight[0]:
             self._reserve(page)
         within = offset_bytes - page
+        if self._notes is not None:
+            before = self._bits[page][within : within + len(raw)]
+            self._changed.append(NotedBytes(offset_bytes, bytes(before), bytes(raw)))
         self._bits[page][within : within + len(raw)] = raw
         self._dirty_bits.add(page)
+
+    def put_noted(self, noted: Noted) -> None:
+        """NotedBytes in memory what a killed process had changed there."""
+        with self.lock:
+            for number, entry in noted.entries.items():
+                was_there = self._bat.entry(number) & layout.BAT_OFFSET_MASK
+                self._set(number, BlockState(entry & layout.BAT_STATE_MASK), entry & layout.BAT_OFFSET_MASK)
+                if self._bat.shape.block_of(number) is None and not was_there:
+                    self._fresh_bitmaps.add(entry & layout.BAT_OFFSET_MASK)
+            for page, raw in noted.bits.items():
+                self.bits_to_change(page, SECTOR)
+                self.put_bits(page, raw)
 
     # -- limits -----------------------------------------------------------------------------------------------------
 
     def half_full(self) -> bool:
         """True when half of what may wait for a flush does, so a flush beside the writers is a good idea."""
-        return 2 * self._dirty_count() >= MAX_DIRTY_PAGES
+        return 2 * self._dirty_count() >= MAX_DIRTY_PAGES or self._has_long_notes()
+
+    def _has_long_notes(self) -> bool:
+        return self._notes is not None and self._notes.is_long()
 
     def _dirty_count(self) -> int:
         return len(self._dirty_bits) + len(self._dirty_bat)
 
     def limit(self) -> None:
         """Flush when too much is dirty, forget bitmap pages when too many are clean. For writers."""
-        if self._dirty_count() >= MAX_DIRTY_PAGES:
+        if self._dirty_count() >= MAX_DIRTY_PAGES or self._has_long_notes():
             self.flush()
         self.forget_clean()
 
@@ -198,13 +270,15 @@ class Commit:
 
         After NoSpace, IoFailed or Ctrl-C nothing is lost: the pages stay dirty and the next flush tries again.
         """
-        with self._flush_lock:
+        with self._flush_lock, self._changing():
             with self.lock:
                 self._take_back()
                 self._in_flight = self._dirty_bits, self._dirty_bat
                 self._dirty_bits, self._dirty_bat = set(), set()
                 fresh = set(self._fresh_bitmaps)
                 groups = self._copied(fresh)
+                if self._notes is not None:
+                    self._notes.flush_begins()
             try:
                 self._write(groups)
             except BaseException:
@@ -214,6 +288,25 @@ class Commit:
             with self.lock:
                 self._in_flight = set(), set()
                 self._fresh_bitmaps -= fresh
+                if self._notes is not None:
+                    self._notes.flush_ended()
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Announce to the notes that a flush changes the file."""
+        if self._notes is None:
+            yield
+            return
+        self._notes.change_begins(FLUSH)
+        try:
+            yield
+        finally:
+            self._notes.change_ended(FLUSH)
+
+    def _goes_on(self) -> None:
+        """A flush changes the file again, after a sync that took time."""
+        if self._notes is not None:
+            self._notes.change_begins(FLUSH)
 
     def _take_back(self) -> None:
         """What an earlier flush did not make durable is dirty (under `lock`). Done again it does no harm."""
@@ -245,12 +338,14 @@ class Commit:
                 self._journal.sync()
             for first in range(0, len(pages), self._journal.max_pages):
                 group = pages[first : first + self._journal.max_pages]
+                self._goes_on()
                 self._journal.log(group)
                 self._journal.sync()
+                self._goes_on()
                 self._journal.logged(group)
 
     def write_pages(self, writes: list[tuple[int, bytes]]) -> None:
-        """Change these bytes of metadata, (offset, bytes), as one: after an interruption all of them or none.
+        """NotedBytes these bytes of metadata, (offset, bytes), as one: after an interruption all of them or none.
 
         Nothing else is dirty. They lie in the file, not in the BAT or in a sector bitmap. Raises as `flush` does.
         """
@@ -270,7 +365,17 @@ class Commit:
 
     def close(self) -> None:
         """Flush, and leave a file with nothing in its log. Raises as `flush` does; see `SyncGuard.finish`."""
-        self.guard.finish(self.settle)
+        try:
+            self.guard.finish(self._finish)
+        finally:
+            if self._notes is not None:
+                self._notes.leave()
+
+    def _finish(self) -> None:
+        self.settle()
+        if self._notes is not None:
+            self._notes.close()
+            self._notes = None
 
     def settle(self) -> None:
         """Flush, and leave nothing in the log. Raises as `flush` does."""

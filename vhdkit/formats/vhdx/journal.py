@@ -24,6 +24,7 @@ from __future__ import annotations
 import uuid
 from collections import deque
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from vhdkit.formats.guard import SyncGuard
 from vhdkit.formats.vhdx import layout, log
@@ -39,6 +40,14 @@ _SPARE_SECTORS = 2  # for an empty entry that frees the ring, and so that the ri
 _RANDOM_BITS = 60  # of the first sequence number of a session, as Windows chooses it
 
 
+class Moment(NamedTuple):
+    """A moment in the life of a file: its FileWriteGuid, its log's id, and the number of the next log entry."""
+
+    file_write_guid: bytes
+    log_guid: bytes
+    sequence: int
+
+
 @dataclass(slots=True)
 class _Logged:
     """An entry in the ring that counts; `pages` are those that are not written in their places yet."""
@@ -51,9 +60,18 @@ class Journal:
     """The log of one image. One caller at a time.
 
     `place` is the current header, `place_of_log` (offset, size) of a log that holds nothing to replay.
+    `file_write_guid` is the FileWriteGuid of this session; None for a new one.
     """
 
-    def __init__(self, store: Store, place: HeaderPlace, place_of_log: tuple[int, int], guard: SyncGuard) -> None:
+    def __init__(
+        self,
+        store: Store,
+        place: HeaderPlace,
+        place_of_log: tuple[int, int],
+        guard: SyncGuard,
+        *,
+        file_write_guid: bytes | None = None,
+    ) -> None:
         self._store = store
         self._guard = guard
         self._slot = place.slot
@@ -67,6 +85,7 @@ class Journal:
         self._sequence = 0
         self._has_log = False  # this session has a log id, in a durable header
         self._has_file_guid = False
+        self._next_file_guid = file_write_guid or uuid.uuid4().bytes
         self._has_data_guid = False
         self._next_data_guid = uuid.uuid4().bytes  # known before it is used: children record it first
         self._is_quiet = False  # nothing is in the log, and another opening may write headers meanwhile
@@ -80,6 +99,12 @@ class Journal:
     def header(self) -> Header:
         """The current header."""
         return self._header
+
+    @property
+    def moment(self) -> Moment:
+        """This moment, for notes."""
+        header = self._header
+        return Moment(header.file_write_guid, header.log_guid, self._sequence)
 
     @property
     def max_pages(self) -> int:
@@ -104,13 +129,13 @@ class Journal:
 
     def begin(self, *, changes_disk: bool, needs_log: bool = True) -> None:
         """Be ready for a change of the file, or of what a guest sees. Raises SyncFailed, NoSpace, IoFailed."""
-        if self._has_file_guid and (self._has_data_guid or not changes_disk) and (self._has_log or not needs_log):
-            return
         if self._is_quiet:
             self._read_headers()
+        if self._has_file_guid and (self._has_data_guid or not changes_disk) and (self._has_log or not needs_log):
+            return
         header = self._header
         if not self._has_file_guid:
-            header = replace(header, file_write_guid=uuid.uuid4().bytes)
+            header = replace(header, file_write_guid=self._next_file_guid)
         if changes_disk and not self._has_data_guid:
             header = replace(header, data_write_guid=self._next_data_guid)
         if needs_log and not self._has_log:
@@ -123,7 +148,7 @@ class Journal:
     def forget(self) -> None:
         """What the log held was put in its places: take its id from both headers, durable. Raises SyncFailed."""
         self.sync()
-        self._write_header(replace(self._header, file_write_guid=uuid.uuid4().bytes, log_guid=NULL_ID))
+        self._write_header(replace(self._header, file_write_guid=self._next_file_guid, log_guid=NULL_ID))
         self._has_file_guid = True
         self.sync()
 
