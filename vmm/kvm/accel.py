@@ -82,7 +82,7 @@ def probe(
 def choose(evidence: Evidence, wanted: str = "auto") -> Accelerator:
     """The accelerator for `wanted`, according to the evidence. Raises Unsupported, InvalidSpec."""
     if wanted not in WANTED:
-        raise InvalidSpec(f"there is no accelerator {wanted!r}", hint=f"there are {', '.join(WANTED)}")
+        raise InvalidSpec(f"unknown accelerator {wanted!r}", hint=f"use one of {', '.join(WANTED)}")
     bare_problem, hint = kvm_problem(evidence)
     if wanted == "kvm" and bare_problem is not None:
         raise Unsupported(f"KVM cannot be used: {bare_problem}", hint=hint)
@@ -138,7 +138,7 @@ def _hint_for(refusal: str) -> str | None:
         except (OSError, KeyError):
             group = "kvm"
         if group == "root":
-            return f"let a group have the device: sudo chgrp kvm {KVM_DEVICE} && sudo chmod 660 {KVM_DEVICE}; " + (
+            return f"give a group access: sudo chgrp kvm {KVM_DEVICE} && sudo chmod 660 {KVM_DEVICE}; " + (
                 'then join it: sudo usermod -aG kvm "$USER", and log in again'
             )
         return f'join its group: sudo usermod -aG {group} "$USER", and log in again'

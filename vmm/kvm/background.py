@@ -28,8 +28,8 @@ from enum import StrEnum
 from typing import Any
 
 from vmm.kvm import memory_file
+from vmm.kvm.qemu_errors import reason_of
 from vmm.kvm.qmp import Qmp
-from vmm.kvm.said import reason_of
 from vmm.model.errors import QemuFailed, TimedOut, Unsupported, VmmError
 
 STOP_SECONDS = 20.0  # stop and cont wait for requests in flight, whose server may be down
@@ -68,7 +68,7 @@ async def best_mode(qmp: Qmp, wanted: Mode | None = None, *, room_taken: bool = 
         return Mode.STOP
     if wanted is Mode.SWITCHOVER:
         return Mode.SWITCHOVER
-    problem = "the file system cannot take room beforehand" if not room_taken else await background_problem(qmp)
+    problem = "the file system cannot reserve space beforehand" if not room_taken else await background_problem(qmp)
     if problem is None:
         return Mode.BACKGROUND
     if wanted is Mode.BACKGROUND:
@@ -152,7 +152,7 @@ class Capturing:
             if migration.get("status") in ("failed", "cancelled"):
                 raise QemuFailed(f"the memory could not be captured: {_reason(migration)}")
             if time.monotonic() > deadline:
-                raise TimedOut(f"the guest did not go on within {RESUME_SECONDS:g} s")
+                raise TimedOut(f"the guest did not resume within {RESUME_SECONDS:g} s")
             await asyncio.sleep(_SHORT_LOOK_SECONDS)
 
     async def _switchover(self, pivot: Pivot, progress: Progress) -> None:

@@ -47,7 +47,7 @@ RECONNECT_SECONDS: Final = 0.1
 _PIECE_BYTES: Final = 16 * 1024
 _MAX_REQUEST_BYTES: Final = 4096
 _START_MARK: Final = b"[vmm: started "
-_MISSED: Final = b"\r\n[vmm: output was left out here, this terminal is too slow]\r\n"
+_MISSED: Final = b"\r\n[vmm: output was omitted here: this terminal is too slow]\r\n"
 
 
 class ConsoleLog:
@@ -211,7 +211,7 @@ class ConsoleHub:
             log.close()
 
     async def close(self) -> None:
-        """Close the hub. console.sock is removed first: a disconnected watcher then knows that none follows."""
+        """Close the hub. console.sock is removed first: a disconnected watcher then knows that no hub follows."""
         if self._server is not None:
             self._server.close()
             with contextlib.suppress(OSError):
@@ -276,7 +276,7 @@ class ConsoleHub:
                 raise VmmError("the request is too long")
             typing, scrollback = _read_request(line)
             if len(self._watchers) >= MAX_WATCHERS:
-                raise InUse(f"{MAX_WATCHERS} watch this console already, which is all it can have")
+                raise InUse(f"{MAX_WATCHERS} clients already watch this console, which is its limit")
         except VmmError as error:
             writer.write(json.dumps({"ok": False, "error": error.problem}).encode() + b"\n")
             await writer.drain()
@@ -321,7 +321,7 @@ def _read_request(line: bytes) -> tuple[Typing, int]:
     except (ValueError, AttributeError, RecursionError):
         raise VmmError("the request is not a JSON object") from None
     if typing not in get_args(Typing) or type(scrollback) is not int or scrollback < 0:
-        raise VmmError('the request has "type" alone, shared, take or never, and "scrollback" in bytes')
+        raise VmmError('the request must have "type" (alone, shared, take or never) and "scrollback" (bytes)')
     return typing, min(scrollback, 2 * LOG_BYTES)
 
 
@@ -368,7 +368,7 @@ def open_console(
         link.close()
         if isinstance(error, OSError):
             raise of_os_error(error, "reach the console", path=path) from error
-        raise VmmError("what answers there is not a console", path=path) from error
+        raise VmmError("the program that answers there is not a console", path=path) from error
     except BaseException:
         link.close()
         raise

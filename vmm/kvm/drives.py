@@ -66,7 +66,7 @@ class DiskServer:
         deadline = time.monotonic() + timeout_seconds
         while not await self.is_serving():
             if time.monotonic() > deadline:
-                raise TimedOut(f"the disks' server did not answer within {timeout_seconds:g} s")
+                raise TimedOut(f"the disk server did not answer within {timeout_seconds:g} s")
             await asyncio.sleep(_LOOK_SECONDS)
 
 
@@ -107,7 +107,7 @@ async def remove_disk(qmp: Qmp, server: DiskServer, disk: DiskSpec) -> None:
         while await has_device(qmp, disk.id):
             if time.monotonic() > deadline:
                 raise TimedOut(
-                    f"the guest does not let go of {disk.id}", hint="unmount it in the guest, or shut the machine down"
+                    f"the guest does not release {disk.id}", hint="unmount it in the guest, or shut the machine down"
                 )
             await asyncio.sleep(_LOOK_SECONDS)
     if disk.id in {node["node-name"] for node in await qmp.execute("query-named-block-nodes")}:
@@ -188,7 +188,7 @@ async def resize_disk(qmp: Qmp, server: DiskServer, disk: DiskSpec, size_bytes: 
         await server.call("disconnect", export=disk.id)
         await _insist(resize)
     except VmmError as error:
-        error.hint = error.hint or f"the image has {size_bytes} bytes now; a guest that is started again sees them"
+        error.hint = error.hint or f"the image now has {size_bytes} bytes; the guest sees them after a restart"
         raise
     return result
 
@@ -229,16 +229,16 @@ def problem_of_store(disks: tuple[DiskSpec, ...], nbd_socket: str) -> str | None
             probe.settimeout(1.0)
             probe.connect(nbd_socket)
             if not probe.recv(8):
-                return "the disks' server hangs up"
+                return "the disk server closes the connection"
     except OSError as error:
-        return f"the disks' server does not answer: {error.strerror or 'time-out'}"
+        return f"the disk server does not answer: {error.strerror or 'time-out'}"
     for disk in disks:
         if disk.is_writable_image and disk.path is not None:
             folder = os.path.dirname(disk.path)
             try:
                 facts = os.statvfs(folder)
             except OSError as error:
-                return str(of_os_error(error, "look at the file system", path=folder))
+                return str(of_os_error(error, "check the file system", path=folder))
             if facts.f_bavail * facts.f_frsize < MIN_FREE_BYTES:
                 return f"the file system of {disk.path} is full"
     return None

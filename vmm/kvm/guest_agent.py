@@ -141,7 +141,7 @@ class GuestAgent:
             while self._is_open:
                 with contextlib.suppress(VmmError):
                     if self._must_look():
-                        await self._thaw_what_nobody_holds()
+                        await self._thaw_unheld()
                     elif self._switches.heartbeat:
                         await self.ping()
                 self._look_now.clear()
@@ -153,7 +153,7 @@ class GuestAgent:
         """True while the guest may be frozen without a caller that holds the freeze."""
         return not self._holds_frozen and (self._is_owed or (self._is_unsure and self._switches.backup))
 
-    async def _thaw_what_nobody_holds(self) -> None:
+    async def _thaw_unheld(self) -> None:
         if not self._is_owed:
             status = await self._ask("guest-fsfreeze-status")
             if status != "frozen" or self._holds_frozen:
@@ -173,7 +173,7 @@ class GuestAgent:
 
     async def _first_contact(self) -> None:
         if self._must_look():
-            await self._thaw_what_nobody_holds()
+            await self._thaw_unheld()
         if self._switches.key_value:
             self._known_os = await self.os_info()
             self._known_interfaces = await self.addresses()
@@ -294,7 +294,7 @@ class GuestAgent:
             if not self._freeze_ends.done():
                 raise TimedOut("the guest has not thawed yet", machine=self._machine)
         if self._holds_frozen:
-            raise AgentUnavailable("the file systems are frozen already", machine=self._machine)
+            raise AgentUnavailable("the file systems are already frozen", machine=self._machine)
         self._holds_frozen, self._is_late = True, False
         try:
             await self._ask("guest-ping")  # a silent agent would read the request later, and freeze for no caller
@@ -322,7 +322,7 @@ class GuestAgent:
             return await self._thaw()
         timer, self._freeze_ends = self._freeze_ends, None
         if timer is None:
-            raise AgentUnavailable("the guest is freezing or thawing at this moment", machine=self._machine)
+            raise AgentUnavailable("the guest is freezing or thawing right now", machine=self._machine)
         timer.cancel()
         try:
             return await self._thaw()
@@ -331,7 +331,7 @@ class GuestAgent:
 
     def _too_late(self) -> TimedOut:
         return TimedOut(
-            "the guest's file systems thawed before the work was done: the time was over, or the worker had died",
+            "the guest's file systems thawed before the work was done: its time was up, or the worker died",
             machine=self._machine,
         )
 
@@ -382,7 +382,7 @@ class GuestAgent:
             async with asyncio.timeout(seconds):
                 await self._one_at_a_time.acquire()
         except TimeoutError as error:
-            raise TimedOut("the guest agent still has another question to answer", machine=self._machine) from error
+            raise TimedOut("the guest agent is still busy with another request", machine=self._machine) from error
         try:
             try:
                 if self._qmp is None or not self._qmp.is_connected:

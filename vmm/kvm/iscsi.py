@@ -62,7 +62,7 @@ class Reason:
 
 
 def is_url(text: str) -> bool:
-    """True for a text that is meant as the URL of a LUN."""
+    """True for a string that is meant as the URL of a LUN."""
     return text.lower().startswith(("iscsi:", "iser:"))
 
 
@@ -81,20 +81,20 @@ def parse(url: str) -> Lun:
         raise _wrong(url, "has the port 0")
     if parts.password is not None or "%" in (parts.username or ""):
         # USER%PASSWORD is libiscsi's own form
-        raise _wrong(url, "holds a password, which would be stored and shown with it", "use ?password-file=PATH")
+        raise _wrong(url, "contains a password, which would be stored and shown with it", "use ?password-file=PATH")
     path = [unquote(one) for one in parts.path.split("/")[1:]]
     if len(path) != 2 or not path[1]:
         raise _wrong(url, "does not end with /TARGET/LUN")
     target, number = path[0].lower(), path[1]
     if not _TARGET.fullmatch(target) or len(target.encode()) > MAX_NAME_BYTES:
         raise _wrong(
-            url, f"names a target {path[0]!r} that is not a valid name", "targets are called iqn.YYYY-MM.DOMAIN:NAME"
+            url, f"has the target {path[0]!r}, which is not a valid name", "targets are called iqn.YYYY-MM.DOMAIN:NAME"
         )
     if not (number.isascii() and number.isdigit() and int(number) <= MAX_LUN):
-        raise _wrong(url, f"names the LUN {number!r}, which is not a number from 0 to {MAX_LUN}")
+        raise _wrong(url, f"has the LUN {number!r}, which is not a number from 0 to {MAX_LUN}")
     user, file = parts.username or None, _password_file(url, parts.query)
     if (user is None) != (file is None) or parts.fragment:
-        raise _wrong(url, "a user and a file with the password go together")
+        raise _wrong(url, "must have both a user and a password file, or neither")
     bracketed = f"[{host}]" if ":" in host else host
     return Lun(f"{bracketed}:{port or DEFAULT_PORT}", target, int(number), user, file)
 
@@ -107,10 +107,10 @@ def _password_file(url: str, query: str) -> str | None:
     if not options:
         return None
     if len(options) > 1 or options[0][0] != "password-file":
-        raise _wrong(url, f"has the option {options[-1][0]!r}; there is only password-file")
+        raise _wrong(url, f"has the option {options[-1][0]!r}; the only one is password-file")
     file = options[0][1]
     if not os.path.isabs(file):
-        raise _wrong(url, "names the file with the password without its whole path")
+        raise _wrong(url, "must have the absolute path of the password file")
     return file
 
 

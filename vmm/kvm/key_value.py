@@ -67,7 +67,7 @@ class KeyValueStore:
         except OSError as error:
             raise of_os_error(error, "read the exchanged items", path=path) from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise VmmError("is damaged: it should hold exchanged items", path=path, hint="remove it") from error
+            raise VmmError("is damaged: it must contain exchanged items", path=path, hint="remove it") from error
 
     def items(self, pool: Pool) -> dict[str, str]:
         """All items of a pool, by key."""
@@ -85,7 +85,7 @@ class KeyValueStore:
         check_item(key, value)
         items = self._pools[pool]
         if key not in items and len(items) >= MAX_ITEMS:
-            raise InvalidSpec(f"the {pool} has {MAX_ITEMS} items already, which is all it may have")
+            raise InvalidSpec(f"the {pool} already has {MAX_ITEMS} items, which is the limit")
         items[key] = value
 
     def delete(self, pool: Pool, key: str) -> None:
@@ -109,9 +109,9 @@ def check_item(key: str, value: str) -> None:
         if length > limit:
             raise InvalidSpec(f"the {what} has {length} bytes, the limit is {limit}")
         if "\0" in text:
-            raise InvalidSpec(f"a {what} holds no zero byte")
+            raise InvalidSpec(f"a {what} must not contain a zero byte")
     if not key or not key.isprintable():
-        raise InvalidSpec("a key is a text of printable characters, and not empty")
+        raise InvalidSpec("a key must consist of printable characters and not be empty")
 
 
 class KeyValueChannel:
@@ -218,7 +218,7 @@ class KeyValueChannel:
                 for end in ends:
                     line += end
                     if is_too_long or len(line) >= MAX_LINE_BYTES:
-                        self._refuse(None, f"a line has at most {MAX_LINE_BYTES} bytes")
+                        self._refuse(None, f"a line must have at most {MAX_LINE_BYTES} bytes")
                     elif line.strip():
                         self._received(bytes(line))
                     line.clear()
@@ -254,10 +254,10 @@ class KeyValueChannel:
         try:
             message = json.loads(line)
             if not isinstance(message, dict):
-                raise InvalidSpec("a message is a JSON object")
+                raise InvalidSpec("a message must be a JSON object")
             number = message.get("id")
             if number is not None and (type(number) is not int or not 0 <= number < 1 << 53):
-                raise InvalidSpec("an id is a whole number below 2^53")
+                raise InvalidSpec("an id must be a whole number below 2^53")
             self._obey(message, number)
         except VmmError as error:
             self._refuse(number, error.problem)
@@ -285,7 +285,7 @@ class KeyValueChannel:
             self._send({"id": number, "ok": True, "count": len(items)})
         elif operation in ("set", "delete"):
             if _pool_of(message, "guest") != "guest":
-                raise InvalidSpec("the host's items are not the guest's to change")
+                raise InvalidSpec("the guest cannot change the host's items")
             if operation == "set":
                 self._store.set("guest", _word(message, "key"), _word(message, "value"))
             else:
@@ -293,7 +293,7 @@ class KeyValueChannel:
             self._save_soon()
             self._send({"id": number, "ok": True})
         else:
-            raise InvalidSpec("op is hello, get, list, set or delete")
+            raise InvalidSpec("op must be hello, get, list, set or delete")
 
     def _save_soon(self) -> None:
         async def save() -> None:
@@ -309,14 +309,14 @@ class KeyValueChannel:
 def _pool_of(message: dict[str, Any], default: Pool = "host") -> Pool:
     pool = message.get("pool", default)
     if pool not in POOLS:
-        raise InvalidSpec('pool is "host" or "guest"')
+        raise InvalidSpec('pool must be "host" or "guest"')
     return "guest" if pool == "guest" else "host"
 
 
 def _word(message: dict[str, Any], name: str) -> str:
     value = message.get(name)
     if not isinstance(value, str):
-        raise InvalidSpec(f"{name} is a text")
+        raise InvalidSpec(f"{name} must be a string")
     return value
 
 
@@ -326,7 +326,7 @@ def pool_named(name: str | None) -> Pool | None:
         if pool == name:
             return pool
     if name is not None:
-        raise InvalidSpec(f"there is no pool {name!r}; there are {' and '.join(POOLS)}")
+        raise InvalidSpec(f"unknown pool {name!r}; the pools are {' and '.join(POOLS)}")
     return None
 
 
@@ -338,7 +338,7 @@ def find_item(get: Callable[[Pool, str], str], key: str, pool: Pool | None) -> E
             return ExchangedItem(get(one, key), one)
         except NotFound:
             continue
-    raise NotFound(f"there is no item {key!r}", hint="vmm kvp list shows all items")
+    raise NotFound(f"item {key!r} does not exist", hint="vmm kvp list shows all items")
 
 
 def store_path(machine_folder: str) -> str:

@@ -29,7 +29,7 @@ def problem_of(descriptor: int, size_bytes: int, *, memory_bytes: int = 0) -> st
     if size_bytes <= len(HEADER):
         return f"the file has only {size_bytes} bytes"
     if os.pread(descriptor, len(HEADER), 0) != HEADER:
-        return "the file does not begin as QEMU's memory does"
+        return "the file does not begin like memory that QEMU wrote"
     if size_bytes < memory_bytes:
         return f"the file has {size_bytes} bytes, and QEMU says that it wrote {memory_bytes} of the memory alone"
     return None

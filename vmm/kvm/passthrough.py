@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from vmm.model.spec import MachineSpec
 
 BLKGETSIZE64 = 0x80081272
-RIGHTS_HINT = "run this as root, or let your user have the device: sudo setfacl -m u:$USER:rw "
+RIGHTS_HINT = "run this as root, or give your user access to the device: sudo setfacl -m u:$USER:rw "
 NO_IDENTITY = (
     "has neither WWN nor serial number nor udev link, so another disk could have its name after the next boot"
 )
@@ -258,7 +258,7 @@ def claim(
         held = _device_of(fd, path, root)
         wanted = identity or facts.device.identity
         if held.identity is None or held.identity != wanted:
-            raise Refused(f"is another device than before: {held.identity}, not {wanted}", path=path)
+            raise Refused(f"is not the same device as before: {held.identity} instead of {wanted}", path=path)
         size = struct.unpack("=Q", fcntl.ioctl(fd, BLKGETSIZE64, bytes(8)))[0]
     except OSError as error:
         os.close(fd)
@@ -285,7 +285,7 @@ def locate(path: str, identity: str | None, *, root: str = "/") -> str:
     found = HostDevices(root).by_identity(identity)
     whole = [one for one in found if not one.holders] or found
     if not whole:
-        raise NotFound(f"the device {identity} is not there any more", path=path, hint=block.LIST_HINT)
+        raise NotFound(f"the device {identity} is gone", path=path, hint=block.LIST_HINT)
     if len(whole) > 1:
         names = ", ".join(one.path for one in whole)
         raise Refused(f"several devices have the identity {identity}: {names}", path=path)
@@ -300,9 +300,9 @@ def _open_exclusively(path: str, *, read_only: bool) -> int:
     except OSError as error:
         if error.errno == errno.EBUSY:
             raise InUse(
-                "is in use by something else on this host",
+                "is in use by another program on this host",
                 path=path,
-                hint=f"sudo fuser -v {path} and lsblk {path} show by what",
+                hint=f"sudo fuser -v {path} and lsblk {path} show which one",
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM):
             raise AccessDenied(f"could not be opened: {error.strerror}", path=path, hint=RIGHTS_HINT + path) from error

@@ -103,7 +103,7 @@ def privileged_command(
     be mounted, visible to no other process.
     """
     if shutil.which("setpriv") is None:
-        raise Unsupported("there is no setpriv to take QEMU's rights away", hint="sudo apt install util-linux")
+        raise Unsupported("setpriv, which drops QEMU's rights, is not installed", hint="sudo apt install util-linux")
     drop = ["setpriv", "--no-new-privs"]
     if identity is None:
         return _confined([*drop, "--", *command])
@@ -182,7 +182,7 @@ def start_qemu(command: Sequence[str], *, log_path: str, descriptors: Mapping[in
     ref = ProcessRef.of(pid)
     process = QemuProcess(ref or ProcessRef(pid, 0), log_path, offset)
     if ref is None:
-        raise QemuFailed("QEMU ended at once", hint=f"{log_path} has what it said")
+        raise QemuFailed("QEMU ended at once", hint=f"its output is in {log_path}")
     return process
 
 

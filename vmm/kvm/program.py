@@ -34,12 +34,12 @@ def find(name: str = SYSTEM_PROGRAM) -> str:
     """The path of one of QEMU's programs. Raises Unsupported if there is none."""
     path = shutil.which(name)
     if path is None:
-        raise Unsupported(f"there is no {name} in PATH", hint=INSTALL_HINT)
+        raise Unsupported(f"{name} is not in PATH", hint=INSTALL_HINT)
     return path
 
 
 def identity(path: str) -> str:
-    """A text that changes when the file is replaced: device, inode, size, time."""
+    """A string that changes when the file is replaced: device, inode, size, time."""
     try:
         facts = os.stat(path)
     except OSError as error:
@@ -51,7 +51,7 @@ def inspect(path: str) -> Program:
     """Query a QEMU's version and accelerators: about 80 ms. Raises QemuFailed, TimedOut or Unsupported."""
     found = _VERSION.search(answer([path, "--version"]))
     if found is None:
-        raise QemuFailed("does not say which version it is", path=path)
+        raise QemuFailed("does not report its version", path=path)
     # The first line is a heading, then one name per line.
     names = answer([path, "-accel", "help"]).split("\n")[1:]
     return Program(path, found[1], tuple(name.strip() for name in names if name.strip()))
@@ -74,7 +74,7 @@ def answer(command: list[str], *, keep: tuple[int, ...] = ()) -> str:
             pass_fds=keep,
         )
     except subprocess.TimeoutExpired as error:
-        raise TimedOut(f"does not answer within {_ANSWER_SECONDS:.0f} s", path=command[0]) from error
+        raise TimedOut(f"did not answer within {_ANSWER_SECONDS:.0f} s", path=command[0]) from error
     except OSError as error:
         raise Unsupported(f"cannot be started: {error.strerror}", path=command[0], hint=INSTALL_HINT) from error
     if done.returncode != 0:

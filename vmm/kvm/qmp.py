@@ -26,7 +26,7 @@ from typing import Any, TypeAlias
 
 from qemu.qmp import EventListener, ExecInterruptedError, ExecuteError, QMPClient, QMPError, StateError
 
-from vmm.kvm.said import LOG, in_our_words
+from vmm.kvm.qemu_errors import LOG, explain
 from vmm.model.errors import AgentUnavailable, QemuFailed, TimedOut, VmmError
 
 CONNECT_SECONDS = 10.0
@@ -96,7 +96,7 @@ class Qmp:
             await asyncio.wait_for(self._client.connect(path), timeout_seconds)
         except TimeoutError as error:
             await self.close()
-            raise TimedOut(f"{self._who} did not greet within {timeout_seconds:g} s", path=path) from error
+            raise TimedOut(f"{self._who} sent no greeting within {timeout_seconds:g} s", path=path) from error
         except (QMPError, OSError) as error:
             await self.close()
             raise QemuFailed(f"cannot talk to {self._who}: {_reason(error)}", path=path) from error
@@ -132,14 +132,14 @@ class Qmp:
         except ExecuteError as error:
             raise self._refusal(command, str(error)) from error
         except (ExecInterruptedError, StateError, QMPError, OSError) as error:
-            raise ConnectionEnded(f"{self._who} went away during {command}: {_reason(error)}") from error
+            raise ConnectionEnded(f"{self._who} closed the connection during {command}: {_reason(error)}") from error
 
     def _refusal(self, command: str, words: str) -> QemuFailed:
         """The error for a refused command, explained if its message is known. An agent's message is the guest's."""
         LOG.warning("%s refused %s: %s", self._who, command, words)
-        meaning = in_our_words(words)
+        meaning = explain(words)
         if meaning is None and self._who == "QEMU":
-            return QemuFailed(f"QEMU refused {command}", hint="vmm logs MACHINE --of worker shows what it said")
+            return QemuFailed(f"QEMU refused {command}", hint="vmm logs MACHINE --of worker shows its message")
         problem, hint = (words, None) if meaning is None else meaning
         return QemuFailed(f"{self._who} refused {command}: {problem}", hint=hint)
 

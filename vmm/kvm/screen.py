@@ -49,7 +49,7 @@ async def screendump(qmp: Qmp) -> bytes:
         os.close(writable)
         os.close(descriptor)
     if not is_png(picture):
-        raise QemuFailed("QEMU's picture of the screen is not whole")
+        raise QemuFailed("QEMU's picture of the screen is incomplete")
     return picture
 
 

@@ -14,7 +14,7 @@ import os
 import subprocess
 
 from vmm.kvm import iscsi, program
-from vmm.kvm.said import in_our_words
+from vmm.kvm.qemu_errors import explain
 from vmm.model.errors import NotFound, Refused
 
 LOOK_SECONDS = 5.0
@@ -27,7 +27,7 @@ def refuse_missing(url: str, lun: iscsi.Lun, machine_id: str, password: bytes | 
     """Raise NotFound or Refused if the target certainly does not give this machine the LUN."""
     words = _complaint(lun, machine_id, password)
     for sign, kind in ((_NO_LUN, NotFound), (_WRONG_PASSWORD, Refused)):
-        if sign in words and (meaning := in_our_words(sign)) is not None:
+        if sign in words and (meaning := explain(sign)) is not None:
             raise kind(meaning[0], path=url, hint=meaning[1])
 
 

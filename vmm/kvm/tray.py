@@ -50,7 +50,7 @@ async def open_tray(qmp: Qmp, drive_id: str, *, force: bool) -> None:
     while not (await look(qmp, drive_id)).is_open:
         if time.monotonic() > deadline:
             raise Refused(
-                f"the guest has locked the drive {drive_id}, and does not let go of its medium",
+                f"the guest has locked the drive {drive_id} and does not release its medium",
                 hint="eject it in the guest, or use --force: what the guest still reads from it then fails",
             )
         await asyncio.sleep(_LOOK_SECONDS)

@@ -81,7 +81,7 @@ def run_trial(device: str = "/dev/kvm") -> TrialResult:
     try:
         version = fcntl.ioctl(fd, GET_API_VERSION)
         if version != API_VERSION:
-            outcome.refused = f"it speaks version {version} of the interface, not {API_VERSION}"
+            outcome.refused = f"it has version {version} of the interface, not {API_VERSION}"
             return outcome
         cpuid = _supported_cpuid(fd)
         features = _features_of(cpuid)
@@ -208,14 +208,14 @@ def _run_to_halt(processor: int, run: mmap.mmap) -> str | None:
                 return "KVM cannot emulate an instruction"
             return f"KVM had an internal error ({suberror})"
         if reason != EXIT_IO:
-            return _EXIT_NAMES.get(reason, f"it left the guest for no reason that this guest gives ({reason})")
+            return _EXIT_NAMES.get(reason, f"it left the guest for an unexpected reason ({reason})")
         _, _, port, _, data_offset = struct.unpack_from("<BBHIQ", run, EXIT_UNION_OFFSET)
         if port == guest.PORT_TRAP:
             return f"exception {run[data_offset]}"
         if port != guest.PORT_DONE or is_done:
             return "a wrong result"
         is_done = True
-    return "it did not come to an end"
+    return "it did not finish"
 
 
 def main(device: str) -> None:

@@ -23,8 +23,8 @@ from vmm.kvm.drives import DiskServer
 from vmm.kvm.guest_agent import GuestAgent
 from vmm.kvm.key_value import KeyValueChannel, KeyValueStore, store_path
 from vmm.kvm.process import QemuProcess, identity_of, reap, start_qemu
+from vmm.kvm.qemu_errors import explain
 from vmm.kvm.qmp import Qmp
-from vmm.kvm.said import in_our_words
 from vmm.model.errors import InUse, QemuFailed, StoreFailed, TimedOut, VmmError, WrongState, from_document
 from vmm.model.paths import MachinePaths, RuntimePaths, write_whole
 from vmm.model.spec import MachineSpec
@@ -302,7 +302,7 @@ class Running:
         """The error `what`, with the reason that QEMU gave in `words`, or else in its last message."""
         if words is None and self._process is not None:
             words = self._process.last_words()
-        meaning = in_our_words(words or "")
+        meaning = explain(words or "")
         if meaning is None:
             return QemuFailed(what, hint=f"vmm logs {self.spec.name} --of qemu shows what QEMU said")
         return QemuFailed(f"{what}: {meaning[0]}", hint=meaning[1])

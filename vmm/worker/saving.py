@@ -13,7 +13,7 @@ import os
 import time
 
 from vmm.kvm import accel, background, tray
-from vmm.kvm.said import reason_of
+from vmm.kvm.qemu_errors import reason_of
 from vmm.model.errors import QemuFailed, TimedOut, VmmError
 from vmm.model.paths import runtime_home
 from vmm.model.spec import MachineSpec

@@ -205,10 +205,10 @@ def test_refused_snapshot_verbs(machines: Machines) -> None:
         web.forget_memory("a")
     with pytest.raises(WrongState):
         web.merge_live()
-    with pytest.raises(NotFound, match="no machine"):
+    with pytest.raises(NotFound, match="does not exist"):
         vmm.Manager().snapshots("unknown")
     web.set_limit(1)
-    with pytest.raises(Refused, match="may have 1"):
+    with pytest.raises(Refused, match="its limit is 1"):
         web.create("b")
     assert list(web.tree().snapshots) == [a.id] and len(machines.images()) == 2
 

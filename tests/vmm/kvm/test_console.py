@@ -321,7 +321,7 @@ def test_a_slow_watcher_does_not_delay_others(tmp_path: Path, monkeypatch: pytes
         for number in range(300):
             await scene.serial.say(b"%4096d" % number)
             await quick.see(b"%4096d" % number)
-        seeing = asyncio.create_task(slow.see(b"left out here"))
+        seeing = asyncio.create_task(slow.see(b"omitted here"))
         await until(
             lambda: all(not one.writer.transport.get_write_buffer_size() for one in scene.hub._watchers), "all is sent"
         )

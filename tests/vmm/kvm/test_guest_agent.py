@@ -330,7 +330,7 @@ def test_a_freeze_whose_time_is_over_is_reported_once(tmp_path: Path) -> None:
             assert await agent.thaw() == 2
             again = GuestAgent(str(tmp_path / "agent.sock"), IntegrationSpec(), is_owed=True)
             again.port_changed(True)
-            with pytest.raises(TimedOut, match="the worker had died"):
+            with pytest.raises(TimedOut, match="the worker died"):
                 await again.thaw()
             await again.close()
 

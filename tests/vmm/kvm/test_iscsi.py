@@ -59,12 +59,12 @@ def test_valid_urls(url: str, lun: Lun) -> None:
         (f"iscsi://san/{IQN}/-1", "not a number"),
         (f"iscsi://san/{IQN}/16384", "not a number"),
         (f"iscsi://san/{IQN}/²", "not a number"),
-        (f"iscsi://me@san/{IQN}/1", "go together"),
-        (f"iscsi://san/{IQN}/1?password-file=/etc/p", "go together"),
-        (f"iscsi://me@san/{IQN}/1?password-file=p", "whole path"),
-        (f"iscsi://san/{IQN}/1?speed=9", "only password-file"),
+        (f"iscsi://me@san/{IQN}/1", "must have both a user"),
+        (f"iscsi://san/{IQN}/1?password-file=/etc/p", "must have both a user"),
+        (f"iscsi://me@san/{IQN}/1?password-file=p", "absolute path"),
+        (f"iscsi://san/{IQN}/1?speed=9", "only one is password-file"),
         (f"iscsi://san/{IQN}/1?speed", "without a value"),
-        (f"iscsi://san/{IQN}/1#x", "go together"),
+        (f"iscsi://san/{IQN}/1#x", "must have both a user"),
     ],
 )
 def test_malformed_urls(url: str, says: str) -> None:

@@ -243,7 +243,7 @@ def test_a_use_that_no_table_shows_is_found(tmp_path: Path) -> None:
     with loop_device(tmp_path / "file") as device:
         other = os.open(device, os.O_RDONLY | os.O_EXCL)
         try:
-            with pytest.raises(InUse, match="something else on this host"):
+            with pytest.raises(InUse, match="another program on this host"):
                 passthrough.claim(device)
         finally:
             os.close(other)
@@ -256,7 +256,7 @@ def test_a_device_is_found_by_its_identity(tmp_path: Path) -> None:
         identity = block.find(one).identity
         with passthrough.claim(two, identity=identity) as claim:
             assert claim.device.path == one
-        with pytest.raises(NotFound, match="not there any more"):
+        with pytest.raises(NotFound, match="is gone"):
             passthrough.claim(two, identity="wwn=naa.5")
 
 

@@ -24,8 +24,8 @@ _KNOWN: tuple[tuple[str, str, str | None], ...] = (
     ),
     (
         r"Target not found",
-        "there is no such target, or it does not know this machine",
-        "its access rules name the machine's initiator, iqn.2008-11.org.linux-kvm:ID (vmm show says the id)",
+        "the target does not exist, or does not admit this machine",
+        "its access rules must name the machine's initiator, iqn.2008-11.org.linux-kvm:ID (vmm show says the id)",
     ),
     (
         r"Authentication failure",
@@ -35,16 +35,16 @@ _KNOWN: tuple[tuple[str, str, str | None], ...] = (
     (
         r"Authorization failure|Failed to log in to target",
         "the target does not let this machine log in",
-        "its access rules name the machine's initiator, iqn.2008-11.org.linux-kvm:ID (vmm show says the id)",
+        "its access rules must name the machine's initiator, iqn.2008-11.org.linux-kvm:ID (vmm show says the id)",
     ),
     (
         r"Can not resolv",
-        "the target's host name is not known",
+        "the target's host name cannot be resolved",
         None,
     ),
     (
         r"iSCSI: Failed to connect|iscsi_service",
-        "there is no connection to the target: it does not answer",
+        "the target cannot be reached: it does not answer",
         None,
     ),
     (
@@ -69,7 +69,7 @@ _KNOWN: tuple[tuple[str, str, str | None], ...] = (
     ),
     (
         r"unsupported machine type|list supported machines",
-        "QEMU has no such machine type; another version of it made the machine",
+        "QEMU does not have the machine's type; the machine was created with another version of QEMU",
         "qemu-system-x86_64 -machine help lists them",
     ),
     (
@@ -80,16 +80,16 @@ _KNOWN: tuple[tuple[str, str, str | None], ...] = (
     (
         r"(?:Could not access KVM kernel module|failed to initialize kvm): (.*)",
         "KVM cannot be used: {0}",
-        "vmm host doctor says what is missing; --accel tcg does without",
+        "vmm host doctor says what is missing; --accel tcg works without KVM",
     ),
     (
         r"does not support hotplugging",
-        "nothing can be plugged in or out there while the machine runs",
-        "use SCSI, or switch it off first",
+        "devices cannot be added or removed there while the machine runs",
+        "use SCSI, or switch the machine off first",
     ),
     (
         r"Bus '([^']*)' (?:not found|is full)|no slot/function available",
-        "there is no room for another device",
+        "no free place is left for another device",
         None,
     ),
     (
@@ -100,7 +100,7 @@ _KNOWN: tuple[tuple[str, str, str | None], ...] = (
 )
 
 
-def in_our_words(words: str) -> tuple[str, str | None] | None:
+def explain(words: str) -> tuple[str, str | None] | None:
     """(meaning, hint) of a message; None for an unknown one.
 
     The name of the object at the beginning ("disk-1: iSCSI: ...") is kept.
@@ -120,5 +120,5 @@ def reason_of(migration: Mapping[str, Any]) -> str:
     if not words:
         return "QEMU could not write all of it"
     LOG.warning("QEMU could not write memory: %s", words)
-    meaning = in_our_words(str(words))
-    return "QEMU could not write all of it; its log says more" if meaning is None else meaning[0]
+    meaning = explain(str(words))
+    return "QEMU could not write all of it; see its log" if meaning is None else meaning[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from vmm.kvm.said import in_our_words, reason_of
+from vmm.kvm.qemu_errors import explain, reason_of
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ from vmm.kvm.said import in_our_words, reason_of
         ),
         (
             "disk-1: iSCSI: Failed to connect to LUN : Failed to log in to target. Status: Target not found(515)",
-            "disk-1: there is no such target, or it does not know this machine",
+            "disk-1: the target does not exist, or does not admit this machine",
         ),
         (
             "disk-1: iSCSI: Failed to connect to LUN : Failed to log in to target. "
@@ -27,7 +27,7 @@ from vmm.kvm.said import in_our_words, reason_of
         ),
         (
             "disk-1: iSCSI: Failed to connect to LUN : iscsi_service failed with : Can not reconnect right now.",
-            "disk-1: there is no connection to the target: it does not answer",
+            "disk-1: the target cannot be reached: it does not answer",
         ),
         (
             "cannot set up guest memory 'pc.ram': Cannot allocate memory",
@@ -40,18 +40,21 @@ from vmm.kvm.said import in_our_words, reason_of
         ),
         ('Failed to get "write" lock', "another program uses it"),
         ("failed to initialize kvm: Permission denied", "KVM cannot be used: Permission denied"),
-        ("Bus 'ide.0' does not support hotplugging", "nothing can be plugged in or out there while the machine runs"),
+        (
+            "Bus 'ide.0' does not support hotplugging",
+            "devices cannot be added or removed there while the machine runs",
+        ),
     ],
 )
 def test_known_messages(words: str, meaning: str) -> None:
     """The translation says what the message means, and which disk it is about."""
-    found = in_our_words(words)
+    found = explain(words)
     assert found is not None and found[0] == meaning
 
 
 def test_an_unknown_message() -> None:
     """It is not repeated: the caller's error refers to the log."""
-    assert in_our_words("Assertion 0 != 1 failed in virtio_frobnicate") is None
+    assert explain("Assertion 0 != 1 failed in virtio_frobnicate") is None
     assert reason_of({}) == "QEMU could not write all of it"
     assert "frobnicate" not in reason_of({"error-desc": "cannot frobnicate"})
     assert (
