@@ -173,6 +173,7 @@ class ImageFacts:
     timestamp: int | None = None
     parent: ParentRef | None = None
     findings: tuple[Finding, ...] = ()
+    physical_sector_bytes: int = SECTOR_SIZE
 
 
 class Layer(Protocol):

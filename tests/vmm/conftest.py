@@ -27,15 +27,15 @@ def manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Manager
 
 
 @pytest.fixture
-def machines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machines]:
-    """Machines of this test; any that still run at its end are killed."""
+def machines(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Machines]:
+    """Machines of this test; any that still run at its end are killed. Its parameter is the kind of their disks."""
     # In memory, because everything is synced again and again. The name is short because of the sockets in it.
     folder = Path(tempfile.mkdtemp(prefix="snap-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else "/tmp"))
     folder.chmod(0o755)
     monkeypatch.setenv("VMM_HOME", str(folder / "home"))
     monkeypatch.setenv("VMM_RUNTIME", str(folder / "run"))
     monkeypatch.setattr(StoppedMachine, "merge_in_background", lambda self: None)  # unless a test requests it
-    made = Machines(folder)
+    made = Machines(folder, getattr(request, "param", "vhd"))
     try:
         yield made
     finally:

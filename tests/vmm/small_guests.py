@@ -22,19 +22,23 @@ SECONDS = 60.0
 PARTS = ("keeper", "worker", "server", "qemu")
 
 
-def make_disk(folder: Path, name: str = "disk", options: boot_sector.BootOptions | None = None) -> Path:
-    """A child NAME.avhd on NAME.vhd, which boots the guest."""
-    base, leaf = folder / f"{name}.vhd", folder / f"{name}.avhd"
-    vhdkit.create_image(base, 8 * MIB)
+def make_disk(
+    folder: Path, name: str = "disk", options: boot_sector.BootOptions | None = None, *, kind: str = "vhd"
+) -> Path:
+    """A child NAME.avhd on NAME.vhd, which boots the guest; with another kind, NAME.avhdx on NAME.vhdx."""
+    base, leaf = folder / f"{name}.{kind}", folder / f"{name}.a{kind}"
+    vhdkit.create_image(base, 8 * MIB, disk_format="vhdx" if kind == "vhdx" else "dynamic")
     with vhdkit.open_disk(base, writable=True) as disk:
         boot_sector.install(disk, options or boot_sector.BootOptions(print_every=4))
     vhdkit.create_child(leaf, base)
     return leaf
 
 
-def make_machine(manager: Manager, folder: Path, name: str = "small", **settings: object) -> Path:
+def make_machine(
+    manager: Manager, folder: Path, name: str = "small", *, kind: str = "vhd", **settings: object
+) -> Path:
     """Make a machine with such a disk; return its leaf."""
-    leaf = make_disk(folder, name)
+    leaf = make_disk(folder, name, kind=kind)
     settings = {"memory_bytes": 16 * MIB, "accelerator": "tcg", **settings}
     manager.create(name, disks=[DiskRequest(str(leaf))], **settings)  # type: ignore[arg-type]
     return leaf

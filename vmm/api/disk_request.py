@@ -2,8 +2,8 @@
 """From a request for a disk or drive to the disk that a machine gets.
 
 Decides the defaults (controller, place, serial), what kind of disk a file or device becomes, and which
-requests are refused now because the machine could never start: QEMU has no read-only disk on IDE, and an ISO image is
-not a hard disk. Must not know whether the machine runs.
+requests are refused now because the machine could never start: QEMU has no read-only disk on IDE and none with sectors
+of 4096 bytes, and an ISO image is not a hard disk. Must not know whether the machine runs.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import Literal
 
 import vhdkit
 from vmm.model.errors import InvalidSpec
+from vmm.model.formats import ImageFormat
 from vmm.model.paths import default_folders
 from vmm.model.serials import kept_serial, serial_of_device
 from vmm.model.spec import Controller, DiskSpec, MachineSpec, make_disk
-from vmm.store.images import find_image, look_at, refuse_frozen
+from vmm.store.images import as_found, find_image, refuse_frozen
 from vmm.store.media import open_medium
 
 
@@ -25,6 +26,7 @@ from vmm.store.media import open_medium
 class DiskRequest:
     """A disk for a machine. `controller` None: IDE while there is room, then SCSI; `unit` None: any free one.
 
+    A disk that IDE cannot have (read-only, or with sectors of 4096 bytes) goes on SCSI, as the first one on virtio.
     `path` None is an empty drive, only with kind "iso". `format` is the image's format if it is not to be detected:
     "raw" also for a file that holds an ISO image and is meant as a hard disk.
     """
@@ -38,7 +40,7 @@ class DiskRequest:
     serial: str | None = None
     parent_dirs: tuple[str, ...] = ()
     allow_raw_parent: bool = False
-    format: Literal["vhd", "raw"] | None = None
+    format: ImageFormat | None = None
 
     @property
     def is_image(self) -> bool:
@@ -54,11 +56,7 @@ def disk_of(request: DiskRequest, spec: MachineSpec) -> DiskSpec:
 
     Raises InvalidSpec, NotFound, AccessDenied, StoreFailed, InUse, Refused.
     """
-    controller = request.controller or _usual_controller(request, spec)
-    _refuse_read_only_on_ide(request, controller)
-    index, unit = request.controller_index, request.unit
-    if unit is None:
-        index, unit = spec.free_place(controller) if index is None else (index, _free_unit(spec, controller, index))
+    _refuse_read_only_on_ide(request, request.controller or _usual_controller(request, spec))
     path = request.path or None
     settings: dict[str, object] = {}
     taken = [disk.serial for disk in spec.disks]
@@ -78,18 +76,26 @@ def disk_of(request: DiskRequest, spec: MachineSpec) -> DiskSpec:
     folders = tuple(os.path.realpath(one) for one in request.parent_dirs)
     if request.is_image and path is not None:
         folders += _trusted_folders(path, folders)
-    disk = make_disk(
-        id=spec.free_disk_id(), kind=request.kind, path=path, controller=controller, controller_index=index or 0,
-        unit=unit, read_only=request.read_only or request.kind == "iso", format=request.format,
-        parent_dirs=folders,
-        allow_raw_parent=request.allow_raw_parent, **settings,
-    )  # fmt: skip
-    if disk.kind == "iso" and path is not None:
+    settings |= {"id": spec.free_disk_id(), "kind": request.kind, "path": path, "parent_dirs": folders,
+                 "read_only": request.read_only or request.kind == "iso", "format": request.format,
+                 "allow_raw_parent": request.allow_raw_parent}  # fmt: skip
+    if request.kind == "iso" and path is not None:
         os.close(open_medium(path))
-    if disk.is_image:
-        disk = make_disk(**{**disk.model_dump(), "format": look_at(disk).format})
-        refuse_frozen(disk)
-    return disk
+    sector_bytes = 512
+    if request.is_image:
+        image = as_found(make_disk(**settings, controller="scsi"))  # where it can be depends on the sectors
+        refuse_frozen(image)
+        settings, sector_bytes = image.model_dump(), image.sector_bytes
+    controller = request.controller or _usual_controller(request, spec, sector_bytes)
+    _refuse_large_sectors_on_ide(request, controller, sector_bytes)
+    return make_disk(**settings | _place(request, controller, spec))
+
+
+def _place(request: DiskRequest, controller: Controller, spec: MachineSpec) -> dict[str, object]:
+    index, unit = request.controller_index, request.unit
+    if unit is None:
+        index, unit = spec.free_place(controller) if index is None else (index, _free_unit(spec, controller, index))
+    return {"controller": controller, "controller_index": index or 0, "unit": unit}
 
 
 def _trusted_folders(path: str, said: tuple[str, ...]) -> tuple[str, ...]:
@@ -122,10 +128,18 @@ def _refuse_read_only_on_ide(request: DiskRequest, controller: Controller) -> No
         )  # fmt: skip
 
 
-def _usual_controller(request: DiskRequest, spec: MachineSpec) -> Controller:
+def _refuse_large_sectors_on_ide(request: DiskRequest, controller: Controller, sector_bytes: int) -> None:
+    if controller == "ide" and sector_bytes > 512:
+        raise InvalidSpec(
+            f"has sectors of {sector_bytes} bytes, and a disk on IDE has sectors of 512", path=request.path,
+            hint="put it on scsi or virtio",
+        )  # fmt: skip
+
+
+def _usual_controller(request: DiskRequest, spec: MachineSpec, sector_bytes: int = 512) -> Controller:
     if request.kind == "iso":
         return "ide"
-    if request.read_only:  # on virtio if the machine may boot from it
+    if request.read_only or sector_bytes > 512:  # on virtio if the machine may boot from it
         return "scsi" if any(disk.kind != "iso" and disk.controller != "scsi" for disk in spec.disks) else "virtio"
     on_ide = sum(disk.controller == "ide" for disk in spec.disks)
     return "ide" if on_ide < 3 else "scsi"

@@ -23,6 +23,7 @@ import vhdkit
 from vmm.api import machines
 from vmm.model.errors import InUse, NotFound, VmmError, WrongState
 from vmm.model.events import add_event
+from vmm.model.formats import ImageFormat, child_format
 from vmm.model.spec import DiskSpec
 from vmm.snapshots.recovery import is_pending, settle, settle_journal
 from vmm.snapshots.steps import child_path, options_of_all, relocated, store_problem
@@ -35,7 +36,7 @@ from vmm.store.snapshots.tree import Tree
 
 RepairKind = Literal["operation", "adopt", "new leaf", "give up"]
 _MAX_DEPTH = 300
-_OWN_NAME = re.compile(r".+_[0-9a-f]{8}(-[0-9]+)?\.avhd")  # of images made for snapshots, or by a merge of one
+_OWN_NAME = re.compile(r".+_[0-9a-f]{8}(-[0-9]+)?\.avhdx?")  # of images made for snapshots, or by a merge of one
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,18 +145,23 @@ def _take_on(held: Held, step: RepairStep) -> Changing:
     chain = list(step.chain)
     disk = registry.load_for_change(held).spec.disk(step.disk)
     known = held.tree.images.get(chain[0])
-    kind = known.format if known is not None else "raw" if disk is not None and disk.format == "raw" else "vhd"
+    kind: ImageFormat = "vhd"
+    if known is not None:
+        kind = known.format
+    elif disk is not None and disk.format is not None:
+        kind = disk.format
+    above = child_format(kind)
     try:
         if not os.path.exists(chain[-1]):
             options = options_of_all(registry.load_for_change(held).spec)
-            below = vhdkit.FormatName(kind if len(chain) == 2 else "vhd")
+            below = vhdkit.FormatName(kind if len(chain) == 2 else above)
             vhdkit.create_child(chain[-1], chain[-2], options=replace(options, format_name=below))
         for parent, child in pairwise(chain):
-            held.tree.grow(parent, child, kind if parent == chain[0] else "vhd", child_id=vhdkit.image_id(child))
+            held.tree.grow(parent, child, kind if parent == chain[0] else above, child_id=vhdkit.image_id(child))
     except vhdkit.VhdkitError as error:
         raise store_problem(error, "adopt the newest image") from error
     held.save()  # before the definition: an unknown image is never removed
-    newest = (chain[-1], "vhd" if len(chain) > 1 else kind)
+    newest = (chain[-1], above if len(chain) > 1 else kind)
     return registry.update(held, lambda spec: relocated(spec, {str(step.disk): newest}), check_images=True)
 
 
@@ -194,7 +200,7 @@ def _look_at(
             f"{tips[0][-1]} becomes the disk", disk.id, start, (start, *tips[0]),
         )  # fmt: skip
     is_frozen = os.path.realpath(start) in frozen
-    chain = (start, child_path(start)) if is_frozen else (start,)
+    chain = (start, child_path(start, disk.format or "vhd")) if is_frozen else (start,)
     if start != path:
         return _missing(disk.id, path, start, chain, give_up=give_up)
     if is_frozen and os.path.realpath(start) not in others:

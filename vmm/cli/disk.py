@@ -24,11 +24,12 @@ from vmm.cli.common import (
     print_line,
     print_table,
 )
+from vmm.model.formats import IMAGE_FORMATS
 from vmm.model.spec import UNITS
 
 _VALUED = ("controller", "index", "unit", "serial", "format", "parent-dir")
 _FLAGS = ("read-only", "allow-raw-parent")
-_FORMATS = ("vhd", "raw")
+_FORMATS = IMAGE_FORMATS
 _ONLY_FOR_IMAGES = ("format", "parent-dir", "allow-raw-parent")
 
 
@@ -89,9 +90,9 @@ def disk_command() -> None:
 def add_command(name: str, disk: str | None, pass_through: bool, cdrom: bool, as_json: bool, quiet: bool) -> None:
     """Give the machine NAME a disk. A running machine gets it at once, on SCSI.
 
-    Options: controller=ide|scsi|virtio, index=N, unit=N, serial=TEXT, read-only, format=vhd|raw, parent-dir=DIR,
-    allow-raw-parent. Without controller=, the disk is on IDE while there is room; a read-only disk is on SCSI or
-    virtio.
+    Options: controller=ide|scsi|virtio, index=N, unit=N, serial=TEXT, read-only, format=vhd|vhdx|raw,
+    parent-dir=DIR, allow-raw-parent. Without controller=, the disk is on IDE while there is room; a read-only disk, or
+    one with sectors of 4096 bytes, is on SCSI or virtio.
     """
     if pass_through and cdrom:
         raise click.UsageError("--pass-through and --cdrom are mutually exclusive")
@@ -167,7 +168,7 @@ def list_command(name: str, as_json: bool, quiet: bool) -> None:
             [
                 one.disk.id,
                 one.disk.place,
-                one.disk.kind,
+                one.disk.kind_word,
                 format_size(one.size_bytes),
                 one.disk.serial,
                 one.disk.path or "empty",

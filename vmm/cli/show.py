@@ -203,7 +203,7 @@ def show_command(name: str, as_json: bool, quiet: bool) -> None:
     )
     _print_adapters(one)
     rows = [
-        [disk.id, disk.place, disk.kind + (", read-only" if disk.read_only else ""), format_size(info.size_bytes),
+        [disk.id, disk.place, disk.kind_word + (", read-only" if disk.read_only else ""), format_size(info.size_bytes),
          disk.serial, (disk.path or "empty") + (f"  ({info.problem})" if info.problem else "")]
         for info in manager.disks(name) for disk in (info.disk,)
     ]  # fmt: skip

@@ -245,6 +245,8 @@ def disk_device(disk: DiskSpec, *, boot_index: int | None = None) -> Device:
     if disk.path is not None:
         device["drive"] = disk.id
     device["serial"] = disk.serial
+    if disk.sector_bytes > 512 or disk.physical_sector_bytes > 512:
+        device |= {"logical_block_size": disk.sector_bytes, "physical_block_size": disk.physical_sector_bytes}
     if disk.kind != "iso":
         device |= {"werror": "stop", "rerror": "stop"}
     if boot_index is not None:

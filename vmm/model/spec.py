@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from vmm.model.complaints import words_of
 from vmm.model.errors import InvalidSpec
+from vmm.model.formats import ImageFormat
 from vmm.model.paths import check_name
 
 SCHEMA_VERSION: Final = 1
@@ -75,7 +76,9 @@ class DiskSpec(_Settings):
     serial: str = Field(
         default_factory=lambda: uuid.uuid4().hex[:MAX_SERIAL_CHARACTERS], pattern=r"^[A-Za-z0-9_-]{1,20}$"
     )
-    format: Literal["vhd", "raw"] | None = None  # fixed at the first probe: what the guest writes must not change it
+    format: ImageFormat | None = None  # fixed at the first probe: what the guest writes must not change it
+    sector_bytes: Literal[512, 4096] = 512  # as the image says; the guest sees such a disk
+    physical_sector_bytes: Literal[512, 4096] = 512
     parent_dirs: tuple[str, ...] = ()
     allow_raw_parent: bool = False
     identity: str | None = None  # of a pass-through device: WWN or similar, checked at every open
@@ -90,6 +93,10 @@ class DiskSpec(_Settings):
             )
         if self.kind == "iso" and self.controller != "ide":
             raise ValueError("a drive for ISO images must be on IDE")
+        if self.sector_bytes > 512 and self.controller == "ide":
+            raise ValueError(
+                f"a disk with sectors of {self.sector_bytes} bytes cannot be on IDE: put it on scsi or virtio"
+            )
         if self.kind != "iso" and self.path is None:
             raise ValueError("only a drive for ISO images may be empty")
         if self.path is not None and (not self.path or "\0" in self.path):
@@ -100,6 +107,11 @@ class DiskSpec(_Settings):
     def place(self) -> str:
         """The place where the disk is attached, as people write it: `ide0:1`."""
         return f"{self.controller}{self.controller_index}:{self.unit}"
+
+    @property
+    def kind_word(self) -> str:
+        """What the disk is, as lists show it: the format of an image, else its kind."""
+        return self.format or self.kind
 
     @property
     def is_image(self) -> bool:
@@ -233,6 +245,12 @@ class MachineSpec(_Settings):
         hard_disks = [disk for disk in self.disks if disk.kind != "iso"]
         if hard_disks and all(disk.controller == "scsi" for disk in hard_disks) and not self._boots_otherwise():
             raise ValueError("a machine cannot boot from SCSI: put the first disk on ide or virtio")
+        small = [disk for disk in hard_disks if disk.controller != "scsi" and disk.sector_bytes == 512]
+        if hard_disks and not small and self.firmware == "bios" and not self._boots_otherwise():
+            raise ValueError(
+                "the BIOS boots from disks with sectors of 512 bytes only, and the machine has none that it could boot"
+                " from: choose the firmware uefi"
+            )
         return self
 
     def _boots_otherwise(self) -> bool:

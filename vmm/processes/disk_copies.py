@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 
 from vmm.host.proc import python_command, python_environment
 from vmm.model.errors import AlreadyExists, StoreFailed, VmmError, WrongState, hint_of_vhdkit, of_os_error
+from vmm.model.formats import child_format
 from vmm.model.paths import MachinePaths, sync_folder, write_whole
 from vmm.model.spec import DiskSpec, MachineSpec
 from vmm.processes.rpc import Progress
@@ -31,6 +32,11 @@ def disks_to_copy(spec: MachineSpec) -> list[DiskSpec]:
 
     refuse_passed_through(spec, "a backup", hint="back up those disks from inside the guest")
     return [disk for disk in spec.disks if disk.is_image]
+
+
+def copy_name(disk: DiskSpec) -> str:
+    """The file name of a copy of a disk that has no parent: a VHDX of a VHDX disk, else a VHD."""
+    return f"{disk.id}.{child_format(disk.format)}"
 
 
 def check_target(folder: str) -> str:
@@ -77,7 +83,7 @@ async def copy_disks(
     try:
         copies = {}
         for disk in disks:
-            name = f"{disk.id}.vhd"
+            name = copy_name(disk)
             await _convert(disk, os.path.join(part, name), progress, ended)
             copies[disk.id] = os.path.join(target, name)
         write_whole(MachinePaths(part).definition, spec.to_json())
@@ -116,7 +122,8 @@ def uefi_variables_of(machine: MachinePaths, spec: MachineSpec) -> bytes | None:
 
 async def _convert(disk: DiskSpec, copy: str, progress: Progress, ended: Callable[[], bool]) -> None:
     assert disk.path is not None
-    words = ["convert", disk.path, copy, "--to", "dynamic", "--json"]
+    kind = "vhdx" if child_format(disk.format) == "vhdx" else "dynamic"
+    words = ["convert", disk.path, copy, "--to", kind, "--json"]
     words += parent_words(disk)
     words += ["--format", disk.format] if disk.format is not None else []
     process = await asyncio.create_subprocess_exec(

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import vhdkit
 from vmm.model.errors import InvalidSpec
 from vmm.model.events import add_event
+from vmm.model.formats import IMAGE_FORMATS
 from vmm.model.spec import MachineSpec
 from vmm.snapshots.dependents import images_of, refuse_older
 from vmm.snapshots.recovery import settle, taken_back
@@ -76,7 +77,7 @@ def create(machine: Changing, request: SnapshotRequest) -> Snapshot:
         is_saved = saved.is_saved(machine.paths)
         snapshot, pivots = begin(held, machine.spec, request, "saved" if is_saved else "off")
         snapshot = replace(snapshot, consistent=is_clean(machine.paths) and not is_saved)
-        check_chains(machine.spec, snapshot.disks)
+        check_chains(machine.spec, held.tree, snapshot.disks)
         folder = SnapshotFolder(snapshot.folder)
         held.begin(CreateOff(snapshot.folder, tuple(pivots)))
         with taken_back(held, "take the snapshot"):
@@ -103,7 +104,7 @@ def add(held: Held, snapshot: Snapshot, pivots: Sequence[Pivot]) -> None:
 def freeze(spec: MachineSpec, pivots: Sequence[Pivot]) -> None:
     """Create the new leaves, all or none for each format. Raises VhdkitError."""
     options = options_of_all(spec)
-    for kind in ("vhd", "raw"):
+    for kind in IMAGE_FORMATS:
         pairs = [(one.frozen, one.child) for one in pivots if one.format == kind]
         if pairs:
             vhdkit.snapshot_many(pairs, options=replace(options, format_name=vhdkit.FormatName(kind)))

@@ -26,7 +26,7 @@ import vhdkit
 from vmm.kvm import memory_file, program
 from vmm.model.errors import NoSpace, Refused, VmmError, of_os_error
 from vmm.model.spec import MachineSpec
-from vmm.snapshots.steps import check_chains, options_of_all, pivoted, pivots_for, store_problem
+from vmm.snapshots.steps import check_chains, format_of, options_of_all, pivoted, pivots_for, store_problem
 from vmm.store import registry, saved
 from vmm.store.images import look_at
 from vmm.store.media import look_at_files
@@ -59,8 +59,8 @@ def look_before_apply(machine: Machine, tree: Tree, snapshot: Snapshot) -> tuple
     machine, NoSpace, AccessDenied.
     """
     frozen = definition_of(snapshot, machine.spec)
-    check_chains(frozen, snapshot.disks)
-    _open_all(frozen, snapshot.disks)
+    check_chains(frozen, tree, snapshot.disks)
+    _open_all(frozen, tree, snapshot.disks)
     if snapshot.memory_bytes is not None:
         _check_memory(machine, snapshot)
     folder = SnapshotFolder(snapshot.folder)
@@ -115,14 +115,14 @@ def _is_fixed(path: str, facts: os.stat_result) -> bool:
     return bool(flags & (_FS_IMMUTABLE_FL | _FS_APPEND_FL))
 
 
-def _open_all(spec: MachineSpec, disks: Mapping[str, str]) -> None:
+def _open_all(spec: MachineSpec, tree: Tree, disks: Mapping[str, str]) -> None:
     """Open the images of a snapshot completely, not only their headers. Raises StoreFailed, NotFound."""
     options = options_of_all(spec)
     for disk in spec.disks:
         if disk.id in disks:
-            kind = replace(options, format_name=vhdkit.FormatName.RAW) if disk.format == "raw" else options
+            kind = vhdkit.FormatName(format_of(tree, disks[disk.id], disk))
             try:
-                vhdkit.open_disk(disks[disk.id], options=kind).close()
+                vhdkit.open_disk(disks[disk.id], options=replace(options, format_name=kind)).close()
             except vhdkit.ImageInUse:
                 pass  # used by the guest that is about to end, or by a merge that will stop
             except vhdkit.VhdkitError as error:

@@ -28,6 +28,7 @@ from typing import assert_never
 import vhdkit
 from vmm.model.errors import InUse, Refused, VmmError
 from vmm.model.events import add_event
+from vmm.model.formats import child_format
 from vmm.model.spec import MachineSpec
 from vmm.snapshots.dependents import parent_folders
 from vmm.snapshots.steps import (
@@ -316,11 +317,13 @@ def record_chain(held: Held, journal: MergeLive, chain: Mapping[str, str | None]
     if not os.path.lexists(journal.layers[0]):
         tree.merged(_known(held, journal.target), journal.layers)
     image = tree.images.get(paths[0])
-    leaf = (paths[0], image.format if image is not None else "vhd")
+    disk = registry.load_for_change(held).spec.disk(journal.disk)
+    made = child_format(disk.format if disk is not None else None)  # of images that the merge made
+    leaf = (paths[0], image.format if image is not None else made)
     for child, parent in reversed(list(pairwise(paths))):  # the oldest first: a new leaf may stand on a new one
         known = tree.images.get(child)
         if known is None and parent in tree.images:
-            tree.images[child] = Image(parent, ours=True, id=chain[child])  # made by the merge
+            tree.images[child] = Image(parent, ours=True, format=made, id=chain[child])
         elif known is not None and known.ours:
             tree.images[child] = replace(known, parent=parent, id=known.id or chain[child])
     for path in [path for path, one in tree.images.items() if one.ours and not os.path.lexists(path)]:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 
 import vhdkit
 from vmm.model.errors import Refused, VmmError, hint_of_vhdkit, of_os_error, store_error
+from vmm.model.formats import ImageFormat, child_format, child_suffix
 from vmm.model.paths import sync_folder, write_whole
 from vmm.model.spec import DiskSpec, MachineSpec
 from vmm.snapshots.dependents import judge, parent_folders
@@ -63,37 +64,42 @@ def pivots_for(spec: MachineSpec, tree: Tree, frozen: Mapping[str, str]) -> list
     for disk in spec.disks:
         if disk.is_writable_image and disk.id in frozen:
             path = frozen[disk.id]
-            known = tree.images.get(path)
-            kind = known.format if known is not None else (disk.format or "vhd")
-            found.append(Pivot(disk.id, path, child_path(path), kind))
+            kind = format_of(tree, path, disk)
+            found.append(Pivot(disk.id, path, child_path(path, kind), kind))
     return found
 
 
-def child_path(frozen: str) -> str:
-    """An unused path for a new leaf beside an image: the image's name and eight random hexadecimal digits."""
+def format_of(tree: Tree, path: str, disk: DiskSpec) -> ImageFormat:
+    """The format of an image that is the disk's in some state of the machine; the guest may have written anything."""
+    known = tree.images.get(path)
+    return known.format if known is not None else (disk.format or "vhd")
+
+
+def child_path(frozen: str, kind: ImageFormat = "vhd") -> str:
+    """An unused path for a new leaf beside an image of this format: its name and eight random hexadecimal digits."""
     folder, name = os.path.split(frozen)
     stem = os.path.splitext(name)[0]
     if ours := _OWN_STEM.fullmatch(stem):
         stem = ours[1]
     stem = os.fsdecode(os.fsencode(stem)[:_MAX_STEM_BYTES])
     while True:
-        path = os.path.join(folder, f"{stem}_{os.urandom(4).hex()}.avhd")
+        path = os.path.join(folder, f"{stem}_{os.urandom(4).hex()}{child_suffix(kind)}")
         if not os.path.lexists(path):
             return path
 
 
 def pivoted(spec: MachineSpec, pivots: Sequence[Pivot]) -> MachineSpec:
     """The definition with the new leaves as its disks."""
-    return relocated(spec, {one.disk: (one.child, "vhd") for one in pivots})
+    return relocated(spec, {one.disk: (one.child, child_format(one.format)) for one in pivots})
 
 
-def relocated(spec: MachineSpec, images: Mapping[str, tuple[str, str]]) -> MachineSpec:
+def relocated(spec: MachineSpec, images: Mapping[str, tuple[str, ImageFormat]]) -> MachineSpec:
     """The definition with other images: disk id -> (path, format)."""
     disks = []
     for disk in spec.disks:
         if disk.id in images:
             path, kind = images[disk.id]
-            raw_below = disk.allow_raw_parent or (disk.format == "raw" and kind == "vhd")
+            raw_below = disk.allow_raw_parent or (disk.format == "raw" and kind != "raw")
             disk = disk.model_copy(update={"path": path, "format": kind, "allow_raw_parent": raw_below})
         disks.append(disk)
     return spec.changed(disks=disks)
@@ -178,17 +184,16 @@ def chain_of(disk: DiskSpec) -> list[str]:
         raise store_problem(error, "read the chain") from error
 
 
-def check_chains(spec: MachineSpec, disks: Mapping[str, str]) -> None:
+def check_chains(spec: MachineSpec, tree: Tree, disks: Mapping[str, str]) -> None:
     """Raise Refused, naming the file, if an image of a snapshot or one of its ancestors cannot be opened."""
     options = options_of_all(spec)
     for disk in spec.disks:
         if disk.id not in disks:
             continue
         path = disks[disk.id]
-        raw = disk.format == "raw"
-        kind = replace(options, format_name=vhdkit.FormatName.RAW) if raw else options
+        kind = vhdkit.FormatName(format_of(tree, path, disk))
         try:
-            vhdkit.chain_paths(path, options=kind)
+            vhdkit.chain_paths(path, options=replace(options, format_name=kind))
         except vhdkit.VhdkitError as error:
             raise Refused(
                 f"the disk {disk.id} cannot be read: {error.problem}", machine=spec.name, path=error.path or path,

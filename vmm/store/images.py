@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 import vhdkit
 from vmm.model.errors import InvalidSpec, NotFound, Refused, store_error
 from vmm.model.events import add_event
-from vmm.model.spec import DiskSpec, PathsSpec
+from vmm.model.formats import ImageFormat, child_suffix, is_image_format
+from vmm.model.spec import DiskSpec, PathsSpec, make_disk
 from vmm.store.known_images import known_images
 from vmm.store.media import open_medium
 from vmm.store.registry import Machine
@@ -30,8 +31,10 @@ class KnownImage:
     """What was found out about an image by opening it."""
 
     path: str
-    format: str  # "vhd" or "raw"
+    format: ImageFormat
     size_bytes: int
+    sector_bytes: int
+    physical_sector_bytes: int
 
 
 def find_image(path: str, folder: str) -> str:
@@ -97,28 +100,20 @@ def look_at(disk: DiskSpec, *, writable: bool = False) -> KnownImage:
     InUse.
     """
     assert disk.path is not None
-    kinds = [vhdkit.FormatName(disk.format)] if disk.format is not None else []
+    kind = None if disk.format is None else vhdkit.FormatName(disk.format)
     try:
-        if not kinds:
-            with _open(disk, None, lock=False) as found:  # gives the best error for a file of neither format
-                _refuse_vhdx(disk, found)
-            kinds = [vhdkit.FormatName.VHD, vhdkit.FormatName.RAW]
-        for kind in kinds:
-            try:
-                opened = _open(disk, kind, lock=writable, writable=writable)
-            except (vhdkit.CorruptImage, vhdkit.UnsupportedFormat):
-                if kind is kinds[-1]:
-                    raise
-            else:
-                with opened:
-                    if opened.size_bytes < MIN_DISK_BYTES:
-                        raise InvalidSpec(f"is too small for a disk: it has {opened.size_bytes} bytes", path=disk.path)
-                    if kind is vhdkit.FormatName.RAW and disk.format is None and is_cd_image(opened):
-                        raise InvalidSpec(
-                            "contains the file system of a CD or DVD", path=disk.path,
-                            hint="insert it as a medium (--cdrom), or force its use as a hard disk with ,format=raw",
-                        )  # fmt: skip
-                    return KnownImage(disk.path, kind.value, opened.size_bytes)
+        with _open(disk, kind, lock=writable, writable=writable) as opened:
+            if opened.size_bytes < MIN_DISK_BYTES:
+                raise InvalidSpec(f"is too small for a disk: it has {opened.size_bytes} bytes", path=disk.path)
+            leaf = opened.chain.leaf
+            assert is_image_format(leaf.format_name)
+            if leaf.format_name == "raw" and disk.format is None and is_cd_image(opened):
+                raise InvalidSpec(
+                    "contains the file system of a CD or DVD", path=disk.path,
+                    hint="insert it as a medium (--cdrom), or force its use as a hard disk with ,format=raw",
+                )  # fmt: skip
+            sectors = leaf.sector_bytes, max(leaf.sector_bytes, leaf.facts.physical_sector_bytes)
+            return KnownImage(disk.path, leaf.format_name, opened.size_bytes, *sectors)
     except vhdkit.NotFound as error:
         raise NotFound(
             "the image does not exist",
@@ -127,16 +122,15 @@ def look_at(disk: DiskSpec, *, writable: bool = False) -> KnownImage:
         ) from error
     except vhdkit.VhdkitError as error:
         raise store_error(error) from error
-    raise AssertionError("the last format was opened, or its error was raised")
 
 
-def _refuse_vhdx(disk: DiskSpec, opened: vhdkit.Disk) -> None:
-    """Raise InvalidSpec for a chain of VHDX images, which must not be taken for raw disks."""
-    if opened.chain.leaf.format_name == vhdkit.FormatName.VHDX:
-        raise InvalidSpec(
-            "is a VHDX image; disks of machines are VHD or raw images", path=disk.path,
-            hint=f"convert it first: vhdkit convert {disk.path} DISK.vhd",
-        )  # fmt: skip
+def as_found(disk: DiskSpec) -> DiskSpec:
+    """The disk with what its image says: its format and its sector sizes. Raises as `look_at`, and InvalidSpec."""
+    found = look_at(disk)
+    return make_disk(
+        **disk.model_dump() | {"format": found.format, "sector_bytes": found.sector_bytes,
+                               "physical_sector_bytes": found.physical_sector_bytes}
+    )  # fmt: skip
 
 
 def is_cd_image(opened: vhdkit.Disk) -> bool:
@@ -156,7 +150,7 @@ def refuse_frozen(disk: DiskSpec) -> None:
         raise Refused(
             f"{children[0]}{more} on it: it is not the newest image, and must not change", path=disk.path,
             hint="add the newest one, which has the latest writes, or a child of its own: "
-            f"vhdkit create NEW.avhd --parent {disk.path}",
+            f"vhdkit create NEW{child_suffix(disk.format)} --parent {disk.path}",
         )  # fmt: skip
 
 

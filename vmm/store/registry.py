@@ -21,6 +21,7 @@ from vmm.host.loops import inode_of
 from vmm.host.proc import HeldLock
 from vmm.model import paths, unfinished
 from vmm.model.errors import AlreadyExists, InUse, VmmError, of_os_error
+from vmm.model.formats import child_suffix
 from vmm.model.paths import MachinePaths, RuntimePaths, make_folders
 from vmm.model.spec import DiskSpec, MachineSpec, read_spec
 from vmm.store.known_images import being_merged
@@ -296,7 +297,8 @@ def check_disks(spec: MachineSpec) -> None:
         for disk in other.spec.disks:
             own = mine.get(_identity(disk)) if disk.kind != "iso" else None
             if own is not None and not (own.read_only and disk.read_only):
-                child = f"give this machine a child of its own: vhdkit create NEW.avhd --parent {own.path}"
+                new = f"NEW{child_suffix(own.format)}"
+                child = f"give this machine a child of its own: vhdkit create {new} --parent {own.path}"
                 raise InUse(
                     f"is already a disk of the machine {other.name}",
                     machine=spec.name,

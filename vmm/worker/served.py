@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vmm.model.errors import StoreFailed, TimedOut, VmmError, WrongState
 from vmm.snapshots.recovery import adopt, record_chain, remove_unused
@@ -67,9 +67,13 @@ async def served_ids(running: Running) -> dict[str, str | None]:
 async def _served(running: Running) -> dict[str, dict[str, str | None]]:
     """Disk id -> its images with their ids, leaf first."""
     status = await running.server.call("status")
-    return {
-        one["name"]: {layer["path"]: layer["unique_id"] for layer in one["layers"]} for one in status["exports"]
-    }  # fmt: skip
+    return {one["name"]: {layer["path"]: _id_of(layer) for layer in one["layers"]} for one in status["exports"]}
+
+
+def _id_of(layer: dict[str, Any]) -> str | None:
+    """The id of a layer's file, which is the only id in the answer of a server that vmm 0.1.0 started."""
+    found: str | None = layer.get("file_id", layer["unique_id"])
+    return found
 
 
 async def wait_merged(running: Running, disk: str) -> None:

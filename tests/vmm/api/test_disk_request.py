@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,27 @@ def test_an_iso_image_inside_a_vhd_is_a_disk(spec: MachineSpec, tmp_path: Path) 
     with vhdkit.open_disk(path, writable=True) as disk:
         disk.write(0, make_iso(tmp_path / "system.iso", "installer").read_bytes())
     assert disk_of(DiskRequest(str(path)), spec).format == "vhd"
+
+
+def test_large_sectors_are_never_on_ide(spec: MachineSpec, tmp_path: Path) -> None:
+    """A VHDX with sectors of 4096 bytes is refused on IDE; by default it goes to SCSI, or as the first disk to virtio,
+    with its sector sizes."""
+    for name, sector_bytes in (("large", 4096), ("small", 512)):
+        vhdkit.create_image(tmp_path / f"{name}.vhdx", 4 * MIB, disk_format="vhdx", sector_bytes=sector_bytes)
+    large, small = DiskRequest(str(tmp_path / "large.vhdx")), DiskRequest(str(tmp_path / "small.vhdx"))
+    with pytest.raises(InvalidSpec, match="on IDE has sectors of 512"):
+        disk_of(replace(large, controller="ide"), spec)
+    first = disk_of(large, spec.changed(firmware="uefi"))
+    assert (first.controller, first.sector_bytes, first.physical_sector_bytes) == ("virtio", 4096, 4096)
+    ordinary = disk_of(small, spec)
+    assert (ordinary.controller, ordinary.sector_bytes, ordinary.physical_sector_bytes) == ("ide", 512, 4096)
+    assert disk_of(large, spec.changed(disks=[ordinary])).controller == "scsi"
+
+
+def test_the_largest_vhdx_is_a_disk(spec: MachineSpec, tmp_path: Path) -> None:
+    """A disk of 64 TiB is examined like any other."""
+    vhdkit.create_image(tmp_path / "huge.vhdx", 64 << 40, disk_format="vhdx", block_size_bytes=256 * MIB)
+    assert disk_of(DiskRequest(str(tmp_path / "huge.vhdx")), spec).format == "vhdx"
 
 
 def test_a_read_only_disk_is_never_on_ide(spec: MachineSpec, tmp_path: Path) -> None:

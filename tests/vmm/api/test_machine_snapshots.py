@@ -10,13 +10,14 @@ import pytest
 
 import vhdkit
 import vmm
-from tests.vmm.snapshots.machines import DISK_BYTES, Machines
+from tests.vmm.snapshots.machines import DISK_BYTES, Machines, each_kind
 from vmm.model.errors import AlreadyExists, InUse, InvalidSpec, NotFound, Refused, WrongState
 from vmm.model.spec import DiskSpec
 from vmm.store import registry
 from vmm.store.snapshots.tree import read_tree
 
 
+@each_kind
 def test_create_apply_and_branch(machines: Machines) -> None:
     """Applying a snapshot discards later writes, the snapshot stays, and the next one begins a branch."""
     web = machines.create(disks=2)

@@ -221,6 +221,15 @@ def test_every_disk_has_its_own_place(data: st.DataObject) -> None:
     assert {one["bus"].removesuffix(".0") for one in found if one["driver"] == "scsi-hd"} <= controllers
 
 
+@pytest.mark.parametrize("controller", ["scsi", "virtio"])
+def test_the_guest_sees_the_sectors_of_the_disk(controller: str) -> None:
+    """Sector sizes other than 512 bytes are given to QEMU, which takes them; others are its default."""
+    usual = make_disk(id="disk-0", path="/d", controller=controller)
+    large = make_disk(id="disk-0", path="/d", controller=controller, sector_bytes=4096, physical_sector_bytes=4096)
+    added = {"logical_block_size": 4096, "physical_block_size": 4096}
+    assert disk_device(large) == {**disk_device(usual), "serial": large.serial, **added}
+
+
 def test_empty_drive() -> None:
     """A drive without a medium has no node."""
     assert "drive" not in disk_device(make_disk(id="disk-0", kind="iso", path=None))

@@ -80,6 +80,9 @@ def test_good_names(name: str) -> None:
         ({"disks": [disk(0), disk(1, controller="scsi", unit=64)]}, "scsi0:64 does not exist"),
         ({"disks": [disk(0), disk(1, controller="scsi", controller_index=4)]}, "scsi4:1 does not exist"),
         ({"disks": [disk(0, controller="scsi")]}, "cannot boot from SCSI"),
+        ({"disks": [disk(0, sector_bytes=4096)]}, "sectors of 4096 bytes cannot be on IDE"),
+        ({"disks": [disk(0, sector_bytes=1024)]}, "sector_bytes"),
+        ({"disks": [disk(0, sector_bytes=4096, controller="virtio")]}, "the BIOS boots from"),
         ({"disks": [disk(0, kind="iso", controller="scsi")]}, "a drive for ISO images must be on IDE"),
         ({"disks": [disk(0, path=None)]}, "may be empty"),
         ({"disks": [disk(0, path="")]}, "must not be empty"),
@@ -98,6 +101,14 @@ def test_impossible_settings(settings: dict[str, Any], words: str) -> None:
         make_spec(name="web", **settings)
     assert "\n" not in str(caught.value)
     assert caught.value.machine == "web"
+
+
+def test_uefi_boots_from_large_sectors() -> None:
+    """A disk with sectors of 4096 bytes may be the only one with UEFI, or if there is something else to boot from."""
+    large = disk(0, sector_bytes=4096, controller="virtio")
+    assert make_spec(name="web", disks=[large], firmware="uefi").disks[0].sector_bytes == 4096
+    assert make_spec(name="web", disks=[large], kernel="/k").firmware == "bios"
+    assert len(make_spec(name="web", disks=[disk(1), large]).disks) == 2
 
 
 def test_changes_are_checked() -> None:

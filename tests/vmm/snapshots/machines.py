@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import vhdkit
 import vmm
 from vmm.api.machine_snapshots import MachineSnapshots
@@ -24,20 +26,23 @@ from vmm.store import registry
 from vmm.store.snapshots.store import load_tree, read_merging
 from vmm.store.state import processes_of
 
+each_kind = pytest.mark.parametrize("machines", ["vhd", "vhdx"], indirect=True)
+SUFFIXES = (".vhd", ".avhd", ".vhdx", ".avhdx")
 DISK_BYTES = 1 << 20
 BLOCK_BYTES = 512 << 10
 
 
 @dataclass
 class Machines:
-    """All machines of one test."""
+    """All machines of one test, whose disks are images of one kind: vhd or vhdx."""
 
     folder: Path
+    kind: str = "vhd"
 
     def create(self, name: str = "web", disks: Sequence[Path] | int = 1, **settings: Any) -> MachineSnapshots:
         """Make a machine with that many new disks on SCSI and IDE, or with these."""
         if isinstance(disks, int):
-            disks = [self.disk(f"{name}-{number}.vhd") for number in range(disks)]
+            disks = [self.disk(f"{name}-{number}.{self.kind}") for number in range(disks)]
         vmm.Manager().create(
             name, disks=[vmm.DiskRequest(str(path)) for path in disks], memory_bytes=16 << 20, **settings
         )
@@ -46,7 +51,10 @@ class Machines:
     def disk(self, name: str) -> Path:
         """Make a new image with a unique first sector."""
         path = self.folder / name
-        vhdkit.create_image(path, DISK_BYTES, block_size_bytes=BLOCK_BYTES)
+        if path.suffix == ".vhdx":
+            vhdkit.create_image(path, DISK_BYTES, disk_format="vhdx")
+        else:
+            vhdkit.create_image(path, DISK_BYTES, block_size_bytes=BLOCK_BYTES)
         with vhdkit.open_disk(path, writable=True) as disk:
             disk.write(0, name.encode().ljust(512, b"\0"))
         return path
@@ -88,7 +96,7 @@ class Machines:
 
     def images(self) -> set[str]:
         """The names of all images in the folder."""
-        return {path.name for path in self.folder.iterdir() if path.suffix in (".vhd", ".avhd")}
+        return {path.name for path in self.folder.iterdir() if path.suffix in SUFFIXES}
 
     def end(self) -> None:
         """Kill whatever still runs."""

@@ -25,6 +25,7 @@ def facts_of(metadata: Metadata) -> ImageFacts:
         made_size_bytes=items.size_bytes,
         block_size_bytes=items.block_size,
         sector_bytes=items.logical_sector_bytes,
+        physical_sector_bytes=items.physical_sector_bytes,
         linkage_id=header.data_write_guid,
         parent=metadata.parent,
         findings=metadata.findings,

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 from vhdkit import errors
-from vhdkit.chain.names.parents import allowed_folders
+from vhdkit.chain.names.parents import allowed_folders, format_id
 from vhdkit.chain.verbs.live import Freezing, freezing
 from vhdkit.chain.verbs.resize import resize_open
 from vhdkit.disk import Disk
@@ -413,7 +413,14 @@ def _export_document(export: ImageExport) -> dict[str, Any]:
     """An export as reported by `status`. Layers are listed leaf first."""
     disk = export.disk
     layers = [
-        {"path": layer.store.name, "kind": layer.facts.title, "unique_id": unique_id, "writable": layer.writable}
+        {
+            "path": layer.store.name,
+            "kind": layer.facts.title,
+            "format": layer.format_name,
+            "unique_id": unique_id,
+            "file_id": None if layer.facts.file_id is None else format_id(layer.facts.file_id),
+            "writable": layer.writable,
+        }
         for layer, unique_id in zip(disk.chain.layers, disk.layer_ids, strict=True)
     ]
     return {

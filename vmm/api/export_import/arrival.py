@@ -18,10 +18,11 @@ from vmm.api.export_import.exporting import FORMAT, MANIFEST, UEFI_VARIABLES
 from vmm.api.export_import.foreign import LEAVE_OUT, Consent, Judged, judge
 from vmm.api.export_import.inside import Inside
 from vmm.model.errors import InvalidSpec, NotFound, Refused, VmmError
+from vmm.model.formats import ImageFormat, child_format
 from vmm.model.spec import MachineSpec, make_disk, read_spec
 from vmm.snapshots.steps import store_problem
 from vmm.store import devices
-from vmm.store.images import look_at, refuse_frozen
+from vmm.store.images import as_found, refuse_frozen
 from vmm.store.media import open_medium
 from vmm.store.snapshots.tree import MAX_LIMIT, Tree, read_tree
 
@@ -30,7 +31,7 @@ _MAX_DEFINITION_BYTES = 4 << 20
 _MAX_FILES = 16384
 # Files that are read whole have limits of their own; the others only take space, which is checked.
 _MAX_UEFI_BYTES, _MAX_DESCRIPTION_BYTES = 64 << 20, 8 << 20
-_MAX_FILE_BYTES = 64 << 40  # of a raw image; a file with holes may seem as large as anything
+_MAX_FILE_BYTES = 65 << 40  # of a VHDX of 64 TiB; a file with holes may seem as large as anything
 _MAX_LISTED = 20  # problems in one message
 _OPTIONS = vhdkit.OpenOptions(allow_raw_parent=True)  # parents lie in the image's own folder and nowhere else
 
@@ -208,12 +209,13 @@ def placed(arrival: Arrival, name: str) -> str:
     return os.path.join(arrival.folder, name)
 
 
-def _images_for(arrival: Arrival, key: str | None, spec: MachineSpec) -> dict[str, tuple[str, str]]:
+def _images_for(arrival: Arrival, key: str | None, spec: MachineSpec) -> dict[str, tuple[str, ImageFormat]]:
     """Disk id -> (path, format) of the images that the export has for a definition."""
     if key is None:
-        return {disk.id: (placed(arrival, arrival.images[disk.id]), "vhd" if arrival.flat else disk.format or "vhd")
+        return {disk.id: (placed(arrival, arrival.images[disk.id]),
+                          child_format(disk.format) if arrival.flat else disk.format or "vhd")
                 for disk in spec.disks if disk.id in arrival.images}  # fmt: skip
-    found: dict[str, tuple[str, str]] = {}
+    found: dict[str, tuple[str, ImageFormat]] = {}
     for disk in spec.disks:
         path = arrival.tree.snapshots[key].disks.get(disk.id)
         if path is not None:
@@ -234,7 +236,7 @@ def _looked_at(judged: Judged) -> MachineSpec:
             elif disk.kind == "iso":
                 os.close(open_medium(path))
             else:
-                disk = make_disk(**{**disk.model_dump(), "format": look_at(disk).format})
+                disk = as_found(disk)
                 refuse_frozen(disk)
         disks.append(disk)
     for file in (spec.kernel, spec.initrd):

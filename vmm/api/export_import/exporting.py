@@ -26,9 +26,10 @@ from vmm.api import machines
 from vmm.model.counting import Counter
 from vmm.model.errors import NoSpace, WrongState
 from vmm.model.events import add_event
+from vmm.model.formats import child_format
 from vmm.model.paths import sync_folder, write_whole
 from vmm.model.spec import DiskSpec, MachineSpec
-from vmm.processes.disk_copies import check_target, make_part
+from vmm.processes.disk_copies import check_target, copy_name, make_part
 from vmm.snapshots.dependents import refuse_older
 from vmm.snapshots.preflight import definition_of
 from vmm.snapshots.recovery import settle
@@ -145,7 +146,7 @@ class _Export:
         if spec.firmware == "uefi" and os.path.exists(self._machine.paths.uefi_variables):
             copy_file(self._machine.paths.uefi_variables, os.path.join(self._part, UEFI_VARIABLES))
         self._copy_media(specs)
-        return self._finish(spec, images, tree, "vhd" if flat else None)
+        return self._finish(spec, images, tree, flat=flat)
 
     def one(self, snapshot: Snapshot, flat: bool) -> TransferResult:
         """Export the machine as it was at the snapshot, without snapshots."""
@@ -163,7 +164,7 @@ class _Export:
         if os.path.exists(folder.uefi_variables):
             copy_file(folder.uefi_variables, os.path.join(self._part, UEFI_VARIABLES))
         self._copy_media([spec])
-        return self._finish(spec, images, Tree(), "vhd" if flat else None)
+        return self._finish(spec, images, Tree(), flat=flat)
 
     def _chain(self, disk: DiskSpec) -> list[str]:
         assert disk.path is not None
@@ -186,7 +187,8 @@ class _Export:
         for disk in spec.disks:
             if not disk.is_image or disk.path is None:
                 continue
-            name = f"{disk.id}.vhd"
+            name = copy_name(disk)
+            kind = vhdkit.DiskFormat.VHDX if child_format(disk.format) == "vhdx" else vhdkit.DiskFormat.DYNAMIC
             options = replace(self._options, parent_dirs=(*self._options.parent_dirs, *disk.parent_dirs))
             if disk.format is not None:
                 options = replace(options, format_name=vhdkit.FormatName(disk.format))
@@ -195,8 +197,7 @@ class _Export:
                 self._progress({"step": f"copying {disk_id}", "done": done, "total": total})
 
             vhdkit.convert(
-                disk.path, os.path.join(self._part, "disks", name), vhdkit.DiskFormat.DYNAMIC, options=options,
-                progress=tell,
+                disk.path, os.path.join(self._part, "disks", name), kind, options=options, progress=tell,
             )  # fmt: skip
             os.chmod(os.path.join(self._part, "disks", name), 0o600)
             names[disk.id] = name
@@ -266,7 +267,7 @@ class _Export:
             need_room(folder, os.stat(source).st_blocks * 512)
             copy_file(source, os.path.join(folder, name), self._counter.did)
 
-    def _finish(self, spec: MachineSpec, images: dict[str, str], tree: Tree, kind: str | None) -> TransferResult:
+    def _finish(self, spec: MachineSpec, images: dict[str, str], tree: Tree, *, flat: bool) -> TransferResult:
         files = {}
         for parent, _, names in os.walk(self._part):
             for name in names:
@@ -277,7 +278,7 @@ class _Export:
             "definition": json.loads(spec.to_json()),
             "images": images,
             "media": self._media,
-            "flat": kind is not None,
+            "flat": flat,
             "tree": json.loads(tree.to_json()),
             "files": files,
         }

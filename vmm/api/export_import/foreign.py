@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from vmm.model.formats import ImageFormat
 from vmm.model.spec import AdapterSpec, AutomaticSpec, DiskSpec, IntegrationSpec, MachineSpec, PathsSpec
 
 Decision = Literal["allowed", "confined", "asked", "dropped", "nested"]
@@ -52,7 +53,8 @@ DECISIONS: dict[type[BaseModel], dict[str, Decision]] = {
     DiskSpec: {
         "id": "allowed", "kind": "allowed", "path": "confined", "controller": "allowed",
         "controller_index": "allowed", "unit": "allowed", "read_only": "allowed", "serial": "allowed",
-        "format": "allowed", "parent_dirs": "dropped", "allow_raw_parent": "allowed", "identity": "dropped",
+        "format": "allowed", "sector_bytes": "allowed", "physical_sector_bytes": "allowed",
+        "parent_dirs": "dropped", "allow_raw_parent": "allowed", "identity": "dropped",
     },
     AdapterSpec: {
         "id": "allowed", "switch": "confined", "kind": "allowed", "mac": "allowed", "vlan": "allowed",
@@ -101,7 +103,7 @@ class Judged:
 
 
 def judge(
-    spec: MachineSpec, *, images: Mapping[str, tuple[str, str]], inside: Mapping[str, str], consent: Consent
+    spec: MachineSpec, *, images: Mapping[str, tuple[str, ImageFormat]], inside: Mapping[str, str], consent: Consent
 ) -> Judged:
     """The definition as allowed on this host.
 
@@ -152,12 +154,12 @@ class _Finding:
         self._grant(f"{what} {path} is {new}" if new else f"goes without {what} {path}")
         return new or None
 
-    def disk(self, disk: DiskSpec, images: Mapping[str, tuple[str, str]]) -> DiskSpec | None:
+    def disk(self, disk: DiskSpec, images: Mapping[str, tuple[str, ImageFormat]]) -> DiskSpec | None:
         """The disk as allowed on this host; None if the machine goes without it."""
         changes: dict[str, Any] = {"parent_dirs": (), "identity": None}  # its parents lie beside it
         if disk.is_image and disk.id in images:
             path, kind = images[disk.id]
-            raw_below = disk.allow_raw_parent or (disk.format == "raw" and kind == "vhd")
+            raw_below = disk.allow_raw_parent or (disk.format == "raw" and kind != "raw")
             return disk.model_copy(update={**changes, "path": path, "format": kind, "allow_raw_parent": raw_below})
         is_device = disk.kind == "pass-through"
         path_now = _Finding(self._judged, {} if is_device else self._inside, self._consent).path(

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, assert_never, get_args
 
 from vmm.model.errors import VmmError
+from vmm.model.formats import ImageFormat, child_suffix, is_image_format
 from vmm.store.backup_note import is_child_name
 from vmm.store.snapshots.snapshot import Snapshot, absolute_path, folder_path, snapshot_document, snapshot_of
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from vmm.model.spec import MachineSpec
 
 SavedStep = Literal["adapt", "put", "drop"]
-OWN_NAME = re.compile(r"(.+)_[0-9a-f]{8}\.avhd")  # names of images that vmm makes for snapshots
+OWN_NAME = re.compile(r"(.+)_[0-9a-f]{8}\.avhdx?")  # names of images that vmm makes for snapshots
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class Pivot:
     disk: str
     frozen: str
     child: str
-    format: Literal["vhd", "raw"]  # of the frozen image
+    format: ImageFormat  # of the frozen image
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,9 +291,11 @@ def _pivots(rows: object, *, of_backup: bool = False) -> tuple[Pivot, ...]:
     for row in _list(rows):
         disk, frozen, child, kind = _list(row)
         frozen, child = absolute_path(frozen), absolute_path(child)
-        if kind not in ("vhd", "raw") or os.path.dirname(child) != os.path.dirname(frozen) or child == frozen:
+        if not is_image_format(kind) or os.path.dirname(child) != os.path.dirname(frozen) or child == frozen:
             raise ValueError("children")
         if not (OWN_NAME.fullmatch(os.path.basename(child)) or (of_backup and is_child_name(child))):
+            raise ValueError("children")
+        if os.path.splitext(child)[1] != child_suffix(kind):
             raise ValueError("children")
         found.append(Pivot(_text(disk), frozen, child, kind))
     if len({one.child for one in found}) < len(found) or len({one.disk for one in found}) < len(found):

@@ -3,8 +3,9 @@
 
 Decides what counts as proof (`INV-PROVEN-OURS`). Records are untrusted, and images are precious: we may remove an
 image if it is a regular file beside the image on which it stands, and has the id that was recorded when it was made. A
-record of vmm 0.1.0 has no id: in that case the name must be of vmm's form, and the image must really stand on what the
-record says. A file that fails is listed with the reason, and left alone. Must not know what is done afterwards.
+VHDX has no id that stays the same when it is written to, and a record of vmm 0.1.0 has none: in these cases the name
+must be of vmm's form, and the image must really stand on what the record says. A file that fails is listed with the
+reason, and left alone. Must not know what is done afterwards.
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 import vhdkit
+from vmm.model.formats import child_suffix
 from vmm.store.snapshots.snapshot import Image
-
-CHILD_SUFFIX = ".avhd"  # of every image that vmm makes
 
 
 def doubt(path: str, image: Image, folders: Collection[str]) -> str | None:
@@ -39,11 +39,9 @@ def doubt(path: str, image: Image, folders: Collection[str]) -> str | None:
         found = vhdkit.image_id(path)
     except vhdkit.VhdkitError as error:
         return f"it cannot be read: {error.problem}"
-    if found is None:
-        return "it has no id by which to recognize it"
     if image.id is not None:
         return None if found == image.id else "it is not the image that was made for the machine"
-    if not path.endswith(CHILD_SUFFIX) or not stands_on(path, image.parent, folders):
+    if not path.endswith(child_suffix(image.format)) or not stands_on(path, image.parent, folders):
         return "nothing proves that it was made for the machine"
     return None
 

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
+from vmm.model.formats import ImageFormat, is_image_format
+
 _SNAPSHOT_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 TakenIn = Literal["running", "paused", "saved", "off"]
@@ -22,13 +24,13 @@ TakenIn = Literal["running", "paused", "saved", "off"]
 class Image:
     """An image of the tree. `parent`: the path of its parent; None for an image whose parent is not ours to change.
 
-    `id`: the unique id in the file, which is checked before the image is removed; None if vmm 0.1.0 wrote the record,
-    or if the image has none.
+    `id`: the id of the file (`vhdkit.image_id`), which is checked before the image is removed; None if vmm 0.1.0 wrote
+    the record, or if the format has no id that stays (VHDX).
     """
 
     parent: str | None
     ours: bool
-    format: Literal["vhd", "raw"] = "vhd"
+    format: ImageFormat = "vhd"
     id: str | None = None
 
 
@@ -94,7 +96,7 @@ def snapshot_of(document: dict[str, Any]) -> Snapshot:
 def image_of(document: dict[str, Any]) -> Image:
     """Parse what `image_document` wrote. Raises ValueError, KeyError, TypeError."""
     parent, image_id = document["parent"], document.get("id")
-    if document["format"] not in ("vhd", "raw") or not isinstance(document["ours"], bool):
+    if not is_image_format(document["format"]) or not isinstance(document["ours"], bool):
         raise ValueError("image")
     if image_id is not None and not isinstance(image_id, str):
         raise TypeError("id")

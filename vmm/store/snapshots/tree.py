@@ -18,9 +18,10 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 from vmm.model.errors import AlreadyExists, InvalidSpec, NotFound, Refused, VmmError
+from vmm.model.formats import ImageFormat, child_format
 from vmm.store.snapshots.snapshot import (
     Image,
     Snapshot,
@@ -124,12 +125,10 @@ class Tree:
         self.snapshots[snapshot.id] = snapshot
         self.now = snapshot.id
 
-    def grow(
-        self, frozen: str, child: str, format_name: Literal["vhd", "raw"], *, child_id: str | None = None
-    ) -> None:
-        """Add a frozen image and the child made on it, which has that unique id."""
+    def grow(self, frozen: str, child: str, format_name: ImageFormat, *, child_id: str | None = None) -> None:
+        """Add a frozen image of that format and the child made on it, whose file has that id."""
         self.images.setdefault(frozen, Image(None, ours=False, format=format_name))
-        self.images[child] = Image(frozen, ours=True, id=child_id)
+        self.images[child] = Image(frozen, ours=True, format=child_format(format_name), id=child_id)
 
     def remove(self, snapshots: Iterable[Snapshot]) -> None:
         """Remove snapshots; their children move to their parents. The images stay for the delete rule."""

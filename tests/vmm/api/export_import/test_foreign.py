@@ -11,6 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from vmm.api.export_import.foreign import ALLOWANCES, DECISIONS, Allowance, Consent, judge
+from vmm.model.formats import ImageFormat
 from vmm.model.spec import MachineSpec, make_spec
 
 # A value for each setting that is confined or requires consent: what it refers to, and the option in the refusal.
@@ -102,7 +103,7 @@ def test_settings_that_are_left_out(tmp_path: object) -> None:
     spec = make_spec(name="web", disks=disks, kernel="/k", initrd="/i", append="x", paths={"disks": "/d"},
                      adapters=[{"id": "nic-0", "switch": "lan"}])  # fmt: skip
     gone = dict.fromkeys(("/dev/sdb", "/x.iso", "/k", "/i", "/d"), "")
-    images = {"disk-0": ("/import/disks/one.vhd", "vhd")}
+    images: dict[str, tuple[str, ImageFormat]] = {"disk-0": ("/import/disks/one.vhd", "vhd")}
     judged = judge(spec, images=images, inside={}, consent=Consent(paths=gone, switches={"lan": "-"}))
     found = judged.spec
     assert not judged.refused and len(judged.granted) == 6

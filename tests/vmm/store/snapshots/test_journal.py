@@ -54,6 +54,7 @@ JOURNALS: list[Journal] = [
     PutInPlace({"name": "web"}, "drop", NO_VARIABLES),
     Backup((PIVOT,)),
     Backup((PIVOT, Pivot("disk-1", "/disks/a.raw", "/disks/a.backup-1764460800.avhd", "raw")), True, True),
+    Apply((Pivot("disk-0", "/disks/web.vhdx", "/disks/web_0123abcd.avhdx", "vhdx"),)),
 ]
 
 
@@ -109,6 +110,9 @@ def _row(*changed: object) -> list[list[object]]:
         _spoilt(JOURNALS[0], children=_row("disk-0", "/disks/web.vhd", "/disks/precious.vhd")),
         _spoilt(JOURNALS[0], children=_row("disk-0", "/disks/web.vhd", "web_0123abcd.avhd")),
         _spoilt(JOURNALS[0], children=_row() * 2),
+        _spoilt(JOURNALS[0], children=_row("disk-0", "/disks/web.vhd", "/disks/web_0123abcd.avhdx")),
+        _spoilt(JOURNALS[0], children=_row("disk-0", "/disks/web.vhd", "/disks/web_0123abcd.avhd", "vhdx")),
+        _spoilt(JOURNALS[0], children=_row("disk-0", "/disks/web.vhd", "/disks/web_0123abcd.avhd", "qcow2")),
         _spoilt(JOURNALS[1], folder="/home"),
         _spoilt(JOURNALS[2], description=7),
         _spoilt(JOURNALS[2], snapshot=7),
