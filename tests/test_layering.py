@@ -23,7 +23,15 @@ FILES_AND_IMAGES = """
 """
 # Lowest first. A module may import from its own row and the rows above it in this table.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("vhdkit.units", "vhdkit.errors", "vhdkit.arguments", "vhdkit.finding", "vhdkit.jsonrpc", "vhdkit.jsontext"),
+    (
+        "vhdkit.units",
+        "vhdkit.errors",
+        "vhdkit.arguments",
+        "vhdkit.finding",
+        "vhdkit.jsonrpc",
+        "vhdkit.jsontext",
+        "vhdkit.waiting",
+    ),
     tuple(f"vhdkit.{name}" for name in FILES_AND_IMAGES.split()),
     ("vhdkit.formats",),
     ("vhdkit.chain.records",),

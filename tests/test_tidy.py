@@ -180,16 +180,42 @@ def check_mirror(path: str, text: str) -> Complaints:
             yield f"{path}: there is no {stems[-1].relative_to(ROOT).as_posix()}.py that it tests"
 
 
+WAITING_MODULES = ("tests/waiting.py", "vhdkit/waiting.py", "vmm/model/waiting.py")
+# A constant of this name is the interval of a loop that looks.
+INTERVAL = re.compile(r"(^|_)(AGAIN|EVERY|INTERVAL|LOOK|NAP|POLL|PROBE|RETRY|TRY|WATCH)_SECONDS$")
+
+
 def check_sleeps(path: str, text: str) -> Complaints:
-    """A test waits by looking (tests/waiting.py); where it sleeps, the same line says why."""
-    if not path.startswith("tests/") or path == "tests/waiting.py":
+    """Code waits by a waiting module; a line that sleeps by itself says why, and so does an interval of its own."""
+    if not path.startswith(("vhdkit/", "vmm/", "tests/")) or path in WAITING_MODULES:
         return
     lines = text.splitlines()
-    for node in ast.walk(tree_of(text)):
-        if not isinstance(node, ast.Call) or ast.unparse(node.func) not in ("time.sleep", "asyncio.sleep"):
+    for number in sleep_lines(text) if "sleep" in text else ():
+        if "  # " not in lines[number - 1]:
+            yield f"{path}:{number}: wait by {' or '.join(WAITING_MODULES)}, or say in a comment why it sleeps"
+    for node in ast.walk(tree_of(text)) if not path.startswith("tests/") else ():
+        if not isinstance(node, ast.Name) or not isinstance(node.ctx, ast.Store) or not INTERVAL.search(node.id):
             continue
-        if ast.unparse(node) != "asyncio.sleep(0)" and "  # " not in lines[node.lineno - 1]:
-            yield f"{path}:{node.lineno}: wait_until of tests/waiting.py, or say in a comment why it sleeps"
+        if "  # " not in lines[node.lineno - 1]:
+            yield f"{path}:{node.lineno}: LOOK_SECONDS of a waiting module, or say why this needs its own interval"
+
+
+def sleep_lines(text: str) -> Iterator[int]:
+    """The lines that use the `sleep` of time or asyncio, under any name; not those that only let others run."""
+    modules, functions, others_run = set(), set(), set()
+    for node in ast.walk(tree_of(text)):
+        if isinstance(node, ast.Import):
+            modules |= {one.asname or one.name for one in node.names if one.name in ("time", "asyncio")}
+        elif isinstance(node, ast.ImportFrom) and node.module in ("time", "asyncio"):
+            functions |= {one.asname or one.name for one in node.names if one.name == "sleep"}
+        elif isinstance(node, ast.Call) and [ast.unparse(one) for one in node.args] == ["0"]:
+            others_run.add(node.func)
+    for node in ast.walk(tree_of(text)):
+        match node:
+            case ast.Name(id=name) if name in functions and node not in others_run:
+                yield node.lineno
+            case ast.Attribute(value=ast.Name(id=name), attr="sleep") if name in modules and node not in others_run:
+                yield node.lineno
 
 
 def check_back_ends(path: str, text: str) -> Complaints:
@@ -281,7 +307,14 @@ BAD: tuple[tuple[Rule, str, str], ...] = (
     (check_test_docstrings, "tests/test_a.py", "class TestIt:\n    def test_x(self): ..."),
     (check_mirror, "tests/vhdkit/test_no_such_module.py", ""),
     (check_sleeps, "tests/test_a.py", "import time\ntime.sleep(0.5)"),
-    (check_sleeps, "tests/test_a.py", "async def f():\n    await asyncio.sleep(1)"),
+    (check_sleeps, "tests/test_a.py", "import asyncio\nasync def f():\n    await asyncio.sleep(1)"),
+    (check_sleeps, "vhdkit/a.py", "from time import sleep\nsleep(0.5)"),
+    (check_sleeps, "vmm/a.py", "import time as clock\nclock.sleep(LOOK_SECONDS)"),
+    (check_sleeps, "vmm/a.py", "from asyncio import sleep as pause\nasync def f():\n    await pause(1)"),
+    (check_sleeps, "vmm/a.py", "import time\ndef f(sleep=time.sleep): ..."),
+    (check_sleeps, "vmm/a.py", "_LOOK_SECONDS = 0.05"),
+    (check_sleeps, "vhdkit/a.py", "_TRIES, _TRY_SECONDS = 250, 0.02"),
+    (check_sleeps, "vhdkit/a.py", "class A:\n    AGAIN_SECONDS: Final = 1.0"),
     (check_back_ends, "vmm/net/a.py", 'x = 1 if host.spec.backend == "user" else 2'),
     (check_back_ends, "vmm/net/a.py", 'x = "user" != back_end'),
     (check_back_ends, "vmm/net/a.py", 'x = spec.backend in ("user", "bridge")'),
@@ -293,6 +326,8 @@ GOOD: tuple[tuple[str, str], ...] = (
     ("vhdkit/a.py", f'{SPDX_LINE}\n"""Other numbers."""\nx = (9, 1 << 10, True, "512")  # noqa: E501\n'),
     ("vmm/net/a.py", f'{SPDX_LINE}\n"""Asks."""\nx = host.backend.is_up() and plugged.back_end is not None\n'),
     ("tests/a.py", f'{SPDX_LINE}\n"""Sleeps."""\nimport time\ntime.sleep(1)  # nothing may happen meanwhile\n'),
+    ("vmm/a.py", f'{SPDX_LINE}\n"""Lets others run."""\nimport asyncio\nawait asyncio.sleep(0)\n'),
+    ("vmm/a.py", f'{SPDX_LINE}\n"""Its own."""\n_LOOK_SECONDS = 1.0  # each look starts a program\n'),
     ("tests/vmm/cli/test_main.py", f'{SPDX_LINE}\n"""Mirrors."""\ndef test_x():\n    """Works."""\n'),
 )
 

@@ -28,7 +28,7 @@ from typing import Concatenate, ParamSpec, TypeVar, cast
 
 from vhdkit import errors
 
-_LOOK_SECONDS = 0.001  # between two checks whether the calls in progress have left
+_LOOK_SECONDS = 0.001  # a call in progress usually leaves within microseconds
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _D = TypeVar("_D", bound="Descriptor")
@@ -115,7 +115,7 @@ class Descriptor:
         self._fd = -1
         self.let_go()
         while self._owned and not self._is_entered_here():
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(_LOOK_SECONDS)  # without a limit, and in a form that an exception at any line leaves whole
             self.let_go()
 
     def _is_entered_here(self) -> bool:

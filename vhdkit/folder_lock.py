@@ -10,14 +10,14 @@ import contextlib
 import errno
 import fcntl
 import os
-import time
 from collections.abc import Iterable, Iterator
 
 from vhdkit import errors
 from vhdkit.descriptor import close_owned, opened
 from vhdkit.folder import real_path
+from vhdkit.waiting import looks
 
-_TRIES, _LONG_TRIES, _TRY_SECONDS = 250, 3000, 0.02  # 5 s, a minute
+_LOCK_SECONDS, _LONG_SECONDS = 5.0, 60.0
 
 
 @contextlib.contextmanager
@@ -28,7 +28,7 @@ def folders_held(directories: Iterable[str]) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         for directory in sorted({real_path(directory or os.curdir) for directory in directories}):
-            if not stack.enter_context(folder_held(directory, _LONG_TRIES)):
+            if not stack.enter_context(folder_held(directory, _LONG_SECONDS)):
                 raise errors.ImageInUse(
                     "another program is creating images in this folder", path=directory, hint="wait until it has ended"
                 )
@@ -36,8 +36,8 @@ def folders_held(directories: Iterable[str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def folder_held(directory: str, tries: int = _TRIES) -> Iterator[bool]:
-    """Keep our other programs out of this folder; yields False after that many tries.
+def folder_held(directory: str, timeout_seconds: float = _LOCK_SECONDS) -> Iterator[bool]:
+    """Keep our other programs out of this folder; yields False if it stays locked for so long.
 
     A folder that cannot be locked excludes nothing.
     """
@@ -47,14 +47,13 @@ def folder_held(directory: str, tries: int = _TRIES) -> Iterator[bool]:
         yield True
         return
     try:
-        for _ in range(tries):
+        for _ in looks(timeout_seconds):
             try:
                 fcntl.flock(owned[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except OSError as error:
                 if error.errno != errno.EWOULDBLOCK:
                     break
-                time.sleep(_TRY_SECONDS)
         else:
             yield False
             return

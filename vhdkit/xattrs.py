@@ -13,15 +13,15 @@ import errno
 import fcntl
 import os
 import stat
-import time
 from collections.abc import Iterator
 
 from vhdkit import errors
 from vhdkit.descriptor import Owned, close_owned, opened
 from vhdkit.store import FileStore, translated
+from vhdkit.waiting import looks
 
 _PREFIX = "user.vhdkit."
-_TRIES, _TRY_SECONDS = 500, 0.02
+_LOCK_SECONDS = 10.0
 _PRIVATE = 0o600
 
 
@@ -73,7 +73,7 @@ def record_held(path: str) -> Iterator[None]:
 
 def _held(path: str) -> Owned:
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    for _ in range(_TRIES):
+    for _ in looks(_LOCK_SECONDS):
         owned = opened(path, flags, _PRIVATE)
         try:
             if not stat.S_ISREG(os.fstat(owned[0]).st_mode):
@@ -84,7 +84,6 @@ def _held(path: str) -> Owned:
             close_owned(owned)
             raise
         close_owned(owned)
-        time.sleep(_TRY_SECONDS)
     raise errors.ImageInUse("another program is using this record", path=path)
 
 

@@ -22,8 +22,8 @@ from vhdkit.cli.common import Common, print_aside
 from vhdkit.cli.output import console
 from vhdkit.units import format_size
 
-_SHOW_EVERY_SECONDS = 0.1
-_LINE_EVERY_SECONDS = 2.0
+_SHOW_EVERY_SECONDS = 0.1  # for the eye
+_LINE_EVERY_SECONDS = 2.0  # for a log, which keeps each line
 
 
 _WIDE, _USUAL, _NARROW = 104, 72, 40  # columns that a terminal needs to show the bar, the total, and the speed

@@ -18,7 +18,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 
 import click
@@ -27,11 +26,11 @@ from vhdkit import IoFailed
 from vhdkit.folder import exists, is_regular, remove_file
 from vhdkit.serve.nbdkit.command import NbdkitLaunch, check_python, missing, nbdkit_command, nbdkit_environment
 from vhdkit.sockets import PrivateFolder
+from vhdkit.waiting import becomes
 
 ARGUMENTS = "vhdkit.nbdkit.arguments"  # where the command line keeps what follows "--"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU)
 _FIRST_FD = 3  # of the sockets, by systemd's convention
-_LOOK_SECONDS = 0.02
 _DUMP_SECONDS = 30
 # LISTEN_PID must be the number of the process that becomes nbdkit.
 _BECOME = ("/bin/sh", "-c", 'LISTEN_PID=$$ exec "$@"', "sh")
@@ -84,8 +83,7 @@ def run_nbdkit(
         try:
             with _ended_by_signals() as child:
                 child.start(command, nbdkit_environment(program, os.environ), sockets)
-                while not exists(pid_file) and not child.has_ended():
-                    time.sleep(_LOOK_SECONDS)
+                becomes(lambda: exists(pid_file) or child.has_ended())
                 if not child.has_ended():
                     ready()
                 code = child.wait()

@@ -45,7 +45,7 @@ def starts_with_host(machine: Machine) -> bool:
 def start_machines(
     manager: Manager,
     *,
-    sleep: Callable[[float], None] = time.sleep,
+    sleep: Callable[[float], None] = time.sleep,  # for the delay of each machine
     tell: Callable[[AutomaticResult], None] | None = None,
 ) -> list[AutomaticResult]:
     """Start the machines that start with the host, those with the shortest delay first. Delays count from now."""

@@ -17,12 +17,13 @@ from vmm.api.manager import Manager
 from vmm.model.errors import VmmError
 from vmm.model.events import Event, add_event, read_events
 from vmm.model.paths import MachinePaths
+from vmm.model.waiting import becomes
 from vmm.store import registry
 from vmm.store.state import MachineState
 
 MAX_REVERTS, WINDOW_SECONDS = 3, 120.0  # so that a guest that dies at once is not reverted for ever
 OFF_SECONDS = 120.0
-_LOOK_SECONDS = 0.1
+_LOOK_SECONDS = 0.1  # each look reads definitions and asks the worker
 
 
 def revert(machine: MachinePaths) -> None:
@@ -57,9 +58,7 @@ def _recently(events: list[Event]) -> int:
 
 
 def _wait_until_off(name: str) -> None:
-    end = time.monotonic() + OFF_SECONDS
-    while Manager().state(name) is not MachineState.OFF and time.monotonic() < end:
-        time.sleep(_LOOK_SECONDS)
+    becomes(lambda: Manager().state(name) is MachineState.OFF, OFF_SECONDS, every_seconds=_LOOK_SECONDS)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import os
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from vmm.api.machine import BackupResult, MergeResult
 from vmm.model.errors import InUse, VmmError, WrongState
 from vmm.model.guest import ExchangedItem, GuestInfo, Heartbeat
 from vmm.model.interrupted import goes_on_without_us
+from vmm.model.waiting import looks
 from vmm.processes import worker_connection
 from vmm.processes.answers import understood
 from vmm.processes.rpc import ANSWER_SECONDS, ControlClient, Progress
@@ -41,7 +41,6 @@ _ADAPTER_SECONDS = 60.0
 _MEMORY_SECONDS = 600.0  # writing a guest's memory to a slow disk
 _FREEZING_SECONDS = 120.0  # the guest writes out all that is dirty first
 _SETTLE_SECONDS = 60.0  # for another operation on the running machine to end
-_LOOK_SECONDS = 0.05
 
 
 class RunningMachine(LocalMachine):
@@ -162,7 +161,7 @@ class RunningMachine(LocalMachine):
         from vmm.snapshots.recovery import settle, settle_journal
 
         has_worker = True
-        deadline = time.monotonic() + _SETTLE_SECONDS
+        patience = looks(_SETTLE_SECONDS)
         while True:
             with holding(self.opened.paths, self.name) as held:
                 if not has_worker:
@@ -177,9 +176,8 @@ class RunningMachine(LocalMachine):
             try:
                 has_worker = worker_connection.has_settled(self.opened)
             except VmmError:  # it may be ending: then the rest is settled here
-                if time.monotonic() > deadline:
+                if next(patience, True):
                     raise
-                time.sleep(_LOOK_SECONDS)
 
     def merge_live(
         self, *, max_rate_bytes: int | None = None, progress: Progress | None = None

@@ -17,7 +17,7 @@ from vmm.model.errors import of_os_error, printable
 from vmm.model.events import Event, Followed
 
 _LOGS = ("worker", "keeper", "qemu", "disks", "console")
-_LOOK_SECONDS = 0.2
+_LOOK_SECONDS = 0.2  # for a reader, for hours
 _FOLLOW_HELP = "Keep printing new events until Ctrl-C, or the machine is deleted."
 
 
@@ -149,4 +149,4 @@ def _following(path: str) -> Iterator[str]:
             for line in whole:
                 yield line.decode(errors="replace").rstrip("\r")
             sys.stdout.flush()  # for readers at the other end of a pipe
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(_LOOK_SECONDS)  # until Ctrl-C

@@ -34,7 +34,7 @@ from vmm.net.frames import MAX_MTU_BYTES
 from vmm.net.host_side import HostSide
 from vmm.net.switch_spec import SwitchSpec
 
-WATCH_SECONDS = 1.0
+WATCH_SECONDS = 1.0  # for a reader, and the unit of the rates
 
 
 @click.group("switch", cls=VerbGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -286,7 +286,7 @@ def ports_command(name: str, watch: bool, as_json: bool, quiet: bool) -> None:
         if not watch:
             return
         before = {one["name"]: one for one in ports}
-        time.sleep(WATCH_SECONDS)
+        time.sleep(WATCH_SECONDS)  # until Ctrl-C
 
 
 def _of(port: dict[str, Any]) -> tuple[str, str]:

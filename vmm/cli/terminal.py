@@ -22,11 +22,12 @@ from types import FrameType
 from typing import Final
 
 from vmm.model.errors import VmmError
+from vmm.model.waiting import looks
 
 LEAVE_KEY: Final = b"\x1d"  # Ctrl-]
 LINGER_SECONDS: Final = 1.0
 RECONNECT_SECONDS: Final = 30.0  # a killed worker is replaced much sooner, unless the host is busy
-_RETRY_SECONDS: Final = 0.1
+_RETRY_SECONDS: Final = 0.1  # each attempt asks for the machine's state
 _PIECE_BYTES: Final = 16 * 1024
 _MAX_UNSENT_BYTES: Final = 64 * 1024
 
@@ -89,11 +90,11 @@ class Join:
             link.close()
 
     def _connect_again(self) -> socket.socket | None:
-        until = time.monotonic() + RECONNECT_SECONDS
-        while self._is_coming_back() and time.monotonic() < until:
+        for _ in looks(RECONNECT_SECONDS, every_seconds=_RETRY_SECONDS):
+            if not self._is_coming_back():
+                break
             with contextlib.suppress(VmmError):
                 return self._connect(True)
-            time.sleep(_RETRY_SECONDS)
         return None
 
     def _converse(self, link: socket.socket) -> Ended:

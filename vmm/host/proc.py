@@ -14,7 +14,6 @@ import os
 import select
 import signal
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,11 +21,11 @@ from typing import Any
 from vmm.model.errors import InUse, of_os_error
 from vmm.model.folders import in_use
 from vmm.model.paths import MachinePaths
+from vmm.model.waiting import becomes, looks
 
 _STATE_FIELD, _START_FIELD = 0, 19  # of /proc/PID/stat, counted after the name, which can contain any character
 
 BUSY_SECONDS = 1.0  # for another command or a cleanup to finish
-_LOOK_SECONDS = 0.02
 _MAX_COMMAND_BYTES = 1 << 20  # longer than any of our command lines
 
 
@@ -128,15 +127,13 @@ def command_words(pid: int) -> list[str]:
     Between execve and the setup of the new program's stack the kernel shows an empty command line, and a caller that
     waited for the program to start may read it just then (proc_pid_cmdline(5)), so an empty one is read again.
     """
-    deadline = time.monotonic() + BUSY_SECONDS
     with contextlib.suppress(OSError):
-        while True:
+        for _ in looks(BUSY_SECONDS):
             with open(f"/proc/{pid}/cmdline", "rb") as file:
                 content = file.read(_MAX_COMMAND_BYTES)
-            if content or time.monotonic() > deadline:
-                return [os.fsdecode(word) for word in content.removesuffix(b"\0").split(b"\0")] if content else []
+            if content:
+                return [os.fsdecode(word) for word in content.removesuffix(b"\0").split(b"\0")]
             os.readlink(f"/proc/{pid}/exe")  # fails for kernel threads and ended processes, which have none
-            time.sleep(_LOOK_SECONDS)
     return []
 
 
@@ -276,12 +273,9 @@ def machine_lock(folder: str, name: str, *, patience_seconds: float = BUSY_SECON
     Raises InUse if the lock stays taken.
     """
     lock = Lock(MachinePaths(folder).lock)
-    deadline = time.monotonic() + patience_seconds
     try:
-        while not lock.try_take():
-            if time.monotonic() >= deadline:
-                raise InUse("another vmm command is working on this machine", machine=name, hint="wait for it to end")
-            time.sleep(_LOOK_SECONDS)
+        if not becomes(lock.try_take, patience_seconds):
+            raise InUse("another vmm command is working on this machine", machine=name, hint="wait for it to end")
     except OSError as error:
         raise of_os_error(error, "lock the machine", machine=name, path=lock.path) from error
     held = HeldLock(folder, name)

@@ -19,7 +19,6 @@ disks (`Capturing.pivoted` is True then). Must not know what is done with the fi
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import time
@@ -31,14 +30,14 @@ from vmm.kvm import memory_file
 from vmm.kvm.qemu_errors import reason_of
 from vmm.kvm.qmp import Qmp
 from vmm.model.errors import QemuFailed, TimedOut, Unsupported, VmmError
+from vmm.model.waiting import async_looks
 
 STOP_SECONDS = 20.0  # stop and cont wait for requests in flight, whose server may be down
 RESUME_SECONDS = 20.0
 SWITCHOVER_SECONDS = 60.0  # after that, a guest that changes memory faster than it is written is paused
 FASTEST_BYTES = 1 << 36  # per second: no limit
 _NAME = "snapshot-memory"  # QEMU's name for our descriptor
-_LOOK_SECONDS = 0.02
-_SHORT_LOOK_SECONDS = 0.002  # while the guest is paused
+_SHORT_LOOK_SECONDS = 0.002  # while the guest is paused: it notices how long that takes
 
 Progress = Callable[[dict[str, Any]], None]
 Pivot = Callable[[], Awaitable[None]]
@@ -146,14 +145,13 @@ class Capturing:
 
     async def _wait_resumed(self) -> None:
         """QEMU resumes the guest by itself when the devices are written and the memory is protected."""
-        deadline = time.monotonic() + RESUME_SECONDS
-        while (await self._qmp().execute("query-status"))["status"] != "running":
+        async for _ in async_looks(RESUME_SECONDS, every_seconds=_SHORT_LOOK_SECONDS):
+            if (await self._qmp().execute("query-status"))["status"] == "running":
+                return
             migration = await self._qmp().execute("query-migrate")
             if migration.get("status") in ("failed", "cancelled"):
                 raise QemuFailed(f"the memory could not be captured: {_reason(migration)}")
-            if time.monotonic() > deadline:
-                raise TimedOut(f"the guest did not resume within {RESUME_SECONDS:g} s")
-            await asyncio.sleep(_SHORT_LOOK_SECONDS)
+        raise TimedOut(f"the guest did not resume within {RESUME_SECONDS:g} s")
 
     async def _switchover(self, pivot: Pivot, progress: Progress) -> None:
         qmp = self._qmp()
@@ -176,7 +174,7 @@ class Capturing:
     async def _wait_standing(self, progress: Progress) -> None:
         deadline = time.monotonic() + SWITCHOVER_SECONDS
         stopped = False
-        while True:
+        async for _ in async_looks(every_seconds=_SHORT_LOOK_SECONDS):
             migration = await self._qmp().execute("query-migrate")
             if migration.get("status") == "pre-switchover":
                 return
@@ -186,7 +184,6 @@ class Capturing:
             if not stopped and time.monotonic() > deadline:
                 stopped = True
                 await self._qmp().execute("stop", timeout_seconds=STOP_SECONDS)
-            await asyncio.sleep(_SHORT_LOOK_SECONDS)
 
     async def _go_on(self) -> None:
         """Return the guest to its earlier state, as soon as possible.
@@ -194,8 +191,7 @@ class Capturing:
         A guest that was paused is resumed for a moment: QEMU refuses to write the memory of a guest that is paused
         because its memory was written.
         """
-        deadline = time.monotonic() + RESUME_SECONDS
-        while True:
+        async for is_last in async_looks(RESUME_SECONDS):
             try:
                 qmp = self._qmp()
                 status = (await qmp.execute("query-status"))["status"]
@@ -206,9 +202,8 @@ class Capturing:
                     await qmp.execute("stop", timeout_seconds=STOP_SECONDS)
                 return
             except VmmError:
-                if time.monotonic() > deadline:
+                if is_last:
                     raise
-                await asyncio.sleep(_LOOK_SECONDS)
 
     async def finish(self, progress: Progress) -> int:
         """Wait until everything is written; returns the file's size. Raises QemuFailed, also if data is missing."""
@@ -226,7 +221,7 @@ class Capturing:
 
 async def wait_written(qmp: Callable[[], Qmp], progress: Progress) -> None:
     """Wait until a capture in progress is complete. Raises QemuFailed if it failed, or if QEMU is gone."""
-    while True:
+    async for _ in async_looks():
         migration = await qmp().execute("query-migrate", timeout_seconds=STOP_SECONDS)
         status = migration.get("status")
         if status == "completed":
@@ -234,7 +229,6 @@ async def wait_written(qmp: Callable[[], Qmp], progress: Progress) -> None:
         if status in (None, "none", "failed", "cancelled"):
             raise QemuFailed(f"the memory could not be captured: {_reason(migration)}")
         _tell(migration, progress)
-        await asyncio.sleep(_LOOK_SECONDS)
 
 
 async def check_written(qmp: Qmp, descriptor: int, size_bytes: int) -> None:

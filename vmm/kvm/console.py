@@ -242,7 +242,7 @@ class ConsoleHub:
                     self._serial = None
                     self._connected.clear()
                     writer.close()
-            await asyncio.sleep(RECONNECT_SECONDS)
+            await asyncio.sleep(RECONNECT_SECONDS)  # between two attempts, for as long as the machine runs
 
     def _show(self, data: bytes) -> None:
         if self._on_first_output is not None:

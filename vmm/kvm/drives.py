@@ -16,7 +16,6 @@ import asyncio
 import contextlib
 import os
 import socket
-import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -26,13 +25,13 @@ from vmm.kvm.qmp import Qmp
 from vmm.model.errors import InUse, QemuFailed, TimedOut, VmmError, of_os_error, store_error
 from vmm.model.paths import RuntimePaths
 from vmm.model.spec import DiskSpec
+from vmm.model.waiting import async_becomes, async_looks
 
 SERVER_SECONDS = 60.0  # for an answer of the server, which may be flushing a slow disk
 UNPLUG_SECONDS = 20.0  # for the guest to release a disk
 NODE_SECONDS = RECONNECT_SECONDS * 3.0
 FIRST_OTHER_SET = 9000  # descriptor sets with lower numbers are for disks, the others for screenshots
 MIN_FREE_BYTES = 1 << 20  # free space with which another attempt to write is worthwhile
-_LOOK_SECONDS = 0.05
 
 
 class DiskServer:
@@ -63,11 +62,8 @@ class DiskServer:
 
     async def wait_serving(self, timeout_seconds: float) -> None:
         """Return when the server answers. Raises TimedOut."""
-        deadline = time.monotonic() + timeout_seconds
-        while not await self.is_serving():
-            if time.monotonic() > deadline:
-                raise TimedOut(f"the disk server did not answer within {timeout_seconds:g} s")
-            await asyncio.sleep(_LOOK_SECONDS)
+        if not await async_becomes(self.is_serving, timeout_seconds):
+            raise TimedOut(f"the disk server did not answer within {timeout_seconds:g} s")
 
 
 # -- adding and removing ---------------------------------------------------------------------------------------------
@@ -103,13 +99,10 @@ async def remove_disk(qmp: Qmp, server: DiskServer, disk: DiskSpec) -> None:
     """Unplug a disk. Raises TimedOut, and leaves it plugged in, if the guest does not release it."""
     if await has_device(qmp, disk.id):
         await qmp.execute("device_del", id=disk.id)
-        deadline = time.monotonic() + UNPLUG_SECONDS
-        while await has_device(qmp, disk.id):
-            if time.monotonic() > deadline:
-                raise TimedOut(
-                    f"the guest does not release {disk.id}", hint="unmount it in the guest, or shut the machine down"
-                )
-            await asyncio.sleep(_LOOK_SECONDS)
+        if not await async_becomes(lambda: has_no_device(qmp, disk.id), UNPLUG_SECONDS):
+            raise TimedOut(
+                f"the guest does not release {disk.id}", hint="unmount it in the guest, or shut the machine down"
+            )
     if disk.id in {node["node-name"] for node in await qmp.execute("query-named-block-nodes")}:
         await _insist(lambda: qmp.execute("blockdev-del", node_name=disk.id, timeout_seconds=NODE_SECONDS))
     if disk.is_image:
@@ -144,17 +137,20 @@ async def has_device(qmp: Qmp, device_id: str) -> bool:
     return any(one["name"] == device_id for one in await qmp.execute("qom-list", path="/machine/peripheral"))
 
 
+async def has_no_device(qmp: Qmp, device_id: str) -> bool:
+    """True once the guest has released the device."""
+    return not await has_device(qmp, device_id)
+
+
 async def _remove_export(server: DiskServer, name: str) -> None:
     """Have the server close an image; it may take a moment until QEMU's connection is seen as closed."""
-    deadline = time.monotonic() + NODE_SECONDS
-    while True:
+    async for is_last in async_looks(NODE_SECONDS):
         try:
             await server.call("remove", export=name)
             return
         except InUse:
-            if time.monotonic() > deadline:
+            if is_last:
                 raise
-            await asyncio.sleep(_LOOK_SECONDS)
 
 
 async def _quietly_remove_export(server: DiskServer, name: str) -> None:
@@ -206,15 +202,13 @@ async def _read_from(qmp: Qmp, node_name: str) -> None:
 
 async def _insist(work: Callable[[], Awaitable[object]]) -> None:
     """Repeat this for a while if QEMU is not ready for it. Raises the last error."""
-    deadline = time.monotonic() + NODE_SECONDS
-    while True:
+    async for is_last in async_looks(NODE_SECONDS):
         try:
             await work()
             return
         except QemuFailed:
-            if time.monotonic() > deadline:
+            if is_last:
                 raise
-            await asyncio.sleep(_LOOK_SECONDS)
 
 
 # -- when disks have failed ------------------------------------------------------------------------------------------

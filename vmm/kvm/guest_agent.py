@@ -41,9 +41,9 @@ FREEZE_SECONDS: Final = (
     10.0  # how long file systems stay frozen unless the caller says otherwise, as Windows' VSS does
 )
 FREEZE_ANSWER_SECONDS: Final = 25.0  # the guest writes out dirty data first; with ping and thaw this makes 30
-THAW_TRY_SECONDS: Final = 2.0
+THAW_TRY_SECONDS: Final = 2.0  # for the answer to one attempt
 THAW_GIVE_UP_SECONDS: Final = 10.0  # how long a caller waits; thawing continues without it
-THAW_AGAIN_SECONDS: Final = 1.0
+THAW_AGAIN_SECONDS: Final = 1.0  # each attempt is a request to the guest
 SHUTDOWN_ANSWER_SECONDS: Final = 1.0  # an error comes at once; a guest that shuts down does not answer
 
 # Limits on a guest's answers.
@@ -341,7 +341,7 @@ class GuestAgent:
         return bool(await self._ask("guest-fsfreeze-status") == "frozen")
 
     async def _thaw_after(self, seconds: float) -> None:
-        await asyncio.sleep(seconds)
+        await asyncio.sleep(seconds)  # a timer, which a thaw in time cancels
         self._holds_frozen, self._is_late = False, True  # what cannot thaw now is thawed by `run`
         with contextlib.suppress(VmmError):
             await self._thaw()
@@ -358,7 +358,7 @@ class GuestAgent:
                 if not self._is_open or self._clock() >= deadline:
                     self._look_now.set()
                     raise
-                await asyncio.sleep(0.2)
+                await asyncio.sleep(0.2)  # by this object's clock, and the agent may be starting
 
     # -- requests ---------------------------------------------------------------------------------------------------
 

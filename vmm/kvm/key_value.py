@@ -198,7 +198,7 @@ class KeyValueChannel:
             while True:
                 with contextlib.suppress(OSError):
                     await self._converse()
-                await asyncio.sleep(RECONNECT_SECONDS)
+                await asyncio.sleep(RECONNECT_SECONDS)  # between two attempts, for as long as the machine runs
         finally:
             if self._saving is not None:
                 self._saving.cancel()
@@ -297,7 +297,7 @@ class KeyValueChannel:
 
     def _save_soon(self) -> None:
         async def save() -> None:
-            await asyncio.sleep(SAVE_SECONDS)
+            await asyncio.sleep(SAVE_SECONDS)  # one write for all changes that follow soon
             self._saving = None
             with contextlib.suppress(VmmError):  # a full disk: the item is in memory, and saved with the next change
                 self._store.save(durable=False)

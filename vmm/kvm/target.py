@@ -17,7 +17,7 @@ from vmm.kvm import iscsi, program
 from vmm.kvm.qemu_errors import explain
 from vmm.model.errors import NotFound, Refused
 
-LOOK_SECONDS = 5.0
+LOOK_SECONDS = 5.0  # for one look at the target, which connects to it
 _LEAVE = b'{"execute": "qmp_capabilities"} {"execute": "quit"}\n'
 _NO_LUN, _WRONG_PASSWORD = "LOGICAL_UNIT_NOT_SUPPORTED", "Authentication failure"
 _SECRET = "password"

@@ -12,17 +12,15 @@ Sources: QEMU's qapi/block.json (blockdev-open-tray and its like), MMC-6 6.18 (a
 
 from __future__ import annotations
 
-import asyncio
-import time
 from dataclasses import dataclass
 
 from vmm.kvm.cmdline import Medium
 from vmm.kvm.drives import NODE_SECONDS, take_back
 from vmm.kvm.qmp import Qmp
 from vmm.model.errors import Refused
+from vmm.model.waiting import async_becomes
 
 EJECT_SECONDS = 5.0  # for a guest that has locked the tray: it is asked, and may release it
-_LOOK_SECONDS = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +44,15 @@ async def look(qmp: Qmp, drive_id: str) -> Drive:
 async def open_tray(qmp: Qmp, drive_id: str, *, force: bool) -> None:
     """Open the tray. Raises Refused if the guest has locked it and does not release it, unless `force`."""
     await qmp.execute("blockdev-open-tray", id=drive_id, force=force)
-    deadline = time.monotonic() + EJECT_SECONDS
-    while not (await look(qmp, drive_id)).is_open:
-        if time.monotonic() > deadline:
-            raise Refused(
-                f"the guest has locked the drive {drive_id} and does not release its medium",
-                hint="eject it in the guest, or use --force: what the guest still reads from it then fails",
-            )
-        await asyncio.sleep(_LOOK_SECONDS)
+
+    async def is_open() -> bool:
+        return (await look(qmp, drive_id)).is_open
+
+    if not await async_becomes(is_open, EJECT_SECONDS):
+        raise Refused(
+            f"the guest has locked the drive {drive_id} and does not release its medium",
+            hint="eject it in the guest, or use --force: what the guest still reads from it then fails",
+        )
 
 
 async def change_medium(qmp: Qmp, drive_id: str, medium: Medium | None) -> None:

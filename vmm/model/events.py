@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 MAX_BYTES = 1 << 20
-LOOK_SECONDS = 0.2
+LOOK_SECONDS = 0.2  # for a reader of events, which is soon enough, and follows for hours
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ def follow_events(path: str, *, past: bool = False, wait_seconds: float = LOOK_S
                     if (event := _parsed(line)) is not None:
                         yield event
             yield None
-            time.sleep(wait_seconds)
+            time.sleep(wait_seconds)  # the caller's interval, which may be 0
 
 
 class Followed:

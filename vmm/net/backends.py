@@ -10,11 +10,11 @@ machines, QEMU, nor how switches are made and deleted.
 from __future__ import annotations
 
 import os
-import time
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from vmm.model import errors, paths
+from vmm.model.waiting import looks
 from vmm.net import ports
 from vmm.net.enclosing import hint_for
 from vmm.net.gateway import problem_of
@@ -22,7 +22,6 @@ from vmm.net.switch_process import SwitchProcess
 from vmm.net.switch_spec import SwitchSpec
 
 GATEWAY_SECONDS = 10.0
-_LOOK_SECONDS = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +124,7 @@ class UserBackend:
         """Wait until the gateway answers. Raises VmmError with what it said when it ended."""
         if self.spec.type != "internal":
             return
-        deadline = time.monotonic() + GATEWAY_SECONDS
-        while time.monotonic() < deadline:
+        for _ in looks(GATEWAY_SECONDS):
             status = self.process.status()
             if status is None or status["gateway"] is None or status["gateway"]["ready"]:
                 return
@@ -136,7 +134,6 @@ class UserBackend:
                 raise errors.VmmError(
                     f"the gateway of switch {self.spec.name!r} does not start: {problem}", hint=hint_for(problem)
                 )
-            time.sleep(_LOOK_SECONDS)
 
     def remove(self, *, give_up: bool = False) -> list[str]:
         """End its process; nothing else is left of it."""

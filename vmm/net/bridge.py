@@ -13,7 +13,6 @@ import ipaddress
 import os
 import socket
 import struct
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -22,6 +21,7 @@ from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from vmm.model import errors
+from vmm.model.waiting import looks
 from vmm.net import bridge_features, frames, ipv6, ipv6_settings, plan, uplinks
 from vmm.net.plan import HostAddress, HostFacts, Route, UplinkFacts
 from vmm.net.switch_spec import SwitchSpec
@@ -42,7 +42,7 @@ _DISCARD_PORT = 9
 _RA_METRIC = 1024
 _ETHERNET = 1  # ARPHRD_ETHER
 _WIRELESS = ("wireless", "phy80211")
-_LOOK_SECONDS = 0.05
+_PROBE_SECONDS = 0.05  # each look sends a packet
 _GONE = (errno.ENODEV, errno.ESRCH, errno.EADDRNOTAVAIL, errno.ENOENT)
 
 
@@ -398,8 +398,7 @@ class Kernel:
         place: tuple[Any, ...] = (neighbour, _DISCARD_PORT)
         if family == socket.AF_INET6:
             place += (0, index)  # a link-local one is one of this link
-        deadline = time.monotonic() + seconds
-        while True:
+        for _ in looks(seconds, every_seconds=_PROBE_SECONDS):
             with socket.socket(family, socket.SOCK_DGRAM) as probe:
                 try:
                     probe.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, name.encode())
@@ -409,9 +408,7 @@ class Kernel:
             for message in self._netlink.get_neighbours(ifindex=index, family=family):
                 if message.get_attr("NDA_DST") == neighbour and message["state"] & _ANSWERED:
                     return True
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(_LOOK_SECONDS)
+        return False
 
     def mac_of(self, name: str) -> bytes | None:
         """The address of a link."""

@@ -20,6 +20,7 @@ from typing import Any
 from vmm.host.proc import ProcessRef, command_words, spawn_detached
 from vmm.host.users import user_of
 from vmm.model import errors, paths
+from vmm.model.waiting import LOOK_SECONDS
 from vmm.net import enclosed, lease_file, records
 from vmm.net.dhcp_server import LEASE_SECONDS
 from vmm.net.enclosing import Enclosure, hint_for
@@ -30,7 +31,6 @@ _CONFIG, _NOTE, _LOG = "dnsmasq.conf", "dnsmasq.json", "dnsmasq.log"
 _READY, _LEASES = "ready", "leases"
 _GRACE_SECONDS = 3.0
 _START_SECONDS = 10.0
-_LOOK_SECONDS = 0.02
 _LOG_BYTES = 64 << 10
 _CAPABILITIES = (
     10,
@@ -172,7 +172,7 @@ class Dnsmasq:
         deadline = time.monotonic() + _START_SECONDS
         ended = False
         while not ended and not os.path.lexists(ready) and time.monotonic() < deadline:
-            ended = ref.wait(_LOOK_SECONDS)
+            ended = ref.wait(LOOK_SECONDS)
         _bury()
         return ended
 

@@ -24,6 +24,7 @@ from typing import Any
 from vhdkit import jsonrpc
 from vmm.host import proc
 from vmm.model import errors, paths
+from vmm.model.waiting import becomes, looks
 from vmm.net import ports, records
 from vmm.net.switch_control import MAX_ANSWER_BYTES
 
@@ -32,7 +33,6 @@ ANSWER_SECONDS = 10.0
 GRACE_SECONDS = 4.0  # to answer and to end; the switch is being deleted, so what a kill loses is not needed
 _LOCK, _START_LOCK, _CONTROL, _LOG, _PID = "switch.lock", "start.lock", "control.sock", "switch.log", "pid"
 _MODULE = "vmm.net.user_switch"
-_PROBE_SECONDS = 0.01
 _PIECE_BYTES = 1 << 16
 _PID_BYTES = 64
 _KILLED_SECONDS = 30.0  # a busy host buries its dead slowly
@@ -118,16 +118,12 @@ class SwitchProcess:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except OSError as error:
             raise errors.of_os_error(error, "lock the switch", path=path) from error
-        deadline = time.monotonic() + CONNECT_SECONDS
-        while True:
-            try:
+        for _ in looks(CONNECT_SECONDS):
+            with contextlib.suppress(BlockingIOError):
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return descriptor
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    os.close(descriptor)
-                    raise errors.InUse(f"switch {self.name} is being started by another process") from None
-                time.sleep(_PROBE_SECONDS)
+        os.close(descriptor)
+        raise errors.InUse(f"switch {self.name} is being started by another process")
 
     def _listener(self) -> socket.socket:
         address = os.path.join(self.folder, _CONTROL)
@@ -166,12 +162,7 @@ class SwitchProcess:
         return [ref for pid in found if (ref := proc.ProcessRef.of(pid)) is not None]
 
     def _has_ended(self, timeout_seconds: float) -> bool:
-        deadline = time.monotonic() + timeout_seconds
-        while self.is_running():
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(_PROBE_SECONDS)
-        return True
+        return becomes(lambda: not self.is_running(), timeout_seconds)
 
     # -- asking -------------------------------------------------------------------------------------------------
 

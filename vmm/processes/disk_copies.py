@@ -23,7 +23,7 @@ from vmm.processes.rpc import Progress
 
 UEFI_VARIABLES = "uefi-vars.fd"  # in a backup
 _MAX_VARIABLES_BYTES = 64 << 20  # UEFI firmware has a few MiB
-_LOOK_SECONDS = 0.2
+_LOOK_SECONDS = 0.2  # between reports of the progress
 
 
 def disks_to_copy(spec: MachineSpec) -> list[DiskSpec]:

@@ -40,6 +40,7 @@ from vmm.model.paths import (
     runtime_of,
     write_whole,
 )
+from vmm.model.waiting import LOOK_SECONDS, becomes, looks
 from vmm.processes.answers import MachineStatus, Started, understood
 from vmm.processes.rpc import ControlClient, Progress
 from vmm.store import saved
@@ -56,7 +57,6 @@ COME_BACK_SECONDS = 20.0  # for a worker to be restarted
 START_SECONDS = 120.0  # without any message from the worker
 END_SECONDS = 60.0  # for all processes of the machine to end
 STATUS_SECONDS = 10.0
-_LOOK_SECONDS = 0.02
 _TRIES = 100
 _MAX_DEFINITION_BYTES = 4 << 20
 
@@ -97,9 +97,8 @@ def contact(place: MachineRef, ids: AllIds | None = None, *, holds_lock: bool = 
     TimedOut if a lost worker does not come back, AccessDenied, Refused for a copy of another machine.
     """
     refuse_copy(place.name, ids)
-    deadline = time.monotonic() + COME_BACK_SECONDS
     called = False
-    while True:
+    for _ in looks(COME_BACK_SECONDS):
         with contextlib.suppress(NotFound):
             return ControlClient(place.runtime.control, machine=place.name)
         if not os.path.isdir(place.runtime.folder):
@@ -114,12 +113,10 @@ def contact(place: MachineRef, ids: AllIds | None = None, *, holds_lock: bool = 
                 called = True
                 add_event(place.machine.events, "orphan-found")
                 _spawn_supervisor(place)
-        if time.monotonic() > deadline:
-            raise TimedOut(
-                "its worker has not come back", machine=place.name, path=place.machine.log("worker"),
-                hint=f"vmm logs {place.name}",
-            )  # fmt: skip
-        time.sleep(_LOOK_SECONDS)
+    raise TimedOut(
+        "its worker has not come back", machine=place.name, path=place.machine.log("worker"),
+        hint=f"vmm logs {place.name}",
+    )  # fmt: skip
 
 
 def is_looked_after(runtime: RuntimePaths) -> bool:
@@ -142,7 +139,7 @@ def status_of(place: MachineRef, ids: AllIds | None = None, *, holds_lock: bool 
         except TimedOut:
             raise
         except VmmError:
-            time.sleep(_LOOK_SECONDS)  # the worker just ended or was killed: try again
+            time.sleep(LOOK_SECONDS)  # the worker just ended or was killed; attempts count here, as each may take long
             continue
         with understood(place.name):
             return MachineStatus.of_document(answer)
@@ -384,11 +381,10 @@ def _after_all(place: MachineRef) -> Started:
 
     The killed process may still be ending: its end of the pipe closes before its lock is released.
     """
-    found = status_of(place, holds_lock=True)
-    deadline = time.monotonic() + START_SECONDS
-    while found.state is MachineState.STARTING and time.monotonic() < deadline:
-        time.sleep(_LOOK_SECONDS)
+    for _ in looks(START_SECONDS):
         found = status_of(place, holds_lock=True)
+        if found.state is not MachineState.STARTING:
+            break
     if found.state in (MachineState.OFF, MachineState.SAVED, MachineState.STARTING):
         raise QemuFailed(
             "its worker ended before the machine was running", machine=place.name, hint=f"vmm logs {place.name}"
@@ -398,11 +394,9 @@ def _after_all(place: MachineRef) -> Started:
 
 def wait_put_away(place: MachineRef) -> None:
     """Wait until nothing of the machine is left: no process, no lock, no socket. Raises TimedOut."""
-    deadline = time.monotonic() + END_SECONDS
-    while os.path.isdir(place.runtime.folder) and is_locked(place.runtime.lock("keeper")):
-        if time.monotonic() > deadline:
-            raise TimedOut("processes of the machine are still running", machine=place.name, path=place.runtime.folder)
-        time.sleep(_LOOK_SECONDS)
+    runtime = place.runtime
+    if not becomes(lambda: not (os.path.isdir(runtime.folder) and is_locked(runtime.lock("keeper"))), END_SECONDS):
+        raise TimedOut("processes of the machine are still running", machine=place.name, path=runtime.folder)
 
 
 def make_runtime(runtime: RuntimePaths, identity: Identity | None) -> None:

@@ -23,6 +23,7 @@ from vmm.host.proc import ProcessRef, is_locked, machine_lock, python_command, p
 from vmm.model.errors import InUse, VmmError
 from vmm.model.events import add_event
 from vmm.model.paths import MachinePaths, RuntimePaths
+from vmm.model.waiting import looks
 from vmm.snapshots.dependents import judge
 from vmm.snapshots.recovery import is_pending, settle
 from vmm.snapshots.steps import begin_merge, finish_merge, options_of_all, store_problem, tidy
@@ -37,7 +38,7 @@ from vmm.store.state import processes_of
 PUT_AWAY_SECONDS = 90.0  # for the remaining processes of a machine to end
 LOCK_SECONDS = 30.0  # for another command to finish with the machine
 _TELL_SECONDS = 0.25
-_LOOK_SECONDS = 0.05
+_SHOW_SECONDS = 0.05  # a person watches, perhaps for hours
 
 Progress = Callable[[Merging], None]
 
@@ -83,11 +84,12 @@ class Fold:
             os.unlink(merging_path(self._machine))
 
     def _wait_off(self) -> None:
-        deadline = time.monotonic() + PUT_AWAY_SECONDS
-        while self._is_there():
-            if self.stop or time.monotonic() > deadline:
-                raise _Stopped
-            time.sleep(_LOOK_SECONDS)
+        for _ in looks(PUT_AWAY_SECONDS):
+            if not self._is_there():
+                return
+            if self.stop:
+                break
+        raise _Stopped
 
     def _is_there(self) -> bool:
         """True while any process of the running machine is left."""
@@ -96,17 +98,15 @@ class Fold:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         """The machine's lock, once its holder releases it, unless that process asks us to stop."""
-        deadline = time.monotonic() + LOCK_SECONDS
         with contextlib.ExitStack() as held:
-            while True:
+            for _ in looks(LOCK_SECONDS):
                 if self.stop:
                     raise _Stopped
                 with contextlib.suppress(InUse):
                     held.enter_context(machine_lock(self._machine.folder, self._name, patience_seconds=0))
                     break
-                if time.monotonic() > deadline:
-                    raise _Stopped
-                time.sleep(_LOOK_SECONDS)
+            else:
+                raise _Stopped
             yield
 
     def _next(self, held: Held) -> LayerMerge | None:
@@ -175,9 +175,10 @@ def spawn(machine: MachinePaths, runtime: RuntimePaths) -> int | None:
 
 def follow(machine: MachinePaths, progress: Progress) -> None:
     """Report progress until no process merges any more."""
-    while (merging := read_merging(machine)) is not None:
+    for _ in looks(every_seconds=_SHOW_SECONDS):
+        if (merging := read_merging(machine)) is None:
+            return
         progress(merging)
-        time.sleep(_LOOK_SECONDS)
 
 
 def main() -> None:

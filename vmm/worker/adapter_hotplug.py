@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from vmm.host.proc import is_locked
 from vmm.kvm.cmdline import Adapter, adapter_slot, boot_indices
+from vmm.kvm.drives import has_no_device
 from vmm.kvm.process import Identity
 from vmm.kvm.qmp import Qmp
 from vmm.model.errors import AlreadyExists, InUse, NotFound, QemuFailed, TimedOut, VmmError, WrongState
 from vmm.model.paths import MachinePaths
 from vmm.model.spec import AdapterSpec, MachineSpec, make_adapter
+from vmm.model.waiting import async_becomes
 from vmm.processes.rpc import Method, Progress, parameter
 from vmm.store import registry
 from vmm.store.back_ends import last_back_ends, note_back_ends
@@ -36,9 +38,8 @@ if TYPE_CHECKING:
     from vmm.net.adapter import Give, Owner, Plugged
     from vmm.net.joining import Joined
 
-WATCH_SECONDS = 0.5
+WATCH_SECONDS = 0.5  # an event ends the wait; this is between looks for what causes none, while the machine runs
 UNPLUG_SECONDS = 20.0  # for the guest to release an adapter
-_LOOK_SECONDS = 0.05
 _LIVE = (MachineState.RUNNING, MachineState.PAUSED)
 
 
@@ -247,7 +248,7 @@ class Wiring:
             qmp = self._running.qmp
             with contextlib.suppress(QemuFailed):  # gone already, after an attempt that timed out
                 await qmp.execute("device_del", id=adapter.id)
-            if not await self._is_gone(adapter.id):
+            if not await async_becomes(lambda: has_no_device(qmp, adapter.id), UNPLUG_SECONDS):
                 raise TimedOut(
                     f"the guest did not release {adapter.id} within {UNPLUG_SECONDS:.0f} s",
                     hint="try again when the guest has booted, or unplug its cable:"
@@ -261,15 +262,6 @@ class Wiring:
             self._write_down(after)
         self._running.tell("adapter-removed", adapter=adapter.id)
         return {"adapter": adapter.id}
-
-    async def _is_gone(self, adapter_id: str) -> bool:
-        deadline = asyncio.get_running_loop().time() + UNPLUG_SECONDS
-        while asyncio.get_running_loop().time() < deadline:
-            present = await self._running.qmp.execute("qom-list", path="/machine/peripheral")
-            if all(one["name"] != adapter_id for one in present):
-                return True
-            await asyncio.sleep(_LOOK_SECONDS)
-        return False
 
     async def _set(self, params: dict[str, Any], progress: Progress) -> object:
         """Change the rules of an adapter that stays connected; {"adapter": its new settings}."""

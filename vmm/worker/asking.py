@@ -19,8 +19,8 @@ from vmm.kvm.qmp import Qmp
 from vmm.model.errors import VmmError
 
 YOUNG_SECONDS: Final = 300.0  # since boot: a slow installation medium takes minutes
-AGAIN_SECONDS: Final = 5.0
-_LOOK_SECONDS = 0.1
+AGAIN_SECONDS: Final = 5.0  # for the guest to react to its power button
+_LOOK_SECONDS = 0.1  # an event ends the wait; this is between looks for the agent, for minutes
 
 Way = Literal["agent", "power button"]
 

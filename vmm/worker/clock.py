@@ -19,7 +19,7 @@ from vmm.model.spec import MachineSpec
 from vmm.store.state import MachineState
 
 TRY_SECONDS: Final = 30.0  # the agent of a guest that has just resumed needs a moment
-_AGAIN_SECONDS = 1.0
+_AGAIN_SECONDS = 1.0  # each attempt waits for the agent
 
 
 class Machine(Protocol):
@@ -69,6 +69,6 @@ class GuestClock:
                     if time.monotonic() > deadline:
                         running.tell("clock-not-set", after=after, problem=error.problem)
                         return
-                await asyncio.sleep(_AGAIN_SECONDS)
+                await asyncio.sleep(_AGAIN_SECONDS)  # the deadline moves when the clock stands still again
         finally:
             self._is_being_set = False

@@ -26,7 +26,7 @@ from vmm.worker.states import Effect, End, StatusReport, effects_of
 
 STOP_SECONDS = 20.0  # stop and cont wait for requests in flight, whose server may be restarting
 RETRY_SECONDS = (0.3, 0.5, 1.0, 2.0, 3.0)  # between attempts to continue after a disk failed
-LOOK_SECONDS = 0.05
+SOON_SECONDS = 0.05  # for what follows at once, if it follows
 
 Data = Mapping[str, Any]
 
@@ -115,7 +115,7 @@ class Conversation:
                 pass
             finally:
                 await self.close()
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(SOON_SECONDS)  # QEMU may be about to end; else it listens again in a moment
 
     # -- events --------------------------------------------------------------------------------------------------
 
@@ -211,7 +211,7 @@ class Conversation:
         tries = 0
         try:
             while self.status == "io-error" and not running.is_paused_by_user and running.end is None:
-                await asyncio.sleep(RETRY_SECONDS[min(tries, len(RETRY_SECONDS) - 1)])
+                await asyncio.sleep(RETRY_SECONDS[min(tries, len(RETRY_SECONDS) - 1)])  # longer each time
                 tries += 1
                 problem = await asyncio.to_thread(problem_of_store, running.spec.disks, running.runtime.nbd)
                 if problem is not None:
@@ -219,7 +219,7 @@ class Conversation:
                 elif running.note.operation is None:
                     with contextlib.suppress(VmmError):
                         await self.qmp.execute("cont", timeout_seconds=STOP_SECONDS)
-                        await asyncio.sleep(LOOK_SECONDS)  # a disk that fails again does so at once
+                        await asyncio.sleep(SOON_SECONDS)  # a disk that fails again does so at once
                         await self.refresh()
         finally:
             self._is_retrying = False

@@ -20,9 +20,9 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from vmm.model.errors import InUse, TimedOut, VmmError
+from vmm.model.waiting import async_looks
 from vmm.store import registry, saved
 from vmm.store.state import WorkerPhase, mark_leaving
-from vmm.worker.conversation import LOOK_SECONDS
 from vmm.worker.running import Running
 from vmm.worker.states import End
 
@@ -103,8 +103,8 @@ class Leaving:
         """
         running = self._running
         running.gives_way = True
-        while time.monotonic() < deadline and not running.exited.is_set():
-            if running.note.phase is WorkerPhase.ENDED:
+        async for _ in async_looks(deadline - time.monotonic()):
+            if running.exited.is_set() or running.note.phase is WorkerPhase.ENDED:
                 return
             rest = after()
             is_idle = running.note.operation is None and (rest is None or rest.done())
@@ -113,17 +113,15 @@ class Leaving:
             if running.note.operation in _GIVING_WAY:
                 with contextlib.suppress(VmmError):
                     await running.server.call("cancel")
-            await asyncio.sleep(LOOK_SECONDS)
 
     async def _save(self, deadline: float) -> None:
-        while True:
+        async for is_last in async_looks(deadline - time.monotonic()):
             try:
                 await self._saving.save(lambda document: None, give_up_at=deadline)
                 return
             except InUse:  # another operation has not ended, such as a snapshot whose memory is being written
-                if time.monotonic() > deadline:
+                if is_last:
                     raise
-            await asyncio.sleep(LOOK_SECONDS)
 
     async def _shut_down(self, deadline: float) -> None:
         seconds = deadline - time.monotonic()
@@ -137,8 +135,7 @@ class Leaving:
             await running.quit(End.SAVED)
         else:
             await running.stop()
-        while (
-            not running.exited.is_set() and running.note.phase is not WorkerPhase.ENDED and time.monotonic() < deadline
-        ):
+        async for _ in async_looks(deadline - time.monotonic()):
+            if running.exited.is_set() or running.note.phase is WorkerPhase.ENDED:
+                return
             await running.kill()  # QEMU was about to start
-            await asyncio.sleep(LOOK_SECONDS)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 OPERATION = "snapshot-merge"
 MERGE_SECONDS = 7 * 24 * 3600.0
-_LOOK_SECONDS = 0.2
+_LOOK_SECONDS = 0.2  # between reports of the progress
 
 
 class LiveMerges:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, assert_never
 from vmm.kvm import background
 from vmm.kvm.background import Mode
 from vmm.model.errors import InUse, QemuFailed, StoreFailed, VmmError, WrongState
+from vmm.model.waiting import async_looks
 from vmm.processes.rpc import Method, Progress
 from vmm.snapshots.recovery import settle_journal, take_over_note
 from vmm.store.backup_note import has_note
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
 
 OPERATION = "settle"
 _HOLD_SECONDS = 30.0
-_LOOK_SECONDS = 0.1
 
 
 class Recovery:
@@ -110,16 +110,13 @@ class Recovery:
 
     async def _wait_idle(self, stack: contextlib.AsyncExitStack) -> None:
         """Wait until no other operation is in progress. What another command does ends, and usually settles itself."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + _HOLD_SECONDS
-        while True:
+        async for is_last in async_looks(_HOLD_SECONDS):
             try:
                 stack.enter_context(self._running.busy(OPERATION))
                 return
             except InUse:
-                if loop.time() > deadline:
+                if is_last:
                     raise
-            await asyncio.sleep(_LOOK_SECONDS)
 
     async def settle(self, held: Held) -> None:
         """Settle what the journal says. Raises VmmError; then the journal stays."""
@@ -237,12 +234,10 @@ def has_qemu(running: Running) -> bool:
 
 async def hold(running: Running, stack: contextlib.ExitStack) -> Held:
     """Take the tree once the command that holds it is done. Raises InUse."""
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + _HOLD_SECONDS
-    while True:
+    async for is_last in async_looks(_HOLD_SECONDS):
         try:
             return stack.enter_context(holding(running.machine, running.spec.name))
         except InUse:
-            if loop.time() > deadline:
+            if is_last:
                 raise
-            await asyncio.sleep(_LOOK_SECONDS)
+    raise AssertionError("the last look returned nothing, and raised nothing")

@@ -28,10 +28,11 @@ from vmm.kvm.qmp import Qmp
 from vmm.model.errors import InUse, QemuFailed, StoreFailed, TimedOut, VmmError, WrongState, from_document
 from vmm.model.paths import MachinePaths, RuntimePaths, write_whole
 from vmm.model.spec import MachineSpec
+from vmm.model.waiting import LOOK_SECONDS, async_becomes
 from vmm.store.state import MachineState, SupervisorNote, WorkerNote, WorkerPhase
 from vmm.worker.asking import ask_until_off
 from vmm.worker.clock import GuestClock
-from vmm.worker.conversation import LOOK_SECONDS, STOP_SECONDS, Conversation
+from vmm.worker.conversation import SOON_SECONDS, STOP_SECONDS, Conversation
 from vmm.worker.launch import no_adapters, prepare
 from vmm.worker.states import End, Facts, Verb, refuse, state_of
 
@@ -135,19 +136,21 @@ class Running:
 
     async def wait_reachable(self) -> None:
         """Wait until QEMU's monitor is connected, or until no connection can be expected soon."""
-        deadline = time.monotonic() + REACH_SECONDS
-        while not self.conversation.has_begun and self.end is None and self.note.phase is WorkerPhase.RUNNING:
-            if time.monotonic() > deadline:
-                return
-            await asyncio.sleep(LOOK_SECONDS)
+
+        def is_decided() -> bool:
+            return self.conversation.has_begun or self.end is not None or self.note.phase is not WorkerPhase.RUNNING
+
+        await async_becomes(is_decided, REACH_SECONDS)
 
     async def wait_known(self) -> None:
         """Wait for QEMU's first status, for a limited time: a worker that takes over does not know it at first."""
-        deadline = time.monotonic() + KNOWN_SECONDS
-        while not self.conversation.is_known and self.end is None:
-            if not self.note.qemu or self.note.phase is not WorkerPhase.RUNNING or time.monotonic() > deadline:
-                return
-            await asyncio.sleep(LOOK_SECONDS)
+
+        def is_decided() -> bool:
+            if self.conversation.is_known or self.end is not None:
+                return True
+            return not self.note.qemu or self.note.phase is not WorkerPhase.RUNNING
+
+        await async_becomes(is_decided, KNOWN_SECONDS)
 
     @contextlib.contextmanager
     def busy(self, operation: str) -> Iterator[None]:
@@ -238,7 +241,7 @@ class Running:
             self.conversation.begin(connecting.result())
         except QemuFailed:
             # If the server dies, QEMU dies with it: the server's reason is more useful.
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(SOON_SECONDS)  # for the reason to be written down
             supervisor = SupervisorNote.read(self.runtime)
             if supervisor is not None and supervisor.failure is not None:
                 raise from_document(supervisor.failure) from None
@@ -377,7 +380,7 @@ class Running:
         with self.busy("resume"):
             self.note.details.pop("paused", None)
             await self.qmp.execute("cont", timeout_seconds=STOP_SECONDS)
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(SOON_SECONDS)  # a disk that fails again does so at once
             await self.conversation.refresh_or_assume("running")
         if self.status == "io-error":
             raise StoreFailed(

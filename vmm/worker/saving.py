@@ -17,11 +17,12 @@ from vmm.kvm.qemu_errors import reason_of
 from vmm.model.errors import QemuFailed, TimedOut, VmmError
 from vmm.model.paths import runtime_home
 from vmm.model.spec import MachineSpec
+from vmm.model.waiting import async_looks
 from vmm.processes.rpc import Progress
 from vmm.store import saved
 from vmm.store.media import changed_drives
 from vmm.worker.adapter_hotplug import announced_mtus
-from vmm.worker.conversation import LOOK_SECONDS, STOP_SECONDS
+from vmm.worker.conversation import STOP_SECONDS
 from vmm.worker.running import START_SECONDS, Running
 from vmm.worker.states import End, Verb
 
@@ -66,14 +67,13 @@ class Saving:
     async def _restore(self, descriptor: int, description: saved.Description, progress: Progress) -> None:
         await self._running.qmp.send_descriptor("saved", descriptor)
         await self._running.qmp.execute("migrate-incoming", uri="fd:saved", timeout_seconds=STOP_SECONDS)
-        while True:
+        async for _ in async_looks():
             if self._running.exited.is_set():
                 raise self._running.failure_with_reason("the saved memory cannot be restored")
             try:
                 migration = await self._running.qmp.execute("query-migrate")
             except QemuFailed:
-                await asyncio.sleep(LOOK_SECONDS)  # it is about to end, and its last message gives the reason
-                continue
+                continue  # it is about to end, and its last message gives the reason
             if migration.get("status") == "completed":
                 break
             if migration.get("status") == "failed":
@@ -82,7 +82,6 @@ class Saving:
                 )
             done = os.lseek(descriptor, 0, os.SEEK_CUR)
             progress({"step": "restoring memory", "done": done, "total": description.memory_file_bytes})
-            await asyncio.sleep(LOOK_SECONDS)
         await self._tell_of_other_media(description)
         saved.use_up(self._running.machine)
         if description.was_running:
@@ -107,15 +106,15 @@ class Saving:
         if saved.is_saved(self._running.machine):
             await self._running.quit(End.SAVED)
             return
-        deadline = time.monotonic() + START_SECONDS
-        while not self._running.exited.is_set() and time.monotonic() < deadline:
+        async for _ in async_looks(START_SECONDS):
+            if self._running.exited.is_set():
+                break
             with contextlib.suppress(VmmError):
                 await self._running.qmp.execute("migrate_cancel")
                 if self._running.note.details.pop("was_running", False):
                     await self._running.qmp.execute("cont", timeout_seconds=STOP_SECONDS)
                     self._running.clock.bring_to_now("save")
                 break
-            await asyncio.sleep(LOOK_SECONDS)
         saved.discard_part(self._running.machine)
         self._running.note.operation = None
         self._running.write_note()
@@ -160,20 +159,20 @@ class Saving:
 
     async def _let_go_on(self) -> None:
         """Resume the guest. A migration that is being cancelled may refuse this for a moment."""
-        deadline = time.monotonic() + STOP_SECONDS
-        while time.monotonic() < deadline and not self._running.exited.is_set():
+        async for _ in async_looks(STOP_SECONDS):
+            if self._running.exited.is_set():
+                return
             with contextlib.suppress(VmmError):
                 await self._running.qmp.execute("cont", timeout_seconds=STOP_SECONDS)
                 self._running.clock.bring_to_now("save")
                 return
-            await asyncio.sleep(LOOK_SECONDS)
 
     async def _write_memory(self, descriptor: int, progress: Progress, give_up_at: float | None) -> None:
         qmp = self._running.qmp
         await qmp.execute("migrate-set-parameters", max_bandwidth=_FASTEST_BYTES)
         await qmp.send_descriptor("saved", descriptor)
         await qmp.execute("migrate", uri="fd:saved", timeout_seconds=STOP_SECONDS)
-        while True:
+        async for _ in async_looks():
             migration = await qmp.execute("query-migrate", timeout_seconds=STOP_SECONDS)
             status = migration.get("status")
             if status == "completed":
@@ -186,7 +185,6 @@ class Saving:
                 raise TimedOut("not enough time is left to write all the memory")
             if ram := migration.get("ram"):
                 progress({"step": "saving memory", "done": ram["total"] - ram["remaining"], "total": ram["total"]})
-            await asyncio.sleep(LOOK_SECONDS)
 
 
 def _path_of(spec: MachineSpec, drive_id: str) -> str | None:

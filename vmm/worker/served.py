@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from vmm.model.errors import StoreFailed, TimedOut, VmmError, WrongState
+from vmm.model.waiting import async_looks
 from vmm.snapshots.recovery import adopt, record_chain, remove_unused
 from vmm.snapshots.steps import pivoted
 from vmm.store.snapshots.journal import MergeLive, Pivot
@@ -27,19 +28,17 @@ if TYPE_CHECKING:
     from vmm.worker.running import Running
 
 SERVER_SECONDS = 30.0  # for a killed disk server to be restarted
-_LOOK_SECONDS = 0.1
+_MERGE_LOOK_SECONDS = 0.1  # each look asks the server, perhaps for hours
 
 
 async def wait_serving(running: Running) -> None:
     """Wait until the disk server answers, if need be for its restart. Raises TimedOut, WrongState."""
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + SERVER_SECONDS
-    while not await running.server.is_serving():
+    async for _ in async_looks(SERVER_SECONDS):
+        if await running.server.is_serving():
+            return
         if running.note.phase is WorkerPhase.ENDED:
             raise WrongState("is being switched off", hint="try again in a moment")
-        if loop.time() > deadline:
-            raise TimedOut(f"the disk server did not answer within {SERVER_SECONDS:g} s")
-        await asyncio.sleep(_LOOK_SECONDS)
+    raise TimedOut(f"the disk server did not answer within {SERVER_SECONDS:g} s")
 
 
 async def served_leaves(running: Running) -> dict[str, str]:
@@ -79,11 +78,10 @@ def _id_of(layer: dict[str, Any]) -> str | None:
 async def wait_merged(running: Running, disk: str) -> None:
     """Wait until the server is not merging this disk: a merge outlives the worker that requested it."""
     await wait_serving(running)
-    while True:
+    async for _ in async_looks(every_seconds=_MERGE_LOOK_SECONDS):
         status = await running.server.call("status", timeout_seconds=30)
         if not any(one["name"] == disk and one["merge"] for one in status["exports"]):
             return
-        await asyncio.sleep(_LOOK_SECONDS)
 
 
 async def follow_pivots(running: Running, held: Held, pivots: Sequence[Pivot], moved: dict[str, str]) -> None:

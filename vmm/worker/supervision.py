@@ -10,17 +10,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from vmm.host.proc import ProcessRef, python_command, python_environment, spawn_detached
 from vmm.model.paths import MachinePaths, RuntimePaths
+from vmm.model.waiting import async_becomes
 from vmm.store.state import SupervisorNote
-from vmm.worker.conversation import LOOK_SECONDS
 
-SUPERVISOR_AGAIN_SECONDS = 1.0
-FOLDER_LOOK_SECONDS = 2.0
+SUPERVISOR_AGAIN_SECONDS = 1.0  # one that cannot start is not started faster than this
+FOLDER_LOOK_SECONDS = 2.0  # for as long as the machine runs
 
 
 class Supervision:
@@ -73,16 +72,17 @@ class Supervision:
                     environment=python_environment(),
                 )
                 await self._wait_for_note(pid)
-            await asyncio.sleep(SUPERVISOR_AGAIN_SECONDS)
+            await asyncio.sleep(SUPERVISOR_AGAIN_SECONDS)  # between two starts
 
     async def _wait_for_note(self, pid: int) -> None:
         """Wait until the new supervisor has written its note, or has ended."""
-        deadline = time.monotonic() + SUPERVISOR_AGAIN_SECONDS * 10
-        while time.monotonic() < deadline and ProcessRef.of(pid) is not None:
+
+        def is_there_or_ended() -> bool:
             note = SupervisorNote.read(self._runtime)
-            if note is not None and note.supervisor is not None and note.supervisor.pid == pid:
-                return
-            await asyncio.sleep(LOOK_SECONDS)
+            has_written = note is not None and note.supervisor is not None and note.supervisor.pid == pid
+            return has_written or ProcessRef.of(pid) is None
+
+        await async_becomes(is_there_or_ended, SUPERVISOR_AGAIN_SECONDS * 10)
         with contextlib.suppress(ChildProcessError):
             os.waitpid(pid, os.WNOHANG)
 
@@ -97,5 +97,5 @@ class Supervision:
         """
         while self._has_folder():
             self._last = self.note()
-            await asyncio.sleep(FOLDER_LOOK_SECONDS)
+            await asyncio.sleep(FOLDER_LOOK_SECONDS)  # of a watch without an end
         await self._folder_gone()

@@ -361,7 +361,7 @@ class Worker:
 async def _signs_of_life(progress: Progress, step: str) -> None:
     """Report every second, so that the waiting caller knows that the worker is alive."""
     while True:
-        await asyncio.sleep(1)
+        await asyncio.sleep(1)  # the rate of the reports
         progress({"step": step})
 
 

@@ -221,13 +221,13 @@ class _Pace:
         self._merging.note(done_bytes, total_bytes)
         self._merging.look()
         if self._merging.rate is None:  # half of the time, leave the processors and the device to the clients
-            time.sleep(min(_REST * (time.monotonic() - self._resumed), _NAP_SECONDS))
+            time.sleep(min(_REST * (time.monotonic() - self._resumed), _NAP_SECONDS))  # the rest itself
             self._resumed = time.monotonic()
         while self._merging.rate is not None:
             ahead = done_bytes / self._merging.rate - (time.monotonic() - self._began)
             if ahead <= 0:
                 return
-            time.sleep(min(ahead, _NAP_SECONDS))
+            time.sleep(min(ahead, _NAP_SECONDS))  # keeps to the rate
             self._merging.look()
 
 

@@ -28,7 +28,7 @@ from vhdkit.units import KIB
 
 MAX_LINE_BYTES = 64 * KIB
 MAX_CLIENTS = 32
-_ACCEPT_AGAIN_SECONDS = 0.2
+_ACCEPT_AGAIN_SECONDS = 0.2  # out of descriptors: a moment later some may be free
 _PEER = struct.Struct("3i")  # struct ucred: process, user, group
 _log = logging.getLogger(__name__)
 

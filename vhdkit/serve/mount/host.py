@@ -29,6 +29,7 @@ from vhdkit.errors import AccessDenied, IoFailed, NotFound
 from vhdkit.serve.mount import table
 from vhdkit.store import translated
 from vhdkit.units import KIB, MIB
+from vhdkit.waiting import looks
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ _CREDENTIALS = struct.Struct("3i")
 _MAX_OUTPUT_BYTES = 64 * KIB  # of a program's output
 _MAX_WAITING = 256  # at once, for one server to end
 _LEAVING_SECONDS = 5.0  # to accept a client, or to leave: both are quick
+_ACCEPT_AGAIN_SECONDS = 0.05  # out of descriptors or memory: to accept again at once would fail again
 _MAX_LINES = 2  # some programs print their manual after the error
 
 
@@ -281,16 +283,14 @@ def find_server(mount: table.Mount) -> Server | None:
 
 def _connect(sock: socket.socket, address: str) -> None:
     """Connect with a time limit: the queue of a server that hangs may be full."""
-    deadline = time.monotonic() + _LEAVING_SECONDS
     sock.setblocking(False)
-    while True:
+    for is_last in looks(_LEAVING_SECONDS):
         try:
             sock.connect(address)
             break
         except BlockingIOError:
-            if time.monotonic() >= deadline:
+            if is_last:
                 raise
-            pause()
     sock.setblocking(True)
 
 
@@ -318,15 +318,13 @@ class Presence:
 
     def _bind(self, address: str) -> None:
         """Device numbers are reused at once: the server that had ours may not have left yet, so retry for a while."""
-        deadline = time.monotonic() + _LEAVING_SECONDS
-        while True:
+        for is_last in looks(_LEAVING_SECONDS):
             try:
                 self._sock.bind(address)
                 return
             except OSError as error:
-                if error.errno != errno.EADDRINUSE or time.monotonic() >= deadline:
+                if error.errno != errno.EADDRINUSE or is_last:
                     raise
-                pause()
 
     def _take_in(self) -> None:
         while True:
@@ -334,7 +332,7 @@ class Presence:
                 client, _ = self._sock.accept()
             except OSError as error:
                 if error.errno in (errno.ECONNABORTED, errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-                    pause()
+                    time.sleep(_ACCEPT_AGAIN_SECONDS)  # for resources to be freed
                     continue
                 return  # `leave` was called
             _, user, _ = _CREDENTIALS.unpack(
@@ -396,8 +394,3 @@ class Child:
 def become_flusher() -> None:
     """Mark this process as an I/O flusher, if permitted: see `loop_writes_are_safe`. Its threads inherit this."""
     ctypes.CDLL(None).prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0)
-
-
-def pause() -> None:
-    """Sleep briefly between two checks."""
-    time.sleep(0.05)

@@ -12,15 +12,16 @@ The mounts are read from the kernel's tables, so a mount whose server was killed
 from __future__ import annotations
 
 import os
-import time
 from dataclasses import dataclass
 
 from vhdkit import errors
 from vhdkit.folder import real_path
 from vhdkit.serve.mount import host, table
 from vhdkit.serve.mount.tree import INFO_NAME
+from vhdkit.waiting import looks
 
 _BUSY_SECONDS = 120.0  # a FUSE driver may still be writing after its mount is gone
+_EVERY_SECONDS = 0.05  # each try starts a program
 
 
 def found_stacks() -> list[table.Stack]:
@@ -71,15 +72,13 @@ def _left_behind(found: list[table.Stack], real: str) -> table.Stack | None:
 
 def _umount_base(stack: table.Stack, *, patient: bool, lazy: bool) -> None:
     base = stack.base.mountpoint
-    deadline = time.monotonic() + (_BUSY_SECONDS if patient else 0)
-    while True:
+    for is_last in looks(_BUSY_SECONDS if patient else 0, every_seconds=_EVERY_SECONDS):
         try:
             _umount_one(base, lazy=lazy)
             break
         except errors.ImageInUse:
-            if time.monotonic() >= deadline:
+            if is_last:
                 raise
-            host.pause()
     if patient:
         host.remove_folder(base)
 

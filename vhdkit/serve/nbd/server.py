@@ -30,8 +30,8 @@ MAX_CONNECTIONS = 1024
 HANDSHAKE_SECONDS = 600.0  # for a client to choose an export; a person may be typing options
 GRACE_SECONDS = 10.0  # for clients to receive their last answers
 HANG_UP_SECONDS = 2.0
-_ACCEPT_AGAIN_SECONDS = 0.2
-_LOOK_SECONDS = 0.2  # between checks whether the server has ended
+_ACCEPT_AGAIN_SECONDS = 0.2  # out of descriptors: a moment later some may be free
+_LOOK_SECONDS = 0.2  # an event ends the wait; this is between checks whether the server has ended
 _log = logging.getLogger(__name__)
 
 

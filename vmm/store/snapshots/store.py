@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from vmm.host.proc import HeldLock, Lock, ProcessRef, machine_lock
 from vmm.model.errors import InUse, VmmError, of_os_error
 from vmm.model.paths import MachinePaths, sync_folder, write_whole
+from vmm.model.waiting import LOOK_SECONDS
 from vmm.store.snapshots.tree import MAX_DOCUMENT_BYTES, Snapshot, Tree, read_tree
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 MERGE_STOP_SECONDS = 60.0  # for a merge to release its lock; it checks for the request after each piece
 BUSY_SECONDS = 1.0  # for another command to end
-_LOOK_SECONDS = 0.02
 _MAX_NOTE_BYTES = 1 << 16
 
 
@@ -197,7 +197,7 @@ def _take(lock: Lock, machine: MachinePaths, name: str, *, stop_merge: bool) -> 
                 "its snapshots are being merged",
                 machine=name, hint="wait for it to end; vmm snapshot tree shows what is in progress",
             )  # fmt: skip
-        time.sleep(_LOOK_SECONDS)
+        time.sleep(LOOK_SECONDS)  # the deadline moves when a merge is asked to stop
 
 
 # -- the process that merges -------------------------------------------------------------------------------------
