@@ -463,7 +463,7 @@ def test_a_merge_that_does_not_announce_the_id_is_detected(
     verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Self-test: if the layer above did not record the new id first, the tests of cuts and kills would fail."""
-    monkeypatch.setattr(f"vhdkit.chain.verbs.{verb}.accept_renewed_id", lambda child, target: None)
+    monkeypatch.setattr(f"vhdkit.chain.verbs.{verb}.accept_renewed_id", lambda child, target, named: None)
     with pytest.raises(vhdkit.ParentError):
         if verb == "live_merge":
             test_every_kill_of_a_live_merge_leaves_valid_links(tmp_path, 1)

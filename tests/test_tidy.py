@@ -41,7 +41,6 @@ OVERSIZE: dict[str, tuple[int, str]] = {
         580,
         "all names by which a child finds a parent, on one set of files",
     ),
-    "tests/vhdkit/chain/verbs/test_merge.py": (590, "one chain through every refusal, failure and continuation"),
     "tests/vhdkit/serve/control/test_operations.py": (545, "one served set of disks, through every operation on it"),
     "tests/vhdkit/test_disk_faults.py": (470, "one disk over a store that fails in every way"),
     "tests/vhdkit/test_disk_strangers.py": (585, "one disk in every kind of program and buffer that may hold it"),

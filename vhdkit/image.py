@@ -6,7 +6,8 @@ combines layers; front ends hold a `Disk`, never a layer. `ImageFacts` is the fi
 opened: its ids, its size and its parent.
 
 The two ids have separate uses: `file_id` decides whether a record or an undo log belongs to this file, `linkage_id` is
-what children record about their parent. In a VHD both are the footer's unique id.
+what children record about their parent. In a VHD both are the footer's unique id. A file without a `file_id` can only
+be identified by its `linkage_id`, as long as it is not written to (`present_id`).
 
 Who checks what: `Disk` checks the range and read-only, and splits off partial sectors. A layer may assume whole
 sectors inside its own size (it asserts this), and one writer at a time; `flush` may run beside a writer.
@@ -174,6 +175,11 @@ class ImageFacts:
     parent: ParentRef | None = None
     findings: tuple[Finding, ...] = ()
     physical_sector_bytes: int = SECTOR_SIZE
+
+    @property
+    def present_id(self) -> bytes:
+        """The id that identifies the file as it is now; `NULL_ID` without one. It may change when it is written to."""
+        return self.file_id or self.linkage_id or NULL_ID
 
 
 class Layer(Protocol):

@@ -116,37 +116,62 @@ def repeatable(seed: object) -> Iterator[None]:
 
 @dataclass
 class FolderPower:
-    """Runs verbs in `folder` and records the folders that a power cut inside one could leave."""
+    """Runs verbs in `folder` and records the folders that a power cut inside one could leave.
+
+    With `judge` each cut is given to it at once, and none is kept: for files that are too large for that. It works on
+    another folder. With `every` n only each n-th boundary is examined.
+    """
 
     folder: Path
     seed: str
+    judge: Callable[[Cut], None] | None = None
+    every: int = 1
     cuts: list[Cut] = field(default_factory=list)
     boundaries: int = 0
     _held: dict[int, int] = field(default_factory=dict)  # inode -> descriptor: no number is used twice in a run
     _bytes: dict[int, bytes] = field(default_factory=dict)  # by inode, as last synced
     _names: dict[str, dict[str, int]] = field(default_factory=dict)  # by folder, as last synced
     _seen: set[str] = field(default_factory=set)
-    _busy: bool = False
+    _before: dict[str, Callable[..., Any]] = field(default_factory=dict)  # what `os` has outside a run
 
     def run(self, work: Callable[[], object]) -> None:
         """Run `work`; its exception is raised, and the cuts before that are recorded all the same."""
         names, content = self._look()
         self._names, self._bytes = names, dict(content)
         self._seen.add(key_of(_joined(names, content)))  # nothing has happened yet
-        before = {name: getattr(os, name) for name in (*_NAME_CALLS, "fsync", "fdatasync")}
+        self._before = {name: getattr(os, name) for name in (*_NAME_CALLS, "fsync", "fdatasync")}
         try:
-            for name in _NAME_CALLS:
-                setattr(os, name, self._changing(before[name]))
-            for name in ("fsync", "fdatasync"):
-                setattr(os, name, self._syncing)
+            self._watch()
             work()
         finally:
-            for name, call in before.items():
-                setattr(os, name, call)
+            self._unwatch()
             self._boundary()
             for descriptor in self._held.values():
                 os.close(descriptor)
             self._held.clear()
+
+    def _watch(self) -> None:
+        for name in _NAME_CALLS:
+            setattr(os, name, self._changing(self._before[name]))
+        for name in ("fsync", "fdatasync"):
+            setattr(os, name, self._syncing)
+
+    def _unwatch(self) -> None:
+        for name, call in self._before.items():
+            setattr(os, name, call)
+
+    def _found(self, cut: Cut) -> None:
+        """Keep the cut, or have it judged."""
+        if self.judge is None:
+            self.cuts.append(cut)
+            return
+        is_watching = os.fsync != self._before["fsync"]
+        self._unwatch()
+        try:
+            self.judge(cut)
+        finally:
+            if is_watching:
+                self._watch()
 
     def _changing(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def changing(*args: Any, **options: Any) -> Any:
@@ -192,6 +217,8 @@ class FolderPower:
     def _boundary(self) -> None:
         """Record what a cut here could leave, unless it was recorded before."""
         self.boundaries += 1
+        if self.boundaries % self.every:
+            return
         names, content = self._look()
         synced = {inode: self._bytes.get(inode, b"") for places in (names, self._names) for inode in _inodes(places)}
         now = {**synced, **content}  # a file without a name keeps what was synced
@@ -214,7 +241,7 @@ class FolderPower:
             key = key_of(files)
             if key not in self._seen:
                 self._seen.add(key)
-                self.cuts.append(Cut(self.boundaries, kind, files))
+                self._found(Cut(self.boundaries, kind, files))
 
 
 def _inodes(names: Mapping[str, Mapping[str, int]]) -> Iterator[int]:

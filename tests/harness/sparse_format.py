@@ -55,9 +55,8 @@ from vhdkit.store import ReadStore, Store
 from vhdkit.units import PAGE_SIZE, round_up, sectors_to_bytes, whole_sectors
 
 NAME = "sparse"
-_HEADER = struct.Struct(
-    ">8sIQQ16s16sH"
-)  # magic, CRC of the rest, turn, size, file id, linkage id, length of the parent
+# Magic, CRC of the rest, turn, size, file id, linkage id, length of the parent.
+_HEADER = struct.Struct(">8sIQQ16s16sH")
 _MAGIC = b"SPARSE-1"
 _TABLE = 2 * PAGE_SIZE
 _PER_PAGE = whole_sectors(PAGE_SIZE)
@@ -338,6 +337,13 @@ class SparseFormat:
         """See `Format`."""
         assert isinstance(layer, SparseLayer)
         return layer.next_id
+
+    def set_renewed_id(self, layer: Layer, linkage_id: bytes) -> None:
+        """See `Format`."""
+        layer.next_id = linkage_id  # type: ignore[attr-defined]
+
+    def take_over_disk(self, layer: Layer, disk: Layer, *, dry_run: bool = False) -> None:
+        """See `Format`: nothing else belongs to the disk."""
 
     def parent_ids(self, store: ReadStore) -> frozenset[bytes]:
         """See `Format`."""

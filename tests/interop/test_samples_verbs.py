@@ -10,6 +10,7 @@ import bz2
 import gzip
 import hashlib
 import shutil
+import subprocess
 from collections.abc import Callable
 from functools import cache
 from io import BufferedIOBase
@@ -21,7 +22,7 @@ import pytest
 import vhdkit
 from tests.interop.disks import MIB, SECTOR, content_of, content_sha256, unpack_tar
 from tests.interop.qemu import qemu_content
-from tests.support import expected_samples, sample
+from tests.support import expected_samples, require_tool, sample
 from vhdkit.chain.verbs.describe import describe_chain, describe_image
 from vhdkit.chain.verbs.stream import export_stream, import_stream
 from vhdkit.finding import Severity
@@ -154,6 +155,25 @@ def test_data_at_high_offsets_reads_as_in_qemu(unpack: Unpack, tmp_path: Path) -
             block = disk.read(one.offset_bytes, one.size_bytes)
             assert any(block)
             assert qemu_content(path, tmp_path, offset=one.offset_bytes, size=one.size_bytes) == block
+
+
+def test_the_chain_from_windows_is_merged(unpack: Unpack, tmp_path: Path) -> None:
+    """A differencing VHDX that Windows made is merged into its parent with default options; qemu and 7-Zip read the
+    result as the recorded content, and nothing else is left."""
+    names = [f"docker-explorer/vhdx_files/{name}.vhdx" for name in ("diff", "base")]
+    for name in names:
+        shutil.copyfile(_find(unpack, name), tmp_path / Path(name).name)
+    vhdkit.merge(tmp_path / "diff.vhdx")
+    assert [path.name for path in tmp_path.iterdir()] == ["base.vhdx"]
+    merged = tmp_path / "base.vhdx"
+    expected = SAMPLES[names[0]]["content_sha256"]
+    with vhdkit.open_disk(merged) as disk:
+        assert content_sha256(disk) == expected
+    assert vhdkit.check(merged) == []
+    subprocess.run([require_tool("qemu-img"), "check", "-q", merged], check=True, timeout=60)
+    command = [require_tool("7zz"), "x", "-so", "-tVHDX", str(merged)]
+    extracted = subprocess.run(command, capture_output=True, check=True, timeout=60).stdout
+    assert hashlib.sha256(extracted).hexdigest() == expected
 
 
 @pytest.mark.parametrize("name", VHDX_SAMPLES)

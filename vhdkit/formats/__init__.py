@@ -63,6 +63,11 @@ def linkage_id(store: ReadStore) -> bytes | None:
     return next((found for one in FORMATS if (found := one.linkage_id(store)) is not None), None)
 
 
+def present_id(store: ReadStore) -> bytes | None:
+    """The id by which the record of a merge names the image; see `ImageFacts.present_id`."""
+    return file_id(store) or linkage_id(store)
+
+
 def parent_ids(store: ReadStore) -> frozenset[bytes]:
     """What the file may record for its parent, whatever its format; see `Format.parent_ids`."""
     return frozenset[bytes]().union(*(one.parent_ids(store) for one in FORMATS))

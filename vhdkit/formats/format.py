@@ -264,6 +264,24 @@ class Format(Protocol):
         """
         ...
 
+    def set_renewed_id(self, layer: Layer, linkage_id: bytes) -> None:
+        """Let the next write of content through the open, writable layer bring this id, which `renewed_id` returns.
+
+        For a change that was recorded with this id, and for one that continues such a change: the layer may have the
+        id already. Does nothing in a format whose ids stay.
+        """
+        ...
+
+    def take_over_disk(self, layer: Layer, disk: Layer, *, dry_run: bool = False) -> None:
+        """Let the open, writable layer show the virtual disk of `disk`: take over what belongs to that disk.
+
+        For merges: `disk` is an image of the same format that is merged into the layer. Everything written is flushed
+        first, and the change is durable when this returns. What a guest reads, and the size, stay as they are. With
+        `dry_run` nothing changes, and only InvalidArgument is raised.
+        Raises InvalidArgument if there is not enough room, NoSpace, IoFailed, SyncFailed.
+        """
+        ...
+
     def parent_ids(self, store: ReadStore) -> frozenset[bytes]:
         """The ids that the file may record for its parent, `NULL_ID` for a raw one, found with few reads.
 

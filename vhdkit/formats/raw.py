@@ -136,6 +136,12 @@ class RawFormat:
         """See `Format.renewed_id`: there is none."""
         return None
 
+    def set_renewed_id(self, layer: Layer, linkage_id: bytes) -> None:
+        """See `Format.set_renewed_id`: the id stays."""
+
+    def take_over_disk(self, layer: Layer, disk: Layer, *, dry_run: bool = False) -> None:
+        """See `Format.take_over_disk`: nothing else belongs to the disk."""
+
     def parent_ids(self, store: ReadStore) -> frozenset[bytes]:
         """See `Format.parent_ids`."""
         return frozenset()

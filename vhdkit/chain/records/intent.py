@@ -12,6 +12,11 @@ A record is untrusted input like an image. A record that vhdkit cannot have writ
 Names are confined to the target's folder, those below it, and the folders that the user allowed (`RecordRefused`).
 A source always has an id, and a file without that id is not the source. Code that acts on a record compares the ids
 first, and removes nothing else (`chain.verbs.merge_recovery`, `INV-RECORD-PROVEN`).
+
+Some formats have no id that stays for the life of a file (`Format.file_id`), only one that changes with the first
+write of each session. It stays the same as long as the image is a parent, so it identifies the merged layers; the
+exception is a leaf that is written to after a merge was interrupted. The target gets another id with the first write
+of the merge. That id is chosen before, and the record has both. Every attempt to resume the merge uses the same one.
 """
 
 from __future__ import annotations
@@ -57,10 +62,23 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """A file of the merge: its absolute path, and its unique id."""
+    """A file of the merge: its absolute path, its unique id, and the one that it gets with the merge's first write.
+
+    `renewed_id` is None if the file keeps its id.
+    """
 
     path: str
     unique_id: bytes
+    renewed_id: bytes | None = None
+
+    @property
+    def ids(self) -> tuple[bytes, ...]:
+        """The ids that the file may have."""
+        return (self.unique_id,) if self.renewed_id is None else (self.unique_id, self.renewed_id)
+
+    def is_same_file(self, other: Named) -> bool:
+        """True if both are one file: the same path, and an id in common."""
+        return self.path == other.path and not set(self.ids).isdisjoint(other.ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +114,8 @@ class Intent:
 
 
 def _named_document(one: Named, folder: str) -> dict[str, str]:
-    return {"path": os.path.relpath(one.path, folder), "unique_id": one.unique_id.hex()}
+    document = {"path": os.path.relpath(one.path, folder), "unique_id": one.unique_id.hex()}
+    return document if one.renewed_id is None else {**document, "renewed_id": one.renewed_id.hex()}
 
 
 def decode(
@@ -120,10 +139,17 @@ def decode(
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged("a value is missing, or has a wrong type", path) from error
     names = [target, *sources]
-    ids = [one.unique_id for one in names if any(one.unique_id)]
+    ids = [one_id for one in names for one_id in one.ids if any(one_id)]
     if not sources or not isinstance(relink, bool) or len({one.path for one in names}) != len(names):
         raise _damaged("it names no layers, or one of them twice", path)
-    if not all(any(one.unique_id) for one in sources) or len(set(ids)) != len(ids):
+    if (
+        not all(any(one.unique_id) for one in sources)
+        or len(set(ids)) != len(ids)
+        or any(
+            one.renewed_id is not None
+            for one in sources  # nothing is written to a source
+        )
+    ):
         raise _damaged("a layer to be removed has no id in it, or the same id as another", path)
     for one in names:
         if not is_within(one.path, (folder, *allowed)):
@@ -146,12 +172,16 @@ def _damaged(problem: str, path: str | None) -> DamagedRecord:
 
 def _named(document: Any, folder: str, volume: Volume) -> Named:
     unique_id, path = bytes.fromhex(document["unique_id"]), document["path"]
+    renewed_id = bytes.fromhex(document["renewed_id"]) if "renewed_id" in document else None
     if len(unique_id) != ID_BYTES or os.path.basename(path) in ("", os.curdir, os.pardir):
         raise ValueError("no such name")
+    if renewed_id is not None and (len(renewed_id) != ID_BYTES or not any(renewed_id) or not any(unique_id)):
+        raise ValueError("no such id")
     path = os.path.join(folder, path)
     if not is_file_name(path):
         raise ValueError("no such name")
-    return Named(os.path.join(volume.real(os.path.dirname(path)), os.path.basename(path)), unique_id)  # not followed
+    path = os.path.join(volume.real(os.path.dirname(path)), os.path.basename(path))  # not followed
+    return Named(path, unique_id, renewed_id)
 
 
 def intent_of(target_path: str, allowed: tuple[str, ...] = ()) -> Intent | None:
@@ -250,7 +280,7 @@ def refuse_sources(images: Sequence[Named], intents: Iterable[Intent]) -> None:
     The images below it must not change then, or the merge could not be finished.
     """
     for intent in intents:
-        found = next((one for one in images if one in intent.sources), None)
+        found = next((one for one in images if any(one.is_same_file(source) for source in intent.sources)), None)
         if intent.phase is not Phase.COPY and found is not None:
             raise errors.ImageInUse(
                 f"its merge into {printable(intent.target.path)} was interrupted",

@@ -132,11 +132,19 @@ def write_noted(store: FileStore) -> None:
 
 
 def id_of(store: ReadStore) -> bytes:
-    """The id by which undo logs, notes and the records of merges identify an image; `NULL_ID` for a raw disk.
+    """The id by which undo logs, notes and marks identify an image; `NULL_ID` if it has none that never changes.
 
     For a file that was just opened, pass its `view`.
     """
     return formats.file_id(store) or NULL_ID
+
+
+def present_id_of(store: ReadStore) -> bytes:
+    """The id by which the records of merges identify an image as it is now; `NULL_ID` for a raw disk.
+
+    It may change when the image is written to. For a file that was just opened, pass its `view`.
+    """
+    return formats.present_id(store) or NULL_ID
 
 
 def file_of(store: ReadStore) -> FileStore | None:

@@ -26,7 +26,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vhdkit import errors, formats
 from vhdkit.attributes import check_removable
@@ -35,9 +35,17 @@ from vhdkit.chain.names.children import children_of, drop_stale_marks
 from vhdkit.chain.names.lineage import record_parents, same_content
 from vhdkit.chain.names.marks import mark_child
 from vhdkit.chain.names.options import OpenOptions
-from vhdkit.chain.records.intent import Intent, Phase
+from vhdkit.chain.names.parents import linkage_id_of
+from vhdkit.chain.records.intent import Intent, Named, Phase
 from vhdkit.chain.verbs.create import link_of, linkage_of, require_names
-from vhdkit.chain.verbs.merge_parts import file_of_layer, merge_would_break, named, refuse_without_id, seen_through
+from vhdkit.chain.verbs.merge_parts import (
+    file_of_layer,
+    merge_would_break,
+    named,
+    named_target,
+    refuse_sectors,
+    seen_through,
+)
 from vhdkit.chain.verbs.merge_plan import plan_merge
 from vhdkit.chain.verbs.merge_steps import (
     RealNames,
@@ -46,6 +54,7 @@ from vhdkit.chain.verbs.merge_steps import (
     fold,
     opened_for_relink,
     remove_sources,
+    take_over_disk,
 )
 from vhdkit.folder import exists, real_path
 from vhdkit.image import Layer
@@ -97,7 +106,7 @@ def plan_live_merge(chain: Chain, first: int, target: int) -> LiveMergePlan:
     change, or blocks would move.
     """
     assert 0 <= first < target < len(chain.layers)
-    refuse_without_id(chain.layers[first : target + 1])
+    refuse_sectors(chain.layers[first : target + 1])
     names = [named(layer) for layer in chain.layers[first : target + 1]]
     plan = LiveMergePlan(chain, first, target, Intent(Phase.COPY, names[-1], tuple(names[:-1]), relink=first > 0))
     if len({layer.size_bytes for layer in plan.held}) > 1:
@@ -132,7 +141,8 @@ def live_merge(chain: Chain, first: int, target: int, options: OpenOptions | Non
         _refuse_children(plan, options or OpenOptions())
         for one in plan.intent.sources:
             check_removable(one.path)
-        store = _open_target(plan, held)
+        store, target_name = _open_target(plan, held)
+        plan = replace(plan, intent=replace(plan.intent, target=target_name))
         names.write(plan.intent)
         merging = LiveMerge(plan, names, store)
         try:
@@ -165,16 +175,17 @@ def _refuse_children(plan: LiveMergePlan, options: OpenOptions) -> None:
     inside = {real_path(file_of_layer(layer).name) for layer in plan.held}
     folders = [real_path(os.path.dirname(file_of_layer(layer).name)) for layer in plan.changing]
     names = (*plan.intent.sources, plan.intent.target)
-    images = [(linkage_of(layer), one.path) for layer, one in zip(plan.changing, names, strict=True)]
-    families = children_of(images, options, folders=folders)
+    # As the files are now: an earlier merge, which was stopped, may have changed the target's id.
+    ids = [linkage_id_of(file_of_layer(layer)) for layer in plan.changing]
+    families = children_of([(id_, one.path) for id_, one in zip(ids, names, strict=True)], options, folders=folders)
     for one, family in zip(names, families, strict=True):
         outside = [child for child in family if child.path not in inside]
         if outside:
             raise merge_would_break(one.path, outside)
 
 
-def _open_target(plan: LiveMergePlan, held: contextlib.ExitStack) -> FileStore:
-    """The target's file, open for writing, without what an earlier merge left after its blocks.
+def _open_target(plan: LiveMergePlan, held: contextlib.ExitStack) -> tuple[FileStore, Named]:
+    """The target's file, open for writing, without what an earlier merge left after its blocks; and its `Named`.
 
     The lock stays with the chain's own opening. A target that cannot be written to is detected here, before anything
     changes; `copy` opens the image again, because the end of its file may be another one then.
@@ -184,8 +195,10 @@ def _open_target(plan: LiveMergePlan, held: contextlib.ExitStack) -> FileStore:
     store.notes_folder = file.notes_folder
     if store.identity != file.identity:
         raise errors.Replaced("was replaced while it was opened", path=store.name)
-    drop_earlier_try(_opened(plan, store))
-    return store
+    target = _opened(plan, store)
+    take_over_disk(target, plan.sources[0], dry_run=True)
+    drop_earlier_try(target)
+    return store, named_target(target)
 
 
 def _opened(plan: LiveMergePlan, store: FileStore) -> Layer:
@@ -210,6 +223,12 @@ class LiveMerge:
     store: FileStore
     new_target: Layer | None = None
 
+    @property
+    def _intent_now(self) -> Intent:
+        """The record with the present id of a leaf that was written to since the merge began."""
+        intent, sources = self.plan.intent, self.plan.sources
+        return replace(intent, sources=(named(sources[0]), *intent.sources[1:]))
+
     def copy(self, progress: Progress | None = None) -> tuple[int, int]:
         """Make the target complete and durable; returns the bytes of data and of zeros that it took.
 
@@ -220,7 +239,9 @@ class LiveMerge:
             plan.chain.leaf.seal()
             plan.chain.leaf.store.sync()
         target = _opened(plan, self.store)
-        accept_renewed_id(file_of_layer(plan.sources[-1]), target)
+        for layer in plan.sources:  # a killed writer may have left an id that is not on the device yet
+            file_of_layer(layer).sync()
+        accept_renewed_id(file_of_layer(plan.sources[-1]), target, plan.intent.target)
         moves = plan_merge(plan.sources, target, below_bytes=seen_through(plan.below))
         try:
             done = fold(moves, target, progress)
@@ -228,6 +249,7 @@ class LiveMerge:
             with contextlib.suppress(errors.VhdkitError):  # so that the next merge finds it and need not copy it again
                 target.flush()
             raise
+        take_over_disk(target, plan.sources[0])
         target.seal()
         target.store.sync()  # the trailing footer, too
         return done
@@ -289,7 +311,7 @@ class LiveMerge:
         leaf = formats.reopened(old, writable=True, store=self.store)
         problem: errors.VhdkitError | None = None
         try:
-            self.names.write(plan.intent.in_phase(Phase.REMOVE))
+            self.names.write(self._intent_now.in_phase(Phase.REMOVE))
             remove_sources(plan.intent, self.names)
             drop_stale_marks(plan.intent.target.path)
         except errors.VhdkitError as error:

@@ -24,7 +24,8 @@ nor the new size.
 Some formats give an image another linkage id with the first write of each session (`Format.renewed_id`). Then the
 layer above the target first records both ids, the new and the present one, durably; so it finds its parent at every
 moment, and each attempt to resume does the same again. Children are repointed with the id that the target has after
-it was filled. The record names files by their file ids, which never change.
+it was filled. The record names files by their file ids, which never change, or in a format without them by the
+linkage ids, of which the target has both: it is written before the layer above records the new one.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from vhdkit import errors, formats
@@ -51,7 +52,8 @@ from vhdkit.chain.verbs.merge_parts import (
     file_of_layer,
     merge_would_break,
     named,
-    refuse_without_id,
+    named_target,
+    refuse_sectors,
     seen_through,
 )
 from vhdkit.chain.verbs.merge_plan import MergePlan, plan_merge
@@ -63,6 +65,7 @@ from vhdkit.chain.verbs.merge_steps import (
     drop_earlier_try,
     fill_target,
     is_complete,
+    take_over_disk,
 )
 from vhdkit.folder import real_path
 from vhdkit.image import NULL_ID, ImageFacts, Layer
@@ -121,10 +124,10 @@ class InPlacePlan:
 def plan_in_place(layers: Sequence[Layer], index: int, *, relink_children: bool) -> InPlacePlan:
     """The merge of the layers before `index` of an open chain into the one at `index`. Changes and locks nothing.
 
-    Raises CorruptImage for a damaged source.
+    Raises CorruptImage for a damaged source, InvalidArgument for one with smaller sectors than the target's.
     """
     sources, target, below = tuple(layers[:index]), layers[index], tuple(layers[index + 1 :])
-    refuse_without_id(layers[: index + 1])
+    refuse_sectors(layers[: index + 1])
     names = tuple(named(layer) for layer in layers[: index + 1])
     moves = plan_merge(sources, target, below_bytes=seen_through(below))
     return InPlacePlan(sources, target, below, names, moves, relink_children)
@@ -144,6 +147,12 @@ class PreparedMerge:
     held_children: tuple[FileStore, ...] = ()
     store: FileStore | None = None
     filling: Layer | None = None
+
+    @property
+    def intent(self) -> Intent:
+        """The record of the merge, as it begins or continues."""
+        intent = self.plan.intent(self.phase)
+        return intent if self.filling is None else replace(intent, target=named_target(self.filling))
 
 
 @contextlib.contextmanager
@@ -183,7 +192,9 @@ def prepare(
         # The lock stays with the descriptor that holds it.
         store = held.enter_context(FileStore.open(plan.names[-1].path, writable=True, follow_links=False))
         store.notes_folder = options.notes_folder
-        yield PreparedMerge(plan, phase, children, stores, store, _settled_target(plan, store, phase))
+        filling = _settled_target(plan, store, phase)
+        _check_disk(plan, filling)
+        yield PreparedMerge(plan, phase, children, stores, store, filling)
 
 
 def described(prepared: PreparedMerge) -> Merge:
@@ -194,11 +205,11 @@ def described(prepared: PreparedMerge) -> Merge:
 def run(prepared: PreparedMerge, progress: Progress | None) -> Merge:
     """Carry the merge out, or the rest of it. Raises NoSpace, IoFailed, SyncFailed, AccessDenied, `Replaced`."""
     plan = prepared.plan
-    intent = plan.intent(prepared.phase)
+    intent = prepared.intent
     files = {one.path: file_of_layer(layer) for one, layer in zip(plan.names, plan.sources, strict=False)}
     names = RealNames(intent.target.path, files)
     repoint = [partial(_repoint, plan, child) for child in prepared.held_children]
-    done = carry_out(intent, names, partial(_fill, prepared, progress), repoint)
+    done = carry_out(intent, names, partial(_fill, prepared, intent.target, progress), repoint)
     drop_stale_marks(intent.target.path)
     for child in prepared.held_children:
         record_parents(child.name, intent.target.path, _target_now(plan).linkage_id or NULL_ID)
@@ -214,7 +225,13 @@ def _refuse_sources_of_another(plan: InPlacePlan, options: OpenOptions) -> None:
     allowed = allowed_folders(names[0].path, options.parent_dirs)
     below = [one.path for one in names[1:]] + [real_path(file_of_layer(one).name) for one in plan.below]
     found = [intent for intent in (intent_of(path, allowed) for path in below) if intent is not None]
-    refuse_sources(names, [one for one in found if [*one.sources, one.target] != names])
+    refuse_sources(names, [one for one in found if not _is_merge_of(one, names)])
+
+
+def _is_merge_of(intent: Intent, names: Sequence[Named]) -> bool:
+    """True if the record is about these files, the target last."""
+    recorded = [*intent.sources, intent.target]
+    return len(recorded) == len(names) and all(map(Named.is_same_file, recorded, names))
 
 
 def _is_complete(plan: InPlacePlan) -> bool:
@@ -276,18 +293,26 @@ def _settled_target(plan: InPlacePlan, store: FileStore, phase: Phase) -> Layer 
     return formats.reopened(plan.target, writable=True, store=store)
 
 
-def _fill(prepared: PreparedMerge, progress: Progress | None) -> tuple[int, int]:
-    """Copy into the target what it lacks; see `fill_target`."""
+def _check_disk(plan: InPlacePlan, filling: Layer | None) -> None:
+    """Detect what the target cannot take over of the disk before anything changes."""
+    if filling is not None:
+        take_over_disk(filling, plan.sources[0], dry_run=True)
+
+
+def _fill(prepared: PreparedMerge, named: Named, progress: Progress | None) -> tuple[int, int]:
+    """Copy into the target, which the record names so, what it lacks; see `fill_target`."""
     plan, store, target = prepared.plan, prepared.store, prepared.filling
     assert store is not None and target is not None
     above = file_of_layer(plan.sources[-1])
+    for layer in plan.sources:  # a killed writer may have left an id that is not on the device yet
+        file_of_layer(layer).sync()
 
     def open_again() -> Layer:
         again = formats.reopened(plan.target, writable=True, store=store)
-        accept_renewed_id(above, again)
+        accept_renewed_id(above, again, named)
         return again
 
-    accept_renewed_id(above, target)
+    accept_renewed_id(above, target, named)
     return fill_target(plan.moves, target, open_again, progress)
 
 

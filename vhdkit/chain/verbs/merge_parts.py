@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all kinds of merges share: their layers and files, how these are named, and what a plan amounts to.
 
-Decides nothing but the wording of one error.
+Decides by which ids the record of a merge names its files, and the wording of errors that merges share.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from vhdkit import errors, formats
 from vhdkit.arguments import AnyPath
@@ -15,7 +17,7 @@ from vhdkit.chain.names.children import Dependent, has_children
 from vhdkit.chain.names.opening import open_layers
 from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.records import pending
-from vhdkit.chain.records.intent import Named
+from vhdkit.chain.records.intent import Named, intent_of
 from vhdkit.chain.verbs.merge_plan import MergePlan
 from vhdkit.folder import real_path
 from vhdkit.image import NULL_ID, Layer
@@ -40,22 +42,40 @@ def file_of_layer(layer: Layer) -> FileStore:
 
 
 def named(layer: Layer) -> Named:
-    """A layer as named in the record of a merge."""
-    store = file_of_layer(layer)
-    return Named(real_path(store.name), layer.facts.file_id or NULL_ID)
+    """A layer as named in the record of a merge: by the id that it has now. A raw disk has none.
 
-
-def refuse_without_id(layers: Sequence[Layer]) -> None:
-    """Refuse images that the record of an interrupted merge could not name. Raises InvalidArgument.
-
-    The record decides which files are removed, so it names images by an id that never changes. A raw disk has no id,
-    and its path has to do.
+    An id that may change is read from the file: the layer may have been written to, through itself or through another
+    opening, since it was opened.
     """
-    for layer in layers:
-        if layer.facts.file_id is None and not formats.of(layer).is_plain:
+    store, facts = file_of_layer(layer), layer.facts
+    present = facts.present_id if facts.file_id is not None else formats.of(layer).linkage_id(layer.store)
+    return Named(real_path(store.name), present or NULL_ID)
+
+
+def named_target(target: Layer) -> Named:
+    """The target of a merge, open for writing, as named in the record: also by the id that the first write brings.
+
+    An earlier attempt may have changed the id, perhaps not yet durably. So if it left a record that is about this
+    file, the file keeps the ids in that record.
+    """
+    one, renewed = named(target), formats.of(target).renewed_id(target)
+    if target.facts.file_id is not None or renewed is None:
+        return one
+    earlier = intent_of(one.path, (os.sep,))  # only its ids are used
+    if earlier is not None and earlier.target.renewed_id is not None and earlier.target.is_same_file(one):
+        return earlier.target
+    return replace(one, renewed_id=renewed)
+
+
+def refuse_sectors(layers: Sequence[Layer]) -> None:
+    """Refuse layers, the target last, of which one may own parts of the target's sectors. Raises InvalidArgument."""
+    target = layers[-1]
+    for layer in layers[:-1]:
+        if layer.sector_bytes < target.sector_bytes:
             raise errors.InvalidArgument(
-                f"is a {layer.facts.title}, which cannot be merged in place",
-                path=layer.store.name,
+                f"has sectors of {target.sector_bytes} bytes, and {errors.printable(layer.store.name)} has sectors of"
+                f" {layer.sector_bytes} bytes",
+                path=target.store.name,
                 hint="merge to a new file with --to",
             )
 

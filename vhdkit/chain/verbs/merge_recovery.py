@@ -10,7 +10,9 @@ program may have written a record (`intent`):
                           the user named, has the id of the record, and is a child of the next image of the record;
                           every other file is left alone and reported
 
-A file with the name of a source and another id is not that source: its name now belongs to another image.
+A file with the name of a source and another id is not that source: its name now belongs to another image. In a format
+without ids that never change, a leaf that was written to has another id, too. As long as the record says that data is
+being copied, when nothing is removed because of it, the leaf is recognised by its place in the chain instead.
 """
 
 from __future__ import annotations
@@ -111,7 +113,27 @@ def is_there(one: Named) -> bool:
     """True if the file under this name is the named image. Raises AccessDenied, IoFailed."""
     try:
         with FileStore.open(one.path, follow_links=False) as store:
-            return not store.is_device and _id_of(store) == one.unique_id
+            return not store.is_device and _id_of(store) in one.ids
+    except (errors.NotFound, errors.InvalidArgument):
+        return False
+
+
+def _leaf_is_there(intent: Intent) -> bool:
+    """True if the leaf's name leads to the leaf. Before the data is complete it may have been written to since."""
+    if is_there(intent.leaf):
+        return True
+    if intent.phase is not Phase.COPY or not _may_change_id(intent.leaf.path):
+        return False
+    return is_child_of(intent.leaf, [*intent.sources, intent.target][1])
+
+
+def _may_change_id(path: str) -> bool:
+    """True for an image of a format in which no id stays the same for the life of a file."""
+    try:
+        with FileStore.open(path, follow_links=False) as store:
+            view = pending.view(store)
+            found = formats.probed(view)
+            return not store.is_device and not found.is_plain and found.file_id(view) is None
     except (errors.NotFound, errors.InvalidArgument):
         return False
 
@@ -124,9 +146,15 @@ def finish(
     With `only_compare`, a difference raises InvalidArgument instead.
     """
     record = printable(record_of(intent.target.path))
-    if not is_there(intent.leaf):
+    if not _leaf_is_there(intent):
         if intent.phase is Phase.REMOVE:
             return _remove_rest(intent, options)
+        if exists(intent.leaf.path):
+            raise errors.InvalidArgument(
+                "is not the leaf of the interrupted merge as it was recorded: it was written to since, or replaced",
+                path=intent.leaf.path,
+                hint=f"put that image back; or, if this one reads correctly, move {record} away and merge again",
+            )
         raise errors.NotFound(
             "is the leaf of an interrupted merge and does not exist",
             path=intent.leaf.path,
@@ -135,7 +163,7 @@ def finish(
         )
     with opened(intent.leaf.path, options) as layers:
         index = len(intent.sources)
-        if [named(layer) for layer in layers[: index + 1]] != [*intent.sources, intent.target]:
+        if not _is_chain_of(layers[: index + 1], intent):
             raise errors.InvalidArgument(
                 "the chain is not the one whose merge was interrupted",
                 path=intent.leaf.path,
@@ -150,6 +178,15 @@ def finish(
         if_incomplete = incomplete if only_compare else None
         with prepare(plan, options, intent.phase, if_incomplete=if_incomplete) as prepared:
             return run(prepared, progress)
+
+
+def _is_chain_of(layers: Sequence[Layer], intent: Intent) -> bool:
+    """True if these are the layers of the record, from the leaf to the target."""
+    found, recorded = [named(layer) for layer in layers], [*intent.sources, intent.target]
+    if len(found) != len(recorded) or not all(map(Named.is_same_file, found[1:], recorded[1:])):
+        return False
+    may_change = intent.phase is Phase.COPY and layers[0].facts.file_id is None
+    return found[0].is_same_file(recorded[0]) or (may_change and found[0].path == recorded[0].path)
 
 
 def settle_merge_into(path: AnyPath, options: OpenOptions) -> None:
@@ -181,7 +218,7 @@ def settle_merge_of(layers: Sequence[Layer], options: OpenOptions) -> bool:
     """
     paths = [real_path(file_of_layer(layer).name) for layer in layers]
     allowed = allowed_folders(paths[0], options.parent_dirs)
-    leaf_id = layers[0].facts.file_id
+    leaf = named(layers[0])
     with contextlib.ExitStack() as stack:
         for layer in layers:
             stack.callback(layer.close)
@@ -190,7 +227,7 @@ def settle_merge_of(layers: Sequence[Layer], options: OpenOptions) -> bool:
             if intent is None or intent.phase is Phase.COPY:
                 continue
             stack.close()
-            if (paths[0], leaf_id) in [(one.path, one.unique_id) for one in intent.sources]:
+            if any(map(leaf.is_same_file, intent.sources)):
                 _finish_complete(intent, paths[0], options)
                 raise errors.NotFound(f"was merged into {printable(below)}: open that image", path=paths[0])
             with contextlib.suppress(errors.VhdkitError):
@@ -274,7 +311,7 @@ def _held_target_size(intent: Intent, held: contextlib.ExitStack) -> int:
     target = held.enter_context(FileStore.open_held(intent.target.path))
     if intent_of(intent.target.path, (os.sep,)) != intent:
         raise errors.Replaced("another program is merging into it", path=intent.target.path)
-    if _id_of(target) != intent.target.unique_id:
+    if _id_of(target) not in intent.target.ids:
         raise errors.InvalidArgument(
             "is not the target of the recorded merge",
             path=intent.target.path,
@@ -290,7 +327,7 @@ def _refuse_children(
     folders = (*places, *map(os.path.dirname, held))
     families = children_of([(linkage_id_of(held[one.path]), one.path) for one in going], options, folders=folders)
     for one, family in zip(going, families, strict=True):
-        if _id_of(held[one.path]) != one.unique_id:
+        if _id_of(held[one.path]) not in one.ids:
             raise errors.Replaced("was replaced while it was examined", path=one.path)
         children = [child for child in family if child.path not in held]
         if children:
@@ -303,20 +340,21 @@ def is_child_of(one: Named, below: Named) -> bool:
         with FileStore.open(one.path, follow_links=False) as store:
             view = pending.view(store)
             parent = formats.probed(view).facts(view).parent
-        return parent is not None and (linkage_of_named(below) in parent.linkage_ids or _is_raw(below, parent))
+        accepted = {*linkages_of_named(below)}
+        return parent is not None and (not accepted.isdisjoint(parent.linkage_ids) or _is_raw(below, parent))
     except errors.VhdkitError:
         return False
 
 
-def linkage_of_named(one: Named) -> bytes:
-    """The id that children of the named image record: read from it if it exists, else the id in the record."""
+def linkages_of_named(one: Named) -> tuple[bytes, ...]:
+    """The ids that children of the named image may record: that of the file if it exists, else those in the record."""
     try:
         with FileStore.open(one.path, follow_links=False) as store:
-            if _id_of(store) == one.unique_id:
-                return linkage_id_of(store)
+            if _id_of(store) in one.ids:
+                return (linkage_id_of(store),)
     except (errors.NotFound, errors.InvalidArgument):
         pass
-    return one.unique_id
+    return one.ids
 
 
 def _is_raw(one: Named, parent: ParentRef) -> bool:
@@ -325,4 +363,4 @@ def _is_raw(one: Named, parent: ParentRef) -> bool:
 
 def _id_of(store: FileStore) -> bytes:
     """The id by which records name the image in a file."""
-    return pending.id_of(pending.view(store))
+    return pending.present_id_of(pending.view(store))

@@ -18,7 +18,7 @@ from vhdkit.chain.names import marks
 from vhdkit.chain.names.lineage import same_content
 from vhdkit.chain.names.marks import mark_child
 from vhdkit.chain.records import pending
-from vhdkit.chain.records.intent import KIND, Intent, Phase, intent_of
+from vhdkit.chain.records.intent import KIND, Intent, Named, Phase, intent_of
 from vhdkit.chain.verbs.merge_plan import MergePlan
 from vhdkit.folder import exists, remove_file, sidecar_path, write_whole
 from vhdkit.image import Layer, Piece
@@ -87,23 +87,27 @@ def drop_earlier_try(target: Layer) -> None:
     formats.of(target).drop_unreferenced(target)
 
 
-def accept_renewed_id(child: FileStore, target: Layer) -> None:
+def accept_renewed_id(child: FileStore, target: Layer, named: Named) -> None:
     """Before the first write through `target`: let its `child` record the id that this write brings.
 
-    The present id is recorded too, so the child finds its parent whether or not the write is made. Does nothing for a
-    format whose ids stay. The child is held as a writer, and nothing is being written to it through another opening.
+    The present id is recorded too, so the child finds its parent whether or not the write is made. If the record of
+    the merge names the target by both ids (`named`), the child records those. Does nothing for a format whose ids
+    stay. The child is held as a writer, and nothing is being written to it through another opening.
     Raises `Replaced`, NoSpace, IoFailed, SyncFailed.
     """
+    if named.renewed_id is not None:
+        formats.of(target).set_renewed_id(target, named.renewed_id)
     renewed = formats.of(target).renewed_id(target)
     if renewed is None:
         return
+    present = named.unique_id if named.renewed_id is not None else target.unique_id
     with opened_for_relink(child) as store:
         child_format = formats.for_children_of(target)
         parent = child_format.facts(store).parent
-        assert parent is not None and target.unique_id is not None
+        assert parent is not None and present is not None
         mark_child(child.name, store, target.store.name, renewed)
         with same_content(child.name):
-            child_format.relink(store, replace(parent, linkage_ids=(renewed, target.unique_id)))
+            child_format.relink(store, replace(parent, linkage_ids=(renewed, present)))
 
 
 @contextlib.contextmanager
@@ -152,6 +156,8 @@ def fill_target(
 ) -> tuple[int, int]:
     """Make the target complete and durable, at the leaf's size, and close it; returns what `fold` does.
 
+    What belongs to the virtual disk itself, and not to one image of it, is taken over from the leaf.
+
     `target` is open for writing. After a change of its size it is opened again by `open_again`, for writing, too: the
     layer that changed the size does not know the new one.
     """
@@ -169,8 +175,16 @@ def fill_target(
         target.flush()
         target = open_again()
         set_size(target, size)
+        target = open_again()
+    take_over_disk(target, plan.sources[0])
     target.close()
     return done
+
+
+def take_over_disk(target: Layer, leaf: Layer, *, dry_run: bool = False) -> None:
+    """Let the filled target be the leaf's virtual disk in every respect: see `Format.take_over_disk`."""
+    if leaf.format_name == target.format_name:
+        formats.of(target).take_over_disk(target, leaf, dry_run=dry_run)
 
 
 def set_size(target: Layer, size_bytes: int) -> None:

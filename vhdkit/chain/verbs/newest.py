@@ -20,7 +20,7 @@ from vhdkit.chain.names.opening import MAX_CHAIN_DEPTH
 from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.names.parents import allowed_folders, linkage_id_of
 from vhdkit.chain.records.intent import Intent, Phase, intent_of, intents_about
-from vhdkit.chain.verbs.merge_recovery import is_child_of, is_there, linkage_of_named
+from vhdkit.chain.verbs.merge_recovery import is_child_of, is_there, linkages_of_named
 from vhdkit.folder import is_regular, real_path
 from vhdkit.store import FileStore
 
@@ -73,6 +73,7 @@ def _followers(path: str, options: OpenOptions) -> list[str]:
         return found
     sources = [one for one in intent.sources if is_there(one)]
     for one in sources:
-        found += find_children(linkage_of_named(one), (*folders, os.path.dirname(one.path)))
+        for linkage_id in linkages_of_named(one):
+            found += find_children(linkage_id, (*folders, os.path.dirname(one.path)))
     gone = {one.path for one in sources}
     return list({real_path(child): child for child in found if real_path(child) not in gone}.values())

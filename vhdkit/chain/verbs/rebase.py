@@ -132,7 +132,7 @@ def _image_in(store: FileStore, given_path: str, options: OpenOptions) -> _Image
     if facts.parent is None:
         raise errors.InvalidArgument("has no parent: only differencing images have one", path=given_path)
     intents = intents_about(store.name, allowed_folders(store.name, options.parent_dirs))
-    refuse_sources([Named(store.name, facts.file_id or NULL_ID)], intents)
+    refuse_sources([Named(store.name, facts.present_id)], intents)
     return _Image(store, image_format, facts, facts.parent)
 
 

@@ -73,6 +73,11 @@ class VhdxImage:
         """See `Format.renewed_id`."""
         return None if self._commit is None else self._commit.renewed_id
 
+    def set_renewed_id(self, data_write_guid: bytes) -> None:
+        """See `Format.set_renewed_id`."""
+        assert self._commit is not None
+        self._commit.set_renewed_id(data_write_guid)
+
     @property
     def facts(self) -> ImageFacts:
         """See `Layer.facts`."""
@@ -344,11 +349,23 @@ class VhdxImage:
         finally:
             commit.change_ended()
 
+    @property
+    def max_logged_pages(self) -> int:
+        """How many pages of metadata one call of `log_writes` can change."""
+        assert self._commit is not None
+        return self._commit.max_logged_pages
+
     def log_writes(self, writes: list[tuple[int, bytes]]) -> None:
         """Change these bytes of metadata, (offset, bytes), all or none of them, durable: see `Commit.write_pages`."""
         assert self._commit is not None
         self._commit.guard.check()
         self._commit.write_pages(writes)
+
+    def cut_end(self) -> None:
+        """Cut off what lies behind everything the image refers to, durably. Nothing was written through this layer."""
+        assert self._commit is not None
+        self._commit.guard.check()
+        self._commit.cut_end()
 
     def refuse_writing(self) -> None:
         """See `Layer.refuse_writing`. What was flushed is in the file."""
@@ -372,11 +389,15 @@ class VhdxImage:
         if self._commit is not None:
             self._commit.settle()
 
+    def finish(self) -> None:
+        """Close the image and leave its file open. Raises as `flush` does."""
+        if self._commit is not None:
+            self._commit.close()
+
     def close(self) -> None:
         """See `Layer.close`."""
         try:
-            if self._commit is not None:
-                self._commit.close()
+            self.finish()
         finally:
             self.store.close()
 

@@ -116,6 +116,10 @@ class Commit:
         """See `Format.renewed_id`."""
         return self._journal.renewed_id
 
+    def set_renewed_id(self, data_write_guid: bytes) -> None:
+        """See `Format.set_renewed_id`."""
+        self._journal.set_renewed_id(data_write_guid)
+
     @property
     def header(self) -> layout.Header:
         """The current header."""
@@ -144,6 +148,16 @@ class Commit:
             raise
         self._free_bytes = end
         return start
+
+    def cut_end(self) -> None:
+        """Cut off what lies behind all structures, durably: a process that died wrote it, and nothing points there.
+
+        No entry counts that could require a longer file: nothing was written yet, and no log waits to be replayed.
+        """
+        if self._free_bytes < self._store.size():
+            self._store.truncate(self._free_bytes)
+            with self._journal_lock:
+                self._journal.sync()
 
     def _give_back(self, size_before: int, end: int) -> None:
         """Undo a half-made extension; where even that fails the space leaks, since it may not be zeros."""
@@ -343,6 +357,11 @@ class Commit:
                 self._journal.sync()
                 self._goes_on()
                 self._journal.logged(group)
+
+    @property
+    def max_logged_pages(self) -> int:
+        """How many pages one call of `write_pages` can change."""
+        return self._journal.max_pages
 
     def write_pages(self, writes: list[tuple[int, bytes]]) -> None:
         """NotedBytes these bytes of metadata, (offset, bytes), as one: after an interruption all of them or none.

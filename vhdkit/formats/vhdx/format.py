@@ -93,6 +93,21 @@ class VhdxFormat:
         assert isinstance(layer, VhdxImage)
         return layer.renewed_id
 
+    def set_renewed_id(self, layer: Layer, linkage_id: bytes) -> None:
+        """See `Format.set_renewed_id`: the DataWriteGuid of this session."""
+        from vhdkit.formats.vhdx.blocks import VhdxImage
+
+        assert isinstance(layer, VhdxImage)
+        layer.set_renewed_id(linkage_id)
+
+    def take_over_disk(self, layer: Layer, disk: Layer, *, dry_run: bool = False) -> None:
+        """See `Format.take_over_disk`: the metadata items that are marked as the virtual disk's."""
+        from vhdkit.formats.vhdx.adopt import take_over_disk
+        from vhdkit.formats.vhdx.blocks import VhdxImage
+
+        assert isinstance(layer, VhdxImage) and isinstance(disk, VhdxImage)
+        take_over_disk(layer, disk, dry_run=dry_run)
+
     def parent_ids(self, store: ReadStore) -> frozenset[bytes]:
         """See `Format.parent_ids`."""
         if not has_identifier(store):
@@ -210,7 +225,11 @@ class VhdxFormat:
         """See `Format.refuse_foreign_writer`: nothing in the file says that a program writes to it."""
 
     def drop_unreferenced(self, layer: Layer) -> None:
-        """See `Format.drop_unreferenced`: nothing is written."""
+        """See `Format.drop_unreferenced`."""
+        from vhdkit.formats.vhdx.blocks import VhdxImage
+
+        assert isinstance(layer, VhdxImage)
+        layer.cut_end()
 
     def resizable(self, layer: Layer) -> Resizable | None:
         """See `Format.resizable`."""

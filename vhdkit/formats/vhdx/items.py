@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,7 @@ _REQUIRED_FLAGS = {
     layout.ITEM_PARENT_LOCATOR: layout.ITEM_IS_REQUIRED,
 }
 _FIRST_ITEM_OFFSET = layout.METADATA_TABLE_SIZE
+_ALIGNMENT = 8  # of an item
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,6 +266,19 @@ def inherited(store: ReadStore, items: Items) -> list[tuple[bytes, int, bytes]]:
         for one in items.all
         if one.entry.flags & layout.ITEM_IS_VIRTUAL_DISK
     ]
+
+
+def free_place(taken: Iterable[tuple[int, int]], size: int, region_size: int) -> int | None:
+    """The first offset in a metadata region with room for an item of this size; None without one.
+
+    `taken` are the (offset, size) of the items that stay.
+    """
+    position = _FIRST_ITEM_OFFSET
+    for start, length in [*sorted(taken), (region_size, 0)]:
+        if position + size <= start:
+            return position
+        position = max(position, round_up(start + length, _ALIGNMENT))
+    return None
 
 
 def build_items(items: list[tuple[bytes, int, bytes]]) -> bytes:

@@ -95,6 +95,11 @@ class Journal:
         """The DataWriteGuid that the next change of the disk brings; None if this session has brought it already."""
         return None if self._has_data_guid else self._next_data_guid
 
+    def set_renewed_id(self, data_write_guid: bytes) -> None:
+        """Let the next change of the disk bring this DataWriteGuid, which may be the present one."""
+        assert not self._has_data_guid
+        self._next_data_guid = data_write_guid
+
     @property
     def header(self) -> Header:
         """The current header."""

@@ -14,16 +14,13 @@ from vhdkit import errors
 from vhdkit.formats.vhdx import layout
 from vhdkit.formats.vhdx.blocks import VhdxImage
 from vhdkit.formats.vhdx.create import new_locator
-from vhdkit.formats.vhdx.items import Item, Items
+from vhdkit.formats.vhdx.items import free_place
 from vhdkit.formats.vhdx.locator import build_locator
 from vhdkit.image import ParentRef
-from vhdkit.units import round_up
-
-_ALIGNMENT = 8
 
 
 def relink(image: VhdxImage, parent: ParentRef) -> None:
-    """Let an open child record another parent, durable, and close it.
+    """Let an open child record another parent, durable, and close it; the file stays open.
 
     Raises InvalidArgument, NoSpace, IoFailed, SyncFailed.
     """
@@ -33,7 +30,9 @@ def relink(image: VhdxImage, parent: ParentRef) -> None:
         if item is None:
             raise errors.InvalidArgument("has no parent", path=image.store.name)
         raw = build_locator(new_locator(parent))
-        offset = _place(items, item, len(raw), region.length)
+        # Its old place counts as free.
+        others = ((one.entry.offset, one.entry.length) for one in items.all if one is not item and one.entry.length)
+        offset = free_place(others, len(raw), region.length)
         if offset is None:
             raise errors.InvalidArgument(
                 "the metadata have no room for the names of this parent",
@@ -50,15 +49,4 @@ def relink(image: VhdxImage, parent: ParentRef) -> None:
             ]
         )
     finally:
-        image.close()
-
-
-def _place(items: Items, item: Item, size: int, region_size: int) -> int | None:
-    """The first offset in the region with room for the locator; its old place counts as free."""
-    others = sorted((one.entry.offset, one.entry.length) for one in items.all if one is not item and one.entry.length)
-    position = layout.METADATA_TABLE_SIZE
-    for start, length in [*others, (region_size, 0)]:
-        if position + size <= start:
-            return position
-        position = max(position, round_up(start + length, _ALIGNMENT))
-    return None
+        image.finish()
