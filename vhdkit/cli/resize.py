@@ -28,9 +28,10 @@ from vhdkit.units import DiskSize
 def resize_command(
     image: str, size: DiskSize, shrink: bool, dry_run: bool, common: Common, progress: bool | None
 ) -> None:
-    """Change the virtual size of IMAGE, a fixed, dynamic or differencing VHD or a raw file, to SIZE.
+    """Change the virtual size of IMAGE, a VHD, a VHDX or a raw file, to SIZE.
 
-    SIZE is rounded up to whole sectors of 512 bytes, with a note.
+    SIZE is rounded up to whole sectors of 512 bytes, with a note. A disk with sectors of 4096 bytes needs a SIZE of
+    whole ones.
 
     What is added reads as zeros; grow partitions and file systems in the guest. A disk becomes smaller only with
     --shrink, and even then nothing in use is cut off: no partition, no file system (or LVM, LUKS, swap) that lies on

@@ -172,7 +172,7 @@ def fill_target(
             target.flush()
         raise
     if target.size_bytes > size:
-        target.flush()
+        target.seal()
         target = open_again()
         set_size(target, size)
         target = open_again()

@@ -145,6 +145,13 @@ class Bat:
         raw = self._entries[first : first + ENTRIES_PER_PAGE].astype("<u8").tobytes()
         return raw.ljust(layout.LOG_PAGE_SIZE, b"\0")
 
+    def pieces(self) -> Iterator[tuple[int, bytes]]:
+        """(first entry, bytes as they are to be stored) of everything that may not be 0, in order."""
+        step = _READ_BYTES // layout.BAT_ENTRY_SIZE
+        for first, stop in self.runs:
+            for start in range(first, stop, step):
+                yield start, self._entries[start : min(start + step, stop)].astype("<u8").tobytes()
+
     def used(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint64]]]:
         """(numbers, entries) of everything that is not 0, in order, piece by piece."""
         step = _READ_BYTES // layout.BAT_ENTRY_SIZE
@@ -202,6 +209,21 @@ class BatInFile(Bat):
     def used(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint64]]]:
         """See `Bat.used`: reads the whole table."""
         yield from Bat.load(self._store, self.offset_bytes, self.shape).used()
+
+
+def full_entries(
+    shape: Shape, numbers: range, block_size: int, *, first_block: int, offset_bytes: int
+) -> NDArray[np.uint64]:
+    """The entries with these numbers where all blocks from `first_block` on lie one after the other, from an offset.
+
+    They are fully present; the entries of blocks before and of bitmaps are 0.
+    """
+    indices = np.arange(numbers.start, numbers.stop, dtype=np.int64)
+    blocks, within = np.divmod(indices, shape.ratio + 1)
+    blocks = blocks * shape.ratio + within
+    entries = (offset_bytes + (blocks - first_block) * block_size) | BlockState.FULLY_PRESENT
+    entries[(within == shape.ratio) | (blocks < first_block) | (blocks >= shape.block_count)] = 0
+    return entries.astype(np.uint64)
 
 
 def offset_of(entry: int) -> int:

@@ -69,6 +69,12 @@ class VhdxImage:
         return (self.metadata.header if self._commit is None else self._commit.header).data_write_guid
 
     @property
+    def commit(self) -> Commit:
+        """What changes of its structures go through; the image is open for writing."""
+        assert self._commit is not None
+        return self._commit
+
+    @property
     def renewed_id(self) -> bytes | None:
         """See `Format.renewed_id`."""
         return None if self._commit is None else self._commit.renewed_id

@@ -23,8 +23,9 @@ bits.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from vhdkit import errors
 from vhdkit.formats.guard import SyncGuard
@@ -111,6 +112,12 @@ class Commit:
         if self._notes is not None:
             self._notes.change_ended(WRITER)
 
+    def begin(self) -> None:
+        """Be ready for logged pages that change what a guest sees. Raises SyncFailed, NoSpace, IoFailed."""
+        with self._journal_lock:
+            self._journal.begin(changes_disk=True)
+        self._begun = True
+
     @property
     def renewed_id(self) -> bytes | None:
         """See `Format.renewed_id`."""
@@ -170,9 +177,10 @@ class Commit:
 
     def point(self, block_index: int, state: BlockState, offset_bytes: int = 0) -> None:
         """Give a block this state and place, now in memory and at the next flush in the file (in `changing`)."""
-        self._set(self._bat.shape.block_entry(block_index), state, offset_bytes)
+        self.set_entry(self._bat.shape.block_entry(block_index), state, offset_bytes)
 
-    def _set(self, entry_index: int, state: BlockState, offset_bytes: int) -> None:
+    def set_entry(self, entry_index: int, state: BlockState, offset_bytes: int = 0) -> None:
+        """As `point`, for any entry of the BAT (in `changing`)."""
         number = entry_index // ENTRIES_PER_PAGE
         if number not in self._dirty_bat and number not in self._in_flight[1]:
             self._reserve(self._bat.offset_bytes + number * SECTOR)
@@ -207,7 +215,7 @@ class Commit:
         offset = self.place(layout.BITMAP_BLOCK_SIZE, None)
         with self.changing:
             self._fresh_bitmaps.add(offset)
-            self._set(self._bat.shape.bitmap_entry(chunk_index), BlockState.FULLY_PRESENT, offset)
+            self.set_entry(self._bat.shape.bitmap_entry(chunk_index), BlockState.FULLY_PRESENT, offset)
         return offset
 
     def bits(self, offset_bytes: int, size_bytes: int) -> bytes:
@@ -364,7 +372,7 @@ class Commit:
         return self._journal.max_pages
 
     def write_pages(self, writes: list[tuple[int, bytes]]) -> None:
-        """NotedBytes these bytes of metadata, (offset, bytes), as one: after an interruption all of them or none.
+        """Change these bytes of metadata, (offset, bytes), as one: after an interruption all of them or none.
 
         Nothing else is dirty. They lie in the file, not in the BAT or in a sector bitmap. Raises as `flush` does.
         """
@@ -376,11 +384,32 @@ class Commit:
                     kept = pages[page] = self._load(page)
                 start, stop = max(offset, page), min(offset + len(raw), page + SECTOR)
                 kept[start - page : stop - page] = raw[start - offset : stop - offset]
-        assert not self._dirty_count() and len(pages) <= self._journal.max_pages
-        for page in pages:
-            self._reserve(page)
+        changed = [
+            LogChange(page, SECTOR, bytes(raw)) for page, raw in sorted(pages.items()) if raw != self._load(page)
+        ]
+        assert not self._dirty_count() and len(changed) <= self._journal.max_pages
+        for one in changed:
+            self._reserve(one.file_offset_bytes)
         with self._flush_lock:
-            self._write([LogChange(page, SECTOR, bytes(raw)) for page, raw in sorted(pages.items())])
+            self._write(changed)
+
+    def write_in_order(self, pages: Iterable[LogChange]) -> None:
+        """Set whole pages of metadata, durable, in an order in which every prefix is a sound image.
+
+        Nothing else is dirty. Raises as `flush` does.
+        """
+        assert not self._dirty_count()
+        remaining = iter(pages)
+        with self._flush_lock:
+            while group := list(itertools.islice(remaining, self._journal.max_pages)):
+                for one in group:
+                    self._reserve(one.file_offset_bytes)
+                self._write(group)
+
+    def sync(self) -> None:
+        """Make the data that were written durable, without what is dirty. Raises SyncFailed."""
+        with self._journal_lock:
+            self._journal.sync()
 
     def close(self) -> None:
         """Flush, and leave a file with nothing in its log. Raises as `flush` does; see `SyncGuard.finish`."""
@@ -400,7 +429,6 @@ class Commit:
         """Flush, and leave nothing in the log. Raises as `flush` does."""
         self.flush()
         with self._journal_lock:
-            if not self._journal.is_settled:
-                self._journal.sync()
+            self._journal.settle()
             self._journal.end()
             self._begun = False  # the next change begins with the headers as they are then

@@ -14,11 +14,9 @@ from __future__ import annotations
 import uuid
 from collections.abc import Sequence
 
-import numpy as np
-
 from vhdkit import errors
 from vhdkit.formats.vhdx import items, layout
-from vhdkit.formats.vhdx.bat import BlockState, Shape
+from vhdkit.formats.vhdx.bat import Shape, full_entries
 from vhdkit.formats.vhdx.crc import sealed
 from vhdkit.formats.vhdx.identify import FILE_IDENTIFIER
 from vhdkit.formats.vhdx.layout import Header, RegionEntry
@@ -44,7 +42,7 @@ PHYSICAL_SECTOR_BYTES = PAGE_SIZE
 _LOG_OFFSET = MIB
 _METADATA_OFFSET = _LOG_OFFSET + LOG_BYTES
 _BAT_OFFSET = _METADATA_OFFSET + METADATA_BYTES
-_FILL_ENTRIES = MIB // layout.BAT_ENTRY_SIZE
+FILL_ENTRIES = MIB // layout.BAT_ENTRY_SIZE  # of a BAT that are written at once
 
 _PATHS = ((ABSOLUTE, "absolute path"), (RELATIVE, "relative path"))  # as `ParentRef.of_paths` calls them
 
@@ -161,12 +159,9 @@ def _write_headers(store: Store) -> None:
 
 def _fill_table(store: Store, shape: Shape, first_block: int, block_size_bytes: int) -> None:
     """The BAT of a fixed image: every block has its place, one after the other."""
-    for first in range(0, shape.entry_count, _FILL_ENTRIES):
-        numbers = np.arange(first, min(first + _FILL_ENTRIES, shape.entry_count), dtype=np.uint64)
-        chunks, within = np.divmod(numbers, np.uint64(shape.ratio + 1))
-        blocks = chunks * np.uint64(shape.ratio) + within
-        entries = (np.uint64(first_block) + blocks * np.uint64(block_size_bytes)) | np.uint64(BlockState.FULLY_PRESENT)
-        entries[within == shape.ratio] = 0
+    for first in range(0, shape.entry_count, FILL_ENTRIES):
+        numbers = range(first, min(first + FILL_ENTRIES, shape.entry_count))
+        entries = full_entries(shape, numbers, block_size_bytes, first_block=0, offset_bytes=first_block)
         store.pwrite(_BAT_OFFSET + first * layout.BAT_ENTRY_SIZE, entries.astype("<u8").tobytes())
 
 

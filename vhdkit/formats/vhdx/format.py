@@ -233,7 +233,11 @@ class VhdxFormat:
 
     def resizable(self, layer: Layer) -> Resizable | None:
         """See `Format.resizable`."""
-        return None
+        from vhdkit.formats.vhdx.blocks import VhdxImage
+        from vhdkit.formats.vhdx.sizing import VhdxSizing
+
+        assert isinstance(layer, VhdxImage)
+        return VhdxSizing(layer)
 
     def compactable(self, layer: Layer) -> Compactable | None:
         """See `Format.compactable`."""

@@ -84,6 +84,7 @@ class Journal:
         self._unsettled: deque[_Logged] = deque()
         self._sequence = 0
         self._has_log = False  # this session has a log id, in a durable header
+        self._may_name_log = False  # a header may name a log, be it that writing it failed
         self._has_file_guid = False
         self._next_file_guid = file_write_guid or uuid.uuid4().bytes
         self._has_data_guid = False
@@ -145,6 +146,7 @@ class Journal:
             header = replace(header, data_write_guid=self._next_data_guid)
         if needs_log and not self._has_log:
             header = replace(header, log_guid=self._start_log())
+            self._may_name_log = True
         self._write_header(header)
         self._has_file_guid = True
         self._has_data_guid |= changes_disk
@@ -202,9 +204,9 @@ class Journal:
     def end(self) -> None:
         """Take the log's id from both headers, durable. Everything is settled. Raises SyncFailed, IoFailed."""
         assert self.is_settled
-        if self._has_log:
+        if self._may_name_log:
             self._write_header(replace(self._header, log_guid=NULL_ID))
-            self._has_log = False
+            self._has_log = self._may_name_log = False
         if self._other_due:
             self.sync()
         self._is_quiet = True
@@ -244,6 +246,13 @@ class Journal:
         self._head = (self._head + log.entry_size(len(pages))) % self._log_size
         self._sequence += 1
         self._apply()
+
+    def settle(self) -> None:
+        """Make every page that was logged durable in its place. Raises SyncFailed, NoSpace, IoFailed."""
+        if not self.is_settled:
+            self._apply()
+            self.sync()
+        assert self.is_settled
 
     def _apply(self) -> None:
         """Put the pages of every entry that counts in their places; the next call tries again what fails."""

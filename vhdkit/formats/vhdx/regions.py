@@ -184,3 +184,9 @@ def build_table(entries: list[RegionEntry]) -> bytes:
     head = layout.build_region_table(RegionTableHeader(layout.REGION_SIGNATURE, 0, len(entries), 0))
     raw = head + b"".join(layout.build_region_entry(one) for one in entries)
     return sealed(raw.ljust(layout.REGION_TABLE_SIZE, b"\0"), layout.HEADER_CHECKSUM_OFFSET)
+
+
+def table_writes(regions: Regions) -> list[tuple[int, bytes]]:
+    """(offset, bytes) of both copies of the table with these regions."""
+    raw = build_table([regions.bat, regions.metadata, *regions.others])
+    return [(offset, raw) for offset in layout.REGION_TABLE_OFFSETS]

@@ -21,7 +21,7 @@ from tests.vhdkit.formats.test_partitions import mbr, write_gpt
 from vhdkit.chain.names.parents import linkage_id_of
 from vhdkit.chain.records.pending import undo_path
 from vhdkit.store import FileStore
-from vhdkit.units import GIB, KIB, MIB, SECTOR_SIZE
+from vhdkit.units import GIB, KIB, MIB, SECTOR_SIZE, TIB
 
 SIZE = 4 * MIB
 # The command that makes it, its size in MiB, and what the refusal to cut it says.
@@ -35,24 +35,30 @@ FILE_SYSTEMS = {
     "swap-of-large-pages": (["mkswap", "-p", "65536"], 8, "mkswap"),
 }
 FORMATS = {"fixed": vhdkit.DiskFormat.FIXED, "dynamic": vhdkit.DiskFormat.DYNAMIC, "raw": vhdkit.DiskFormat.RAW}
+VHDX = ["vhdx", "vhdx-fixed"]
+CHILDREN = {"differencing": "vhd", "vhdx-child": "vhdx"}
 
 
 def make(folder: Path, kind: str, content: bytes, name: str = "disk") -> Path:
     """Make an image of a kind, with content; a differencing one over a base of the same size with its own data."""
-    path = folder / f"{name}.{'img' if kind == 'raw' else 'vhd'}"
-    if kind == "differencing":
-        vhdkit.create_image(folder / "base.vhd", len(content), block_size_bytes=512 * KIB)
-        with vhdkit.open_disk(folder / "base.vhd", writable=True) as disk:
+    suffix = "img" if kind == "raw" else "vhdx" if kind.startswith("vhdx") else "vhd"
+    path = folder / f"{name}.{suffix}"
+    block_size = MIB if suffix == "vhdx" else 512 * KIB
+    if kind in CHILDREN:
+        base = folder / f"base.{suffix}"
+        whole = "vhdx" if suffix == "vhdx" else "dynamic"
+        vhdkit.create_image(base, len(content), disk_format=whole, block_size_bytes=block_size)
+        with vhdkit.open_disk(base, writable=True) as disk:
             disk.write(0, b"base" * 1000)
-        vhdkit.create_child(path, folder / "base.vhd")
-    elif kind == "dynamic":
-        vhdkit.create_image(path, len(content), block_size_bytes=512 * KIB)
+        vhdkit.create_child(path, base, block_size_bytes=block_size)
+    elif kind in ("dynamic", "vhdx"):
+        vhdkit.create_image(path, len(content), disk_format=kind, block_size_bytes=block_size)
     else:
-        vhdkit.create_image(path, len(content), disk_format=FORMATS[kind])
+        vhdkit.create_image(path, len(content), disk_format=FORMATS.get(kind, kind))
     with vhdkit.open_disk(path, writable=True) as disk:
         for offset in range(0, len(content), 64 * KIB):
             piece = content[offset : offset + 64 * KIB]
-            if kind == "differencing" or any(piece):
+            if kind in CHILDREN or any(piece):
                 disk.write(offset, piece)
     return path
 
@@ -68,7 +74,7 @@ def some(size: int = SIZE, data: int = SIZE // 2, seed: int = 1) -> bytes:
     return random.Random(seed).randbytes(data).ljust(size, b"\0")
 
 
-@pytest.mark.parametrize("kind", ["fixed", "dynamic", "raw", "differencing"])
+@pytest.mark.parametrize("kind", ["fixed", "dynamic", "raw", *VHDX, *CHILDREN])
 @pytest.mark.parametrize("size", [SIZE + SECTOR_SIZE, 3 * SIZE])
 def test_every_kind_grows_with_zeros(tmp_path: Path, kind: str, size: int) -> None:
     """INV-RESIZE-WHOLE: the disk keeps its bytes and ends in zeros; check finds nothing; no record is left."""
@@ -85,7 +91,7 @@ def test_every_kind_grows_with_zeros(tmp_path: Path, kind: str, size: int) -> No
     assert not os.path.lexists(undo_path(str(path)))
 
 
-@pytest.mark.parametrize("kind", ["fixed", "dynamic", "raw"])
+@pytest.mark.parametrize("kind", ["fixed", "dynamic", "raw", *VHDX])
 def test_every_kind_shrinks_to_its_data(tmp_path: Path, kind: str) -> None:
     """INV-RESIZE-WHOLE: down to the last byte that is not zero, and not a sector further."""
     content = some(data=SIZE // 2 - 3 * SECTOR_SIZE + 1)
@@ -97,13 +103,14 @@ def test_every_kind_shrinks_to_its_data(tmp_path: Path, kind: str) -> None:
     assert path.read_bytes() == before
     vhdkit.resize(path, least, shrink=True)
     assert read(path) == content[:least] and vhdkit.check(path) == []
-    assert path.stat().st_size < least + MIB
+    assert path.stat().st_size < least + (6 if kind.startswith("vhdx") else 1) * MIB
 
 
-def test_data_in_a_parent_counts_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", CHILDREN)
+def test_data_in_a_parent_counts_too(tmp_path: Path, kind: str) -> None:
     """What a child would cut off may be in its parent; and a child does not become smaller than its parent."""
     content = some(data=KIB)
-    path = make(tmp_path, "differencing", content)
+    path = make(tmp_path, kind, content)
     vhdkit.resize(path, 2 * SIZE)
     with pytest.raises(vhdkit.InvalidArgument, match="smaller than its parent"):
         vhdkit.resize(path, SIZE - SECTOR_SIZE, shrink=True)
@@ -113,13 +120,15 @@ def test_data_in_a_parent_counts_too(tmp_path: Path) -> None:
     assert read(path) == content
 
 
-def test_a_parent_keeps_its_size(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", CHILDREN)
+def test_a_parent_keeps_its_size(tmp_path: Path, kind: str) -> None:
     """An image that has children is not resized, and the error names one of them."""
-    path = make(tmp_path, "differencing", some())
-    before = (tmp_path / "base.vhd").read_bytes()
-    with pytest.raises(vhdkit.HasChildren, match=r"disk.vhd; resizing it would change"):
-        vhdkit.resize(tmp_path / "base.vhd", 2 * SIZE)
-    assert (tmp_path / "base.vhd").read_bytes() == before
+    path = make(tmp_path, kind, some())
+    base = tmp_path / f"base.{CHILDREN[kind]}"
+    before = base.read_bytes()
+    with pytest.raises(vhdkit.HasChildren, match=r"disk.vhdx?; resizing it would change"):
+        vhdkit.resize(base, 2 * SIZE)
+    assert base.read_bytes() == before
     with vhdkit.open_disk(path), pytest.raises(vhdkit.ImageInUse):
         vhdkit.resize(path, 2 * SIZE)
 
@@ -163,7 +172,7 @@ def test_a_partition_is_not_cut_off(tmp_path: Path) -> None:
     vhdkit.resize(marked, 8000 * SECTOR_SIZE, shrink=True)
 
 
-@pytest.mark.parametrize("kind", ["fixed", "dynamic", "raw"])
+@pytest.mark.parametrize("kind", ["fixed", "dynamic", "raw", "vhdx"])
 @pytest.mark.parametrize("size", [2 * MIB, SIZE - 20 * SECTOR_SIZE, SIZE - SECTOR_SIZE, 2 * SIZE])
 def test_the_second_gpt_may_be_cut_off_if_the_first_is_intact(tmp_path: Path, kind: str, size: int) -> None:
     """The copy at the old end does not prevent it, and a note says how to write it at the new end."""
@@ -235,12 +244,15 @@ def test_shrinking_needs_its_option(tmp_path: Path) -> None:
 # -- sizes, limits, other files -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["fixed", "dynamic", "raw", "differencing"])
+@pytest.mark.parametrize("kind", ["fixed", "dynamic", "raw", *VHDX, *CHILDREN])
 def test_invalid_sizes(tmp_path: Path, kind: str) -> None:
-    """Zero, partial sectors, more than 2040 GiB, or a raw disk larger than files can be: refused, no byte changes."""
+    """Zero, partial sectors, more than the format holds, or a raw disk larger than files can be: refused, no byte
+    changes.
+    """
     path = make(tmp_path, kind, some())
     before = path.read_bytes()
-    for size in (0, -512, SIZE + 1, 1 << 70 if kind == "raw" else 2041 * GIB):
+    limit = 1 << 70 if kind == "raw" else 64 * TIB if kind.startswith("vhdx") else 2040 * GIB
+    for size in (0, -512, SIZE + 1, limit + GIB):
         with pytest.raises(vhdkit.InvalidArgument):
             vhdkit.resize(path, size, shrink=True)
     assert path.read_bytes() == before
@@ -248,12 +260,12 @@ def test_invalid_sizes(tmp_path: Path, kind: str) -> None:
 
 
 def test_grown_to_the_limit(tmp_path: Path) -> None:
-    """2040 GiB are possible, for a dynamic image and for a fixed one with holes."""
-    for kind in ("dynamic", "fixed"):
+    """2040 GiB are possible for a VHD, dynamic or fixed with holes; a VHDX has no such limit."""
+    for kind, size in (("dynamic", 2040 * GIB), ("fixed", 2040 * GIB), ("vhdx", 8 * TIB)):
         path = make(tmp_path, kind, some(), kind)
-        vhdkit.resize(path, 2040 * GIB)
+        vhdkit.resize(path, size)
         with vhdkit.open_disk(path) as disk:
-            assert disk.size_bytes == 2040 * GIB and disk.read(2040 * GIB - 10, 10) == bytes(10)
+            assert disk.size_bytes == size and disk.read(size - 10, 10) == bytes(10)
         assert path.stat().st_blocks * 512 < 40 * MIB
 
 
@@ -291,6 +303,9 @@ def reset(saved: Path, folder: Path) -> None:
         ("dynamic", 200 * SIZE),
         ("dynamic", SIZE - MIB),
         ("raw", SIZE - MIB),
+        ("vhdx", 80_000 * SIZE),
+        ("vhdx", SIZE - MIB),
+        ("vhdx-fixed", 2 * SIZE),
     ],
 )
 def test_inv_resize_whole_when_killed_at_every_call(tmp_path: Path, kind: str, size: int) -> None:

@@ -12,10 +12,11 @@ from vhdkit.formats.vhdx import items, layout, log
 from vhdkit.formats.vhdx.bat import BlockState
 from vhdkit.formats.vhdx.crc import sealed
 from vhdkit.formats.vhdx.create import create, new_disk
+from vhdkit.formats.vhdx.header import read_headers
 from vhdkit.formats.vhdx.layout import Header, RegionEntry
 from vhdkit.formats.vhdx.log import LogChange
 from vhdkit.formats.vhdx.regions import build_table
-from vhdkit.image import ParentRef
+from vhdkit.image import NULL_ID, ParentRef
 from vhdkit.store import Store
 from vhdkit.units import MIB, SECTOR_SIZE
 
@@ -77,6 +78,12 @@ def place_block(store: Store, number: int, data: bytes = b"", state: int = Block
     store.pwrite(offset, data)
     set_entry(store, number, state, offset)
     return offset
+
+
+def assert_equal_headers(store: MemStore) -> None:
+    """Equal but for number and checksum, and they name no log."""
+    first, second = (replace(one.header, sequence_number=0, checksum=0) for one in read_headers(store))
+    assert first == second and first.log_guid == NULL_ID
 
 
 def add_log(
