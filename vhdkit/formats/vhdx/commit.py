@@ -237,7 +237,7 @@ class Commit:
         return raw
 
     def put_bits(self, offset_bytes: int, raw: bytes | bytearray) -> None:
-        """NotedBytes bytes of a sector bitmap, given by `bits_to_change` (in `changing`)."""
+        """Change bytes of a sector bitmap, given by `bits_to_change` (in `changing`)."""
         page = round_down(offset_bytes, SECTOR)
         if page not in self._dirty_bits and page not in self._in_flight[0]:
             self._reserve(page)
@@ -249,11 +249,11 @@ class Commit:
         self._dirty_bits.add(page)
 
     def put_noted(self, noted: Noted) -> None:
-        """NotedBytes in memory what a killed process had changed there."""
+        """Change in memory what a killed process had changed there."""
         with self.lock:
             for number, entry in noted.entries.items():
                 was_there = self._bat.entry(number) & layout.BAT_OFFSET_MASK
-                self._set(number, BlockState(entry & layout.BAT_STATE_MASK), entry & layout.BAT_OFFSET_MASK)
+                self.set_entry(number, BlockState(entry & layout.BAT_STATE_MASK), entry & layout.BAT_OFFSET_MASK)
                 if self._bat.shape.block_of(number) is None and not was_there:
                     self._fresh_bitmaps.add(entry & layout.BAT_OFFSET_MASK)
             for page, raw in noted.bits.items():

@@ -81,7 +81,7 @@ def test_inv_resize_grows_with_zeros_and_shrinks(kind: str, seed: int) -> None:
     for size in (old + PAGE_SIZE, 3 * old, far, least, old, 2 * old):
         resize(scene.layers, size)
         content = content[:size].ljust(min(size, 3 * old), b"\0")
-        assert short_content_of(scene.store, scene.parents) == (size, short(content)[1])
+        assert short_content_of(scene.store, scene.parents) == (size, short(bytes(content))[1])
         assert [one.code for one in VHDX.check(scene.store) if one.code != "space-unused"] == []
         assert_equal_headers(scene.store)
         ids.append(VHDX.linkage_id(scene.store))
