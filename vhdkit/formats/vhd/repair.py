@@ -19,12 +19,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from vhdkit.errors import CorruptImage, CorruptReason, printable
-from vhdkit.formats.bits import runs
 from vhdkit.formats.draft import DraftStore
-from vhdkit.formats.format import ByteRange, Consent, Fix
+from vhdkit.formats.format import Consent, Fix
+from vhdkit.formats.spans import joined, of_blocks
 from vhdkit.formats.vhd import batmap, geometry, layout
 from vhdkit.formats.vhd.bat import ENTRIES_PER_SECTOR, Bat
 from vhdkit.formats.vhd.check import (
@@ -45,7 +44,7 @@ from vhdkit.formats.vhd.metadata import Metadata, read_metadata
 from vhdkit.formats.vhd.move import batmap_lies_apart
 from vhdkit.formats.vhd.places import end_of_structures, nominal_end
 from vhdkit.formats.vhd.repair_footers import DEAD, is_sound, mend_footers
-from vhdkit.formats.vhd.untangle import Tangle, joined
+from vhdkit.formats.vhd.untangle import Tangle
 from vhdkit.units import SECTOR_SIZE, format_size, round_down, round_up
 
 LOSS = "--accept-data-loss"
@@ -160,7 +159,8 @@ def _mend_table(draft: DraftStore, metadata: Metadata, consent: Consent) -> Iter
     tangle = Tangle(draft, metadata, bat)
     plan = tangle.plan()
     cleared[plan.dropped] = True
-    lost = tuple(joined([*_ranges(metadata, cleared), *plan.lost]))
+    dropped = of_blocks(cleared, metadata.header.block_size, metadata.size_bytes)
+    lost = tuple(joined([*dropped, *plan.lost]))
     shows = "their parent's content" if metadata.is_differencing else "zeros"
     blocks = int(cleared.sum()) + plan.cut_count
     message = f"{blocks} blocks have impossible places: {format_size(sum(s for _, s in lost))} of the disk"
@@ -202,15 +202,6 @@ def _clear_the_end(draft: DraftStore, metadata: Metadata, bat: Bat) -> None:
         draft.punch(metadata.tail.offset_bytes, size - metadata.tail.offset_bytes)
     elif not metadata.tail.state.usable and size < end and size % SECTOR_SIZE:
         draft.punch(round_down(size, SECTOR_SIZE), SECTOR_SIZE)
-
-
-def _ranges(metadata: Metadata, blocks: NDArray[np.bool_]) -> Iterator[ByteRange]:
-    """The chosen blocks as ranges of the disk, neighbours joined."""
-    assert metadata.header is not None
-    size = metadata.header.block_size
-    for first, count, chosen in runs(blocks):
-        if chosen:
-            yield ByteRange(first * size, min((first + count) * size, metadata.size_bytes) - first * size)
 
 
 def _clear_promises(draft: DraftStore, metadata: Metadata) -> Iterator[Fix]:

@@ -13,7 +13,6 @@ how a draft reaches the file (`repair`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from vhdkit.formats.bits import runs
 from vhdkit.formats.draft import DraftStore
 from vhdkit.formats.format import ByteRange
+from vhdkit.formats.spans import covered, joined, lengths, touches, within
 from vhdkit.formats.vhd import bitmap
 from vhdkit.formats.vhd.bat import Bat
 from vhdkit.formats.vhd.entries import used_sizes
@@ -31,8 +31,6 @@ from vhdkit.units import MIB, PAGE_SIZE, SECTOR_SIZE, covering_sectors, round_up
 
 MAX_MOVED_BYTES = 20 * MIB  # of data, which an undo log holds beside the largest BAT
 MAX_MOVED_BLOCKS = 4096
-
-Runs = NDArray[np.int64]  # (first sector, end) of the file, disjoint, in order
 
 
 @dataclass(slots=True)
@@ -72,8 +70,8 @@ class Tangle:
         places = [(offset, offset + size) for _, offset, size in metadata.forbidden_to_blocks()]
         sectors = [(start // SECTOR_SIZE, covering_sectors(end)) for start, end in places]
         edges = np.array(sectors, dtype=np.int64)
-        self._headers = _covered(edges[:, 0], edges[:, 1], 1)
-        self._shared = _covered(
+        self._headers = covered(edges[:, 0], edges[:, 1], 1)
+        self._shared = covered(
             np.concatenate([self._starts, self._headers[:, 0]]), np.concatenate([self._ends, self._headers[:, 1]]), 2
         )
 
@@ -82,15 +80,15 @@ class Tangle:
         if not len(self._shared):
             return Untangling()
         firsts = self._starts + self._bitmap_size // SECTOR_SIZE
-        over = _touches(self._headers, self._starts, self._ends)
-        gone = over & (_lengths(self._shared, firsts, self._ends) >= self._ends - firsts)
+        over = touches(self._headers, self._starts, self._ends)
+        gone = over & (lengths(self._shared, firsts, self._ends) >= self._ends - firsts)
         leaving = self._leaving(over) & ~gone
         if np.count_nonzero(leaving) > MAX_MOVED_BLOCKS:
             return Untangling(too_much=True)
         made = Untangling(moved=self._blocks[leaving].tolist(), dropped=self._blocks[gone].tolist())
         if sum(self._held(block) for block in made.moved) > MAX_MOVED_BYTES:
             return Untangling(too_much=True)
-        for position in np.flatnonzero(_touches(self._shared, self._starts, self._ends) & ~gone).tolist():
+        for position in np.flatnonzero(touches(self._shared, self._starts, self._ends) & ~gone).tolist():
             self._judge(position, made)
         made.lost, made.doubtful = joined(made.lost), joined(made.doubtful)
         return made
@@ -123,12 +121,12 @@ class Tangle:
         """Note what of a block is lost, and what is doubtful."""
         block = int(self._blocks[position])
         first, end = self._data(position)
-        made.cut_count += bool(len(_within(self._headers, first, end)))
-        for low, high in _within(self._headers, first, end).tolist():
+        made.cut_count += bool(len(within(self._headers, first, end)))
+        for low, high in within(self._headers, first, end).tolist():
             made.lost.append(self._part(block, low - first, high - low))
-        for low, high in _within(self._shared, first, end).tolist():
+        for low, high in within(self._shared, first, end).tolist():
             made.doubtful.append(self._part(block, low - first, high - low))
-        if not len(_within(self._shared, int(self._starts[position]), first)):
+        if not len(within(self._shared, int(self._starts[position]), first)):
             return
         found = self._found_bits(block)
         is_whole = found[: whole_sectors(self._size_of(block))].all()
@@ -164,9 +162,9 @@ class Tangle:
     def _wanted_bits(self, block: int, position: int) -> bytearray | None:
         """The bitmap that the block gets; None to keep the one in the file."""
         first, end = self._data(position)
-        over = _within(self._headers, first, end)
+        over = within(self._headers, first, end)
         bits = self._found_bits(block)
-        if len(_within(self._shared, int(self._starts[position]), first)):
+        if len(within(self._shared, int(self._starts[position]), first)):
             bits = bits | self._has_data(block) if self._is_differencing else np.ones_like(bits)
         elif not len(over):
             return None
@@ -183,7 +181,7 @@ class Tangle:
         positions = {int(block): position for position, block in enumerate(self._blocks)} if plan.moved else {}
         bitmaps = {block: self._wanted_bits(block, positions[block]) for block in plan.moved}
         moving = set(plan.moved) | set(plan.dropped)
-        for position in np.flatnonzero(_touches(self._shared, self._starts, self._ends)).tolist():
+        for position in np.flatnonzero(touches(self._shared, self._starts, self._ends)).tolist():
             block = int(self._blocks[position])
             if block not in moving:
                 bitmaps[block] = self._wanted_bits(block, position)
@@ -212,66 +210,5 @@ class Tangle:
                 if raw.strip(b"\0"):
                     draft.pwrite(place + piece - start, raw)
         first, end = self._data(position)
-        for low, high in _within(self._headers, first, end).tolist():
+        for low, high in within(self._headers, first, end).tolist():
             draft.punch(place + sectors_to_bytes(low) - start, sectors_to_bytes(high - low))
-
-
-def _covered(starts: Runs, ends: Runs, times: int) -> Runs:
-    """The runs of sectors that at least so many of the ranges cover."""
-    edges = np.concatenate([starts, ends])
-    steps = np.concatenate([np.ones(len(starts), dtype=np.int64), -np.ones(len(ends), dtype=np.int64)])
-    order = np.argsort(edges, kind="stable")
-    edges, depth = edges[order], np.cumsum(steps[order])
-    last = np.append(edges[1:] != edges[:-1], True)  # of several edges in one place, the last one counts
-    edges, enough = edges[last], depth[last] >= times
-    turns = np.flatnonzero(np.diff(np.concatenate([[False], enough, [False]]).astype(np.int8)))
-    runs: Runs = edges[turns.reshape(-1, 2)] if len(turns) else np.zeros((0, 2), dtype=np.int64)
-    return runs
-
-
-def _touches(runs: Runs, starts: Runs, ends: Runs) -> NDArray[np.bool_]:
-    """For each range, whether it shares a sector with one of the runs."""
-    if not len(runs):
-        return np.zeros(len(starts), dtype=np.bool_)
-    after = np.searchsorted(runs[:, 1], starts, side="right")  # the first run that ends after the start
-    inside = after < len(runs)
-    touched: NDArray[np.bool_] = inside & (runs[np.minimum(after, len(runs) - 1), 0] < ends)
-    return touched
-
-
-def _within(runs: Runs, start: int, end: int) -> Runs:
-    """The parts of the runs in [start, end)."""
-    low = int(np.searchsorted(runs[:, 1], start, side="right"))
-    high = int(np.searchsorted(runs[:, 0], end, side="left"))
-    return np.clip(runs[low:high], start, end) if low < high else runs[:0]
-
-
-def _lengths(runs: Runs, starts: Runs, ends: Runs) -> Runs:
-    """For each range, how many of its sectors are in the runs."""
-    total = np.concatenate([[0], np.cumsum(runs[:, 1] - runs[:, 0])])
-
-    def before(places: Runs) -> Runs:
-        whole = np.searchsorted(runs[:, 1], places, side="right")  # runs that end at or before the place
-        inside = np.minimum(whole, len(runs) - 1)
-        part = np.where(whole < len(runs), np.maximum(places - runs[inside, 0], 0), 0)
-        counted: Runs = total[whole] + part
-        return counted
-
-    return before(ends) - before(starts)
-
-
-def joined(ranges: list[ByteRange]) -> list[ByteRange]:
-    """The ranges in order, with adjacent and overlapping ranges joined."""
-    return list(_join(sorted(one for one in ranges if one.size_bytes)))
-
-
-def _join(ranges: list[ByteRange]) -> Iterator[ByteRange]:
-    start = end = -1
-    for offset, size in ranges:
-        if offset > end:
-            if end > start >= 0:
-                yield ByteRange(start, end - start)
-            start, end = offset, offset
-        end = max(end, offset + size)
-    if end > start >= 0:
-        yield ByteRange(start, end - start)

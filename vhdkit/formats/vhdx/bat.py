@@ -129,6 +129,15 @@ class Bat:
         entry = self.entry(self.shape.bitmap_entry(chunk_index))
         return entry & layout.BAT_OFFSET_MASK if entry & layout.BAT_STATE_MASK == BlockState.FULLY_PRESENT else -1
 
+    def bitmaps(self) -> Iterator[tuple[int, int]]:
+        """(chunk, offset) of every sector bitmap that is there."""
+        for numbers, entries in self.used():
+            chunks, within = np.divmod(numbers, self.shape.ratio + 1)
+            states = entries & np.uint64(layout.BAT_STATE_MASK)
+            is_there = (within == self.shape.ratio) & (states == BlockState.FULLY_PRESENT)
+            offsets = (entries & np.uint64(layout.BAT_OFFSET_MASK))[is_there]
+            yield from zip(chunks[is_there].tolist(), offsets.tolist(), strict=True)
+
     def set(self, entry_index: int, entry: int) -> None:
         """Change an entry in memory."""
         self._view[entry_index] = entry
@@ -138,6 +147,14 @@ class Bat:
             self.runs[place - 1] = first, max(stop, entry_index + 1)
         else:
             self.runs.insert(place, (entry_index, entry_index + 1))
+
+    def entries_of(self, numbers: NDArray[np.int64]) -> NDArray[np.uint64]:
+        """The entries with these numbers, as they are in memory."""
+        return self._entries[numbers]
+
+    def put(self, numbers: NDArray[np.int64], entries: NDArray[np.uint64]) -> None:
+        """Change entries in memory that were not 0 when the table was read."""
+        self._entries[numbers] = entries
 
     def page(self, number: int) -> bytes:
         """The bytes of a page of the table as they are to be stored; behind the last entry they are zeros."""

@@ -29,6 +29,11 @@ def owned(raw: bytes | bytearray, sector_bytes: int) -> NDArray[np.bool_]:
     return bits if sector_bytes == SECTOR_SIZE else np.repeat(bits, sector_bytes // SECTOR_SIZE)
 
 
+def packed(bits: NDArray[np.bool_]) -> bytes:
+    """The bytes of a bitmap with one truth value per logical sector, a multiple of 8 of them."""
+    return np.packbits(bits, bitorder="little").tobytes()
+
+
 def set_run(raw: bytearray, first: int, count: int) -> bool:
     """Set `count` bits from `first`; True when one of them was clear."""
     end = first + count

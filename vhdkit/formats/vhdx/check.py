@@ -6,20 +6,30 @@ Decides what is an error, a warning or a note. Goes on behind the first error as
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
+
 from vhdkit.errors import CorruptImage
 from vhdkit.finding import Finding, Severity, finding_of
 from vhdkit.formats.vhdx import layout
-from vhdkit.formats.vhdx.bat import Bat
-from vhdkit.formats.vhdx.entries import faults, places, reserved_bits, whole_sizes
+from vhdkit.formats.vhdx.bat import Bat, BlockState
+from vhdkit.formats.vhdx.entries import end_of_blocks, faults, places, reserved_bits, whole_sizes
 from vhdkit.formats.vhdx.header import HeaderState
 from vhdkit.formats.vhdx.metadata import Metadata, read_metadata
 from vhdkit.formats.vhdx.regions import read_table, table_name, table_state
+from vhdkit.formats.vhdx.stray_bits import stray_bits
 from vhdkit.store import ReadStore
 from vhdkit.units import MIB, format_size
 
+_MAX_LISTED = 16  # findings of one kind, before the rest are only counted
 
-def check_vhdx(store: ReadStore) -> list[Finding]:
-    """Everything that can be said about the file. Raises IoFailed."""
+
+def check_vhdx(store: ReadStore, *, progress: Callable[[int, int], None] | None = None) -> list[Finding]:
+    """Everything that can be said about the file. `progress` gets the bytes of the disk examined, and all of them.
+
+    Raises IoFailed.
+    """
     try:
         metadata = read_metadata(store)
     except CorruptImage as error:
@@ -30,8 +40,11 @@ def check_vhdx(store: ReadStore) -> list[Finding]:
     if reserved is not None:
         errors.append(finding_of(reserved, store.name))
     found = [*metadata.findings, *errors, *_unexpected_bitmaps(metadata, bat), *_headers_differ(metadata)]
-    found += _tables_differ(metadata)
-    return found if errors else [*found, *_unused_space(metadata, bat)]
+    found += [*_tables_differ(metadata), *_without_log(metadata)]
+    if errors:
+        return found
+    found += [*_unused_space(metadata, bat), *_cut_short(metadata, bat), *_hidden_places(metadata, bat)]
+    return found + (_stray_bits(metadata, bat, progress) if metadata.items.has_parent else [])
 
 
 def _unexpected_bitmaps(metadata: Metadata, bat: Bat) -> list[Finding]:
@@ -48,15 +61,25 @@ def _unexpected_bitmaps(metadata: Metadata, bat: Bat) -> list[Finding]:
 
 
 def _headers_differ(metadata: Metadata) -> list[Finding]:
-    """The other header is intact and has another id for children to record."""
+    """The other header is intact, and says something else than it should."""
     other = metadata.headers[1 - metadata.current.slot]
-    if other.state is not HeaderState.GOOD or other.header.data_write_guid == metadata.header.data_write_guid:
+    if other.state is not HeaderState.GOOD:
         return []
-    message = (
-        "its DataWriteGuid is not that of the current header: children that were made while it was current no longer"
-        " recognise the image"
-    )
-    return [Finding(Severity.NOTE, "headers-differ", message, metadata.path, other.structure, other.offset_bytes)]
+    if other.raw == metadata.current.raw:
+        code = "headers-equal"
+        message = (
+            f"both headers have the number {other.header.sequence_number} and are equal, as Disk2VHD leaves them;"
+            " some programs want two numbers, which `check --repair` gives them"
+        )
+    elif other.header.data_write_guid != metadata.header.data_write_guid:
+        code = "headers-differ"
+        message = (
+            "its DataWriteGuid is not that of the current header: children that were made while it was current no"
+            " longer recognise the image"
+        )
+    else:
+        return []
+    return [Finding(Severity.NOTE, code, message, metadata.path, other.structure, other.offset_bytes)]
 
 
 def _tables_differ(metadata: Metadata) -> list[Finding]:
@@ -75,5 +98,64 @@ def _unused_space(metadata: Metadata, bat: Bat) -> list[Finding]:
     unused = metadata.view.size() - used
     if unused < MIB:
         return []
-    message = f"{format_size(unused)} of the file are in no block and no structure"
+    message = f"{format_size(unused)} of the file are in no block and no structure; `vhdkit compact` frees them"
     return [Finding(Severity.NOTE, "space-unused", message, metadata.path)]
+
+
+def _without_log(metadata: Metadata) -> list[Finding]:
+    """The file has no log, so its metadata cannot be changed."""
+    if metadata.log[1]:
+        return []
+    message = "the file has no log, so programs can only read it"
+    place = metadata.current
+    return [Finding(Severity.WARNING, "log-missing", message, metadata.path, place.structure, place.offset_bytes)]
+
+
+def _cut_short(metadata: Metadata, bat: Bat) -> list[Finding]:
+    """The file ends inside a block, behind the end of the disk."""
+    missing = end_of_blocks(metadata, bat) - metadata.view.size()
+    if missing <= 0:
+        return []
+    message = f"its last block lacks {missing} bytes behind the end of the disk; 7-Zip reports an error for it"
+    return [Finding(Severity.WARNING, "block-cut", message, metadata.path, "file", metadata.view.size())]
+
+
+def _hidden_places(metadata: Metadata, bat: Bat) -> list[Finding]:
+    """Blocks that are not present or zeros, whose entries name a place in the file that no block uses."""
+    found, count = None, 0
+    for numbers, entries in bat.used():
+        states = entries & np.uint64(layout.BAT_STATE_MASK)
+        is_odd = np.isin(states, (BlockState.NOT_PRESENT, BlockState.ZERO))
+        is_odd &= entries & np.uint64(layout.BAT_OFFSET_MASK) != 0
+        is_odd &= numbers % (metadata.shape.ratio + 1) != metadata.shape.ratio
+        count += int(np.count_nonzero(is_odd))
+        if found is None and count:
+            found = int(numbers[is_odd][0])
+    if found is None:
+        return []
+    message = (
+        f"is not present, but names a place in the file ({count} such entries): if its state is damaged, the block's"
+        " data is there; no repair can know that"
+    )
+    offset = metadata.regions.bat.file_offset + found * layout.BAT_ENTRY_SIZE
+    structure = metadata.shape.structure(found)
+    return [Finding(Severity.NOTE, "block-hidden", message, metadata.path, structure, offset)]
+
+
+def _stray_bits(metadata: Metadata, bat: Bat, progress: Callable[[int, int], None] | None) -> list[Finding]:
+    """Bits of sector bitmaps that should be clear; only the first few bitmaps are listed."""
+    found: list[Finding] = []
+    more = 0
+    for one in stray_bits(metadata, bat, progress):
+        if len(found) >= _MAX_LISTED:
+            more += 1
+            continue
+        code = "bits-behind-end" if one.past_end else "bits-absent"
+        where = "past the end of the disk" if one.past_end else "for blocks that are not present"
+        message = f"{one.count} bits are set {where}; some programs take them for data of this image"
+        structure = f"sector bitmap of chunk {one.chunk_index}"
+        found.append(Finding(Severity.WARNING, code, message, metadata.path, structure, one.offset_bytes))
+    if more:
+        message = f"and {more} more sector bitmaps like this"
+        found.append(Finding(found[-1].severity, found[-1].code, message, metadata.path))
+    return found

@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vhdkit.errors import CorruptImage, CorruptReason
+from vhdkit.formats.spans import covered, touches
 from vhdkit.formats.vhdx import layout
-from vhdkit.formats.vhdx.bat import Bat, BlockState
+from vhdkit.formats.vhdx.bat import Bat, BlockState, Shape
 from vhdkit.formats.vhdx.metadata import Metadata
 
 _STATE = np.uint64(layout.BAT_STATE_MASK)
@@ -107,7 +108,7 @@ def whole_sizes(metadata: Metadata, numbers: NDArray[np.int64]) -> NDArray[np.in
     return np.where(_is_bitmap(metadata, numbers), layout.BITMAP_BLOCK_SIZE, metadata.items.block_size)
 
 
-def _sizes(metadata: Metadata, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+def sizes_in_file(metadata: Metadata, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
     """How many bytes each entry's block has to have in the file. The end of the last one may lie behind the disk's."""
     shape, block_size = metadata.shape, metadata.items.block_size
     sizes = whole_sizes(metadata, numbers)
@@ -123,7 +124,7 @@ def _place_faults(
     used = numbers[stored]
     offsets = (entries[stored] & _OFFSET).astype(np.int64)  # below 2^63 only where possible: see the next line
     outside = (offsets < layout.HEADER_SECTION_SIZE) | (offsets > layout.MAX_FILE_BYTES)
-    outside |= offsets + _sizes(metadata, used) > metadata.view.size()
+    outside |= offsets + sizes_in_file(metadata, used) > metadata.view.size()
     for place in np.flatnonzero(outside)[:1].tolist():
         low = 0 <= int(offsets[place]) < layout.HEADER_SECTION_SIZE
         yield _fault(
@@ -147,15 +148,18 @@ def places(metadata: Metadata, bat: Bat) -> tuple[NDArray[np.int64], NDArray[np.
     if len(offsets) > 1 and (offsets[1:] < offsets[:-1]).any():
         order = np.argsort(offsets, kind="stable")
         numbers, offsets = numbers[order], offsets[order]
-    return numbers, offsets, _sizes(metadata, numbers)
+    return numbers, offsets, sizes_in_file(metadata, numbers)
 
 
 def end_of_structures(metadata: Metadata, bat: Bat) -> int:
     """Where the last block or structure ends, in bytes; the file may end before that, inside its last block."""
+    return max([end_of_blocks(metadata, bat), *(start + size for _, start, size in metadata.structures())])
+
+
+def end_of_blocks(metadata: Metadata, bat: Bat) -> int:
+    """Where the last block ends, in bytes; 0 without blocks."""
     numbers, offsets, _ = places(metadata, bat)
-    sizes = whole_sizes(metadata, numbers)
-    ends = [start + size for _, start, size in metadata.structures()]
-    return max([*ends, int((offsets + sizes).max()) if len(offsets) else 0])
+    return int((offsets + whole_sizes(metadata, numbers)).max()) if len(offsets) else 0
 
 
 def _overlaps(metadata: Metadata, bat: Bat) -> Iterator[CorruptImage]:
@@ -206,3 +210,64 @@ def _logged_data(metadata: Metadata, bat: Bat) -> Iterator[CorruptImage]:
                 offset_bytes=metadata.log[0],
             )
             return
+
+
+def changes_data(metadata: Metadata, bat: Bat) -> bool:
+    """True when the log changes a guest's data. Blocks that lie over structures or bitmaps do not count."""
+    assert metadata.replay is not None
+    numbers, offsets, sizes = places(metadata, bat)
+    is_block = ~_is_bitmap(metadata, numbers)
+    others = [(start, start + size) for _, start, size in metadata.structures()]
+    others += zip(offsets[~is_block].tolist(), (offsets + sizes)[~is_block].tolist(), strict=True)
+    edges = np.array(others, dtype=np.int64)
+    metadata_spans = covered(edges[:, 0], edges[:, 1], 1)
+    starts, ends = offsets[is_block], (offsets + sizes)[is_block]
+    apart = ~touches(metadata_spans, starts, ends) & (starts >= 0) & (starts <= layout.MAX_FILE_BYTES)
+    blocks = covered(starts[apart], ends[apart], 1)
+    changes = metadata.replay.changes
+    changed = np.array([(one.file_offset_bytes, one.end_bytes) for one in changes], dtype=np.int64).reshape(-1, 2)
+    return bool(touches(blocks, changed[:, 0], changed[:, 1]).any())
+
+
+def gaps(metadata: Metadata, bat: Bat) -> Iterator[tuple[int, int]]:
+    """(offset, size) of the parts of the file that no structure, no block and no entry of any state names."""
+    starts, ends = [start for _, start, _ in metadata.structures()], []
+    ends += [start + size for _, start, size in metadata.structures()]
+    parts = [(numbers, entries & _OFFSET) for numbers, entries in bat.used()]
+    numbers = np.concatenate([np.zeros(0, dtype=np.int64), *(numbers for numbers, _ in parts)])
+    offsets = np.concatenate([np.zeros(0, dtype=np.uint64), *(offsets for _, offsets in parts)]).astype(np.int64)
+    named = (offsets >= layout.HEADER_SECTION_SIZE) & (offsets <= layout.MAX_FILE_BYTES)
+    numbers, offsets = numbers[named], offsets[named]
+    all_starts = np.concatenate([np.array(starts, dtype=np.int64), offsets])
+    all_ends = np.concatenate([np.array(ends, dtype=np.int64), offsets + whole_sizes(metadata, numbers)])
+    taken = covered(all_starts, all_ends, 1)
+    end = metadata.view.size()
+    edges = np.append(np.minimum(taken[:, 0], end), end)
+    for place in np.flatnonzero(np.append(0, taken[:, 1]) < edges).tolist():
+        start = int(taken[place - 1, 1]) if place else 0
+        yield start, int(edges[place]) - start
+
+
+def unused_data(metadata: Metadata, bat: Bat, enough: int | None = None) -> int:
+    """The bytes outside all structures and blocks that may hold data; not counted beyond `enough`. Raises IoFailed."""
+    held = 0
+    for start, size in gaps(metadata, bat):
+        for _, length, may_hold_data in metadata.view.data_runs(start, size):
+            held += length if may_hold_data else 0
+            if enough is not None and held >= enough:
+                return held
+    return held
+
+
+def is_possible_page(shape: Shape, first: int, raw: bytes, file_size: int) -> bool:
+    """True when these bytes can be the entries of a BAT from number `first` on, which need not be the image's."""
+    entries = np.frombuffer(raw[: len(raw) // layout.BAT_ENTRY_SIZE * layout.BAT_ENTRY_SIZE], dtype="<u8")
+    numbers = np.arange(first, first + len(entries))
+    states = entries & _STATE
+    is_bitmap = numbers % (shape.ratio + 1) == shape.ratio
+    stored = (states == BlockState.FULLY_PRESENT) | (states == BlockState.PARTIALLY_PRESENT)
+    possible = (states < 4) | stored
+    possible &= ~is_bitmap | (states == BlockState.NOT_PRESENT) | (states == BlockState.FULLY_PRESENT)
+    offsets = entries & _OFFSET
+    possible &= ~stored | ((offsets >= layout.HEADER_SECTION_SIZE) & (offsets < file_size))
+    return bool((possible & (entries & _RESERVED == 0)).all())

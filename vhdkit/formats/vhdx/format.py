@@ -23,7 +23,7 @@ from vhdkit.formats.format import (
     StructureDump,
 )
 from vhdkit.formats.vhdx.identify import FORMAT_NAME, has_identifier
-from vhdkit.image import ImageFacts, Layer, ParentRef
+from vhdkit.image import NULL_ID, ImageFacts, Layer, ParentRef
 from vhdkit.store import ReadStore, Store
 
 _DYNAMIC, _FIXED = "vhdx", "vhdx-fixed"
@@ -125,12 +125,17 @@ class VhdxFormat:
         return None, False
 
     def may_be_changing(self, store: ReadStore, file_id: bytes, sizes_bytes: tuple[int, int]) -> bool:
-        """See `Format.may_be_changing`."""
-        return not has_identifier(store)  # undo logs are made for images that have an id
+        """See `Format.may_be_changing`: undo logs of a VHDX bear no id, and change both headers.
+
+        The ids in these are used once, so the bytes of the headers show whether the log belongs to the file.
+        """
+        return file_id == NULL_ID
 
     def is_torn(self, sector: bytes, before: bytes, after: bytes) -> bool:
-        """See `Format.is_torn`: of two headers only one is written at a time."""
-        return False
+        """See `Format.is_torn`: the first sector of a header or a region table, whose checksum is wrong."""
+        from vhdkit.formats.vhdx.torn import is_torn
+
+        return is_torn(sector, before, after)
 
     def written_at(self, modified_ns: int) -> int:
         """See `Format.written_at`: a VHDX records no time of its parent."""
@@ -201,15 +206,13 @@ class VhdxFormat:
         """See `Format.check`."""
         from vhdkit.formats.vhdx.check import check_vhdx
 
-        return check_vhdx(store)
+        return check_vhdx(store, progress=progress)
 
     def repair(self, draft: DraftStore, consent: Consent) -> list[Fix]:
-        """See `Format.repair`. Raises UnsupportedFormat."""
-        raise errors.UnsupportedFormat(
-            "is a VHDX, which cannot be repaired in place",
-            path=draft.name,
-            hint=f"what can be read of it can be converted: vhdkit convert {errors.quoted(draft.name)} COPY.vhdx",
-        )
+        """See `Format.repair`."""
+        from vhdkit.formats.vhdx.repair import repair_vhdx
+
+        return repair_vhdx(draft, consent)
 
     def settle(self, draft: DraftStore) -> list[Fix]:
         """See `Format.settle`: everything is in its usual place."""

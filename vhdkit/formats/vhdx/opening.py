@@ -17,6 +17,7 @@ from vhdkit.formats.vhdx.entries import read_bat, reserved_bits
 from vhdkit.formats.vhdx.journal import Journal
 from vhdkit.formats.vhdx.metadata import Metadata, read_metadata
 from vhdkit.formats.vhdx.recall import NOTES_ID, Noted, recover
+from vhdkit.formats.vhdx.replay import apply_replay
 from vhdkit.store import Store
 
 
@@ -75,11 +76,5 @@ def _write_noted(store: Store, metadata: Metadata, noted: Noted) -> None:
 def _replay(store: Store, metadata: Metadata, journal: Journal) -> None:
     """Make the changes of the log in the file, durable, then let the headers forget it; can be done again."""
     assert metadata.replay is not None
-    if store.size() < metadata.view.size():
-        store.truncate(metadata.view.size())
-    for one in metadata.replay.changes:
-        if one.data is None:
-            store.punch(one.file_offset_bytes, one.size_bytes)
-        else:
-            store.pwrite(one.file_offset_bytes, one.data)
+    apply_replay(store, metadata.replay)
     journal.forget()

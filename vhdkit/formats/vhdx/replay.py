@@ -21,9 +21,10 @@ from vhdkit.formats.patched import PatchedStore, Patches
 from vhdkit.formats.vhdx import layout, log
 from vhdkit.formats.vhdx.header import HeaderPlace, is_dirty
 from vhdkit.formats.vhdx.log import Entry, LogChange
-from vhdkit.store import ReadStore
+from vhdkit.store import ReadStore, Store
 from vhdkit.units import MIB, format_size
 
+_MAX_SESSIONS = 64  # that left entries in a log: each costs one pass over it
 _MAX_CHANGES = 1 << 19  # in one sequence: twice the pages of the largest log
 
 
@@ -63,19 +64,17 @@ def log_place(store: ReadStore, place: HeaderPlace) -> tuple[int, int]:
     return offset, size
 
 
-def read_log(store: ReadStore, place: HeaderPlace) -> Replay | None:
-    """What the log of the current header does; None if there is nothing to replay. Raises CorruptImage, IoFailed."""
+def read_log(store: ReadStore, place: HeaderPlace, *, cut: bool = False) -> Replay | None:
+    """What the log of the current header does; None if there is nothing to replay. Raises CorruptImage, IoFailed.
+
+    With `cut` a file that is shorter than its log says is accepted, and does not grow.
+    """
     offset, size = log_place(store, place)
     if not is_dirty(place.header):
         return None
     where: dict[str, Any] = {"path": store.name, "structure": "log", "offset_bytes": offset}
-
-    def ring(start: int, count: int) -> bytes:
-        raw = store.pread(offset + start, min(count, size - start))
-        return raw if start + count <= size else raw + store.pread(offset, start + count - size)
-
-    entries = log.find_entries(ring, size, place.header.log_guid, _heads(store, offset, size))
-    sequence = log.active_sequence(entries, size)
+    ring = ring_of(store, (offset, size))
+    sequence = log.active_sequence(log_entries(store, (offset, size), place.header.log_guid), size)
     if not sequence:
         raise CorruptImage(
             CorruptReason.LOG_SEQUENCE,
@@ -85,7 +84,7 @@ def read_log(store: ReadStore, place: HeaderPlace) -> Replay | None:
             **where,
         )
     newest = sequence[-1].header
-    if store.size() < newest.flushed_file_offset:
+    if store.size() < newest.flushed_file_offset and not cut:
         raise CorruptImage(
             CorruptReason.LOG_TRUNCATED,
             "the file is shorter than its log says: it was cut short",
@@ -100,8 +99,65 @@ def read_log(store: ReadStore, place: HeaderPlace) -> Replay | None:
     patches = Patches()
     for one in changes:
         patches.lay(one.file_offset_bytes, one.end_bytes, one.data)
-    view_size = max([store.size(), end, *(one.end_bytes for one in changes[-1:])])
+    view_size = store.size() if cut else max([store.size(), end, *(one.end_bytes for one in changes[-1:])])
     return Replay(PatchedStore(store, view_size, patches), tuple(sequence), tuple(changes))
+
+
+def ring_of(store: ReadStore, log_range: tuple[int, int]) -> log.Ring:
+    """How to read the log at this (offset, size) of the file: after its end comes its start."""
+    offset, size = log_range
+
+    def ring(start: int, count: int) -> bytes:
+        raw = store.pread(offset + start, min(count, size - start))
+        return raw if start + count <= size else raw + store.pread(offset, start + count - size)
+
+    return ring
+
+
+def log_entries(store: ReadStore, log_range: tuple[int, int], log_guid: bytes) -> dict[int, Entry]:
+    """The valid entries of this id in the log, whether they form a sequence or not. Raises IoFailed."""
+    return log.find_entries(ring_of(store, log_range), log_range[1], log_guid, _heads(store, *log_range))
+
+
+def is_applied(store: ReadStore, log_range: tuple[int, int]) -> bool:
+    """True when all that the log could change, whatever id its entries have, is in its places. Raises IoFailed."""
+    ring, heads = ring_of(store, log_range), _heads(store, *log_range)
+    ids = {layout.parse_log_entry_header(ring(head, layout.LOG_ENTRY_HEADER_SIZE)).log_guid for head in heads}
+    if len(ids) > _MAX_SESSIONS:
+        return False
+    for log_guid in ids:
+        sequence = log.active_sequence(log.find_entries(ring, log_range[1], log_guid, heads), log_range[1])
+        try:
+            changes = _changes(sequence, ring, log_range, {"path": store.name})
+        except CorruptImage:
+            return False
+        if any(differs(store, one) for one in changes):
+            return False
+    return True
+
+
+def differs(store: ReadStore, change: LogChange) -> bool:
+    """True when the file does not hold what the change puts there; what is behind the end of the file is zeros."""
+    if change.data is not None:
+        return store.pread(change.file_offset_bytes, change.size_bytes).ljust(change.size_bytes, b"\0") != change.data
+    inside = max(min(change.end_bytes, store.size()) - change.file_offset_bytes, 0)
+    for start, size, may_hold_data in store.data_runs(change.file_offset_bytes, inside):
+        for position in range(start, start + size, MIB) if may_hold_data else ():
+            if store.pread(position, min(MIB, start + size - position)).strip(b"\0"):
+                return True
+    return False
+
+
+def apply_replay(store: Store, replay: Replay) -> None:
+    """Make the changes of the log in the file, which grows if they say so. Can be done again. Nothing is synced."""
+    size = replay.view.size()
+    if store.size() < size:
+        store.truncate(size)
+    for one in replay.changes:
+        if one.data is None:
+            store.punch(one.file_offset_bytes, one.size_bytes)
+        elif one.file_offset_bytes < size:
+            store.pwrite(one.file_offset_bytes, one.data[: size - one.file_offset_bytes])
 
 
 def _heads(store: ReadStore, offset: int, size: int) -> list[int]:

@@ -1,0 +1,318 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The repair of a VHDX's region tables and of its metadata table.
+
+Decides which region table to believe, and what is known when neither can be. Must not know blocks, apart from asking
+whether a BAT is possible (`entries`). A repair is made to a draft (`repair`); headers and log come before this.
+
+- A damaged table is written anew from the other one.
+- Tables whose checksums are wrong are used if they agree, or if everything in the file is where they say.
+- Without a table the metadata are searched for, on whole mebibytes, and then a BAT that accounts for the data of the
+  file. What is found is used with consent, and only if nothing else can be meant.
+- The metadata are stored once and without a checksum: only their signature and count can be restored.
+
+Source: [MS-VHDX] 2.2.3, 2.6.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from vhdkit.errors import CorruptImage, CorruptReason
+from vhdkit.formats.draft import DraftStore
+from vhdkit.formats.format import Consent, Fix
+from vhdkit.formats.vhdx import layout
+from vhdkit.formats.vhdx.bat import ENTRIES_PER_PAGE, Shape
+from vhdkit.formats.vhdx.crc import sealed
+from vhdkit.formats.vhdx.entries import is_possible_page, read_bat, unused_data
+from vhdkit.formats.vhdx.header import current_slot, read_headers
+from vhdkit.formats.vhdx.items import read_items
+from vhdkit.formats.vhdx.layout import RegionEntry
+from vhdkit.formats.vhdx.metadata import read_metadata
+from vhdkit.formats.vhdx.regions import build_table, read_table, table_name, table_state
+from vhdkit.formats.vhdx.repair_headers import LOSS
+from vhdkit.units import GIB, MIB, round_up
+
+BY_HAND = "a copy by hand"
+_MAX_PLACES = 1 << 20  # mebibytes with data that are examined: a terabyte of them
+_MAX_FOUND = 16  # metadata regions that are tried; a guest may have files that look like one
+_MAX_READ_BYTES = GIB  # of what may be a BAT
+_MIN_UNUSED_BYTES = MIB  # of data outside all structures, which shows that a table is not the right one
+
+
+def mend_regions(draft: DraftStore, consent: Consent) -> Iterator[Fix]:
+    """Leave two equal tables by which the metadata are found, if that is possible."""
+    tables = [read_table(draft, copy) for copy in range(2)]
+    states = [table_state(raw) for raw in tables]
+    good = [copy for copy in range(2) if states[copy] == "good"]
+    reasons = {copy: _fault(_with_table(draft, tables[copy])) for copy in good}
+    if CorruptReason.REGION_REQUIRED in reasons.values():
+        return  # made by a newer program
+    leading = [copy for copy in good if reasons[copy] is None] or good[:1]
+    if good and (reasons[leading[0]] is None or not _is_of_regions(reasons[leading[0]])):
+        copy = leading[0]
+        if tables[0] == tables[1]:
+            return
+        _write_tables(draft, tables[copy])
+        other = 1 - copy
+        if states[other] == "good":
+            why = "by which the image can be read" if copy or reasons.get(other) else "by which the image is read"
+            message = f"{table_name(other)} differed: it is equal to the other one now, {why}"
+            yield Fix("region-tables-differ", message)
+        else:
+            message = f"{table_name(other)} was damaged ({states[other]}): written anew from the other one"
+            yield Fix("region-table-damaged", message)
+        return
+    if not good:
+        done = list(_use_unsealed(draft, tables, consent))
+        if done:
+            yield from done
+            return
+    yield from _search(draft, consent)
+
+
+def _is_of_regions(reason: CorruptReason | None) -> bool:
+    """True when a table says what cannot be; False when what it leads to is damaged."""
+    return reason in (
+        CorruptReason.REGION_TABLE,
+        CorruptReason.REGION_ENTRY,
+        CorruptReason.REGION_OUTSIDE_FILE,
+        CorruptReason.STRUCTURES_OVERLAP,
+        CorruptReason.METADATA_TABLE,
+    )
+
+
+def _fault(store: DraftStore) -> CorruptReason | None:
+    try:
+        read_metadata(store)
+    except CorruptImage as error:
+        return error.reason
+    return None
+
+
+def _with_table(draft: DraftStore, raw: bytes) -> DraftStore:
+    trial = DraftStore(draft)
+    _write_tables(trial, raw)
+    return trial
+
+
+def _write_tables(draft: DraftStore, raw: bytes) -> None:
+    for offset in layout.REGION_TABLE_OFFSETS:
+        draft.pwrite(offset, raw)
+
+
+def _use_unsealed(draft: DraftStore, tables: list[bytes], consent: Consent) -> Iterator[Fix]:
+    """Tables of which only the checksum, or little more, is wrong."""
+    whole = []
+    for raw in tables:
+        named = layout.REGION_SIGNATURE + raw.ljust(layout.REGION_TABLE_SIZE, b"\0")[len(layout.REGION_SIGNATURE) :]
+        whole.append(sealed(named, layout.HEADER_CHECKSUM_OFFSET))
+    readable = [raw for raw in dict.fromkeys(whole) if _fault(_with_table(draft, raw)) is None]
+    if not readable:
+        return
+    message = "corrected the checksums of the region tables"
+    if whole[0] == whole[1]:
+        _write_tables(draft, whole[0])
+        yield Fix("region-table", f"{message}, which agree in everything else")
+        return
+    sure = [raw for raw in readable if _accounts_for_all(_with_table(draft, raw))]
+    if len(sure) == 1 or consent.data_loss:
+        chosen = (sure or readable)[0]
+        _write_tables(draft, chosen)
+        reason = "the rest of the file agrees with them" if len(sure) == 1 else "used as they are, as you requested"
+        yield Fix("region-table", f"{message}: {reason}")
+        return
+    yield Fix("region-table", "neither region table is intact: using one as it is may show wrong data", LOSS)
+
+
+def _accounts_for_all(store: DraftStore) -> bool:
+    """True when the image can be read, and no data lie outside its structures."""
+    try:
+        metadata = read_metadata(store)
+        bat = read_bat(metadata)
+    except CorruptImage:
+        return False
+    return any(True for _ in bat.used()) and unused_data(metadata, bat, _MIN_UNUSED_BYTES) < _MIN_UNUSED_BYTES
+
+
+# -- without a table --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """Regions that may be the image's; `unused_bytes` of data lie outside all they lead to."""
+
+    bat: RegionEntry
+    metadata: RegionEntry
+    unused_bytes: int
+    block_count: int
+
+
+def _search(draft: DraftStore, consent: Consent) -> Iterator[Fix]:
+    """Find the metadata and the BAT by what they look like."""
+    places = _places(draft)
+    found = [] if places is None else _candidates(draft, places)
+    found.sort(key=lambda one: (one.unused_bytes, -one.block_count))
+    if not found:
+        return
+    best = found[0]
+    if len(found) > 1 and found[1].unused_bytes - best.unused_bytes < _MIN_UNUSED_BYTES:
+        yield Fix("region-table", "no region table is intact, and several places may hold the BAT", BY_HAND)
+        return
+    where = f"metadata at byte {best.metadata.file_offset:#x}, BAT at byte {best.bat.file_offset:#x}"
+    if not consent.data_loss:
+        message = f"no region table is intact; with the regions that were found ({where}) the disk may show wrong data"
+        yield Fix("region-table", message, LOSS)
+        return
+    _write_tables(draft, build_table([best.bat, best.metadata]))
+    draft.reserve(best.bat.file_offset + best.bat.length - 1, 1)
+    yield Fix("region-table", f"made new region tables for the regions that were found: {where}")
+
+
+def _places(draft: DraftStore) -> list[int] | None:
+    """The whole mebibytes of the file that may hold data; None for more than are examined."""
+    places: list[int] = []
+    start = layout.HEADER_SECTION_SIZE
+    for offset, size, may_hold_data in draft.data_runs(start, max(draft.size() - start, 0)):
+        if not may_hold_data:
+            continue
+        first = offset - offset % MIB
+        places += range(first + MIB if places and places[-1] == first else first, offset + size, MIB)
+        if len(places) > _MAX_PLACES:
+            return None
+    return places
+
+
+def _candidates(draft: DraftStore, places: list[int]) -> list[_Found]:
+    """Every pair of regions by which the image could be read."""
+    budget = _MAX_READ_BYTES
+    signed = [place for place in places if draft.pread(place, 8) == layout.METADATA_SIGNATURE][:_MAX_FOUND]
+    found = []
+    for place in signed:
+        region = _metadata_region(draft, place)
+        if region is None:
+            continue
+        items = read_items(draft, region)
+        shape = Shape(items.size_bytes, items.block_size, items.logical_sector_bytes, has_parent=items.has_parent)
+        length = round_up(shape.entry_count * layout.BAT_ENTRY_SIZE, MIB)
+        for start in places:
+            if start + length > draft.size() or not _may_be_table(draft, start, shape):
+                continue
+            budget -= length
+            if budget < 0:
+                return []
+            bat = RegionEntry(layout.REGION_BAT, start, length, layout.REGION_REQUIRED)
+            one = _judge(draft, bat, region)
+            if one is not None:
+                found.append(one)
+        if not found:
+            found += _empty(draft, region, length)
+    return found
+
+
+def _empty(draft: DraftStore, metadata: RegionEntry, length: int) -> list[_Found]:
+    """A disk without blocks, whose BAT is all zeros and may lie anywhere; only if the file holds no other data."""
+    taken = [(metadata.file_offset, metadata.length)]
+    places = read_headers(draft)
+    slot = current_slot(places)
+    if slot is not None:
+        taken.append((places[slot].header.log_offset, places[slot].header.log_length))
+    start = layout.HEADER_SECTION_SIZE
+    for offset, size in sorted(taken):
+        if offset < start + length:
+            start = max(start, offset + size)
+    one = _judge(draft, RegionEntry(layout.REGION_BAT, start, length, layout.REGION_REQUIRED), metadata)
+    return [one] if one is not None and not one.unused_bytes and not one.block_count else []
+
+
+def has_metadata(draft: DraftStore) -> bool:
+    """True when a whole metadata region lies somewhere in the file, whatever its first mebibyte holds."""
+    places = _places(draft) or []
+    signed = [place for place in places if draft.pread(place, 8) == layout.METADATA_SIGNATURE][:_MAX_FOUND]
+    return any(_metadata_region(draft, place) is not None for place in signed)
+
+
+def _metadata_region(draft: DraftStore, place: int) -> RegionEntry | None:
+    """The metadata region that begins there, as long as its items need; None if there is none."""
+    entry = RegionEntry(layout.REGION_METADATA, place, MIB, layout.REGION_REQUIRED)
+    for length in (MIB, 2 * MIB, 4 * MIB):
+        region = replace(entry, length=length)
+        try:
+            read_items(draft, region)
+        except CorruptImage:
+            continue
+        return region
+    return None
+
+
+def _may_be_table(draft: DraftStore, start: int, shape: Shape) -> bool:
+    """True when the first entries that are not zeros can be a BAT's. Reads little."""
+    size = shape.entry_count * layout.BAT_ENTRY_SIZE
+    for offset, length, may_hold_data in draft.data_runs(start, size):
+        position = offset - (offset - start) % layout.LOG_PAGE_SIZE
+        while may_hold_data and position < offset + length:
+            raw = draft.pread(position, min(layout.LOG_PAGE_SIZE, start + size - position))
+            if raw.strip(b"\0"):
+                first = (position - start) // layout.BAT_ENTRY_SIZE
+                assert first % ENTRIES_PER_PAGE == 0
+                return is_possible_page(shape, first, raw, draft.size())
+            position += layout.LOG_PAGE_SIZE
+    return False
+
+
+def _judge(draft: DraftStore, bat: RegionEntry, metadata: RegionEntry) -> _Found | None:
+    """What these regions lead to; None if the image cannot be read by them."""
+    trial = _with_table(draft, build_table([bat, metadata]))
+    trial.reserve(bat.file_offset + bat.length - 1, 1)
+    try:
+        picture = read_metadata(trial)
+        table = read_bat(picture)
+    except CorruptImage:
+        return None
+    blocks = sum(len(numbers) for numbers, _ in table.used())
+    return _Found(bat, metadata, unused_data(picture, table, None), blocks)
+
+
+# -- the metadata table -----------------------------------------------------------------------------------------------
+
+
+def mend_table(draft: DraftStore) -> Iterator[Fix]:
+    """A metadata table whose signature or count is wrong, if all items are found without it."""
+    try:
+        read_metadata(draft)
+        return
+    except CorruptImage as error:
+        reasons = (CorruptReason.METADATA_TABLE, CorruptReason.ITEM_MISSING, CorruptReason.ITEM_PLACE)
+        if error.reason not in reasons:
+            return
+    entry = _metadata_entry(draft)
+    if entry is None:
+        return
+    raw = draft.pread(entry.file_offset, layout.METADATA_TABLE_SIZE)
+    table = layout.parse_metadata_table(raw[: layout.METADATA_TABLE_HEADER_SIZE])
+    table = replace(table, signature=layout.METADATA_SIGNATURE, entry_count=_count(raw))
+    trial = DraftStore(draft)
+    trial.pwrite(entry.file_offset, layout.build_metadata_table(table))
+    if _fault(trial) is None:
+        draft.pwrite(entry.file_offset, layout.build_metadata_table(table))
+        yield Fix("metadata-table", "corrected the head of the metadata table: all its items are intact")
+
+
+def _metadata_entry(draft: DraftStore) -> RegionEntry | None:
+    """Where the first region table says that the metadata lie, inside the file."""
+    raw = read_table(draft, 0)
+    for start in range(layout.REGION_TABLE_HEADER_SIZE, layout.REGION_TABLE_SIZE, layout.REGION_ENTRY_SIZE):
+        entry = layout.parse_region_entry(raw[start : start + layout.REGION_ENTRY_SIZE].ljust(32, b"\0"))
+        if entry.guid == layout.REGION_METADATA and entry.file_offset + layout.METADATA_TABLE_SIZE <= draft.size():
+            return entry
+    return None
+
+
+def _count(raw: bytes) -> int:
+    """The entries before the first one that is all zeros."""
+    count = 0
+    for start in range(layout.METADATA_TABLE_HEADER_SIZE, len(raw), layout.METADATA_ENTRY_SIZE):
+        if not any(raw[start : start + layout.METADATA_ENTRY_SIZE]):
+            break
+        count += 1
+    return min(count, layout.MAX_ITEMS)
