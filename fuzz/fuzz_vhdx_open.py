@@ -3,6 +3,7 @@
 
 Fed and tried: as `fuzz_open`, for one VHDX file. Also watched, besides what is watched there:
 
+- a BAT that the quick examination calls sound has no fault in the thorough one;
 - reading does not change the file, and a log that was not replayed reads as it does once it is replayed in the file:
   a writable opening that writes nothing changes no sector of the disk, and leaves nothing in the log.
 """
@@ -17,7 +18,10 @@ from fuzz.mutate_vhdx import mutate_vhdx
 from fuzz.sparse import FuzzStore, decode
 from vhdkit.errors import VhdkitError
 from vhdkit.formats.probe import FormatName, open_layer
+from vhdkit.formats.vhdx.bat import Bat
+from vhdkit.formats.vhdx.entries import faults
 from vhdkit.formats.vhdx.metadata import read_metadata
+from vhdkit.formats.vhdx.sound import is_sound
 from vhdkit.image import Layer, read_extents
 from vhdkit.units import sectors_to_bytes
 
@@ -27,7 +31,19 @@ NAME = "image.vhdx"
 def target(data: bytes) -> None:
     """Do with the file whatever a user could do to it."""
     examine(data, FormatName.VHDX, NAME)
+    _judge_twice(data)
     _replay(data)
+
+
+def _judge_twice(data: bytes) -> None:
+    """What the quick examination of the BAT calls sound has no fault in the thorough one."""
+    try:
+        metadata = read_metadata(FuzzStore(decode(data), NAME))
+    except VhdkitError:
+        return
+    bat = Bat.load(metadata.view, metadata.regions.bat.file_offset, metadata.shape)
+    if is_sound(metadata, bat):
+        assert not list(faults(metadata, bat)), "the quick examination of the BAT overlooks a fault"
 
 
 def _replay(data: bytes) -> None:

@@ -230,7 +230,7 @@ def changes(rng: random.Random, image: Sparse) -> list[LogChange]:
         bases += [*HEADERS, 0, MIB, image.size]
     page = image.peek(rng.choice(bases), PAGE).ljust(PAGE, b"\0")
     for _ in range(rng.choice((0, 1, 1, 2, 3, 127, 200) if rng.random() < 0.2 else (0, 1, 1, 2, 3))):
-        offset = rng.choice(bases) + PAGE * rng.choice((0, 0, 0, 1, 7, 16))
+        offset = (rng.choice(bases) + PAGE * rng.choice((0, 0, 0, 1, 7, 16))) & (1 << 64) - 1
         if rng.random() < 0.04:
             offset = int.from_bytes(little(rng, 8), "little")
         if rng.random() < 0.3:
@@ -250,7 +250,7 @@ def _often(rng: random.Random, usual: Sequence[int], strange: Sequence[int]) -> 
 def _log(rng: random.Random, image: Sparse) -> None:
     """A run of whole entries from somewhere in the ring, and headers that name it."""
     start, size = log_place(image)
-    if not 0 < size <= 8 * MIB or start > MAX_OFFSET - size:
+    if not PAGE <= size <= 8 * MIB or start > MAX_OFFSET - size:
         return
     head = PAGE * rng.choice((0, 0, 0, 1, size // PAGE - 1, rng.randrange(size // PAGE or 1)))
     tail, number = head, rng.choice((1, 1, 2, 1 << 32, (1 << 64) - 3, rng.getrandbits(60) + 1))

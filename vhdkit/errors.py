@@ -41,6 +41,7 @@ class CorruptReason(StrEnum):
     LOCATOR_TEXT = "locator-text"
     FILE_IDENTIFIER = "file-identifier"
     HEADER_PAIR = "header-pair"
+    HEADER_NUMBER = "header-number"
     LOG_VERSION = "log-version"
     LOG_PLACE = "log-place"
     LOG_SEQUENCE = "log-sequence"

@@ -94,6 +94,7 @@ LOCATORS = {
 VHDX_REASONS = {reason for reason, _ in (CASES | CHILD_CASES).values()} | {
     CorruptReason.LOG_ENTRY,  # in tests of their own there
     CorruptReason.BAT_RESERVED,
+    CorruptReason.HEADER_NUMBER,
 }
 
 

@@ -3,13 +3,15 @@
 
 Decides which layer owns a sector in a whole chain (`INV-SECTOR-RULE`) and caches that. Must not read or write data.
 
-    layers' BATs --fold--> one 64-bit entry per grain:  DIRECT  store offset << 8 | layer   (one file serves it)
+    layers' BATs --fold--> one 64-bit entry per grain:  DIRECT  store offset << 8 | layer's number (one file)
                                                         ZERO    no layer owns it
                                                         UNKNOWN not examined yet; settled on first use
                                                         MIXED   several layers: one owner byte per sector
 
 A grain is the smallest block size in the chain. Folding is one vectorised pass per layer; bitmaps are read only
-when a grain is first used. Owner bytes are kept in a bounded cache and can always be recomputed.
+when a grain is first used. Owner bytes are kept in a bounded cache and can always be recomputed. In both tables a
+layer's number is its index plus one, so that an entry of a grain that no layer owns is 0: the system gives memory only
+for the parts of a table that are written, and a disk of 64 TiB that is empty takes next to none.
 
 Small reads have a shortcut: the fine table, with an entry per 4 KiB page (on large disks per larger unit, so that
 its size is bounded), filled in when a grain is settled. File systems write pages, so a page nearly always has one
@@ -32,10 +34,12 @@ from vhdkit.units import MIB, PAGE_SIZE, SECTOR_SIZE, whole_sectors
 LAYER_BITS = 8
 LAYER_MASK = (1 << LAYER_BITS) - 1
 UNOWNED = LAYER_MASK  # the owner byte of a sector that no layer owns; it reads as zeros
-MAX_LAYERS = UNOWNED - 1  # in the fine table a layer's number is its index plus one, and 0 means unknown
-ZERO, UNKNOWN, MIXED = -1, -2, -3
+MAX_LAYERS = UNOWNED - 1  # a layer's number fits into a byte
+LEAF_NUMBER = 1
+ZERO, UNKNOWN, MIXED = 0, -1, -2  # a DIRECT entry is above 0
 MAX_FINE_ENTRIES = 4 * MIB  # 32 MiB of table; disks up to 16 GiB have an entry for each page
 MAX_MIXED_BYTES = 64 * MIB  # of owner bytes in the cache
+_BLOCKS_AT_ONCE = 1 << 16  # examined in one vectorised step, so that little memory is needed for it
 WALK_MIXED_BYTES = 4 * MIB  # the same for callers that walk the disk once, from start to end
 
 
@@ -80,7 +84,7 @@ class BlockMap:
         step = self.fine_bytes << LAYER_BITS if per_grain > 1 else 0  # a lone raw file may claim exabytes
         self._fine_steps = np.arange(per_grain, dtype=np.int64) * step
         if not block_sizes:
-            self._refine_whole(0, 0)
+            self._refine_whole(0, LEAF_NUMBER)
 
     def walked_once(self) -> None:
         """Cache few owner bytes, because no grain will be read twice."""
@@ -91,35 +95,39 @@ class BlockMap:
 
         A block of zeros without space counts as one where it hides something, so everywhere but in the base.
         """
-        table = np.full(self.grain_count, ZERO, dtype=np.int64)
+        table = np.zeros(self.grain_count, dtype=np.int64)  # all ZERO
         base, visible = self.layers[-1], self.visible_bytes[-1]
         if not base.block_size_bytes:
             whole = visible // self.grain_bytes
             if visible == self.visible_bytes[0]:  # the disk ends in the last grain: nothing past its end is read
                 whole = self.grain_count
-            table[:whole] = (np.arange(whole, dtype=np.int64) << (self.grain_shift + LAYER_BITS)) | (
-                len(self.layers) - 1
-            )
+            table[:whole] = (np.arange(whole, dtype=np.int64) << (self.grain_shift + LAYER_BITS)) | len(self.layers)
             if whole * self.grain_bytes < visible:
                 table[whole] = UNKNOWN
         for layer, size_bytes in zip(self.layers, self.visible_bytes, strict=True):
             if layer.block_size_bytes:
                 grains = -(-size_bytes // self.grain_bytes)
-                allocated = layer.allocated_blocks()
-                zeros = layer.zero_blocks()
-                if len(zeros) and layer is not base:
-                    allocated = allocated | zeros
                 ratio = layer.block_size_bytes // self.grain_bytes
-                if ratio > 1:
-                    allocated = np.repeat(allocated, ratio)
-                table[:grains][allocated[:grains]] = UNKNOWN
+                self._mark(table[:grains], layer.allocated_blocks(), ratio)
+                if layer is not base:
+                    self._mark(table[:grains], layer.zero_blocks(), ratio)
         return table
+
+    @staticmethod
+    def _mark(table: NDArray[np.int64], chosen: NDArray[np.bool_], ratio: int) -> None:
+        """Make the grains of the chosen blocks UNKNOWN, `ratio` grains each, without touching those of others."""
+        for first in range(0, len(chosen), _BLOCKS_AT_ONCE):
+            blocks = np.flatnonzero(chosen[first : first + _BLOCKS_AT_ONCE]) + first
+            if not len(blocks):
+                continue
+            grains = blocks if ratio == 1 else (blocks[:, None] * ratio + np.arange(ratio)).reshape(-1)
+            table[grains[: int(np.searchsorted(grains, len(table)))]] = UNKNOWN
 
     def settle(self, grain: int) -> int:
         """Determine the owners of an UNKNOWN grain; returns its new entry."""
         with self._lock:
             entry = self._sole_owner(grain)
-            if entry >= 0:
+            if entry > 0:
                 self._refine_whole(grain, entry)
             else:
                 owners, offsets = self._owners_of(grain)
@@ -142,16 +150,16 @@ class BlockMap:
                 return UNKNOWN
             if offset >= 0:
                 whole = owned is None and layer.data_end_bytes >= offset + self.grain_bytes
-                return offset << LAYER_BITS | index if whole else UNKNOWN
+                return offset << LAYER_BITS | index + 1 if whole else UNKNOWN
         return UNKNOWN
 
     def _refine_whole(self, grain: int, entry: int) -> None:
         """Fill in the fine entries of a grain with a single owner."""
         per_grain = len(self._fine_steps)
-        self._fine[grain * per_grain : (grain + 1) * per_grain] = self._fine_steps + (entry + 1)
+        self._fine[grain * per_grain : (grain + 1) * per_grain] = self._fine_steps + entry
 
     def _refine(self, grain: int, owners: bytearray, offsets: tuple[int, ...], first: int, count: int) -> None:
-        """Fill in the fine entries over these sectors of the grain: store offset << 8 | layer + 1, or 0."""
+        """Fill in the fine entries over these sectors of the grain: store offset << 8 | the layer's number, or 0."""
         per_entry = whole_sectors(self.fine_bytes)
         low, high = first // per_entry, -(-(first + count) // per_entry)
         rows = np.frombuffer(owners, dtype=np.uint8).reshape(-1, per_entry)[low:high]
@@ -259,7 +267,7 @@ class BlockMap:
         first = owners[0]
         if owners.count(first, 0, inside) != inside:
             return MIXED
-        return ZERO if first == UNOWNED else offsets[first] << LAYER_BITS | first
+        return ZERO if first == UNOWNED else offsets[first] << LAYER_BITS | first + 1
 
 
 def owner_runs(owners: bytearray, first: int, count: int) -> list[tuple[int, int, int]]:

@@ -19,6 +19,7 @@ from vhdkit.arguments import AnyPath
 from vhdkit.chain.engine.blockmap import (
     LAYER_BITS,
     LAYER_MASK,
+    LEAF_NUMBER,
     MAX_LAYERS,
     MIXED,
     UNKNOWN,
@@ -56,7 +57,7 @@ class Chain:
         self._grain_shift = self.map.grain_shift
         self._grain_bytes = self.map.grain_bytes
         self._grain_mask = self.map.grain_bytes - 1
-        self._readers_by_number = (self._readers[0], *self._readers)  # the fine table counts layers from 1
+        self._readers_by_number = (self._readers[0], *self._readers)  # the map numbers layers from 1
         tries = tuple(layer.store.try_pread_into for layer in layers)
         self._tries_by_number = (tries[0], *tries)
         self._fine = self.map.fine
@@ -86,8 +87,8 @@ class Chain:
         within = offset & self._grain_mask
         if within + size <= self._grain_bytes:
             entry = self._entries[offset >> self._grain_shift]
-            if entry >= 0:
-                self._readers[entry & LAYER_MASK]((entry >> LAYER_BITS) + within, buffer)
+            if entry > 0:
+                self._readers_by_number[entry & LAYER_MASK]((entry >> LAYER_BITS) + within, buffer)
                 return
         self._read_slowly(offset, buffer)
 
@@ -113,8 +114,8 @@ class Chain:
             count = min(size - position, self._grain_bytes - within)
             entry = self._entries[(offset + position) >> self._grain_shift]
             piece = buffer if count == size else buffer[position : position + count]
-            if entry >= 0:
-                if not self._tries_by_number[(entry & LAYER_MASK) + 1]((entry >> LAYER_BITS) + within, piece):
+            if entry > 0:
+                if not self._tries_by_number[entry & LAYER_MASK]((entry >> LAYER_BITS) + within, piece):
                     return False
             elif entry == ZERO:
                 piece[:] = bytes(count)
@@ -166,8 +167,8 @@ class Chain:
             entry = self._entries[grain]
             if entry == UNKNOWN:
                 entry = self.map.settle(grain)
-            if entry >= 0:
-                layer, place = entry & LAYER_MASK, (entry >> LAYER_BITS) + within
+            if entry > 0:
+                layer, place = (entry & LAYER_MASK) - 1, (entry >> LAYER_BITS) + within
                 if layer != run_layer or place != run_offset + position - run_start:
                     if run_layer >= 0:
                         self._readers[run_layer](run_offset, buffer[run_start:position])
@@ -248,7 +249,7 @@ class Chain:
                     yield Extent(grain_first + first, count, ExtentKind.DATA, owner, place)
         else:
             place = (entry >> LAYER_BITS) + sectors_to_bytes(start - grain_first)
-            yield Extent(start, stop - start, ExtentKind.DATA, entry & LAYER_MASK, place)
+            yield Extent(start, stop - start, ExtentKind.DATA, (entry & LAYER_MASK) - 1, place)
 
     def _holes(self, extent: Extent, seen: dict[int, tuple[int, int, bool]]) -> Iterator[Extent]:
         """Split a DATA run at the holes of its file; a sector with any data in it is data.
@@ -306,12 +307,10 @@ class Chain:
             if within + len(data) > self._grain_bytes:
                 return False
             entry = self._entries[offset >> self._grain_shift]
-            if entry < 0 or entry & LAYER_MASK:
-                return False
         else:
-            entry = self._fine[offset >> self._fine_shift] - 1
-            if entry < 0 or entry & LAYER_MASK:
-                return False
+            entry = self._fine[offset >> self._fine_shift]
+        if entry & LAYER_MASK != LEAF_NUMBER:  # as that of no entry but a DIRECT one
+            return False
         self.leaf.write_in_place((entry >> LAYER_BITS) + within, data)
         return True
 

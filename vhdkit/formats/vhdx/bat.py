@@ -29,6 +29,7 @@ from vhdkit.units import MIB
 
 ENTRIES_PER_PAGE = layout.LOG_PAGE_SIZE // layout.BAT_ENTRY_SIZE
 _READ_BYTES = 4 * MIB  # of the table at once
+_ENTRIES_AT_ONCE = 1 << 15  # of 8 bytes: examined while they are in the processor's cache
 _MAX_PAGES = 8  # of a table that stays in its file
 
 
@@ -92,6 +93,7 @@ class Bat:
         """Read the table; the caller has checked that the file holds it."""
         entries = np.zeros(shape.entry_count, dtype=np.uint64)  # the system gives memory only for what is written
         raw = entries.view(np.uint8).data
+        buffer = bytearray(min(_READ_BYTES, raw.nbytes))
         size = shape.entry_count * layout.BAT_ENTRY_SIZE
         runs: list[tuple[int, int]] = []
         for start, length, may_hold_data in store.data_runs(offset_bytes, size):
@@ -100,13 +102,17 @@ class Bat:
             for position in range(start, start + length, _READ_BYTES):
                 count = min(_READ_BYTES, start + length - position)
                 within = position - offset_bytes
-                store.pread_into(position, raw[within : within + count])
-            first = (start - offset_bytes) // layout.BAT_ENTRY_SIZE
-            stop = -(-(start + length - offset_bytes) // layout.BAT_ENTRY_SIZE)
-            if runs and runs[-1][1] >= first:
-                runs[-1] = (runs[-1][0], stop)
-            else:
-                runs.append((first, stop))
+                piece = memoryview(buffer)[:count]
+                store.pread_into(position, piece)
+                if not np.frombuffer(piece, dtype=np.uint8).any():
+                    continue  # zeros that take space in the file take none in memory
+                raw[within : within + count] = piece
+                first = within // layout.BAT_ENTRY_SIZE
+                stop = -(-(within + count) // layout.BAT_ENTRY_SIZE)
+                if runs and runs[-1][1] >= first:
+                    runs[-1] = (runs[-1][0], stop)
+                else:
+                    runs.append((first, stop))
         if entries.dtype.byteorder == ">" or not np.little_endian:
             entries.byteswap(inplace=True)
         return cls(shape, offset_bytes, entries, runs)
@@ -188,13 +194,32 @@ class Bat:
             is_block &= blocks < self.shape.block_count
             yield blocks[is_block], entries[is_block]
 
+    def parts(self) -> Iterator[tuple[int, NDArray[np.uint64]]]:
+        """(number of the first one, entries) of everything that may not be 0, in order; not to be changed."""
+        for first, stop in self.runs:
+            for start in range(first, stop, _ENTRIES_AT_ONCE):
+                yield start, self._entries[start : min(start + _ENTRIES_AT_ONCE, stop)]
+
+    def has_bits(self, mask: int) -> bool:
+        """Whether any entry has one of these bits."""
+        wanted = np.uint64(mask)
+        return any(np.bitwise_or.reduce(entries) & wanted for _, entries in self.parts())
+
     def in_states(self, *states: BlockState) -> NDArray[np.bool_]:
         """One truth value per block: whether it is in one of these states, which are not NOT_PRESENT."""
         found = np.zeros(self.shape.block_count, dtype=np.bool_)
         wanted = np.zeros(layout.BAT_STATE_MASK + 1, dtype=np.bool_)
         wanted[list(states)] = True
-        for blocks, entries in self.used_blocks():
-            found[blocks[wanted[entries & np.uint64(layout.BAT_STATE_MASK)]]] = True
+        per_chunk = self.shape.ratio + 1
+        for start, entries in self.parts():
+            chosen = wanted[(entries & np.uint64(layout.BAT_STATE_MASK)).astype(np.uint8)]
+            stop = start + len(entries)
+            for chunk in range(start // per_chunk, -(-stop // per_chunk)):
+                low, high = max(chunk * per_chunk, start), min((chunk + 1) * per_chunk - 1, stop)
+                first = low - chunk  # the block: before it stand the entries of so many bitmaps
+                part = chosen[low - start : high - start][: max(self.shape.block_count - first, 0)]
+                if part.any():
+                    found[first : first + len(part)] |= part
         return found
 
 
@@ -226,6 +251,10 @@ class BatInFile(Bat):
     def used(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint64]]]:
         """See `Bat.used`: reads the whole table."""
         yield from Bat.load(self._store, self.offset_bytes, self.shape).used()
+
+    def parts(self) -> Iterator[tuple[int, NDArray[np.uint64]]]:
+        """See `Bat.parts`: reads the whole table."""
+        yield from Bat.load(self._store, self.offset_bytes, self.shape).parts()
 
 
 def full_entries(

@@ -27,6 +27,7 @@ from vhdkit.formats.vhdx.bat import Bat, BatInFile, BlockState, offset_of, state
 from vhdkit.formats.vhdx.commit import Commit
 from vhdkit.formats.vhdx.entries import reserved_bits
 from vhdkit.formats.vhdx.facts import facts_of
+from vhdkit.formats.vhdx.header import exhausted
 from vhdkit.formats.vhdx.identify import FORMAT_NAME
 from vhdkit.formats.vhdx.metadata import Metadata
 from vhdkit.image import ZEROS_WITHOUT_SPACE, Extent, ExtentKind, ImageFacts, Piece, copy_piece, merged_extents
@@ -58,10 +59,11 @@ class VhdxImage:
         self.is_differencing = metadata.items.has_parent
         self.unowned = ExtentKind.ABSENT if self.is_differencing else ExtentKind.ZERO
         self.findings: list[Finding] = list(metadata.findings)
-        self.damage: CorruptImage | None = reserved_bits(metadata, bat)
+        self.damage: CorruptImage | None = exhausted(store.name, metadata.current) or reserved_bits(metadata, bat)
         self._sectors_per_block = whole_sectors(self.block_size_bytes)
         self._bytes_of_bits = bitmap.bytes_per_block(self.block_size_bytes, self.sector_bytes)
-        self._full = bytearray(bat.shape.block_count if self.writable else 0)  # 1: partial, all bits set
+        full = np.zeros(bat.shape.block_count if self.writable else 0, dtype=np.uint8)  # no memory for what stays 0
+        self._full = memoryview(full)  # type: ignore[arg-type]  # 1: partial, all bits set
 
     @property
     def unique_id(self) -> bytes | None:

@@ -15,7 +15,7 @@ from vhdkit.finding import Finding, Severity, finding_of
 from vhdkit.formats.vhdx import layout
 from vhdkit.formats.vhdx.bat import Bat, BlockState
 from vhdkit.formats.vhdx.entries import end_of_blocks, faults, places, reserved_bits, whole_sizes
-from vhdkit.formats.vhdx.header import HeaderState
+from vhdkit.formats.vhdx.header import HeaderState, exhausted
 from vhdkit.formats.vhdx.metadata import Metadata, read_metadata
 from vhdkit.formats.vhdx.regions import read_table, table_name, table_state
 from vhdkit.formats.vhdx.stray_bits import stray_bits
@@ -36,9 +36,8 @@ def check_vhdx(store: ReadStore, *, progress: Callable[[int, int], None] | None 
         return [finding_of(error, store.name)]
     bat = Bat.load(metadata.view, metadata.regions.bat.file_offset, metadata.shape)
     errors = [finding_of(error, store.name) for error in faults(metadata, bat)]
-    reserved = reserved_bits(metadata, bat)
-    if reserved is not None:
-        errors.append(finding_of(reserved, store.name))
+    unwritable = [exhausted(store.name, metadata.current), reserved_bits(metadata, bat)]
+    errors += [finding_of(error, store.name) for error in unwritable if error is not None]
     found = [*metadata.findings, *errors, *_unexpected_bitmaps(metadata, bat), *_headers_differ(metadata)]
     found += [*_tables_differ(metadata), *_without_log(metadata)]
     if errors:

@@ -19,6 +19,7 @@ from vhdkit.formats.spans import covered, touches
 from vhdkit.formats.vhdx import layout
 from vhdkit.formats.vhdx.bat import Bat, BlockState, Shape
 from vhdkit.formats.vhdx.metadata import Metadata
+from vhdkit.formats.vhdx.sound import is_sound
 
 _STATE = np.uint64(layout.BAT_STATE_MASK)
 _OFFSET = np.uint64(layout.BAT_OFFSET_MASK)
@@ -28,8 +29,9 @@ _RESERVED = np.uint64(layout.BAT_RESERVED_MASK)
 def read_bat(metadata: Metadata) -> Bat:
     """The table, examined: the image can be read by it. Raises CorruptImage, IoFailed."""
     bat = Bat.load(metadata.view, metadata.regions.bat.file_offset, metadata.shape)
-    for fault in faults(metadata, bat):
-        raise fault
+    if not is_sound(metadata, bat):
+        for fault in faults(metadata, bat):
+            raise fault
     return bat
 
 
@@ -44,6 +46,8 @@ def faults(metadata: Metadata, bat: Bat) -> Iterator[CorruptImage]:
 
 def reserved_bits(metadata: Metadata, bat: Bat) -> CorruptImage | None:
     """The first entry with bits that must be zero: other programs refuse it, and the image is not written to."""
+    if not bat.has_bits(layout.BAT_RESERVED_MASK):
+        return None
     for numbers, entries in bat.used():
         for place in np.flatnonzero(entries & _RESERVED)[:1].tolist():
             number, entry = int(numbers[place]), int(entries[place])

@@ -129,6 +129,22 @@ def _none_counts(path: str, places: tuple[HeaderPlace, HeaderPlace]) -> CorruptI
     )
 
 
+def exhausted(path: str, place: HeaderPlace) -> CorruptImage | None:
+    """Why no header with a larger number could follow the current one, so that the image can only be read."""
+    if place.header.sequence_number <= layout.MAX_HEADER_NUMBER:
+        return None
+    return CorruptImage(
+        CorruptReason.HEADER_NUMBER,
+        "the sequence number cannot be increased any further, so the image can only be read",
+        path=path,
+        structure=place.structure,
+        offset_bytes=place.offset_bytes,
+        expected=f"at most {layout.MAX_HEADER_NUMBER}",
+        found=place.header.sequence_number,
+        hint="convert it to a new image",
+    )
+
+
 def header_findings(path: str, places: tuple[HeaderPlace, HeaderPlace], current: HeaderPlace) -> list[Finding]:
     """What is worth saying about the header that does not count."""
     other = places[1 - current.slot]

@@ -31,6 +31,7 @@ HEADER_OFFSETS = (64 * KIB, 128 * KIB)
 HEADER_SIZE = 4 * KIB
 HEADER_SIGNATURE = b"head"
 HEADER_VERSION = 1
+MAX_HEADER_NUMBER = (1 << 64) - (1 << 32)  # of a header that another may follow: a session writes far fewer
 LOG_VERSION = 0
 MAX_LOG_BYTES = 1024 * MIB  # the format sets no limit; larger ones are refused, so that a hostile log is bounded
 

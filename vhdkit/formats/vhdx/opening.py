@@ -14,6 +14,7 @@ from vhdkit.formats.guard import SyncGuard
 from vhdkit.formats.vhdx.blocks import VhdxImage
 from vhdkit.formats.vhdx.commit import Commit
 from vhdkit.formats.vhdx.entries import read_bat, reserved_bits
+from vhdkit.formats.vhdx.header import exhausted
 from vhdkit.formats.vhdx.journal import Journal
 from vhdkit.formats.vhdx.metadata import Metadata, read_metadata
 from vhdkit.formats.vhdx.recall import NOTES_ID, Noted, recover
@@ -36,7 +37,7 @@ def open_vhdx(store: Store, *, writable: bool = False) -> VhdxImage:
             offset_bytes=metadata.current.offset_bytes,
             hint="convert it to a new image",
         )
-    damage = reserved_bits(metadata, bat)
+    damage = exhausted(store.name, metadata.current) or reserved_bits(metadata, bat)
     if damage is not None:
         raise damage
     noted = recover(store, metadata, bat)

@@ -6,10 +6,14 @@ from __future__ import annotations
 import pytest
 
 from tests.harness.stores import MemStore
-from tests.vhdkit.formats.vhdx.images import image, set_header
+from tests.vhdkit.formats.vhdx.images import SIZE, image, set_header
 from vhdkit.errors import CorruptImage, CorruptReason
+from vhdkit.finding import Severity
 from vhdkit.formats.vhdx import layout
+from vhdkit.formats.vhdx.check import check_vhdx
 from vhdkit.formats.vhdx.header import HeaderState, current_header, current_slot, header_findings, read_headers
+from vhdkit.formats.vhdx.opening import open_vhdx
+from vhdkit.units import KIB
 
 
 def refusal(store: MemStore) -> CorruptReason:
@@ -36,6 +40,21 @@ def test_equal_numbers_need_equal_headers() -> None:
     assert current_slot(read_headers(store)) == 0
     set_header(store, [1], file_write_guid=b"x" * 16)
     assert refusal(store) is CorruptReason.HEADER_PAIR
+
+
+def test_a_number_that_cannot_be_increased_is_only_read() -> None:
+    """The largest numbers are read and reported by check; opening for writing is refused, and changes nothing."""
+    store = image()
+    set_header(store, sequence_number=layout.MAX_HEADER_NUMBER)
+    assert not any(one.severity is Severity.ERROR for one in check_vhdx(store))
+    open_vhdx(store.copy(), writable=True).close()
+    set_header(store, [1], sequence_number=layout.MAX_HEADER_NUMBER + 1)
+    assert [one.code for one in check_vhdx(store) if one.severity is Severity.ERROR] == ["header-number"]
+    store.frozen = True
+    assert open_vhdx(store).size_bytes == SIZE
+    with pytest.raises(CorruptImage) as caught:
+        open_vhdx(store, writable=True)
+    assert caught.value.reason is CorruptReason.HEADER_NUMBER and caught.value.offset_bytes == 128 * KIB
 
 
 @pytest.mark.parametrize("torn", [0, 1])
