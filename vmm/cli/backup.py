@@ -18,9 +18,9 @@ from vmm.cli.common import epilog, output_options, print_json, print_line, progr
 def backup_command(name: str, folder: str, as_json: bool, quiet: bool) -> None:
     """Copy all disks of the machine NAME, and its definition, into the new folder DIR. The machine may keep running.
 
-    The copies are dynamic VHDs without parents, and all show the same moment. If the guest agent is running, the
-    guest's file systems are flushed and frozen for that moment; otherwise the copies are as after a power cut. Memory
-    is not copied.
+    The copies are dynamic images without parents, VHDXs of VHDX disks and VHDs of others, and all show the same
+    moment. If the guest agent is running, the guest's file systems are flushed and frozen for that moment; otherwise
+    the copies are as after a power cut. Memory is not copied.
     """
     with progress_line(shown=not quiet and not as_json) as progress:
         result = Manager().backup(name, folder, progress=progress)

@@ -10,7 +10,8 @@ import pytest
 
 import vhdkit
 import vmm
-from tests.vmm.snapshots.machines import DISK_BYTES, Machines, each_kind
+from tests.support import daily_or_nightly
+from tests.vmm.snapshots.machines import DISK_BYTES, Machines, each_kind, each_kind_nightly
 from vmm.model.errors import AlreadyExists, InUse, InvalidSpec, NotFound, Refused, WrongState
 from vmm.model.spec import DiskSpec
 from vmm.store import registry
@@ -59,6 +60,7 @@ def test_applying_restores_the_configuration(machines: Machines) -> None:
     assert spec is not None and spec.cpu_count == 4 and spec.disk(added.id) is not None
 
 
+@each_kind
 def test_delete_in_every_position(machines: Machines) -> None:
     """The image of a leaf is removed at once; one with one child is merged when off; one with two stays hidden until
     one of them is deleted."""
@@ -83,10 +85,11 @@ def test_delete_in_every_position(machines: Machines) -> None:
     web.delete("a")
     web.merge()
     del states[ids["a"]]
-    assert machines.states("web") == states and machines.images() == {"web-0.vhd"}
+    assert machines.states("web") == states and machines.images() == {f"web-0.{machines.kind}"}
     assert not web.tree().images
 
 
+@each_kind_nightly
 def test_delete_subtree(machines: Machines) -> None:
     """A snapshot and all its descendants are deleted, the present state stays."""
     web = machines.create(disks=2)
@@ -100,7 +103,12 @@ def test_delete_subtree(machines: Machines) -> None:
     assert len(machines.images()) == 4
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    ("machines", "seed"),
+    [("vhd", seed) for seed in range(daily_or_nightly(4, 8))]
+    + [("vhdx", seed) for seed in range(daily_or_nightly(1, 8))],
+    indirect=["machines"],
+)
 def test_random_histories_keep_every_disk(machines: Machines, seed: int) -> None:
     """Whatever is done in whichever order, every snapshot and the present state read as before."""
     choose = random.Random(seed)
@@ -129,12 +137,14 @@ def test_random_histories_keep_every_disk(machines: Machines, seed: int) -> None
     assert machines.states("web") == states and web.merges_due() == 0
 
 
+@each_kind_nightly
 def test_linked_clones_keep_their_base(machines: Machines) -> None:
     """Machines on children of one base: whatever one does, the base and the other's disk stay as they are."""
-    base = machines.disk("base.vhd")
-    vhdkit.clone(base, [machines.folder / "one.avhd", machines.folder / "two.avhd"])
-    one = machines.create("one", [machines.folder / "one.avhd"])
-    machines.create("two", [machines.folder / "two.avhd"])
+    base = machines.disk(f"base.{machines.kind}")
+    leaves = [machines.folder / f"{name}.a{machines.kind}" for name in ("one", "two")]
+    vhdkit.clone(base, leaves)
+    one = machines.create("one", leaves[:1])
+    machines.create("two", leaves[1:])
     content, two = base.read_bytes(), machines.now("two")
     one.create("a")
     machines.write("one", 4096, b"one" * 99)
@@ -142,9 +152,10 @@ def test_linked_clones_keep_their_base(machines: Machines) -> None:
     one.delete("a")
     one.merge()
     assert machines.now("one") == now and machines.now("two") == two and base.read_bytes() == content
-    assert machines.images() == {"base.vhd", "one.avhd", "two.avhd"}
+    assert machines.images() == {base.name, *(path.name for path in leaves)}
 
 
+@each_kind_nightly
 def test_a_clone_of_a_snapshot_keeps_its_image(machines: Machines) -> None:
     """If another machine, or another program, made an image on a snapshot's image, that is not merged or removed."""
     web = machines.create()
@@ -152,7 +163,7 @@ def test_a_clone_of_a_snapshot_keeps_its_image(machines: Machines) -> None:
     machines.write("web", 4096, b"x" * 512)
     b = web.create("b")
     image = b.disks["disk-0"]
-    clone = machines.folder / "clone.avhd"
+    clone = machines.folder / f"clone.a{machines.kind}"
     vhdkit.clone(image, [clone])
     machines.create("other", [clone])
     machines.write("other", 8192, b"other" * 50)
@@ -258,6 +269,7 @@ def test_a_damaged_tree_stops_everything(machines: Machines) -> None:
     assert len(machines.images()) == 2
 
 
+@each_kind
 def test_a_machine_is_deleted_with_its_snapshots(machines: Machines) -> None:
     """Deleting a machine with snapshots requires an option; then nothing of them is left, and the user's images
     stay."""

@@ -14,7 +14,7 @@ import pytest
 import vhdkit
 from tests.harness.killing import killings
 from tests.support import daily_or_nightly
-from tests.vmm.snapshots.machines import Machines, each_kind
+from tests.vmm.snapshots.machines import Machines, each_kind, each_kind_nightly
 from vmm.api.machine_snapshots import MachineSnapshots
 from vmm.snapshots import background_merge as fold
 from vmm.snapshots.recovery import settle
@@ -99,7 +99,7 @@ def test_create_is_done_or_undone(machines: Machines) -> None:
     assert whole > 1
 
 
-@each_kind
+@each_kind_nightly
 def test_apply_is_done_or_undone(machines: Machines) -> None:
     """A killed apply leaves the present state as it was or as the snapshot's; the snapshots read as before."""
     web, before = built(machines)
@@ -120,6 +120,7 @@ def test_apply_is_done_or_undone(machines: Machines) -> None:
     assert applied > 1
 
 
+@each_kind_nightly
 @pytest.mark.parametrize("subtree", [False, True])
 def test_delete_is_done_or_undone(machines: Machines, subtree: bool) -> None:
     """A killed delete leaves the snapshot or removes it; no other state changes, and every image is still recorded."""
@@ -135,6 +136,7 @@ def test_delete_is_done_or_undone(machines: Machines, subtree: bool) -> None:
             assert before[one] == disks
 
 
+@each_kind
 def test_a_merge_continues_after_every_kill(machines: Machines) -> None:
     """A killed merge leaves every state as it was; the machine can be used at once, and the next merge finishes."""
     web, before = built(machines)
@@ -143,7 +145,7 @@ def test_a_merge_continues_after_every_kill(machines: Machines) -> None:
     machine = registry.load("web")
     assert web.merges_due()
     for _ in after_each_kill(
-        machines, lambda: fold.Fold(machine.paths, machine.runtime).run(), step=daily_or_nightly(5, 1)
+        machines, lambda: fold.Fold(machine.paths, machine.runtime).run(), step=step_of(machines, 5, 23)
     ):
         settled(machines)  # as a start does
         assert machines.states("web") == before
@@ -153,6 +155,7 @@ def test_a_merge_continues_after_every_kill(machines: Machines) -> None:
         check_known(machines)
 
 
+@each_kind_nightly
 def test_a_nearly_finished_merge_is_recorded_before_its_disk_is_opened(machines: Machines) -> None:
     """INV-DELETE-RULE: if a disk is opened for writing after a killed merge, as by a start, every snapshot stays
     readable: a merge below it that was nearly finished has been finished before, in the tree as well."""
@@ -172,6 +175,7 @@ def test_a_nearly_finished_merge_is_recorded_before_its_disk_is_opened(machines:
     assert finished > 1
 
 
+@each_kind
 @pytest.mark.parametrize("layer_count", [1, 2])
 def test_a_live_merge_is_finished_before_its_disk_is_opened(machines: Machines, layer_count: int) -> None:
     """INV-DELETE-RULE: after everything was killed in a live merge of the leaf, the definition names an image that
@@ -188,7 +192,7 @@ def test_a_live_merge_is_finished_before_its_disk_is_opened(machines: Machines, 
     with holding(registry.load("web").paths, "web") as held:
         held.begin(MergeLive(disk.id, target, tuple(layers)))
     for _ in after_each_kill(
-        machines, lambda: vhdkit.merge(layers[0], into=target, relink_children=True), step=daily_or_nightly(4, 1)
+        machines, lambda: vhdkit.merge(layers[0], into=target, relink_children=True), step=step_of(machines, 4, 19)
     ):
         settled(machines)
         for one in registry.load("web").spec.disks:
@@ -199,13 +203,16 @@ def test_a_live_merge_is_finished_before_its_disk_is_opened(machines: Machines, 
         check_known(machines)
 
 
+@each_kind_nightly
 def test_writing_between_a_killed_merge_and_the_next(machines: Machines) -> None:
     """A guest may run and write after a merge was killed; the merge then preserves what it wrote."""
     web, before = built(machines)
     for name in ("b", "c"):
         before.pop(web.delete(name).snapshots[0].id)
     machine = registry.load("web")
-    for _ in after_each_kill(machines, lambda: fold.Fold(machine.paths, machine.runtime).run(), step=7):
+    for _ in after_each_kill(
+        machines, lambda: fold.Fold(machine.paths, machine.runtime).run(), step=step_of(machines, 7, 29)
+    ):
         settled(machines)
         machines.write("web", 4096, b"after the kill" * 300)
         now = machines.now("web")

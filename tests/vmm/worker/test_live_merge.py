@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import vhdkit
-from tests.support import require_linux_guest
+from tests.support import daily_or_nightly, require_linux_guest
 from tests.vmm.guests import linux
 from tests.vmm.guests.launch import connect
 from tests.vmm.guests.shell import GuestShell
@@ -43,13 +43,19 @@ done
 """
 
 
+with_large_sectors = pytest.mark.parametrize("shell_of", ["vhdx"], indirect=True)
+
+
 @pytest.fixture
-def shell_of(manager: Manager, tmp_path: Path) -> Iterator[Callable[[], GuestShell]]:
-    """A running Linux machine "small" with its own disk; gives shells in it."""
-    guest = require_linux_guest()
-    vhdkit.create_image(tmp_path / "disk.vhd", 16 * MIB, block_size_bytes=512 << 10)
+def shell_of(manager: Manager, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable[[], GuestShell]]:
+    """A running Linux machine "small" with its own disk; gives shells in it. A VHDX has sectors of 4096 bytes."""
+    guest, path = require_linux_guest(), tmp_path / f"disk.{getattr(request, 'param', 'vhd')}"
+    if path.suffix == ".vhdx":
+        vhdkit.create_image(path, 16 * MIB, disk_format="vhdx", block_size_bytes=MIB, sector_bytes=4096)
+    else:
+        vhdkit.create_image(path, 16 * MIB, block_size_bytes=512 << 10)
     manager.create(
-        "small", disks=[DiskRequest(str(tmp_path / "disk.vhd"), controller="virtio")], accelerator="tcg",
+        "small", disks=[DiskRequest(str(path), controller="virtio")], accelerator="tcg",
         memory_bytes=int(linux.MEMORY) * MIB, kernel=str(guest.kernel), initrd=str(guest.initrd),
         append=guest.append, background_capture=True,
     )  # fmt: skip
@@ -84,11 +90,58 @@ def goes_on(guest: GuestShell) -> None:
     wait_until(lambda: rounds(guest) > before + 1, "the guest continues writing")
 
 
+def writes(guest: GuestShell) -> None:
+    """Start the writer, and wait until it has written something."""
+    guest.check(f"cat >/run/verify <<'END'\n{_VERIFY}\nEND\n(sh /run/verify &)".replace("\n\n", "\n"))
+    goes_on(guest)
+
+
+@with_large_sectors
+def test_a_guest_with_large_sectors(manager: Manager, shell_of: Callable[[], GuestShell], tmp_path: Path) -> None:
+    """A guest sees a VHDX with sectors of 4096 bytes as such a disk, on virtio and, added while it runs, on SCSI; what
+    it writes survives snapshots, the death of the disk server and a live merge; and it returns to a snapshot."""
+    guest, machines, small = shell_of(), Machines(tmp_path, "vhdx"), manager.snapshots("small")
+    writes(guest)
+    size = daily_or_nightly(1 << 30, 64 << 40)
+    vhdkit.create_image(tmp_path / "large.vhdx", size, disk_format="vhdx", sector_bytes=4096)
+    assert manager.add_disk("small", DiskRequest(str(tmp_path / "large.vhdx"))).controller == "scsi"
+    wait_until(lambda: guest.run("test -b /dev/sda").exit_code == 0, "the guest sees the new disk")
+    for disk in ("vda", "sda"):
+        sizes = guest.check(f"cd /sys/block/{disk}/queue; cat logical_block_size physical_block_size")
+        assert sizes.split() == ["4096", "4096"]
+    last_page = size // 4096 - 1
+    guest.check(f"yes far | dd of=/dev/sda bs=4k count=1 seek={last_page} iflag=fullblock conv=fsync")
+    small.create("first")
+    kept = machines.of_snapshot("small", "first")["disk-0"]
+    for name in ("second", "third"):
+        goes_on(guest)
+        small.create(name)
+    before = processes()
+    before["server"].send(signal.SIGKILL)
+    wait_whole(but={"server": before["server"]})
+    goes_on(guest)
+    for name in ("second", "third"):
+        small.delete(name)
+    assert [one.problem for one in small.merge_live()] == [None] * 2 and small.merges_due() == 0
+    goes_on(guest)
+    assert guest.check(f"dd if=/dev/sda bs=4k count=1 skip={last_page} iflag=direct 2>&- | head -n 1") == "far"
+    assert machines.of_snapshot("small", "first")["disk-0"] == kept
+    manager.stop("small")
+    small.apply("first", discard_current=True)
+    assert machines.now("small")["disk-0"] == kept
+    manager.start("small")
+    goes_on(shell_of())
+    manager.stop("small")
+    small.delete("first")
+    small.merge()
+    assert machines.images() == {"disk.vhdx", "large.vhdx"} and not small.tree().images
+
+
+@pytest.mark.parametrize("shell_of", ["vhd", pytest.param("vhdx", marks=pytest.mark.nightly)], indirect=True)
 def test_a_writing_guest_is_not_affected(manager: Manager, shell_of: Callable[[], GuestShell], tmp_path: Path) -> None:
     """By snapshots (one with frozen file systems), live merges, a cancelled one, and a worker killed during one."""
     guest, machines, small = shell_of(), Machines(tmp_path), manager.snapshots("small")
-    guest.check(f"cat >/run/verify <<'END'\n{_VERIFY}\nEND\n(sh /run/verify &)".replace("\n\n", "\n"))
-    goes_on(guest)
+    writes(guest)
     guest.check("echo before >/run/era")
     before_first = rounds(guest)
     first = small.create("first", consistent=True)

@@ -24,10 +24,20 @@ def footer_before_zeros(store: ReadStore) -> tuple[int, bytes] | None:
     while end > limit:  # from the end: the first byte that is not zero decides
         start = max(round_down(end - 1, _READ_BYTES), limit)
         raw = store.pread(start, end - start)
-        if raw != _ZEROS[: len(raw)]:  # many times faster than `rstrip`: every file that is no VHD comes here
-            return _footer_at(store, start + len(raw.rstrip(b"\0")))
+        if raw != _ZEROS[: len(raw)]:
+            return _footer_at(store, start + _end_of_data(raw))
         end = start
     return None
+
+
+def _end_of_data(raw: bytes) -> int:
+    """Where the zeros at the end of `raw` begin: `rstrip`, many times faster. Every file that is no VHD comes here."""
+    end, step = len(raw), _READ_BYTES // 2
+    while step >= SECTOR_SIZE:
+        if raw[max(end - step, 0) : end] == _ZEROS[:step]:
+            end -= step
+        step //= 2
+    return len(raw[:end].rstrip(b"\0"))
 
 
 def _footer_at(store: ReadStore, end_of_data: int) -> tuple[int, bytes] | None:
