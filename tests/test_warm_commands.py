@@ -125,4 +125,7 @@ def test_a_call_from_another_network_namespace() -> None:
     for before, there in (("", False), (made, True)):
         shell = ["unshare", "--net", "--mount", "sh", "-c", before + 'mount -t sysfs sysfs /sys && "$@"', "sh"]
         done = subprocess.run([*shell, *warm("vmm"), *create], capture_output=True, text=True, timeout=60, check=False)
-        assert ("no network card" not in done.stderr + done.stdout) is there, (done.stdout, done.stderr)
+        assert ("warm0 does not exist" not in done.stderr + done.stdout) is there, (
+            done.stdout,
+            done.stderr,
+        )

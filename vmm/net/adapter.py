@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One adapter of a machine, plugged into its switch: its description for QEMU, and the switch's side of it.
 
-Decides which data path an adapter gets (and says why), how its port is called on either back end, and that the switch
-is there before QEMU looks for it. Of QEMU this room knows only that it takes a description (`netdev`, `device`) and
-descriptors. Synchronous: not for a thread that runs an event loop.
+Decides which data path an adapter gets (and reports why), the names of its port on either back end, and that the
+switch runs before QEMU connects to it. All that this module knows about QEMU is that it takes a description (`netdev`,
+`device`) and descriptors. Synchronous: not for a thread that runs an event loop.
 
     user      runtime/MACHINE/ADAPTER/  guest.sock (QEMU's)  switch.sock (the switch's)    a folder of QEMU's user
     bridge    a tap, named by machine and adapter; its descriptors are QEMU's, one per queue, vhost's beside them
@@ -33,12 +33,12 @@ GUEST_SOCKET, SWITCH_SOCKET = "guest.sock", "switch.sock"
 PORT_ID_CHARACTERS = 12
 
 Lives = Callable[[Mapping[str, Any]], bool]
-Give = Callable[[int], int | str]  # our descriptor -> how QEMU calls it; it is closed for us
+Give = Callable[[int], int | str]  # our descriptor -> QEMU's name for it; ours is closed for us
 
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """The machine that an adapter is of: its id, its runtime folder, and QEMU's user and group (None: ours)."""
+    """The machine that owns an adapter: its id, its runtime folder, and QEMU's user and group (None: ours)."""
 
     machine_id: str
     runtime_folder: str
@@ -47,9 +47,10 @@ class Owner:
 
 @dataclass(frozen=True, slots=True)
 class Plugged:
-    """The description of an adapter for QEMU. `data_path` says in words which way frames go, and why.
+    """The description of an adapter for QEMU. `data_path` says in words which path the frames take, and why.
 
-    `back_end`: of the switches that it can be on. `problem`: why it is on none now, although its definition names one.
+    `back_end`: the kind of switch that the adapter can join. `problem`: why it is on no switch now, although its
+    definition names one.
     """
 
     netdev: dict[str, Any]
@@ -60,7 +61,7 @@ class Plugged:
 
 
 def port_name(machine_id: str, adapter_id: str) -> str:
-    """The adapter's port on a switch: names of machines may change, ids do not."""
+    """The name of the adapter's port on a switch. It is made from ids, because machines can be renamed."""
     return f"{machine_id.replace('-', '')[:PORT_ID_CHARACTERS]}.{adapter_id}"
 
 
@@ -70,12 +71,12 @@ def interface_name(machine_id: str, adapter_id: str) -> str:
 
 
 def wire_id(adapter_id: str) -> str:
-    """What QEMU calls the other side of the adapter."""
+    """QEMU's name for the other end of the adapter."""
     return f"{adapter_id}.wire"
 
 
 def rules_of(adapter: AdapterSpec) -> PortRules:
-    """What the switch is to enforce. Pure."""
+    """The rules that the switch enforces for this adapter. Pure."""
     mode, vlan = VlanMode.UNTAGGED, 0
     if adapter.vlan is not None:
         mode, vlan = VlanMode.ACCESS, adapter.vlan
@@ -122,7 +123,9 @@ def folder_of(adapter: AdapterSpec, owner: Owner) -> str:
 
 
 def device_of(adapter: AdapterSpec, queues: int = 1, mtu_bytes: int | None = None) -> dict[str, Any]:
-    """The guest's side: only a legacy adapter boots from the network, and a synthetic one learns its MTU. Pure."""
+    """The guest's side. Only a legacy adapter boots from the network, and only a synthetic one reports the MTU to the
+    guest. Pure.
+    """
     device: dict[str, Any] = {"id": adapter.id, "netdev": wire_id(adapter.id)}
     if adapter.kind == "legacy":
         device = {"driver": LEGACY_DRIVER, **device}
@@ -138,14 +141,14 @@ def device_of(adapter: AdapterSpec, queues: int = 1, mtu_bytes: int | None = Non
 
 
 def is_connected(port: Mapping[str, Any]) -> bool:
-    """True when the other end of a port is connected."""
+    """True if the other end of a port is connected."""
     return bool(port["connected"])
 
 
 def plug(adapter: AdapterSpec, owner: Owner, give: Give, *, lives: Lives = is_connected) -> Plugged:
-    """Put the adapter's cable into its switch. Raises VmmError, and then nothing is left of it.
+    """Plug the adapter into its switch. Raises VmmError, and then leaves nothing behind.
 
-    `lives` says whether the machine of another port is there: then it may not have this adapter's MAC address.
+    `lives` says whether the machine of another port is running; if it is, it must not have this adapter's MAC address.
     """
     if adapter.switch is None:
         return _unplugged(adapter)
@@ -156,9 +159,10 @@ def plug(adapter: AdapterSpec, owner: Owner, give: Give, *, lives: Lives = is_co
 
 
 def prepare(adapter: AdapterSpec, owner: Owner, give: Give, *, back_end: BackendName, problem: str) -> Plugged:
-    """An adapter whose switch is not there, for the reason `problem`, such that it can join one of that back end.
+    """Prepare an adapter whose switch does not exist or does not run (`problem` says why), so that it can join a
+    switch of that back end later.
 
-    Where there can be no tap it has what the `user` back end plugs in. Raises VmmError.
+    If the host has no taps, the adapter gets what the `user` back end plugs in. Raises VmmError.
     """
     with contextlib.suppress(errors.Unsupported, errors.AccessDenied):
         return replace(_PLUGS[back_end](adapter, owner, None, give), problem=problem)
@@ -166,15 +170,15 @@ def prepare(adapter: AdapterSpec, owner: Owner, give: Give, *, back_end: Backend
 
 
 class SameAddress(errors.InUse):
-    """Another machine's adapter on the switch, whose port is `port`, has the MAC address."""
+    """The adapter of another machine on the switch, at the port `port`, has the same MAC address."""
 
     port = ""
 
 
 def refuse_same_address(adapter: AdapterSpec, owner: Owner, host: HostSide, lives: Lives) -> None:
-    """Raise SameAddress when another port of the switch, whose machine is there, has the adapter's MAC address.
+    """Raise SameAddress if another port of the switch, whose machine is running, has the adapter's MAC address.
 
-    A switch sends frames for it to the port that sent last, so both guests would lose most of them.
+    A switch sends frames for the address to the port that sent last, so both guests would lose most of them.
     """
     own = port_name(owner.machine_id, adapter.id)
     for one in host.guests():
@@ -185,7 +189,7 @@ def refuse_same_address(adapter: AdapterSpec, owner: Owner, host: HostSide, live
 
 
 def _unplugged(adapter: AdapterSpec) -> Plugged:
-    """A card without a cable: QEMU wants something behind it, so it gets a hub with no other port."""
+    """An adapter without a cable: QEMU requires a peer for it, so it gets a hub with no other port."""
     number = int(hashlib.sha256(adapter.id.encode()).hexdigest()[:6], 16)
     netdev = {"type": "hubport", "id": wire_id(adapter.id), "hubid": number}
     return Plugged(netdev, device_of(adapter), "not plugged into any switch")
@@ -246,13 +250,13 @@ _PLUGS: dict[BackendName, Callable[[AdapterSpec, Owner, HostSide | None, Give], 
 
 
 def data_path(adapter: AdapterSpec, backend: BackendName) -> str:
-    """Which way the adapter's frames take, and why, in words."""
+    """Which path the adapter's frames take, and why, in words."""
     return _DATA_PATHS[backend](adapter)
 
 
 def _path_of_sockets(adapter: AdapterSpec) -> str:
     words = "user switch: datagrams to the switch's process, one queue"
-    return words + (f" ({adapter.queues} are asked for: only a bridge has several)" if adapter.queues > 1 else "")
+    return words + (f" ({adapter.queues} requested: only a bridge supports several)" if adapter.queues > 1 else "")
 
 
 def _path_of_tap(adapter: AdapterSpec) -> str:
@@ -268,7 +272,7 @@ _DATA_PATHS: dict[BackendName, Callable[[AdapterSpec], str]] = {"user": _path_of
 
 
 def replug(adapter: AdapterSpec, owner: Owner) -> None:
-    """Give the switch the new rules and link state of an adapter that is plugged in. Raises VmmError."""
+    """Pass the new rules and link state of a plugged-in adapter to the switch. Raises VmmError."""
     if adapter.switch is None:
         return
     with switches.staying(adapter.switch) as host:
@@ -276,7 +280,7 @@ def replug(adapter: AdapterSpec, owner: Owner) -> None:
 
 
 def unplug(adapter: AdapterSpec, owner: Owner) -> None:
-    """Pull the cable out, on the switch's side; what is gone already is fine."""
+    """Unplug the adapter on the switch's side; succeeds if it is already unplugged."""
     if adapter.switch is not None:
         with contextlib.suppress(errors.NotFound):
             HostSide(switches.load(adapter.switch)).backend.unplug(port_of(adapter, owner))

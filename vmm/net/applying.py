@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Making a switch of the bridge back end, and taking it back: steps with a journal.
+"""Creating a switch of the bridge back end, and undoing it: steps with a journal.
 
-Decides that the host is changed one step after the other, each written down with what was there before, before it is
-made. Wherever a process is killed, `undo` therefore leads back to exactly what was. Applying what is applied changes
-nothing. An external switch whose gateway stops answering is taken back at once. What the steps are: `plan`.
+Decides that the host is changed one step at a time, and that each step is recorded, together with the previous state,
+before it is made. Whenever a process is killed, `undo` therefore restores exactly the previous state. Applying a
+switch that is already applied changes nothing. An external switch whose gateway stops answering is undone at once. The
+steps themselves are decided in `plan`.
 
     runtime/sw-ID/journal.json   {"boot_id": ..., "complete": false, "done": [{"kind": ..., "before": {...}}, ...]}
 
-`INV-NET-UNDONE`: after `undo`, links, addresses, routes, settings and rules are those from before, whatever happened
-in between. A journal of an earlier boot is worth nothing: the kernel has forgotten all of it.
+`INV-NET-UNDONE`: after `undo`, links, addresses, routes, settings and rules are as they were before, whatever happened
+in between. A journal from an earlier boot is ignored: the kernel has forgotten everything that it describes.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ JOURNAL_NAME = "journal.json"
 
 
 class Applying:
-    """The host's side of one switch. One at a time: the caller holds the switch's lock."""
+    """The host's side of one switch. Not concurrently: the caller holds the switch's lock."""
 
     def __init__(self, spec: SwitchSpec, folder: str, lease_path: str, ports: Sequence[nft.GuestPort] = ()) -> None:
         self.spec = spec
@@ -69,15 +70,15 @@ class Applying:
     # -- there and back -----------------------------------------------------------------------------------------
 
     def is_applied(self) -> bool:
-        """True when every step was made, and the bridge is there."""
+        """True if every step was made and the bridge exists."""
         if not self._journal()["complete"]:
             return False
         return os.path.isdir(f"/sys/class/net/{self.spec.bridge_name}/bridge")
 
     def apply(self) -> bool:
-        """Have the switch on this host; True when something had to be done. Raises VmmError, with nothing left."""
+        """Create the switch on this host; True if anything had to be done. Raises VmmError, with everything undone."""
         if self.is_applied():
-            if not self.spec.moves_host:  # another program may have set it on all interfaces
+            if not self.spec.moves_host:  # another program may have enabled forwarding on all interfaces
                 ipv6_settings.write(self.spec.bridge_name, ipv6_settings.NONE)
             enforcing.enforce(self.spec, self.ports)
             if self.spec.type == "internal" and self.spec.dhcp:
@@ -105,15 +106,16 @@ class Applying:
         return True
 
     def undo(self, *, heir: str | None = None, give_up: bool = False) -> list[str]:
-        """Put everything back; what of it could not be, in words: of a card that is gone, and where `give_up` is set
-        whatever resists. Fine when there is nothing to put back. Raises VmmError for what resists.
+        """Undo everything; returns, in words, what could not be restored: the settings of a card that is gone, and
+        with `give_up` also whatever fails. Succeeds if nothing is left to undo. Raises VmmError for a failure
+        otherwise.
 
-        `heir` is the card that gets the addresses and routes of one that is gone; without it they are lost.
+        `heir` is the card that receives the addresses and routes of a card that is gone; without it they are lost.
         """
         self._heir = heir
         resisted = Resisted(give_up)
         journal: dict[str, Any] = {"done": []}
-        with resisted.trying("read what was there before"):
+        with resisted.trying("read the previous state"):
             journal = self._journal()
         if journal["done"]:
             with Kernel() as kernel:
@@ -123,17 +125,19 @@ class Applying:
         return resisted.words
 
     def _take_back(self, kernel: Kernel, journal: dict[str, Any], resisted: Resisted) -> None:
-        """Backwards; what was taken back is forgotten, so that being killed here is harmless, too."""
+        """Undo the steps in reverse order. Each is removed from the journal once it is undone, so a kill here is
+        harmless, too.
+        """
         journal["complete"] = False
         while journal["done"]:
             entry = journal["done"][-1]
-            with resisted.trying(f"take back {entry.get('kind')!r}"):
+            with resisted.trying(f"undo {entry.get('kind')!r}"):
                 self._undo(kernel, entry["kind"], entry["before"], resisted)
             journal["done"].pop()
             self._write(journal)
 
     def _gateways(self, kernel: Kernel, facts: HostFacts) -> list[str]:
-        """The neighbours that must answer afterwards: of IPv4 and of IPv6 one that answers now."""
+        """The neighbours that must answer afterwards: one each of IPv4 and IPv6 that answers now."""
         if facts.uplink is None or not self.spec.host or not facts.uplink.is_up:
             return []
         found: dict[bool, str] = {}
@@ -150,21 +154,21 @@ class Applying:
         for gateway in gateways:
             if not kernel.answers(self.spec.bridge_name, gateway, max(deadline - time.monotonic(), 0)):
                 raise errors.VmmError(
-                    f"the gateway {gateway} does not answer through the switch, so all was put back",
-                    hint=f"does the network behind {self.spec.uplink} allow several MAC addresses at one port?",
+                    f"the gateway {gateway} does not answer through the switch, so everything was undone",
+                    hint=f"does the network behind {self.spec.uplink} allow several MAC addresses on one port?",
                 )
 
     # -- the steps ----------------------------------------------------------------------------------------------
 
     def _before(self, kernel: Kernel, step: Step) -> dict[str, Any]:
-        """What is needed to take the step back."""
+        """The state that is needed to undo the step."""
         arguments = step.arguments
         match step.kind:
             case "sysctl":
-                return {"setting": arguments["setting"]}  # what it was is kept by `settings`, for all switches
+                return {"setting": arguments["setting"]}  # its previous value is kept by `settings`, for all switches
             case "bridge":
                 if kernel.link(arguments["name"]) is not None:
-                    raise errors.AlreadyExists(f"there is an interface {arguments['name']} already")
+                    raise errors.AlreadyExists(f"an interface {arguments['name']} already exists")
                 return {"name": arguments["name"]}
             case "up":
                 link = kernel.link(arguments["name"])
@@ -177,7 +181,7 @@ class Applying:
                 addresses, routes = kernel.addresses(arguments["name"]), kernel.routes(arguments["name"])
                 document = {"addresses": [asdict(one) for one in addresses], "routes": [asdict(one) for one in routes]}
                 return {**kernel.mark(arguments["name"]), "at": time.time(), **document}
-        return {}  # what is given to the bridge goes with it; what the card had is kept before
+        return {}  # what was added to the bridge disappears with it; the card's state was recorded before
 
     def _do(self, kernel: Kernel, step: Step) -> None:
         arguments = step.arguments
@@ -210,7 +214,7 @@ class Applying:
                 self._dhcp.ensure()
 
     def _undo(self, kernel: Kernel, kind: str, before: dict[str, Any], resisted: Resisted) -> None:
-        """Each works whether the step was made, half made or not made at all."""
+        """Undo a step, whether it was made, half made or not made at all."""
         match kind:
             case "rules":
                 enforcing.end(self.spec)
@@ -233,7 +237,7 @@ class Applying:
                 name = kernel.name_now(before) or self._heir
                 if name is not None:
                     restoring.put_back(kernel, {**before, "name": name}, self.spec.bridge_name, resisted)
-                else:  # the card was taken out, and what it had with it
+                else:  # the card was removed, and its settings with it
                     resisted.words += restoring.lost(before)
             case "dhcp":
                 self._dhcp.stop()

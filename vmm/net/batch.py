@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Many frames with one system call: recvmmsg and sendmmsg over buffers that are set up once.
 
-Decides how a batch lies in memory, so that receiving, looking at the headers, and sending on need no Python object
-per frame beyond the numbers that are looked at. Must not know ports, decisions or what a frame means. The only room
-that uses ctypes.
+Decides how a batch lies in memory, so that receiving frames, reading their headers and sending them on need no Python
+object per frame except the numbers that are read. Must not know ports, decisions or what a frame means. The only
+module that uses ctypes.
 
 Slot i of a batch is STRIDE_BYTES at i × STRIDE_BYTES. Three vectors point there: to receive (the whole slot), to send
-it as it came (the frame's length), and to send it changed (addresses, tag, rest). STRIDE is an odd number of cache
-lines, or the headers of all slots would fall into the same few lines of the cache.
+the frame as it came (its length), and to send it changed (addresses, tag, rest). STRIDE is an odd number of cache
+lines; otherwise the headers of all slots would fall into the same few lines of the cache.
 
     slot    | addresses 12 | ....................................... | unused |
     as is   |<------------------- length ------------------------->|
     changed |<----12------>|  + tag +  |<--- from skip to length -->|
 
-`INV-BATCH-BOUNDED`: the kernel is never offered more room than a slot has; a frame that fills its slot is too long.
+`INV-BATCH-BOUNDED`: the kernel is never offered more space than a slot has; a frame that fills its slot is too long.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from vmm.net import frames
 
 BATCH_FRAMES = 64
 STRIDE_BYTES = 145 * 64
-_ROOM_BYTES = frames.MAX_FRAME_BYTES + 1  # one more than a frame may have: so a longer one shows
+_ROOM_BYTES = frames.MAX_FRAME_BYTES + 1  # one more than a frame may have, so that a longer one is noticed
 _MSG_DONTWAIT = 0x40
 _WORD, _LONG = 4, 8
 
@@ -61,7 +61,7 @@ _STRIDE_SHORTS = STRIDE_BYTES // 2
 assert (_VECTOR_BYTES, _MESSAGE_BYTES) == (16, 64), "the layout is that of 64-bit Linux"
 assert _ROOM_BYTES <= STRIDE_BYTES
 
-# PyDLL keeps the interpreter's lock: these calls never wait, and giving the lock away costs more than they do.
+# PyDLL keeps the interpreter's lock: these calls never wait, and releasing the lock costs more than they do.
 _libc = ctypes.PyDLL(None, use_errno=True)
 _recvmmsg = _libc.recvmmsg
 _recvmmsg.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int, ctypes.c_void_p)
@@ -70,7 +70,7 @@ _sendmmsg.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int
 
 
 class Batch:
-    """Room for BATCH_FRAMES frames. Slots hold the frames of the last `receive`."""
+    """Space for BATCH_FRAMES frames. Slots hold the frames of the last `receive`."""
 
     def __init__(self) -> None:
         count = BATCH_FRAMES
@@ -104,9 +104,9 @@ class Batch:
         self._copies: dict[tuple[int, object], bytes] = {}
 
     def receive(self, descriptor: int, limit: int = BATCH_FRAMES) -> int:
-        """Take up to `limit` frames that are there; how many. 0: none is. Raises OSError.
+        """Receive up to `limit` frames that are waiting; returns their number. Raises OSError.
 
-        Afterwards `lengths` has their sizes; a size above MAX_FRAME_BYTES stands for anything longer.
+        Afterwards `lengths` has their sizes; a size above MAX_FRAME_BYTES stands for any longer frame.
         """
         if self._copies:
             self._copies.clear()
@@ -125,12 +125,12 @@ class Batch:
         return longs[0:end:_STRIDE_LONGS].tolist(), longs[1:end:_STRIDE_LONGS].tolist()
 
     def words(self, offset_bytes: int) -> list[int]:
-        """The two bytes there of each frame, in this machine's order; of a shorter frame anything."""
+        """The two bytes at that offset of each frame, in this machine's byte order; undefined for a shorter frame."""
         end = len(self.lengths) * _STRIDE_SHORTS
         return self._shorts[offset_bytes // 2 : end : _STRIDE_SHORTS].tolist()
 
     def beginning(self, slot: int, size_bytes: int) -> bytes:
-        """A copy of the frame's first bytes, no more than it has."""
+        """A copy of the frame's first bytes, at most as many as it has."""
         start = slot * STRIDE_BYTES
         return bytes(self._bytes[start : start + min(size_bytes, self.lengths[slot])])
 
@@ -139,7 +139,9 @@ class Batch:
         return self.beginning(slot, STRIDE_BYTES)
 
     def kept(self, slot: int, skip_bytes: int = 0, tag: bytes | None = None) -> bytes:
-        """A copy of the frame, as it came or (`tag` given) changed; one for all who ask, until the next `receive`."""
+        """A copy of the frame, as it came or (with `tag`) changed; all callers get the same one until the next
+        `receive`.
+        """
         key = (slot, tag)
         copy = self._copies.get(key)
         if copy is None:
@@ -150,13 +152,13 @@ class Batch:
         return copy
 
     def send_all(self, descriptor: int, first: int, end: int) -> int:
-        """Send the slots from `first` up to `end`, as they came; how many the receiver took. Raises OSError."""
+        """Send the slots from `first` up to `end`, as they came; returns how many were taken. Raises OSError."""
         address = self._in_order_address + first * _MESSAGE_BYTES
         sent: int = _sendmmsg(descriptor, address, end - first, _MSG_DONTWAIT)
         return sent if sent > 0 else _nothing()
 
     def send(self, descriptor: int, slots: Sequence[int]) -> int:
-        """Send these slots, as they came; how many the receiver took. Raises OSError."""
+        """Send these slots, as they came; returns how many the receiver took. Raises OSError."""
         longs, base, at = self._gathered_longs, self._as_is_address, _VECTORS_LONG
         for slot in slots:
             longs[at] = base + slot * _VECTOR_BYTES
@@ -168,7 +170,7 @@ class Batch:
     def send_changed(
         self, descriptor: int, slots: Sequence[int], skip_bytes: int, tag: ctypes.Array[ctypes.c_char]
     ) -> int:
-        """Send these slots as addresses, tag, rest from `skip_bytes`; how many were taken. Raises OSError.
+        """Send these slots as addresses, tag, rest from `skip_bytes`; returns how many were taken. Raises OSError.
 
         `tag` comes from `tag_buffer` and may be empty.
         """
@@ -187,7 +189,7 @@ class Batch:
 
 
 def tag_buffer(tag: bytes) -> ctypes.Array[ctypes.c_char]:
-    """The bytes of a tag where the kernel can fetch them, with a zero behind them."""
+    """The bytes of a tag in memory that the kernel can read, followed by a zero."""
     return ctypes.create_string_buffer(tag)
 
 

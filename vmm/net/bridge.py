@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernel's side of the bridge back end, by rtnetlink: links, addresses, routes, neighbours. The home of pyroute2.
 
-Decides how a change is asked of the kernel, that asking twice is not an error, and how what was there is read so that
-it can be put back. Must not know which changes a switch needs, nor their order. Works in the network namespace of the
-calling thread. pyroute2 runs an event loop of its own: never call this from a thread that runs another.
+Decides how a change is requested from the kernel, that requesting it twice is not an error, and how the present state
+is read so that it can be restored. Must not know which changes a switch needs, nor their order. Works in the network
+namespace of the calling thread. pyroute2 runs an event loop of its own: never call this from a thread that runs
+another.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ from vmm.net.switch_spec import SwitchSpec
 
 FOREVER = 0xFFFFFFFF
 ALIAS = "vmm switch"  # distinguishes our bridge from another program's of the same name
-_KERNEL_PROTOCOLS = (1, 2)  # redirect, kernel: made again by themselves
+_KERNEL_PROTOCOLS = (1, 2)  # redirect, kernel: the kernel recreates them by itself
 _MULTICAST_OR_LOCAL = (3, 2, 5)  # kinds of routes that the kernel makes: broadcast, local, multicast
 _ANSWERED = 0x02 | 0x04 | 0x08 | 0x10 | 0x80  # reachable, stale, delay, probe, permanent
-_PVID, _UNTAGGED = 0x02, 0x04  # of a VLAN: what comes untagged is of it; it leaves untagged
-_SELF = 2  # the bridge itself is meant, not the bridge it is a port of
-_NO_ROUTE = 0x200  # of an address: the kernel makes no route from it
+_PVID, _UNTAGGED = 0x02, 0x04  # of a VLAN: untagged frames that arrive belong to it; its frames leave untagged
+_SELF = 2  # refers to the bridge itself, not the bridge that it is a port of
+_NO_ROUTE = 0x200  # of an address: the kernel creates no route from it
 _ON_LINK = 4  # of a route
 _UNPROVEN = 0x08 | 0x40  # of an address of IPv6: another host has it; no answer yet
 _CHOSEN_FLAGS = plan.NO_DETECTION | plan.FROM_ROUTER | _NO_ROUTE | 0x400  # the last one joins groups
@@ -47,7 +48,7 @@ _GONE = (errno.ENODEV, errno.ESRCH, errno.EADDRNOTAVAIL, errno.ENOENT)
 
 
 def refused(error: NetlinkError, doing: str) -> errors.VmmError:
-    """What the kernel's refusal means."""
+    """The error for a refusal by the kernel."""
     return errors.of_os_error(OSError(error.code, os.strerror(error.code)), doing)
 
 
@@ -70,34 +71,34 @@ class Kernel:
     # -- links --------------------------------------------------------------------------------------------------
 
     def index(self, name: str) -> int | None:
-        """The number of a link; None when there is none of that name."""
+        """The index of a link; None if no link has that name."""
         found = self._netlink.link_lookup(ifname=name)
         return int(found[0]) if found else None
 
     def mark(self, name: str) -> dict[str, Any]:
-        """What a link is found by later, under whatever name (`name_now`): its name, number and address."""
+        """What identifies a link later, under any name (`name_now`): its name, index and address."""
         link = self.link(name) or {}
         return {"name": name, "index": link.get("index"), "mac": link.get("mac")}
 
     def name_now(self, mark: Mapping[str, Any]) -> str | None:
-        """The name that a marked link has now; None when it is gone. Earlier versions marked the name alone."""
+        """The name that a marked link has now; None if it is gone. Earlier versions recorded only the name."""
         name, index, mac = mark["name"], mark.get("index"), mark.get("mac")
         if index is None:
             return name if self.index(name) is not None else None
         for message in self._netlink.get_links():
             if message["index"] == index:
                 return str(message.get_attr("IFLA_IFNAME"))
-        link = self.link(name)  # its driver may have been loaded again
+        link = self.link(name)  # its driver may have been reloaded
         return name if link is not None and link["mac"] == mac else None
 
     def _need(self, name: str) -> int:
         index = self.index(name)
         if index is None:
-            raise errors.NotFound(f"there is no network interface {name}")
+            raise errors.NotFound(f"network interface {name} does not exist")
         return index
 
     def link(self, name: str) -> dict[str, Any] | None:
-        """What the kernel says of a link: mac, mtu_bytes, is_up, master (by name), alias, kind."""
+        """What the kernel reports about a link: mac, mtu_bytes, is_up, master (by name), alias, kind."""
         index = self.index(name)
         if index is None:
             return None
@@ -119,11 +120,13 @@ class Kernel:
         return str(self._netlink.get_links(index)[0].get_attr("IFLA_IFNAME"))
 
     def add_bridge(self, name: str, mac: str, mtu_bytes: int | None, vlan_filtering: bool) -> None:
-        """A bridge of ours; fine when it is there. Raises AlreadyExists for another program's of that name."""
+        """Add a bridge of ours; succeeds if it exists. Raises AlreadyExists for another program's interface of that
+        name.
+        """
         present = self.link(name)
         if present is not None:
             if present["alias"] != ALIAS:
-                raise errors.AlreadyExists(f"there is an interface {name} already, and it is not vmm's")
+                raise errors.AlreadyExists(f"an interface {name} already exists and does not belong to vmm")
             return
         settings: dict[str, Any] = {"br_stp_state": 0, "br_forward_delay": 0, "address": mac}
         if vlan_filtering:
@@ -138,7 +141,7 @@ class Kernel:
             raise refused(error, f"make the bridge {name}") from error
 
     def remove_bridge(self, name: str) -> None:
-        """Take a bridge of ours away, with its addresses and routes; fine when it is gone."""
+        """Remove a bridge of ours, with its addresses and routes; succeeds if it is gone."""
         present = self.link(name)
         if present is None or present["kind"] != "bridge":
             return
@@ -151,13 +154,13 @@ class Kernel:
             self._change(f"switch {name} on", "set", self._need(name), state="up" if up else "down")
 
     def set_mtu(self, name: str, mtu_bytes: int) -> None:
-        """The most bytes of a frame behind its header; fine when it is so."""
+        """Set the MTU; does nothing if the link has it."""
         link = self.link(name)
         if link is None or link["mtu_bytes"] != mtu_bytes:
             self._change(f"set the MTU of {name} to {mtu_bytes}", "set", self._need(name), mtu=mtu_bytes)
 
     def set_master(self, name: str, bridge: str | None) -> None:
-        """Put a link into a bridge, or take it out; out of one it is not in is fine."""
+        """Add a link to a bridge, or (None) remove it from its bridge; succeeds if it is in none."""
         present = self.link(name)
         if bridge is None and (present is None or present["master"] is None):
             return
@@ -165,9 +168,10 @@ class Kernel:
         self._change(f"put {name} into {bridge}", "set", self._need(name), master=master)
 
     def set_vlans(self, name: str, untagged: int, tagged: Iterable[int], own: bool = False) -> None:
-        """The VLANs of a bridge's port, or (`own`) of the bridge as the host's adapter: one untagged, others tagged.
+        """Set the VLANs of a bridge's port, or (`own`) of the bridge as the host's adapter: one untagged, others
+        tagged.
 
-        It leaves all others first: a port is never in the old and the new ones at once. Raises VmmError.
+        It leaves all other VLANs first, so that a port is never in the old and the new ones at once. Raises VmmError.
         """
         index = self._need(name)
         wanted = set(tagged) - {untagged}
@@ -205,7 +209,7 @@ class Kernel:
     # -- addresses and routes -----------------------------------------------------------------------------------
 
     def addresses(self, name: str) -> tuple[HostAddress, ...]:
-        """What people or DHCP clients gave a link; not what the kernel derives itself."""
+        """The addresses that users or DHCP clients gave a link, without those that the kernel derives itself."""
         index = self.index(name)
         if index is None:
             return ()
@@ -215,7 +219,7 @@ class Kernel:
         for message in self._netlink.get_addr(index=index):
             is_four = message["family"] == socket.AF_INET
             if not is_four and (message["family"] != socket.AF_INET6 or message["scope"] != 0):
-                continue  # a link-local address follows from the card's own
+                continue  # a link-local address is derived from the card's own
             cache = message.get_attr("IFA_CACHEINFO") or {}
             valid = int(cache.get("ifa_valid", FOREVER))
             preferred = int(cache.get("ifa_preferred", FOREVER))
@@ -237,7 +241,7 @@ class Kernel:
             )
 
     def add_address(self, name: str, one: HostAddress) -> None:
-        """Give a link an address; fine when it has it."""
+        """Add an address to a link; succeeds if the link has it."""
         settings = {"index": self._need(name), **_place(one)}
         optional: dict[str, Any] = {"broadcast": one.broadcast, "label": one.label}
         optional |= {
@@ -251,10 +255,10 @@ class Kernel:
         try:
             self._netlink.addr("replace", **settings)
         except NetlinkError as error:
-            raise refused(error, f"give {name} the address {one}") from error
+            raise refused(error, f"add the address {one} to {name}") from error
 
     def remove_address(self, name: str, one: HostAddress) -> None:
-        """Take an address from a link; fine when it is gone."""
+        """Remove an address from a link; succeeds if it is gone."""
         index = self.index(name)
         if index is None:
             return
@@ -262,10 +266,10 @@ class Kernel:
             self._netlink.addr("delete", index=index, **_place(one))
         except NetlinkError as error:
             if error.code not in _GONE:
-                raise refused(error, f"take the address {one} from {name}") from error
+                raise refused(error, f"remove the address {one} from {name}") from error
 
     def routes(self, name: str) -> tuple[Route, ...]:
-        """The routes through a link that the kernel would not make again by itself."""
+        """The routes through a link that the kernel would not recreate by itself."""
         index = self.index(name)
         return () if index is None else tuple(self._routes(index))
 
@@ -273,7 +277,7 @@ class Kernel:
         chosen = {
             str(ipaddress.ip_interface(one.address).network)
             for one in self._addresses(index)
-            if one.flags & _NO_ROUTE  # NetworkManager gives such, and their routes itself, as if the kernel had
+            if one.flags & _NO_ROUTE  # NetworkManager adds such addresses, and their routes as if it were the kernel
         }
         for family in (socket.AF_INET, socket.AF_INET6):
             anything = "0.0.0.0" if family == socket.AF_INET else "::"
@@ -304,10 +308,10 @@ class Kernel:
                 yield f"{message.get_attr('RTA_DST') or 'anywhere'}"
 
     def add_route(self, name: str, route: Route) -> None:
-        """Lead packets through a link; fine when they are.
+        """Add a route through a link; succeeds if it exists.
 
-        One from a router's advertisement gets another metric where the kernel hears those: it believes nothing of the
-        next one when there is a route of the same metric that it did not make itself.
+        A route from a router's advertisement gets another metric if the kernel accepts advertisements: it ignores the
+        next advertisement if a route with the same metric exists that it did not create itself.
         """
         if route.is_advertised and ipv6.hears_routers(name):
             route = replace(route, metric=(route.metric or _RA_METRIC) + 1)
@@ -316,7 +320,7 @@ class Kernel:
         optional: dict[str, Any] = {"gateway": route.gateway, "prefsrc": route.source}
         optional |= {"priority": route.metric or None, "metrics": dict(route.metrics) or None}
         optional["flags"] = _ON_LINK if route.on_link else None
-        if route.expires_seconds is not None:  # pyroute2 knows no type for it
+        if route.expires_seconds is not None:  # pyroute2 has no type for it
             optional["expires"] = struct.pack("=I", route.expires_seconds)
         if route.preference:
             optional["pref"] = route.preference
@@ -324,12 +328,12 @@ class Kernel:
         try:
             self._netlink.route("replace", **settings)
         except NetlinkError as error:
-            raise refused(error, f"lead {route} through {name}") from error
+            raise refused(error, f"add the route {route} through {name}") from error
 
     # -- looking around -----------------------------------------------------------------------------------------
 
     def facts(self, spec: SwitchSpec) -> HostFacts:
-        """What the plan of a switch depends on."""
+        """The facts that the plan of a switch depends on."""
         uplink = None
         if spec.uplink is not None and (link := self.link(spec.uplink)) is not None:
             master = None if link["master"] is None else self.link(link["master"])
@@ -359,16 +363,16 @@ class Kernel:
         )
 
     def _on_top(self, index: int) -> Iterator[str]:
-        """What stands on a card so that a bridge gets none of its frames, by name."""
+        """The interfaces on top of a card that keep a bridge from getting its frames, by name."""
         for message in self._netlink.get_links():
             info = message.get_attr("IFLA_LINKINFO")
             kind = None if info is None else info.get_attr("IFLA_INFO_KIND")
-            elsewhere = message.get_attr("IFLA_LINK_NETNSID") is not None  # its number is another namespace's
+            elsewhere = message.get_attr("IFLA_LINK_NETNSID") is not None  # its index belongs to another namespace
             if kind in uplinks.ON_TOP and message.get_attr("IFLA_LINK") == index and not elsewhere:
                 yield str(message.get_attr("IFLA_IFNAME"))
 
     def networks(self, besides: str | None = None) -> list[str]:
-        """Every IPv4 network that the host has an address in, as "10.0.0.1/24"; but those on the link `besides`."""
+        """Every IPv4 network in which the host has an address, as "10.0.0.1/24"; not those on the link `besides`."""
         index = None if besides is None else self.index(besides)
         return [
             f"{message.get_attr('IFA_LOCAL') or message.get_attr('IFA_ADDRESS')}/{message['prefixlen']}"
@@ -377,9 +381,10 @@ class Kernel:
         ]
 
     def routed(self, besides: str | None = None) -> list[str]:
-        """Every IPv4 network that a route leads to, in any table, but through the link `besides`.
+        """Every IPv4 network that a route leads to, in any table, except through the link `besides`.
 
-        Not those to a quarter of all addresses or more: they stand for a default route (0.0.0.0/1 and 128.0.0.0/1).
+        Networks of a quarter of all addresses or more are left out: they stand for a default route (0.0.0.0/1 and
+        128.0.0.0/1).
         """
         index = None if besides is None else self.index(besides)
         found = {
@@ -392,38 +397,38 @@ class Kernel:
         return sorted(found)
 
     def answers(self, name: str, neighbour: str, seconds: float) -> bool:
-        """True when a neighbour on the link answers (ARP or neighbour discovery) within that time."""
+        """True if a neighbour on the link answers (ARP or neighbour discovery) within that time."""
         index = self._need(name)
         family = socket.AF_INET6 if ":" in neighbour else socket.AF_INET
         place: tuple[Any, ...] = (neighbour, _DISCARD_PORT)
         if family == socket.AF_INET6:
-            place += (0, index)  # a link-local one is one of this link
+            place += (0, index)  # a link-local address is valid on this link
         for _ in looks(seconds, every_seconds=_PROBE_SECONDS):
             with socket.socket(family, socket.SOCK_DGRAM) as probe:
                 try:
                     probe.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, name.encode())
                     probe.sendto(b"", socket.MSG_DONTWAIT, place)
                 except OSError:
-                    pass  # no route yet, or the last try failed: ask again
+                    pass  # no route yet, or the last attempt failed: ask again
             for message in self._netlink.get_neighbours(ifindex=index, family=family):
                 if message.get_attr("NDA_DST") == neighbour and message["state"] & _ANSWERED:
                     return True
         return False
 
     def mac_of(self, name: str) -> bytes | None:
-        """The address of a link."""
+        """The MAC address of a link."""
         link = self.link(name)
         return None if link is None or not link["mac"] else frames.parse_mac(link["mac"])
 
 
 def _expiry(message: Any) -> int | None:
-    """In how many seconds a route ends; None: never."""
+    """The remaining lifetime of a route in seconds; None: unlimited."""
     ticks = int((message.get_attr("RTA_CACHEINFO") or {}).get("rta_expires", 0))
     return None if ticks == 0 else max(1, ticks // _TICKS_A_SECOND)
 
 
 def _place(one: HostAddress) -> dict[str, Any]:
-    """What an address is known by."""
+    """What identifies an address."""
     host, _, prefix = one.address.partition("/")
     if one.peer is None:
         return {"address": host, "prefixlen": int(prefix)}

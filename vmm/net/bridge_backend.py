@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A switch that is a bridge of the kernel's: making it, its ports, and what of it is on the host.
+"""A switch that is a bridge of the kernel: creating it, its ports, and its state on the host.
 
-Decides that one process at a time changes a bridge, and in which order a tap is put into it: its rules come first.
-Must not know machines, processes of switches, nor how switches are made and deleted.
+Decides that one process at a time changes a bridge, and the order in which a tap is added: its rules come first. Must
+not know machines, processes of switches, nor how switches are created and deleted.
 """
 
 from __future__ import annotations
@@ -36,24 +36,24 @@ class BridgeBackend:
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
-        """One process at a time changes its bridge."""
+        """Hold the lock with which one process at a time changes the bridge."""
         paths.make_private(self.folder)
         with locked(os.path.join(self.folder, _CHANGE_LOCK)):
             yield
 
     def ensure(self) -> None:
-        """Rules, bridge and addresses; taps that are still there go into a bridge that was made anew."""
+        """Create rules, bridge and addresses; existing taps are added to a bridge that had to be created again."""
         with self.changing():
             was_made = self._apply()
             self.follow_mtu()
-        if was_made:  # it had been removed
+        if was_made:  # the bridge had been removed
             self.plug_again()
 
     def check(self) -> None:
-        """It works once it is made."""
+        """Nothing to wait for: a bridge works once it exists."""
 
     def remove(self, *, give_up: bool = False) -> list[str]:
-        """Put the host back; what could not be put back, as `Applying.undo`."""
+        """Restore the host; returns what could not be restored, as `Applying.undo`."""
         from vmm.net.applying import Applying
 
         need_root(self.spec)
@@ -63,11 +63,11 @@ class BridgeBackend:
         return left
 
     def is_up(self) -> bool:
-        """True while the bridge is there."""
+        """True while the bridge exists."""
         return os.path.isdir(f"/sys/class/net/{self.spec.bridge_name}")
 
     def end_descriptor(self) -> int | None:
-        """None: no process ends with it."""
+        """None: it has no process."""
         return None
 
     def status(self) -> dict[str, Any] | None:
@@ -75,21 +75,21 @@ class BridgeBackend:
         return None
 
     def state(self, status: dict[str, Any] | None) -> str:
-        """The bridge, for people."""
-        return self.spec.bridge_name if self.is_up() else "is not there now"
+        """The bridge's name, for people."""
+        return self.spec.bridge_name if self.is_up() else "does not exist now"
 
     def addresses(self) -> list[dict[str, Any]]:
-        """Raises Unsupported: the kernel learns them."""
+        """Raises Unsupported: the kernel learns the addresses."""
         hint = f"bridge fdb show br {self.spec.bridge_name}"
-        raise errors.Unsupported("a bridge's addresses are the kernel's", hint=hint)
+        raise errors.Unsupported("the kernel keeps a bridge's addresses", hint=hint)
 
     def refuse_capture(self, output: str) -> None:
-        """Raise Unsupported: the kernel captures frames."""
+        """Raises Unsupported: frames are captured with the kernel's tools."""
         hint = f"tcpdump -i {self.spec.bridge_name} -w {output}"
-        raise errors.Unsupported("a bridge is captured with the kernel's own means", hint=hint)
+        raise errors.Unsupported("vmm does not capture frames of a bridge", hint=hint)
 
     def mtu_bytes(self) -> int | None:
-        """What was set, but no more than the card's; else Ethernet's."""
+        """The MTU that was set, but at most the card's; by default Ethernet's."""
         card = None if self.spec.uplink is None else cards.mtu_bytes(self.spec.uplink)
         return min((one for one in (self.spec.mtu_bytes, card) if one), default=switch_spec.USUAL_MTU_BYTES)
 
@@ -98,13 +98,13 @@ class BridgeBackend:
 
         need_root(self.spec)
         applying = Applying(self.spec, self.folder, self._lease_path, self.bridge_ports())
-        if not applying.is_applied() and (spec := cards.found(self.spec)) != self.spec:  # its card has another name
+        if not applying.is_applied() and (spec := cards.found(self.spec)) != self.spec:  # its card has been renamed
             paths.write_whole(paths.switch_file(spec.name), spec.to_json())
             applying = Applying(spec, self.folder, paths.switch_leases(spec.id), self.bridge_ports())
         return applying.apply()
 
     def follow_mtu(self) -> None:
-        """Have bridge and taps carry what the switch does by now. The caller holds its lock. Raises VmmError."""
+        """Set the bridge and taps to the MTU that the switch has now. The caller holds its lock. Raises VmmError."""
         from vmm.net import bridge
 
         wanted = self.mtu_bytes() or switch_spec.USUAL_MTU_BYTES
@@ -115,19 +115,21 @@ class BridgeBackend:
                     kernel.set_mtu(name, wanted)
 
     def is_half_made(self) -> bool:
-        """True when something on the host could not be put back."""
+        """True if some change to the host could not be undone."""
         return bool(self._journal().get("done"))
 
     def is_half_done(self) -> bool:
-        """True while a command makes or takes back the bridge, and after one that was killed meanwhile."""
+        """True while a command creates or removes the bridge, and after one that was killed meanwhile."""
         return self._journal().get("complete") is False
 
     def is_unfinished(self) -> bool:
-        """True after a command that was killed while it made or took back the bridge, until another one ends that."""
+        """True after a command that was killed while it created or removed the bridge, until another one completes
+        that.
+        """
         return self.is_half_done() and not is_locked(os.path.join(self.folder, _CHANGE_LOCK))
 
     def _journal(self) -> dict[str, Any]:
-        """What was noted of the host; some step where that cannot be read."""
+        """The recorded changes to the host; one made-up step if the record cannot be read."""
         from vmm.net.applying import JOURNAL_NAME
 
         try:
@@ -135,7 +137,7 @@ class BridgeBackend:
         except FileNotFoundError:
             return {}
         except (OSError, ValueError):
-            return {"done": ["unreadable"]}  # not known to be nothing
+            return {"done": ["unreadable"]}  # it may have contained something
 
     def plan(self) -> HostChanges:
         """What `ensure` would do. Changes nothing."""
@@ -149,7 +151,7 @@ class BridgeBackend:
         return HostChanges(words, [*plan.warnings(self.spec, facts), *self.in_the_way()], reasons)
 
     def in_the_way(self) -> list[str]:
-        """Which rules of other programs drop what it needs, and what helps; for root."""
+        """The rules of other programs that drop its frames, and the remedies; for root."""
         from vmm.net import firewalls
 
         if os.geteuid() != 0:
@@ -162,7 +164,7 @@ class BridgeBackend:
         return os.path.join(self.folder, "ports")
 
     def bridge_ports(self) -> list[nft.GuestPort]:
-        """The ports whose taps are there; one with a damaged record may send nothing. Removes records of other taps.
+        """The ports whose taps exist; a port with a damaged record may send nothing. Removes records of other taps.
 
         The caller holds the lock of `changing`.
         """
@@ -175,12 +177,12 @@ class BridgeBackend:
         ]
 
     def damaged_ports(self) -> list[str]:
-        """Which of its taps have a damaged record, in words."""
+        """The taps with a damaged record, in words."""
         found = [one for one in port_files.read_all(self._ports_folder()) if one.setup is None]
         return [f"{one.path} is damaged: {one.problem}" for one in found if self.has_tap(one.interface)]
 
     def plug_tap(self, interface: str, setup: ports.PortSetup) -> None:
-        """Put a tap that is there into the bridge, with its rules first. Raises VmmError."""
+        """Add an existing tap to the bridge, its rules first. Raises VmmError."""
         from vmm.net import bridge, enforcing
         from vmm.net.engine import VlanMode
 
@@ -197,29 +199,29 @@ class BridgeBackend:
             with bridge.Kernel() as kernel:
                 kernel.set_mtu(interface, self.mtu_bytes() or switch_spec.USUAL_MTU_BYTES)
                 kernel.set_master(interface, self.spec.bridge_name)
-                if filters:  # also without a VLAN: it may have had one
+                if filters:  # even without a VLAN: the port may have had one
                     kernel.set_vlans(interface, *plan.port_vlans(rules.vlan, rules.allowed))
                 kernel.set_up(interface, setup.link_up)
 
     def plug_again(self) -> None:
-        """Put the taps that are there into the bridge, which was made anew. Raises VmmError."""
+        """Add the existing taps to the bridge, which was created again. Raises VmmError."""
         for one in port_files.read_all(self._ports_folder()):
             if one.setup is not None:
                 self.plug_tap(one.interface, one.setup)
 
     def has_record(self, interface: str) -> bool:
-        """True while a tap of the bridge has a sound record."""
+        """True while a tap of the bridge has a valid record."""
         return port_files.is_readable(self._ports_folder(), interface)
 
     def has_tap(self, interface: str) -> bool:
-        """True while a tap is part of the bridge, which any program of root's may remove."""
+        """True while a tap is part of the bridge; any program of root's may remove it."""
         try:
             return os.path.basename(os.readlink(f"/sys/class/net/{interface}/master")) == self.spec.bridge_name
         except OSError:
             return False
 
     def unplug_tap(self, interface: str) -> None:
-        """Forget a port; its tap goes with its descriptors."""
+        """Forget a port; its tap disappears with its descriptors."""
         from vmm.net import enforcing
 
         with self.changing():
@@ -227,29 +229,29 @@ class BridgeBackend:
             if os.path.exists(f"/sys/class/net/{self.spec.bridge_name}"):
                 enforcing.enforce(self.spec, self.bridge_ports())
 
-    # -- ports, as every back end has them --------------------------------------------------------------------------
+    # -- ports, in the form of every back end ----------------------------------------------------------------------
 
     def plug(self, port: AdapterPort) -> None:
-        """Put its tap, which is there, into the bridge."""
+        """Add its existing tap to the bridge."""
         self.plug_tap(port.interface, port.setup)
 
     def unplug(self, port: AdapterPort) -> None:
-        """Forget it, if the switch is on the host."""
+        """Forget the port, if the switch is on the host."""
         if os.path.isdir(self.folder):
             self.unplug_tap(port.interface)
 
     def fits(self, port: AdapterPort) -> bool:
-        """True when its tap is there."""
+        """True if its tap exists."""
         return os.path.isdir(f"/sys/class/net/{port.interface}")
 
     def is_in(self, port: AdapterPort) -> bool:
-        """False for a tap that was taken out of its bridge, or whose record is damaged or gone."""
+        """False for a tap that was removed from its bridge, or whose record is damaged or gone."""
         return self.has_tap(port.interface) and self.has_record(port.interface)
 
     def port_status(self, *, with_drops: bool = True) -> list[dict[str, Any]]:
-        """Its ports with the kernel's counters; without the drops it is cheap."""
+        """Its ports with the kernel's counters; cheap without the drops."""
         drops: dict[str, dict[str, int]] = {}
-        if with_drops and os.geteuid() == 0:  # only root may ask the kernel
+        if with_drops and os.geteuid() == 0:  # only root may query the kernel
             from vmm.net import enforcing
 
             drops = enforcing.drops(self.spec)
@@ -261,7 +263,7 @@ class BridgeBackend:
 
 
 def _tap_status(interface: str, setup: ports.PortSetup, drops: dict[str, int], is_in: bool) -> dict[str, Any]:
-    """Counters as the guest sees them: the kernel's are the other way round."""
+    """Counters from the guest's point of view, which is the reverse of the kernel's."""
 
     def counter(name: str) -> int:
         try:
@@ -284,9 +286,9 @@ def _tap_status(interface: str, setup: ports.PortSetup, drops: dict[str, int], i
 
 
 def need_root(spec: SwitchSpec) -> None:
-    """Raise AccessDenied where the bridge back end cannot work."""
+    """Raise AccessDenied if the bridge back end cannot work without root."""
     if os.geteuid() != 0:
         raise errors.AccessDenied(
             f"switch {spec.name!r} is on the bridge back end, which needs root",
-            hint="use sudo" + ("" if spec.type == "external" else ", or make it with --backend user"),
+            hint="use sudo" + ("" if spec.type == "external" else ", or create it with --backend user"),
         )

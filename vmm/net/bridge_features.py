@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this kernel's bridges can do, found out without making one.
+"""What this kernel's bridges can do, found out without creating one.
 
 Decides which of a bridge's files, or else which option of the kernel's configuration, answers that. Must not know
 which switch needs it.
@@ -12,7 +12,7 @@ import os
 
 
 def has_vlan_filtering() -> bool:
-    """True if this kernel's bridges know VLANs, as any bridge of the host or the kernel's configuration says."""
+    """True if this kernel's bridges support VLANs, according to one of its bridges or the kernel's configuration."""
     for name in os.listdir("/sys/class/net"):
         if os.path.isdir(f"/sys/class/net/{name}/bridge"):
             return os.path.exists(f"/sys/class/net/{name}/bridge/vlan_filtering")

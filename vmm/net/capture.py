@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Captured frames as a pcapng stream (draft-ietf-opsawg-pcapng), which Wireshark and tshark read.
 
-Decides the bytes of the stream and that a reader who is slow loses frames instead of holding up the switch: at most
-MAX_BUFFER_BYTES wait for it, and the number of lost frames is written to the stream when there is room again. Whole
-blocks only. Must not know sockets or who reads.
+Decides the bytes of the stream, and that a slow reader loses frames instead of holding up the switch: at most
+MAX_BUFFER_BYTES wait for it, and the number of lost frames is written to the stream when there is space again. Whole
+blocks only. Must not know sockets or the reader.
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ _NANOSECONDS = 9
 
 
 class Direction(IntEnum):
-    """As the guest's adapter would say it in pcapng's flags: what the guest sends goes out of it."""
+    """The direction in pcapng's flags, from the point of view of the guest's adapter: what the guest sends is
+    outbound.
+    """
 
     OUT = 1  # to the guest: inbound for its adapter
     IN = 2  # from the guest: outbound
 
 
 class PacketCapture:
-    """A stream of one port's frames in both directions, or (port None) of what every port sends, each once."""
+    """A stream of one port's frames in both directions, or (port None) of what all ports send, each frame once."""
 
     def __init__(
         self, port: str | None, *, snap_bytes: int = MAX_SNAP_BYTES, clock: Callable[[], int] = time.time_ns

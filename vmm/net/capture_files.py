@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a captured stream goes: one file, one of limited size, or the newest few of many.
+"""The files of a captured stream: one file, one file of limited size, or the newest of several files.
 
-Decides where a pcapng stream may be cut, that every file can be read alone, and which file goes when there are enough.
-A file holds whole blocks only; each begins with the section and the interfaces described before it. What stops
-short, because the switch ended or the disk is full, keeps what was whole. Must not know sockets.
+Decides where a pcapng stream may be cut, that every file can be read by itself, and which file is removed when there
+are enough. A file contains whole blocks only; each begins with the section and the interfaces described before it. A
+stream that ends early, because the switch ended or the disk is full, leaves a file of whole blocks. Must not know
+sockets.
 
     stream   | section | interface 0 | frame | frame | interface 1 | frame | ...
     file 2   | section | interface 0 | interface 1 | frame | ...
@@ -29,10 +30,11 @@ _HEAD = struct.Struct("<II")
 
 
 class CaptureFiles:
-    """Takes a stream bit by bit. `max_bytes` 0: no limit; with `max_files` the oldest of so many files goes.
+    """Takes a stream piece by piece. `max_bytes` 0: no limit; with `max_files` the oldest file is removed when there
+    would be more.
 
-    Without `max_files` the stream is full when its one file is: `write` is False then. Files are readable for their
-    owner alone: what guests say to each other is private. Raises OSError.
+    Without `max_files` the stream is full when its one file is full: `write` then returns False. Only the owner can
+    read the files, because the guests' traffic is private. Raises OSError.
     """
 
     def __init__(self, path: str, *, max_bytes: int = 0, max_files: int = 0, stream: BinaryIO | None = None) -> None:
@@ -58,7 +60,7 @@ class CaptureFiles:
             self._file.close()
 
     def write(self, received: bytes) -> bool:
-        """Take what came; False without room for more. Raises VmmError for anything but pcapng."""
+        """Take a piece of the stream; False if there is no space for more. Raises VmmError for anything but pcapng."""
         self._input += received
         at = 0
         has_room = True
@@ -93,7 +95,7 @@ class CaptureFiles:
         self._size = len(self._beginning)
 
     def _open(self) -> BinaryIO:
-        """The next file; the oldest goes first, so that there are never more."""
+        """Open the next file; the oldest is removed first, so that there are never more than `max_files`."""
         self._number += 1
         if self.max_files and len(self.names) >= self.max_files:
             with contextlib.suppress(FileNotFoundError):

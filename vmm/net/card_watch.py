@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The card of an external switch that has left its bridge, or whose MTU changed: noticed and put right.
+"""The card of an external switch that has left its bridge, or whose MTU changed: detected and corrected.
 
-Decides when a card may be put back: when it is still the switch's card, nothing else has taken it, and the host does
-not use it for itself, because its addresses would stop working. A look reads two or three files of sysfs, and is not a
-fault while a command makes or deletes the switch. Must not know who looks, nor how often (`watching`).
+Decides when a card may be put back: if it is still the switch's card, nothing else has taken it, and the host does not
+use it for itself, because its addresses would stop working. A check reads two or three files of sysfs, and reports no
+fault while a command creates or deletes the switch. Must not know who checks, nor how often (`watching`).
 
-`INV-CARD-BACK`: while a machine is on an external switch, a card that was taken out of its bridge is back within a
-second, unless the host uses it; then there is an event that says why it is not.
+`INV-CARD-BACK`: while a machine is on an external switch, a card that was removed from its bridge is back within a
+second, unless the host uses it; then an event says why it is not.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ _ROOT = "/sys/class/net"
 
 
 def problem(host: HostSide) -> str | None:
-    """Why no frame gets through the switch's card, for people; None where nothing is wrong. Changes nothing."""
+    """Why no frame gets through the switch's card, for people; None if nothing is wrong. Changes nothing."""
     spec = host.spec
     if not _is_watched(host) or _master(str(spec.uplink)) == spec.bridge_name:
         return None
     try:
-        card = str(cards.found(spec).uplink)  # it may have another name now
+        card = str(cards.found(spec).uplink)  # it may have been renamed
     except errors.Unsupported as error:
         return _unless_changing(host, error.problem)
     master = _master(card)
     if master == spec.bridge_name:
         return None
     if not os.path.isdir(f"{_ROOT}/{card}"):
-        return _unless_changing(host, f"its network card {card} is not there")
-    where = f"is part of {master}" if master else "was taken out"
-    return _unless_changing(host, f"its network card {card} {where}: it is not part of its bridge {spec.bridge_name}")
+        return _unless_changing(host, f"its network card {card} is missing")
+    where = f"is part of {master}" if master else "was removed"
+    return _unless_changing(host, f"its network card {card} {where} and is not part of its bridge {spec.bridge_name}")
 
 
 def put_back(host: HostSide) -> None:
     """Make the card part of the bridge again. The caller holds the switch's lock.
 
-    Raises VmmError where that is not safe, with what to do.
+    Raises VmmError, with what to do, if that is not safe.
     """
     from vmm.net import ipv6
     from vmm.net.bridge import Kernel
@@ -64,21 +64,22 @@ def put_back(host: HostSide) -> None:
 
 
 def mtu_problem(host: HostSide) -> str | None:
-    """How the MTU of bridge or taps differs from what the switch is to carry; None where it does not. Changes nothing.
+    """How the MTU of the bridge or its taps differs from what the switch should carry; None if it does not. Changes
+    nothing.
 
-    Of the taps one is looked at: all of them are set together, and there may be hundreds.
+    Only one tap is checked: all of them are set together, and there may be hundreds.
     """
     spec = host.spec
     if not os.path.isdir(f"{_ROOT}/{spec.bridge_name}/brif"):
         return None
     if spec.uplink is not None and cards.mtu_bytes(spec.uplink) is None:
-        return None  # of a card that is not there nothing is known
+        return None  # a missing card has no MTU to compare with
     wanted = host.mtu_bytes() or USUAL_MTU_BYTES
     taps = sorted(name for name in _ports(spec.bridge_name) if name != spec.uplink)
     for name in (spec.bridge_name, *taps[:1]):
         there = cards.mtu_bytes(name)
         if there not in (None, wanted):
-            words = f"bridge and taps carry {there} bytes (MTU), and they are to carry {wanted}"
+            words = f"bridge and taps carry {there} bytes (MTU), but should carry {wanted}"
             return _unless_changing(host, words)
     if spec.mtu_bytes is not None and wanted < spec.mtu_bytes:
         words = f"{spec.uplink} carries {wanted} bytes (MTU), and so does the switch, instead of {spec.mtu_bytes}"
@@ -99,7 +100,7 @@ def _is_watched(host: HostSide) -> bool:
 
 
 def _unless_changing(host: HostSide, words: str) -> str | None:
-    """Nothing while the switch is being made or taken back."""
+    """The words; None while a command creates or removes the switch."""
     return None if host.bridge.is_half_done() else words
 
 

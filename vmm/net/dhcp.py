@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The DHCP and name server of an internal switch on the bridge back end: dnsmasq.
 
-Decides its configuration (pure: `configuration`), and that there is one process per switch, known by number and start
-time, which is replaced when the configuration changes. Guests talk to it: it runs as a user of its own, enclosed.
+Decides its configuration (pure: `configuration`), and that each switch has one process, identified by pid and start
+time, which is replaced when the configuration changes. Guests talk to it, so it runs as a user of its own, enclosed.
 Leases outlive it. Must not know bridges or guests.
 """
 
@@ -37,11 +37,11 @@ _CAPABILITIES = (
     12,
     13,
 )  # CAP_NET_BIND_SERVICE, _NET_ADMIN (ARP for clients), _NET_RAW (on the bridge alone; ping)
-_started: set[int] = set()  # by this process, whose children they stay: their numbers are theirs until they are buried
+_started: set[int] = set()  # pids of our children, which stay valid until `_bury` collects them
 
 
 def _bury() -> None:
-    """Leave nothing of servers that this process started and that have ended."""
+    """Collect the exit status of servers that this process started and that have ended."""
     for pid in list(_started):
         with contextlib.suppress(ChildProcessError):
             if os.waitpid(pid, os.WNOHANG)[0] == 0:
@@ -50,7 +50,7 @@ def _bury() -> None:
 
 
 def configuration(spec: SwitchSpec, lease_path: str) -> str:
-    """The configuration file of dnsmasq. It hears and answers on the bridge's address alone."""
+    """The configuration file of dnsmasq. It listens and answers only on the bridge's address."""
     first, last = spec.dhcp_range
     lines = [
         "no-hosts",
@@ -64,15 +64,15 @@ def configuration(spec: SwitchSpec, lease_path: str) -> str:
         "dhcp-authoritative",
         f"dhcp-range={first},{last},{spec.network.netmask},{LEASE_SECONDS}",
         f"dhcp-option=option:dns-server,{spec.interface.ip}",
-        f"dhcp-leasefile={lease_path}",  # as it finds it
+        f"dhcp-leasefile={lease_path}",  # the path that the enclosed server sees
         f"dhcp-lease-max={spec.network.num_addresses}",
         f"host-record=host.{spec.domain},{spec.interface.ip}",
     ]
-    # Without a way out no server exists to pass questions on to, and no router to announce.
+    # Without a way out, guests have no server for other names and no router.
     lines += (
         [f"dhcp-option=option:router,{spec.interface.ip}"] if spec.nat else ["no-resolv", "dhcp-option=option:router"]
     )
-    if spec.mtu_bytes is not None:  # legacy adapters hear of it in no other way
+    if spec.mtu_bytes is not None:  # the only way in which legacy adapters learn it
         lines.append(f"dhcp-option=option:mtu,{spec.mtu_bytes}")
     for lease in spec.leases:
         name = f",{lease.name}" if lease.name else ""
@@ -81,7 +81,7 @@ def configuration(spec: SwitchSpec, lease_path: str) -> str:
 
 
 class Dnsmasq:
-    """The server of one switch; its files lie in the switch's runtime folder, its leases where they stay."""
+    """The server of one switch; its files are in the switch's runtime folder, its leases in the folder of switches."""
 
     def __init__(self, spec: SwitchSpec, folder: str, lease_path: str) -> None:
         self._spec = spec
@@ -93,7 +93,7 @@ class Dnsmasq:
         return os.path.join(self._folder, name)
 
     def process(self) -> ProcessRef | None:
-        """The running server."""
+        """The running server, if any."""
         try:
             ref = ProcessRef.from_document(records.read_object(self._in(_NOTE)))
         except (OSError, ValueError):
@@ -101,13 +101,13 @@ class Dnsmasq:
         return ref if ref is not None and ref.is_alive() else None
 
     def _all(self) -> list[ProcessRef]:
-        """Every server with our configuration: also one whose starter was killed before it could write it down."""
+        """Every server with our configuration, including one whose starter was killed before it could record it."""
         sign = f"--conf-file={self._in(_CONFIG)}"
         pids = [int(name) for name in os.listdir("/proc") if name.isdecimal()]
         return [ref for pid in pids if sign in command_words(pid) and (ref := ProcessRef.of(pid)) is not None]
 
     def ensure(self) -> None:
-        """Have it run with the present configuration. Raises Unsupported, VmmError with what it said."""
+        """Run it with the present configuration. Raises Unsupported, or VmmError with its message."""
         program = shutil.which("dnsmasq", path="/usr/sbin:/sbin:/usr/bin:/bin")
         if program is None:
             raise errors.Unsupported("dnsmasq is not installed", hint=DNSMASQ_HINT)
@@ -118,7 +118,7 @@ class Dnsmasq:
                 return
         self.stop()
         paths.write_whole(self._in(_CONFIG), wanted, mode=0o644, durable=False)
-        os.chmod(self._in(_CONFIG), 0o644)  # it reads that as its own user, whatever the umask of its starter is
+        os.chmod(self._in(_CONFIG), 0o644)  # it reads this as its own user, whatever umask its starter has
         options = [
             "--keep-in-foreground",
             f"--conf-file={self._in(_CONFIG)}",
@@ -127,7 +127,8 @@ class Dnsmasq:
         checked = subprocess.run([program, "--test", *options[1:]], capture_output=True, text=True, check=False)
         if checked.returncode != 0:
             raise errors.VmmError(f"dnsmasq rejects its configuration: {checked.stderr.strip()}")
-        user = "root" if self._place.user is None else enclosed.USER_NAME  # it is that already, and looks the name up
+        # dnsmasq already runs as this user, and looks up the name.
+        user = "root" if self._place.user is None else enclosed.USER_NAME
         words = [program, *options, f"--user={user}", f"--group={user}"]
         pid = spawn_detached(self._enclosed(words), log_path=self._in(_LOG))
         _started.add(pid)
@@ -139,7 +140,7 @@ class Dnsmasq:
         paths.write_whole(self._in(_NOTE), json.dumps(ref.to_document()).encode(), durable=False)
 
     def _enclosed(self, words: list[str]) -> list[str]:
-        """The command: a user of its own, three capabilities, its configuration, and the file of leases as its own."""
+        """The command, enclosed: its own user, three capabilities, its configuration, and its own file of leases."""
         try:
             self._place.make()
             with contextlib.suppress(FileNotFoundError):
@@ -149,7 +150,7 @@ class Dnsmasq:
                 facts = os.fstat(leases)
                 if not stat.S_ISREG(facts.st_mode) or facts.st_size > lease_file.MAX_FILE_BYTES:
                     raise errors.VmmError(
-                        f"the leases are damaged: not a file of at most {lease_file.MAX_FILE_BYTES} bytes",
+                        f"the leases are damaged: not a regular file of at most {lease_file.MAX_FILE_BYTES} bytes",
                         path=self._lease_path,
                         hint="remove it; guests then get new addresses",
                     )
@@ -163,11 +164,11 @@ class Dnsmasq:
         return self._place.command(words, keep=_CAPABILITIES, files=files, read=[self._in(_CONFIG)])
 
     def refresh(self) -> None:
-        """Show it the host's current name servers."""
+        """Copy the host's current name servers to it."""
         self._place.refresh()
 
     def _ended_at_once(self, ref: ProcessRef) -> bool:
-        """It says that it is there once its sockets are bound: what goes wrong does so before."""
+        """True if it ended at once. It reports that it runs once its sockets are bound; failures come before that."""
         ready = os.path.join(self._place.folder, _READY)
         deadline = time.monotonic() + _START_SECONDS
         ended = False
@@ -177,11 +178,11 @@ class Dnsmasq:
         return ended
 
     def leases(self) -> list[dict[str, Any]]:
-        """Who has which address now: mac, address, name, expires (seconds since 1970)."""
+        """The current leases: mac, address, name, expires (seconds since 1970)."""
         return lease_file.read(self._lease_path)
 
     def stop(self) -> None:
-        """End it; fine when it does not run."""
+        """End it; succeeds if it does not run."""
         for ref in self._all():
             ref.end(_GRACE_SECONDS)
         _bury()

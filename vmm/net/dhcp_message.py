@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DHCP messages in Ethernet frames: what a client asks, and the frame that answers it. Pure.
+"""DHCP messages in Ethernet frames: parsing a client's request, and building the frame that answers it. Pure.
 
-Decides how bytes become a question (`parse`) and an answer becomes bytes (`reply`). What is answered is decided in
-`dhcp_server`. Must not know leases, ports or clocks. BOOTP relays (giaddr) and option overload (52) are not spoken: no
-relay stands between a guest and its switch, and questions fit into the options' own field.
+Decides how bytes become a request (`parse`) and how an answer becomes bytes (`reply`). The answer itself is decided in
+`dhcp_server`. Must not know leases, ports or clocks. BOOTP relays (giaddr) and option overload (52) are not supported:
+a guest's switch has no relay, and requests fit into the options field itself.
 
 Sources: RFC 951, RFC 2131 (section 2, figure 1; section 4.1 for where an answer goes), RFC 2132, RFC 6842 (option 61
 in answers).
 
-`INV-DHCP-BOUNDED`: `parse` takes any bytes, reads within them, and gives a message or None.
+`INV-DHCP-BOUNDED`: `parse` accepts any bytes, reads only within them, and returns a message or None.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from enum import IntEnum
 from vmm.net import frames
 
 SERVER_PORT, CLIENT_PORT = 67, 68
-MAX_FRAME_BYTES = 1536  # of a question: larger ones are fragments, which no client sends
-PORT_AT = 36  # where an untagged frame whose IP header has no options has its UDP destination port
+MAX_FRAME_BYTES = 1536  # of a request: longer ones are fragments, which no client sends
+PORT_AT = 36  # offset of the UDP destination port in an untagged frame whose IP header has no options
 MAX_NAME_BYTES = 63
 _MAGIC = b"\x63\x82\x53\x63"
 _FIXED = struct.Struct(">BBBBIHH4s4s4s4s16s192s4s")  # RFC 2131, figure 1, and the magic cookie
-_MIN_BOOTP_BYTES = 300  # RFC 951: some clients drop what is shorter
+_MIN_BOOTP_BYTES = 300  # RFC 951: some clients drop shorter messages
 _IPV4, _UDP = b"\x08\x00", 17
 _BROADCAST_FLAG = 0x8000
 _EVERYBODY = b"\xff" * 4
@@ -71,10 +71,12 @@ class Option(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A client's message. Addresses are 4 bytes, all zero where it says none; `to` is where the packet was sent."""
+    """A client's message. Addresses are 4 bytes, all zero if the client gives none; `to` is the destination of the
+    packet.
+    """
 
     kind: MessageType
-    mac: bytes  # chaddr: whom the lease is for
+    mac: bytes  # chaddr: the client that the lease is for
     sender: bytes  # of the frame
     to: bytes
     transaction: int = 0
@@ -83,12 +85,12 @@ class Message:
     requested: bytes = _NOBODY
     server: bytes = _NOBODY
     client: bytes = b""
-    wanted: frozenset[int] = frozenset()  # empty: it does not say
+    wanted: frozenset[int] = frozenset()  # empty: the client does not say
     name: str = ""
 
 
 def parse(frame: bytes) -> Message | None:
-    """The message of a DHCP client in a frame, with or without a tag; None for everything else."""
+    """The message of a DHCP client in a frame, with or without a tag; None for any other frame."""
     at = frames.ADDRESSES_BYTES
     if frames.has_tag(frame):
         at += frames.TAG_BYTES
@@ -134,14 +136,14 @@ def _address(value: bytes) -> bytes:
 
 
 def host_name(value: bytes) -> str:
-    """A client's name as a label of DNS; "" where it is none."""
+    """A client's name as a label of DNS; "" if it is not one."""
     text = value.decode("ascii", "replace").partition(".")[0].rstrip("\0").lower()
     fits = 0 < len(text) <= MAX_NAME_BYTES and text[0] != "-"
     return text if fits and all(c in "abcdefghijklmnopqrstuvwxyz0123456789-" for c in text) else ""
 
 
 def _options(field: bytes) -> dict[int, bytes]:
-    """The options that are whole; of one that comes twice the first."""
+    """The complete options; the first one if an option occurs twice."""
     found: dict[int, bytes] = {}
     at = 0
     while at < len(field) and field[at] != Option.END:
@@ -167,7 +169,7 @@ def reply(
     server: bytes,
     mac: bytes,
 ) -> bytes:
-    """The frame that answers: `given` is the client's address (zero in a NAK), `server` and `mac` are the sender's."""
+    """The answering frame. `given` is the client's address (zero in a NAK); `server` and `mac` are the sender's."""
     fields = [(Option.KIND, bytes([kind])), (Option.SERVER, server), *options]
     if question.client:
         fields.append((Option.CLIENT, question.client))

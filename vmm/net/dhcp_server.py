@@ -1,25 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The DHCP server of a `user` switch: a client's frame and the time in, the answering frame out. No I/O.
+"""The DHCP server of a `user` switch: takes a client's frame and the time, returns the answering frame. No I/O.
 
-Decides who gets which address, and for how long. A client is its MAC address. It gets, in this order: its fixed
-address; the one it had last; the one it asks for; one that its MAC address leads to. So a table that was lost leads to
-nearly the same addresses, and one that was kept to the very same: the caller keeps `records` before it sends an
-answer that stands on them (`unsaved`).
+Decides which client gets which address, and for how long. A client is identified by its MAC address. It gets, in this
+order: its fixed address; the one that it had last; the one that it asks for; one derived from its MAC address. So a
+lost table leads to nearly the same addresses, and a kept one to exactly the same: the caller saves `records` before it
+sends an answer that depends on them (`unsaved`).
 
     DISCOVER   OFFER
-    REQUEST    ACK for what the client may have; NAK for what it may not; nothing where it chose another server
+    REQUEST    ACK for what the client may have; NAK for what it may not; no answer if it chose another server
     INFORM     ACK without an address
-    DECLINE    that address is not given out for a while; RELEASE: it is free, and kept for its last holder
+    DECLINE    that address is not given out for a while; RELEASE: it is free, but remembered for its last holder
 
-No other server on the network knows better, so an unknown client gets a NAK and is not left
-waiting (RFC 2131, 4.3.2 lets a server that knows the network do so).
+No other server on the network knows better, so an unknown client gets a NAK and is not left waiting (RFC 2131, 4.3.2
+permits this for a server that knows the network).
 
-`INV-DHCP-ONE-HOLDER`: no two clients have a lease of one address at the same time, whatever they send, also when this
-is started again with what it kept.
-`INV-DHCP-RANGE`: what is given is a fixed address of that client or lies in the range; never the network's own, the
-broadcast's, the gateway's or the name server's.
-`INV-DHCP-TABLE-BOUNDED`: at most MAX_RECORDS clients are known, and those with fixed addresses; MAX_PORT_LEASES of one
-port.
+`INV-DHCP-ONE-HOLDER`: no two clients have a lease of one address at the same time, whatever they send, even if the
+server is restarted from its saved records.
+`INV-DHCP-RANGE`: an assigned address is a fixed address of that client or lies in the range; it is never the address
+of the network, the broadcast, the gateway or the name server.
+`INV-DHCP-TABLE-BOUNDED`: at most MAX_RECORDS clients are known, plus those with fixed addresses, and at most
+MAX_PORT_LEASES of one port.
 
 Sources: RFC 2131 (section 4.3 and table 4), RFC 2132.
 """
@@ -41,19 +41,19 @@ LEASE_SECONDS = 3600
 OFFER_SECONDS = 60
 DECLINED_SECONDS = 600
 MAX_RECORDS = 4096
-MAX_PORT_LEASES = 64  # of a port that may send from any address; others have as many as they have addresses
+MAX_PORT_LEASES = 64  # of a port that may send from any address; other ports have as many as they have addresses
 MAX_DECLINED = 16
 MAX_FIXED = 1024
 MESSAGES_PER_SECOND, MESSAGES_BURST = 20, 40  # of one port
 MAX_BUCKETS = 1024
-SAVE_AGAIN = 8  # a lease that grew by less than this part of it is not worth another write
+SAVE_AGAIN = 8  # a lease extended by less than this fraction is not worth another write
 _NOBODY = bytes(4)
 _EVERYBODY = b"\xff" * 4
 
 
 @dataclass(frozen=True, slots=True)
 class DhcpSetup:
-    """The network, and what clients learn. `first` and `last` are the range; `fixed` are (MAC, address, name)."""
+    """The network, and what clients are given. `first` and `last` are the range; `fixed` are (MAC, address, name)."""
 
     network: str
     server: str  # our address, and the router's
@@ -67,13 +67,13 @@ class DhcpSetup:
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> DhcpSetup:
-        """From JSON. Raises InvalidSpec."""
+        """Parse JSON. Raises InvalidSpec."""
         try:
             fixed = tuple((str(mac), str(address), str(name)) for mac, address, name in document.get("fixed", ()))
             setup = cls(**{**document, "fixed": fixed})
             Rules(setup)
             if len(fixed) > MAX_FIXED or not 60 <= setup.lease_seconds < 1 << 31 or not 0 <= setup.mtu_bytes < 1 << 16:
-                raise ValueError("a lease lasts a minute at least, and an MTU has 16 bits")
+                raise ValueError("a lease must last at least a minute, and an MTU must fit into 16 bits")
         except (TypeError, ValueError, AttributeError) as error:
             raise errors.InvalidSpec(f"these are not settings of a DHCP server: {error}") from error
         return setup
@@ -84,7 +84,7 @@ class DhcpSetup:
 
 
 class Rules:
-    """A setup as numbers. Raises ValueError for one that cannot be."""
+    """A setup as numbers. Raises ValueError for an impossible one."""
 
     def __init__(self, setup: DhcpSetup) -> None:
         network = ipaddress.IPv4Network(setup.network)
@@ -97,7 +97,7 @@ class Rules:
             raise ValueError("the domain is too long")
         self.lowest, self.highest = (int(ipaddress.IPv4Address(one)) for one in (setup.first, setup.last))
         if self.lowest > self.highest:
-            raise ValueError(f"no range leads from {setup.first} to {setup.last}")
+            raise ValueError(f"the range from {setup.first} to {setup.last} is empty or not in the network")
         ours = (network.network_address.packed, self.broadcast, self.server, self.name_server)
         self.reserved = frozenset(int.from_bytes(one, "big") for one in ours)
         self.fixed: dict[bytes, tuple[int, str]] = {}
@@ -108,14 +108,14 @@ class Rules:
 
 @dataclass(slots=True)
 class ClientRecord:
-    """What is known of one client. `held_until` is `expires`, or later while an offer to it is open."""
+    """What is known about one client. `held_until` is `expires`, or later while an offer to it is open."""
 
     address: int
     expires: float = 0.0  # of its last lease, in seconds since 1970
     held_until: float = 0.0
     name: str = ""
     port: str = ""
-    saved: float = 0.0  # the `expires` that was kept last
+    saved: float = 0.0  # the `expires` that was saved last
 
 
 class DhcpServer:
@@ -134,40 +134,40 @@ class DhcpServer:
                 self._holders[record.address] = mac
 
     def change(self, setup: DhcpSetup) -> None:
-        """Another range, or other fixed addresses; leases stay what they are until clients ask again."""
+        """Change the range or the fixed addresses; leases stay as they are until clients ask again."""
         self.setup = setup
         self.rules = Rules(setup)
-        # The gateway's address in Ethernet, as its user-mode network has it for every address of its own.
+        # The gateway's Ethernet address, which its user-mode network uses for every address of its own.
         self.mac = b"\x52\x55" + self.rules.server
 
     def leases(self) -> Iterator[tuple[bytes, ClientRecord]]:
-        """Every client that was given an address, also long ago."""
+        """Every client that ever got an address, however long ago."""
         return ((mac, record) for mac, record in self.records.items() if record.expires)
 
     def was_saved(self) -> None:
-        """The records are kept as they are now."""
+        """Note that the records were saved as they are now."""
         for mac in self.unsaved:
             if mac in self.records:
                 self.records[mac].saved = self.records[mac].expires
         self.unsaved.clear()
 
-    # -- questions ----------------------------------------------------------------------------------------------
+    # -- requests ----------------------------------------------------------------------------------------------
 
     def is_for_us(self, message: Message) -> bool:
-        """True for what is sent to everybody or to the server's address."""
+        """True for messages that are broadcast or sent to the server's address."""
         return message.to in (_EVERYBODY, self.rules.server, self.rules.broadcast)
 
     def takes(self, port: str, now: float) -> bool:
-        """True while the port does not ask too often."""
+        """True unless the port asks too often."""
         bucket = self._buckets.get(port)
         if bucket is None:
-            if len(self._buckets) >= MAX_BUCKETS:  # of ports that are gone
+            if len(self._buckets) >= MAX_BUCKETS:  # including ports that are gone
                 self._buckets.clear()
             bucket = self._buckets[port] = Bucket(MESSAGES_PER_SECOND, MESSAGES_BURST)
         return bucket.take(1, now) == 1
 
     def answer(self, message: Message, now: float, *, port: str = "", own: frozenset[bytes] = frozenset()) -> bytes:
-        """The frame that answers a message from `port`; empty where there is nothing to say.
+        """The frame that answers a message from `port`; empty if none is due.
 
         `own`: the addresses that the port may speak for; empty: any.
         """
@@ -214,7 +214,7 @@ class DhcpServer:
         return self._reply(message, MessageType.ACK, wanted)
 
     def _decline(self, message: Message, now: float) -> None:
-        """A host that has it without a lease answered the client: give it to no client for a while."""
+        """A host without a lease uses the address, as the client found: do not give it out for a while."""
         address = int.from_bytes(message.requested, "big")
         record = self.records.get(message.mac)
         if record is None or record.address != address or message.mac in self.rules.fixed:
@@ -248,12 +248,12 @@ class DhcpServer:
         return not self._is_held(mac, address, now)
 
     def _is_held(self, mac: bytes, address: int, now: float) -> bool:
-        """True while another client has it, or was offered it."""
+        """True while another client has the address, or was offered it."""
         holder = self._holders.get(address)
         return holder is not None and holder != mac and self.records[holder].held_until > now
 
     def _choose(self, message: Message, now: float, port: str) -> int | None:
-        """The address to offer; None where there is none."""
+        """The address to offer; None if none is available."""
         mac = message.mac
         fixed = self.rules.fixed.get(mac)
         if fixed is not None:
@@ -268,7 +268,9 @@ class DhcpServer:
         return self._free(mac, now)
 
     def _free(self, mac: bytes, now: float) -> int | None:
-        """From where the MAC address leads, the first that no client ever had; else the one that is free longest."""
+        """The first address, counted from the one that the MAC address leads to, that no client ever had; otherwise
+        the one that has been free the longest.
+        """
         rules = self.rules
         count = rules.highest - rules.lowest + 1
         taken = len(self._holders) + len(self._declined) + len(rules.fixed_addresses) + len(rules.reserved)
@@ -281,7 +283,7 @@ class DhcpServer:
         return min(free, key=lambda one: self.records[self._holders[one]].held_until, default=None)
 
     def _is_too_much(self, message: Message, now: float, port: str) -> bool:
-        """True where another client would be one too many, at this port or at all."""
+        """True if another client would exceed the limit of this port or of the table."""
         if message.mac in self.rules.fixed:
             return False
         if message.mac not in self.records and len(self.records) >= MAX_RECORDS:
@@ -303,7 +305,8 @@ class DhcpServer:
         if (holder := self._holders.get(address)) is not None:
             self._forget(holder)
         if len(self.records) >= MAX_RECORDS and mac not in self.rules.fixed:
-            self._forget(min(self.records, key=lambda one: self.records[one].held_until))  # held no more: it was asked
+            # Its address is no longer held: `_is_too_much` has checked that.
+            self._forget(min(self.records, key=lambda one: self.records[one].held_until))
         self.records[mac] = ClientRecord(address)
         self._holders[address] = mac
         return self.records[mac]

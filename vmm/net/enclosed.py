@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Start a program that guests talk to in a place without a file system, as a user of its own: then exec.
+"""Starts a program that guests talk to without a file system, as a user of its own, and then calls exec.
 
-Decides what is left to a switch's helper (its user-mode network, its DHCP and name server) when a guest takes it over.
-Imports nothing of ours: it runs as a script, isolated, behind the system call filter of `vmm/host/confined.py`.
+Decides what a guest can reach after it has taken over one of a switch's helpers (its user-mode network, its DHCP and
+name server). Imports nothing of ours: it runs as an isolated script, behind the system call filter of
+`vmm/host/confined.py`.
 
     python -I -S enclosed.py [OPTION...] -- COMMAND...
         --parent PID          it ends with this process (PR_SET_PDEATHSIG)
@@ -14,15 +15,16 @@ Imports nothing of ours: it runs as a script, isolated, behind the system call f
         --root PATH           an empty folder: there its file system is put together, in a mount namespace of its own
         --file PATH=NAME      a file of its own, seen as /NAME
 
-As root it gets mounts, a host name and System V IPC of its own; its root has what is named and nothing else, read-only
-and without devices; its capabilities are those named. Everybody else's helper keeps its starter's user, and Landlock
-(where the kernel has it) denies it what is not named, connecting to abstract sockets and signals to others included.
+As root it gets mounts, a host name and System V IPC of its own; its root contains only the named paths, read-only and
+without devices; it has only the named capabilities. Other users' helpers keep their starter's user, and Landlock (if
+the kernel has it) denies them everything that is not named, including connections to abstract sockets and signals to
+other processes.
 
 Sources: mount(2), pivot_root(2), capabilities(7), landlock(7), PR_SET_PDEATHSIG(2const); landlock.h of
 include/uapi/linux.
 
-`INV-ENCLOSED`: as root the helper sees no file but those named, and has no capability but those named; else, where the
-kernel has Landlock, it opens no file but those named.
+`INV-ENCLOSED`: as root, the helper sees no file but those named, and has no capability but those named; otherwise, if
+the kernel has Landlock, it opens no file but those named.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
-USER_NAME = "vmm"  # of the user and group that a helper with a root of its own finds itself to be
+USER_NAME = "vmm"  # the user and group that a helper with a root of its own finds in its files
 # mount(2)
 _RDONLY, _NOSUID, _NODEV, _NOEXEC, _REMOUNT, _BIND, _REC, _SLAVE = 1, 2, 4, 8, 32, 4096, 16384, 1 << 19
 _DETACH = 2
@@ -49,9 +51,9 @@ _CAPABILITY_VERSION_3 = 0x20080522
 # landlock(7); the numbers are the same on all architectures
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF, _VERSION = 444, 445, 446, 1
 _LANDLOCK_EXECUTE, _LANDLOCK_WRITE, _LANDLOCK_READ, _LANDLOCK_LIST = 1, 2, 4, 8
-_LANDLOCK_RIGHTS = (13, 13, 14, 15, 15, 16)  # how many bits each version has, from 1 on
+_LANDLOCK_RIGHTS = (13, 13, 14, 15, 15, 16)  # the number of rights in each version, from 1 on
 _LANDLOCK_OF_FILES = 0x7 | 1 << 14 | 1 << 15
-_LANDLOCK_FOLDER = 0x1FFF & ~(1 << 6) & ~(1 << 11)  # all of version 1 but making devices
+_LANDLOCK_FOLDER = 0x1FFF & ~(1 << 6) & ~(1 << 11)  # all rights of version 1 except creating devices
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
@@ -68,14 +70,14 @@ def _check(result: int, what: str) -> None:
 
 
 def limit_capabilities(kept: Iterable[int], user: int | None = None, group: int | None = None) -> None:
-    """Keep these capabilities and no others for ever, also as another user; no-new-privs. Raises OSError."""
+    """Keep only these capabilities, for good and also as another user; set no-new-privs. Raises OSError."""
     wanted = set(kept)
     mask = sum(1 << one for one in wanted)
     for one in range(64):
         if not mask >> one & 1 and _libc.prctl(_CAPBSET_DROP, one, 0, 0, 0) != 0:
             if ctypes.get_errno() != errno.EINVAL:
                 _check(-1, "limit what can be gained")
-            break  # the kernel has no more of them
+            break  # the kernel has no further ones
     _libc.prctl(_CAP_AMBIENT, _AMBIENT_CLEAR, 0, 0, 0)
     if user is not None:
         _check(_libc.prctl(_KEEPCAPS, 1, 0, 0, 0), "keep capabilities")
@@ -84,7 +86,7 @@ def limit_capabilities(kept: Iterable[int], user: int | None = None, group: int 
         os.setresuid(user, user, user)
     head = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
     low, high = mask & 0xFFFFFFFF, mask >> 32
-    # Inherited only by one that becomes another program as another user.
+    # They are inherited only by a process that becomes another program as another user.
     inherited = (low, high) if user is not None else (0, 0)
     data = struct.pack("=6I", low, low, inherited[0], high, high, inherited[1])
     _check(_libc.capset(head, data), "set capabilities")
@@ -111,7 +113,7 @@ def _bind(source: str, target: str, *, flags: int) -> None:
 def enter_root(
     root: str, read: Sequence[str], folder: str | None, files: Sequence[tuple[str, str]], user: int
 ) -> None:
-    """Have nothing but these in our file system. Raises OSError."""
+    """Replace our file system with one that contains only these paths. Raises OSError."""
     _check(_libc.unshare(_NEWNS | _NEWUTS | _NEWIPC), "have mounts of its own")
     _check(_libc.mount(None, b"/", None, _REC | _SLAVE, None), "keep mounts to itself")
     _check(
@@ -120,7 +122,7 @@ def enter_root(
     )
     for path in read:
         inside = root + path
-        if os.path.islink(path) and os.path.dirname(path) == "/":  # such as /lib, which leads into /usr
+        if os.path.islink(path) and os.path.dirname(path) == "/":  # such as /lib, which is a link into /usr
             os.symlink(os.readlink(path), inside)
         elif os.path.exists(path):
             is_device = path.startswith("/dev/")
@@ -141,7 +143,7 @@ def enter_root(
         os.chdir("/")
         _check(_libc.umount2(b"/.old", _DETACH), "leave the host's files")
         os.rmdir("/.old")
-    else:  # where our own root is not a mount, as in a plain chroot: without CAP_SYS_CHROOT no way leads back
+    else:  # our own root is not a mount, as in a plain chroot; leaving the new one takes CAP_SYS_CHROOT
         os.chroot(".")
     _check(
         _libc.mount(None, b"/", None, _REMOUNT | _BIND | _RDONLY | _NOSUID | _NODEV | _NOEXEC, None),
@@ -153,16 +155,16 @@ def enter_root(
 
 
 def landlock(read: Sequence[str], folders: Sequence[str]) -> str | None:
-    """Open nothing but these from now on; None when that holds, else why not."""
+    """Restrict opening files to these paths from now on; None on success, otherwise the reason."""
     version = _libc.syscall(ctypes.c_long(_CREATE_RULESET), None, ctypes.c_size_t(0), ctypes.c_uint(_VERSION))
     if version < 1:
-        return f"this kernel has no Landlock: {os.strerror(ctypes.get_errno())}"
+        return f"this kernel does not support Landlock: {os.strerror(ctypes.get_errno())}"
     handled = (1 << _LANDLOCK_RIGHTS[min(version, len(_LANDLOCK_RIGHTS)) - 1]) - 1
     words = struct.pack("=QQQ", handled, 0, 3 if version >= 6 else 0)
     size = 24 if version >= 6 else 16 if version >= 4 else 8
     ruleset = _libc.syscall(ctypes.c_long(_CREATE_RULESET), words, ctypes.c_size_t(size), ctypes.c_uint(0))
     if ruleset < 0:
-        return f"Landlock takes no rules: {os.strerror(ctypes.get_errno())}"
+        return f"Landlock does not accept rules: {os.strerror(ctypes.get_errno())}"
     reading = _LANDLOCK_EXECUTE | _LANDLOCK_READ | _LANDLOCK_LIST
     wanted = [(path, reading | (_LANDLOCK_WRITE if path.startswith("/dev/") else 0)) for path in read]
     for path, rights in [*wanted, *((path, _LANDLOCK_FOLDER) for path in folders)]:
@@ -175,10 +177,10 @@ def landlock(read: Sequence[str], folders: Sequence[str]) -> str | None:
         done = _libc.syscall(ctypes.c_long(_ADD_RULE), ctypes.c_int(ruleset), ctypes.c_int(1), rule, ctypes.c_uint(0))
         os.close(place)
         if done != 0:
-            return f"Landlock does not take {path}: {os.strerror(ctypes.get_errno())}"
+            return f"Landlock does not accept {path}: {os.strerror(ctypes.get_errno())}"
     _check(_libc.prctl(_NO_NEW_PRIVS, 1, 0, 0, 0), "set no-new-privs")
     if _libc.syscall(ctypes.c_long(_RESTRICT_SELF), ctypes.c_int(ruleset), ctypes.c_uint(0)) != 0:
-        return f"Landlock does not hold: {os.strerror(ctypes.get_errno())}"
+        return f"Landlock cannot be enforced: {os.strerror(ctypes.get_errno())}"
     os.close(ruleset)
     return None
 
@@ -194,7 +196,7 @@ def end_with(parent: int, number: int) -> None:
 
 
 def main() -> None:
-    """Becomes the command."""
+    """Entry point: becomes the command."""
     end = sys.argv.index("--")
     options: dict[str, list[str]] = {}
     for name, value in zip(sys.argv[1:end:2], sys.argv[2:end:2], strict=True):
@@ -206,7 +208,7 @@ def main() -> None:
         if "--user" in options:
             user, group = (int(options[name][0]) for name in ("--user", "--group"))
             files = [(path, name) for path, _, name in (one.rpartition("=") for one in options.get("--file", []))]
-            before = os.umask(0o022)  # a machine's worker has 077, and then its user could enter no folder of its root
+            before = os.umask(0o022)  # a worker's umask is 077: the helper's user could not enter folders of its root
             enter_root(options["--root"][0], read, folders[0] if folders else None, files, user)
             os.umask(before)
             limit_capabilities(map(int, options.get("--keep", [])), user, group)
@@ -222,7 +224,7 @@ def main() -> None:
 
 
 def _end(words: str) -> NoReturn:  # host/confined has the same: neither script imports anything of ours
-    """Nothing is started. Our standard error is the log, of which the last line is shown."""
+    """Exit without starting anything. Our standard error is the log, whose last line is reported."""
     os.write(2, f"{words}\n".encode())
     os.execvp("false", ["false"])
 

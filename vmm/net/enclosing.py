@@ -2,7 +2,7 @@
 """How a switch's helpers, which guests talk to, are started: enclosed, behind our system call filter.
 
 Decides what a helper sees of the host: programs and libraries, a name server's address, and a folder of its own. The
-enclosing itself is `enclosed`, which runs as a script. Must not know what the helpers do.
+enclosing itself is done by `enclosed`, which runs as a script. Must not know what the helpers do.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from vmm.host import confined
 from vmm.model import paths
 from vmm.net import enclosed
 
-# Whatever programs and their libraries are made of; none of it is secret.
+# The folders of programs and libraries; they contain no secrets.
 PROGRAM_PLACES = (
     "/usr", "/lib", "/lib32", "/lib64", "/libx32", "/bin", "/sbin", "/nix", "/gnu",
     "/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d", "/etc/ld.so.preload",
     "/dev/null", "/dev/urandom", "/dev/random",
 )  # fmt: skip
-# Without a root of its own a helper follows the host's name servers by itself, wherever their file leads.
+# Without a root of its own, a helper follows the host's name servers by itself, wherever their file is.
 RESOLVER_PLACES = ("/etc", "/run/systemd/resolve", "/run/resolvconf", "/run/NetworkManager", "/run/connman")
-OWN = "/own"  # where a helper with a root of its own sees its folder
+OWN = "/own"  # the path at which a helper with a root of its own sees its folder
 RESOLVER, RESOLVER_NAME = "/etc/resolv.conf", "resolv.conf"
 
 
 def hint_for(said: str) -> str | None:
-    """What helps where this is what a helper said when it did not start."""
+    """What to do about a helper that did not start and printed this."""
     if "cannot be enclosed" not in said or not said.endswith("Operation not permitted"):
         return None
-    return "give this container CAP_SYS_ADMIN, which root needs for it; a user without root needs no capability"
+    return "give this container CAP_SYS_ADMIN, which root needs to enclose it; other users need no capability"
 
 
 @dataclass(frozen=True, slots=True)
 class Enclosure:
-    """A helper's place. `user` None: it runs as we do, in the host's file system. `folder` is the helper's own."""
+    """A helper's place. `user` None: it runs as we do, in the host's file system. `folder` belongs to the helper."""
 
     folder: str
     user: int | None
@@ -49,7 +49,7 @@ class Enclosure:
         return f"{OWN if self.user is not None else self.folder}/{name}"
 
     def make(self) -> None:
-        """The folders. Raises OSError, VmmError."""
+        """Create the folders. Raises OSError, VmmError."""
         if self.user is None:
             paths.make_private(self.folder)
             return
@@ -60,7 +60,7 @@ class Enclosure:
         self.refresh()
 
     def refresh(self) -> None:
-        """Show the helper the host's name servers of now: their file may be another one each time."""
+        """Copy the host's current name servers to the helper; their file may be replaced at any time."""
         if self.user is None:
             return
         with contextlib.suppress(OSError):
@@ -81,7 +81,7 @@ class Enclosure:
         files: Sequence[str] = (),
         read: Sequence[str] = (),
     ) -> list[str]:
-        """The command that starts `words`, whose first is a whole path. The others are as `enclosed` says."""
+        """The command that starts `words`, whose first word is an absolute path. For the options see `enclosed`."""
         script = [sys.executable, "-I", "-S", confined.__file__, "--", sys.executable, "-I", "-S", enclosed.__file__]
         program = os.path.dirname(os.path.dirname(os.path.realpath(words[0])))  # such as /opt/qemu
         places = [*PROGRAM_PLACES, *read, *([program] if not program.startswith(PROGRAM_PLACES) else [])]
@@ -103,7 +103,7 @@ def _unlinked(path: str, flags: int) -> int:
 
 
 def _replace(folder: str, content: bytes) -> None:
-    """Put the file there without following anything that the folder's owner may have put in its way."""
+    """Write the file there without following anything that the folder's owner may have put in its place."""
     place = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         part = f".{RESOLVER_NAME}.{os.getpid()}"

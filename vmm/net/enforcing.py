@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernel enforces of a bridge's ports, as one: nftables' rules and the queues of bandwidth limits.
+"""Everything that the kernel enforces for a bridge's ports: nftables' rules and the queues of bandwidth limits.
 
-Decides the order: a queue is there before frames are led to it, and goes when none are any more. Doing it twice is
-fine, and changes nothing: neither counters, nor what a limit has left (`INV-LIMITS-KEPT`). For one caller at a time.
+Decides the order: a queue exists before frames are led to it, and is removed after the last rule that leads there.
+Idempotent; repeating it resets neither counters nor what is left of a limit (`INV-LIMITS-KEPT`). For one caller at a
+time.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from vmm.net.switch_spec import SwitchSpec
 
 
 def enforce(spec: SwitchSpec, ports: Sequence[GuestPort], *, anew: bool = False) -> None:
-    """Have the rules and limits of these ports, whose taps are there, and no others; `anew` as of `nft.load`.
+    """Enforce the rules and limits of these ports, whose taps exist, and of no others; `anew` as in `nft.load`.
 
     Raises Unsupported, VmmError.
     """
@@ -25,7 +26,7 @@ def enforce(spec: SwitchSpec, ports: Sequence[GuestPort], *, anew: bool = False)
     there = shaping.ensure(spec, limited) if limited else frozenset()
     try:
         nft.load(spec, [port for port in ports if not port.is_shaped or port.interface in there], anew=anew)
-    except errors.VmmError:  # the kernel takes no rules for a tap that went just now
+    except errors.VmmError:  # the kernel rejects rules for a tap that has just disappeared
         if not limited or shaping.ensure(spec, limited) == there:
             raise
         enforce(spec, ports, anew=anew)
@@ -34,7 +35,7 @@ def enforce(spec: SwitchSpec, ports: Sequence[GuestPort], *, anew: bool = False)
 
 
 def end(spec: SwitchSpec) -> None:
-    """Have nothing of the switch's; fine when there is nothing. Raises VmmError."""
+    """Remove everything that is enforced for the switch; succeeds if there is nothing. Raises VmmError."""
     nft.run(nft.removal(spec))
     shaping.drop_others(spec, {})
 

@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The learning switch itself: a frame's first bytes in, the way of the frame out. Pure.
+"""The learning switch itself: takes a frame's first bytes, returns where the frame goes. Pure.
 
-Decides who receives a frame and in which form (IEEE 802.1Q: learning, ageing, flooding, VLAN classification, tagging
-and untagging), and who may send it (address guard, DHCP guard, router guard, storm limit). Must not know sockets,
-clocks or buffers: time is an argument, and frames are moved by `user_switch`.
+Decides which ports receive a frame and in which form (IEEE 802.1Q: learning, ageing, flooding, VLAN classification,
+tagging and untagging), and who may send it (address guard, DHCP guard, router guard, storm limit). Must not know
+sockets, clocks or buffers: time is an argument, and frames are moved by `user_switch`.
 
-A frame's way depends on its port and its first `frames.KEY_BYTES` bytes only, so the mover keeps what
-`decide` answered in `Port.flows` and asks again only for what is not there: one look-up a frame. Every change here
-empties those tables. What depends on more is marked in the decision: `inspect` (a guard must see into it),
-`flooded` (the storm limit counts it, and no sender waits for its receivers).
+Where a frame goes depends only on its port and its first `frames.KEY_BYTES` bytes, so the mover keeps the answers of
+`decide` in `Port.flows` and asks again only for what is missing there: one look-up per frame. Every change here
+empties those tables. Decisions that depend on more are marked: `inspect` (a guard must examine the frame), `flooded`
+(the storm limit counts it, and no sender waits for its receivers).
 
-`INV-SWITCH-MODEL`: `forward` gives what a naive 802.1Q bridge gives, for any sequence of frames.
-`INV-VLAN-ISOLATED`: a frame only reaches ports that are members of its VLAN, and no tag within a tag becomes the
-frame's own on its way (a guest could send into a VLAN it is not a member of).
-`INV-UNTAGGED-ONLY`: no tag passes through an adapter other than a trunk, in either direction, but a priority tag
-(VLAN 0), which is taken off.
+`INV-SWITCH-MODEL`: `forward` returns what a naive 802.1Q bridge would, for any sequence of frames.
+`INV-VLAN-ISOLATED`: a frame reaches only ports that are members of its VLAN, and a tag within a tag never becomes the
+frame's own tag on its way (a guest could send into a VLAN of which it is not a member).
+`INV-UNTAGGED-ONLY`: no tag passes through an adapter other than a trunk, in either direction, except a priority tag
+(VLAN 0), which is removed.
 `INV-NO-REFLECTION`: a frame never returns to the port it came from.
 `INV-TABLE-BOUNDED`: at most MAX_ADDRESSES addresses are known, MAX_PORT_ADDRESSES of one port.
 """
@@ -40,25 +40,25 @@ STORM_BURST_SECONDS = 0.1
 
 
 class Drop(StrEnum):
-    """Why a frame went nowhere; the names of the counters."""
+    """Why a frame was not forwarded; the names of the counters."""
 
     MALFORMED = "malformed"
-    RESERVED = "reserved"  # a group address that stays on one link
+    RESERVED = "reserved"  # a group address that must not leave its link
     VLAN = "vlan"  # its port is not a member of the frame's VLAN
     SPOOFED = "spoofed"
     DHCP = "dhcp-guard"
-    DHCP_FLOOD = "dhcp-flood"  # more questions than the switch's own DHCP server takes; they reach others
+    DHCP_FLOOD = "dhcp-flood"  # more requests than the switch's own DHCP server answers; they still reach other ports
     ROUTER = "router-guard"
     STORM = "storm"
     LINK_DOWN = "link-down"
-    NOWHERE = "nowhere"  # no other port is there, or the destination is on the frame's own port
-    FULL = "full"  # the receiving port does not take its frames
-    LOOPBACK = "host-loopback"  # it would have reached this host's loopback through the gateway; others got it
-    BANDWIDTH = "bandwidth"  # it sent more than its limit for longer than frames are kept; bridges only
+    NOWHERE = "nowhere"  # no other port exists, or the destination is on the frame's own port
+    FULL = "full"  # the receiving port does not accept its frames
+    LOOPBACK = "host-loopback"  # it would have reached this host's loopback through the gateway; other ports got it
+    BANDWIDTH = "bandwidth"  # the port exceeded its limit for longer than frames are queued; bridges only
 
 
 class VlanMode(StrEnum):
-    """How a port is a member of VLANs. VLAN 0 stands for "none": the network of all ports without a VLAN."""
+    """How a port belongs to VLANs. VLAN 0 stands for "none": the network of all ports without a VLAN."""
 
     UNTAGGED = "untagged"
     ACCESS = "access"
@@ -69,7 +69,7 @@ class VlanMode(StrEnum):
 class PortRules:
     """What a port may do. `vlan` is the access VLAN, or a trunk's native one (0: untagged frames have no VLAN)."""
 
-    addresses: frozenset[bytes] = frozenset()  # may send from these; empty: not set, so any
+    addresses: frozenset[bytes] = frozenset()  # may send from these; empty: not set, so from any
     spoofing: bool = False  # may send from any address
     mode: VlanMode = VlanMode.UNTAGGED
     vlan: int = 0
@@ -83,7 +83,7 @@ class PortRules:
 
 @dataclass(slots=True)
 class Counters:
-    """Seen from the guest's side of the port: received from it, transmitted to it."""
+    """From the guest's point of view: received from it, transmitted to it."""
 
     received_frames: int = 0
     received_bytes: int = 0
@@ -93,14 +93,14 @@ class Counters:
 
 
 class Rewrite(NamedTuple):
-    """Another form of a frame: both addresses, then `tag`, then what follows `skip_bytes` of the original."""
+    """Another form of a frame: both addresses, then `tag`, then the rest of the original from `skip_bytes` on."""
 
     skip_bytes: int
     tag: bytes
 
 
 class Output(NamedTuple):
-    """One receiver. `change` is None when it gets the frame as it came."""
+    """One receiver. `change` is None if it gets the frame as it came."""
 
     port: Port
     change: Rewrite | None
@@ -108,14 +108,14 @@ class Output(NamedTuple):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Decision:
-    """The way of a frame. Equal decisions of one engine are the same object until the next change."""
+    """Where a frame goes. Equal decisions of one engine are the same object until the next change."""
 
     outputs: tuple[Output, ...]
     drop: Drop | None = None
     inspect: bool = False
     flooded: bool = False
-    must_be_last: bool = False  # the frame's tag: none may stand behind it
-    asks: bool = False  # it may be a DHCP client's: `Engine.asked` says
+    must_be_last: bool = False  # the frame's tag must not be followed by another one
+    asks: bool = False  # it may come from a DHCP client; `Engine.asked` decides
 
 
 @dataclass(eq=False, slots=True)
@@ -138,21 +138,21 @@ class _Known:
 
 
 class Engine:
-    """One switch. Not thread-safe. `now` is any clock in seconds that never goes back."""
+    """One switch. Not thread-safe. `now` is any monotonic clock, in seconds."""
 
     def __init__(self, *, ageing_seconds: float = AGEING_SECONDS) -> None:
         self.ageing_seconds = ageing_seconds
         self.ports: dict[str, Port] = {}
-        self.way_out: Port | None = None  # where an internal switch's gateway is
+        self.way_out: Port | None = None  # the port of an internal switch's gateway
         self.dhcp: DhcpServer | None = None
-        self.loopback: LoopbackFilter | None = None  # of the way out; None: what is sent there reaches it
+        self.loopback: LoopbackFilter | None = None  # for the way out; None: frames may reach the host's loopback
         self._table: dict[tuple[int, bytes], _Known] = {}
         self._decisions: dict[tuple[object, ...], Decision] = {}
 
     # -- ports --------------------------------------------------------------------------------------------------
 
     def add_port(self, name: str, rules: PortRules) -> Port:
-        """A new port; its name is free and there are fewer than MAX_PORTS."""
+        """Add a port; its name is free and there are fewer than MAX_PORTS."""
         assert name not in self.ports and len(self.ports) < MAX_PORTS
         port = Port(name, rules)
         self.ports[name] = port
@@ -160,7 +160,7 @@ class Engine:
         return port
 
     def set_rules(self, name: str, rules: PortRules) -> None:
-        """Other rules for a port; what was learned on it is forgotten."""
+        """Change the rules of a port; what was learned on it is forgotten."""
         port = self.ports[name]
         port.rules = rules
         rate = rules.storm_frames_per_second
@@ -168,12 +168,12 @@ class Engine:
         self._forget(port)
 
     def set_link(self, name: str, up: bool) -> None:
-        """Take the cable out, or put it back."""
+        """Disconnect the port, or connect it again."""
         self.ports[name].link_up = up
         self._forget(self.ports[name])
 
     def remove_port(self, name: str) -> None:
-        """The port is gone, with what was learned on it."""
+        """Remove a port, and what was learned on it."""
         self._forget(self.ports.pop(name))
 
     def _forget(self, port: Port) -> None:
@@ -189,7 +189,7 @@ class Engine:
     # -- addresses ----------------------------------------------------------------------------------------------
 
     def addresses(self, now: float) -> list[tuple[int, bytes, str, float]]:
-        """(VLAN, address, port, seconds since it was last seen at most) of every known address."""
+        """Every known address, as (VLAN, address, port, seconds since it was last seen at most)."""
         return [
             (vlan, address, known.port.name, now - known.seen)
             for (vlan, address), known in self._table.items()
@@ -197,10 +197,10 @@ class Engine:
         ]
 
     def age(self, now: float) -> None:
-        """Forget what was not seen for the ageing time.
+        """Forget addresses that were not seen for the ageing time.
 
-        All flows are asked for again afterwards, which is how an address in use stays known: call it a few times in
-        an ageing time.
+        All flows are decided again afterwards, which is how an address in use stays known: call this several times per
+        ageing time.
         """
         old = [key for key, known in self._table.items() if now - known.seen > self.ageing_seconds]
         for key in old:
@@ -227,9 +227,9 @@ class Engine:
     # -- frames -------------------------------------------------------------------------------------------------
 
     def decide(self, port: Port, header: bytes, now: float) -> Decision:
-        """The way of a well-formed frame that begins with `header`; its sender is learned.
+        """Where a well-formed frame that begins with `header` goes; its sender is learned.
 
-        `header` has frames.KEY_BYTES bytes at least, or is the whole frame.
+        `header` has at least frames.KEY_BYTES bytes, or is the whole frame.
         """
         if not port.link_up:
             return self._decision((), Drop.LINK_DOWN)
@@ -261,7 +261,7 @@ class Engine:
             return self._decision((), Drop.NOWHERE)
         untags = any(change is not None and not change.tag for _, change in outputs)
         must_be_last = tagged and (untags or rules.mode is not VlanMode.TRUNK)
-        # What the gateway sends to one guest are connections' frames, of which there are many.
+        # The gateway's frames to one guest belong to connections, and there are many of them.
         guarded = rules.dhcp_guard and (port is not self.way_out or frames.is_group(destination))
         inspect = guarded or rules.router_guard or must_be_last
         asks = (
@@ -274,7 +274,7 @@ class Engine:
         return self._decision(tuple(outputs), None, inspect, flooded, must_be_last, asks)
 
     def _mirrored(self, port: Port, outputs: list[Output]) -> list[Output]:
-        """Copies, as the frame came, for the mirror destinations that do not get it anyhow."""
+        """Copies of the frame, as it came, for the mirror destinations that do not get it anyway."""
         receivers = {output.port for output in outputs}
         if not (port.rules.mirror_source or any(one.rules.mirror_source for one in receivers)):
             return []
@@ -300,21 +300,25 @@ class Engine:
         return decision
 
     def set_dhcp(self, server: DhcpServer | None, way_out: str | None) -> None:
-        """Who answers DHCP clients that have no VLAN, and the port of the gateway, which hears nothing of them."""
+        """Set the server that answers DHCP clients without a VLAN, and the gateway's port, which gets none of their
+        messages.
+        """
         self.dhcp = server
         self.way_out = None if way_out is None else self.ports[way_out]
         self._invalidate()
 
     def asked(self, frame: bytes) -> Message | None:
-        """What a DHCP client asks the switch in a frame whose decision has `asks` set; None where it does not.
+        """The request to the switch's DHCP server in a frame whose decision has `asks` set; None if it has none.
 
-        Such a frame reaches everybody that it would reach but the gateway. The answer is `dhcp`'s.
+        Such a frame still reaches all its receivers except the gateway. `dhcp` makes the answer.
         """
         message = dhcp_message.parse(frame)
         return message if message is not None and self.dhcp is not None and self.dhcp.is_for_us(message) else None
 
     def refuses(self, port: Port, decision: Decision, beginning: bytes) -> Drop | None:
-        """What is said to a frame whose decision has `inspect` set, by the port's guards among others."""
+        """Why a frame whose decision has `inspect` set is dropped, by the port's guards or otherwise; None if it is
+        not.
+        """
         if decision.must_be_last and frames.has_two_tags(beginning):
             return Drop.VLAN
         if port.rules.dhcp_guard and frames.is_dhcp_server(beginning):
@@ -324,11 +328,11 @@ class Engine:
         return None
 
     def leads_to_loopback(self, other: Port, beginning: bytes) -> bool:
-        """True for a frame that the port `other` does not get, because it is the way to the host's loopback."""
+        """True for a frame that the port `other` must not get, because it would reach the host's loopback there."""
         return other is self.way_out and self.loopback is not None and self.loopback.refuses(beginning)
 
     def forward(self, name: str, frame: bytes, now: float) -> list[tuple[str, bytes]]:
-        """Everything that happens to one frame: the receivers with what they get. Counts, learns, drops."""
+        """Process one frame completely: the receivers with what they get. Counts, learns, drops."""
         port = self.ports[name]
         port.counters.received_frames += 1
         port.counters.received_bytes += len(frame)
@@ -364,12 +368,12 @@ class Engine:
 
 
 def changed(frame: bytes, change: Rewrite) -> bytes:
-    """The frame in its other form."""
+    """The frame in its changed form."""
     return frame[: frames.ADDRESSES_BYTES] + change.tag + frame[change.skip_bytes :]
 
 
 def _classify(rules: PortRules, vlan: int) -> int | None:
-    """The VLAN of a frame that says `vlan` (0: it says none); None when the port may not send it."""
+    """The VLAN of a frame with the tag `vlan` (0: none); None if the port may not send it."""
     if vlan == 0:
         return rules.vlan
     if rules.mode is VlanMode.TRUNK and vlan in rules.allowed:

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules of other programs' firewalls that stand in a switch's way, and what is to be added to them.
+"""Rules of other programs' firewalls that block a switch, and what must be added to them.
 
-Decides which of the host's rules drop what a switch needs: a chain that forwards nothing (Docker, ufw, firewalld), one
-that lets nothing in to DHCP and names, rules by the name of a card whose packets come in at the bridge from then on.
-Where a chain accepts something by the bridge's name it is taken to be open: what else it asks for is its owner's
-choice. Reads, changes nothing: the owner of a rule has ways of their own to keep it. Must not know our own rules.
+Decides which of the host's rules drop what a switch needs: a chain that forwards nothing (Docker, ufw, firewalld), a
+chain that rejects incoming DHCP and DNS, rules that name a card whose packets arrive at the bridge from then on. A
+chain that accepts anything by the bridge's name is considered open: its other conditions are its owner's choice.
+Reads, changes nothing: each owner has a way of its own to make rules permanent. Must not know our own rules.
 
-`nft -j list ruleset` shows iptables-nft's rules, too; those of iptables-legacy its own command (libnftables-json(5)).
+`nft -j list ruleset` also shows iptables-nft's rules; those of iptables-legacy are read by its own command
+(libnftables-json(5)).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ Chain = tuple[str, str, str]  # family, table, name
 
 @dataclass(frozen=True, slots=True)
 class Obstacle:
-    """What stands in the way, and what helps: commands."""
+    """A rule that blocks the switch, and the commands that help."""
 
     words: str
     remedy: str
@@ -43,16 +44,16 @@ class Obstacle:
 
 @dataclass(frozen=True, slots=True)
 class Ruleset:
-    """What the kernel was given by others: nft's objects, its rules as text by handle, iptables-legacy's lines."""
+    """The rules of other programs: nft's objects, its rules as text by handle, iptables-legacy's lines."""
 
     objects: tuple[Mapping[str, Any], ...] = ()
     texts: Mapping[tuple[Chain, int], str] = field(default_factory=dict)
     legacy: tuple[str, ...] = ()
-    filters_bridges: bool = False  # br_netfilter shows frames between a bridge's ports to chains that forward
+    filters_bridges: bool = False  # br_netfilter passes frames between a bridge's ports to the chains that forward
 
 
 def obstacles(spec: SwitchSpec, rules: Ruleset) -> list[Obstacle]:
-    """What of these rules stands in the switch's way. Pure."""
+    """The rules among these that block the switch. Pure."""
     reader = _Reader(spec, rules)
     found: list[Obstacle] = []
     if (spec.type == "internal" and spec.nat) or rules.filters_bridges:
@@ -65,7 +66,7 @@ def obstacles(spec: SwitchSpec, rules: Ruleset) -> list[Obstacle]:
 
 
 class _Reader:
-    """The rules of others, by chain."""
+    """The rules of other programs, by chain."""
 
     def __init__(self, spec: SwitchSpec, rules: Ruleset) -> None:
         self._spec = spec
@@ -84,7 +85,7 @@ class _Reader:
                     self._rules.setdefault(key, []).append(body)
 
     def closed(self, hook: str) -> Iterator[Obstacle]:
-        """The chains at that hook that drop what no rule of theirs accepts, and know nothing of the bridge."""
+        """The chains at that hook that drop what none of their rules accepts, and have no rule for the bridge."""
         for key, chain in self._chains.items():
             if chain.get("hook") != hook or chain.get("type") != "filter" or key[0] not in ("ip", "inet"):
                 continue
@@ -95,7 +96,7 @@ class _Reader:
                 yield Obstacle(words, self._remedy(key, hook))
 
     def by_card(self) -> Iterator[Obstacle]:
-        """The rules by the name of the card: packets come in and go out at the bridge from then on."""
+        """The rules with the name of the card, whose packets then enter and leave at the bridge."""
         for key, rules in self._rules.items():
             for rule in rules if key[0] in ("ip", "ip6", "inet") else ():
                 if self._spec.uplink in set(_interfaces(rule)):
@@ -104,7 +105,7 @@ class _Reader:
     def _by_card(self, key: Chain, rule: Mapping[str, Any]) -> Obstacle:
         card, bridge = str(self._spec.uplink), self._spec.bridge_name
         text = self._texts.get((key, int(rule.get("handle", 0))), "")
-        words = f"a rule of {' '.join(key)} is about {card}, whose packets are {bridge}'s then"
+        words = f"a rule of {' '.join(key)} matches {card}, whose packets will be {bridge}'s"
         if text:
             words += f" ({text})"
         if _is_iptables(key) or not text:
@@ -122,7 +123,7 @@ class _Reader:
         )
 
     def _knows_bridge(self, key: Chain, seen: frozenset[Chain] = frozenset()) -> bool:
-        """True when a rule that is reached from the chain accepts something by the bridge's name."""
+        """True if a rule that is reached from the chain accepts something by the bridge's name."""
         for rule in self._rules.get(key, ()):
             ours = any(fnmatchcase(self._spec.bridge_name, name) for name in _interfaces(rule))
             if ours and _verdicts(rule) & {"accept", "jump", "goto"}:
@@ -175,7 +176,7 @@ def _targets(rule: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _interfaces(rule: Mapping[str, Any]) -> Iterator[str]:
-    """The names of interfaces, or patterns, that a rule asks for; not those that it excludes."""
+    """The names of interfaces, or patterns, that a rule matches; not those that it excludes."""
     for one in _expressions(rule):
         match = one.get("match", {})
         key = match.get("left", {}).get("meta", {}).get("key") if isinstance(match.get("left"), dict) else None
@@ -186,7 +187,7 @@ def _interfaces(rule: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _legacy(spec: SwitchSpec, rules: Ruleset) -> Iterator[Obstacle]:
-    """The same of iptables-legacy, whose rules nft does not show."""
+    """The same for iptables-legacy, whose rules nft does not show."""
     bridge, command = spec.bridge_name, "iptables-legacy"
     wanted = ["INPUT"] if spec.type == "internal" else []
     if (spec.type == "internal" and spec.nat) or rules.filters_bridges:
@@ -201,7 +202,7 @@ def _legacy(spec: SwitchSpec, rules: Ruleset) -> Iterator[Obstacle]:
             words_of_line = line.split()
             if spec.uplink in words_of_line:
                 same = " ".join(bridge if word == spec.uplink else word for word in words_of_line)
-                words = f"a rule of {command} is about {spec.uplink}, whose packets are {bridge}'s then ({line})"
+                words = f"a rule of {command} matches {spec.uplink}, whose packets will be {bridge}'s ({line})"
                 yield Obstacle(words, f"{command} {same}")
 
 
@@ -209,7 +210,7 @@ def _legacy(spec: SwitchSpec, rules: Ruleset) -> Iterator[Obstacle]:
 
 
 def present() -> Ruleset:
-    """What this host has; what cannot be read is taken not to be there."""
+    """The rules of this host; what cannot be read counts as absent."""
     try:
         objects = json.loads(_said("nft", "-j", "list", "ruleset") or "{}").get("nftables", [])
     except ValueError:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this host forwards because of a switch with NAT.
+"""What this host forwards for a switch with NAT.
 
-Decides that packets may come in at any interface, also at one that is made later: guests reach whatever the host's
-routes lead to by then, without being watched. And that the host becomes no router between others by that: what
-neither comes from a bridge nor goes to one is forwarded only where it was before, or once an administrator switches
-`ip_forward` on (`Guard`). The kernel asks the interface at which a packet comes in (`conf/NAME/forwarding`).
+Decides that packets may arrive at any interface, including one that is created later: guests reach whatever the host's
+routes lead to at that time, without any process watching. It also keeps the host from becoming a router between other
+networks: a packet that neither comes from a bridge nor goes to one is forwarded only if it was before, or once an
+administrator sets `ip_forward` (`Guard`). The kernel asks the interface at which a packet arrives
+(`conf/NAME/forwarding`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _ONE = re.compile(r"net/ipv4/conf/[^/]+/forwarding")
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """Which interfaces forwarded before any switch. `is_needed`: the host is not set to forward everything."""
+    """The interfaces that forwarded before any switch. `is_needed`: the host is not set to forward everything."""
 
     is_needed: bool = True
     forwarded: tuple[str, ...] = ()
@@ -34,20 +35,22 @@ def _names() -> list[str]:
 
 
 def begin(folder: str, holder: str) -> None:
-    """Let packets come in anywhere; undone by `end`, also when this was killed half way."""
+    """Accept packets for forwarding at every interface. `end` undoes this, even if this was killed half-way."""
     done: set[str] = set()
-    while names := [name for name in ("default", *_names()) if name not in done]:  # one may have come just before
+    while names := [name for name in ("default", *_names()) if name not in done]:  # more may have appeared meanwhile
         settings.hold_all(folder, {_setting(name): "1" for name in names}, holder)
         done |= set(names)
 
 
 def end(folder: str, holder: str) -> None:
-    """As before `begin`, unless another program wants it so."""
+    """Restore the state before `begin`, unless another program wants it otherwise."""
     settings.release_all(folder, holder, lambda name: _ONE.fullmatch(name) is not None)
 
 
 def guard(folder: str) -> Guard:
-    """What others are kept from now. Where nothing was switched on yet, what forwards now forwarded before."""
+    """The restriction for other networks from now on. If forwarding was not enabled yet, interfaces that forward now
+    did so before.
+    """
     if settings.value(_setting("all")) == "1":
         return Guard(is_needed=False)
     began = settings.before(folder, _setting("default")) is not None

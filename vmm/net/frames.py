@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands where in an Ethernet frame, and which frames the guards look for. Pure.
+"""The fields of an Ethernet frame, and the frames that the guards look for. Pure.
 
-Decides how addresses and VLAN tags are spelled (IEEE 802.3, 802.1Q), how short and how long a frame may be, which
-group addresses no bridge forwards (802.1Q table 8-1), and what a DHCP server's and a router's messages look like
+Decides how addresses and VLAN tags are encoded (IEEE 802.3, 802.1Q), how short and how long a frame may be, which
+group addresses no bridge forwards (802.1Q table 8-1), and what messages of a DHCP server and of a router look like
 (RFC 2131, 8415, 4861, 1256). Must not know ports, VLAN membership or policies.
 
     0        6        12         14          18
     | dst    | src    | type     | payload           untagged
     | dst    | src    | 0x8100   | TCI | type | ...  tagged; TCI = priority 3 bits, DEI 1, VLAN 12
 
-`INV-FRAME-BOUNDED`: every function takes any bytes, reads within them, and walks at most MAX_EXTENSION_HEADERS.
+`INV-FRAME-BOUNDED`: every function accepts any bytes, reads only within them, and follows at most
+MAX_EXTENSION_HEADERS.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ from typing import NamedTuple
 MAC_BYTES = 6
 HEADER_BYTES = 14
 TAG_BYTES = 4
-ADDRESSES_BYTES = 12  # both addresses: where a tag goes
-KEY_BYTES = 16  # all that the way of a frame depends on, unless a guard looks deeper: addresses, type, TCI
-MAX_MTU_BYTES = 9216  # jumbo frames as switches have them
+ADDRESSES_BYTES = 12  # both addresses; a tag follows them
+KEY_BYTES = 16  # everything that a frame's way depends on, unless a guard examines more: addresses, type, TCI
+MAX_MTU_BYTES = 9216  # jumbo frames, as in other switches
 MAX_FRAME_BYTES = MAX_MTU_BYTES + HEADER_BYTES + TAG_BYTES
-INSPECT_BYTES = 256  # how much of a frame a guard is shown
-MAX_EXTENSION_HEADERS = 8  # a chain longer than that is taken for an attempt to hide what follows
-MAX_WRAPPERS = 8  # tags and SNAP headers; the same goes for them
+INSPECT_BYTES = 256  # of a frame, for a guard
+MAX_EXTENSION_HEADERS = 8  # a longer chain counts as an attempt to hide what follows
+MAX_WRAPPERS = 8  # tags and SNAP headers; the same applies to them
 MAX_VLAN = 4094
 TPID = b"\x81\x00"
-_FOREIGN_TPIDS = (b"\x88\xa8", b"\x91\x00")  # 802.1ad's, and the one from before it: no tags of this switch
+_FOREIGN_TPIDS = (b"\x88\xa8", b"\x91\x00")  # 802.1ad's tag and its predecessor: not tags of this switch
 _TPIDS = (TPID, *_FOREIGN_TPIDS)
 _SNAP = (b"\xaa\xaa\x03\x00\x00\x00", b"\xaa\xaa\x03\x00\x00\xf8")  # RFC 1042, 802.1H
-_MIN_TYPE = 0x0600  # what is less is a length
+_MIN_TYPE = 0x0600  # a smaller value is a length
 BROADCAST = b"\xff" * MAC_BYTES
 _RESERVED_PREFIX = b"\x01\x80\xc2\x00\x00"
 _MAC = re.compile(r"[0-9a-f]{2}([:-]?)(?:[0-9a-f]{2}\1){4}[0-9a-f]{2}", re.IGNORECASE)
@@ -45,7 +46,7 @@ _UDP_HEADER_BYTES = 8
 _ROUTER_ICMP = (5, 9)  # redirect, router advertisement
 _ROUTER_ICMPV6 = (134, 137)  # router advertisement, redirect
 _FRAGMENT = 44
-_WITHIN_HEADERS = 1  # a fragment's offset, in 8 bytes, at which it would say anew what the first one said (RFC 1858)
+_WITHIN_HEADERS = 1  # offset in units of 8 bytes of a fragment that would replace headers of the first one (RFC 1858)
 _EXTENSIONS = (0, 43, 60, 135, 139, 140)  # headers of the form: next, length in 8 bytes minus one
 _AUTHENTICATION = 51  # its length is in 4 bytes minus two
 
@@ -68,22 +69,24 @@ def is_group(address: bytes) -> bool:
 
 
 def is_reserved(address: bytes) -> bool:
-    """True for the group addresses that stay on one link (spanning tree, pause, LLDP): no bridge forwards them."""
+    """True for the group addresses that must not leave their link (spanning tree, pause, LLDP): no bridge forwards
+    them.
+    """
     return address[:5] == _RESERVED_PREFIX and address[5] <= 0x0F
 
 
 def has_tag(header: bytes) -> bool:
-    """True when the frame carries an 802.1Q tag."""
+    """True if the frame has an 802.1Q tag."""
     return header[12:14] == TPID
 
 
 def has_foreign_tag(header: bytes) -> bool:
-    """True when the frame begins with a tag that is none of this switch's, such as a provider's (802.1ad)."""
+    """True if the frame begins with a tag that this switch does not use, such as a provider's (802.1ad)."""
     return header[12:14] in _FOREIGN_TPIDS
 
 
 def has_two_tags(beginning: bytes) -> bool:
-    """True when another tag would be first once the frame's own is taken off."""
+    """True if another tag would come first once the frame's own is removed."""
     return has_tag(beginning) and beginning[16:18] in _TPIDS
 
 
@@ -99,7 +102,7 @@ def tag(vlan: int, priority: int = 0) -> bytes:
 
 
 def is_malformed(header: bytes, size_bytes: int) -> bool:
-    """True for anything but a whole Ethernet frame: too short, too long, or from a group address."""
+    """True for anything but a complete Ethernet frame: too short, too long, or from a group address."""
     if size_bytes < HEADER_BYTES or size_bytes > MAX_FRAME_BYTES:
         return True
     if is_group(header[6:12]):
@@ -108,10 +111,10 @@ def is_malformed(header: bytes, size_bytes: int) -> bool:
 
 
 def is_dhcp_server(frame: bytes) -> bool:
-    """True for what a DHCP server sends, version 4 or 6, and for what hides whether it is that (RFC 7610).
+    """True for messages of a DHCP server, version 4 or 6, and for frames that hide whether they are one (RFC 7610).
 
-    A server may answer from any port (RFC 2131 says only where to), so what goes to clients counts; and what goes to
-    relays, where servers and clients send to the same port, by the kind of message.
+    A server may answer from any port (RFC 2131 specifies only the destination), so messages to clients are judged by
+    their destination; those to relays, where servers and clients send to the same port, by the kind of message.
     """
     found = _transport(frame)
     if found is None:
@@ -131,7 +134,7 @@ def is_dhcp_server(frame: bytes) -> bool:
 
 
 def is_router(frame: bytes) -> bool:
-    """True for router advertisements and redirects, and for what hides whether it is one (RFC 7113)."""
+    """True for router advertisements and redirects, and for frames that hide whether they are one (RFC 7113)."""
     found = _transport(frame)
     if found is None:
         return True
@@ -145,14 +148,14 @@ class _Transport(NamedTuple):
     protocol: int
     payload: bytes
     is_first_of_several: bool = False
-    is_cut: bool = False  # the frame goes on behind what is shown of it
+    is_cut: bool = False  # the frame continues after the part that is shown
 
 
 _NOTHING = _Transport(-1, b"")
 
 
 def _transport(frame: bytes) -> _Transport | None:
-    """What an IP packet carries; None where its headers hide that."""
+    """What an IP packet carries; None if its headers hide that."""
     found = _unwrapped(frame)
     if found is None:
         return None
@@ -169,9 +172,9 @@ def _transport(frame: bytes) -> _Transport | None:
 
 
 def _unwrapped(frame: bytes) -> tuple[bytes, bytes] | None:
-    """(type, packet) behind all tags and SNAP headers, which receivers take off too (CVE-2021-27853, -27854, -27862).
+    """(type, packet) after all tags and SNAP headers, which receivers remove too (CVE-2021-27853, -27854, -27862).
 
-    None for too many of them.
+    None if there are too many of them.
     """
     at = ADDRESSES_BYTES
     for _ in range(MAX_WRAPPERS + 1):

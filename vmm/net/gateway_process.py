@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A gateway's helper as a process: how it is kept alive, and who starts it.
+"""A gateway's helper as a process: which process starts it, and how it is kept running.
 
-Decides that it ends with the switch (PR_SET_PDEATHSIG), is started again when it ends by itself, and that a switch of
-root has no rights to start it as another user, in a root of its own: it gives them away before it sees a frame, and a
-process that was forked off before does nothing but that. What it starts follows from a setup that is checked there, so
-that a switch that was taken over cannot have anything else started.
+Decides that it ends with the switch (PR_SET_PDEATHSIG) and is started again when it ends by itself. A switch of root
+has no privileges to start it as another user, in a root of its own: it drops them before it receives any frame, and a
+process that was forked before does nothing but start the helper. That process derives what it starts from a setup that
+it checks itself, so a compromised switch cannot make it start anything else.
 
     switch ── {"do": "start", "setup": {...}} / "pid" / "stop" ──> starter ──> confined, enclosed ──> QEMU
 """
@@ -30,36 +30,36 @@ from vmm.net.gateway import QEMU, GatewaySetup, command, problem_of
 FOLDER_NAME, PEER_NAME, ADDRESS_NAME, LOG_NAME = "gateway", "gate.sock", "port.sock", "gateway.log"
 _ROOT_NAME = "gateway-root"
 _AGAIN_SECONDS, _MAX_AGAIN_SECONDS = 2.0, 60.0  # between two starts: doubled each time
-_STEADY_SECONDS = 30.0  # one that ran for so long starts well
+_STEADY_SECONDS = 30.0  # a helper that ran for this long counts as healthy
 _STOP_SECONDS = 2.0
 _REFRESH_SECONDS = 1.0
-_ANSWER_SECONDS = 10.0  # of the starter: no frame is moved meanwhile
+_ANSWER_SECONDS = 10.0  # of the starter: no frames are moved meanwhile
 _MAX_BYTES = 64 << 10
 _SAID_BYTES = 2000
 _CAP_NET_BIND_SERVICE, _FIRST_FREE_PORT = 10, 1024
-# What a switch of root's keeps: guests' folders and sockets belong to the guests' users.
+# The capabilities that a root switch keeps: guests' folders and sockets belong to the guests' users.
 KEPT_CAPABILITIES = (0, 1, 3)  # CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_FOWNER
 
 
 def capabilities_for(setup: GatewaySetup) -> tuple[int, ...]:
-    """What root's helper needs: nothing, but where a low port of the host is forwarded."""
+    """The capabilities that root's helper needs: none, unless a low port of the host is forwarded."""
     ports = [int(one.partition("-")[0].rpartition(":")[2]) for one in setup.forwards]
     return (_CAP_NET_BIND_SERVICE,) if any(port < _FIRST_FREE_PORT for port in ports) else ()
 
 
 class Starter(Protocol):
-    """Starts the helper of one switch. `is_lost`: it can start nothing any more."""
+    """Starts the helper of one switch. `is_lost`: it cannot start anything any more."""
 
     is_lost: bool
 
     def start(self, setup: GatewaySetup) -> None:
-        """Start it; it does not run. Raises VmmError."""
+        """Start the helper, which does not run. Raises VmmError."""
 
     def pid(self) -> int | None:
-        """Its number while it runs."""
+        """Its pid while it runs."""
 
     def stop(self) -> None:
-        """End it; fine when it does not run."""
+        """End it; succeeds if it does not run."""
 
 
 def owner_of(folder: str) -> int | None:
@@ -68,7 +68,7 @@ def owner_of(folder: str) -> int | None:
 
 
 class Gateway:
-    """The helper of one switch; its sockets lie in a folder of its own in the switch's."""
+    """The helper of one switch; its sockets are in a folder of its own inside the switch's."""
 
     def __init__(self, setup: GatewaySetup, folder: str, starter: Starter) -> None:
         self.setup = setup
@@ -83,7 +83,7 @@ class Gateway:
         self._again_seconds = _AGAIN_SECONDS
 
     def start(self) -> None:
-        """Start the helper. Raises Unsupported where QEMU is not installed."""
+        """Start the helper. Raises Unsupported if QEMU is not installed."""
         self._started_at = time.monotonic()
         self._refusal = ""
         try:
@@ -93,9 +93,9 @@ class Gateway:
             raise
 
     def keep_alive(self, connected: bool) -> None:
-        """Start it again if it ended: after a few seconds, and less often each time that it ends soon.
+        """Start it again if it ended: after a few seconds, with a longer pause each time that it ends soon.
 
-        While it does not run there is a note for the machines on the switch. `connected`: it takes frames.
+        While it does not run there is a note for the machines on the switch. `connected`: it accepts frames.
         """
         age = time.monotonic() - self._started_at
         if age > self._again_seconds:
@@ -113,14 +113,14 @@ class Gateway:
         return records.read_tail(self._log, _SAID_BYTES)
 
     def status(self, connected: bool) -> dict[str, Any]:
-        """Whether it runs, and takes frames; and what it said when it does not run."""
+        """Whether it runs and accepts frames, and its last message if it does not run."""
         pid = self._starter.pid()
         said = (self._refusal or self._said()) if pid is None else ""
         state = {"pid": pid, "running": pid is not None, "ready": pid is not None and connected, "said": said}
         return {**state, **self.setup.to_document()}
 
     def stop(self) -> None:
-        """End the helper and take its socket away."""
+        """End the helper and remove its socket."""
         self._starter.stop()
         gateway_note.remove(self._folder)
         with contextlib.suppress(OSError):
@@ -128,7 +128,7 @@ class Gateway:
 
 
 class LocalStarter:
-    """Starts it from this process."""
+    """Starts the helper from this process."""
 
     is_lost = False
 
@@ -141,10 +141,10 @@ class LocalStarter:
         return Enclosure(folder, owner_of(self._folder), os.path.join(self._folder, _ROOT_NAME))
 
     def start(self, setup: GatewaySetup) -> None:
-        """As `Starter.start`. Raises Unsupported where QEMU is not installed."""
+        """As `Starter.start`. Raises Unsupported if QEMU is not installed."""
         place = self._place()
         try:
-            place.make()  # first: where the helper does not start now, the switch has its port there all the same
+            place.make()  # first: even if the helper cannot start now, the switch needs the folder for its port
             program = shutil.which(QEMU)
             if program is None:
                 raise errors.Unsupported(f"{QEMU} is not installed", hint="apt-get install qemu-system-x86")
@@ -167,7 +167,7 @@ class LocalStarter:
         return None if self._process is None or self._process.poll() is not None else self._process.pid
 
     def refresh(self) -> None:
-        """Show it the host's name servers of now."""
+        """Copy the host's current name servers to the helper."""
         if self.pid() is not None:
             self._place().refresh()
 
@@ -183,10 +183,10 @@ class LocalStarter:
 
 
 class ForkedStarter:
-    """Has it started by another process. Of root alone; nothing else may run in this process yet."""
+    """Starts the helper through another process. For root only; nothing else may run in this process yet."""
 
     def __init__(self, folder: str, closed: tuple[int, ...]) -> None:
-        """`closed`: our descriptors that the other process is not to keep open."""
+        """`closed`: our descriptors that the other process must close."""
         self.is_lost = False
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         parent = os.getpid()
@@ -199,7 +199,7 @@ class ForkedStarter:
                 enclosed.end_with(parent, signal.SIGKILL)
                 _serve(theirs, LocalStarter(folder))
             finally:
-                os.kill(os.getpid(), signal.SIGKILL)  # whatever happened, nothing of the switch goes on here
+                os.kill(os.getpid(), signal.SIGKILL)  # whatever happened, the switch's own code must not run here
         theirs.close()
         self._channel.settimeout(_ANSWER_SECONDS)
 
@@ -210,8 +210,8 @@ class ForkedStarter:
             self._channel.send(json.dumps({"do": what, **more}).encode())
             answer = json.loads(self._channel.recv(_MAX_BYTES))
         except (OSError, ValueError) as error:
-            self.is_lost = True  # a late answer would be taken for that of the next question
-            raise errors.VmmError("the process that starts the gateway has ended, or does not answer") from error
+            self.is_lost = True  # a late answer would be taken for the answer to the next request
+            raise errors.VmmError("the process that starts the gateway has ended or does not answer") from error
         if "error" in answer:
             raise errors.from_document(answer["error"])
         return answer["result"]
@@ -235,7 +235,7 @@ class ForkedStarter:
 
 
 def _serve(channel: socket.socket, starter: LocalStarter) -> None:
-    """Do what the switch asks for, until it is gone."""
+    """Carry out the switch's requests until it is gone."""
     channel.settimeout(_REFRESH_SECONDS)
     while True:
         try:

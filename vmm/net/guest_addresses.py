@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The addresses that an internal switch gives to guests, as a person sets them. Pure.
+"""The addresses that an internal switch assigns to guests, as the user sets them. Pure.
 
-Decides which range can be given out, and which address may be fixed for an adapter: one of the network's that is
-not in use, on both back ends.
+Decides which range can be assigned, and which address may be fixed for an adapter: one in the network that is not in
+use. The same on both back ends.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from vmm.net.switch_spec import SwitchSpec
 def with_fixed(
     spec: SwitchSpec, mac: str, address: str, name: str | None, held: Iterable[Mapping[str, Any]], now: float
 ) -> SwitchSpec:
-    """The switch with this address for this MAC, instead of one that it may have had. `held`: what `read` found.
+    """The switch with this fixed address for this MAC, replacing an earlier one. `held`: the result of
+    `lease_file.read`.
 
     Raises InvalidSpec for an address that no guest on its network may have, InUse for one that another adapter has.
     """
     rest = [one for one in spec.leases if one.mac != mac]
     if spec.type != "internal":
-        raise errors.InvalidSpec(f"switch {spec.name!r} is {spec.type}: only an internal one gives out addresses")
+        raise errors.InvalidSpec(f"switch {spec.name!r} is {spec.type}: only an internal one assigns addresses")
     if not spec.dhcp:
-        raise errors.InvalidSpec(f"switch {spec.name!r} gives out no addresses: it was made with --no-dhcp")
+        raise errors.InvalidSpec(f"switch {spec.name!r} assigns no addresses: it was created with --no-dhcp")
     refuse(spec, address)
     for one in rest:
         if ipaddress.IPv4Address(one.address) == ipaddress.IPv4Address(address):
@@ -36,7 +37,7 @@ def with_fixed(
         if lease["address"] == address and lease["mac"] != mac and lease["expires"] > now:
             minutes = -(-int(lease["expires"] - now) // 60)
             raise errors.InUse(
-                f"{lease['name'] or lease['mac']} has {address} now, for another {minutes} minutes at least",
+                f"{lease['name'] or lease['mac']} now has {address}, for at least another {minutes} minutes",
                 hint=f"choose an address outside of {spec.dhcp_range[0]} to {spec.dhcp_range[1]}",
             )
     leases = [*(one.model_dump() for one in rest), {"mac": mac, "address": address, "name": name}]
@@ -44,14 +45,14 @@ def with_fixed(
 
 
 def refuse(spec: SwitchSpec, address: str) -> None:
-    """Raise InvalidSpec for what no guest on the internal switch may be given."""
+    """Raise InvalidSpec for an address that no guest on the internal switch may have."""
     try:
         wanted = ipaddress.IPv4Address(address)
     except ValueError as error:
         raise errors.InvalidSpec(f"{address!r} is not an IPv4 address") from error
     network = spec.network
     if wanted not in network:
-        raise errors.InvalidSpec(f"{address} does not lie in {network}, the network of switch {spec.name!r}")
+        raise errors.InvalidSpec(f"{address} is not in {network}, the network of switch {spec.name!r}")
     if wanted == network.network_address:
         raise errors.InvalidSpec(f"{address} is the network's own address, which no guest can have")
     if wanted == network.broadcast_address:
@@ -59,7 +60,7 @@ def refuse(spec: SwitchSpec, address: str) -> None:
     if wanted == spec.interface.ip:
         raise errors.InvalidSpec(f"{address} is this host's own address on switch {spec.name!r}")
     if spec.capabilities.gateway and str(wanted) == spec.gateway().name_server:
-        raise errors.InvalidSpec(f"{address} is the name server's on switch {spec.name!r}")
+        raise errors.InvalidSpec(f"{address} is the address of the name server on switch {spec.name!r}")
 
 
 def without_fixed(spec: SwitchSpec, mac: str, adapter: str) -> SwitchSpec:
@@ -71,7 +72,8 @@ def without_fixed(spec: SwitchSpec, mac: str, adapter: str) -> SwitchSpec:
 
 
 def refuse_network(spec: SwitchSpec) -> None:
-    """Raise InvalidSpec for a new internal switch whose network guests cannot use, or whose forwards leave it.
+    """Raise InvalidSpec for a new internal switch whose network guests cannot use, or whose forwarded ports lead out
+    of the network.
 
     Existing switches keep what they have: they must still be found, shown and deleted.
     """
@@ -89,19 +91,19 @@ def refuse_network(spec: SwitchSpec) -> None:
                 hint="choose a private network, such as --address 10.77.0.1/24",
             )
     for forward in spec.forwards:
-        if guest := forward.rpartition("-")[2].partition(":")[0]:  # without one it is the gateway's first
+        if guest := forward.rpartition("-")[2].partition(":")[0]:  # without an address it is the gateway's first one
             refuse(spec, guest)
 
 
 def refuse_range(spec: SwitchSpec) -> None:
-    """Raise InvalidSpec where the internal switch has no address to give out, or one that no guest can have."""
+    """Raise InvalidSpec if the internal switch has no address to assign, or one that no guest can have."""
     if not spec.dhcp:
         return
     first, last = spec.dhcp_range
     network = spec.network
     for one, whose in ((network.network_address, "the network's own"), (network.broadcast_address, "the broadcast")):
         if first <= one <= last:
-            raise errors.InvalidSpec(f"the DHCP range {first} to {last} holds {one}, {whose} address")
+            raise errors.InvalidSpec(f"the DHCP range {first} to {last} contains {one}, {whose} address")
     ours = {spec.interface.ip}
     if spec.capabilities.gateway:
         ours.add(ipaddress.IPv4Address(spec.gateway().name_server))

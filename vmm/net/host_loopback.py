@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What guests may send to the gateway of a `user` switch, so that they do not reach this host's loopback. Pure.
+"""What guests may send to the gateway of a `user` switch without reaching this host's loopback. Pure.
 
-Decides by a frame's bytes. libslirp leads what goes to the gateway's own address, and to 255.255.255.255, to 127.0.0.1
-of the host, connects to any other address as it stands, 127.0.0.0/8 and 0.0.0.0 among them, and takes frames whatever
-their Ethernet address; programs that listen on 127.0.0.1 alone trust every client that reaches them. What has to
-pass: echo requests, which it answers itself; questions to the name server; and a guest's side of connections that came
-in through a forwarded port, since those seem to come from the gateway. Must not know ports of the switch.
+Decides by a frame's bytes. libslirp sends traffic for the gateway's own address, and for 255.255.255.255, to 127.0.0.1
+of the host; it connects to any other address as it is, including 127.0.0.0/8 and 0.0.0.0, and accepts frames whatever
+their Ethernet address. Programs that listen only on 127.0.0.1 trust every client that reaches them. The following must
+pass: echo requests, which it answers itself; requests to the name server; and a guest's side of connections that came
+in through a forwarded port, because those seem to come from the gateway. Must not know ports of the switch.
 
-`INV-HOST-LOOPBACK`: what passes begins no connection, and sends no datagram, to an address of the host's loopback; but
-answers from a forwarded UDP port.
+`INV-HOST-LOOPBACK`: what passes opens no connection, and sends no datagram, to an address of the host's loopback,
+except answers from a forwarded UDP port.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _LOOPBACK, _THIS_HOST, _EVERYBODY = 127, 0, b"\xff" * 4
 
 
 class LoopbackFilter:
-    """The judge of one gateway."""
+    """The filter of one gateway."""
 
     def __init__(self, setup: GatewaySetup) -> None:
         self._network = ipaddress.IPv4Network(setup.network)
@@ -51,14 +51,14 @@ class LoopbackFilter:
         return not self._may_pass(packet, target)
 
     def _may_pass(self, packet: bytes, target: bytes) -> bool:
-        """True for what the gateway is there for, to an address of the network's own."""
+        """True for permitted traffic to an address of the gateway's own network."""
         protocol, payload = packet[9], packet[(packet[0] & 0x0F) * 4 :]
         if target not in (self._host, self._name_server):
-            return False  # a guest's: it was flooded because no port was known for that address
+            return False  # a guest's address: the frame was flooded because no port was known for it
         if protocol == _ICMP:
             return True
         if int.from_bytes(packet[6:8], "big") & 0x3FFF or len(payload) < 8:
-            return False  # fragments say only together what they are
+            return False  # only all fragments together say what they are
         source, destination = (int.from_bytes(payload[at : at + 2], "big") for at in (0, 2))
         if target == self._name_server and destination == _DNS_PORT and protocol in (_TCP, _UDP):
             return True

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What there is of one switch on the running host: its process or its bridge, and the ports on it.
+"""One switch on the running host: its process or its bridge, and its ports.
 
-Decides which back end a switch has, and that all of it follows from the switch's file at any time
+Decides which back end a switch has, and that everything on the host follows from the switch's file at any time
 (`HostSide.ensure`). What the back ends do is decided in `backends` and `bridge_backend`. Must not know machines, nor
-how switches are made and deleted: that is `switches`.
+how switches are created and deleted: that is `switches`.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from vmm.net.switch_spec import SwitchSpec
 
 @dataclass(frozen=True, slots=True)
 class HostSide:
-    """What there is of a switch on the running host."""
+    """One switch on the running host."""
 
     spec: SwitchSpec
 
     @property
     def backend(self) -> Backend:
-        """Its back end: chosen here and nowhere else."""
+        """Its back end, chosen only here."""
         return self.bridge if self.spec.capabilities.in_kernel else UserBackend(self.spec, self.user)
 
     @property
     def user(self) -> SwitchProcess:
-        """Its process; of the user back end."""
+        """Its process; user back end only."""
         return SwitchProcess.of(self.spec.id, self.spec.name)
 
     @property
     def bridge(self) -> BridgeBackend:
-        """Its bridge; of the bridge back end."""
+        """Its bridge; bridge back end only."""
         return BridgeBackend(self.spec, self.folder)
 
     @property
@@ -47,21 +47,21 @@ class HostSide:
 
     @property
     def lease_path(self) -> str:
-        """Where the leases of an internal switch are kept."""
+        """The file with the leases of an internal switch."""
         return paths.switch_leases(self.spec.id)
 
     def ensure(self) -> None:
-        """Have the switch on this host now: rules, bridge and addresses, or its process. Doing it twice is fine."""
+        """Make the switch run on this host: rules, bridge and addresses, or its process. Idempotent."""
         self.backend.ensure()
 
     def remove(self, *, give_up: bool = False) -> list[str]:
-        """Put the host back, end the process; what could not be put back, as `Applying.undo`."""
+        """Restore the host and end the process; returns what could not be restored, as `Applying.undo`."""
         return self.backend.remove(give_up=give_up)
 
     def mtu_bytes(self) -> int | None:
-        """The most bytes of a frame behind its header: what was set, but no more than the card's; else Ethernet's.
+        """The MTU in bytes: what was set, but at most the card's; by default Ethernet's.
 
-        None on the user back end where nothing was set: it carries whatever guests choose, up to 9216.
+        None on the user back end if nothing was set: it carries whatever guests choose, up to 9216.
         """
         return self.backend.mtu_bytes()
 
@@ -70,8 +70,8 @@ class HostSide:
         return [one for one in self.port_status(with_drops=False) if one["name"] != PORT_NAME]
 
     def port_status(self, *, with_drops: bool = True) -> list[dict[str, Any]]:
-        """What is plugged where, with counters, in one form for both back ends.
+        """All ports with counters, in the same form for both back ends.
 
-        Without the drops of a bridge's ports it is cheap.
+        Cheap without the drops of a bridge's ports.
         """
         return self.backend.port_status(with_drops=with_drops)

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernel's IPv6 settings of a switch's interfaces: what of IPv6 the host does on a bridge, and never on a tap.
+"""The kernel's IPv6 settings of a switch's interfaces: the host's IPv6 on a bridge, and none on a tap.
 
-Decides that the host has no IPv6 on the bridge of a switch that has no IPv6 network, and takes no router's word there:
-a guest's advertisement would become the host's default route (as in CVE-2020-13401). On the bridge of an external
-switch, where the host's own adapter is, IPv6 is set as it was on its card. Names and meanings: the kernel's
-Documentation/networking/ip-sysctl.rst.
+Decides that the host has no IPv6 on the bridge of a switch without an IPv6 network, and accepts no router
+advertisements there: a guest's advertisement would become the host's default route (as in CVE-2020-13401). On the
+bridge of an external switch, where the host's own adapter is, IPv6 is set as it was on its card. Names and meanings:
+the kernel's Documentation/networking/ip-sysctl.rst.
 
-`INV-NO-GUEST-ROUTER`: no frame of a guest gives the host an address or a route by way of a bridge of ours that is not
-the host's own adapter, even where IPv6 is switched on for all interfaces.
+`INV-NO-GUEST-ROUTER`: no frame of a guest gives the host an address or a route through a bridge of ours that is not
+the host's own adapter, even if IPv6 is enabled for all interfaces.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from __future__ import annotations
 from vmm.net import settings
 
 NONE = (("accept_ra", "0"), ("autoconf", "0"), ("accept_redirects", "0"), ("disable_ipv6", "1"))  # of a bridge
-# What a card may have that decides how its host is found in IPv6. What follows from the link, such as its MTU, is not
-# among them, nor what only root may read.
+# The settings of a card that decide how its host is found in IPv6. Settings that follow from the link, such as its
+# MTU, are not among them, nor those that only root may read.
 _OF_A_CARD = (
     "forwarding",
     "accept_ra",
@@ -47,7 +47,7 @@ _OF_A_CARD = (
 
 
 def of_card(name: str) -> tuple[tuple[str, str], ...]:
-    """(setting, value) of everything in which a card is not as new interfaces are."""
+    """(setting, value) of everything in which a card differs from new interfaces."""
     found = []
     for one in _OF_A_CARD:
         value = settings.value(_path(name, one))
@@ -57,7 +57,7 @@ def of_card(name: str) -> tuple[tuple[str, str], ...]:
 
 
 def write(name: str, values: tuple[tuple[str, str], ...]) -> None:
-    """Set them on an interface; those that this kernel does not have are left out. Raises VmmError."""
+    """Set these on an interface; those that this kernel does not have are skipped. Raises VmmError."""
     for setting, value in values:
         settings.write(_path(name, setting), value)
 
@@ -67,5 +67,5 @@ def _path(interface: str, setting: str) -> str:
 
 
 def close_tap(name: str) -> None:
-    """Keep the host from speaking IPv6 at a guest's tap: it would introduce itself to the guest."""
+    """Keep the host from using IPv6 on a guest's tap: it would announce itself to the guest."""
     write(name, (("disable_ipv6", "1"),))

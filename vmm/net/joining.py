@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An adapter that is plugged into a switch by name, while switches of that name come and go.
+"""An adapter that is plugged into a switch by name, while switches of that name are created and deleted.
 
-Decides whether the adapter of a running machine is on its switch, and puts it back: on a switch whose process died,
-and on another one that got the name of a switch that was deleted. Until there is one the adapter is disconnected, as
-Hyper-V calls it. Must not know QEMU, nor how the guest learns of it.
+Decides whether the adapter of a running machine is on its switch, and reconnects it: to a switch whose process died,
+and to another one that got the name of a deleted switch. Until there is one, the adapter is disconnected, as Hyper-V
+calls it. Must not know QEMU, nor how the guest is notified.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from vmm.net.host_side import HostSide
 class Joined:
     """The id of the switch that the adapter is on; None: `problem` says why it is on none.
 
-    `has_come`: it was plugged in just now. `was_restarted`: its switch's process had died. `mended`: what else of the
-    switch was put right (`watching`), `failed`: what could not be. `gateway_problem`: why its gateway does not run.
+    `has_come`: it has just been plugged in. `was_restarted`: its switch's process had died. `mended`: other faults of
+    the switch that were repaired (`watching`), `failed`: those that could not be. `gateway_problem`: why its gateway
+    does not run.
     """
 
     switch_id: str | None
@@ -42,11 +43,11 @@ class Joined:
 
 
 def join(adapter: AdapterSpec, owner: Owner, before: str | None, lives: Lives = is_connected) -> Joined:
-    """Have the adapter on the switch that has its switch's name now. `before`: the id of the one that it was on.
+    """Connect the adapter to the switch that has its switch's name now. `before`: the id of the one that it was on.
 
-    `lives` as of `plug`.
+    `lives` as in `plug`.
 
-    Raises VmmError for what may be otherwise at the next try.
+    Raises VmmError for problems that may be gone at the next attempt.
     """
     assert adapter.switch is not None
     try:
@@ -80,7 +81,7 @@ def _joined(adapter: AdapterSpec, owner: Owner, host: HostSide, before: str | No
 
 
 def end_descriptor(adapter: AdapterSpec) -> int | None:
-    """A descriptor that is readable once the process of the adapter's switch has ended; None where none runs."""
+    """A descriptor that becomes readable when the process of the adapter's switch ends; None if none runs."""
     assert adapter.switch is not None
     try:
         host = HostSide(switches.load(adapter.switch))
@@ -90,6 +91,6 @@ def end_descriptor(adapter: AdapterSpec) -> int | None:
 
 
 def is_plugged(adapter: AdapterSpec, machine_id: str, host: HostSide) -> bool:
-    """True when the switch has a port for the adapter."""
+    """True if the switch has a port for the adapter."""
     name = port_name(machine_id, adapter.id)
     return any(one["name"] == name for one in host.guests())

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A `user` switch's DHCP server with the file that its leases are kept in.
+"""A `user` switch's DHCP server with the file in which its leases are kept.
 
-Decides that a lease is in the file before its client hears of it, so that a switch that is killed and started again
-gives no client an address that another has (`INV-DHCP-ONE-HOLDER`). Where the file cannot be written, clients get no
-new leases and keep those that they have. Must not know sockets.
+Decides that a lease is in the file before its client gets it, so that a switch that is killed and restarted never
+assigns an address that another client has (`INV-DHCP-ONE-HOLDER`). If the file cannot be written, clients get no new
+leases and keep the ones that they have. Must not know sockets.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 
 
 class KeptDhcp:
-    """The server of one switch. Leases that the file has are taken up again."""
+    """The server of one switch. It starts with the leases in the file."""
 
     def __init__(self, setup: DhcpSetup, path: str) -> None:
         self.path = path
@@ -29,7 +29,7 @@ class KeptDhcp:
         self._is_writable = True
 
     def answer(self, port: Port, message: Message) -> bytes:
-        """The frame that answers; empty where there is nothing to say."""
+        """The frame that answers; empty if none is due."""
         server, rules = self.server, port.rules
         if not server.takes(port.name, time.monotonic()):
             port.counters.drops[Drop.DHCP_FLOOD] += 1

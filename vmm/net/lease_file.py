@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The file in which both back ends keep the leases of an internal switch.
 
-Decides its form, which is dnsmasq's (a line each: when it ends in seconds since 1970, MAC, address, name or *, the
-client's id or *), because dnsmasq writes the one of the bridge back end; and that any other line in it is passed
-over: it is written by a process that guests talk to. Light: the process of a `user` switch imports it.
+Decides its form, which is dnsmasq's (one line per lease: its end in seconds since 1970, MAC, address, name or *, the
+client's id or *), because dnsmasq writes the file of the bridge back end; and that any other line is skipped, because
+the writer is a process that guests talk to. Light: the process of a `user` switch imports it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MAX_FILE_BYTES = 1 << 20
 
 
 def read(path: str) -> list[dict[str, Any]]:
-    """Who has which address, or had it last: mac, address, name, expires (seconds since 1970)."""
+    """The present and former leases: mac, address, name, expires (seconds since 1970)."""
     found: list[dict[str, Any]] = []
     with contextlib.suppress(OSError), open(path, "rb", opener=_unlinked) as file:
         for line in file.read(MAX_FILE_BYTES).decode("ascii", "replace").splitlines():
@@ -43,9 +43,9 @@ def _unlinked(path: str, flags: int) -> int:
 
 
 def records(path: str, now: float, lease_seconds: int) -> list[tuple[bytes, ClientRecord]]:
-    """What `write` wrote. None ends later than one that is given now: the clock may have been wrong.
+    """The records that `write` wrote. None ends later than a lease assigned now would: the clock may have been wrong.
 
-    Each is held for as long as a renewal that was not worth a write may have made it.
+    Each is held for as long as a renewal that was not worth a write may have extended it.
     """
     found = []
     for one in read(path):
@@ -58,7 +58,7 @@ def records(path: str, now: float, lease_seconds: int) -> list[tuple[bytes, Clie
 
 
 def write(path: str, server: DhcpServer) -> None:
-    """Keep a server's leases. Raises OSError, VmmError."""
+    """Write a server's leases. Raises OSError, VmmError."""
     lines = []
     for mac, one in server.leases():
         address = text(one.address.to_bytes(4, "big"))

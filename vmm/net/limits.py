@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Token buckets: how many frames or bytes may pass now, and how long to wait for more. Pure.
 
-`INV-BUCKET`: over any time, what was taken is at most burst + rate × time (an `overdraw` is paid back first).
+`INV-BUCKET`: over any period, at most burst + rate × time is taken (an `overdraw` is paid back first).
 """
 
 from __future__ import annotations
 
 
 class Bucket:
-    """Fills with `rate_per_second` up to `burst`. It is full before its first use."""
+    """Fills at `rate_per_second` up to `burst`. It is full before its first use."""
 
     __slots__ = ("_level", "_then", "burst", "rate_per_second")
 
@@ -25,18 +25,18 @@ class Bucket:
         self._then = now
 
     def take(self, count: int, now: float) -> int:
-        """Take up to `count` whole tokens; how many there were."""
+        """Take up to `count` whole tokens; returns how many were available."""
         self._fill(now)
         taken = min(count, max(0, int(self._level)))
         self._level -= taken
         return taken
 
     def overdraw(self, count: float, now: float) -> None:
-        """Take `count` tokens even if they are not there: what follows waits for them."""
+        """Take `count` tokens even if they are not available: later callers wait for them."""
         self._fill(now)
         self._level -= count
 
     def wait_seconds(self, now: float) -> float:
-        """How long until the bucket is not overdrawn."""
+        """The time until the bucket is no longer overdrawn."""
         self._fill(now)
         return max(0.0, -self._level / self.rate_per_second)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which MAC address an adapter gets: static ones are judged, dynamic ones come from a pool. Pure.
+"""The MAC address of an adapter: static ones are checked, dynamic ones come from a pool. Pure.
 
-Decides the pool, 00-15-5D-xx-yy-00 to -FF as Hyper-V's, where xx and yy are the last two octets of the host's first
-IPv4 address (Microsoft KB 2804678), and that an address is never given twice. Hyper-V lets two hosts with equal
-octets hand out the same addresses, and fails at power-on when all 256 are gone; here a collision is an error that
-names who has the address, and so is an empty pool. The caller says which addresses are taken.
+Decides the pool, which is Hyper-V's 00-15-5D-xx-yy-00 to -FF, where xx and yy are the last two octets of the host's
+first IPv4 address (Microsoft KB 2804678), and that an address is never assigned twice. Hyper-V lets two hosts with
+equal octets assign the same addresses, and fails at power-on when all 256 are used; here a collision is an error that
+names the adapter with the address, and so is an empty pool. The caller passes the addresses that are taken.
 
 `INV-MAC-UNIQUE`: what `pick` returns is in the pool and in none of the addresses that are taken.
 """
@@ -21,12 +21,12 @@ from vmm.net import frames
 
 VENDOR = bytes.fromhex("00155d")  # Microsoft's, which Hyper-V's pools use
 POOL_ADDRESSES = 256
-PREFIX_BYTES = 5  # that all addresses of a pool have in common
+PREFIX_BYTES = 5  # common to all addresses of a pool
 
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """256 addresses with one prefix of five bytes."""
+    """256 addresses with the same prefix of five bytes."""
 
     prefix: bytes
 
@@ -39,14 +39,14 @@ class Pool:
 
 
 def pool_of_host(first_ipv4: str | None, machine_id: str) -> Pool:
-    """The host's pool; without an IPv4 address two octets of a hash of the host's id stand in for it."""
+    """The host's pool; without an IPv4 address, two octets of a hash of the host's id are used."""
     if first_ipv4 is not None:
         return Pool(VENDOR + ipaddress.IPv4Address(first_ipv4).packed[2:])
     return Pool(VENDOR + hashlib.sha256(machine_id.encode()).digest()[:2])
 
 
 def pick(pool: Pool, taken: Collection[bytes]) -> bytes:
-    """The lowest free address. Raises NoSpace when there is none."""
+    """The lowest free address. Raises NoSpace if none is free."""
     for address in pool.addresses():
         if address not in taken:
             return address
@@ -57,7 +57,7 @@ def pick(pool: Pool, taken: Collection[bytes]) -> bytes:
 
 
 def check_static(text: str, owners: Mapping[bytes, str]) -> bytes:
-    """The address that a user typed. Raises InvalidSpec for one no adapter may have, AlreadyExists for a taken one."""
+    """The address that a user typed. Raises InvalidSpec for an impossible one, AlreadyExists for one that is taken."""
     try:
         address = frames.parse_mac(text)
     except ValueError as error:
@@ -70,6 +70,6 @@ def check_static(text: str, owners: Mapping[bytes, str]) -> bytes:
     if address in owners:
         raise errors.AlreadyExists(
             f"the MAC address {frames.format_mac(address)} is already that of {owners[address]}",
-            hint="give another one, or leave mac= out to get one from the pool",
+            hint="choose another one, or omit mac= to get one from the pool",
         )
     return address

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The I/O side of a `user` switch: frames from one port's socket to others', as the engine decides.
+"""The I/O side of a `user` switch: moves frames from one port's socket to others, as the engine decides.
 
-Decides nothing about a frame; decides how few steps are spent on one. A batch is received into slots; the headers of
-all slots are looked at with two strided copies; a batch of one flow (the common case under load) costs one look-up,
-frames of several flows one each; what goes the same way leaves with one system call.
+Decides nothing about a frame; decides how little work is spent on each. A batch is received into slots; the headers of
+all slots are read with two strided copies; a batch of one flow (the common case under load) costs one look-up, frames
+of several flows one each; frames with the same destination leave with one system call.
 
-`INV-MOVER-IS-ENGINE`: for any frames, the receivers get what `Engine.forward` says, in the same order per flow.
+`INV-MOVER-IS-ENGINE`: for any frames, the receivers get what `Engine.forward` returns, in the same order per flow.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from vmm.net.engine import Decision, Drop, Engine, Output, Port, PortRules
 from vmm.net.port_socket import PortSocket
 from vmm.net.ports import PortSetup
 
-MAX_FLOWS = 4096  # of a port; a guest that makes up headers only empties its own table
-DHCP_WORD = int.from_bytes(dhcp_message.SERVER_PORT.to_bytes(2, "big"), sys.byteorder)  # as `Batch.words` has it
+MAX_FLOWS = 4096  # of a port; a guest that invents headers only empties its own table
+DHCP_WORD = int.from_bytes(dhcp_message.SERVER_PORT.to_bytes(2, "big"), sys.byteorder)  # as `Batch.words` returns it
 _SAFE_BYTES = frames.HEADER_BYTES + frames.TAG_BYTES
 
 
@@ -37,11 +37,11 @@ class Mover:
         self._batch = Batch()
         self._captures: list[PacketCapture] = []
         self.questions: list[tuple[Port, Message]] = []  # of DHCP clients: the caller answers and empties this list
-        self.full: list[PortSocket] = []  # whose backlog began: the caller empties this list
-        self.congested = False  # the last `pump` sent to a receiver that takes frames more slowly than they come
+        self.full: list[PortSocket] = []  # ports whose backlog began: the caller empties this list
+        self.congested = False  # the last `pump` sent to a receiver that takes frames more slowly than they arrive
 
     def add(self, setup: PortSetup) -> PortSocket:
-        """A new port, connected if its peer is there. Raises VmmError."""
+        """Add a port, connected if its peer exists. Raises VmmError."""
         port = self.engine.add_port(setup.name, setup.rules)
         try:
             sock = PortSocket(port, setup)
@@ -56,19 +56,19 @@ class Mover:
         return sock
 
     def change(self, name: str, setup: PortSetup) -> None:
-        """Other rules and limits for a port."""
+        """Change the rules and limits of a port."""
         self.sockets[name].apply(setup)
         self.engine.set_rules(name, setup.rules)
         self.engine.set_link(name, setup.link_up)
 
     def set_link(self, name: str, up: bool) -> None:
-        """Take the cable out, or put it back."""
+        """Disconnect the port, or connect it again."""
         sock = self.sockets[name]
         sock.setup = replace(sock.setup, link_up=up)
         self.engine.set_link(name, up)
 
     def remove(self, name: str) -> None:
-        """The port is gone."""
+        """Remove a port."""
         sock = self.sockets.pop(name)
         self._by_port.pop(sock.port)
         self.engine.remove_port(name)
@@ -77,7 +77,9 @@ class Mover:
     # -- the hot path -------------------------------------------------------------------------------------------
 
     def pump(self, source: PortSocket, now: float) -> int:
-        """Move one batch that came in at `source`; how many frames. Raises OSError when its socket is broken."""
+        """Move one batch that arrived at `source`; returns the number of frames. Raises OSError if its socket is
+        broken.
+        """
         batch = self._batch
         self.congested = False
         count = batch.receive(source.descriptor, source.batch_limit)
@@ -120,7 +122,7 @@ class Mover:
             self._carry(port, decision, slots, now)
 
     def _pump_odd(self, port: Port, count: int, now: float) -> None:
-        """A batch with a frame so short that its key would be partly another frame's, or too long."""
+        """A batch with a frame that is too long, or so short that its key would include part of another frame."""
         for slot in range(count):
             header = self._batch.beginning(slot, frames.KEY_BYTES)
             if frames.is_malformed(header, self._batch.lengths[slot]):
@@ -150,7 +152,7 @@ class Mover:
             if granted < len(slots):
                 port.counters.drops[Drop.STORM] += len(slots) - granted
                 slots = slots[:granted]
-        if decision.asks and slots:  # two steps, because little of what goes to a gateway is DHCP
+        if decision.asks and slots:  # in two steps, because little of what goes to a gateway is DHCP
             tag_bytes = frames.TAG_BYTES if decision.must_be_last else 0  # tagged
             if DHCP_WORD in self._batch.words(dhcp_message.PORT_AT + tag_bytes):
                 slots = self._asked(port, decision, slots, now)
@@ -161,10 +163,10 @@ class Mover:
                     self._send_out(port, output, slots, now, may_wait=may_wait)
                 else:
                     self._send(output, slots, now, may_wait=may_wait)
-                may_wait = False  # the others are of a flood, or mirrors: a slow one holds up no sender
+                may_wait = False  # the other receivers get flooded frames or mirrors: no sender waits for a slow one
 
     def _send_out(self, port: Port, output: Output, slots: Sequence[int], now: float, *, may_wait: bool) -> None:
-        """To the gateway, but what would reach the host's loopback there."""
+        """Send frames to the gateway, except those that would reach the host's loopback there."""
         leads, beginning = self.engine.leads_to_loopback, self._batch.beginning
         passed = [slot for slot in slots if not leads(output.port, beginning(slot, frames.INSPECT_BYTES))]
         if len(passed) < len(slots):
@@ -174,7 +176,9 @@ class Mover:
             self._send(output, slots, now, may_wait=may_wait)
 
     def _asked(self, port: Port, decision: Decision, slots: Sequence[int], now: float) -> Sequence[int]:
-        """Have DHCP clients answered, and their frames sent to all but the gateway; the slots of other frames."""
+        """Have DHCP clients answered, and send their frames to all receivers except the gateway; returns the other
+        slots.
+        """
         asked: list[int] = []
         for slot in slots:
             message = self.engine.asked(self._batch.beginning(slot, dhcp_message.MAX_FRAME_BYTES + 1))
@@ -187,7 +191,7 @@ class Mover:
         return [slot for slot in slots if slot not in asked] if asked else slots
 
     def send_own(self, port: Port, frame: bytes, now: float) -> None:
-        """A frame of the switch's own to one port."""
+        """Send one of the switch's own frames to a port."""
         target = self._by_port.get(port)
         if target is None or not port.link_up:
             return
@@ -239,7 +243,7 @@ class Mover:
     # -- captures -----------------------------------------------------------------------------------------------
 
     def add_capture(self, capture: PacketCapture) -> None:
-        """Copy frames to `capture` from now on, those of ports that come later too."""
+        """Copy frames to `capture` from now on, including those of ports that are added later."""
         self._captures.append(capture)
         for name, sock in self.sockets.items():
             if capture.port in (None, name):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """nftables rules of a switch on the bridge back end: documents for `nft -j`, and the one place that runs it.
 
-Decides which rule stands for which guard. The documents are pure; the kernel takes one whole or not at all. Their
-commands are in nft's JSON (libnftables-json(5)). A document replaces rules; what counts (drops by port and reason) and
-what limits stays as it is, so that a change at one port gives no other port new frames to send (`INV-LIMITS-KEPT`).
+Decides which rule implements which guard. The documents are pure; the kernel accepts one completely or not at all.
+Their commands are in nft's JSON (libnftables-json(5)). A document replaces rules; counters (drops by port and reason)
+and limits stay as they are, so that a change to one port does not let another port send more (`INV-LIMITS-KEPT`).
 
     table bridge vmm_ID    sending: what a guest may send    receiving: what reaches it    host: a private switch's
                            TAP.sending, TAP.receiving, TAP.hidden: a port's chains         TAP.REASON: its counters
@@ -30,18 +30,18 @@ from vmm.net.switch_spec import SwitchSpec
 NFT_SECONDS = 20.0
 NFT_HINT = "apt-get install nftables"
 _LLC, _SNAP = 0x0004, 0xAAAA  # the kernel's ETH_P_802_2; the service access points of SNAP
-MAX_RATE_BITS = 30_000_000_000  # what is more fits into no 32 bits of bytes, and through no tap
+MAX_RATE_BITS = 30_000_000_000  # a higher rate does not fit into 32 bits of bytes, nor through any tap
 _LIMIT = "storm-limit"
 _DIGEST_CHARACTERS = 12
 _SENDING, _RECEIVING, _HIDDEN = "sending", "receiving", "hidden"  # chains: of all ports, and TAP.NAME of one
 
 Rule = list[dict[str, Any]]
-Kept = tuple[str, str]  # (kind, name) of what a document leaves as it is when it is there: a counter, a limit, a chain
+Kept = tuple[str, str]  # (kind, name) of an object that a document keeps if it exists: counter, limit, chain
 
 
 @dataclass(frozen=True, slots=True)
 class GuestPort:
-    """A port of the bridge: its interface and what it may do."""
+    """A port of the bridge: its interface and its rules."""
 
     interface: str
     rules: PortRules
@@ -49,7 +49,7 @@ class GuestPort:
 
     @property
     def is_shaped(self) -> bool:
-        """True when what it sends waits in a queue first."""
+        """True if what it sends waits in a queue first."""
         return 0 < self.rate_bits_per_second <= MAX_RATE_BITS
 
 
@@ -69,9 +69,10 @@ def _set(values: Sequence[Any]) -> Any:
     return {"set": list(values)} if len(values) > 1 else values[0]
 
 
-# Spanning tree's would pass (bridges without it pass it on), and could have a switch of the network close its port.
+# Spanning tree frames would pass (bridges without it forward them), and could make a switch of the network close its
+# port.
 _IS_RESERVED = _match({"&": [_field("ether", "daddr"), "ff:ff:ff:ff:ff:f0"]}, "01:80:c2:00:00:00")
-# A priority tag (VLAN 0) is none, unless another stands behind it; tags of other kinds are.
+# A priority tag (VLAN 0) does not count as one unless another follows it; tags of other kinds do.
 _IS_TAGGED = (
     _match(_field("vlan", "id"), 0, "!="),
     _match(_field("ether", "type"), _set(["8021ad", 0x9100])),
@@ -80,11 +81,11 @@ _IS_TAGGED = (
 _DROP: Rule = [{"counter": None}, {"drop": None}]
 
 
-_IS_IPV4 = _match(_meta("protocol"), "ip")  # unlike the frame's type the same for a tagged one
+_IS_IPV4 = _match(_meta("protocol"), "ip")  # unlike the frame's type, the same for a tagged frame
 
 
 def _dhcp_servers() -> list[Rule]:
-    """What only servers send, as `frames.is_dhcp_server` judges: each is a list of matches."""
+    """Messages that only servers send, as `frames.is_dhcp_server` judges them: each is a list of matches."""
     to_clients = _match(_field("udp", "dport"), _set([68, 546]))
     found: list[Rule] = [[_match(_field("udp", "sport"), _set([67, 547]))], [to_clients]]
     first_of_several = {
@@ -100,7 +101,7 @@ def _dhcp_servers() -> list[Rule]:
 
 @dataclass(frozen=True, slots=True)
 class PortChains:
-    """The rules of a port for the kernel: its chains by their names, and the counters and limits they use."""
+    """The rules of a port for the kernel: its chains by name, and the counters and limits that they use."""
 
     chains: dict[str, list[Rule]]
     counters: frozenset[str]
@@ -118,17 +119,17 @@ def port_chains(port: GuestPort) -> PortChains:
 
 
 def name(interface: str, what: str) -> str:
-    """How something of a port's is called in the switch's table."""
+    """The name of a port's object in the switch's table."""
     return f"{interface}.{what}"
 
 
 def shaper_name(interface: str) -> str:
-    """The interface in whose queue frames of a tap wait."""
+    """The interface in whose queue the frames of a tap wait."""
     return "vb" + interface.removeprefix("vt")
 
 
 class _PortChains:
-    """Writes a port's rules and notes which counters and limits they need."""
+    """Writes a port's rules and records which counters and limits they need."""
 
     def __init__(self, port: GuestPort) -> None:
         self.port = port
@@ -136,20 +137,20 @@ class _PortChains:
         self.limits: dict[str, dict[str, Any]] = {}
 
     def _drop(self, reason: Drop) -> Rule:
-        """Drop, and count why."""
+        """Drop, and count the reason."""
         counter = name(self.port.interface, reason)
         self.counters.add(counter)
         return [{"counter": counter}, {"drop": None}]
 
     def sending(self) -> list[Rule]:
-        """For what the guest sends."""
+        """The rules for what the guest sends."""
         rules = self.port.rules
         found: list[Rule] = []
         if rules.addresses and not rules.spoofing:
             known = _set(sorted(frames.format_mac(one) for one in rules.addresses))
             found.append([_match(_field("ether", "saddr"), known, "!="), *self._drop(Drop.SPOOFED)])
         found.append([_IS_RESERVED, *self._drop(Drop.RESERVED)])
-        if rules.mode is VlanMode.TRUNK:  # its outer tag is off here: what is left must be none, or it would be next
+        if rules.mode is VlanMode.TRUNK:  # its outer tag is already removed here: another one would be next
             found.append([_match(_meta("protocol"), _set(["8021q", "8021ad"])), *self._drop(Drop.VLAN)])
         else:
             found += [[tagged, *self._drop(Drop.VLAN)] for tagged in _IS_TAGGED]
@@ -171,26 +172,26 @@ class _PortChains:
         return found
 
     def _storm_limit(self) -> str:
-        """Its name says its rate: a limit that is there is left as it is, with what it has left."""
+        """The limit's name contains its rate: an existing limit keeps what is left of it."""
         rate = self.port.rules.storm_frames_per_second
         limit = name(self.port.interface, f"{_LIMIT}.{rate}")
         self.limits[limit] = {"rate": rate, "per": "second", "burst": max(1, rate // 10), "inv": True}
         return limit
 
     def receiving(self) -> list[Rule]:
-        """For what reaches the guest."""
+        """The rules for what reaches the guest."""
         if self.port.rules.mode is VlanMode.TRUNK:
             return []
         return [[tagged, *self._drop(Drop.VLAN)] for tagged in _IS_TAGGED]
 
     def _guard(self) -> Drop:
-        """Which guard drops what hides itself: the one that would ask first."""
+        """The guard that counts frames that hide their content: the first one that would examine them."""
         return Drop.DHCP if self.port.rules.dhcp_guard else Drop.ROUTER
 
     def _hiding(self) -> list[Rule]:
         """What a guard cannot look into: IP in SNAP, stacked tags, IPv6 whose headers do not lead to a protocol.
 
-        Nor may a fragment begin so early that it says anew what was judged in the first one (RFC 1858).
+        A fragment must also not begin so early that it replaces what was judged in the first one (RFC 1858).
         """
         llc = _match(_meta("protocol"), _LLC)
         snap = _match({"payload": {"base": "nh", "offset": 0, "len": 16}}, _SNAP)
@@ -203,10 +204,10 @@ class _PortChains:
         return [*found, [ipv6, {"jump": {"target": name(self.port.interface, _HIDDEN)}}]]
 
     def hidden(self) -> list[Rule]:
-        """What is cut off cannot be read, and no match on it is true.
+        """Rules for truncated headers, which cannot be read, so that no match on them is true.
 
-        Neither on the protocol, nor on what follows the headers of one that guards look into. Later fragments are
-        fine: the first one was judged.
+        They cover the protocol, and what follows the headers of a protocol that guards examine. Later fragments are
+        accepted: the first one was judged.
         """
         return [
             [_match({"exthdr": {"name": "frag", "field": "frag-off"}}, 0, "!="), {"return": None}],
@@ -217,7 +218,7 @@ class _PortChains:
 
 
 def _replaced(family: str, table: str) -> list[dict[str, Any]]:
-    """A fresh table, whether there was one or not."""
+    """A new table, whether one existed or not."""
     place = {"table": {"family": family, "name": table}}
     return [{"add": place}, {"delete": place}, {"add": place}]
 
@@ -228,7 +229,7 @@ def _chain(family: str, table: str, name: str, kind: str, hook: str, priority: i
 
 
 def _rules(family: str, table: str, chain: str, rules: Sequence[Rule]) -> list[dict[str, Any]]:
-    """Each with the digest of what it says as its comment, by which it is known again (`rule_check`)."""
+    """Each rule has the digest of its content as its comment, by which it is recognized (`rule_check`)."""
     place = {"family": family, "table": table, "chain": chain}
     return [{"add": {"rule": {**place, "comment": _digest(rule), "expr": rule}}} for rule in rules]
 
@@ -240,9 +241,10 @@ def _digest(rule: Rule) -> str:
 def document(
     spec: SwitchSpec, ports: Sequence[GuestPort], present: Collection[Kept] = (), guard: Guard | None = None
 ) -> dict[str, Any]:
-    """All tables of a switch with these ports; of what is `present` in the first, that of other ports is removed.
+    """All tables of a switch with these ports. Of the objects in `present`, in the first table, those of other ports
+    are removed.
 
-    Pure where `guard` is given; else it is what the host needs now.
+    Pure if `guard` is given; otherwise it is what the host needs now.
     """
     table = spec.table_name
     place = {"family": "bridge", "table": table}
@@ -253,7 +255,8 @@ def document(
     commands.append(_chain("bridge", table, _RECEIVING, "filter", "postrouting", 0))
     fixed = {_SENDING: _dispatch("iifname", ports, _SENDING), _RECEIVING: _dispatch("oifname", ports, _RECEIVING)}
     if spec.type == "private" or (spec.type == "external" and not spec.host):
-        # The kernel's option for matching a bridge's own name (nft_meta_bridge) is rare: the ports' names do as well.
+        # The kernel's option for matching a bridge's own name (nft_meta_bridge) is rare; matching the ports' names
+        # works everywhere.
         names = [port.interface for port in ports] + ([spec.uplink] if spec.uplink else [])
         for one, hook, way in (("from_host", "output", "oifname"), ("to_host", "input", "iifname")):
             commands.append(_chain("bridge", table, one, "filter", hook, 0))
@@ -265,12 +268,12 @@ def document(
     commands += [{"flush": {"chain": {**place, "name": one}}} for one in chains]
     kept = {("chain", one) for one in chains} | {("counter", one) for one in counters}
     kept |= {("limit", one) for one in limits}
-    stale = sorted(set(present) - kept)  # by kind: chains go before what they use
+    stale = sorted(set(present) - kept)  # by kind: chains are removed before the objects that they use
     commands += [{"flush": {"chain": {**place, "name": one}}} for kind, one in stale if kind == "chain"]
     commands += [{"delete": {kind: {**place, "name": one}}} for kind, one in stale]
     commands += [{"add": {"counter": {**place, "name": one}}} for one in sorted(counters)]
     commands += [{"add": {"limit": {**place, "name": one, **limit}}} for one, limit in sorted(limits.items())]
-    for one in reversed(chains):  # what is jumped to has its rules before the jump
+    for one in reversed(chains):  # a chain has its rules before another one jumps to it
         commands += _rules("bridge", table, one, chains[one])
     commands += _shaped(spec, ports)
     if spec.type == "internal":
@@ -281,7 +284,7 @@ def document(
 
 
 def _shaped(spec: SwitchSpec, ports: Sequence[GuestPort]) -> list[dict[str, Any]]:
-    """Lead what ports with a bandwidth limit send through their queues, whose interfaces are there."""
+    """Lead what ports with a bandwidth limit send through their queues, whose interfaces exist."""
     table = spec.table_name
     commands = _replaced("netdev", table)
     for port in ports:
@@ -302,10 +305,10 @@ def _dispatch(way: str, ports: Sequence[GuestPort], chain: str) -> list[Rule]:
 
 
 def _outward(spec: SwitchSpec, guard: Guard) -> list[dict[str, Any]]:
-    """Whether an internal network leads to others: masqueraded, or not at all, whatever the host forwards else."""
+    """Whether an internal network leads to others: masqueraded, or not at all, whatever else the host forwards."""
     table, bridge = f"{spec.table_name}_out", spec.bridge_name
     commands = [*_replaced("inet", table), _chain("inet", table, "forward", "filter", "forward", -10)]
-    # With br_netfilter frames between two guests come by here, too, as if the bridge forwarded them to itself.
+    # With br_netfilter, frames between two guests also pass here, as if the bridge forwarded them to itself.
     inside: Rule = [_match(_meta("iifname"), bridge), _match(_meta("oifname"), bridge), {"accept": None}]
     commands += _rules("inet", table, "forward", [inside])
     if not spec.nat:
@@ -326,7 +329,9 @@ def _outward(spec: SwitchSpec, guard: Guard) -> list[dict[str, Any]]:
 
 
 def _between_others(guard: Guard) -> Rule:
-    """No router between the host's networks: what others' bridges send and get is not ours to judge, as is our own."""
+    """Keeps the host from routing between its other networks; traffic of other programs' bridges, and our own, is not
+    judged.
+    """
     matches = [_match(_meta("nfproto"), "ipv4")]
     if guard.forwarded:
         matches.append(_match(_meta("iifname"), {"set": list(guard.forwarded)}, "!="))
@@ -334,7 +339,7 @@ def _between_others(guard: Guard) -> Rule:
 
 
 def removal(spec: SwitchSpec) -> dict[str, Any]:
-    """A document that removes the tables of the switch, if there are any."""
+    """A document that removes the switch's tables, if they exist."""
     commands = []
     tables = (("netdev", spec.table_name), ("bridge", spec.table_name), ("inet", f"{spec.table_name}_out"))
     for family, table in tables:
@@ -344,7 +349,8 @@ def removal(spec: SwitchSpec) -> dict[str, Any]:
 
 
 def load(spec: SwitchSpec, ports: Sequence[GuestPort], *, anew: bool = False) -> None:
-    """Have the kernel enforce the rules of these ports; `anew`: whatever became of the tables, and of what they count.
+    """Make the kernel enforce the rules of these ports. `anew`: replaces the tables and their counters, whatever their
+    state.
 
     Raises Unsupported, VmmError. One caller at a time.
     """
@@ -360,7 +366,9 @@ def load(spec: SwitchSpec, ports: Sequence[GuestPort], *, anew: bool = False) ->
 
 
 def _present(spec: SwitchSpec) -> list[Kept]:
-    """What a document may leave as it is. Other programs may remove it at any time, as `nft flush ruleset` does."""
+    """The objects that a document may leave as they are. Other programs may remove them at any time (`nft flush
+    ruleset`).
+    """
     return [(kind, str(one["name"])) for kind, one in _own(spec) if kind in _KEPT]
 
 
@@ -382,7 +390,7 @@ def _own(spec: SwitchSpec) -> list[tuple[str, dict[str, Any]]]:
 
 
 def listed(family: str, table: str) -> list[tuple[str, dict[str, Any]]]:
-    """(kind, facts) of everything in a table; nothing without such a table."""
+    """(kind, facts) of everything in a table; nothing if the table does not exist."""
     done = _nft("-j", "list", "table", family, table)
     if done.returncode != 0:
         return []
@@ -390,7 +398,7 @@ def listed(family: str, table: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def run(rules: dict[str, Any]) -> None:
-    """Have the kernel take a document, whole or not at all. Raises Unsupported, VmmError."""
+    """Make the kernel apply a document, completely or not at all. Raises Unsupported, VmmError."""
     done = _nft("-j", "-f", "-", document=json.dumps(rules))
     if done.returncode != 0:
         said = done.stderr.decode(errors="replace").strip().splitlines() or ["nothing"]
@@ -406,4 +414,4 @@ def _nft(*words: str, document: str = "") -> subprocess.CompletedProcess[bytes]:
             [program, *words], input=document.encode(), capture_output=True, timeout=NFT_SECONDS, check=False
         )
     except subprocess.TimeoutExpired as error:
-        raise errors.TimedOut("nft does not answer") from error
+        raise errors.TimedOut("nft did not answer") from error

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ports of a bridge, a file each, so that its rules can be loaded again at any time.
+"""The ports of a bridge, one file each, so that its rules can be loaded again at any time.
 
-Decides the form of the files, that one whose tap is gone is removed, and what a damaged one means: its tap stays in
-the bridge, but nothing that the guest sends passes, because its guards are not known. The machine that the port
-belongs to writes the record again within a second (`joining`). Must not know bridges or rules.
+Decides the form of the files, that a file without a tap is removed, and what a damaged one means: its tap stays in the
+bridge, but the guest can send nothing, because its guards are unknown. The machine that owns the port writes the
+record again within a second (`joining`). Must not know bridges or rules.
 
     FOLDER/TAP.json   {"interface": TAP, "port": PORT}     PORT as in `ports`
 """
@@ -23,7 +23,7 @@ from vmm.net.engine import PortRules
 from vmm.net.ports import PortSetup
 
 _INTERFACE = re.compile(r"[^/\s.][^/\s]{0,14}")
-# No frame has the source address 0, so a port that may send from it alone sends nothing.
+# No frame has the source address 0, so a port that may send only from it sends nothing.
 CLOSED = PortRules(addresses=frozenset({bytes(6)}))
 
 
@@ -38,8 +38,8 @@ class PortFile:
 
 
 def read_all(folder: str, *, remove_stale: bool = False) -> list[PortFile]:
-    """The ports whose taps are there, sorted by tap. With `remove_stale`, which needs the lock of the switch, records
-    of other taps are removed.
+    """The ports whose taps exist, sorted by tap. With `remove_stale`, which needs the lock of the switch, records of
+    other taps are removed.
     """
     found = []
     for interface, path in _files(folder):
@@ -68,7 +68,7 @@ def _read(interface: str, path: str) -> PortFile:
     try:
         document = records.read_object(path)
         if document.get("interface") != interface:
-            raise ValueError("it names another interface")
+            raise ValueError("it is the record of another interface")
         return PortFile(interface, path, ports.from_document(document.get("port")))
     except errors.VmmError as error:
         return PortFile(interface, path, None, error.problem)
@@ -86,7 +86,7 @@ def write(folder: str, interface: str, setup: PortSetup) -> None:
 
 
 def remove(folder: str, interface: str) -> None:
-    """Forget a port. Raises VmmError; no record is fine."""
+    """Forget a port; succeeds if it has no record. Raises VmmError."""
     path = _path(folder, interface)
     try:
         os.unlink(path)
@@ -97,7 +97,7 @@ def remove(folder: str, interface: str) -> None:
 
 
 def is_readable(folder: str, interface: str) -> bool:
-    """True when the record of a port is there and sound."""
+    """True if the record of a port exists and is valid."""
     return _read(interface, _path(folder, interface)).setup is not None
 
 

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """One port of a `user` switch as a unix datagram socket: bound here, connected to the other side, with a backlog.
 
-Decides when the other side of a port is connected, and what happens to frames that side does not take at once. Must
-not know decisions, VLANs or clocks.
+Decides when the other side of a port is connected, and what happens to frames that it does not take at once. Must not
+know decisions, VLANs or clocks.
 
-Each port has a socket of its own, connected to its peer: so no other process can send into it (the kernel refuses), a
-frame's port is known without looking at a sender's name, and sending needs no path to be resolved. QEMU binds its
-side at a path and sends to ours by path, so a restarted switch that binds the same path again is all that is needed
-to go on: `INV-SWITCH-RESTART`. A peer that was replaced is noticed by its inode.
+Each port has a socket of its own, connected to its peer: the kernel then refuses frames from any other process, a
+frame's port is known without reading a sender's name, and sending resolves no path. QEMU binds its side at a path and
+sends to ours by path, so it is enough that a restarted switch binds the same path again: `INV-SWITCH-RESTART`. A
+replaced peer is recognized by its inode.
 
-The peer's path lies in a folder that an untrusted guest's process may write to. It is opened without following links
-and must be a socket; what is connected to is that very inode.
+The peer's path is in a folder to which the process of an untrusted guest may write. It is opened without following
+links and must be a socket; the connection goes to that very inode.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from vmm.net.engine import Port, Rewrite
     from vmm.net.ports import PortSetup
 
-CONGESTED_FRAMES = 64  # from here on those who send to it are let wait a moment, so that nothing is lost
-STALLED_SECONDS = 0.1  # a receiver that took nothing for so long is paused or broken: no sender waits for it
+CONGESTED_FRAMES = 64  # from here on its senders wait for a moment, so that nothing is lost
+STALLED_SECONDS = 0.1  # a receiver that took nothing for this long is paused or broken: no sender waits for it
 MAX_BACKLOG_FRAMES = 512  # for a receiver that takes nothing for a while: QEMU's socket holds 11 frames
 SEND_BUFFER_BYTES = 4 << 20  # the kernel counts what the other side has not taken yet
 RATE_BURST_SECONDS = 0.01
@@ -44,9 +44,9 @@ _MIN_BURST_BYTES = 4096.0
 
 
 def _give_away(address: str, owner: int) -> None:
-    """Make a socket its new owner's. Its folder is the owner's already: by now anything may have that name.
+    """Give a socket to its new owner. Its folder already belongs to the owner, so the name may have been replaced.
 
-    Raises OSError for anything but a socket of ours with one name.
+    Raises OSError for anything but a socket of ours with a single name.
     """
     place = os.open(address, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
@@ -59,7 +59,7 @@ def _give_away(address: str, owner: int) -> None:
 
 
 class PortSocket:
-    """The outside of a port. `watch` is called when the backlog begins and ends."""
+    """The outer side of a port. `watch` is called when the backlog begins and ends."""
 
     def __init__(self, port: Port, setup: PortSetup) -> None:
         self.port = port
@@ -67,7 +67,7 @@ class PortSocket:
         self.connected = False
         self.backlog: deque[bytes] = deque()
         self.taken_at = 0.0  # when the peer last took a frame from the backlog, or it was empty
-        self.waits_until = 0.0  # not read from before that time; 0: it is read from
+        self.waits_until = 0.0  # do not read from it before that time; 0: read from it
         self.captures: list[PacketCapture] = []
         self.rate: Bucket | None = None
         self.batch_limit = BATCH_FRAMES
@@ -83,8 +83,8 @@ class PortSocket:
             with contextlib.suppress(OSError):  # a limit of the host: then as much as it allows
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(address)  # of a switch that was killed: there is one switch, its caller holds the lock
-            os.fchmod(sock.fileno(), 0o600)  # of its name too, once it has one
+                os.unlink(address)  # left by a killed switch: only one runs, and its caller holds the lock
+            os.fchmod(sock.fileno(), 0o600)  # applies to its name too, once it has one
             sock.bind(address)
             if self.setup.owner is not None and self.setup.owner != os.geteuid():
                 _give_away(address, self.setup.owner)
@@ -94,7 +94,7 @@ class PortSocket:
         return sock
 
     def apply(self, setup: PortSetup) -> None:
-        """Other limits; the addresses stay."""
+        """Change the limits; the addresses stay."""
         self.setup = setup
         bytes_per_second = setup.rate_bits_per_second / 8
         self.rate = None
@@ -107,7 +107,7 @@ class PortSocket:
     # -- the other side -----------------------------------------------------------------------------------------
 
     def connect(self) -> bool:
-        """Connect to the peer if it is there; True when it is."""
+        """Connect to the peer if it exists; True if it does."""
         self.connected = False
         self._peer_identity = None
         try:
@@ -128,7 +128,7 @@ class PortSocket:
         return True
 
     def check_peer(self) -> None:
-        """Connect again where the peer is new, or where there was none."""
+        """Connect again if the peer is new, or if none was connected."""
         if self.connected and self._peer_identity is not None:
             try:
                 facts = os.lstat(self.setup.peer)
@@ -142,7 +142,7 @@ class PortSocket:
     # -- frames -------------------------------------------------------------------------------------------------
 
     def send(self, batch: Batch, slots: Sequence[int], change: Rewrite | None) -> int:
-        """Send what the peer takes now and keep the rest; how many frames were sent or kept."""
+        """Send what the peer takes now and keep the rest; returns how many frames were sent or kept."""
         count = len(slots)
         sent = 0
         if not self.connected:
@@ -177,7 +177,7 @@ class PortSocket:
         return batch.send(self.descriptor, slots)
 
     def send_own(self, frame: bytes) -> bool:
-        """Send one frame, or keep it; False where it cannot be either."""
+        """Send one frame, or keep it; False if neither is possible."""
         if not self.connected or len(self.backlog) >= MAX_BACKLOG_FRAMES:
             return False
         if not self.backlog:
@@ -195,7 +195,7 @@ class PortSocket:
         return True
 
     def is_congested(self, now: float) -> bool:
-        """True when the peer takes its frames, but more slowly than they come."""
+        """True if the peer takes its frames, but more slowly than they arrive."""
         return len(self.backlog) >= CONGESTED_FRAMES and now - self.taken_at < STALLED_SECONDS
 
     def flush(self, now: float) -> None:
@@ -209,7 +209,7 @@ class PortSocket:
                 self._lost()
                 return
             except OSError:
-                pass  # this one cannot be sent
+                pass  # this frame cannot be sent
             self.backlog.popleft()
             self.taken_at = now
 
@@ -218,7 +218,7 @@ class PortSocket:
         self.backlog.clear()
 
     def close(self) -> None:
-        """Take the port away, with its name."""
+        """Remove the port and its name."""
         self._socket.close()
         with contextlib.suppress(OSError):
             os.unlink(self.setup.address)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A port of a `user` switch as it is sent to the switch and kept for its restart. Pure.
+"""A port of a `user` switch, as it is sent to the switch and kept for its restart. Pure.
 
-Decides the spelling (JSON) and that a document from outside is complete and within the limits. Plain dataclasses and
-not pydantic, because the switch process is to start in milliseconds. Must not know adapters or machines.
+Decides the encoding (JSON) and that a document from outside is complete and within the limits. Plain dataclasses and
+not pydantic, because the switch process must start in milliseconds. Must not know adapters or machines.
 """
 
 from __future__ import annotations
@@ -58,15 +58,15 @@ def to_document(setup: PortSetup) -> dict[str, Any]:
 
 
 def from_document(document: object) -> PortSetup:
-    """What `to_document` wrote; a key that is left out has its default. Raises InvalidSpec for anything else."""
+    """Parse what `to_document` wrote; an omitted key has its default. Raises InvalidSpec for anything else."""
     if not isinstance(document, Mapping):
-        raise errors.InvalidSpec("a port is a JSON object")
+        raise errors.InvalidSpec("a port must be a JSON object")
     known = set(to_document(PortSetup("", "", "")))
     if unknown := sorted(map(repr, set(document) - known)):
         raise errors.InvalidSpec(f"a port has no setting {unknown[0][:80]}")
     macs = _list(document, "macs", str)
     if len(macs) > MAX_PORT_MACS:
-        raise errors.InvalidSpec(f"a port has at most {MAX_PORT_MACS} addresses")
+        raise errors.InvalidSpec(f"a port can have at most {MAX_PORT_MACS} addresses")
     try:
         rules = PortRules(
             addresses=frozenset(frames.parse_mac(one) for one in macs),
@@ -83,7 +83,7 @@ def from_document(document: object) -> PortSetup:
     except ValueError as error:
         raise errors.InvalidSpec(str(error)) from error
     if any(not 1 <= vlan <= frames.MAX_VLAN for vlan in rules.allowed):
-        raise errors.InvalidSpec(f"VLANs are from 1 to {frames.MAX_VLAN}")
+        raise errors.InvalidSpec(f"VLANs must be from 1 to {frames.MAX_VLAN}")
     owner = document.get("owner")
     return PortSetup(
         name=_text(document, "name", MAX_NAME_CHARACTERS),
@@ -98,29 +98,29 @@ def from_document(document: object) -> PortSetup:
 
 def _text(document: Mapping[str, Any], key: str, limit: int) -> str:
     value = document.get(key)
-    # A lone surrogate, which JSON can spell, is not a character.
+    # A lone surrogate, which JSON can express, is not a character.
     is_text = isinstance(value, str) and 0 < len(value.encode(errors="replace")) <= limit
     if not isinstance(value, str) or not is_text or re.search("[\0\ud800-\udfff]", value):
-        raise errors.InvalidSpec(f"a port's {key} is a text of 1 to {limit} bytes")
+        raise errors.InvalidSpec(f"a port's {key} must be a string of 1 to {limit} bytes")
     return value
 
 
 def _flag(document: Mapping[str, Any], key: str, default: bool = False) -> bool:
     value = document.get(key, default)
     if not isinstance(value, bool):
-        raise errors.InvalidSpec(f"a port's {key} is true or false")
+        raise errors.InvalidSpec(f"a port's {key} must be true or false")
     return value
 
 
 def _number(document: Mapping[str, Any], key: str, limit: int) -> int:
     value = document.get(key, 0)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= limit:
-        raise errors.InvalidSpec(f"a port's {key} is a number from 0 to {limit}")
+        raise errors.InvalidSpec(f"a port's {key} must be a number from 0 to {limit}")
     return value
 
 
 def _list(document: Mapping[str, Any], key: str, kind: type) -> list[Any]:
     value = document.get(key, [])
     if not isinstance(value, list) or not all(type(one) is kind for one in value):
-        raise errors.InvalidSpec(f"a port's {key} is a list")
+        raise errors.InvalidSpec(f"a port's {key} must be a list")
     return value

@@ -2,8 +2,8 @@
 """Reading the small files in which switches are described and their state is kept.
 
 Decides that such a file is never trusted: it may be damaged, replaced by a directory or a pipe, or as large as the
-disk. Reading one takes bounded time and memory, and ends with its content or with an OSError or ValueError whose text
-says what is wrong. Must not know what the content means; its reader checks that.
+disk. Reading one takes bounded time and memory, and ends with its content or with an OSError or ValueError that says
+what is wrong. Must not know what the content means; the caller checks that.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def parse_object(content: bytes) -> dict[str, Any]:
 
 
 def read_tail(path: str, limit_bytes: int) -> str:
-    """The last part of a log, or nothing where it cannot be read."""
+    """The last part of a log, empty if it cannot be read."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
         try:

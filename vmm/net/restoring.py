@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Giving a card back the addresses and routes that it had, and what is said of those that cannot be given back.
+"""Restoring the addresses and routes that a card had, and reporting those that cannot be restored.
 
-Decides the order, and that one which is refused keeps no other from coming back. Must not know journals or switches.
+Decides the order, and that a refused one does not prevent the others. Must not know journals or switches.
 """
 
 from __future__ import annotations
@@ -17,43 +17,43 @@ from vmm.model import errors
 from vmm.net.bridge import Kernel
 from vmm.net.plan import HostAddress, Route, in_order
 
-# What reading a record that holds anything but what was written may end in, down to pyroute2's encoding of it.
+# What reading a damaged record can raise, down to pyroute2's encoding of it.
 _DAMAGE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, struct.error)
 
 
 @dataclass
 class Resisted:
-    """What could not be put back, in words; without `give_up` the first such error is raised."""
+    """What could not be restored, in words; without `give_up` the first such error is raised."""
 
     give_up: bool = False
     words: list[str] = field(default_factory=list)
 
     @contextlib.contextmanager
     def trying(self, doing: str) -> Iterator[None]:
-        """Note an error of the block, or raise it. A record that is not as we write it is an error, too."""
+        """Record an error of the block, or raise it. A damaged record counts as an error, too."""
         try:
             yield
         except (errors.VmmError, *_DAMAGE) as error:
             if not isinstance(error, errors.VmmError):
-                error = errors.VmmError(f"cannot {doing}: the record of it is damaged ({error})")
+                error = errors.VmmError(f"cannot {doing}: its record is damaged ({error})")
             if not self.give_up:
                 raise error from None
             self.words.append(str(error))
 
 
 def lost(before: Mapping[str, Any]) -> list[str]:
-    """What a card had that is gone by now."""
+    """What a card that is now gone had."""
     had = [str(HostAddress(**one)) for one in before["addresses"]] + [
         f"the route to {_route(one)}" for one in before["routes"]
     ]
-    return [f"the network card {before['name']} is gone, which had {', '.join(had)}"] if had else []
+    return [f"the network card {before['name']} is gone; it had {', '.join(had)}"] if had else []
 
 
 def put_back(kernel: Kernel, before: Mapping[str, Any], bridge: str, resisted: Resisted) -> None:
-    """Addresses in their old order, which the choice of a source depends on, then the routes.
+    """Restore addresses in their old order, on which the choice of a source depends, then the routes.
 
-    Each ends when it did on `bridge`, where it may have been renewed; one that has run out there stays away, and the
-    routes that depend on it too.
+    Each ends when it did on `bridge`, where it may have been renewed; one that has expired there is not restored, nor
+    are the routes that depend on it.
     """
     name = before["name"]
     had = [HostAddress(**one) for one in before["addresses"]]
@@ -63,7 +63,7 @@ def put_back(kernel: Kernel, before: Mapping[str, Any], bridge: str, resisted: R
         for one in had:
             kernel.remove_address(name, one)
         for one in in_order(wanted):
-            with resisted.trying(f"give {name} the address {one}"):
+            with resisted.trying(f"add the address {one} to {name}"):
                 kernel.add_address(name, one)
     have, meanwhile = list(map(_known, kernel.routes(name))), kernel.routes(bridge)
     missing = [
@@ -77,19 +77,19 @@ def put_back(kernel: Kernel, before: Mapping[str, Any], bridge: str, resisted: R
 
 
 def _give_routes(kernel: Kernel, name: str, missing: list[Route], resisted: Resisted) -> None:
-    """They come in the kernel's order, in which the one through a gateway may stand before the way to the gateway:
-    what is refused is tried again after the others.
+    """Add routes, which are in the kernel's order: a route through a gateway may precede the route to the gateway, so
+    refused routes are tried again after the others.
     """
     while missing:
         refused = {one: error for one in missing if (error := _refusal(kernel, name, one)) is not None}
-        if len(refused) == len(missing):  # a gateway whose own network was gone before: it was reached, so it is there
+        if len(refused) == len(missing):  # the gateway's own network was gone before, but it was reached, so it exists
             refused = {
                 one: error
                 for one, error in refused.items()
                 if one.gateway is None or _refusal(kernel, name, replace(one, on_link=True)) is not None
             }
             for error in refused.values():
-                with resisted.trying("lead a route"):
+                with resisted.trying("add a route"):
                     raise error
             return
         missing = list(refused)
@@ -100,8 +100,8 @@ def _lasting(one: HostAddress) -> HostAddress:
 
 
 def _today(one: HostAddress, before: Mapping[str, Any], now: Iterable[HostAddress]) -> HostAddress | None:
-    """An address with the lifetime that it has by now: the longest that it was given since, or what is left of its
-    own. None when it has run out.
+    """An address with its lifetime as of now: the longest that it got since, or the rest of its own. None if it has
+    expired.
     """
     if one.valid_seconds is None:
         return one
@@ -115,7 +115,7 @@ def _today(one: HostAddress, before: Mapping[str, Any], now: Iterable[HostAddres
 
 
 def _route_today(one: Route, before: Mapping[str, Any], now: Iterable[Route]) -> Route | None:
-    """As `_today`, of a route."""
+    """As `_today`, for a route."""
     if one.expires_seconds is None:
         return one
     renewed = [other for other in now if _known(other) == _known(one)]
@@ -126,8 +126,8 @@ def _route_today(one: Route, before: Mapping[str, Any], now: Iterable[Route]) ->
 
 
 def _depends_on_lost(route: Route, had: Iterable[HostAddress], wanted: Iterable[HostAddress]) -> bool:
-    """True for a route that the kernel would have removed with an address that has run out: one from that address,
-    and of IPv4 every route once the interface has no address.
+    """True for a route that the kernel would have removed together with an expired address: a route from that address,
+    and for IPv4 every route once the interface has no address.
     """
     is_six = ":" in route.destination
     before, left = ({one.address.partition("/")[0] for one in some if one.is_six == is_six} for some in (had, wanted))
@@ -137,14 +137,14 @@ def _depends_on_lost(route: Route, had: Iterable[HostAddress], wanted: Iterable[
 
 
 def _known(one: Route) -> Route:
-    """Without what changes; of one that routers say all but where it leads, since it is made again by itself."""
+    """The route without what changes; of an announced route only its destination, since it comes again by itself."""
     if one.is_advertised:
         return Route(one.destination, one.gateway, table=one.table, protocol=one.protocol)
     return replace(one, expires_seconds=None)
 
 
 def _left(seconds: int, before: Mapping[str, Any]) -> int:
-    """Of a time that was left when it was written down: what is left of it now."""
+    """What is left now of a time that was left when the record was written."""
     return max(0, int(seconds - (time.time() - before["at"])))
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the kernel has the rules of a switch that it was given, and what differs, in words.
+"""Whether the kernel has the rules of a switch that it was given, and the differences, in words.
 
-Decides how a rule is recognized: its comment is the digest of what it was made from, since nft prints a rule in other
-words than it was given. A program that writes a rule with the comment of another one is not found out, but only root
-can do that. Decides too how a look finds that nothing changed at all: the kernel counts up a number with every change
-of any rule (NFT_MSG_GETGEN of nf_tables.h). Changes nothing.
+Decides how a rule is recognized: its comment is the digest of what it was made from, because nft prints a rule in
+other words than it was given. A program that writes a rule with another one's comment is not detected, but only root
+can do that. Also decides how a check finds that nothing changed at all: the kernel increments a number with every
+change of any rule (NFT_MSG_GETGEN of nf_tables.h). Changes nothing.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class _Table:
 
 
 def differences(spec: SwitchSpec, ports: Sequence[GuestPort]) -> list[str]:
-    """What of the switch's rules, with these ports, is otherwise in the kernel; nothing when all is as planned.
+    """The differences between the switch's rules, with these ports, and those in the kernel; empty if all is as
+    planned.
 
     Raises Unsupported, VmmError.
     """
@@ -62,19 +63,19 @@ def _compared(planned: _Table, present: _Table | None) -> Iterator[str]:
         if other is None:
             yield f"chain {name} is gone"
         elif any(facts.get(key) != other.get(key) for key in _HOOKED):
-            yield f"chain {name} is another one"
+            yield f"chain {name} has been replaced"
         else:
             ours, theirs = planned.rules.get(name, []), present.rules.get(name, [])
             if missing := (Counter(ours) - Counter(theirs)).total():
                 yield f"chain {name} lacks {missing} of its {len(ours)} rules"
             if foreign := (Counter(theirs) - Counter(ours)).total():
-                yield f"chain {name} has {foreign} that {'is' if foreign == 1 else 'are'} not the switch's"
+                yield f"chain {name} has {foreign} that {'does' if foreign == 1 else 'do'} not belong to the switch"
             if ours != theirs and not missing and not foreign:
                 yield f"the rules of chain {name} are in another order"
 
 
 def _planned(document: dict[str, Any]) -> dict[Place, _Table]:
-    """The tables that there are once the kernel has taken a document."""
+    """The tables that exist once the kernel has applied a document."""
     tables: dict[Place, _Table] = {}
     for command in document["nftables"]:
         ((verb, what),) = command.items()

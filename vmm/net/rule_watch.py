@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules of a bridge that were taken away, as by `nft flush ruleset`: noticed and loaded again.
+"""Rules of a bridge that were removed, for example by `nft flush ruleset`: detected and loaded again.
 
-Decides what a look costs while nothing happens: one question to the kernel, for the number of the state of all rules
-(`rule_check.generation`), which is compared with the one for which the switch's were last found as planned. The
-process that finds another compares them, under the switch's lock, which ends with its holder; the others see that it
-is done. Which processes look, and when: `watching`.
+Decides what a check costs while nothing happens: one request to the kernel, for the number of the state of all rules
+(`rule_check.generation`), which is compared with the one at which the switch's rules were last found as planned. The
+process that finds another number compares the rules, under the switch's lock, which is released if it dies; the others
+see that it is done. Which processes check, and when: `watching`.
 
     FOLDER/rules.json   {"boot_id": ..., "generation": 17, "attempts": 0}
 
-Should the kernel never show the rules as they were loaded, as with an nft of another make, they are loaded a few times
-and then only when a rule changed.
+If the kernel never shows the rules as they were loaded, as with another version of nft, they are loaded a few times
+and after that only when a rule has changed.
 
 `INV-RULES-BACK`: while a machine that is on a bridge runs, the switch's rules are as planned again within a second,
-however they were changed, and one of the machines that look has an event for it.
+however they were changed, and one of the machines that check has an event for it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _NAME = "rules.json"
 
 
 def differences(host: HostSide) -> list[str]:
-    """What of a bridge's rules differs from the plan; only root can see it. Raises VmmError."""
+    """The differences between a bridge's rules and the plan; only root can see them. Raises VmmError."""
     if not host.spec.capabilities.in_kernel or os.geteuid() != 0 or not _is_there(host):
         return []
     with host.bridge.changing():
@@ -38,7 +38,7 @@ def differences(host: HostSide) -> list[str]:
 
 
 def is_verified(host: HostSide) -> bool:
-    """True when the rules are known to be as planned, or when nothing can be said."""
+    """True if the rules are known to be as planned, or if this cannot be determined."""
     try:
         return not _is_there(host) or rule_check.generation() == _verified(host)
     except errors.VmmError:
@@ -46,7 +46,9 @@ def is_verified(host: HostSide) -> bool:
 
 
 def restore(host: HostSide) -> list[str]:
-    """Have the rules as planned; in words what was not. The caller holds the switch's lock. Raises VmmError."""
+    """Make the rules as planned; returns the differences, in words. The caller holds the switch's lock. Raises
+    VmmError.
+    """
     if not _is_there(host):
         return []
     generation, ports = rule_check.generation(), host.bridge.bridge_ports()
@@ -56,7 +58,7 @@ def restore(host: HostSide) -> list[str]:
     if not found:
         _note(host, generation, 0)
         return []
-    enforcing.enforce(host.spec, ports, anew=True)  # which is another state, to be looked at again
+    enforcing.enforce(host.spec, ports, anew=True)  # this is a new state, which must be checked again
     attempts = _noted(host).get("attempts", 0) + 1
     _note(host, rule_check.generation() if attempts >= MAX_ATTEMPTS else None, attempts)
     return found
@@ -72,7 +74,7 @@ def _note(host: HostSide, generation: int | None, attempts: int) -> None:
 
 
 def _noted(host: HostSide) -> dict[str, int]:
-    """What was noted since the host started; nothing where that cannot be read."""
+    """The note from this boot; empty if it cannot be read."""
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, ArithmeticError):
         document = records.read_object(os.path.join(host.folder, _NAME))
         if document["boot_id"] == settings.boot_id():

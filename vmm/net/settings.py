@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernel settings (sysctl) that several switches want at once, and what they were before the first.
+"""Kernel settings (sysctl) that several switches want at once, and their values before the first switch.
 
-Decides that a setting is put back when the last switch that holds it lets go, to what it was before the first took it:
-in whatever order switches come and go, none loses what it needs, and in the end the host is as it was. What other
-programs changed or want meanwhile stays. Each of the two works again when it was killed half way. Must not know which
-settings a switch needs.
+Decides that a setting is restored when the last switch that holds it releases it, to its value before the first one
+took it: in whatever order switches come and go, none loses what it needs, and in the end the host is as it was. Values
+that other programs set or want meanwhile stay. Holding and releasing can both be repeated after a kill half-way. Must
+not know which settings a switch needs.
 
     FOLDER/settings.json   {"boot_id": ..., "held": {SETTING: HELD, ...}}
     HELD                   {"before": "0", "value": "1", "everywhere": "0", "by": [SWITCH'S ID, ...]}
-                           `everywhere`: what all/ in the place of the interface had before
+                           `everywhere`: the value of all/ instead of the interface before
 
-`INV-SETTING-HELD`: what is in the file was read before the first write of that setting; a killed writer changes
-nothing of it. A file of an earlier boot is worth nothing.
+`INV-SETTING-HELD`: a value in the file was read before the first write of that setting; a killed writer does not
+change it. A file from an earlier boot is ignored.
 """
 
 from __future__ import annotations
@@ -32,12 +32,14 @@ _OF_INTERFACE = re.compile(r"(net/ipv[46]/conf/)([^/]+)(/.+)")
 
 
 def hold(folder: str, setting: str, value: str, holder: str) -> None:
-    """Give a setting this value until `holder` lets go of it; one that does not exist, as without IPv6, is fine."""
+    """Give a setting this value until `holder` releases it; a setting that does not exist, as without IPv6, is
+    skipped.
+    """
     hold_all(folder, {setting: value}, holder)
 
 
 def hold_all(folder: str, values: Mapping[str, str], holder: str) -> None:
-    """As `hold`, of several settings, written in this order."""
+    """As `hold`, for several settings, written in this order."""
     with locked(os.path.join(folder, _LOCK_NAME)):
         held = _load(folder)
         known = dict(held)
@@ -52,12 +54,12 @@ def hold_all(folder: str, values: Mapping[str, str], holder: str) -> None:
 
 
 def release(folder: str, setting: str, holder: str) -> None:
-    """`holder` needs a setting no more; fine when it does not hold it."""
+    """Release a setting that `holder` no longer needs; succeeds if it does not hold it."""
     release_all(folder, holder, lambda name: name == setting)
 
 
 def release_all(folder: str, holder: str, concerns: Callable[[str], bool]) -> None:
-    """As `release`, of all that it holds and `concerns` says yes to."""
+    """As `release`, for everything that it holds and for which `concerns` returns True."""
     with locked(os.path.join(folder, _LOCK_NAME)):
         held = _load(folder)
         mine = [name for name, one in held.items() if holder in one["by"] and concerns(name)]
@@ -74,7 +76,7 @@ def release_all(folder: str, holder: str, concerns: Callable[[str], bool]) -> No
 
 
 def _found(setting: str, held: Mapping[str, Any]) -> dict[str, Any]:
-    """A setting that no switch held yet. What came with an interface by a default of ours was not there before."""
+    """The record of a setting that no switch held yet. A value from a default of ours is not the old one."""
     there = value(setting)
     default = held.get(_of(setting, "default"), {})
     if there is not None and there == default.get("value"):
@@ -83,15 +85,15 @@ def _found(setting: str, held: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def before(folder: str, setting: str) -> str | None:
-    """What a setting was before the first switch took it; None where none holds it."""
+    """The value of a setting before the first switch took it; None if no switch holds it."""
     one = _load(folder).get(setting)
     return None if one is None else one["before"]
 
 
 def _put_back(setting: str, one: Mapping[str, Any]) -> None:
-    """Back to what it was, unless the value was changed by others meanwhile.
+    """Restore the old value, unless another program changed it meanwhile.
 
-    Another program set another value since, or set ours on all interfaces, as Docker and libvirt do with `ip_forward`.
+    A program may have set another value, or ours on all interfaces, as Docker and libvirt do with `ip_forward`.
     """
     ours, there = one.get("value"), value(setting)
     if one["before"] is None or there in (None, one["before"]) or (ours is not None and there != ours):
@@ -103,7 +105,9 @@ def _put_back(setting: str, one: Mapping[str, Any]) -> None:
 
 
 def _of(setting: str, interface: str) -> str:
-    """The same setting of another interface: writing that of `all` writes every other, a new one has `default`'s."""
+    """The same setting of another interface: writing to `all` changes every interface, a new one starts with
+    `default`.
+    """
     return _OF_INTERFACE.sub(rf"\g<1>{interface}\g<3>", setting)
 
 
@@ -112,7 +116,7 @@ def _everywhere(setting: str) -> str | None:
 
 
 def _newcomers(setting: str, held: Mapping[str, Any]) -> list[str]:
-    """The settings of interfaces that were made since, of which `setting` is the default: they have its value."""
+    """The settings of interfaces that were created since and have the value of their default, `setting`."""
     found = _OF_INTERFACE.fullmatch(setting)
     if found is None or found[2] != "default":
         return []
@@ -151,7 +155,7 @@ def _load(folder: str) -> dict[str, dict[str, Any]]:
 
 
 def _check(name: str, one: object) -> None:
-    """Raise ValueError for what is not a setting of ours: its name becomes a path that is written to."""
+    """Raise ValueError for anything but a setting of ours: its name becomes a path that is written to."""
     if not _SETTING.fullmatch(name) or {".", ".."} & set(name.split("/")):
         raise ValueError(f"{name[:80]!r} is not a setting of the network")
     texts = [one.get(key) for key in ("before", "value", "everywhere")] if isinstance(one, dict) else [0]
@@ -167,13 +171,13 @@ def _save(folder: str, held: dict[str, dict[str, Any]]) -> None:
 
 
 def boot_id() -> str:
-    """Another one after each boot."""
+    """An id that is different after each boot."""
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
         return file.read().strip()
 
 
 def value(setting: str) -> str | None:
-    """What the kernel has; None where it has no such setting."""
+    """The kernel's value; None if it has no such setting."""
     try:
         with open(f"/proc/sys/{setting}", encoding="ascii") as file:
             return file.read().strip()
@@ -182,7 +186,7 @@ def value(setting: str) -> str | None:
 
 
 def write(setting: str, value: str) -> None:
-    """Set it."""
+    """Set the value."""
     try:
         with open(f"/proc/sys/{setting}", "w", encoding="ascii") as file:
             file.write(value)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bandwidth limits on the bridge back end: what a tap sends waits in a queue that empties at the limit's rate.
 
-Decides how fast and how long that queue is. Frames that come in at a tap are led (`nft`: `fwd to`) to an interface of
-kind ifb, whose queue is a token bucket filter (tc-tbf(8)), and go on from there as if they had come in at the tap just
-now. nftables' own limit does not do: its bucket for bytes holds a whole second beside the burst (nft_limit.c).
-A limit that stays the same is not touched, so that its bucket is never filled again by a command. With `bridge` the
-home of pyroute2. Must not know rules, nor when a limit changes.
+Decides how fast and how long that queue is. Frames that arrive at a tap are led (`nft`: `fwd to`) to an interface of
+kind ifb, whose queue is a token bucket filter (tc-tbf(8)), and continue from there as if they had just arrived at the
+tap. nftables' own limit is not suitable: its byte bucket holds a whole second in addition to the burst (nft_limit.c).
+A limit that stays the same is not touched, so that no command refills its bucket. Together with `bridge` the only
+module that uses pyroute2. Must not know rules, nor when a limit changes.
 
     guest ── tap ─┐             ┌─> bridge
                   └─> ifb: tbf ─┘
@@ -27,8 +27,8 @@ from vmm.net.bridge import refused
 from vmm.net.nft import shaper_name
 from vmm.net.switch_spec import SwitchSpec
 
-BURST_SECONDS = 0.01  # and two whole frames at least
-QUEUE_SECONDS = 0.1  # what waits longer is lost, which is how TCP learns of the limit
+BURST_SECONDS = 0.01  # and at least two whole frames
+QUEUE_SECONDS = 0.1  # what waits longer is lost, which is how TCP notices the limit
 MIN_QUEUE_BYTES = 16 << 10
 HINT = "modprobe -a ifb sch_tbf nft_fwd_netdev"
 _ALIAS = "vmm bandwidth limit of "
@@ -37,9 +37,9 @@ _UNKNOWN = (errno.EOPNOTSUPP, errno.ENOENT, errno.EINVAL)
 
 
 def ensure(spec: SwitchSpec, rates: Mapping[str, int]) -> frozenset[str]:
-    """Have a queue of that rate, in bits a second, for each tap; which taps are there.
+    """Give each tap a queue with its rate, in bits per second; returns the taps that exist.
 
-    Raises Unsupported where the kernel has no such queues.
+    Raises Unsupported if the kernel has no such queues.
     """
     there = set()
     with IPRoute() as netlink:
@@ -53,7 +53,7 @@ def ensure(spec: SwitchSpec, rates: Mapping[str, int]) -> frozenset[str]:
                 if error.code == errno.ENODEV:  # its guest is off by now
                     continue
                 if error.code in _UNKNOWN:
-                    raise errors.Unsupported("this kernel limits no bandwidth", hint=HINT) from error
+                    raise errors.Unsupported("this kernel cannot limit bandwidth", hint=HINT) from error
                 raise refused(error, f"limit the bandwidth of {interface}") from error
     return frozenset(there)
 
@@ -65,18 +65,18 @@ def _ensure(netlink: IPRoute, spec: SwitchSpec, name: str, bytes_per_second: int
         found = netlink.link_lookup(ifname=name)
     index = found[0]
     link = netlink.get_links(index)[0]
-    if link.get_attr("IFLA_IFALIAS") != _ALIAS + spec.id:  # its maker was killed, or the tap was another switch's
+    if link.get_attr("IFLA_IFALIAS") != _ALIAS + spec.id:  # its creator was killed, or the tap had another switch
         netlink.link("set", index=index, ifalias=_ALIAS + spec.id)
     has_mtu = link.get_attr("IFLA_MTU") == mtu_bytes
     if not has_mtu or _rate(netlink, index) != bytes_per_second:
         burst = max(2 * (mtu_bytes + frames.HEADER_BYTES + frames.TAG_BYTES), int(bytes_per_second * BURST_SECONDS))
         limit = max(MIN_QUEUE_BYTES, int(bytes_per_second * QUEUE_SECONDS)) + burst
         netlink.tc("replace", "tbf", index=index, rate=bytes_per_second, burst=burst, limit=limit)
-    netlink.link("set", index=index, mtu=mtu_bytes, state="up")  # its MTU only shows which one the queue is for
+    netlink.link("set", index=index, mtu=mtu_bytes, state="up")  # its MTU only records which one the queue is for
 
 
 def _rate(netlink: IPRoute, index: int) -> int | None:
-    """Bytes a second of the queue that is there."""
+    """The rate of an existing queue in bytes per second."""
     for message in _queues(netlink, index):
         options = message.get_attr("TCA_OPTIONS")
         parameters = None if options is None else options.get_attr("TCA_TBF_PARMS")
@@ -92,7 +92,7 @@ def _queues(netlink: IPRoute, index: int) -> Iterator[Any]:
 
 
 def drop_others(spec: SwitchSpec, interfaces: Mapping[str, object]) -> None:
-    """Take away the switch's queues of other taps; fine when there are none."""
+    """Remove the switch's queues of other taps; succeeds if there are none."""
     kept = {shaper_name(one) for one in interfaces}
     with IPRoute() as netlink:
         for message in netlink.get_links(kind="ifb"):
@@ -106,12 +106,12 @@ def drop_others(spec: SwitchSpec, interfaces: Mapping[str, object]) -> None:
 
 
 def _is_orphan(netlink: IPRoute, name: str) -> bool:
-    """True for a queue whose maker was killed before it wrote down for whom it is, and whose tap is gone, too."""
+    """True for a queue whose creator was killed before it recorded the tap, and whose tap is gone, too."""
     return _SHAPER.fullmatch(name) is not None and not netlink.link_lookup(ifname="vt" + name.removeprefix("vb"))
 
 
 def drops(spec: SwitchSpec) -> dict[str, int]:
-    """Frames that found the queue full: the tap's name -> how many."""
+    """Frames dropped because the queue was full: the tap's name -> how many."""
     found = {}
     with IPRoute() as netlink:
         for link in netlink.get_links(kind="ifb"):

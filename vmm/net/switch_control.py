@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The control socket of a `user` switch: JSON-RPC 2.0, one message a line, on the switch's own loop.
+"""The control socket of a `user` switch: JSON-RPC 2.0, one message per line, on the switch's own loop.
 
 Decides that a client cannot hold up the switch: a line has at most MAX_LINE_BYTES, there are at most MAX_CLIENTS, and
 a client that does not read its answers is disconnected. A client that asked for a capture gets the answer and then the
@@ -31,14 +31,14 @@ Handler: TypeAlias = Callable[[int], None]
 
 
 class Loop:
-    """Descriptors and what to call when they are ready."""
+    """Descriptors, and what to call when they are ready."""
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
         self._handlers: dict[int, Handler] = {}
 
     def watch(self, descriptor: int, events: int, handler: Handler) -> None:
-        """Call `handler` with the events whenever one happens; replaces what was watched before."""
+        """Call `handler` with the events whenever one occurs; replaces an earlier handler."""
         if descriptor in self._handlers:
             self._epoll.modify(descriptor, events)
         else:
@@ -58,12 +58,12 @@ class Loop:
                 handler(events)
 
     def close(self) -> None:
-        """Give the descriptor back."""
+        """Close the descriptor."""
         self._epoll.close()
 
 
 class ControlServer:
-    """Takes clients from a listening socket and answers them by `methods`."""
+    """Accepts clients from a listening socket and answers them with `methods`."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class ControlServer:
         del events
         try:
             sock, _ = self._listener.accept()
-        except OSError:  # it went away again, or there are no descriptors: the next event asks again
+        except OSError:  # the client has gone, or no descriptor is left: the next event tries again
             return
         if len(self.clients) >= MAX_CLIENTS:
             sock.close()
@@ -101,25 +101,25 @@ class ControlServer:
                 client.stream()
 
     def close(self) -> None:
-        """Hang up."""
+        """Disconnect all clients."""
         for client in list(self.clients):
             client.close()
         self.loop.unwatch(self._listener.fileno())
         self._listener.close()
 
     def answer(self, line: bytes, client: _Client) -> bytes:
-        """The line that answers `line`, also where it has no id."""
+        """The line that answers `line`, even if the request has no id."""
         try:
             request = jsonrpc.parse_request(line, _DIALECT)
             if request.method != "capture" and request.method not in self.methods:
-                raise jsonrpc.RefusedRequest(jsonrpc.NO_METHOD, f"there is no method {request.method!r}", request.id)
+                raise jsonrpc.RefusedRequest(jsonrpc.NO_METHOD, f"unknown method {request.method!r}", request.id)
         except jsonrpc.RefusedRequest as problem:
             return problem.answer()
         try:
             return jsonrpc.encode_result(request.id, self._result(request, client))
         except errors.VmmError as error:
             return jsonrpc.encode_failure(request.id, jsonrpc.FAILED, str(error), errors.to_document(error))
-        except Exception as error:  # a mistake of ours: frames are moved on
+        except Exception as error:  # a mistake of ours: frames must still be moved
             _log.exception("control: an internal error")
             text = f"internal error: {type(error).__name__}"
             return jsonrpc.encode_failure(request.id, jsonrpc.INTERNAL, text)
@@ -159,7 +159,7 @@ class _Client:
 
     def _take(self, received: bytes) -> None:
         if self.capture is not None:
-            return  # it has nothing more to say
+            return  # it must not send anything more
         self._lines.feed(received)
         try:
             while (line := self._lines.next_line()) is not None:
@@ -174,7 +174,7 @@ class _Client:
         self._send()
 
     def stream(self) -> None:
-        """Hand over what was captured."""
+        """Send what was captured."""
         assert self.capture is not None
         if not self._output and self.capture.pending:
             self._output, self.capture.pending = self.capture.pending, self._output
@@ -194,7 +194,7 @@ class _Client:
         self._server.loop.watch(self._socket.fileno(), events, self._ready)
 
     def close(self) -> None:
-        """Hang up; a capture ends."""
+        """Disconnect; a capture ends."""
         if self in self._server.clients:
             self._server.clients.discard(self)
             self._server.loop.unwatch(self._socket.fileno())

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starting, finding and asking the process of a `user` switch.
+"""Starting and finding the process of a `user` switch, and sending it requests.
 
-Decides that there is at most one process per switch (a lock that it inherits and that the kernel takes back when it
-dies), that asking for a switch starts it when it does not run, and what its answers mean. Synchronous and bounded:
-every request has a time-out. Must not know what the switch does with frames.
+Decides that each switch has at most one process (by a lock that it inherits and that the kernel releases when it
+dies), that a request starts a switch that does not run, and what its answers mean. Synchronous and bounded: every
+request has a time-out. Must not know what the switch does with frames.
 
     runtime/sw-FIRST-12-OF-ID/   control.sock  ports.json  switch.log  switch.lock  start.lock
 """
@@ -35,7 +35,7 @@ _LOCK, _START_LOCK, _CONTROL, _LOG, _PID = "switch.lock", "start.lock", "control
 _MODULE = "vmm.net.user_switch"
 _PIECE_BYTES = 1 << 16
 _PID_BYTES = 64
-_KILLED_SECONDS = 30.0  # a busy host buries its dead slowly
+_KILLED_SECONDS = 30.0  # a busy host is slow to clean up a killed process
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class SwitchProcess:
 
     @classmethod
     def of(cls, switch_id: str, name: str) -> SwitchProcess:
-        """By the switch's id. Raises InvalidSpec where sockets would have too long names."""
+        """The process of the switch with that id. Raises InvalidSpec if the paths of its sockets would be too long."""
         folder = os.path.join(paths.runtime_home(), "sw-" + switch_id.replace("-", "")[: paths.RUNTIME_ID_CHARACTERS])
         if len(os.fsencode(os.path.join(folder, "gateway", "port.sock"))) > paths.MAX_SOCKET_PATH_BYTES:
             raise errors.InvalidSpec(
@@ -64,9 +64,9 @@ class SwitchProcess:
         return proc.is_locked(os.path.join(self.folder, _LOCK))
 
     def end_descriptor(self) -> int | None:
-        """A descriptor that is readable once the process that runs now has ended; None when there is none.
+        """A descriptor that becomes readable when the process that runs now ends; None if none runs.
 
-        Also in the moment of its start, and where the kernel or its limits give no such descriptor.
+        Also None while it is starting, and if the kernel or its limits provide no such descriptor.
         """
         try:
             descriptor = os.pidfd_open(int(records.read_bytes(os.path.join(self.folder, _PID), _PID_BYTES)))
@@ -78,7 +78,7 @@ class SwitchProcess:
         return None
 
     def ensure_running(self) -> bool:
-        """Start the process unless it runs; True when it had to be started. Raises VmmError."""
+        """Start the process unless it runs; True if it had to be started. Raises VmmError."""
         if self.is_running():
             return False
         paths.make_private(self.folder)
@@ -94,7 +94,7 @@ class SwitchProcess:
             yield
 
     def _spawn(self) -> None:
-        """The control socket listens before the process is there, so the first client only waits."""
+        """Start the process. The control socket listens before the process runs, so the first client only waits."""
         lock = self._lock()
         try:
             listener = self._listener()
@@ -112,7 +112,9 @@ class SwitchProcess:
             os.close(lock)  # the process has it too, and keeps it
 
     def _lock(self) -> int:
-        """The lock that says that it runs. Who only looks has it for a moment, so try for a while."""
+        """The lock that shows that it runs. A process that only checks holds it for a moment, so this tries
+        repeatedly.
+        """
         path = os.path.join(self.folder, _LOCK)
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -131,7 +133,7 @@ class SwitchProcess:
         try:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(address)
-            listener.bind(address)  # its folder is ours alone
+            listener.bind(address)  # no other user can enter its folder
             os.chmod(address, 0o600)
             listener.listen(16)
         except OSError as error:
@@ -140,7 +142,7 @@ class SwitchProcess:
         return listener
 
     def stop(self) -> None:
-        """End the process, if it runs, and forget its ports. One that does not end when asked is killed."""
+        """End the process, if it runs, and forget its ports. A process that does not end on request is killed."""
         deadline = time.monotonic() + GRACE_SECONDS
         with contextlib.suppress(errors.VmmError):
             if self.is_running():
@@ -150,11 +152,13 @@ class SwitchProcess:
                 with contextlib.suppress(PermissionError):
                     ref.kill()
         if not self._has_ended(_KILLED_SECONDS):
-            raise errors.TimedOut(f"switch {self.name} does not end", hint=f"see {self.folder}/{_LOG}")
+            raise errors.TimedOut(f"switch {self.name} did not end", hint=f"see {self.folder}/{_LOG}")
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _processes(self) -> list[proc.ProcessRef]:
-        """The switch's process and its starter, known by their command: also before it could say its number."""
+        """The switch's process and its starter, found by their command lines, even before they have reported their
+        pids.
+        """
         sign = [_MODULE, self.folder]
         pids = [int(name) for name in os.listdir("/proc") if name.isdecimal()]
         words = ((pid, proc.command_words(pid)) for pid in pids)
@@ -167,7 +171,9 @@ class SwitchProcess:
     # -- asking -------------------------------------------------------------------------------------------------
 
     def ask(self, method: str, **params: object) -> Any:
-        """One request to the running switch. Raises WrongState when it does not run, TimedOut, what it answers."""
+        """One request to the running switch. Raises WrongState if it does not run, TimedOut, and the error that it
+        answers.
+        """
         return self._ask(method, params)
 
     def _ask(self, method: str, params: dict[str, object], answer_seconds: float | None = None) -> Any:
@@ -190,31 +196,31 @@ class SwitchProcess:
             yield sock
 
     def ensure(self, method: str, **params: object) -> Any:
-        """As `ask`, starting the switch first when it does not run, even if it ends just now."""
+        """As `ask`, but starts the switch first if it does not run, even if it is just ending."""
         for _ in range(3):
             self.ensure_running()
             try:
                 return self.ask(method, **params)
             except errors.WrongState:
                 self._wait_for_end()
-        raise errors.VmmError(f"switch {self.name} ends again and again", hint=f"see {self.folder}/{_LOG}")
+        raise errors.VmmError(f"switch {self.name} keeps ending", hint=f"see {self.folder}/{_LOG}")
 
     def _wait_for_end(self) -> None:
-        """It hung up: give its lock the moment it needs to fall."""
+        """After it disconnected: wait a moment until its lock is released."""
         self._has_ended(1.0)
 
     def plug(self, setup: ports.PortSetup) -> bool:
-        """Add a port, or change it; True when its other side is there already. Raises VmmError."""
+        """Add or change a port; True if its other side is already connected. Raises VmmError."""
         answer = self.ensure("add_port", **ports.to_document(setup))
         return bool(answer["connected"])
 
     def unplug(self, port: str) -> None:
-        """Take a port away; one that is not there, or of a switch that does not run, is fine."""
+        """Remove a port; succeeds if it does not exist or the switch does not run."""
         with contextlib.suppress(errors.NotFound, errors.WrongState):
             self.ask("remove_port", name=port)
 
     def status(self) -> dict[str, Any] | None:
-        """Ports with their counters; None when it does not run."""
+        """Ports with their counters; None if it does not run."""
         try:
             answer: dict[str, Any] = self.ask("status")
         except errors.WrongState:
@@ -222,7 +228,7 @@ class SwitchProcess:
         return answer
 
     def addresses(self) -> list[dict[str, Any]]:
-        """What the switch has learned: vlan, mac, port, age_seconds; nothing when it does not run."""
+        """The addresses that the switch has learned: vlan, mac, port, age_seconds; empty if it does not run."""
         try:
             answer: list[dict[str, Any]] = self.ask("addresses")
         except errors.WrongState:
@@ -252,11 +258,11 @@ def _exchange(sock: socket.socket, name: str, method: str, params: dict[str, obj
                 raise errors.WrongState(f"switch {name} hung up")
             caller.feed(piece)
     except TimeoutError as error:
-        raise errors.TimedOut(f"switch {name} does not answer") from error
+        raise errors.TimedOut(f"switch {name} did not answer") from error
     except OSError as error:
         raise errors.WrongState(f"switch {name} hung up") from error
     except jsonrpc.ProtocolError as error:
-        raise errors.VmmError(f"what answers for switch {name} is not a switch") from error
+        raise errors.VmmError(f"the program that answers for switch {name} is not a switch") from error
     if answer.failure is not None:
         if isinstance(answer.failure.data, dict):
             raise errors.from_document(answer.failure.data)

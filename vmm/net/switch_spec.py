@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a switch is: its settings, and which of them go together. Pure.
+"""What a switch is: its settings, and which of them can be combined. Pure.
 
-Decides what is valid in a switch's file, and every name that follows from it: of the bridge, of the nftables tables,
-of the addresses that guests are given. Must not know what has to be done on the host for a switch: that is `plan`.
+Decides what is valid in a switch's file, and every name derived from it: of the bridge, of the nftables tables, and
+the addresses that guests get. Must not know what has to be done on the host for a switch: that is `plan`.
 
     private    guests only                          user (default) or bridge
     internal   guests and the host                  bridge (root), or user with a gateway (any user)
@@ -32,7 +32,7 @@ SwitchType = Literal["private", "internal", "external"]
 BackendName = Literal["user", "bridge"]
 MAX_INTERFACE_CHARACTERS = 15
 MAX_LEASES = 1024
-USUAL_MTU_BYTES, MIN_MTU_BYTES = 1500, 576  # Ethernet's; what every host of IPv4 takes (RFC 791)
+USUAL_MTU_BYTES, MIN_MTU_BYTES = 1500, 576  # Ethernet's; the minimum for every IPv4 host (RFC 791)
 DEFAULT_NETWORKS = tuple(map(ipaddress.IPv4Network, ("10.77.0.0/16", "172.27.0.0/16", "192.168.128.0/17")))
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,31}")
 _DOMAIN = re.compile(r"[a-z0-9]([a-z0-9.-]{0,62}[a-z0-9])?")
@@ -66,7 +66,7 @@ class Capabilities:
 
     @property
     def gateway(self) -> bool:
-        """True when guests on an internal switch reach the outside through a gateway process."""
+        """True if guests on an internal switch reach the outside through a gateway process."""
         return not self.in_kernel
 
 
@@ -111,7 +111,7 @@ class Lease(_Settings):
 
 
 class SwitchSpec(_Settings):
-    """A switch. `address` is the host's on an internal one, with its prefix."""
+    """A switch. `address` is the host's address on an internal switch, with its prefix."""
 
     schema_version: Literal[1] = 1
     id: str = Field(default_factory=lambda: str(uuid.uuid4()), pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")
@@ -205,12 +205,12 @@ class SwitchSpec(_Settings):
 
     @property
     def capabilities(self) -> Capabilities:
-        """What its back end can do."""
+        """The capabilities of its back end."""
         return CAPABILITIES[self.backend]
 
     @property
     def interface(self) -> ipaddress.IPv4Interface:
-        """The host's address and network; of an internal switch."""
+        """The host's address and network; internal switches only."""
         assert self.address is not None
         return ipaddress.IPv4Interface(self.address)
 
@@ -221,7 +221,7 @@ class SwitchSpec(_Settings):
 
     @property
     def dhcp_range(self) -> tuple[ipaddress.IPv4Address, ipaddress.IPv4Address]:
-        """First and last address for dynamic leases: what was set, else the upper half."""
+        """First and last address for dynamic leases: what was set, by default the upper half."""
         network = self.network
         middle = network.network_address + network.num_addresses // 2
         first = ipaddress.IPv4Address(self.dhcp_first) if self.dhcp_first else middle
@@ -230,26 +230,26 @@ class SwitchSpec(_Settings):
 
     @property
     def moves_host(self) -> bool:
-        """True when the bridge takes the place of the host's card."""
+        """True if the bridge takes the place of the host's card."""
         return self.type == "external" and self.host
 
     @property
     def bridge_name(self) -> str:
-        """The bridge, by the switch's id: names of switches may change."""
+        """The bridge's name, derived from the switch's id, because switches can be renamed."""
         return "vmm" + self.id.replace("-", "")[:8]
 
     @property
     def bridge_mac(self) -> str:
-        """The bridge's address, unless it has its card's: one of its own, or it would change as guests come and go."""
+        """The bridge's address unless it has its card's; a fixed one, or it would change as guests come and go."""
         return frames.format_mac(b"\x02" + hashlib.sha256(self.id.encode()).digest()[:5])
 
     @property
     def table_name(self) -> str:
-        """Its nftables tables."""
+        """The name of its nftables tables."""
         return "vmm_" + self.id.replace("-", "")[:12]
 
     def to_json(self) -> bytes:
-        """As it is stored."""
+        """The switch as it is stored."""
         return self.model_dump_json(indent=2).encode() + b"\n"
 
     def gateway(self) -> GatewaySetup:
@@ -268,7 +268,7 @@ class SwitchSpec(_Settings):
         )
 
     def dhcp_setup(self) -> DhcpSetup | None:
-        """The DHCP server of an internal switch on the user back end; None where it has none."""
+        """The DHCP server of an internal switch on the user back end; None if it has none."""
         if not self.dhcp:
             return None
         first, last = self.dhcp_range
@@ -286,7 +286,7 @@ class SwitchSpec(_Settings):
 
 
 def make_switch(**settings: object) -> SwitchSpec:
-    """A switch from settings. Raises InvalidSpec with all that is wrong with them."""
+    """A switch from settings. Raises InvalidSpec, which lists everything wrong with them."""
     try:
         return SwitchSpec.model_validate(settings)
     except ValidationError as error:
@@ -294,13 +294,13 @@ def make_switch(**settings: object) -> SwitchSpec:
 
 
 def free_network(taken: Iterable[ipaddress.IPv4Network]) -> ipaddress.IPv4Interface:
-    """The host's address in the first /24 of DEFAULT_NETWORKS that overlaps with none that is taken.
+    """The host's address in the first /24 of DEFAULT_NETWORKS that does not overlap with a taken network.
 
-    What is taken are networks of the host's and those that it has routes to: a VPN's would be cut off.
+    Taken are the host's networks and those that it has routes to: a VPN's network would become unreachable.
     """
     taken = list(taken)
     for network in (one for networks in DEFAULT_NETWORKS for one in networks.subnets(new_prefix=24)):
         if not any(network.overlaps(other) for other in taken):
             return ipaddress.IPv4Interface(f"{network.network_address + 1}/24")
     words = ", ".join(map(str, DEFAULT_NETWORKS))
-    raise errors.NoSpace(f"every network in {words} is in use or has a route", hint="choose one with --address")
+    raise errors.NoSpace(f"every network in {words} is in use or routed", hint="choose one with --address")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The switches of this host: finding, making, changing and deleting whole ones.
+"""The switches of this host: finding, creating, changing and deleting them.
 
-Decides that a switch is there whole or not at all, that one process at a time changes switches, and that one with
-ports in use is not deleted. What a switch is on the host follows from its file at any time (`host_side`), so a reboot
-loses nothing. Must not know machines.
+Decides that a switch exists whole or not at all, that one process at a time changes switches, and that a switch with
+ports in use is not deleted. Its state on the host follows from its file at any time (`host_side`), so a reboot loses
+nothing. Must not know machines.
 
     home/switches/NAME.json    home/switches/ID.leases    runtime/sw-FIRST-12-OF-ID/
 """
@@ -54,11 +54,11 @@ def load(name: str) -> SwitchSpec:
         raise errors.InvalidSpec(f"is not the definition of a switch: {words_of(error)}", path=path) from error
     except ValueError as error:
         raise errors.InvalidSpec(f"is not the definition of a switch: {error}", path=path) from error
-    if spec.name != name:  # it would be deleted in the place of another
+    if spec.name != name:  # otherwise it would be deleted in place of another one
         raise errors.InvalidSpec(
-            f"is not the definition of switch {name!r}: it holds that of {spec.name!r}",
+            f"is not the definition of switch {name!r}: it contains that of {spec.name!r}",
             path=path,
-            hint="give the file the name of its switch, or remove it",
+            hint="rename the file to its switch's name, or remove it",
         )
     return spec
 
@@ -73,15 +73,15 @@ def load_all() -> list[SwitchSpec]:
 
 
 def _changing() -> contextlib.AbstractContextManager[None]:
-    """One process at a time changes the switches of this host."""
+    """Hold the lock with which one process at a time changes the switches of this host."""
     return locked(os.path.join(paths.switches_folder(), ".lock"))
 
 
 def create(spec: SwitchSpec) -> None:
-    """Add a switch, and have it on the host when it is one of the bridge back end. All of it, or nothing.
+    """Add a switch, and create it on the host if it is of the bridge back end: completely, or not at all.
 
-    Raises AlreadyExists, InvalidSpec for a network that another switch has or too long names of sockets, and as
-    `ensure` does.
+    Raises AlreadyExists, InvalidSpec for a network that another switch has or for too long socket paths, and whatever
+    `ensure` raises.
     """
     SwitchProcess.of(spec.id, spec.name)
     if spec.type == "internal":
@@ -109,21 +109,22 @@ def create(spec: SwitchSpec) -> None:
             host = HostSide(spec)
             with contextlib.suppress(errors.VmmError):
                 host.remove()
-            if not host.bridge.is_half_made():  # else `delete` must find it, to put the rest back
+            if not host.bridge.is_half_made():  # otherwise `delete` must find it, to undo the rest
                 _forget(spec)
             raise
 
 
 def delete(name: str, *, force: bool = False) -> list[str]:
-    """Take a switch away, and put the host back; what could not be put back, in words: of a card that is gone.
+    """Delete a switch and restore the host; returns, in words, what could not be restored, such as the settings of a
+    missing card.
 
-    Raises InUse while guests are plugged in, VmmError for what resists. Forced it ends with neither.
+    Raises InUse while guests are plugged in, VmmError for what cannot be restored; with `force` it raises neither.
     """
     load(name)  # this error comes first, before the folder for the lock exists
     with _changing():
         spec = load(name)
         host = HostSide(spec)
-        if not force:  # else nothing depends on it, and a process that hangs would be waited for
+        if not force:  # with `force` nothing depends on the answer, and a hanging process would delay it
             _refuse_in_use(host)
         try:
             left = host.remove(give_up=force)
@@ -136,25 +137,25 @@ def delete(name: str, *, force: bool = False) -> list[str]:
 
 
 def refuse_existing(name: str) -> None:
-    """Raise AlreadyExists where there is a switch of that name, with what helps where its making was cut short."""
+    """Raise AlreadyExists if a switch of that name exists, with a hint if its creation was interrupted."""
     try:
         path = paths.switch_file(name)
     except errors.NotFound:
-        return  # no switch can have that name, as making one says
+        return  # no switch can have that name, as creating one reports
     if os.path.exists(path):
         hint = None
         with contextlib.suppress(errors.VmmError):
             if HostSide(load(name)).bridge.is_unfinished():
-                hint = f"it was made or deleted by a command that was killed: first vmm switch delete {name}"
-        raise errors.AlreadyExists(f"there is a switch {name!r} already", hint=hint)
+                hint = f"a command that created or deleted it was killed: first vmm switch delete {name}"
+        raise errors.AlreadyExists(f"a switch {name!r} already exists", hint=hint)
 
 
 def _refuse_in_use(host: HostSide) -> None:
-    """Raise InUse while guests are plugged in, TimedOut where the switch's process does not say it."""
+    """Raise InUse while guests are plugged in, TimedOut if the switch's process does not answer."""
     try:
         in_use = [one["name"] for one in host.guests() if one["connected"]]
     except errors.TimedOut as error:
-        error.hint = error.hint or "with --force it is ended and deleted, even with guests on it"
+        error.hint = error.hint or "--force ends and deletes it even with guests on it"
         raise
     if in_use:
         raise errors.InUse(
@@ -164,7 +165,7 @@ def _refuse_in_use(host: HostSide) -> None:
 
 
 def _forget(spec: SwitchSpec) -> None:
-    """Its files; last the one by which it is found."""
+    """Remove its files; the one by which it is found is last."""
     for path in (paths.switch_leases(spec.id), paths.switch_file(spec.name)):
         try:
             os.unlink(path)
@@ -175,7 +176,7 @@ def _forget(spec: SwitchSpec) -> None:
 
 
 def change(name: str, changed: Callable[[SwitchSpec], SwitchSpec]) -> SwitchSpec:
-    """Other leases or names for a switch: what `changed` makes of what it is by then. Raises NotFound."""
+    """Change the leases or the name of a switch: `changed` gets its current definition. Raises NotFound."""
     load(name)
     with _changing():
         spec = changed(load(name))
@@ -186,9 +187,9 @@ def change(name: str, changed: Callable[[SwitchSpec], SwitchSpec]) -> SwitchSpec
 
 @contextlib.contextmanager
 def staying(name: str) -> Iterator[HostSide]:
-    """The switch of that name, which no other process deletes or changes while the block runs.
+    """The switch of that name; no other process deletes or changes it while the block runs.
 
-    For plugging something into it: starting its process would bring a deleted switch back.
+    Used for plugging something into it: starting its process would bring back a deleted switch.
 
     Raises NotFound, InvalidSpec.
     """
@@ -198,10 +199,10 @@ def staying(name: str) -> Iterator[HostSide]:
 
 
 def set_uplink(name: str, interface: str) -> SwitchSpec:
-    """Give an external switch another network card, or its own under another name; what it is then.
+    """Give an external switch another network card, or its own under a new name; returns the changed switch.
 
-    The old card gets back what it had; where it is gone, the new one gets that. Raises NotFound, InvalidSpec, InUse,
-    Unsupported, AccessDenied, and as `ensure` does; then it is on the old card, where that is possible.
+    The old card gets its settings back; if it is gone, the new one gets them. Raises NotFound, InvalidSpec, InUse,
+    Unsupported, AccessDenied, and whatever `ensure` raises; the switch is then on the old card again, if possible.
     """
     from vmm.net.applying import Applying
 
@@ -230,9 +231,10 @@ def set_uplink(name: str, interface: str) -> SwitchSpec:
 
 
 def set_mtu(name: str, mtu_bytes: int) -> tuple[SwitchSpec, list[str]]:
-    """Have a switch carry other frames; it, and the ports whose guests keep theirs until they start again.
+    """Change the MTU of a switch; returns it, and the ports whose guests keep the old MTU until they restart.
 
-    Raises NotFound, InvalidSpec, Unsupported for more than the card carries, and as `ensure` does: all is as before.
+    Raises NotFound, InvalidSpec, Unsupported for more than the card carries, and whatever `ensure` raises; nothing has
+    changed then.
     """
     with staying(name) as host:
         changed = switch_spec.make_switch(**{**host.spec.model_dump(), "mtu_bytes": mtu_bytes})
@@ -260,5 +262,5 @@ def free_address() -> str:
 
 
 def ensure(spec: SwitchSpec) -> None:
-    """Have the switch on this host now: rules, bridge and addresses, or its process. Doing it twice is fine."""
+    """Make the switch run on this host: rules, bridge and addresses, or its process. Idempotent."""
     HostSide(spec).ensure()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tap interfaces: opened for QEMU, one descriptor per queue, and the kernel's vhost beside them where it has it.
+"""Tap interfaces: opened for QEMU with one descriptor per queue, and the kernel's vhost beside them if available.
 
-Decides the flags (vnet header always, several queues when asked for) and the error for a host that lacks something.
-A tap made here lives as long as its descriptors: when QEMU ends it is gone.
+Decides the flags (always with a vnet header, several queues on request) and the error if the host lacks a feature. A
+tap made here lives as long as its descriptors: it disappears when QEMU ends.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def open_tap(name: str, queues: int) -> list[int]:
             raise errors.Unsupported("this host has no tap interfaces", path=TUN_PATH, hint="modprobe tun") from error
         if error.errno in (errno.EPERM, errno.EACCES):
             raise errors.AccessDenied(
-                "a tap interface needs root", path=TUN_PATH, hint="or use a switch with the user back end"
+                "a tap interface needs root", path=TUN_PATH, hint="use root, or a switch with the user back end"
             ) from error
         raise errors.of_os_error(error, f"make the tap interface {name}", path=TUN_PATH) from error
     return opened
 
 
 def open_vhost(queues: int) -> list[int]:
-    """A descriptor of the kernel's vhost per queue; nothing where the host has no vhost."""
+    """One descriptor of the kernel's vhost per queue; none if the host has no vhost."""
     opened: list[int] = []
     try:
         for _ in range(queues):
@@ -54,7 +54,7 @@ def open_vhost(queues: int) -> list[int]:
 
 
 def close_all(descriptors: list[int]) -> None:
-    """Give them back."""
+    """Close the descriptors."""
     for descriptor in descriptors:
         with contextlib.suppress(OSError):
             os.close(descriptor)

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The process of one `user` switch: `python -m vmm.net.user_switch FOLDER NAME CONTROL_FD`.
 
-Decides when frames are moved, when a port that sends too fast is let wait, when addresses age, and when the process
-ends: when it is asked to, or after IDLE_SECONDS without ports and clients. Needs no privileges; root's it gives away
-at once. How it is started, found and restarted is decided in `switch_process`; what happens to a frame in `engine`.
+Decides when frames are moved, when a port that sends too fast must wait, when addresses age, and when the process
+ends: on request, or after IDLE_SECONDS without ports and clients. Needs no privileges; root's process drops them at
+once. How it is started, found and restarted is decided in `switch_process`; what happens to a frame in `engine`.
 
     port sockets ──> Mover ──> port sockets          FOLDER/control.sock   requests, captures
                       │  asks                        FOLDER/ports.json     the ports, for a restart
                     Engine                           FOLDER/switch.log     what went wrong
 
-`INV-SWITCH-RESTART`: a switch that is killed and started again in its folder has the same ports, at the same
-addresses; its guests lose frames, and nothing else.
+`INV-SWITCH-RESTART`: a switch that is killed and started again in its folder has the same ports at the same addresses;
+its guests lose frames, and nothing else.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ from vmm.net.switch_control import ControlServer, Loop, Method
 
 IDLE_SECONDS = 10.0
 TICK_SECONDS = 1.0
-CONGESTION_SECONDS = 0.001  # how long a sender waits at most, each time, for a receiver that is behind
-AGEING_TICKS = 10  # between two looks at old addresses
+CONGESTION_SECONDS = 0.001  # the longest that a sender waits, each time, for a receiver that is behind
+AGEING_TICKS = 10  # between two checks for old addresses
 MAX_CAPTURES = 8
-LOCK_DESCRIPTOR = 4  # the lock that says that we run: our parent leaves it open
+LOCK_DESCRIPTOR = 4  # the lock that shows that we run: our parent leaves it open
 STATE_NAME, CONTROL_NAME, PID_NAME = "ports.json", "control.sock", "pid"
 _log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class UserSwitch:
         self._idle_since = time.monotonic()
         self._resume: list[tuple[float, int, PortSocket]] = []
         self._order = itertools.count()
-        self._waiting: list[PortSocket] = []  # for a congested receiver
+        self._waiting: list[PortSocket] = []  # ports that wait for a congested receiver
         self._captures: list[PacketCapture] = []
         self._gateway: Gateway | None = None
         self._starter = starter or LocalStarter(folder)
@@ -100,7 +100,7 @@ class UserSwitch:
                 self._control.pump_captures()
 
     def _guests(self) -> Iterator[PortSocket]:
-        """Every port but the gateway's."""
+        """Every port except the gateway's."""
         return (sock for name, sock in self.mover.sockets.items() if name != PORT_NAME)
 
     def _tick(self, now: float) -> None:
@@ -112,7 +112,7 @@ class UserSwitch:
         if self._gateway is not None:
             self._gateway.keep_alive(self._is_connected(PORT_NAME))
         if self._starter.is_lost:
-            self._stopping = True  # the machines on it start it again, with all it had
+            self._stopping = True  # the machines on it start it again, with all its ports
         if any(True for _ in self._guests()) or self._control.clients:
             self._idle_since = now
         elif now - self._idle_since > IDLE_SECONDS:
@@ -164,7 +164,7 @@ class UserSwitch:
         self.mover.questions.clear()
 
     def _let_go_on(self) -> None:
-        """A receiver has caught up: who waited for one may send again."""
+        """A receiver has caught up: ports that waited for one may send again."""
         for sock in self._waiting:
             self._end_wait(sock)
         self._waiting.clear()
@@ -172,7 +172,7 @@ class UserSwitch:
     def _resume_due(self, now: float) -> None:
         while self._resume and self._resume[0][0] <= now:
             sock = heapq.heappop(self._resume)[2]
-            if sock.waits_until <= now:  # else it went on meanwhile, and waits again
+            if sock.waits_until <= now:  # otherwise it continued meanwhile, and waits again
                 self._end_wait(sock)
 
     def _end_wait(self, sock: PortSocket) -> None:
@@ -189,7 +189,7 @@ class UserSwitch:
         return name
 
     def _add_port(self, params: dict[str, Any]) -> object:
-        """A new port, or other rules for one that is there; its peer is looked for again."""
+        """Add a port, or change the rules of an existing one; then look for its peer again."""
         setup = ports.from_document(params)
         present = self.mover.sockets.get(setup.name)
         if present is not None and (present.setup.address, present.setup.peer) != (setup.address, setup.peer):
@@ -220,9 +220,9 @@ class UserSwitch:
         return {}
 
     def _set_gateway(self, params: dict[str, Any], *, starts_later: bool = False) -> object:
-        """The way out of an internal switch, or none; and its DHCP server, or none, with the file of its leases.
+        """Set or remove the way out of an internal switch, and its DHCP server with the file of its leases.
 
-        `starts_later`: where the helper does not start now, `keep_alive` tries again.
+        `starts_later`: if the helper does not start now, `keep_alive` tries again.
         """
         wanted = params.get("gateway")
         gateway = None
@@ -237,14 +237,14 @@ class UserSwitch:
             self._gateway = None
             self._take_out(PORT_NAME)
         if self._gateway is None and gateway is not None:
-            # Its own user-mode network answers DHCP, too, and cannot be kept from it.
+            # Its own user-mode network also answers DHCP; this cannot be switched off.
             rules = engine.PortRules(dhcp_guard=True)
             try:
-                gateway.start()  # it makes the folder for both sockets
+                gateway.start()  # this creates the folder for both sockets
             except errors.VmmError as error:
                 if not starts_later:
                     raise
-                _log.error("the gateway does not start: %s", error)
+                _log.error("the gateway did not start: %s", error)
             setup = PortSetup(PORT_NAME, gateway.address, gateway.peer, rules, owner=gateway.owner)
             self._add_port(ports.to_document(setup))
             self._gateway = gateway
@@ -259,7 +259,7 @@ class UserSwitch:
     def _status(self, params: dict[str, Any]) -> object:
         del params
         if (way_out := self.mover.sockets.get(PORT_NAME)) is not None and not way_out.connected:
-            way_out.connect()  # it may have come since the last tick, and a command waits for it
+            way_out.connect()  # it may have started since the last tick, and a command waits for it
         return {
             "name": self.name,
             "pid": os.getpid(),
@@ -296,7 +296,7 @@ class UserSwitch:
         if not isinstance(snap, int) or not frames.HEADER_BYTES <= snap <= MAX_SNAP_BYTES:
             raise errors.InvalidSpec(f"a captured frame has {frames.HEADER_BYTES} to {MAX_SNAP_BYTES} bytes")
         if len(self._captures) >= MAX_CAPTURES:
-            raise errors.NoSpace(f"switch {self.name} has {MAX_CAPTURES} captures already")
+            raise errors.NoSpace(f"switch {self.name} already has {MAX_CAPTURES} captures")
         capture = PacketCapture(port, snap_bytes=snap)
         self._captures.append(capture)
         self.mover.add_capture(capture)
@@ -319,7 +319,7 @@ class UserSwitch:
         paths.write_whole(os.path.join(self.folder, STATE_NAME), content, durable=False)
 
     def _load(self) -> None:
-        """Take the ports up again; one that cannot be is left out and named in the log."""
+        """Restore the ports; one that cannot be restored is skipped and named in the log."""
         try:
             document = records.read_object(os.path.join(self.folder, STATE_NAME))
         except FileNotFoundError:
@@ -337,11 +337,11 @@ class UserSwitch:
             try:
                 setup = {key: document.get(key) for key in ("gateway", "dhcp", "leases")}
                 self._set_gateway(setup, starts_later=True)
-            except errors.VmmError as error:  # guests talk among themselves without it
+            except errors.VmmError as error:  # guests can reach each other without it
                 _log.error("the gateway is lost: %s", error)
 
     def close(self) -> None:
-        """Take everything away; the state stays."""
+        """Remove everything; the state for a restart stays."""
         if self._gateway is not None:
             self._gateway.stop()
         self._control.close()
@@ -378,7 +378,7 @@ def main() -> None:
         enclosed.limit_capabilities(KEPT_CAPABILITIES)
     switch = UserSwitch(folder, name, socket.socket(fileno=descriptor), starter)
     signal.signal(signal.SIGTERM, lambda number, frame: switch.ask_to_stop())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # comes from a terminal
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it comes from a terminal
     try:
         switch.run()
     finally:

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of a switch should be on the running host and is not, and putting it right.
+"""Parts of a switch that should be on the running host and are missing, and their repair.
 
-Decides what is looked at, which each machine on the switch does every second and people do with `switch show` and
-`doctor`: so a look costs next to nothing and changes nothing. What is wrong is put right under the switch's lock,
-after another look, so that of many who see it one does it. What does not start, or dies again and again, is tried ever
-more rarely, and reported once. Must not know machines, nor who hears of it.
+Decides what is checked. Each machine on the switch checks every second, and users do with `switch show` and `doctor`,
+so a check costs next to nothing and changes nothing. Faults are repaired under the switch's lock, after another check,
+so that only one of several processes that find a fault repairs it. What fails to start, or dies repeatedly, is tried
+less and less often, and reported once. Must not know machines, nor who receives the reports.
 
     FOLDER/dhcp-tries.json, card-tries.json   {"boot_id": ..., "count": 3, "at": seconds since boot, "problem": ...}
 
-`INV-SWITCH-WATCHED`: while a machine is on a switch, what of it dies is back a second later, with an event.
+`INV-SWITCH-WATCHED`: while a machine is on a switch, any part of the switch that dies is back a second later, with an
+event.
 """
 
 from __future__ import annotations
@@ -26,36 +27,36 @@ from vmm.net.dhcp import Dnsmasq
 from vmm.net.gateway import problem_of
 from vmm.net.host_side import HostSide
 
-MAX_PAUSE_SECONDS = 60.0  # between two tries
+MAX_PAUSE_SECONDS = 60.0  # between two attempts
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Something that is not as the switch's file wants it: a word for programs, and a sentence for people."""
+    """Something that differs from the switch's file: a word for programs, and a sentence for people."""
 
     what: str
     problem: str
 
 
 def faults(host: HostSide) -> list[Fault]:
-    """All that is wrong with a switch that is on the host; nothing for one that is not. Raises VmmError."""
+    """Everything that is wrong with a switch that is on the host; empty for one that is not. Raises VmmError."""
     if host.spec.capabilities.in_kernel and host.bridge.is_unfinished():
-        words = "a command that made or deleted it was killed: a machine that starts on it makes it whole"
-        return [Fault("unfinished", f"{words}, and vmm switch delete {host.spec.name} puts this host back")]
+        words = "a command that created or deleted it was killed: a machine that starts on it completes it"
+        return [Fault("unfinished", f"{words}, and vmm switch delete {host.spec.name} restores this host")]
     found = [*_dead(host), *_of_the_card(host), *_routes(host)]
     if wrong := rule_watch.differences(host):
         found.append(Fault("rules", f"its nftables rules are not as planned: {'; '.join(wrong)}"))
     if host.spec.capabilities.in_kernel:
-        words = "so the guest on that port can send nothing; remove the file, and the machine writes it again"
+        words = "so the guest on that port cannot send; remove the file, and the machine writes it again"
         found += [Fault("port", f"{damage}, {words}") for damage in host.bridge.damaged_ports()]
     return found
 
 
 def _dead(host: HostSide) -> list[Fault]:
-    """What should run and does not."""
+    """Processes that should run and do not."""
     spec = host.spec
     if spec.capabilities.gateway:
-        gateway = (host.user.status() or {}).get("gateway")  # asked of every type: a process that hangs is an error
+        gateway = (host.user.status() or {}).get("gateway")  # queried for every type: a process that hangs is an error
         if gateway is None or gateway["running"]:
             return []
         return [Fault("gateway", f"its gateway does not run: {problem_of(str(gateway['said']))}")]
@@ -67,13 +68,13 @@ def _dead(host: HostSide) -> list[Fault]:
 
 
 def _of_the_card(host: HostSide) -> list[Fault]:
-    """What is wrong with an external switch's card, and with the MTU that a bridge has from it."""
+    """Faults of an external switch's card, and of the MTU that a bridge takes from it."""
     found = (("card", card_watch.problem(host)), ("mtu", card_watch.mtu_problem(host)))
     return [Fault(what, problem) for what, problem in found if problem is not None]
 
 
 def _routes(host: HostSide) -> list[Fault]:
-    """Routes into a part of an internal network that others made since, as a VPN does: they win, being narrower."""
+    """Routes into a part of an internal network that others added since, such as a VPN: being narrower, they win."""
     from vmm.net.bridge import Kernel
 
     spec = host.spec
@@ -85,7 +86,12 @@ def _routes(host: HostSide) -> list[Fault]:
     if not taken:
         return []
     words = f"this host's route to {', '.join(map(str, taken))} takes a part of its network {spec.network}"
-    return [Fault("route", f"{words}, whose guests get no answers: remove it, or make it with another --address")]
+    return [
+        Fault(
+            "route",
+            f"{words}, whose guests get no answers: remove the route, or create the switch with another --address",
+        )
+    ]
 
 
 def gateway_problem(host: HostSide) -> str | None:
@@ -97,16 +103,16 @@ def gateway_problem(host: HostSide) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class RepairResult:
-    """What was put right, in words for programs; `failed`: what could not be, the first time that it was tried."""
+    """What was repaired, in words for programs; `failed`: what could not be, reported at the first failure."""
 
     mended: tuple[str, ...] = ()
     failed: tuple[Fault, ...] = ()
 
 
 def put_right(host: HostSide) -> RepairResult:
-    """Put right what is wrong with a bridge. Raises VmmError.
+    """Repair what is wrong with a bridge. Raises VmmError.
 
-    The process of a `user` switch looks after its gateway itself.
+    The process of a `user` switch keeps its gateway running by itself.
     """
     if not host.spec.capabilities.in_kernel:
         return RepairResult()
@@ -119,7 +125,7 @@ def put_right(host: HostSide) -> RepairResult:
             return RepairResult()
         mended = ["rules"] if rule_watch.restore(current) else []
         failed: list[Fault] = []
-        for what in _to_do(current):  # another look
+        for what in _to_do(current):  # another check
             failures = _TODO[what](current)
             failed += failures
             if not _is_wrong(current, what):
@@ -128,7 +134,7 @@ def put_right(host: HostSide) -> RepairResult:
 
 
 def _to_do(host: HostSide) -> list[str]:
-    """What is wrong, but that of which another try would come too soon."""
+    """What is wrong, except faults for which another attempt would come too soon."""
     wrong = [fault.what for fault in (*_dead(host), *_of_the_card(host))]
     return [what for what in wrong if not _Tries(host, what).are_over_for_now()]
 
@@ -138,7 +144,7 @@ def _is_wrong(host: HostSide, what: str) -> bool:
 
 
 def _start_dhcp(host: HostSide) -> list[Fault]:
-    """Start it; what to report where that fails."""
+    """Start it; returns what to report if that fails."""
     is_first = _Tries(host, "dhcp").add() == 1
     try:
         _dhcp(host).ensure()
@@ -180,7 +186,7 @@ _TODO = {"dhcp": _start_dhcp, "card": _put_card_back, "mtu": _follow_mtu}
 
 
 class _Tries:
-    """How often and when something of a switch was put right lately, and the last `problem` with that."""
+    """How often and when a part of a switch was repaired recently, and the last `problem` with that."""
 
     def __init__(self, host: HostSide, what: str) -> None:
         self._path = os.path.join(host.folder, f"{what}-tries.json")
@@ -197,12 +203,12 @@ class _Tries:
                     self.problem = problem if isinstance(problem, str) else None
 
     def are_over_for_now(self) -> bool:
-        """True while another try would come too soon after the last."""
+        """True while another attempt would come too soon after the last."""
         pause = min(2.0 ** min(self._count - 1, 10), MAX_PAUSE_SECONDS)
         return self._count > 0 and self._now - self._at < pause
 
     def add(self, problem: str | None = None) -> int:
-        """Another try begins now, or ended with this problem; how many there were with it."""
+        """Record that another attempt begins now, or ended with this problem; returns the number of attempts."""
         document = {"boot_id": settings.boot_id(), "count": self._count + 1, "at": self._now, "problem": problem}
         paths.write_whole(self._path, json.dumps(document).encode(), durable=False)
         return self._count + 1

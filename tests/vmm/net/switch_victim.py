@@ -57,7 +57,7 @@ def look(name: str) -> bool:
     shown = json.loads(good(switch.show_command, name, "--json"))
     is_unfinished = any(one["what"] == "unfinished" for one in shown["faults"])
     (check,) = doctor._check_switches()
-    assert (f"vmm switch delete {name} puts this host back" in str(check.found)) is is_unfinished, check
+    assert (f"vmm switch delete {name} restores this host" in str(check.found)) is is_unfinished, check
     again = run(switch.create_command, name, *sys.argv[4:])
     assert isinstance(again.exception, errors.AlreadyExists), again
     assert (again.exception.hint is not None) is is_unfinished, again.exception.hint

@@ -81,7 +81,7 @@ def test_data_paths_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     ones."""
     one, many = make_adapter(id="nic-0"), make_adapter(id="nic-0", queues=4)
     assert adapter.data_path(one, "user").endswith("one queue")
-    assert "only a bridge has several" in adapter.data_path(many, "user")
+    assert "only a bridge supports several" in adapter.data_path(many, "user")
     monkeypatch.setattr(taps, "VHOST_PATH", "/no/such/vhost-net")
     assert (
         adapter.data_path(many, "bridge")

@@ -176,7 +176,7 @@ def test_external_and_booting_from_the_network(lab: BridgeLab) -> None:
     try:
         before = lab.spaces.run(lab.here, "ip -j addr; ip route; nft -s list ruleset")
         plan = lab.vmm("switch", "create", "lan", "--type", "external", "--nic", "up0", "--dry-run")
-        assert "would put up0 into" in plan
+        assert "would add up0 to" in plan
         assert "confirm with --yes" in lab.vmm("switch", "create", "lan", "--type", "external", "--nic", "up0", code=2)
         assert lab.spaces.run(lab.here, "ip -j addr; ip route; nft -s list ruleset") == before
         lab.vmm("switch", "create", "lan", "--type", "external", "--nic", "up0", "--yes")

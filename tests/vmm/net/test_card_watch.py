@@ -79,7 +79,7 @@ def lab(tmp_path: Path) -> Iterator[CardHost]:
 
 def test_a_card_that_was_taken_out_is_put_back(lab: CardHost) -> None:
     """`INV-CARD-BACK`: it is a port again, without its own IPv6, and the network answers; then no fault is left."""
-    out = f"its network card up0 was taken out: it is not part of its bridge {BRIDGE}"
+    out = f"its network card up0 was removed and is not part of its bridge {BRIDGE}"
     nothing, back, still = lab.reports_after("true", "ip link set up0 nomaster; ip link set up0 down", "true")
     assert nothing == still == [[], [], [], []]
     assert back == [[out], ["card"], [], []]
@@ -100,7 +100,7 @@ def test_a_card_that_is_in_use_is_left_alone(lab: CardHost) -> None:
     assert used[1] == again[1] == other[1] == []
     assert "this host uses up0 itself (192.168.7.2/24); first: ip addr flush dev up0" in used[2][0]
     assert used[3] == again[0] and again[2] == [], "reported once"
-    assert other[0] == [f"its network card up0 is part of br7: it is not part of its bridge {BRIDGE}"]
+    assert other[0] == [f"its network card up0 is part of br7 and is not part of its bridge {BRIDGE}"]
     assert "br7" in other[2][0] and "is not put back" in other[2][0]
     assert free[1:] == [["card"], [], []]
     assert lab.master("up0") == BRIDGE
@@ -120,7 +120,7 @@ def test_a_card_that_is_gone_or_renamed(lab: CardHost) -> None:
         "ip link set up0 name up7; ip link set up7 up", "ip link del up7; ip link add up0 type veth peer name up9"
     )
     assert renamed == [[], [], [], []]
-    assert "was up0 with the address 02:00:00:00:00:07, and up0 is another card now" in gone[0][0]
+    assert "was up0 with the address 02:00:00:00:00:07, and up0 is now another card" in gone[0][0]
     assert gone[1] == [] and len(gone[2]) == 1
     assert lab.master("up0") is None
 
@@ -147,7 +147,7 @@ def test_a_switch_that_a_command_is_changing_is_left_alone(lab: CardHost) -> Non
     assert json.loads(lab.python(look, folder)) == [None, None, False]
     (before, mended, failed, after) = lab.reports_after("true")[0]
     assert mended == failed == [] and before == after
-    assert "vmm switch delete lan puts this host back" in before[0]
+    assert "vmm switch delete lan restores this host" in before[0]
     assert lab.master("up0") is None
 
 
@@ -161,7 +161,7 @@ def test_bridge_and_taps_follow_the_card_while_guests_run(lab: CardHost) -> None
     lab.host.run("ip tuntap add tap0 mode tap")
     lab.python(plug)
     (lower,) = lab.reports_after("ip link set up0 mtu 1400")
-    assert lower == [["bridge and taps carry 1500 bytes (MTU), and they are to carry 1400"], ["mtu"], [], []]
+    assert lower == [["bridge and taps carry 1500 bytes (MTU), but should carry 1400"], ["mtu"], [], []]
     assert [lab.mtu(name) for name in (BRIDGE, "tap0")] == [1400, 1400]
     lab.python("from vmm.net import switches; switches.set_mtu('lan', 1300)")
     assert [lab.mtu(name) for name in (BRIDGE, "tap0")] == [1300, 1300]

@@ -61,10 +61,10 @@ def test_a_card_with_another_name(root: Path) -> None:
 
 def test_a_missing_card(root: Path) -> None:
     """The error names the missing card and what helps; another card is never used instead."""
-    with pytest.raises(errors.Unsupported, match=rf"eth0 with the address {MAC}, and it is not there.*switch set lan"):
+    with pytest.raises(errors.Unsupported, match=rf"eth0 with the address {MAC}, and it is missing.*switch set lan"):
         cards.found(lan())
     card(root, "eth0", OTHER)
-    with pytest.raises(errors.Unsupported, match="eth0 is another card now"):
+    with pytest.raises(errors.Unsupported, match="eth0 is now another card"):
         cards.found(lan())
     card(root, "a", MAC)
     card(root, "b", MAC)
@@ -142,4 +142,4 @@ def test_a_switch_and_its_cards(host: tuple[Namespaces, str], tmp_path: Path) ->
     )  # fmt: skip
     subprocess.run(["rm", "-rf", f"/tmp/vc-{host[1]}"], check=False)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "done", done.stdout + done.stderr
-    assert "there is no network card nosuch0" in done.stdout and "no/name" not in done.stderr
+    assert "network card nosuch0 does not exist" in done.stdout and "no/name" not in done.stderr

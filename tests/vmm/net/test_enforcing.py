@@ -240,6 +240,6 @@ def test_a_kernel_without_queues_refuses_a_limit(bridge: Bridge, monkeypatch: py
         raise NetlinkError(95, "Operation not supported")
 
     monkeypatch.setattr(shaping, "_ensure", refuse)
-    with pytest.raises(errors.Unsupported, match="limits no bandwidth"):
+    with pytest.raises(errors.Unsupported, match="cannot limit bandwidth"):
         bridge.enforce(GuestPort("vt0", ANY, RATE))
     assert bridge.spaces.run(bridge.here, "nft list ruleset") == ""

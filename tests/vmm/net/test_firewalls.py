@@ -77,7 +77,7 @@ def test_rules_with_the_name_of_a_card(host: BridgeHost) -> None:
     host.run("nft 'add rule inet other into iifname != \"up0\" tcp dport 22 accept'")
     assert host.ping(there, "10.9.0.2")
     ((words, remedy),) = warnings_of(host, LAN)
-    assert "a rule of inet other into is about up0" in words and "icmp type echo-request accept" in words
+    assert "a rule of inet other into matches up0" in words and "icmp type echo-request accept" in words
     host.apply(LAN)
     assert not host.ping(there, "10.9.0.2", 1)
     host.run(remedy.replace('"', '\\"'))

@@ -28,10 +28,10 @@ def switch(backend: str, **settings: object) -> SwitchSpec:
         ("10.0.7.0", "the network's own address"),
         ("10.0.7.255", "the network's broadcast address"),
         ("10.0.7.1", "this host's own address"),
-        ("10.0.8.9", "does not lie in 10.0.7.0/24, the network of switch 'nat'"),
+        ("10.0.8.9", "is not in 10.0.7.0/24, the network of switch 'nat'"),
         ("10.0.7", "not an IPv4 address"),
         ("10.0.7.9", "10.0.7.9 is already fixed for web"),
-        ("10.0.7.200", "db has 10.0.7.200 now, for another 2 minutes at least"),
+        ("10.0.7.200", "db now has 10.0.7.200, for at least another 2 minutes"),
     ],
 )
 def test_addresses_that_no_guest_can_have(backend: str, address: str, words: str) -> None:
@@ -53,7 +53,7 @@ def test_addresses_that_no_guest_can_have(backend: str, address: str, words: str
 
 def test_the_name_servers_address_of_the_user_back_end_is_reserved() -> None:
     """The bridge back end's name server has the host's own address, so there it is free."""
-    with pytest.raises(errors.InvalidSpec, match="the name server's"):
+    with pytest.raises(errors.InvalidSpec, match="the address of the name server"):
         with_fixed(switch("user"), ONE, "10.0.7.2", None, [], 0)
     assert len(with_fixed(switch("bridge"), ONE, "10.0.7.2", None, [], 0).leases) == 2
 
@@ -73,8 +73,8 @@ def test_switches_that_give_out_no_addresses() -> None:
 @pytest.mark.parametrize(
     ("first", "last", "words"),
     [
-        ("10.0.7.0", "10.0.7.9", "holds 10.0.7.0, the network's own address"),
-        ("10.0.7.200", "10.0.7.255", "holds 10.0.7.255, the broadcast address"),
+        ("10.0.7.0", "10.0.7.9", "contains 10.0.7.0, the network's own address"),
+        ("10.0.7.200", "10.0.7.255", "contains 10.0.7.255, the broadcast address"),
         ("10.0.7.1", "10.0.7.1", "has no address except the switch's own"),
         ("10.0.7.1", "10.0.7.9", None),
         ("10.0.7.254", "10.0.7.254", None),

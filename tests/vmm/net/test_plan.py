@@ -30,7 +30,7 @@ UPLINK = UplinkFacts(
 )
 
 
-NO_IPV6 = "keep the host's IPv6 off vmm01234567, and ignore routers there"
+NO_IPV6 = "keep the host's IPv6 off vmm01234567, and ignore router advertisements there"
 
 
 def words(settings: dict[str, Any], facts: HostFacts) -> list[str]:
@@ -42,7 +42,7 @@ def test_private_steps() -> None:
     """First the rules, then a bridge on which the host has no address."""
     assert words({}, HostFacts()) == [
         "load the switch's nftables rules (table vmm_0123456789ab)",
-        "make the bridge vmm01234567",
+        "create the bridge vmm01234567",
         NO_IPV6,
         "switch vmm01234567 on",
     ]
@@ -53,12 +53,12 @@ def test_internal_steps() -> None:
     steps = words({"type": "internal", "address": "10.77.0.1/24", "nat": True}, HostFacts())
     assert steps[2] == NO_IPV6
     assert steps[4:] == [
-        "give the host 10.77.0.1/24 on vmm01234567",
-        "let packets be forwarded from vmm01234567 to wherever this host's routes lead, and their answers back",
+        "give the host the address 10.77.0.1/24 on vmm01234567",
+        "forward packets from vmm01234567 along this host's routes, and their answers back",
         "start a DHCP and name server (dnsmasq) on vmm01234567",
     ]
     plain = words({"type": "internal", "address": "10.77.0.1/24", "dhcp": False}, HostFacts())
-    assert plain[4:] == ["give the host 10.77.0.1/24 on vmm01234567"]
+    assert plain[4:] == ["give the host the address 10.77.0.1/24 on vmm01234567"]
 
 
 def test_external_steps() -> None:
@@ -70,15 +70,15 @@ def test_external_steps() -> None:
     assert steps[1].arguments["mtu_bytes"] == 9000
     assert [step.words for step in steps][2:] == [
         "switch vmm01234567 on",
-        "write down the addresses and routes of eth0",
+        "record the addresses and routes of eth0",
         "keep the host's IPv6 off eth0 while it is part of vmm01234567",
-        "put eth0 into vmm01234567",
-        "give vmm01234567 the address 10.0.0.5/24",
-        "take 10.0.0.5/24 from eth0",
-        "give vmm01234567 the address 10.0.0.6/24",
-        "take 10.0.0.6/24 from eth0",
-        "lead 10.9.0.0/16 through vmm01234567",
-        "lead 0.0.0.0/0 via 10.0.0.1 through vmm01234567",
+        "add eth0 to vmm01234567",
+        "add the address 10.0.0.5/24 to vmm01234567",
+        "remove 10.0.0.5/24 from eth0",
+        "add the address 10.0.0.6/24 to vmm01234567",
+        "remove 10.0.0.6/24 from eth0",
+        "add the route 10.9.0.0/16 through vmm01234567",
+        "add the route 0.0.0.0/0 via 10.0.0.1 through vmm01234567",
     ]
     (warning,) = plan.warnings(spec, facts)
     assert warning.startswith("10.0.0.6/24 came from a DHCP client")
@@ -100,12 +100,12 @@ def test_the_hosts_vlan() -> None:
     assert plan.refusals(spec, facts) == []
     steps = plan.steps(spec, facts)
     assert [step.words for step in steps][1:8] == [
-        "make the bridge vmm01234567",
+        "create the bridge vmm01234567",
         "put the host's adapter into VLAN 30",
         "switch vmm01234567 on",
-        "write down the addresses and routes of eth0",
+        "record the addresses and routes of eth0",
         "keep the host's IPv6 off eth0 while it is part of vmm01234567",
-        "put eth0 into vmm01234567",
+        "add eth0 to vmm01234567",
         "let eth0 carry every VLAN, tagged",
     ]
     host, card = (step.arguments for step in steps if step.kind == "vlans")
@@ -150,17 +150,17 @@ def test_external_without_the_host() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"master": "br0"}, "eth0 is part of br0 already"),
+        ({"master": "br0"}, "eth0 is already part of br0"),
         ({"is_wireless": True}, "eth0 is wireless"),
-        ({"master": "bond0", "kind": InterfaceKind(master="bond")}, "eth0 is part of bond0 already: take bond0"),
+        ({"master": "bond0", "kind": InterfaceKind(master="bond")}, "eth0 is already part of bond0: take bond0"),
         ({"mac": "00:00:00:00:00:00"}, "eth0 is not a network card"),
         ({"mac": "", "kind": InterfaceKind(is_ethernet=False)}, "eth0 is not a network card"),
         (
             {"kind": InterfaceKind("bridge")},
-            "eth0 is a bridge: a bridge is part of no other; take the card that is part of eth0",
+            "eth0 is a bridge: a bridge cannot be part of another; use the card that is part of eth0",
         ),
         ({"kind": InterfaceKind(on_top=("mv0", "mv1"))}, "mv0, mv1 stand on eth0 and take its frames"),
-        ({"kind": InterfaceKind("macvlan")}, "eth0 is of kind macvlan: it gets the frames for its own address only"),
+        ({"kind": InterfaceKind("macvlan")}, "eth0 is of kind macvlan: it gets only the frames for its own address"),
     ],
 )
 def test_cards_that_cannot_be_an_uplink(change: dict[str, Any], words: str) -> None:
@@ -169,7 +169,7 @@ def test_cards_that_cannot_be_an_uplink(change: dict[str, Any], words: str) -> N
 
     spec = make_switch(name="x", type="external", backend="bridge", uplink="eth0")
     assert words in plan.refusals(spec, HostFacts(uplink=replace(UPLINK, **change)))[0]
-    assert plan.refusals(spec, HostFacts()) == ["there is no network card eth0"]
+    assert plan.refusals(spec, HostFacts()) == ["network card eth0 does not exist"]
     assert plan.refusals(spec, HostFacts(uplink=UPLINK)) == []
 
 

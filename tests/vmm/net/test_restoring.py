@@ -64,7 +64,7 @@ def test_a_removed_card_is_reported_with_what_it_had(scene: Scene) -> None:
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     (words,) = document["not_put_back"]
-    assert words == "the network card up0 is gone, which had 10.9.0.2/24, the route to 0.0.0.0/0 via 10.9.0.254"
+    assert words == "the network card up0 is gone; it had 10.9.0.2/24, the route to 0.0.0.0/0 via 10.9.0.254"
     assert not scene.bridge_is_there()
     assert scene.vmm("switch", "show", "lan").returncode != 0
 
@@ -82,7 +82,7 @@ def test_a_refused_route_is_given_up_only_with_force(scene: Scene, tmp_path: Pat
     assert "0.0.0.0/0 via 224.0.0.1" in refused.stderr and "--force" in refused.stderr
     done = scene.vmm("switch", "delete", "lan", "--force")
     assert done.returncode == 0
-    assert "not put back: could not lead 0.0.0.0/0 via 224.0.0.1 through up0" in done.stderr
+    assert "not put back: could not add the route 0.0.0.0/0 via 224.0.0.1 through up0" in done.stderr
     assert "10.9.0.2/24" in scene.host.run("ip -4 addr show dev up0")
     assert "default via 10.9.0.254 dev up0" in scene.host.run("ip route")
     assert not scene.bridge_is_there()
@@ -162,4 +162,4 @@ def test_one_failed_step_does_not_keep_others_from_being_restored() -> None:
     for error in (errors.VmmError("refused"), KeyError("x")):
         with resisted.trying("do it"):
             raise error
-    assert resisted.words == ["refused", "cannot do it: the record of it is damaged ('x')"]
+    assert resisted.words == ["refused", "cannot do it: its record is damaged ('x')"]

@@ -110,12 +110,12 @@ CHANGES = {
     "nft flush ruleset": "table bridge {0}: is gone",
     "nft delete table inet {0}_out": "table inet {0}_out: is gone",
     "nft flush chain bridge {0} vt0.sending": "chain vt0.sending lacks",
-    "nft insert rule bridge {0} vt0.sending accept": "chain vt0.sending has 1 that is not the switch's",
+    "nft insert rule bridge {0} vt0.sending accept": "chain vt0.sending has 1 that does not belong to the switch",
     "nft delete rule bridge {0} sending handle"
     " $(nft -a list chain bridge {0} sending | sed -n 's/.*vmap.*handle //p')": "chain sending lacks 1 of its 1 rules",
     "nft 'flush chain bridge {0} sending; delete chain bridge {0} sending;"
-    " add chain bridge {0} sending {{ type filter hook prerouting priority 5; }}'": "chain sending is another one",
-    "nft 'add chain inet {0}_out forward {{ policy drop; }}'": "chain forward is another one",
+    " add chain bridge {0} sending {{ type filter hook prerouting priority 5; }}'": "chain sending has been replaced",
+    "nft 'add chain inet {0}_out forward {{ policy drop; }}'": "chain forward has been replaced",
     "nft 'add table bridge {0} {{ flags dormant; }}'": "table bridge {0}: is switched off",
 }
 

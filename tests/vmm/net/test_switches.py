@@ -99,7 +99,7 @@ def test_create_fails_if_the_gateway_does_not_start(home: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         forward = f"tcp:127.0.0.1:{taken.getsockname()[1]}-10.77.250.9:22"
         spec = make_switch(name="nat", type="internal", address="10.77.250.1/24", forwards=(forward,))
-        with pytest.raises(errors.VmmError, match=r"gateway of switch 'nat' does not start: .*forwarding"):
+        with pytest.raises(errors.VmmError, match=r"gateway of switch 'nat' did not start: .*forwarding"):
             switches.create(spec)
     assert switches.names() == []
     assert not any((home / "run").iterdir())
@@ -139,8 +139,8 @@ def test_a_switch_that_hangs_can_be_deleted(home: Path, monkeypatch: pytest.Monk
         listed = CliRunner().invoke(list_command, [], catch_exceptions=False)
         assert (listed.exit_code, "does not answer" in listed.output) == (0, True)
         (examined,) = doctor._check_switches()
-        assert (examined.state, examined.found) == (doctor.State.LIMITED, "lab: switch lab does not answer")
-        with pytest.raises(errors.TimedOut, match="lab does not answer") as caught:
+        assert (examined.state, examined.found) == (doctor.State.LIMITED, "lab: switch lab did not answer")
+        with pytest.raises(errors.TimedOut, match="lab did not answer") as caught:
             switches.delete("lab")
     assert "--force" in str(caught.value.hint)
     start = time.monotonic()

@@ -46,10 +46,10 @@ def test_each_kind_is_refused_before_anything_is_changed(here: tuple[Namespaces,
         "lo": "lo is not a network card",
         "tun0": "tun0 is not a network card",
         "br0": "br0 is a bridge",
-        "lan0": "lan0 is part of br0 already",
+        "lan0": "lan0 is already part of br0",
         "up1": "mv0 stand on up1",
         "mv0": "mv0 is of kind macvlan",
-        "none0": "there is no network card none0",
+        "none0": "network card none0 does not exist",
     }.items():
         (said,) = reasons(uplink)
         assert words in said
