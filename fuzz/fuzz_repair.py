@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """INV-REPAIR-WHOLE and INV-BOUNDED: repairing any bytes ends in success or a `VhdkitError`, and loses nothing unasked.
 
-Fed: one file, as `fuzz_open`, with the same seeds. Tried: planning a repair with no, some and all consent; the change
-with its undo log; opening, reading and checking what came of it; repairing again.
+Fed: one file, as `fuzz_open`, with the same seeds; `fuzz_vhdx_repair` feeds it images of VHDX. Tried: planning a
+repair with no, some and all consent; the change with its undo log; opening, reading and checking what came of it;
+repairing again.
 
 - planning writes nothing, and what it says can be printed;
 - an image that opened before opens afterwards, and every sector reads the same, everywhere but in the ranges that
@@ -21,13 +22,12 @@ from fuzz.mutate import mutate_image
 from fuzz.sparse import FuzzStore, decode
 from vhdkit.errors import InvalidArgument, VhdkitError
 from vhdkit.formats.draft import DraftStore
-from vhdkit.formats.format import Consent, Fix
-from vhdkit.formats.probe import FormatName, open_layer
+from vhdkit.formats.format import Consent, Fix, Format
 from vhdkit.formats.undo import apply_change, belongs, plan_change, roll_back
-from vhdkit.formats.vhd.check import check_vhd
-from vhdkit.formats.vhd.footers import image_id
-from vhdkit.formats.vhd.repair import repair_vhd
-from vhdkit.image import Layer, read_extents
+from vhdkit.formats.vhd.format import VHD
+from vhdkit.formats.vhdx.format import VHDX
+from vhdkit.formats.vhdx.identify import FILE_IDENTIFIER
+from vhdkit.image import NULL_ID, Layer, read_extents
 from vhdkit.store import Store
 from vhdkit.units import KIB, MIB, sectors_to_bytes, whole_sectors
 
@@ -40,37 +40,38 @@ _MAX_ROUNDS = 4
 def target(data: bytes) -> None:
     """Repair the file with every kind of consent."""
     large = sum(len(raw) * repeat for _, raw, repeat in decode(data).records) > MIB
+    image_format = VHDX if decode(data).peek(0, len(FILE_IDENTIFIER)) == FILE_IDENTIFIER else VHD
     for consent in _CONSENTS[-1:] if large else _CONSENTS:
-        store = FuzzStore(decode(data))
-        before = _content(store)
+        store = FuzzStore(decode(data), f"image{image_format.suffixes[0]}")
+        before = _content(image_format, store)
         lost: list[tuple[int, int]] = []
         for _ in range(_MAX_ROUNDS):
-            fixes = _round(store, consent)
+            fixes = _round(image_format, store, consent)
             lost += [one for fix in fixes or () if fix.needs is None for one in (*fix.lost, *fix.doubtful)]
             if not fixes or all(fix.needs for fix in fixes):
                 break
         else:
             raise AssertionError(f"repairing does not end: {fixes}")
         if before is not None:
-            after = _content(store)
+            after = _content(image_format, store)
             assert after is not None, "an image that opened does not open after its repair"
             _compare(before, after, lost)
-        for one in check_vhd(store):
+        for one in image_format.check(store):
             assert str(one).isprintable(), repr(str(one))
 
 
-def _round(store: FuzzStore, consent: Consent) -> list[Fix] | None:
+def _round(image_format: Format, store: FuzzStore, consent: Consent) -> list[Fix] | None:
     """One repair; None when it is refused."""
     store.frozen = True
     draft = DraftStore(store)
     try:
-        fixes = repair_vhd(draft, consent)
+        fixes = image_format.repair(draft, consent)
         writes = draft.diff()
         changed = bool(writes) or draft.size() != store.size()
         assert changed == any(fix.needs is None for fix in fixes), fixes
         if not changed:
             return fixes
-        log = plan_change(store, image_id(draft), writes, draft.size())
+        log = plan_change(store, image_format.file_id(draft) or NULL_ID, writes, draft.size())
     except InvalidArgument:
         return None
     except VhdkitError as error:
@@ -93,10 +94,10 @@ def _round(store: FuzzStore, consent: Consent) -> list[Fix] | None:
     return fixes
 
 
-def _content(store: Store) -> tuple[int, dict[int, bytes]] | None:
+def _content(image_format: Format, store: Store) -> tuple[int, dict[int, bytes]] | None:
     """Size and some windows of what the image alone reads as; None when it does not open."""
     try:
-        layer = open_layer(store, format_name=FormatName.VHD)
+        layer = image_format.open(store)
     except VhdkitError:
         return None
     return layer.size_bytes, {first: _window(layer, first) for first in _firsts(layer)}

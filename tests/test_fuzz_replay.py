@@ -23,6 +23,7 @@ from fuzz import (
     fuzz_switch,
     fuzz_vhdx_log,
     fuzz_vhdx_open,
+    fuzz_vhdx_repair,
     fuzz_vhdx_tables,
     loop,
 )
@@ -44,9 +45,14 @@ TARGETS: dict[str, tuple[Target, Mutate]] = {
     "fuzz_switch": (fuzz_switch.target, fuzz_switch.mutate),
     "fuzz_vhdx_log": (fuzz_vhdx_log.target, fuzz_vhdx_log.mutate),
     "fuzz_vhdx_open": (fuzz_vhdx_open.target, mutate_vhdx),
+    "fuzz_vhdx_repair": (fuzz_repair.target, fuzz_vhdx_repair.mutate),
     "fuzz_vhdx_tables": (fuzz_vhdx_tables.target, fuzz_vhdx_tables.mutate),
 }
-CORPUS_OF = {"fuzz_repair": fuzz_repair.SEEDS, "fuzz_vhdx_log": fuzz_vhdx_log.SEEDS}
+CORPUS_OF = {
+    "fuzz_repair": fuzz_repair.SEEDS,
+    "fuzz_vhdx_log": fuzz_vhdx_log.SEEDS,
+    "fuzz_vhdx_repair": fuzz_vhdx_repair.SEEDS,
+}
 SEEDS = [
     pytest.param(name, data, id=f"{name}-{file}")
     for name in TARGETS
@@ -62,6 +68,7 @@ BATCHES = [
     *(("fuzz_switch", seed, 200) for seed in range(3)),
     *(("fuzz_vhdx_log", seed, 40) for seed in range(daily_or_nightly(2, 8))),
     *(("fuzz_vhdx_open", seed, 20) for seed in range(daily_or_nightly(2, 8))),
+    *(("fuzz_vhdx_repair", seed, 8) for seed in range(daily_or_nightly(2, 8))),
     *(("fuzz_vhdx_tables", seed, 400) for seed in range(daily_or_nightly(1, 4))),
 ]
 FIXED_MEMORY = 128 * MIB  # the block map and the fine table of a disk of 2 TiB are 64 MiB

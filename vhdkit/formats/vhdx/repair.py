@@ -4,7 +4,7 @@
 Decides the order of the parts, and which of them wait for another. Writes nothing into the file: how the draft gets
 there, atomically, is decided in `chain.verbs.repair`, and so is everything about parents.
 
-    identifier -> headers -> log -> region tables -> metadata table -> BAT and bitmaps -> stray bits
+    identifier -> headers -> log -> region tables -> metadata table -> locator -> BAT and bitmaps -> stray bits
 
 Each part builds on those before it, so the first one that waits for consent ends the repair.
 
@@ -29,6 +29,7 @@ from vhdkit.formats.vhdx.identify import FILE_IDENTIFIER, has_identifier
 from vhdkit.formats.vhdx.metadata import Metadata, read_metadata
 from vhdkit.formats.vhdx.repair_blocks import mend_blocks
 from vhdkit.formats.vhdx.repair_headers import LOSS, mend_headers, mend_identifier, stamp
+from vhdkit.formats.vhdx.repair_locator import mend_locator
 from vhdkit.formats.vhdx.repair_log import mend_log
 from vhdkit.formats.vhdx.repair_regions import has_metadata, mend_regions, mend_table
 from vhdkit.formats.vhdx.stray_bits import stray_bits
@@ -64,6 +65,7 @@ def _mended(draft: DraftStore, consent: Consent) -> list[Fix]:
         if any(one.needs for one in fixes) or current_slot(read_headers(draft)) is None:
             return fixes  # what follows could be wrong
     fixes += mend_table(draft)
+    fixes += mend_locator(draft, consent)
     try:
         metadata = read_metadata(draft)
     except CorruptImage:

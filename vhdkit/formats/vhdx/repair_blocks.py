@@ -27,7 +27,7 @@ from vhdkit.formats.spans import covered, joined, of_blocks, touches
 from vhdkit.formats.vhdx import layout
 from vhdkit.formats.vhdx.bat import ENTRIES_PER_PAGE, Bat, BlockState, offset_of
 from vhdkit.formats.vhdx.bitmap import bytes_per_block, packed
-from vhdkit.formats.vhdx.entries import places, sizes_in_file, whole_sizes
+from vhdkit.formats.vhdx.entries import faults, places, sizes_in_file, whole_sizes
 from vhdkit.formats.vhdx.metadata import Metadata
 from vhdkit.formats.vhdx.repair_headers import LOSS
 from vhdkit.formats.vhdx.separate import Overlaps, Separation
@@ -106,6 +106,11 @@ class _Mending:
             self._set(reserved, self._entries[reserved] & ~_RESERVED)
             count = int(np.count_nonzero(reserved))
             yield Fix("bat-reserved", f"cleared reserved bits of {count} BAT entries", None, (), doubtful)
+        stray = ~self._is_bitmap & ~self._is_block & (self._states() >= BlockState.FULLY_PRESENT)
+        if stray.any() and any(True for _ in faults(self._metadata, self._bat)):
+            self._set(stray, 0)
+            count = int(np.count_nonzero(stray))
+            yield Fix("bat-behind-end", f"cleared {count} BAT entries of blocks past the end of the disk")
         if self._metadata.items.has_parent:
             return
         bitmaps = self._is_bitmap & (self._entries != 0)
