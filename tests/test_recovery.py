@@ -16,6 +16,8 @@ from tests.doc_commands import Command, Shell, blocks, reader_environment, type_
 from tests.harness.killing import killed_at
 from tests.harness.vhd_builder import MIB, Block, Vhd, pattern, put, seal_footer
 from tests.support import ROOT
+from tests.vhdkit.formats.vhdx.damaged import HARMLESS, LOSSY, base
+from tests.vhdkit.formats.vhdx.images import set_header
 from tests.warm_commands import WarmCommands, warm_commands
 from vhdkit import DiskFormat
 from vhdkit.formats.vhd.opening import open_dynamic
@@ -137,6 +139,21 @@ def unneeded() -> None:
     vhdkit.create_child("old.avhd", "base.vhd")
 
 
+def vhdx(fault: str) -> None:
+    """`disk.vhdx` with a fault of its structures."""
+    store = base()
+    (HARMLESS | LOSSY)[fault][1](store)
+    Path("disk.vhdx").write_bytes(store.contents())
+
+
+def renewed() -> None:
+    """A VHDX whose child was made before another program wrote to it; both read the same."""
+    vhdkit.create_image("base.vhdx", 8 * MIB, disk_format="vhdx", block_size_bytes=BLOCK)
+    vhdkit.create_child("leaf.avhdx", "base.vhdx")
+    with FileStore.open("base.vhdx", writable=True) as store:
+        set_header(store, data_write_guid=bytes(range(15, -1, -1)))
+
+
 POISONED = seal_footer(put(Vhd(size=8 * MIB, block_size=BLOCK, chs=GEOMETRY).footer(), 0, b"v_poison"))
 SCENES: dict[str, Callable[[], None]] = {
     "The parent is missing": missing,
@@ -147,6 +164,11 @@ SCENES: dict[str, Callable[[], None]] = {
     "A lost or damaged footer": lambda: image(tail=b""),
     "A damaged header": header,
     "A corrupt block table (BAT)": lambda: image(entries={3: 0x7FFFFFFF}),
+    "A VHDX with a log that was not replayed": lambda: vhdx("log"),
+    "A VHDX whose log cannot be replayed": lambda: vhdx("log gap"),
+    "Damaged headers or region tables of a VHDX": lambda: vhdx("tables"),
+    "The chain of virtual hard disks is corrupted": renewed,
+    "Two equal headers of a VHDX": lambda: vhdx("headers equal"),
     "An interrupted merge": merging,
     "Notes of a killed server": noted,
     "An interrupted resize, compact or repair": changing,

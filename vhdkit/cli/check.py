@@ -60,14 +60,16 @@ def check_command(
 ) -> None:  # fmt: skip
     """Check an image and its parents; without --repair or --restore nothing is changed.
 
-    Covers footers, header, BAT, bitmaps, locators, lost space, and whether the files of the chain belong together.
+    Covers footers, headers, region tables, log, BAT, bitmaps, locators, lost space, and whether the files of the
+    chain belong together.
     An error means that data is read wrong or not at all; a warning, that other programs may read it differently
     or that space is lost.
 
     --repair changes IMAGE alone, and atomically: after a power cut all of it is done, or nothing. It repairs footers,
     their checksums and their geometry, the header's checksum, impossible BAT entries, overlapping blocks, a truncated
     last block, bits past the end of the disk, wrong bits of a batmap, the names of the parent (blank, outside the
-    file, after the blocks, or leading elsewhere), lost space, and garbage or zeros after the footer.
+    file, after the blocks, or leading elsewhere), lost space, and garbage or zeros after the footer. Of a VHDX it
+    repairs the identifier, headers, log, region tables, parent locator, BAT and sector bitmaps.
 
     \b
     With --json: {"path", "status": "clean" | "warnings" | "errors",

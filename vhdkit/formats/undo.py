@@ -36,7 +36,7 @@ from vhdkit.units import MIB, SECTOR_SIZE, TIB
 MAX_LOG_BYTES = 64 * MIB  # the largest BAT, before and after, is 32 MiB; a log is held in memory
 MAX_CHANGES = 1 << 16  # a table of the largest BAT changed in every page takes 4096
 _MAX_TORN = 8  # a VHD's footers that a change writes: at the beginning, at the old end and at the new one
-MAX_FILE_BYTES = 64 * TIB + MIB  # the largest disk of any format, and its structures; offsets stay far inside 63 bits
+MAX_FILE_BYTES = 66 * TIB  # the largest disk of any format, and its structures; offsets stay far inside 63 bits
 _MAGIC = b"vhdkUNDO"
 _VERSION = 1
 _HEAD = struct.Struct(">8sII16sQQ")

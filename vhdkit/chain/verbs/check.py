@@ -149,7 +149,7 @@ def _check_link(
             f"its parent {errors.printable(store.name)} was found by its bare name; no locator leads there, so other"
             " programs may not find it (`vhdkit check --repair` or `vhdkit rebase` rewrites the names)"
         )
-        findings.append(Finding(Severity.WARNING, "parent-names", message, child.path, "dynamic header"))
+        findings.append(Finding(Severity.WARNING, "parent-names", message, child.path))
     if parent_of(child).raw_allowed:
         return  # a raw file does not record the size of its disk
     try:

@@ -54,7 +54,8 @@ class VhdxFormat:
             path=store.name,
             structure="file type identifier",
             offset_bytes=0,
-            hint="the file is damaged or is not a VHDX; if it is a raw disk, say --format raw",
+            hint="the file is not a VHDX, or damaged: `vhdkit check --repair` looks for the rest of a VHDX in it;"
+            " if it is a raw disk, say --format raw",
         )
 
     def facts(self, store: ReadStore) -> ImageFacts:

@@ -35,7 +35,7 @@ def open_vhdx(store: Store, *, writable: bool = False) -> VhdxImage:
             path=store.name,
             structure=metadata.current.structure,
             offset_bytes=metadata.current.offset_bytes,
-            hint="convert it to a new image",
+            hint="`vhdkit check --repair` makes one",
         )
     damage = exhausted(store.name, metadata.current) or reserved_bits(metadata, bat)
     if damage is not None:

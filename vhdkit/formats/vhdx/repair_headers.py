@@ -109,7 +109,9 @@ def place_for_log(draft: DraftStore) -> tuple[int, int]:
     try:
         metadata = read_metadata(trial)
     except CorruptImage:
-        return end, NEW_LOG_BYTES
+        raw = draft.pread(usual, NEW_LOG_BYTES)
+        is_log = raw.startswith(layout.LOG_ENTRY_SIGNATURE) or not any(raw)
+        return (usual if is_log and len(raw) == NEW_LOG_BYTES else end), NEW_LOG_BYTES
     bat = Bat.load(trial, metadata.regions.bat.file_offset, metadata.shape)
     if end_of_structures(metadata, bat) <= layout.MAX_FILE_BYTES:
         end = max(end, end_of_structures(metadata, bat))
@@ -170,7 +172,6 @@ def _rescue(draft: DraftStore, places: tuple[HeaderPlace, HeaderPlace], consent:
     known = _data_write_guid(places)
     offset, size = place_for_log(draft)
     write_headers(draft, new_header(offset, size, known))
-    draft.punch(offset, size)
     draft.reserve(offset, size)
     children = "children still recognise the image" if any(known) else "its children need `vhdkit rebase`"
     yield Fix(code, f"{fact}: made new ones, with an empty log; {children}")

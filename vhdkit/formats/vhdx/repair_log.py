@@ -47,6 +47,11 @@ from vhdkit.image import NULL_ID
 from vhdkit.units import MIB
 
 _MAX_REPLAYED_BYTES = 16 * MIB  # an undo log has to hold it, and what was there before
+_WHY = {
+    CorruptReason.LOG_SEQUENCE: "the log has no complete sequence of entries",
+    CorruptReason.LOG_OFFSET: "the log changes places that no program logs",
+    CorruptReason.LOG_ENTRY: "the log has too many changes",
+}
 _OPENING = "a program that opens it for writing"  # which replays the log without an undo log
 
 
@@ -83,7 +88,8 @@ def _replay(draft: DraftStore, place: HeaderPlace, replay: Replay, consent: Cons
         return
     apply_replay(draft, replay)
     write_headers(draft, replace(place.header, log_guid=NULL_ID))
-    yield Fix("log-not-replayed", f"replayed the log: {len(replay.entries)} entries are in their places now")
+    entries = f"{len(replay.entries)} entries" if len(replay.entries) > 1 else "one entry"
+    yield Fix("log-not-replayed", f"replayed the log ({entries})")
 
 
 def _held(draft: DraftStore, change: LogChange) -> int:
@@ -112,7 +118,7 @@ def _mend_broken(draft: DraftStore, place: HeaderPlace, error: CorruptImage, con
         return
     if error.reason is not CorruptReason.LOG_TRUNCATED:
         changes = _known_changes(draft, place)
-        yield from _discard(draft, place, f"the log cannot be replayed ({error.problem})", changes, consent)
+        yield from _discard(draft, place, _WHY.get(error.reason, "the log cannot be replayed"), changes, consent)
         return
     if not consent.data_loss:
         yield Fix("log-truncated", f"{error.problem}; what was at its end is lost", LOSS)
@@ -120,7 +126,7 @@ def _mend_broken(draft: DraftStore, place: HeaderPlace, error: CorruptImage, con
     try:
         replay = read_log(draft, place, cut=True)
     except CorruptImage as other:
-        yield from _discard(draft, place, f"the log cannot be replayed ({other.problem})", (), consent)
+        yield from _discard(draft, place, _WHY.get(other.reason, "the log cannot be replayed"), (), consent)
         return
     assert replay is not None
     if sum(one.size_bytes for one in replay.changes if one.data) > _MAX_REPLAYED_BYTES:
@@ -145,7 +151,6 @@ def _move(draft: DraftStore, place: HeaderPlace, consent: Consent) -> Iterator[F
 def _new_log(draft: DraftStore, place: HeaderPlace) -> None:
     """Give the file an empty log."""
     offset, size = place_for_log(draft)
-    draft.punch(offset, size)
     draft.reserve(offset, size)
     write_headers(draft, replace(place.header, log_guid=NULL_ID, log_offset=offset, log_length=size))
 

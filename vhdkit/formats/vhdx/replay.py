@@ -80,7 +80,8 @@ def read_log(store: ReadStore, place: HeaderPlace, *, cut: bool = False) -> Repl
             CorruptReason.LOG_SEQUENCE,
             "the header refers to a log with pending changes, but the log has no complete sequence of entries: the"
             " file is damaged, or was copied while a program was writing to it",
-            hint="copy the image again while no program has it open",
+            hint="copy the image again while no program has it open; if this is the only copy, see"
+            " `vhdkit check --repair`",
             **where,
         )
     newest = sequence[-1].header

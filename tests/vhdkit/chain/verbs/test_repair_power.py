@@ -11,6 +11,7 @@ import pytest
 import vhdkit
 from tests.harness.folder_power import Files, FolderPower, files_of, fill, repeatable
 from tests.harness.vhd_builder import FIXED, Block, Vhd, bits_of, pattern
+from tests.vhdkit.formats.vhdx.damaged import HARMLESS, base
 from vhdkit.units import KIB, SECTOR_SIZE
 
 BLOCK = 512 * KIB
@@ -43,6 +44,14 @@ def padded(size: int = 4 * UNIT, padding: int = 3 * UNIT) -> bytes:
         + Vhd(disk_type=FIXED, size=size, chs=(cylinders, 4, 17)).footer()
         + bytes(padding)
     )
+
+
+def vhdx_of_doubts() -> bytes:
+    """A VHDX whose log was not replayed, with damaged copies of a header and of the region table."""
+    store = base()
+    for fault in ("log", "header 2", "table 1"):
+        HARMLESS[fault][1](store)
+    return store.contents()
 
 
 def content(path: Path) -> bytes:
@@ -80,7 +89,7 @@ def judged(folder: Path, found: Files, verb: Callable[[Path], object], expected:
     assert set(warnings(path)) <= {"undo-log-ignored"}  # an undo log may leave zeros of its length
 
 
-@pytest.mark.parametrize("damaged", [bits_past_end, batmap_of_too_much, padded])
+@pytest.mark.parametrize("damaged", [bits_past_end, batmap_of_too_much, padded, vhdx_of_doubts])
 def test_inv_repair_whole_at_a_cut(damaged: Callable[[], bytes], tmp_path: Path) -> None:
     """INV-REPAIR-WHOLE: cut anywhere, and once more during the second repair, the disk reads as it did."""
     start, folder = {NAME: damaged()}, tmp_path / "here"
