@@ -57,13 +57,17 @@ def write_some(chain: Chain, model: bytearray, rng: random.Random, count: int) -
 
 def make_chain(folder: Path, depth: int, base: str, rng: random.Random) -> tuple[list[Path], bytearray]:
     """Make images, leaf first, with random content and some unaligned blocks; return them and the content."""
-    paths = [folder / f"{number}.avhd" for number in range(depth - 1)]
-    paths.append(folder / ("base.img" if base == "raw" else "base.vhd"))
+    child, of_base = {"vhdx": ("avhdx", "vhdx"), "raw": ("avhd", "img")}.get(base, ("avhd", "vhd"))
+    paths = [folder / f"{number}.{child}" for number in range(depth - 1)]
+    paths.append(folder / f"base.{of_base}")
+    block = MIB if base == "vhdx" else BLOCK
     model = bytearray(SIZE)
     options = OpenOptions(allow_raw_parent=True)
     for number in reversed(range(depth)):
         if number < depth - 1:
-            vhdkit.create_child(paths[number], paths[number + 1], block_size_bytes=BLOCK, options=options)
+            vhdkit.create_child(paths[number], paths[number + 1], block_size_bytes=block, options=options)
+        elif base == "vhdx":
+            vhdkit.create_image(paths[number], SIZE, disk_format=DiskFormat.VHDX, block_size_bytes=block)
         elif base == "dynamic":
             vhdkit.create_image(paths[number], SIZE, disk_format=DiskFormat.DYNAMIC, block_size_bytes=BLOCK)
         else:
@@ -71,7 +75,7 @@ def make_chain(folder: Path, depth: int, base: str, rng: random.Random) -> tuple
         chain = Chain.open(paths[number], writable=True, options=options)
         write_some(chain, model, rng, rng.randrange(5))
         chain.close()
-        has_table = number < depth - 1 or base == "dynamic"
+        has_table = base != "vhdx" and (number < depth - 1 or base == "dynamic")
         if has_table and paths[number].stat().st_size > BLOCK and rng.random() < 0.4:
             store = MemStore(str(paths[number]))
             store.pwrite(0, paths[number].read_bytes())
@@ -91,7 +95,9 @@ def disk_as_opened_now(path: Path) -> bytes:
         return disk.read(0, SIZE)
 
 
-@given(depth=st.integers(3, 6), base=st.sampled_from(["dynamic", "fixed", "raw"]), seed=st.integers(0, 1 << 30))
+@given(
+    depth=st.integers(3, 6), base=st.sampled_from(["dynamic", "fixed", "raw", "vhdx"]), seed=st.integers(0, 1 << 30)
+)
 @settings(max_examples=daily_or_nightly(20, 60), deadline=None)
 def test_reads_and_writes_go_on(depth: int, base: str, seed: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     """INV-MERGE-PRESERVES: while layers below the leaf are merged, the disk reads and takes writes as before, the
@@ -132,7 +138,7 @@ def test_reads_and_writes_go_on(depth: int, base: str, seed: int, tmp_path_facto
     assert [one for one in vhdkit.check(paths[0], options=options) if one.severity is vhdkit.Severity.ERROR] == []
 
 
-@given(base=st.sampled_from(["dynamic", "fixed"]), deeper=st.booleans(), seed=st.integers(0, 1 << 30))
+@given(base=st.sampled_from(["dynamic", "fixed", "vhdx"]), deeper=st.booleans(), seed=st.integers(0, 1 << 30))
 @settings(max_examples=daily_or_nightly(15, 40), deadline=None)
 def test_the_leaf_is_merged_into_its_parent(
     base: str, deeper: bool, seed: int, tmp_path_factory: pytest.TempPathFactory
@@ -179,14 +185,15 @@ def merge_while_writing(paths: list[Path], seed: int) -> Chain:
     return last
 
 
-def test_killed_at_every_call(tmp_path: Path) -> None:
+@pytest.mark.parametrize("base", ["dynamic", pytest.param("vhdx", marks=pytest.mark.nightly)])
+def test_killed_at_every_call(base: str, tmp_path: Path) -> None:
     """INV-MERGE-PRESERVES: killed before any call that changes a file, every sector holds its old content or what was
     written since, read through the leaf while it exists and through the target afterwards; resuming completes the
     merge."""
     rng = random.Random(5)
     master = tmp_path / "master"
     master.mkdir()
-    paths, model = make_chain(master, 5, "dynamic", rng)
+    paths, model = make_chain(master, 5, base, rng)
     names = [path.name for path in paths]
     work = tmp_path / "work"
     states = set()
@@ -236,16 +243,17 @@ def _explained(seen: bytes, before: bytearray, number: int) -> bool:
     return True
 
 
+@pytest.mark.parametrize("base", ["dynamic", pytest.param("vhdx", marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
-def test_failing_at_every_call(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_at_every_call(base: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A failing call is an error; what is then served, the old chain or the new one, reads correctly, including writes
     that were not yet flushed."""
     rng = random.Random(6)
     master, work = tmp_path / "master", tmp_path / "work"
     master.mkdir()
-    paths, model = make_chain(master, 4, "dynamic", rng)
+    paths, model = make_chain(master, 4, base, rng)
     failures = 0
-    for number in range(1, 200):
+    for number in range(1, 400):
         shutil.rmtree(work, ignore_errors=True)
         shutil.copytree(master, work)
         chain = Chain.open(work / paths[0].name, writable=True)
@@ -271,7 +279,7 @@ def test_failing_at_every_call(code: int, tmp_path: Path, monkeypatch: pytest.Mo
     assert failing.left > 0 and failures > 10
 
 
-@pytest.mark.parametrize("base", ["dynamic", "fixed", "raw"])
+@pytest.mark.parametrize("base", ["dynamic", "fixed", "raw", "vhdx"])
 def test_the_target_is_not_written_while_the_old_leaf_may_come_back(
     base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -338,14 +346,15 @@ class _quiet:
         return isinstance(error, errors.VhdkitError)
 
 
-def test_a_cancelled_merge_leaves_the_chain_unchanged_and_can_be_repeated(tmp_path: Path) -> None:
+@pytest.mark.parametrize("base", ["dynamic", "vhdx"])
+def test_a_cancelled_merge_leaves_the_chain_unchanged_and_can_be_repeated(base: str, tmp_path: Path) -> None:
     """Cancelling a merge by an error from its progress loses nothing; locks are a reader's again."""
     rng = random.Random(8)
-    paths, model = make_chain(tmp_path, 4, "dynamic", rng)
+    paths, model = make_chain(tmp_path, 4, base, rng)
     chain = Chain.open(paths[0], writable=True)
     for number in range(3, 6):  # every block of the middle layers is in use
         write_some(chain, model, rng, number)
-    with freezing([(chain, str(tmp_path / "new.avhd"))]) as prepared:
+    with freezing([(chain, str(tmp_path / f"new{paths[0].suffix}"))]) as prepared:
         [chain] = prepared.freeze()
         prepared.done()
 
@@ -368,12 +377,13 @@ def test_a_cancelled_merge_leaves_the_chain_unchanged_and_can_be_repeated(tmp_pa
     chain.close()
 
 
+@pytest.mark.parametrize("base", ["dynamic", "vhdx"])
 def test_a_leaf_that_cannot_be_opened_again_leaves_its_chain_readable(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After it was repointed the leaf is opened again; if that fails, the old chain reads as before and takes no more
     writes, and the merge is finished from its record."""
-    paths, model = make_chain(tmp_path, 4, "dynamic", random.Random(11))
+    paths, model = make_chain(tmp_path, 4, base, random.Random(11))
     chain = Chain.open(paths[0], writable=True)
     honest = formats.reopened
 
@@ -395,10 +405,11 @@ def test_a_leaf_that_cannot_be_opened_again_leaves_its_chain_readable(
     assert vhdkit.resume_merge(paths[2]).removed == (str(paths[1]),) and disk_as_opened_now(paths[0]) == model
 
 
-def test_the_next_open_completes_the_merge_of_a_dead_server(tmp_path: Path) -> None:
+@pytest.mark.parametrize("base", ["dynamic", "vhdx"])
+def test_the_next_open_completes_the_merge_of_a_dead_server(base: str, tmp_path: Path) -> None:
     """If only the merged files are left to be removed, the next writable open of the leaf removes them; else a later
     merge under clients would find that the target has other children."""
-    paths, model = make_chain(tmp_path, 4, "dynamic", random.Random(4))
+    paths, model = make_chain(tmp_path, 4, base, random.Random(4))
     for relinked in (True, False):
         chain = Chain.open(paths[0], writable=True)
         with live_merge(chain, 1, 2) as merging:
@@ -417,12 +428,13 @@ def test_the_next_open_completes_the_merge_of_a_dead_server(tmp_path: Path) -> N
         vhdkit.create_child(paths[0], paths[1])
 
 
-def test_a_layer_with_other_children_is_not_merged(tmp_path: Path) -> None:
+@pytest.mark.parametrize("base", ["dynamic", "vhdx"])
+def test_a_layer_with_other_children_is_not_merged(base: str, tmp_path: Path) -> None:
     """A child outside the chain, of the target or of a source, is named, and nothing changes."""
     rng = random.Random(9)
-    paths, model = make_chain(tmp_path, 4, "dynamic", rng)
+    paths, model = make_chain(tmp_path, 4, base, rng)
     for number in (1, 2):
-        other = tmp_path / f"other{number}.avhd"
+        other = tmp_path / f"other{number}{paths[0].suffix}"
         vhdkit.create_child(other, paths[number])
         before = {path: path.read_bytes() for path in paths}
         chain = Chain.open(paths[0], writable=True)

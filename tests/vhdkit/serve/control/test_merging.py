@@ -19,6 +19,8 @@ from vhdkit.serve.control.server import BadParams
 from vhdkit.serve.nbd.wire import Command
 
 HALF = SIZE // 2
+EACH = pytest.mark.parametrize("suffix", [".vhd", ".vhdx"])
+ALSO_NIGHTLY = pytest.mark.parametrize("suffix", [".vhd", pytest.param(".vhdx", marks=pytest.mark.nightly)])
 
 
 def has_copied(bench: Bench) -> bool:
@@ -51,9 +53,10 @@ def finished(bench: Bench, writers: list[Writer], leaf: str, depth: int) -> None
     assert [one for one in vhdkit.check(leaf) if one.severity is vhdkit.Severity.ERROR] == []
 
 
-def test_middle_layers_under_writing_clients(tmp_path: Path) -> None:
+@EACH
+def test_middle_layers_under_writing_clients(tmp_path: Path, suffix: str) -> None:
     """INV-MERGE-PRESERVES: layers below the leaf become one while clients write and compare; their files go."""
-    with bench_in(tmp_path) as bench:
+    with bench_in(tmp_path, suffix) as bench:
         writers = writers_of(bench)
         layers = frozen_often(bench, 4, writers)
         below = Path(layers[4]).read_bytes()
@@ -66,9 +69,10 @@ def test_middle_layers_under_writing_clients(tmp_path: Path) -> None:
         finished(bench, writers, layers[0], 3)
 
 
-def test_a_leaf_under_writing_clients(tmp_path: Path) -> None:
+@EACH
+def test_a_leaf_under_writing_clients(tmp_path: Path, suffix: str) -> None:
     """The whole chain becomes one image while clients write: in passes, then a moment in which they wait."""
-    with bench_in(tmp_path) as bench:
+    with bench_in(tmp_path, suffix) as bench:
         writers = writers_of(bench)
         layers = frozen_often(bench, 2, writers)
         done = bench.do("merge", export="a", into=layers[-1])
@@ -77,15 +81,16 @@ def test_a_leaf_under_writing_clients(tmp_path: Path) -> None:
         bench.do("snapshot", exports={"a": None})  # the layer that took over the writes is an ordinary leaf
         leaf = bench.exports[0].image_path
         finished(bench, writers, leaf, 2)
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["a.avhd", "a.vhd", "b.vhd"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == [f"a.a{suffix[1:]}", f"a{suffix}", f"b{suffix}"]
 
 
-def test_a_leaf_that_grows_too_fast_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@ALSO_NIGHTLY
+def test_a_leaf_that_grows_too_fast_is_left(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """If data is written faster than it is merged, it stays in a leaf; the result says so, and nothing is lost."""
     monkeypatch.setattr(merging, "LAST_PASS_BYTES", -1)
     monkeypatch.setattr(merging, "PATIENT_BYTES", -1)
     monkeypatch.setattr(merging, "MAX_PASSES", 2)
-    with bench_in(tmp_path) as bench:
+    with bench_in(tmp_path, suffix) as bench:
         writers = writers_of(bench)
         layers = frozen_often(bench, 1, writers)
         with pytest.raises(errors.ImageInUse, match="grows faster"):
@@ -93,9 +98,10 @@ def test_a_leaf_that_grows_too_fast_is_left(tmp_path: Path, monkeypatch: pytest.
         finished(bench, writers, bench.exports[0].image_path, 2)
 
 
-def test_cancelled_in_the_middle(tmp_path: Path) -> None:
+@EACH
+def test_cancelled_in_the_middle(tmp_path: Path, suffix: str) -> None:
     """Status shows a slow merge; it locks the chain and stops at once when cancelled; the next one completes."""
-    with bench_in(tmp_path) as bench:
+    with bench_in(tmp_path, suffix) as bench:
         writers = writers_of(bench)
         layers = frozen_often(bench, 3, writers)
         failures: list[BaseException] = []
@@ -127,9 +133,10 @@ def test_cancelled_in_the_middle(tmp_path: Path) -> None:
         finished(bench, writers, layers[0], 3)
 
 
-def test_a_merge_waits_for_a_snapshot_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@ALSO_NIGHTLY
+def test_a_merge_waits_for_a_snapshot_under_way(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A merge requested during a snapshot merges below the new leaf; nothing written to that is lost."""
-    with bench_in(tmp_path) as bench:
+    with bench_in(tmp_path, suffix) as bench:
         client = bench.running.client("a")
         client.call(Command.WRITE, 0, 3, payload=b"old")
         for _ in range(2):
@@ -163,9 +170,10 @@ def test_a_merge_waits_for_a_snapshot_under_way(tmp_path: Path, monkeypatch: pyt
         assert disk.read(0, 3) == b"new" and len(disk.chain.layers) == 3
 
 
-def test_a_stopping_server_cancels_its_merge(tmp_path: Path) -> None:
+@ALSO_NIGHTLY
+def test_a_stopping_server_cancels_its_merge(tmp_path: Path, suffix: str) -> None:
     """The server does not wait for a slow merge when it ends, and closes no file that the merge uses."""
-    with bench_in(tmp_path) as bench:
+    with bench_in(tmp_path, suffix) as bench:
         writers = writers_of(bench)
         layers = frozen_often(bench, 2, writers)
         model = b"".join(bytes(writer.finish()) for writer in writers)

@@ -35,11 +35,14 @@ SECONDS = 30
 class Bench:
     """Two exports, `a` and `b`, and what can be done with them."""
 
-    def __init__(self, folder: Path, open_mode: OpenMode) -> None:
+    def __init__(self, folder: Path, open_mode: OpenMode, suffix: str = ".vhd") -> None:
         self.folder = folder
         for name in ("a", "b"):
-            create_image(folder / f"{name}.vhd", SIZE, block_size_bytes=512 * KIB)
-        wanted = [ExportRequest(str(folder / f"{name}.vhd"), name) for name in ("a", "b")]
+            if suffix == ".vhdx":
+                create_image(folder / f"{name}.vhdx", SIZE, disk_format="vhdx", block_size_bytes=MIB)
+            else:
+                create_image(folder / f"{name}.vhd", SIZE, block_size_bytes=512 * KIB)
+        wanted = [ExportRequest(str(folder / f"{name}{suffix}"), name) for name in ("a", "b")]
         self.exports: list[ImageExport] = open_exports(wanted, open_mode)
         self.server = NbdServer(self.exports)
         self.operations = Operations(self.server, self.exports)
@@ -73,9 +76,9 @@ class Bench:
 
 
 @contextlib.contextmanager
-def bench_in(folder: Path, **open_mode: bool) -> Iterator[Bench]:
+def bench_in(folder: Path, suffix: str = ".vhd", **open_mode: bool) -> Iterator[Bench]:
     """A bench that ends in any case."""
-    one = Bench(folder, OpenMode(OpenOptions(), **open_mode))  # type: ignore[arg-type]
+    one = Bench(folder, OpenMode(OpenOptions(), **open_mode), suffix)  # type: ignore[arg-type]
     try:
         yield one
     finally:
