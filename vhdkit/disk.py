@@ -429,7 +429,7 @@ def _flat(buffer: Buffer, *, writable: bool = False) -> memoryview:
     if writable and view.readonly:
         raise errors.InvalidArgument("the buffer to read into is read-only")
     if view.nbytes == 0:
-        return memoryview(b"")
+        return memoryview(bytearray())
     if view.c_contiguous:
         return np.frombuffer(view, dtype=np.uint8).data
     if writable:

@@ -348,6 +348,7 @@ def test_try_read_and_try_write_do_nothing_that_may_wait(tmp_path: Path) -> None
         assert not disk.try_read_into(4096, buffer), "its bitmap was already read"
         assert disk.read(4096, 8192) == data
         assert disk.try_read_into(4096, buffer) and bytes(buffer) == data
+        assert disk.try_read_into(4096, memoryview(bytearray())), "an empty buffer is filled at once"
         assert not disk.try_write(1, memoryview(data)) and not disk.try_read_into(1, buffer)
         assert disk.known_holes(100, 4 * MIB) == [(100, 2 * MIB - 100, False), (2 * MIB, 2 * MIB + 100, True)]
         with ThreadPoolExecutor(1) as other:

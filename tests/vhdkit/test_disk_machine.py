@@ -21,15 +21,19 @@ from hypothesis.stateful import (
 )
 
 from tests.harness.model import ParsedVhd, SectorModel
-from tests.harness.power import LINK
+from tests.harness.power import LINK, faults_of
 from tests.harness.stores import CrashStore, MemStore
+from tests.support import daily_or_nightly
 from vhdkit.chain.engine.chain import Chain
 from vhdkit.disk import Disk, open_disk
 from vhdkit.formats.probe import open_layer
 from vhdkit.formats.vhd.create import create_differencing, create_dynamic, create_fixed
 from vhdkit.formats.vhd.metadata import read_metadata
-from vhdkit.image import Layer
-from vhdkit.units import KIB, SECTOR_SIZE, sectors_to_bytes
+from vhdkit.formats.vhdx.create import create as create_vhdx
+from vhdkit.formats.vhdx.create import new_disk
+from vhdkit.formats.vhdx.format import VHDX
+from vhdkit.image import NULL_ID, Layer, ParentRef
+from vhdkit.units import KIB, MIB, PAGE_SIZE, SECTOR_SIZE, sectors_to_bytes
 
 MAX_DEPTH = 6
 BLOCK_SIZES = st.sampled_from([512 * KIB, 1024 * KIB])
@@ -203,6 +207,47 @@ class DiskMachine(RuleBasedStateMachine):
                 assert not ParsedVhd.parse(self.store).overlaps(), "INV-BLOCKS-DISJOINT"
 
 
+class VhdxMachine(DiskMachine):
+    """The same over chains of VHDX images, of either sector size."""
+
+    @initialize(
+        fixed=st.booleans(),
+        size=st.integers(1, 400),
+        block_size=st.sampled_from([MIB, 2 * MIB]),
+        sector_bytes=st.sampled_from([SECTOR_SIZE, PAGE_SIZE]),
+    )
+    def create(self, fixed: bool, size: int, block_size: int, sector_bytes: int) -> None:
+        """A base of zeros."""
+        base, size = MemStore("layer0.vhdx"), size * PAGE_SIZE
+        create_vhdx(base, new_disk(size, sector_bytes), block_size, fixed=fixed)
+        self.model = SectorModel(bytes(size))
+        self._open(base)
+
+    @precondition(lambda self: len(self.parents) < MAX_DEPTH)
+    @rule(block_size=st.sampled_from([MIB, 2 * MIB]), growth=st.sampled_from([0, 0, 1, 80]))
+    def snapshot(self, block_size: int, growth: int) -> None:
+        """The leaf becomes a parent; a new child, perhaps larger, takes the writes."""
+        self.opened.close()
+        parent = self.store.copy(frozen=True)
+        below = open_layer(parent)
+        self.parents.insert(0, parent)
+        child = MemStore(f"layer{len(self.parents)}.avhdx")
+        link = ParentRef.of_paths(
+            below.unique_id or NULL_ID, 0, relative=f".\\{parent.name}", absolute="\\nowhere", name=parent.name
+        )
+        size = self.model.size_bytes + growth * PAGE_SIZE
+        VHDX.create_child(child, size, link, block_size_bytes=block_size, disk=below)
+        self.model = SectorModel(bytes(self.model.current).ljust(size, b"\0"))
+        self._open(child)
+
+    def teardown(self) -> None:
+        """The remaining image is sound."""
+        if self.disk is not None:
+            self.read_everything()
+            self.disk.close()
+            assert not faults_of(self.store.copy())
+
+
 def sparse_copy(store: MemStore, path: Path) -> None:
     """The store as a real file, holes as holes."""
     with path.open("wb") as file:
@@ -218,3 +263,10 @@ def test_a_chain_behaves_as_a_bytearray() -> None:
     """INV-FLUSHED-OR-NEWER, INV-LEAF-ONLY-WRITES, INV-SECTOR-RULE: whatever is done to a chain, through snapshots,
     reopening and power cuts, it agrees with the model."""
     run_state_machine_as_test(DiskMachine, settings=settings(max_examples=80, stateful_step_count=30))
+
+
+@pytest.mark.searched
+def test_a_chain_of_vhdx_behaves_as_a_bytearray() -> None:
+    """The same over VHDX: INV-LOG-WHOLE, INV-HEADER-PAIR, and zeros without space."""
+    settings_ = settings(max_examples=daily_or_nightly(12, 80), stateful_step_count=30)
+    run_state_machine_as_test(VhdxMachine, settings=settings_)
