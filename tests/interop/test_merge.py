@@ -4,13 +4,25 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import vhdkit
-from tests.interop.disks import Shape, content_of, content_sha256, grow_chain, sha256, unpack_tar
+from tests.interop.disks import (
+    MIB,
+    SECTOR,
+    Shape,
+    content_of,
+    content_sha256,
+    erase,
+    grow_chain,
+    scribble,
+    sha256,
+    unpack_tar,
+)
 from tests.interop.qemu import qemu_content
 from tests.support import expected_samples, require_pyvhdi, require_tool, run, sample
 from vhdkit import DiskFormat
@@ -82,3 +94,31 @@ def test_other_programs_read_the_result(tmp_path: Path, base: DiskFormat) -> Non
     assert qemu_content(tmp_path / "0.vhd", tmp_path)[: len(contents[-1])] == contents[-1]
     assert run([require_pyvhdi(), "-c", PYVHDI, tmp_path / "0.vhd"]).stdout.strip() == sha256(contents[-1])
     run([require_tool("qemu-img"), "info", "-f", "vpc", tmp_path / "0.vhd"])
+
+
+@pytest.mark.parametrize("into", [0, 2])
+@pytest.mark.parametrize("sector_bytes", [SECTOR, 4096])
+def test_other_programs_read_a_merged_vhdx(tmp_path: Path, sector_bytes: int, into: int) -> None:
+    """A chain of five is merged into its base or into a child, and 7-Zip reads the content; so does qemu, which finds
+    no error, of an image without a parent whose sectors have 512 bytes."""
+    size, paths = 9 * MIB + 8192, [tmp_path / f"{number}.vhdx" for number in range(5)]
+    vhdkit.create_image(paths[0], size, disk_format=DiskFormat.VHDX, block_size_bytes=MIB, sector_bytes=sector_bytes)
+    for number, path in enumerate(paths):
+        if number:
+            vhdkit.create_child(path, paths[number - 1], block_size_bytes=(2 if number == 3 else 1) * MIB)
+        with vhdkit.open_disk(path, writable=True) as disk:
+            scribble(disk, bytearray(size), number)
+            erase(disk, bytearray(size), number)
+    model = content_of(paths[4])
+    vhdkit.merge(paths[4], into=paths[into])
+    assert sorted(tmp_path.iterdir()) == paths[: into + 1] and vhdkit.check(paths[into]) == []
+    assert content_of(paths[into]) == model
+    extracted = subprocess.run(
+        [require_tool("7zz"), "x", "-so", "-tVHDX", paths[into]], capture_output=True, check=True, timeout=60
+    )
+    assert extracted.stdout == model
+    if into == 0 and sector_bytes == SECTOR:
+        raw = tmp_path / "raw"
+        raw.write_bytes(model)
+        run([require_tool("qemu-img"), "check", "-f", "vhdx", paths[into]])
+        run([require_tool("qemu-img"), "compare", "-f", "vhdx", "-F", "raw", paths[into], raw])

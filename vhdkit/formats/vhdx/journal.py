@@ -212,8 +212,15 @@ class Journal:
         self._is_quiet = True
 
     def _read_headers(self) -> None:
-        """Go by the headers as they are now: another opening of the file may have written them."""
+        """Go by the headers as they are now: another opening of the file may have written them.
+
+        If it failed and left entries in its log, these would be lost: this opening must not write any more. Raises
+        SyncFailed.
+        """
         place = current_header(self._store.name, read_headers(self._store))
+        if place.header.log_guid != NULL_ID:
+            self._guard.refuse()
+            self._guard.check()
         self._slot, self._header = place.slot, place.header
         self._is_quiet = False
 
