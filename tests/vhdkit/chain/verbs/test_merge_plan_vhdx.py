@@ -96,7 +96,7 @@ def content(layers: list[VhdxImage]) -> bytes:
     target=st.integers(1, 4),
     stop=st.integers(0, 3),
 )
-@settings(max_examples=daily_or_nightly(40, 600), deadline=None)
+@settings(max_examples=daily_or_nightly(25, 150), deadline=None)
 def test_the_target_reads_as_the_leaf(plans: list[LayerPlan], sector_bytes: int, target: int, stop: int) -> None:
     """INV-MERGE-PRESERVES: after any number of blocks the leaf reads as before; after the merge the target does, and
     the image is sound. No byte of another layer changes."""

@@ -143,14 +143,14 @@ def test_a_merge_waits_for_a_snapshot_under_way(tmp_path: Path, suffix: str, mon
             bench.do("snapshot", exports={"a": None})
         layers = [layer.store.name for layer in bench.exports[0].disk.chain.layers]
         leaf = bench.exports[0].disk.chain.leaf
-        flush, entered, gate = leaf.flush, threading.Event(), threading.Event()
+        seal, entered, gate = leaf.seal, threading.Event(), threading.Event()
 
         def slow() -> None:
             entered.set()
             assert gate.wait(30)
-            flush()
+            seal()
 
-        monkeypatch.setattr(leaf, "flush", slow)
+        monkeypatch.setattr(leaf, "seal", slow)
         freezing = threading.Thread(target=lambda: bench.do("snapshot", exports={"a": None}))
         freezing.start()
         assert entered.wait(30)

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -76,9 +77,9 @@ class Bench:
 
 
 @contextlib.contextmanager
-def bench_in(folder: Path, suffix: str = ".vhd", **open_mode: bool) -> Iterator[Bench]:
+def bench_in(folder: Path, suffix: str = ".vhd", **open_mode: Any) -> Iterator[Bench]:
     """A bench that ends in any case."""
-    one = Bench(folder, OpenMode(OpenOptions(), **open_mode), suffix)  # type: ignore[arg-type]
+    one = Bench(folder, OpenMode(OpenOptions(), **open_mode), suffix)
     try:
         yield one
     finally:
@@ -224,7 +225,7 @@ def test_exports_that_cannot_be_frozen(tmp_path: Path) -> None:
     ):
         folder = tmp_path / str(number)
         folder.mkdir()
-        with bench_in(folder, **open_mode) as bench, pytest.raises(kind):
+        with bench_in(folder, ".vhd", **open_mode) as bench, pytest.raises(kind):
             bench.do("snapshot")
 
 
