@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from vhdkit import OpenOptions, Progress
+from vhdkit import FormatName, OpenOptions, Progress
 from vhdkit.cli.common import PATH, Common, VerbGroup, disk_size, epilog, progress_option
 from vhdkit.cli.common import size as parsed_size
 from vhdkit.cli.output import columns, count, print_json, print_text, rounding
@@ -261,9 +261,8 @@ def read_only_verb(server: _Server, export: str | None, off: bool, json: bool, q
 @click.argument("export", metavar="NAME=IMAGE")
 @click.option("--read-only", is_flag=True, help="Refuse writes; the image is opened for reading.")
 @click.option("--follow-leaf", is_flag=True, help="Serve the newest descendant of IMAGE.")
-@click.option(
-    "--format", "image_format", type=click.Choice(["raw", "vhd"]), help="The format of IMAGE; detected by default."
-)
+@click.option("--format", "image_format", type=click.Choice([one.value for one in FormatName]),
+              help="The format of IMAGE; detected by default.")  # fmt: skip
 @click.option("--allow-parent-dir", metavar="DIR", multiple=True, help="Allow parents in DIR as well. Repeatable.")
 @click.option("--allow-raw-parent", is_flag=True, help="Accept a raw parent, which has no id to verify.")
 @click.option("--description", metavar="TEXT", help="A description for clients that list the exports.")

@@ -218,9 +218,10 @@ def _short(path: str, home: str) -> str:
 @click.argument("image", type=PATH)
 @image_options()
 def dump_command(image: str, common: Common) -> None:
-    """Show the raw structures of a VHD field by field with their offsets, even where they are damaged.
+    """Show the raw structures of a VHD or VHDX field by field with their offsets, even where they are damaged.
 
-    Shows both footers, the dynamic header, the parent locators and a batmap header, to examine damaged files.
+    Of a VHD: both footers, the dynamic header, the parent locators and a batmap header. Of a VHDX: the file type
+    identifier, both headers, the log, both region tables, the metadata and the parent locator.
 
     \b
     With --json: [{"structure", "offset_bytes", "state",

@@ -149,7 +149,7 @@ def _print_version(ctx: click.Context, param: click.Parameter, wanted: bool) -> 
 )  # fmt: skip
 @click.pass_context
 def main(context: click.Context) -> None:
-    """Virtual hard disks: VHD, AVHD and raw images, alone and in chains.
+    """Virtual hard disks: VHD, VHDX and raw images, alone and in chains.
 
     A chain is an image and all its parents, always listed leaf first. Sizes are written as 512, 64K, 10G
     or 1.5T. Every verb takes --json.

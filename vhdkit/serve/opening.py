@@ -140,11 +140,11 @@ def check_wanted(wanted: Sequence[ExportRequest]) -> None:
 def request_of_document(document: object) -> ExportRequest:
     """Parse one entry of an exports file, or the parameters of `ctl add`. Raises InvalidArgument.
 
-    {"name", "path", "description": null, "read_only": false, "follow_leaf": false, "format": "raw" | "vhd" | null,
+    {"name", "path", "description": null, "read_only": false, "follow_leaf": false, "format": null,
      "parent_dirs": [], "allow_raw_parent": false, "known_images": []}
 
-    `known_images`: images, in any folder, that may be children of this one; if one of them is, this one is not written
-    to.
+    `format`: a `FormatName`, or null to detect it. `known_images`: images, in any folder, that may be children of this
+    one; if one of them is, this one is not written to.
     """
     if not isinstance(document, dict):
         raise errors.InvalidArgument("an export is a JSON object")

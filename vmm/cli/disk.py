@@ -88,7 +88,7 @@ def disk_command() -> None:
 @click.option("--cdrom", is_flag=True, help="Add a drive with the ISO image IMAGE; without IMAGE, an empty drive.")
 @output_options
 def add_command(name: str, disk: str | None, pass_through: bool, cdrom: bool, as_json: bool, quiet: bool) -> None:
-    """Give the machine NAME a disk. A running machine gets it at once, on SCSI.
+    """Add a disk to the machine NAME. A running machine gets it at once, on SCSI.
 
     Options: controller=ide|scsi|virtio, index=N, unit=N, serial=TEXT, read-only, format=vhd|vhdx|raw,
     parent-dir=DIR, allow-raw-parent. Without controller=, the disk is on IDE while there is room; a read-only disk, or

@@ -109,7 +109,7 @@ def reset_command(name: str, as_json: bool, quiet: bool) -> None:
 @click.argument("name")
 @output_options
 def pause_command(name: str, as_json: bool, quiet: bool) -> None:
-    """Pause NAME: the guest stands still, and its memory stays in place."""
+    """Pause NAME: the guest stops running, and its memory stays as it is."""
     _manager().pause(name)
     _report(name, "paused", as_json=as_json, quiet=quiet)
 

@@ -52,7 +52,7 @@ _VERBS: dict[str, tuple[str, str]] = {
     "show": ("vmm.cli.show:show_command", "Show everything about a machine."),
     "set": ("vmm.cli.define:set_command", "Change a machine's settings."),
     "delete": ("vmm.cli.define:delete_command", "Remove a machine."),
-    "start": ("vmm.cli.life:start_command", "Start a machine, with its saved memory if it has some."),
+    "start": ("vmm.cli.life:start_command", "Start a machine, with its saved memory if it has any."),
     "shutdown": ("vmm.cli.life:shutdown_command", "Have the guest shut down."),
     "stop": ("vmm.cli.life:stop_command", "Power a machine off."),
     "reset": ("vmm.cli.life:reset_command", "Press the reset button."),

@@ -22,7 +22,7 @@ def nic_command() -> None:
 
 @nic_command.command(
     "add",
-    help=f"Give the machine NAME an adapter, on SWITCH ('-' for none). A running machine gets it at once.\n\n"
+    help=f"Add an adapter to the machine NAME, on SWITCH ('-' for none). A running machine gets it at once.\n\n"
     f"Options: {OPTIONS_HELP}.",
     epilog=epilog(
         "vmm nic add web lan", "vmm nic add web lan,vlan=10,bandwidth=100M", "vmm nic add old lan,type=legacy"

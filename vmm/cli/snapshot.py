@@ -304,7 +304,7 @@ def _tell_tidied(tidied: Tidied, state: str) -> None:
 def rename_command(
     machine: str, snapshot: str, name: str | None, notes: str | None, as_json: bool, quiet: bool
 ) -> None:
-    """Give SNAPSHOT of MACHINE a new NAME, or new notes."""
+    """Rename SNAPSHOT of MACHINE to NAME, or replace its notes."""
     if name is None and notes is None:
         raise click.UsageError("give a new name, --notes, or both")
     snapshots = _of(machine)

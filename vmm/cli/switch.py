@@ -61,7 +61,7 @@ switch_command.add_command(capture_command)
               help="user: a process, without root. bridge: the kernel's bridge, for root."
                    " Default: user for private switches and without root.")  # fmt: skip
 @click.option("--mtu", "mtu_bytes", type=int, metavar="BYTES",
-              help="Most bytes of a frame after its header. Default: the card's; 1500 without one.")  # fmt: skip
+              help="Largest payload of a frame. Default: the card's; 1500 without one.")  # fmt: skip
 @click.option(
     "--host/--no-host", "host", default=True, help="External: whether this host stays connected to the network."
 )
@@ -135,7 +135,7 @@ def _spec_of(name: str, words: dict[str, Any]) -> SwitchSpec:
 @switch_command.command("set", epilog=epilog("vmm switch set lan --nic enp3s0", "vmm switch set lab --mtu 9000"))
 @click.argument("name")
 @click.option("--nic", "uplink", metavar="INTERFACE", help="Its new network card.")
-@click.option("--mtu", "mtu_bytes", type=int, metavar="BYTES", help="Most bytes of a frame after its header.")
+@click.option("--mtu", "mtu_bytes", type=int, metavar="BYTES", help="Largest payload of a frame.")
 @click.option("--yes", is_flag=True, help="Do not ask before changing this host's network.")
 @output_options
 def set_command(name: str, uplink: str | None, mtu_bytes: int | None, yes: bool, as_json: bool, quiet: bool) -> None:

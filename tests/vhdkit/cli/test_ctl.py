@@ -135,6 +135,8 @@ def test_exports_are_added_and_removed(folder: Path) -> None:
         assert "NAME=IMAGE" in failure("ctl", "c", "add", "leaf.avhd", code=2)
         assert "no" in failure("ctl", "c", "add", "x=absent.vhd", code=1)
         assert good("ctl", "c", "remove", "system", "--disconnect") == "system is no longer served\n"
+        good("create", "disk.vhdx", "--size", "10M")
+        assert "10.0 MiB" in good("ctl", "c", "add", "large=disk.vhdx", "--format", "vhdx")
         assert "no export" in failure("ctl", "c", "remove", "system", code=1)
         good("check", "leaf.avhd")
 
