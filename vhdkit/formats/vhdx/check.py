@@ -60,7 +60,7 @@ def _unexpected_bitmaps(metadata: Metadata, bat: Bat) -> list[Finding]:
 
 
 def _headers_differ(metadata: Metadata) -> list[Finding]:
-    """The other header is intact, and says something else than it should."""
+    """The other header is intact, but differs from what it should be."""
     other = metadata.headers[1 - metadata.current.slot]
     if other.state is not HeaderState.GOOD:
         return []
@@ -68,7 +68,7 @@ def _headers_differ(metadata: Metadata) -> list[Finding]:
         code = "headers-equal"
         message = (
             f"both headers have the number {other.header.sequence_number} and are equal, as Disk2VHD leaves them;"
-            " some programs want two numbers, which `check --repair` gives them"
+            " some programs require different numbers, which `check --repair` writes"
         )
     elif other.header.data_write_guid != metadata.header.data_write_guid:
         code = "headers-differ"
@@ -97,7 +97,7 @@ def _unused_space(metadata: Metadata, bat: Bat) -> list[Finding]:
     unused = metadata.view.size() - used
     if unused < MIB:
         return []
-    message = f"{format_size(unused)} of the file are in no block and no structure; `vhdkit compact` frees them"
+    message = f"{format_size(unused)} of the file belong to no block or structure; `vhdkit compact` frees them"
     return [Finding(Severity.NOTE, "space-unused", message, metadata.path)]
 
 
@@ -111,11 +111,11 @@ def _without_log(metadata: Metadata) -> list[Finding]:
 
 
 def _cut_short(metadata: Metadata, bat: Bat) -> list[Finding]:
-    """The file ends inside a block, behind the end of the disk."""
+    """The file ends inside a block, past the end of the disk."""
     missing = end_of_blocks(metadata, bat) - metadata.view.size()
     if missing <= 0:
         return []
-    message = f"its last block lacks {missing} bytes behind the end of the disk; 7-Zip reports an error for it"
+    message = f"its last block lacks {missing} bytes past the end of the disk; 7-Zip reports an error for it"
     return [Finding(Severity.WARNING, "block-cut", message, metadata.path, "file", metadata.view.size())]
 
 
@@ -151,7 +151,7 @@ def _stray_bits(metadata: Metadata, bat: Bat, progress: Callable[[int, int], Non
             continue
         code = "bits-behind-end" if one.past_end else "bits-absent"
         where = "past the end of the disk" if one.past_end else "for blocks that are not present"
-        message = f"{one.count} bits are set {where}; some programs take them for data of this image"
+        message = f"{one.count} bits are set {where}; some programs read them as data of this image"
         structure = f"sector bitmap of chunk {one.chunk_index}"
         found.append(Finding(Severity.WARNING, code, message, metadata.path, structure, one.offset_bytes))
     if more:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The raw structures of a VHDX, field by field with their offsets, whether they make sense or not.
+"""The raw structures of a VHDX, field by field with their offsets, whether they are valid or not.
 
 Decides how a field is shown. For people and tools that examine damaged files: no value is refused here. Structures
 that the log holds newer versions of are shown as they are in the file.

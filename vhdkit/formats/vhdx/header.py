@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two headers of a VHDX: which one is current.
 
-Decides what each slot is worth and which of the two to believe. Must not know the log, regions or blocks: it only says
-where the log lies.
+Decides whether each slot is valid and which of the two is current. Must not know the log, regions or blocks: it only
+says where the log is.
 
 A header is 4096 bytes under a checksum. The current one is the intact one with the larger sequence number. Two intact
-ones with the same number are accepted where they are equal, as Disk2VHD leaves them.
+ones with the same number are accepted if they are equal, as Disk2VHD writes them.
 
 Source: [MS-VHDX] 2.2.2; what Disk2VHD leaves is known from its files.
 """
@@ -25,7 +25,7 @@ from vhdkit.store import ReadStore
 
 
 class HeaderState(StrEnum):
-    """What a slot for a header holds."""
+    """The state of a header slot."""
 
     GOOD = "good"
     CHECKSUM = "checksum wrong"
@@ -35,7 +35,7 @@ class HeaderState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class HeaderPlace:
-    """One of the two slots: `raw` is what stands there, up to 4096 bytes."""
+    """One of the two slots: `raw` is its content, up to 4096 bytes."""
 
     slot: int
     raw: bytes
@@ -43,17 +43,17 @@ class HeaderPlace:
 
     @property
     def structure(self) -> str:
-        """How messages call it."""
+        """Its name in messages."""
         return f"header {self.slot + 1}"
 
     @property
     def offset_bytes(self) -> int:
-        """Where it lies."""
+        """Its offset in the file."""
         return layout.HEADER_OFFSETS[self.slot]
 
     @property
     def header(self) -> Header:
-        """Its fields, whatever they are worth."""
+        """Its fields, valid or not."""
         return layout.parse_header(self.raw.ljust(layout.HEADER_SIZE, b"\0"))
 
 
@@ -78,7 +78,7 @@ def _read(store: ReadStore, slot: int) -> HeaderPlace:
 
 
 def current_slot(places: tuple[HeaderPlace, HeaderPlace]) -> int | None:
-    """The slot of the current header; None where none is intact, or where two with one number differ."""
+    """The slot of the current header; None if none is intact, or if two with the same number differ."""
     good = [place for place in places if place.state is HeaderState.GOOD]
     if len(good) == 2:
         first, second = (place.header.sequence_number for place in good)
@@ -89,7 +89,7 @@ def current_slot(places: tuple[HeaderPlace, HeaderPlace]) -> int | None:
 
 
 def current_header(path: str, places: tuple[HeaderPlace, HeaderPlace]) -> HeaderPlace:
-    """The slot that counts. Raises CorruptImage."""
+    """The current header. Raises CorruptImage."""
     slot = current_slot(places)
     if slot is None:
         raise _none_counts(path, places)
@@ -146,7 +146,7 @@ def exhausted(path: str, place: HeaderPlace) -> CorruptImage | None:
 
 
 def header_findings(path: str, places: tuple[HeaderPlace, HeaderPlace], current: HeaderPlace) -> list[Finding]:
-    """What is worth saying about the header that does not count."""
+    """What is worth reporting about the header that is not current."""
     other = places[1 - current.slot]
     if other.state is HeaderState.GOOD:
         return []
@@ -155,5 +155,5 @@ def header_findings(path: str, places: tuple[HeaderPlace, HeaderPlace], current:
 
 
 def is_dirty(header: Header) -> bool:
-    """True when the log holds changes that may not be in their places yet."""
+    """True if the log holds changes that may not be in their places yet."""
     return header.log_guid != NULL_ID

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The metadata items of a VHDX: sizes, sector sizes, the disk's id, the parent locator.
 
-Decides which items there must be, what their values may be, what is refused, and which items a child takes over from
+Decides which items must exist, what their values may be, what is refused, and which items a child takes over from
 its parent. Must not know where a parent lies, nor blocks.
 
 An item that is unknown and required is refused; one that is not is kept.
@@ -103,7 +103,9 @@ def read_items(store: ReadStore, region: RegionEntry) -> Items:
         )
     if locator is not None and not has_parent:
         raise CorruptImage(
-            CorruptReason.ITEM_VALUE, "names a parent of an image that has none", **_of(store.name, locator)
+            CorruptReason.ITEM_VALUE,
+            "names a parent, but the image is not marked as having one",
+            **_of(store.name, locator),
         )
     return Items(
         block_size=block_size,
@@ -160,7 +162,7 @@ def _read_items(store: ReadStore, region: RegionEntry, entries: list[MetadataEnt
         item = Item(one, offset, b"")
         where = _of(store.name, item)
         if (key := (one.item_id, one.flags & layout.ITEM_IS_USER)) in seen:
-            raise CorruptImage(CorruptReason.ITEM_PLACE, "is there twice", **where)
+            raise CorruptImage(CorruptReason.ITEM_PLACE, "occurs twice", **where)
         seen.add(key)
         stays = one.offset >= _FIRST_ITEM_OFFSET and one.offset + one.length <= region.length
         if not (stays and 0 < one.length <= layout.MAX_ITEM_BYTES) and (one.offset, one.length) != (0, 0):
@@ -177,7 +179,7 @@ def _read_items(store: ReadStore, region: RegionEntry, entries: list[MetadataEnt
     if sum(one.is_user for one in items) > layout.MAX_USER_ITEMS:
         raise CorruptImage(
             CorruptReason.METADATA_TABLE,
-            "too many items of users",
+            "too many user items",
             expected=f"at most {layout.MAX_USER_ITEMS}",
             **_of_table(store.name, region.file_offset),
         )
@@ -197,7 +199,7 @@ def _refuse_unknown(path: str, items: list[Item]) -> None:
             raise CorruptImage(
                 CorruptReason.INCOMPLETE_FILE,
                 "the program that made this image did not finish it",
-                hint="make it again: it was never whole",
+                hint="create it again: it was never complete",
                 **_of(path, one),
             )
         is_known = not one.is_user and one.entry.item_id in _NAMES
@@ -269,7 +271,7 @@ def inherited(store: ReadStore, items: Items) -> list[tuple[bytes, int, bytes]]:
 
 
 def free_place(taken: Iterable[tuple[int, int]], size: int, region_size: int) -> int | None:
-    """The first offset in a metadata region with room for an item of this size; None without one.
+    """The first offset in a metadata region with space for an item of this size; None if there is not enough.
 
     `taken` are the (offset, size) of the items that stay.
     """

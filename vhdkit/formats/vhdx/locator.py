@@ -31,7 +31,7 @@ def parse_locator(raw: bytes, path: str, offset_bytes: int) -> dict[str, str]:
     """The pairs of a locator item that lies at this offset of the file, in their order. Raises CorruptImage."""
     where: dict[str, Any] = {"path": path, "structure": "parent locator", "offset_bytes": offset_bytes}
     if len(raw) < layout.LOCATOR_HEADER_SIZE:
-        raise CorruptImage(CorruptReason.LOCATOR_LENGTH, "is cut short", found=f"{len(raw)} bytes", **where)
+        raise CorruptImage(CorruptReason.LOCATOR_LENGTH, "is truncated", found=f"{len(raw)} bytes", **where)
     header = layout.parse_locator_header(raw[: layout.LOCATOR_HEADER_SIZE])
     if header.locator_type != layout.LOCATOR_TYPE_VHDX:
         raise CorruptImage(

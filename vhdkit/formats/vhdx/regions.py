@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The region tables of a VHDX: where the BAT and the metadata lie, and what else claims a place.
+"""The region tables of a VHDX: where the BAT, the metadata and other regions are.
 
-Decides which of the two tables to believe, and what is refused: a required region that is unknown, and places that
-cannot be. Must not know what is in a region.
+Decides which of the two tables is used, and what is refused: an unknown region that is required, and impossible
+places. Must not know what is in a region.
 
 Unknown regions that are not required stay where they are; nothing may be written over them.
 
@@ -41,17 +41,17 @@ class Regions:
 
 
 def name_of(region: RegionEntry) -> str:
-    """How messages call a region."""
+    """The name of a region in messages."""
     return _KNOWN.get(region.guid, f"region {uuid.UUID(bytes=region.guid)}")
 
 
 def table_name(copy: int) -> str:
-    """How messages call a region table."""
+    """The name of a region table in messages."""
     return f"region table {copy + 1}"
 
 
 def table_state(raw: bytes) -> str:
-    """What the bytes of a region table are worth: "good", or what is wrong with it as a whole."""
+    """The state of a region table as a whole: "good", or what is wrong with it."""
     if len(raw) < layout.REGION_TABLE_SIZE:
         return "outside the file"
     if not raw.startswith(layout.REGION_SIGNATURE):
@@ -67,7 +67,7 @@ def read_table(store: ReadStore, copy: int) -> bytes:
 
 
 def read_regions(store: ReadStore, log: tuple[int, int]) -> Regions:
-    """The regions by the first table that is intact; `log` is (offset, size) of the log. Raises CorruptImage."""
+    """The regions in the first table that is intact; `log` is (offset, size) of the log. Raises CorruptImage."""
     tables = [read_table(store, copy) for copy in range(2)]
     states = [table_state(raw) for raw in tables]
     if "good" not in states:
@@ -149,7 +149,7 @@ def _check_place(store: ReadStore, one: RegionEntry, where: dict[str, Any]) -> N
         raise CorruptImage(
             CorruptReason.REGION_ENTRY,
             f"{name_of(one)} has an impossible place",
-            expected="whole mebibytes behind the first",
+            expected="whole mebibytes after the first",
             found=f"{one.length} bytes at byte {one.file_offset:#x}",
             **where,
         )
