@@ -292,7 +292,7 @@ def test_convert(chain: list[Path], tmp_path: Path) -> None:
     """From a chain of the format to a VHD and a raw disk, and back from both."""
     leaf, expected = chain[0], content(chain[0])
     for kind, name in (("dynamic", "a.vhd"), ("raw", "a.img"), ("fixed", "b.vhd")):
-        vhdkit.convert(leaf, tmp_path / name, kind)
+        vhdkit.convert(leaf, tmp_path / name, kind, accept_sector_size=True)
         vhdkit.convert(tmp_path / name, tmp_path / f"{name}.sparse", "sparse")
         assert content(tmp_path / f"{name}.sparse") == expected
     assert vhdkit.compare(tmp_path / "a.vhd", leaf).same_content

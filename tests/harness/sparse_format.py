@@ -52,7 +52,7 @@ from vhdkit.image import (
     merged_extents,
 )
 from vhdkit.store import ReadStore, Store
-from vhdkit.units import PAGE_SIZE, round_up, sectors_to_bytes, whole_sectors
+from vhdkit.units import PAGE_SIZE, SECTOR_SIZE, round_up, sectors_to_bytes, whole_sectors
 
 NAME = "sparse"
 # Magic, CRC of the rest, turn, size, file id, linkage id, length of the parent.
@@ -280,7 +280,7 @@ class SparseFormat:
 
     name = title = child_format = NAME
     suffixes, child_suffix = (".sparse", ".asparse"), ".asparse"
-    kinds = (NAME,)
+    kinds, sector_sizes, larger_child = (NAME,), (SECTOR_SIZE, PAGE_SIZE), ""
     is_plain = False
 
     def probe(self, store: ReadStore) -> bool:

@@ -47,6 +47,7 @@ class _Conversion:
     kind: DiskFormat
     block_size_bytes: int
     azure: bool
+    accept_sector_size: bool
     replace: bool
     sync: bool
 
@@ -57,6 +58,8 @@ class _Conversion:
 @click.option("--to", "kind", type=click.Choice([one.value for one in DiskFormat]),
               help="Kind of the new image; by default what DST's name says (.vhd, .vhdx, .raw).")  # fmt: skip
 @click.option("--azure", is_flag=True, help="Make a fixed VHD of whole MiB, as Azure requires.")
+@click.option("--accept-sector-size", is_flag=True,
+              help="Convert a disk with sectors of 4096 bytes to a VHD, whose sectors have 512.")  # fmt: skip
 @click.option("--block-size", type=parsed_size, help=BLOCK_SIZE_HELP)
 @click.option(
     "--force",
@@ -67,13 +70,18 @@ class _Conversion:
 @image_options()
 @progress_option
 def convert_command(
-    source: str, destination: str, kind: str | None, azure: bool, block_size: int | None, force: bool,
-    no_sync: bool, common: Common, progress: bool | None,
+    source: str, destination: str, kind: str | None, azure: bool, accept_sector_size: bool,
+    block_size: int | None, force: bool, no_sync: bool, common: Common, progress: bool | None,
 ) -> None:  # fmt: skip
     """Write the content of SRC, with all its parents, to a new image DST.
 
-    Zeros become holes. DST is created completely or not at all. SRC or DST may be - for a pipe (raw and fixed; a
-    dynamic VHD can be made from a pipe, but not written to one). --format gives the format of SRC.
+    Zeros become holes. DST is created completely or not at all. SRC or DST may be - for a pipe: raw images and fixed
+    VHDs can be read from one and written to one, and every kind can be made from one. --format gives the format of
+    SRC.
+
+    A VHDX keeps the sector size of the disk. A disk with sectors of 4096 bytes becomes a VHD only with
+    --accept-sector-size, because its partition table counts in these sectors. A raw image records no sector size:
+    attach it with sectors of 4096 bytes. A VHD holds up to 2040 GiB.
 
     \b
     With --json: {"source", "destination", "format", "virtual_size_bytes",
@@ -88,7 +96,9 @@ def convert_command(
         raise click.UsageError(f"a {target} image has no blocks: leave out --block-size")
     if destination == STREAM and common.json:
         raise click.UsageError("standard output cannot take both the disk and the JSON document")
-    job = _Conversion(source, destination, target, block_size or DEFAULT_BLOCK_SIZE, azure, force, not no_sync)
+    job = _Conversion(
+        source, destination, target, block_size or DEFAULT_BLOCK_SIZE, azure, accept_sector_size, force, not no_sync
+    )
     begin = time.monotonic()
     size_bytes = _run(job, common, progress)
     _print_result(job, size_bytes, time.monotonic() - begin, common)
@@ -108,13 +118,20 @@ def _run(job: _Conversion, common: Common, wanted: bool | None) -> int:
             if job.destination == STREAM:
                 output = _standard_output()
                 _refuse_layers(output, disk)
-                made = export_stream(disk.chain, output.write, job.kind, azure=job.azure, progress=show)
+                made = export_stream(
+                    disk.chain, output.write, job.kind, azure=job.azure,
+                    accept_sector_size=job.accept_sector_size, progress=show,
+                )  # fmt: skip
                 output.flush()
             else:
                 made = convert_chain(
                     disk.chain, job.destination, job.kind, block_size_bytes=job.block_size_bytes,
-                    azure=job.azure, replace=job.replace, sync=job.sync, options=common.options, progress=show,
+                    azure=job.azure, accept_sector_size=job.accept_sector_size, replace=job.replace, sync=job.sync,
+                    options=common.options, progress=show,
                 )  # fmt: skip
+        sectors = disk.chain.leaf.sector_bytes
+        if sectors not in formats.making(job.kind).sector_sizes:
+            note(common, f"the disk has sectors of {sectors} bytes: attach the result with that sector size")
         if made != disk.size_bytes:
             note(
                 common,

@@ -61,6 +61,7 @@ def create_command(
             path, parent, size_bytes=size, block_size_bytes=block_size, options=common.options, replace=force
         )  # fmt: skip
         note_rounding(common, size)
+        note_larger_child(common, path, trusting(path, parent, common.options))
         needed = needed_to_open(path, parent, common.options)
         with FileStore.open(path) as store:
             made_format = formats.probed(store)
@@ -111,19 +112,29 @@ def _print_result(
         note(common, "opening it requires " + " ".join(word for option in needed for word in option))
 
 
-def needed_to_open(path: str, parent: str, options: OpenOptions) -> list[list[str]]:
-    """The options that opening the new child needs, because of where its chain lies or what its base is."""
-    home = os.path.dirname(real_path(path))
+def note_larger_child(common: Common, path: str, options: OpenOptions) -> None:
+    """Note which programs cannot use an image that is larger than its parent."""
+    with vhdkit.open_disk(path, options=options) as disk:
+        sizes = [layer.size_bytes for layer in disk.chain.layers[:2]]
+        text = formats.of(disk.chain.leaf).larger_child
+    if len(sizes) > 1 and sizes[0] > sizes[1] and text:
+        note(common, text)
+
+
+def trusting(path: str, parent: str, options: OpenOptions) -> OpenOptions:
+    """Options that open a new child of `parent`; opening the parent allowed the parent's own folder."""
     folders = (
-        home,
+        os.path.dirname(real_path(path)),
         *(real_path(folder) for folder in options.parent_dirs),
         os.path.dirname(real_path(parent)),
     )
-    # Opening the parent allowed its own folder; opening the child does not.
-    trusting = OpenOptions(
-        parent_dirs=folders, allow_raw_parent=True, ignore_bitmaps=options.ignore_bitmaps, lock=False
-    )
-    with vhdkit.open_disk(path, options=trusting) as disk:
+    return OpenOptions(parent_dirs=folders, allow_raw_parent=True, ignore_bitmaps=options.ignore_bitmaps, lock=False)
+
+
+def needed_to_open(path: str, parent: str, options: OpenOptions) -> list[list[str]]:
+    """The options that opening the new child needs, because of where its chain lies or what its base is."""
+    home = os.path.dirname(real_path(path))
+    with vhdkit.open_disk(path, options=trusting(path, parent, options)) as disk:
         layers = disk.chain.layers
         outside = dict.fromkeys(
             os.path.dirname(real_path(layer.store.name))

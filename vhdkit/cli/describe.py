@@ -56,6 +56,7 @@ def info_command(image: str, common: Common) -> None:
       creator creator_version creator_host created_unix_seconds geometry
       current_size_bytes original_size_bytes size_from_geometry saved_state hidden
       block_size_bytes block_count allocated_block_count batmap
+      logical_sector_bytes physical_sector_bytes virtual_disk_id log_entries
       parent {name unique_id timestamp locators path problem
         allowed_folder allowed_by}
       findings [{severity code message path structure offset_bytes}]
@@ -98,7 +99,12 @@ def _fact_rows(facts: ImageInfo, verbose: bool) -> list[tuple[str, str]]:
     if facts.block_size_bytes is not None:
         blocks = f"{facts.allocated_block_count} of {facts.block_count} allocated"
         rows.append(("blocks", f"{blocks}, {format_size(facts.block_size_bytes)} each"))
+    if facts.logical_sector_bytes is not None:
+        rows.append(("sectors", f"{facts.logical_sector_bytes} bytes, physically {facts.physical_sector_bytes}"))
     rows.append(("unique id", facts.unique_id or ""))
+    rows.append(("disk id", facts.virtual_disk_id or ""))
+    if facts.log_entries is not None:
+        rows.append(("log", f"{facts.log_entries} entries not replayed" if facts.log_entries else "empty"))
     if facts.created_unix_seconds is not None:
         known = (facts.creator_host or "").strip("\0 ")
         host = f" on {_HOSTS.get(known, repr(known))}" if known else ""

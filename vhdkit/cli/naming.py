@@ -26,6 +26,7 @@ _FORMATS = {
     ".qed": "QED image",
     ".vmdk": "VMDK image",
     ".vdi": "VDI image",
+    ".vhds": "VHD Set",
     ".hdd": "Parallels image",
     ".hds": "Parallels image",
     ".vma": "VMA archive",

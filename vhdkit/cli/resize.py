@@ -9,6 +9,7 @@ import click
 
 import vhdkit
 from vhdkit.cli.common import PATH, Common, disk_size, epilog, image_options, progress_option
+from vhdkit.cli.create import note_larger_child
 from vhdkit.cli.output import count, exact_size, note, note_rounding, print_json, print_text
 from vhdkit.cli.progress import progress_shown
 from vhdkit.errors import printable
@@ -51,6 +52,8 @@ def resize_command(
         print_json(asdict(done))
         return
     note_rounding(common, size)
+    if not dry_run:
+        note_larger_child(common, image, common.options)
     for one in done.notes:
         note(common, one)
     if dry_run or not common.quiet:

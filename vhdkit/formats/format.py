@@ -208,9 +208,11 @@ class Format(Protocol):
     """One image format. All methods accept any store; only the layer that `open` returns keeps it.
 
     `name` is the name in options and records. `title` is what messages call an image of the format. `suffixes` are
-    file suffixes in lower case, `kinds` what `create` can make. A child of such an image is of the format
-    `child_format` and by default has the suffix `child_suffix`. A format `is_plain` when its images have no structures
-    of their own, so any file can be opened as one: it has no ids, and nothing in it can be checked, repaired or shown.
+    file suffixes in lower case, `kinds` what `create` can make, `sector_sizes` the logical sector sizes that an image
+    can have, in bytes. `larger_child` says which programs cannot use a child that is larger than its parent. A child
+    of such an image is of the format `child_format` and by default has the suffix `child_suffix`. A format `is_plain`
+    when its images have no structures of their own, so any file can be opened as one: it has no ids, and nothing in it
+    can be checked, repaired or shown.
     """
 
     @property
@@ -221,6 +223,10 @@ class Format(Protocol):
     def suffixes(self) -> tuple[str, ...]: ...
     @property
     def kinds(self) -> tuple[str, ...]: ...
+    @property
+    def sector_sizes(self) -> tuple[int, ...]: ...
+    @property
+    def larger_child(self) -> str: ...
     @property
     def child_format(self) -> str: ...
     @property

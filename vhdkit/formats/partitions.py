@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The partitions of a disk: MBR with its extended partitions, and GPT. Only reads.
 
-Decides which table a disk has and what its entries say. Pure: gets a function that reads bytes of the disk, knows no
-images. A guest wrote these bytes, so everything is bounded: entries, logical partitions, the size of an array.
-Entries that make no sense are left out, and a damaged table counts as none.
+Decides which table a disk has and what its entries say. Both tables count in the disk's own sectors, of 512 or 4096
+bytes. Pure: gets a function that reads bytes of the disk, knows no images. A guest wrote these bytes, so everything is
+bounded: entries, logical partitions, the size of an array. Entries that make no sense are left out, and a damaged
+table counts as none.
 
 Sources: UEFI specification, section 5 (GPT); for MBR and extended partitions, the practice of PCs since DOS 3.3.
 """
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from vhdkit.units import SECTOR_SIZE, covering_sectors, sectors_to_bytes
+from vhdkit.units import SECTOR_SIZE, round_up
 
 ReadBytes: TypeAlias = Callable[[int, int], bytes]  # (offset, size): fewer bytes only at the end of the disk
 
@@ -114,23 +115,42 @@ class PartitionTable:
     backup_ranges: tuple[tuple[int, int], ...] = ()
 
 
-def read_partitions(read: ReadBytes, size_bytes: int) -> PartitionTable | None:
-    """The partition table of a disk, or None where there is none. Raises what `read` raises."""
-    sector = read(0, SECTOR_SIZE)
+@dataclass(frozen=True, slots=True)
+class _Disk:
+    """What is read of the disk, in its sectors; of each, a table uses the first 512 bytes."""
+
+    read_bytes: ReadBytes
+    size_bytes: int
+    sector_bytes: int
+
+    @property
+    def end(self) -> int:
+        """A sector that no disk reaches."""
+        return (1 << 63) // self.sector_bytes
+
+    def read(self, sector_index: int, size_bytes: int = SECTOR_SIZE) -> bytes:
+        """Bytes from the beginning of a sector on."""
+        return self.read_bytes(sector_index * self.sector_bytes, size_bytes)
+
+
+def read_partitions(read: ReadBytes, size_bytes: int, sector_bytes: int = SECTOR_SIZE) -> PartitionTable | None:
+    """The partition table of a disk with sectors of that size, or None without one. Raises what `read` raises."""
+    disk = _Disk(read, size_bytes, sector_bytes)
+    sector = disk.read(0)
     if len(sector) < SECTOR_SIZE or sector[_SIGNATURE_OFFSET:] != _SIGNATURE:
-        return _read_gpt(read, size_bytes)  # the protective MBR may be lost
+        return _read_gpt(disk)  # the protective MBR may be lost
     entries = list(_mbr_entries(sector))
     if any(kind == _PROTECTIVE for _, kind, _, _ in entries):
-        gpt = _read_gpt(read, size_bytes)
+        gpt = _read_gpt(disk)
         if gpt is not None:
             return gpt
     if not entries or _is_boot_sector(sector):
         return None
     found = []
     for number, kind, first, count in entries:
-        found.append(_partition(number, kind, first, count))
+        found.append(_partition(disk, number, kind, first, count))
         if kind in _EXTENDED:
-            found += _logical(read, first)
+            found += _logical(disk, first)
     signature = int.from_bytes(sector[_DISK_SIGNATURE_OFFSET : _DISK_SIGNATURE_OFFSET + 4], "little")
     if signature:
         found = [replace(one, unique_id=f"{signature:08x}-{one.number:02x}") for one in found]
@@ -152,23 +172,23 @@ def _is_boot_sector(sector: bytes) -> bool:
     return any(mark not in (0x00, 0x80) for mark in marks)
 
 
-def _partition(number: int, kind: int, first: int, count: int) -> Partition:
-    return Partition(number, sectors_to_bytes(first), sectors_to_bytes(count), f"{kind:#04x}")
+def _partition(disk: _Disk, number: int, kind: int, first: int, count: int) -> Partition:
+    return Partition(number, first * disk.sector_bytes, count * disk.sector_bytes, f"{kind:#04x}")
 
 
-def _logical(read: ReadBytes, extended_first: int) -> Iterator[Partition]:
+def _logical(disk: _Disk, extended_first: int) -> Iterator[Partition]:
     """The logical partitions: each has a table of its own, which points at the next one."""
     position = extended_first
     seen: set[int] = set()
     for number in range(5, 5 + MAX_LOGICAL_PARTITIONS):
-        sector = read(sectors_to_bytes(position), SECTOR_SIZE)
+        sector = disk.read(position)
         if position in seen or len(sector) < SECTOR_SIZE or sector[_SIGNATURE_OFFSET:] != _SIGNATURE:
             return
         seen.add(position)
         entries = list(_mbr_entries(sector))
         for _, kind, first, count in entries:
             if kind not in _EXTENDED:
-                yield _partition(number, kind, position + first, count)
+                yield _partition(disk, number, kind, position + first, count)
                 break
         following = [first for _, kind, first, _ in entries if kind in _EXTENDED]
         if not following:
@@ -176,26 +196,26 @@ def _logical(read: ReadBytes, extended_first: int) -> Iterator[Partition]:
         position = extended_first + following[0]
 
 
-def _read_gpt(read: ReadBytes, size_bytes: int) -> PartitionTable | None:
+def _read_gpt(disk: _Disk) -> PartitionTable | None:
     """The GPT by its first header, or else by the one in the last sector."""
-    last = size_bytes // SECTOR_SIZE - 1
+    last = disk.size_bytes // disk.sector_bytes - 1
     for sector_index in (1, last):
-        header = _gpt_header(read, sector_index)
+        header = _gpt_header(disk, sector_index)
         if header is None:
             continue
         entries, other, raw = header
         backup: tuple[tuple[int, int], ...] = ()
         if sector_index == 1:
-            backup = _backup_ranges(read, other, raw)
-        return PartitionTable("gpt", tuple(_gpt_partitions(entries)), backup)
+            backup = _backup_ranges(disk, other, raw)
+        return PartitionTable("gpt", tuple(_gpt_partitions(disk, entries)), backup)
     return None
 
 
-def _gpt_header(read: ReadBytes, sector_index: int) -> tuple[list[bytes], int, bytes] | None:
+def _gpt_header(disk: _Disk, sector_index: int) -> tuple[list[bytes], int, bytes] | None:
     """The entries of a whole header with whole entries, where the other header is, and the raw array; else None."""
     if sector_index < 1:
         return None
-    sector = read(sectors_to_bytes(sector_index), SECTOR_SIZE)
+    sector = disk.read(sector_index)
     if len(sector) < SECTOR_SIZE or not sector.startswith(_GPT_MAGIC):
         return None
     _, _, size, stored, own, other, _, _, _, place, count, entry_size, array_sum = _GPT_HEADER.unpack_from(sector)
@@ -203,32 +223,30 @@ def _gpt_header(read: ReadBytes, sector_index: int) -> tuple[list[bytes], int, b
         return None
     blank = sector[:_GPT_CRC_OFFSET] + bytes(4) + sector[_GPT_CRC_OFFSET + 4 : size]
     possible = count <= MAX_GPT_ENTRIES and _MIN_GPT_ENTRY_BYTES <= entry_size <= MAX_GPT_ENTRY_BYTES
-    if zlib.crc32(blank) != stored or not possible or place >= 1 << 54:
+    if zlib.crc32(blank) != stored or not possible or place >= disk.end:
         return None
-    raw = read(sectors_to_bytes(place), count * entry_size)
+    raw = disk.read(place, count * entry_size)
     if len(raw) != count * entry_size or zlib.crc32(raw) != array_sum:
         return None
     return [raw[start : start + entry_size] for start in range(0, len(raw), entry_size)], other, raw
 
 
-def _backup_ranges(read: ReadBytes, sector_index: int, raw: bytes) -> tuple[tuple[int, int], ...]:
+def _backup_ranges(disk: _Disk, sector_index: int, raw: bytes) -> tuple[tuple[int, int], ...]:
     """Where the second header and its entries lie, if they are whole and match the first ones."""
-    header = _gpt_header(read, sector_index) if sector_index < 1 << 54 else None
+    header = _gpt_header(disk, sector_index) if sector_index < disk.end else None
     if header is None or header[2] != raw:
         return ()
-    sector = read(sectors_to_bytes(sector_index), SECTOR_SIZE)
-    place = _GPT_HEADER.unpack_from(sector)[9]
-    size = sectors_to_bytes(covering_sectors(len(raw)))
-    return (sectors_to_bytes(place), size), (sectors_to_bytes(sector_index), SECTOR_SIZE)
+    place, unit = _GPT_HEADER.unpack_from(disk.read(sector_index))[9], disk.sector_bytes
+    return (place * unit, round_up(len(raw), unit)), (sector_index * unit, unit)
 
 
-def _gpt_partitions(entries: list[bytes]) -> Iterator[Partition]:
+def _gpt_partitions(disk: _Disk, entries: list[bytes]) -> Iterator[Partition]:
     for number, entry in enumerate(entries, 1):
         kind, unique, first, last, _, name = _GPT_ENTRY.unpack_from(entry)
-        if any(kind) and first <= last < 1 << 54:
+        if any(kind) and first <= last < disk.end:
             text = name.decode("utf-16-le", "replace").split("\0", 1)[0]
-            size = sectors_to_bytes(last - first + 1)
+            size = (last - first + 1) * disk.sector_bytes
             yield Partition(
-                number, sectors_to_bytes(first), size, str(uuid.UUID(bytes_le=kind)).upper(), text,
+                number, first * disk.sector_bytes, size, str(uuid.UUID(bytes_le=kind)).upper(), text,
                 str(uuid.UUID(bytes_le=unique)),
             )  # fmt: skip

@@ -104,6 +104,8 @@ class RawFormat:
     title = "raw disk"
     suffixes: tuple[str, ...] = ()
     kinds = (FORMAT_NAME,)
+    sector_sizes = (SECTOR_SIZE,)
+    larger_child = ""
     child_format = "vhd"
     child_suffix = ".avhd"
     is_plain = True

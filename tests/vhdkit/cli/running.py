@@ -22,6 +22,9 @@ VERBS = (
     "create", "info", "chain", "check", "map", "convert", "compare", "snapshot", "clone", "merge", "rebase",
     "relocate", "compact", "resize", "gc", "serve", "mount", "umount", "mounts", "dump",
 )  # fmt: skip
+# What `make_chain` makes: format, sector size. The files are named like VHDs: names decide nothing.
+CHAINS = {"vhd": ("dynamic", 512), "vhdx": ("vhdx", 512), "vhdx-4096": ("vhdx", 4096)}
+chain_kind = [CHAINS["vhd"]]  # set by the fixture of the same name
 COMMAND = (sys.executable, "-m", "vhdkit")
 
 
@@ -79,7 +82,8 @@ def names(folder: Path) -> list[str]:
 def make_chain() -> bytes:
     """Make `base.vhd`, `middle.avhd` and `leaf.avhd`, 8 MiB, each with its own data; return the disk's content."""
     content = bytearray(8 * MIB)
-    good("create", "base.vhd", "--size", "8M", "--block-size", "1M")
+    disk_format, sector_bytes = chain_kind[0]
+    vhdkit.create_image("base.vhd", 8 * MIB, disk_format=disk_format, block_size_bytes=MIB, sector_bytes=sector_bytes)
     good("create", "middle.avhd", "--parent", "base.vhd")
     write(content, "middle.avhd", 0, b"")  # still empty: opening it for writing must not damage it
     for image, offset, size in (

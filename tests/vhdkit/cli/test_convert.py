@@ -25,6 +25,7 @@ from tests.vhdkit.cli.running import (
     run,
     start,
     wait_for_part,
+    write,
 )
 from vhdkit.chain.engine.chain import Chain
 
@@ -274,3 +275,56 @@ def test_without_standard_error() -> None:
         Path("cut.vhd").write_bytes(Path("base.vhd").read_bytes()[:-512][600:])
         done = subprocess.run([*COMMAND, "info", "cut.vhd"], check=False, stderr=full)
     assert done.returncode == 3
+
+
+def test_a_disk_with_large_sectors() -> None:
+    """Sectors of 4096 bytes stay in a VHDX, are accepted in a VHD only with the option, and are named for a raw disk;
+    what is refused is refused before a byte is written."""
+    good("create", "disk.vhdx", "--size", "8M", "--sector-size", "4096")
+    content = bytearray(8 * MIB)
+    write(content, "disk.vhdx", 3 * MIB, b"data" * 1024)
+    for kind in ("fixed", "dynamic"):
+        line = failure("convert", "disk.vhdx", "out.img", "--to", kind, code=2)
+        assert "4096" in line and "--accept-sector-size" in line and "--to vhdx" in line
+        assert not Path("out.img").exists()
+    assert "--accept-sector-size" in failure("convert", "disk.vhdx", "-", "--to", "fixed", code=2)
+    for kind in ("fixed", "dynamic", "raw"):
+        words = [] if kind == "raw" else ["--accept-sector-size"]
+        result = run("convert", "disk.vhdx", "out.img", "--to", kind, "--force", *words)
+        assert result.exit_code == 0 and "sectors of 4096 bytes" in result.stderr
+        assert content_of("out.img") == content
+    for kind in ("vhdx", "vhdx-fixed"):
+        assert run("convert", "disk.vhdx", "out.vhdx", "--to", kind, "--force").stderr == ""
+        assert document("info", "out.vhdx")["logical_sector_bytes"] == 4096 and content_of("out.vhdx") == content
+    streamed = run("convert", "disk.vhdx", "-", "--to", "fixed", "--accept-sector-size")
+    assert streamed.stdout_bytes[: 8 * MIB] == content
+
+
+@pytest.mark.parametrize("kind", ["fixed", "dynamic"])
+def test_a_disk_that_is_too_large_for_a_vhd(kind: str) -> None:
+    """More than 2040 GiB are refused before a byte is written."""
+    good("create", "disk.vhdx", "--size", "3T")
+    assert "2040 GiB" in failure("convert", "disk.vhdx", "out.vhd", "--to", kind, code=2)
+    assert "2040 GiB" in failure("convert", "disk.vhdx", "out.vhd", "--to", kind, "--accept-sector-size", code=2)
+    assert names(Path()) == ["disk.vhdx"]
+
+
+@pytest.mark.parametrize("kind", ["vhdx", "vhdx-fixed", "dynamic"])
+def test_only_raw_disks_and_fixed_vhds_are_streamed(kind: str) -> None:
+    """Others can be made from a pipe and not written to one, and the message says which can."""
+    make_chain()
+    line = failure("convert", "leaf.avhd", "-", "--to", kind, code=2)
+    assert "only a raw image or a fixed VHD" in line and "--to raw or --to fixed" in line
+
+
+def test_chains_between_all_formats() -> None:
+    """The disk of a chain stays the same through every format and back."""
+    content = make_chain()
+    source = "leaf.avhd"
+    for number, kind in enumerate(("vhdx", "dynamic", "raw", "vhdx-fixed", "fixed", "vhdx", "raw")):
+        suffix = "vhdx" if "vhdx" in kind else "raw" if kind == "raw" else "vhd"
+        target = f"{number}.{suffix}"
+        good("convert", source, target, "--to", kind)
+        assert content_of(target) == content
+        good("check", target)
+        source = target

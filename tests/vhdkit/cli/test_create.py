@@ -188,3 +188,15 @@ def test_force_is_suggested_only_where_it_helps() -> None:
     for taken in (("snapshot", "leaf.avhd", "free.vhd"), ("clone", "base.vhd", "free.vhd"),
                   ("merge", "leaf.avhd", "--to", "free.vhd")):  # fmt: skip
         assert "--force" not in run(*taken).stderr and "already exists" in run(*taken).stderr, taken
+
+
+@pytest.mark.parametrize(("base", "named"), [("base.vhd", "Hyper-V"), ("base.vhdx", "7-Zip, libvhdi and dissect")])
+def test_a_child_that_is_larger_than_its_parent(base: str, named: str) -> None:
+    """It is made, with a note that says which programs cannot use it."""
+    good("create", base, "--size", "4M")
+    child = base.replace("base.", "child.a")
+    assert run("create", child, "--parent", base).stderr == ""
+    result = run("create", "larger", "--parent", base, "--size", "5M")
+    assert result.exit_code == 0 and result.stderr.startswith("vhdkit: note: ") and named in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert document("info", "larger")["virtual_size_bytes"] == 5 * MIB

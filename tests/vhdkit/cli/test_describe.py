@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import vhdkit
 from tests.servers import serving
 from tests.vhdkit.cli.running import MIB, document, failure, good, make_chain, run
 from vhdkit.chain.verbs.describe import ImageInfo
@@ -188,3 +189,23 @@ def test_info_names_the_folder_that_allowed_a_parent(folder: Path, monkeypatch: 
     Path("list").write_text(json.dumps([{"name": "leaf", "path": "leaves/leaf.avhd"}]))
     with serving("--exports", "list") as server:
         assert server.ready["exports"][0]["path"] == "leaves/leaf.avhd"
+
+
+def test_info_of_a_vhdx() -> None:
+    """Sector sizes, the id of the disk, and the state of the log are shown, also where an unflushed log was left."""
+    good("create", "base.vhdx", "--size", "8M", "--sector-size", "4096")
+    good("create", "leaf.avhdx", "--parent", "base.vhdx")
+    info, base = document("info", "leaf.avhdx"), document("info", "base.vhdx")
+    assert (info["logical_sector_bytes"], info["physical_sector_bytes"], info["log_entries"]) == (4096, 4096, 0)
+    assert info["virtual_disk_id"] == base["virtual_disk_id"] is not None and info["unique_id"] != base["unique_id"]
+    text = good("info", "leaf.avhdx")
+    for fact in ("differencing VHDX", "4096 bytes, physically 4096", info["virtual_disk_id"], "log           empty"):
+        assert fact in text, text
+    with vhdkit.open_disk("leaf.avhdx", writable=True) as disk:
+        disk.write(0, b"x")
+        disk.flush()
+        Path("copied.avhdx").write_bytes(Path("leaf.avhdx").read_bytes())
+    assert "entries not replayed" in good("info", "copied.avhdx")
+    assert document("info", "copied.avhdx")["log_entries"] > 0
+    make_chain()
+    assert document("info", "leaf.avhd")["virtual_disk_id"] is None and "disk id" not in good("info", "leaf.avhd")

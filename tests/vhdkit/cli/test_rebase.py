@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
+
+import pytest
 
 import vhdkit
 from tests.vhdkit.cli.running import document, failure, good, make_chain, run
@@ -104,3 +107,32 @@ def test_a_parent_of_another_size_must_be_confirmed() -> None:
     assert "requires --accept-parent-id" in failure(*without, code=2)
     good(*words, "--accept-parent-size", str(size + MIB))
     assert [Path(one).name for one in vhdkit.chain_paths("leaf.avhd")] == ["leaf.avhd", "larger.vhd"]
+
+
+@pytest.mark.parametrize(("suffix", "other"), [("vhdx", "raw"), ("vhdx", "vhd"), ("vhd", "vhdx")])
+def test_a_parent_of_another_format_is_refused_with_the_way_out(suffix: str, other: str) -> None:
+    """A VHDX has a VHDX as its parent, and a VHD a VHD: the commands that the message names make the chain whole."""
+    good("create", f"base.{suffix}", "--size", "8M")
+    good("create", f"leaf.a{suffix}", "--parent", f"base.{suffix}")
+    with vhdkit.open_disk(f"leaf.a{suffix}", writable=True) as disk:
+        disk.write(MIB, b"data")
+    good("convert", f"base.{suffix}", f"other.{other}")
+    before = Path(f"leaf.a{suffix}").read_bytes()
+    for words in ([], ["--unsafe-new-id"], ["--allow-raw-parent"]):
+        line = failure("rebase", f"leaf.a{suffix}", "--parent", f"other.{other}", *words, code=6)
+        assert f"and the parent of a {suffix.upper()} is a {suffix.upper()}" in line
+    assert Path(f"leaf.a{suffix}").read_bytes() == before
+    for command in line.split("; ", 1)[1].split(", and record the result"):
+        good(*shlex.split(command.split("vhdkit ", 1)[1]))
+    with vhdkit.open_disk(f"leaf.a{suffix}") as disk:
+        assert disk.read(MIB, 4) == b"data" and disk.chain.layers[1].store.name.endswith(f"other.{suffix}")
+
+
+def test_a_parent_that_became_another_format() -> None:
+    """When the file under the parent's name is now of another format, opening the child says so."""
+    good("create", "base.vhdx", "--size", "8M")
+    good("create", "leaf.avhdx", "--parent", "base.vhdx")
+    good("convert", "base.vhdx", "other.vhd")
+    Path("other.vhd").replace("base.vhdx")
+    line = failure("map", "leaf.avhdx", code=6)
+    assert "base.vhdx is a VHD, and the parent of a VHDX is a VHDX" in line and "vhdkit convert" in line

@@ -286,3 +286,19 @@ def test_wrong_command_lines(words: list[str], code: int, text: str, folder: Pat
     before = names(folder)
     assert text in failure("serve", *words, code=code)
     assert names(folder) == before
+
+
+def test_change_tracking_beside_an_image() -> None:
+    """Serving an image for writing beside Hyper-V's files warns once; serving it read-only does not."""
+    good("create", "disk.vhdx", "--size", "4M")
+    Path("disk.vhdx.rct").touch()
+    for words, lines in (([], 1), (["--read-only"], 0), (["--overlay"], 0)):
+        process = start_server("disk.vhdx", "--socket", "s", *words)
+        try:
+            read_ready(process)
+            process.terminate()
+            _, found = process.communicate(timeout=SECONDS)
+        finally:
+            process.kill()
+            process.communicate()
+        assert found.count("disk.vhdx.rct") == lines, found

@@ -28,23 +28,26 @@ def mbr(*entries: tuple[int, int, int]) -> bytes:
     return (bytes(446) + raw).ljust(510, b"\0") + b"\x55\xaa"
 
 
-def write_gpt(store: MemStore, size: int, *partitions: tuple[int, int, str], primary: bool = True) -> None:
+def write_gpt(
+    store: MemStore, size: int, *partitions: tuple[int, int, str], primary: bool = True, sector: int = SECTOR
+) -> None:
     """A protective MBR and both copies of a GPT, as the UEFI specification lays them out."""
-    last = size // SECTOR - 1
+    last = size // sector - 1
     entries = b"".join(
         struct.pack("<16s16sQQQ72s", uuid.UUID(LINUX).bytes_le, b"u" * 16, first, end, 0, name.encode("utf-16-le"))
         for first, end, name in partitions
     ).ljust(128 * 128, b"\0")
     store.pwrite(0, mbr((0xEE, 1, last)))
-    for own, other, place in ((1, last, 2), (last, 1, last - 32)):
+    count = -(-len(entries) // sector)
+    for own, other, place in ((1, last, 2), (last, 1, last - count)):
         if own == 1 and not primary:
             continue
-        fields = (own, other, 34, last - 33, b"d" * 16, place, 128, 128, zlib.crc32(entries))
+        fields = (own, other, 2 + count, last - count - 1, b"d" * 16, place, 128, 128, zlib.crc32(entries))
         head = struct.pack("<8sII", b"EFI PART", 0x10000, 92)
         body = struct.pack("<4xQQQQ16sQIII", *fields)
         crc = zlib.crc32(head + bytes(4) + body)
-        store.pwrite(own * SECTOR, head + struct.pack("<I", crc) + body)
-        store.pwrite(place * SECTOR, entries)
+        store.pwrite(own * sector, head + struct.pack("<I", crc) + body)
+        store.pwrite(place * sector, entries)
 
 
 def disk(size: int = 16 * MIB, raw: bytes = b"") -> MemStore:
@@ -140,6 +143,53 @@ def test_arbitrary_bytes_are_a_table_or_none(changes: list[tuple[int, bytes]], g
         store.pwrite(offset, raw)
     table = table_of(store)
     assert table is None or all(one.size_bytes > 0 for one in table.partitions)
+
+
+@pytest.mark.parametrize("primary", [True, False])
+def test_a_gpt_that_counts_in_large_sectors(primary: bool) -> None:
+    """On a disk with sectors of 4096 bytes the table lies and counts in those, and with other sectors it is none."""
+    store = disk(16 * MIB)
+    write_gpt(store, 16 * MIB, (256, 511, "boot"), (512, 4000, "data"), primary=primary, sector=4096)
+    table = read_partitions(store.pread, 16 * MIB, 4096)
+    assert table is not None and table.scheme == "gpt"
+    assert [(one.offset_bytes, one.size_bytes) for one in table.partitions] == [
+        (256 * 4096, 256 * 4096),
+        (512 * 4096, 3489 * 4096),
+    ]
+    backup = ((16 * MIB - 5 * 4096, 16 * KIB), (16 * MIB - 4096, 4096))
+    assert table.backup_ranges == (backup if primary else ())
+    found = read_partitions(store.pread, 16 * MIB)
+    assert found is None or found.scheme == "mbr"
+
+
+def test_an_mbr_that_counts_in_large_sectors() -> None:
+    """Primary and logical partitions count in the disk's sectors, too."""
+    store = disk(64 * MIB, mbr((0x83, 256, 1024), (0x05, 2048, 4096)))
+    store.pwrite(2048 * 4096, mbr((0x83, 16, 512)))
+    table = read_partitions(store.pread, 64 * MIB, 4096)
+    assert table is not None
+    assert [(one.number, one.offset_bytes, one.size_bytes) for one in table.partitions] == [
+        (1, 256 * 4096, 1024 * 4096),
+        (2, 2048 * 4096, 4096 * 4096),
+        (5, 2064 * 4096, 512 * 4096),
+    ]
+
+
+@pytest.mark.interop
+def test_a_table_of_fdisk_with_large_sectors(tmp_path: Path) -> None:
+    """What fdisk wrote with sectors of 4096 bytes is read as fdisk reads it."""
+    tool = require_tool("fdisk")
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(64 * MIB))
+    script = "g\nn\n1\n\n+8M\nn\n2\n\n+16M\nw\n"
+    subprocess.run([tool, "-b", "4096", path], input=script, text=True, check=True, capture_output=True)
+    shown = subprocess.run([tool, "-b", "4096", "-l", "-o", "Start,Sectors", path], text=True, check=True,
+                           capture_output=True).stdout  # fmt: skip
+    expected = [tuple(int(word) * 4096 for word in line.split()) for line in shown.split("Sectors\n")[-1].splitlines()]
+    raw = path.read_bytes()
+    table = read_partitions(lambda offset, size: raw[offset : offset + size], len(raw), 4096)
+    assert table is not None and len(expected) == 2
+    assert [(one.offset_bytes, one.size_bytes) for one in table.partitions] == expected
 
 
 @pytest.mark.interop

@@ -22,7 +22,7 @@ from vhdkit.chain.names.parents import (
     parent_format,
     require_parent,
 )
-from vhdkit.chain.records import pending
+from vhdkit.chain.records import pending, tracking
 from vhdkit.errors import CorruptImage, CorruptReason
 from vhdkit.formats.probe import open_layer
 from vhdkit.image import ImageFacts, Layer
@@ -86,6 +86,8 @@ def _opened_for_writing(leaf: str, options: OpenOptions, danger: str | None, vol
         findings = layers[0].findings
         layers[0] = _open_leaf(store, True, options)
         layers[0].findings.extend(one for one in findings if one.code == lineage.WRITTEN)
+        tracked = tracking.finding_of(store)
+        layers[0].findings.extend([] if tracked is None else [tracked])
     except BaseException:
         _close_all(store, layers)
         raise

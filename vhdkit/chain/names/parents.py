@@ -41,6 +41,7 @@ class _Search:
     refused: list[str] = field(default_factory=list)  # targets of links in the folders
     outside: list[str] = field(default_factory=list)  # targets of names in the child
     unreadable: list[errors.VhdkitError] = field(default_factory=list)
+    other_format: errors.ParentMismatch | None = None  # about the first mismatched one that no parent can be
 
     def note(self, place: str) -> None:
         """Record that a place inside the folders was examined."""
@@ -53,6 +54,24 @@ def parent_format(child: ImageFacts) -> Format:
     if parent_of(child).raw_allowed:
         return formats.plain()
     return formats.named(child.format_name)
+
+
+def other_format(child: ImageFacts, path: str, store: ReadStore) -> errors.ParentMismatch | None:
+    """The error about a file whose format no parent of the child has; None for a possible one.
+
+    Raises IoFailed.
+    """
+    found, expected = formats.probed(store), formats.named(child.format_name)
+    if found.child_format == child.format_name:
+        return None
+    new = os.path.splitext(path)[0] + expected.suffixes[0]
+    return errors.ParentMismatch(
+        f"{errors.printable(path)} is a {found.title}, and the parent of a {expected.title} is a {expected.title}",
+        path=child.path,
+        hint=f"convert it: vhdkit convert {shlex.quote(errors.printable(path))} {shlex.quote(errors.printable(new))},"
+        f" and record the result: vhdkit rebase {shlex.quote(errors.printable(child.path))}"
+        f" --parent {shlex.quote(errors.printable(new))} --unsafe-new-id",
+    )
 
 
 def allowed_folders(leaf_path: str, parent_dirs: Sequence[str], volume: Volume = LOCAL) -> tuple[str, ...]:
@@ -122,6 +141,8 @@ def _try(candidate: str, child: ImageFacts, folders: tuple[str, ...], search: _S
     if found in parent_of(child).linkage_ids:
         return place.store
     search.mismatched.append((place.path, found or NULL_ID))
+    if found is None:
+        search.other_format = search.other_format or other_format(child, place.path, place.store)
     place.store.close()
     return None
 
@@ -218,6 +239,8 @@ def _not_found(child: ImageFacts, search: _Search) -> errors.VhdkitError:
         return errors.ParentMissing(
             f"its parent {quoted} cannot be read: {where}{unreadable.problem}", path=child.path, hint=unreadable.hint
         )
+    if search.other_format is not None and len(search.mismatched) == 1:
+        return search.other_format
     if search.mismatched:
         place, found = search.mismatched[0]
         return errors.ParentMismatch(

@@ -20,6 +20,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from vhdkit import errors, formats
+from vhdkit.chain.records import tracking
 from vhdkit.chain.records.intent import merge_findings
 from vhdkit.errors import printable
 from vhdkit.finding import Finding, Severity, left_by_repair
@@ -105,6 +106,7 @@ def settle(store: FileStore) -> None:
     Raises NoSpace, IoFailed, SyncFailed, AccessDenied; the log then remains, and the next open tries again.
     """
     remember.disown(store)
+    tracking.warn(store)
     log, _ = _find(store, LOCAL)
     if log is not None:
         roll_back(store, log)

@@ -31,7 +31,7 @@ from vhdkit.folder import NewFile
 from vhdkit.formats.azure import azure_size
 from vhdkit.formats.format import DEFAULT_BLOCK_SIZE, CreateRequest
 from vhdkit.image import ExtentKind, Layer
-from vhdkit.units import MIB, PAGE_SIZE, round_down, round_up, sectors_to_bytes, whole_sectors
+from vhdkit.units import MIB, PAGE_SIZE, SECTOR_SIZE, round_down, round_up, sectors_to_bytes, whole_sectors
 
 _PIECE_BYTES = MIB  # measured optimum: larger pieces leave the cache, smaller ones cost more calls
 _WORKERS = 2
@@ -55,6 +55,7 @@ def convert(
     *,
     block_size_bytes: Size = DEFAULT_BLOCK_SIZE,
     azure: bool = False,
+    accept_sector_size: bool = False,
     replace: bool = False,
     sync: bool = True,
     options: OpenOptions | None = None,
@@ -63,8 +64,9 @@ def convert(
     """Write the content of `source` to a new image; returns its virtual size in bytes.
 
     Zeros become holes. With `sync` the result is on the device when this returns. `azure` rounds a fixed VHD up to
-    whole MiB. `replace` allows an existing file, but never one of the source, one in use, or a parent.
-    Raises what `open_disk` raises, and InvalidArgument, AlreadyExists, ImageInUse, HasChildren, NoSpace.
+    whole MiB. A disk with sectors of 4096 bytes keeps them in a VHDX, and becomes a VHD, whose sectors have 512 bytes,
+    only with `accept_sector_size`. `replace` allows an existing file, but never one of the source, one in use, or a
+    parent. Raises what `open_disk` raises, and InvalidArgument, AlreadyExists, ImageInUse, HasChildren, NoSpace.
     """
     block_size_bytes, disk_format = byte_size("block_size_bytes", block_size_bytes), DiskFormat(disk_format)
     check_block_size(formats.making(disk_format), block_size_bytes)
@@ -75,6 +77,7 @@ def convert(
             disk_format,
             block_size_bytes=block_size_bytes,
             azure=azure,
+            accept_sector_size=accept_sector_size,
             replace=replace,
             sync=sync,
             options=options,
@@ -89,6 +92,7 @@ def convert_chain(
     *,
     block_size_bytes: int = DEFAULT_BLOCK_SIZE,
     azure: bool = False,
+    accept_sector_size: bool = False,
     replace: bool = False,
     sync: bool = True,
     options: OpenOptions | None = None,
@@ -96,7 +100,8 @@ def convert_chain(
 ) -> int:
     """`convert` for an open chain."""
     size = converted_size(chain.size_bytes, disk_format, azure=azure)
-    request = CreateRequest(size, disk_format, block_size_bytes)
+    sector_bytes = converted_sectors(chain, disk_format, accept=accept_sector_size)
+    request = CreateRequest(size, disk_format, block_size_bytes, sector_bytes=sector_bytes)
     with _prepare(chain, os.fsdecode(destination), request, replace=replace, options=options) as (new, target):
         copy_content(chain, target, one_writer=bool(target.block_size_bytes), progress=progress)
         target.seal()
@@ -125,6 +130,25 @@ def converted_size(size_bytes: int, disk_format: DiskFormat, *, azure: bool) -> 
         size_bytes = azure_size(size_bytes)
     formats.making(disk_format).check_request(CreateRequest(size_bytes, disk_format))
     return size_bytes
+
+
+def converted_sectors(chain: Chain, disk_format: DiskFormat, *, accept: bool) -> int:
+    """The sector size of the result. Raises InvalidArgument if it is another one and that is not accepted.
+
+    A raw image has the content of any disk: it records no sector size.
+    """
+    made, sector_bytes = formats.making(disk_format), chain.leaf.sector_bytes
+    if sector_bytes in made.sector_sizes:
+        return sector_bytes
+    if not made.is_plain and not accept:
+        raise errors.InvalidArgument(
+            f"the disk has sectors of {sector_bytes} bytes, and a {made.title} has sectors of {SECTOR_SIZE}: a guest"
+            " would not find the partitions, because a partition table counts in sectors",
+            path=chain.leaf.store.name,
+            hint="convert it to a VHDX with --to vhdx; if nothing on the disk counts in sectors, add"
+            " --accept-sector-size (accept_sector_size=True in the library)",
+        )
+    return SECTOR_SIZE
 
 
 def copy_content(chain: Chain, target: _Target, *, one_writer: bool = False, progress: Progress | None = None) -> None:

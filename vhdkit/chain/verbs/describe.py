@@ -72,6 +72,10 @@ class ImageInfo:
     block_count: int | None = None
     allocated_block_count: int | None = None
     batmap: bool = False
+    logical_sector_bytes: int | None = None
+    physical_sector_bytes: int | None = None
+    virtual_disk_id: str | None = None  # the same in all images of a disk
+    log_entries: int | None = None  # that are not in their places yet
     parent: ParentInfo | None = None
     findings: tuple[Finding, ...] = ()
     title: str = ""  # the kind for display, such as "dynamic VHD"
@@ -126,6 +130,10 @@ def _describe(
         block_count=details.block_count,
         allocated_block_count=details.allocated_block_count,
         batmap=details.batmap,
+        logical_sector_bytes=details.logical_sector_bytes,
+        physical_sector_bytes=details.physical_sector_bytes,
+        virtual_disk_id=details.virtual_disk_id,
+        log_entries=details.log_entries,
         parent=parent,
         findings=(*seen.findings, *facts.findings, *noticed),
         title=facts.title,

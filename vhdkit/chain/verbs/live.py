@@ -32,8 +32,8 @@ from vhdkit.formats.format import DEFAULT_BLOCK_SIZE
 from vhdkit.image import NULL_ID, Layer, ParentRef
 from vhdkit.store import FileStore
 
-# The parent of a temporary child is never looked for.
-_SCRATCH_PARENT = ParentRef.of_paths(NULL_ID, 0, relative=".\\parent", absolute="\\parent", name="parent")
+# The parent of a temporary child is never looked for. Some formats require an id.
+_SCRATCH_PARENT = ParentRef.of_paths(b"vhdkit's scratch", 0, relative=".\\parent", absolute="\\parent", name="parent")
 
 
 def stack(chain: Chain, child: Layer) -> Chain:

@@ -82,4 +82,5 @@ def _write_empty(plan: MergeToPlan, new: NewFile) -> None:
         )
         return
     block_size_bytes = lowest.block_size_bytes or DEFAULT_BLOCK_SIZE
-    image_format.create(new.store, CreateRequest(plan.size_bytes, facts.kind, block_size_bytes))
+    request = CreateRequest(plan.size_bytes, facts.kind, block_size_bytes, sector_bytes=lowest.sector_bytes)
+    image_format.create(new.store, request)

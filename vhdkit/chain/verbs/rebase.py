@@ -27,6 +27,7 @@ from vhdkit.chain.names.parents import (
     find_parent,
     format_id,
     linkage_id_of,
+    other_format,
     parent_of,
     recorded_parent_id,
 )
@@ -71,7 +72,7 @@ def rebase(
     wanted = _Wanted(os.fsdecode(parent_path), unsafe_new_id, accept_parent_id, accept_parent_size_bytes)
     with _prepare(real_path(path), options, dry_run=dry_run) as store:
         image = _image_in(store, os.fsdecode(path), options)
-        parent_id = _id_of(store, wanted.path)
+        parent_id = _id_of(store, wanted.path, image.facts)
         _refuse_raw(image, wanted.path, parent_id, options)
         with _opened(wanted.path, parent_id, options) as parent_layers:
             plan = _plan(image, wanted, parent_id, parent_layers, options, progress)
@@ -227,10 +228,13 @@ def _parsed_id(text: str) -> bytes:
         ) from None
 
 
-def _id_of(store: FileStore, parent_path: str) -> bytes:
+def _id_of(store: FileStore, parent_path: str, facts: ImageFacts) -> bytes:
     with FileStore.open(parent_path) as parent:
         if parent.identity == store.identity:
             raise errors.InvalidArgument("cannot be its own parent", path=store.name)
+        problem = other_format(facts, parent_path, pending.view(parent))
+        if problem is not None:
+            raise problem
         return linkage_id_of(parent)
 
 

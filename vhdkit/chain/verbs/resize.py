@@ -141,7 +141,7 @@ def _plan(layers: Sequence[Layer], size_bytes: int, report: Report, *, shrink: b
     checks = _Checks(image, _resizable_of(image), Chain(layers), parents, size_bytes, report)
     file_size = image.store.size()
     checks.check_size()
-    table = read_partitions(checks.read, image.size_bytes)
+    table = read_partitions(checks.read, image.size_bytes, image.sector_bytes)
     if size_bytes < image.size_bytes:
         if not shrink:
             raise _not_meant(image, size_bytes)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from vhdkit import errors, formats
 from vhdkit.arguments import AnyPath
 from vhdkit.chain.engine.chain import Chain, Progress
-from vhdkit.chain.verbs.convert import convert_chain, converted_size, data_ranges
+from vhdkit.chain.verbs.convert import convert_chain, converted_sectors, converted_size, data_ranges
 from vhdkit.chain.verbs.create import DiskFormat, check_block_size, replacing
 from vhdkit.folder import NewFile, scratch_store
 from vhdkit.formats.format import DEFAULT_BLOCK_SIZE
@@ -33,6 +33,7 @@ def export_stream(
     disk_format: DiskFormat,
     *,
     azure: bool = False,
+    accept_sector_size: bool = False,
     progress: Progress | None = None,
 ) -> int:
     """Pass the whole disk to `write`, piece by piece in order; returns its virtual size in bytes.
@@ -42,8 +43,10 @@ def export_stream(
     made = formats.making(disk_format)
     if made.stream_end(disk_format, chain.size_bytes) is None:
         raise errors.InvalidArgument(
-            f"a {disk_format} {made.title} cannot be written to a pipe", hint="use --to raw or --to fixed"
+            f"a {disk_format.label} cannot be written to a pipe, only a raw image or a fixed VHD",
+            hint="use --to raw or --to fixed",
         )
+    converted_sectors(chain, disk_format, accept=accept_sector_size)
     size = converted_size(chain.size_bytes, disk_format, azure=azure)
     buffer, zeros = memoryview(bytearray(_PIECE_BYTES)), memoryview(_ZEROS)
     for extent in chain.extents(0, whole_sectors(chain.size_bytes), find_holes=True):

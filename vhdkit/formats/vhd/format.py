@@ -36,6 +36,7 @@ from vhdkit.formats.vhd.peek import parent_ids
 from vhdkit.formats.vhd.places import end_of_structures
 from vhdkit.image import NULL_ID, ImageFacts, Layer, ParentRef
 from vhdkit.store import ReadStore, Store
+from vhdkit.units import SECTOR_SIZE
 
 if TYPE_CHECKING:
     from vhdkit.formats.vhd import create
@@ -51,6 +52,8 @@ class VhdFormat:
     title = "VHD"
     suffixes = (".vhd", ".avhd")
     kinds = (_FIXED, _DYNAMIC)
+    sector_sizes = (SECTOR_SIZE,)
+    larger_child = "Hyper-V does not open a VHD that is larger than its parent"
     child_format = FORMAT_NAME
     child_suffix = ".avhd"
     is_plain = False

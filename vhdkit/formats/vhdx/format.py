@@ -25,6 +25,7 @@ from vhdkit.formats.format import (
 from vhdkit.formats.vhdx.identify import FORMAT_NAME, has_identifier
 from vhdkit.image import NULL_ID, ImageFacts, Layer, ParentRef
 from vhdkit.store import ReadStore, Store
+from vhdkit.units import PAGE_SIZE, SECTOR_SIZE
 
 _DYNAMIC, _FIXED = "vhdx", "vhdx-fixed"
 
@@ -36,6 +37,8 @@ class VhdxFormat:
     title = "VHDX"
     suffixes = (".vhdx", ".avhdx")
     kinds = (_DYNAMIC, _FIXED)
+    sector_sizes = (SECTOR_SIZE, PAGE_SIZE)
+    larger_child = "7-Zip, libvhdi and dissect cannot read a VHDX that is larger than its parent"
     child_format = FORMAT_NAME
     child_suffix = ".avhdx"
     is_plain = False

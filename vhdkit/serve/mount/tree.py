@@ -203,7 +203,7 @@ class DiskContents:
 
 def contents_of(disk: Disk) -> DiskContents:
     """Find what lies on the disk. Raises IoFailed if the partition table cannot be read."""
-    table = read_partitions(partial(_read_within, disk), disk.size_bytes)
+    table = read_partitions(partial(_read_within, disk), disk.size_bytes, disk.chain.leaf.sector_bytes)
     partitions = tuple(_partitions_on(disk, table)) if table else ()
     return DiskContents(table, partitions, None if table else _identified(disk, 0, disk.size_bytes))
 

@@ -299,9 +299,10 @@ def test_what_is_only_dropped_removes_nothing(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a.avhd", "a.vhd"]
 
 
-def test_scratch_child(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("disk_format", "sector_bytes"), [("dynamic", 512), ("vhdx", 512), ("vhdx", 4096)])
+def test_scratch_child(tmp_path: Path, disk_format: str, sector_bytes: int) -> None:
     """A child without a name takes the writes and leaves no trace, neither in a file nor in a folder."""
-    create_image(tmp_path / "a.vhd", SIZE)
+    create_image(tmp_path / "a.vhd", SIZE, disk_format=disk_format, sector_bytes=sector_bytes)
     before = (tmp_path / "a.vhd").read_bytes()
     with Disk(scratch_child(open_disk(tmp_path / "a.vhd").chain, str(tmp_path))) as disk:
         disk.write(77, b"gone soon")
