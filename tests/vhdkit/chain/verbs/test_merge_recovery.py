@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 
 import vhdkit
-from tests.vhdkit.chain.verbs.test_merge import Stopped, content, make_chain, stop_at, write
+from tests.vhdkit.chain.verbs.test_merge import Stopped, content, each_format, family, make_chain, stop_at, write
 from vhdkit import OpenOptions, errors
 from vhdkit.chain.records.intent import KIND, Phase, intent_of
 from vhdkit.folder import sidecar_path
+
+__all__ = ["each_format"]
 
 
 @pytest.fixture(autouse=True)
@@ -163,6 +165,7 @@ def test_malformed_records_are_damaged(spoil: Callable[[dict[str, Any]], object]
     vhdkit.open_disk("base.vhd", writable=True).close()
 
 
+@pytest.mark.usefixtures("each_format")
 def test_names_of_other_images_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A merge stopped after its last removal, and the merged layer's name now belongs to another image. That image
     opens, is written to and stays, and the record is removed."""
@@ -178,27 +181,30 @@ def test_names_of_other_images_are_left_alone(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("settled", [True, False])
+@pytest.mark.usefixtures("each_format")
 def test_snapshot_after_a_nearly_completed_merge(settled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A merge stopped after its last removal: the next default snapshot gets that name and makes a leaf that opens,
     even if a reader of the base prevented the removal of the record."""
-    vhdkit.create_image("disk.vhd", 1 << 20)
-    vhdkit.create_child("disk.avhd", "disk.vhd")
-    write("disk.avhd", 1, writes=2, zeros=0)
-    before = content("disk.avhd")
-    stopped(monkeypatch, ["disk.avhd", "disk.vhd"], 4)
+    base, leaf = f"disk{family().base_suffix}", family().child("disk")
+    vhdkit.create_image(base, 1 << 20, disk_format=family().kind)
+    vhdkit.create_child(leaf, base)
+    write(leaf, 1, writes=2, zeros=0)
+    before = content(leaf)
+    stopped(monkeypatch, [leaf, base], 4)
     if settled:
-        assert vhdkit.snapshot("disk.vhd") == "disk.avhd"
-        assert not os.path.exists(sidecar_path("disk.vhd", KIND))
+        assert vhdkit.snapshot(base) == leaf
+        assert not os.path.exists(sidecar_path(base, KIND))
     else:
-        with vhdkit.open_disk("disk.vhd"):
-            assert vhdkit.snapshot("disk.vhd") == "disk.avhd"
-        assert os.path.exists(sidecar_path("disk.vhd", KIND))
-    assert content("disk.avhd") == before
-    write("disk.avhd", 2, writes=2, zeros=0)
-    assert content("disk.vhd") == before
-    assert not [one for one in vhdkit.check("disk.avhd") if one.severity is vhdkit.Severity.ERROR]
+        with vhdkit.open_disk(base):
+            assert vhdkit.snapshot(base) == leaf
+        assert os.path.exists(sidecar_path(base, KIND))
+    assert content(leaf) == before
+    write(leaf, 2, writes=2, zeros=0)
+    assert content(base) == before
+    assert not [one for one in vhdkit.check(leaf) if one.severity is vhdkit.Severity.ERROR]
 
 
+@pytest.mark.usefixtures("each_format")
 def test_a_leaf_that_was_merged_is_not_resized(monkeypatch: pytest.MonkeyPatch) -> None:
     """A merge whose data is complete is completed before the leaf is resized; the target then has the new size."""
     names = make_chain(2)
@@ -212,6 +218,7 @@ def test_a_leaf_that_was_merged_is_not_resized(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("verb", ["merge", "rebase"])
+@pytest.mark.usefixtures("each_format")
 def test_the_chain_of_a_complete_merge_stays(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The base of merged layers does not change once the data is complete, or the merge could not be completed."""
     names = make_chain(4)
@@ -237,6 +244,7 @@ def follow_hint(problem: str) -> list[str]:
 @pytest.mark.parametrize("step", range(1, 6))
 @pytest.mark.parametrize("layout", ["beside", "above"])
 @pytest.mark.parametrize("by_check", [True, False])
+@pytest.mark.usefixtures("each_format")
 def test_the_command_in_the_hint_completes_the_merge(
     step: int, layout: str, by_check: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -276,6 +284,7 @@ def test_the_command_in_the_hint_completes_the_merge(
     assert not [one for one in vhdkit.check(names[2]) if one.code.startswith("merge")]
 
 
+@pytest.mark.usefixtures("each_format")
 def test_a_lost_leaf_has_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """If the leaf of a merge that was still copying is gone for good, the error names the record, and without the
     record the image can be used as it is."""
