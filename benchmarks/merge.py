@@ -67,15 +67,15 @@ const handler = {
 """
 
 
-def build(folder: Path, total_bytes: int, *, whole_blocks_only: bool = False) -> list[Path]:
+def build(folder: Path, total_bytes: int, *, whole_blocks_only: bool = False, suffix: str = "vhd") -> list[Path]:
     """The chain, leaf first. Every block is changed by one layer; half of those in part, in runs of 4 to 128 KiB.
 
     The base has a page in each block: vhd-lib stops at a partly owned block that its parent lacks. With
     `whole_blocks_only` the base is empty, and every block of the others is owned as a whole.
     """
     rng = random.Random(8)
-    paths = [folder / f"{LAYERS - 1 - number}.vhd" for number in range(LAYERS)]
-    vhdkit.create_image(paths[-1], 8 * GIB)
+    paths = [folder / f"{LAYERS - 1 - number}.{suffix}" for number in range(LAYERS)]
+    vhdkit.create_image(paths[-1], 8 * GIB, disk_format="vhdx" if suffix == "vhdx" else "dynamic")
     blocks = list(range(8 * GIB // BLOCK))
     rng.shuffle(blocks)
     piece = memoryview(rng.randbytes(BLOCK))

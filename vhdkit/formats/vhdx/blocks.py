@@ -290,7 +290,8 @@ class VhdxImage:
     def _clear_bits(self, commit: Commit, block: int) -> None:
         """Clear every bit of a block (in `changing`): another program may have left some set."""
         for start, end in _by_page(self._place_of_bits(block), self._bytes_of_bits):
-            if any(commit.bits_to_change(start, end - start)):
+            raw = commit.bits_to_change(start, end - start)
+            if raw.count(0) != len(raw):
                 commit.put_bits(start, bytes(end - start))
 
     def copy_in(self, pieces: Sequence[Piece]) -> None:

@@ -23,6 +23,7 @@ _POLYNOMIAL = 0x82F63B78
 _PIECE = SECTOR_SIZE  # bytes taken at once; the tables for them are 512 KiB
 _BATCH = 2048  # pieces looked up at once: 4 MiB of temporary memory
 _ONES = 0xFFFFFFFF
+_ROWS = np.arange(_PIECE, dtype=np.intp) * 256  # where the table's row for each place in a piece begins
 
 
 def _byte_table() -> NDArray[np.uint32]:
@@ -34,7 +35,7 @@ def _byte_table() -> NDArray[np.uint32]:
 
 @functools.cache
 def _tables() -> tuple[NDArray[np.uint32], NDArray[np.uint32], list[list[int]]]:
-    """(for one byte, by place in a piece and byte, for each byte of a value the shift by one piece)."""
+    """(for one byte, by place in a piece and byte in one row, for each byte of a value the shift by one piece)."""
     one = _byte_table()
 
     def shifted(values: NDArray[np.uint32]) -> NDArray[np.uint32]:
@@ -53,7 +54,7 @@ def _tables() -> tuple[NDArray[np.uint32], NDArray[np.uint32], list[list[int]]]:
         for bit in range(8):
             table[np.arange(256) >> bit & 1 == 1] ^= bits[first + bit]
         shifts.append(table.tolist())
-    return one, places, shifts
+    return one, places.reshape(-1), shifts
 
 
 def crc32c(data: bytes | bytearray | memoryview, value: int = 0) -> int:
@@ -65,7 +66,10 @@ def crc32c(data: bytes | bytearray | memoryview, value: int = 0) -> int:
     low, second, third, high = shifts
     for first in range(0, whole, _BATCH):
         pieces = raw[first * _PIECE : min(first + _BATCH, whole) * _PIECE].reshape(-1, _PIECE)
-        for part in np.bitwise_xor.reduce(places[np.arange(_PIECE), pieces], axis=1).tolist():
+        found = np.flatnonzero(pieces.view(np.uint64).any(axis=1))  # zeros change nothing but the place of the rest
+        parts = np.zeros(len(pieces), dtype=np.uint32)
+        parts[found] = np.bitwise_xor.reduce(places.take(pieces[found] + _ROWS), axis=1)
+        for part in parts.tolist():
             state = (
                 low[state & 0xFF] ^ second[state >> 8 & 0xFF] ^ third[state >> 16 & 0xFF] ^ high[state >> 24] ^ part
             )

@@ -34,6 +34,8 @@ def test_known_values() -> None:
 def test_it_agrees_with_a_bitwise_one(size: int, seed: int, cut: int) -> None:
     """For any length, and when computed in two parts."""
     data = random.Random(seed).randbytes(size)
+    if seed % 3 == 0:  # zeros are skipped
+        data = data[: size // 3].ljust(size - 1, b"\0") + data[-1:] if size else b""
     assert crc32c(data) == naive(data) == crc32c(data[cut:], crc32c(data[:cut]))
 
 
