@@ -246,6 +246,7 @@ SAME_MEANING: dict[str, str] = {
     "Commit": "what an open image must still write, of VHD and of VHDX",
     "LocatorEntry": "an entry of the parent locators, of VHD and of VHDX",
     "Metadata": "what an image file says about itself, of VHD and of VHDX",
+    "Packing": "what moves where in a file, of VHD and of VHDX",
     "Consent": "what the user allows, of a repair and of an import",
     "ControlClient": "the client of a control socket, of the NBD server and of a worker",
     "ControlServer": "the server of a control socket, of a switch and of a worker",

@@ -245,10 +245,12 @@ def cut_everywhere(
     seed: int = 0,
     cuts: int = 3,
     again: bool = True,
+    chance: float = 0.3,
 ) -> set[Content]:
     """Do `work`; a cut inside any of its operations leaves one of the `allowed` contents, and a second run completes.
 
-    The second run is cut as well, unless `again` is false. Returns the contents that were seen.
+    The second run, which some of the cuts get, is cut as well, unless `again` is false. Returns the contents that were
+    seen.
     """
     rng = random.Random(f"cuts {seed}")
     store = CrashStore(start.store)
@@ -268,7 +270,7 @@ def cut_everywhere(
             mended = found.copy()
             assert short_content_of(mended, start.parents, writable=True) == content, "mending changed the content"
             assert not faults_of(mended), faults_of(mended)
-            if again and number == 0 and content == beginning and rng.random() < 0.3:
+            if again and number == 0 and content == beginning and rng.random() < chance:
                 rest = Crowd(found, start.parents, start.content)
                 cut_everywhere(rest, work, allowed, seed=rng.randrange(1 << 30), cuts=1, again=False)
 

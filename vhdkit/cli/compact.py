@@ -26,10 +26,11 @@ from vhdkit.units import format_size
 def compact_command(image: str, dry_run: bool, common: Common, progress: bool | None) -> None:
     """Drop the blocks of IMAGE that hold only zeros, close the gaps, and truncate the file.
 
-    Zeros that hide a parent's data stay. In a fixed or raw image, whose file keeps its size, runs of zeros become
-    holes. The disk reads the same throughout: Ctrl-C or a power cut loses nothing, and compacting again continues.
-    An image with children can be compacted too, but no program may have it open. First let the guest discard or
-    zero what it has deleted (fstrim, sdelete -z).
+    Zeros that hide a parent's data stay; whole blocks of them take no space in a VHDX. In a fixed VHD or a raw image,
+    whose file keeps its size, runs of zeros become holes; a fixed VHDX is refused. The disk reads the same
+    throughout: Ctrl-C or a power cut loses nothing, and compacting again continues. An image with children can be
+    compacted too, but no program may have it open. First let the guest discard or zero what it has deleted (fstrim,
+    sdelete -z).
 
     \b
     With --json: {"path", "file_size_before_bytes", "file_size_after_bytes",

@@ -192,6 +192,10 @@ class Compactable(Protocol):
         """(first byte in the block, size) of the parts of an allocated block that any program may read."""
         ...
 
+    def owned_as_zeros(self, block_index: int) -> bool:
+        """True if this allocated block, once it is dropped, is still owned whole, as zeros without space."""
+        ...
+
     def plan(self, dropped: NDArray[np.int64]) -> CompactPlan:
         """Where the other blocks go when these are dropped. Nothing changes yet."""
         ...

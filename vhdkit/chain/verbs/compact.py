@@ -3,9 +3,10 @@
 
 Decides what can be dropped. A block of a dynamic or differencing image is dropped if every sector it owns is zero, and
 what would be visible without it is zero, too: this requires the parents, since zeros in a child may hide data of an
-ancestor (`INV-COMPACT-PRESERVES`). Then the gaps are filled with the blocks at the end, and the file is truncated. In
-images without blocks zeros become holes. How blocks move, in which order, and which of its bytes any program may show
-is decided by the format (`Compactable`): compacting must not change what any program shows.
+ancestor (`INV-COMPACT-PRESERVES`), unless the format can store that a block is zeros. Then the gaps are filled with
+the blocks at the end, and the file is truncated. In images without blocks zeros become holes. How blocks move, in
+which order, and which of its bytes any program may show is decided by the format (`Compactable`): compacting must not
+change what any program shows.
 
 Content never changes, so an image that has children can be compacted, too, if no program has it open.
 """
@@ -185,7 +186,7 @@ def _can_go(image: Layer, compactable: Compactable, block: int, below: Chain | N
     ranges = compactable.visible_ranges(block)
     if any(first_data_in_store(image.store, offset + start, size) is not None for start, size in ranges):
         return False
-    if image.unowned is ExtentKind.ZERO or below is None:
+    if image.unowned is ExtentKind.ZERO or below is None or compactable.owned_as_zeros(block):
         return True
     return all(is_zero_in_disk(below, position + start, size) for start, size in ranges)
 

@@ -108,6 +108,10 @@ class DynamicPacking:
         found = runs(owned[: whole_sectors(inside)])
         return [(sectors_to_bytes(first), sectors_to_bytes(count)) for first, count, is_owned in found if is_owned]
 
+    def owned_as_zeros(self, block_index: int) -> bool:
+        """See `Compactable.owned_as_zeros`: a block without space belongs to the parent."""
+        return False
+
     def plan(self, dropped: NDArray[np.int64]) -> CompactPlan:
         """See `Compactable.plan`."""
         image = self._image

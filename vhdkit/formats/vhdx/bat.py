@@ -70,6 +70,13 @@ class Shape:
         chunk, within = divmod(entry_index, self.ratio + 1)
         return None if within == self.ratio else chunk * self.ratio + within
 
+    def is_behind(self, numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of these entries belong to no block or bitmap of the disk: they are behind its end."""
+        groups, within = np.divmod(numbers, self.ratio + 1)
+        is_block = within < self.ratio
+        behind = is_block & (groups * self.ratio + within >= self.block_count)
+        return np.asarray(behind | (numbers >= self.entry_count))
+
     def structure(self, entry_index: int) -> str:
         """How messages call an entry."""
         block = self.block_of(entry_index)

@@ -256,7 +256,7 @@ class VhdxImage:
         offset = commit.place(self.block_size_bytes, fill)
         with commit.changing:
             if bits >= 0:
-                self._clear_bits(commit, block)
+                self.clear_bits(commit, block)
                 self._set_bits(commit, block, first, count)
             commit.point(block, BlockState.PARTIALLY_PRESENT if bits >= 0 else BlockState.FULLY_PRESENT, offset)
         commit.limit()
@@ -287,7 +287,7 @@ class VhdxImage:
                 grew = True
         return grew
 
-    def _clear_bits(self, commit: Commit, block: int) -> None:
+    def clear_bits(self, commit: Commit, block: int) -> None:
         """Clear every bit of a block (in `changing`): another program may have left some set."""
         for start, end in _by_page(self._place_of_bits(block), self._bytes_of_bits):
             raw = commit.bits_to_change(start, end - start)
@@ -341,7 +341,7 @@ class VhdxImage:
         offset = commit.place(self.block_size_bytes, fill)
         with commit.changing:
             if bits >= 0:
-                self._clear_bits(commit, block)
+                self.clear_bits(commit, block)
                 for piece in pieces:
                     self._set_bits(commit, block, piece.sector_index - first_sector, piece.sector_count)
             commit.point(block, BlockState.PARTIALLY_PRESENT if bits >= 0 else BlockState.FULLY_PRESENT, offset)
@@ -369,12 +369,6 @@ class VhdxImage:
         assert self._commit is not None
         self._commit.guard.check()
         self._commit.write_pages(writes)
-
-    def cut_end(self) -> None:
-        """Cut off what lies behind everything the image refers to, durably. Nothing was written through this layer."""
-        assert self._commit is not None
-        self._commit.guard.check()
-        self._commit.cut_end()
 
     def refuse_writing(self) -> None:
         """See `Layer.refuse_writing`. What was flushed is in the file."""

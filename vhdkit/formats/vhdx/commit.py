@@ -156,16 +156,6 @@ class Commit:
         self._free_bytes = end
         return start
 
-    def cut_end(self) -> None:
-        """Cut off what lies behind all structures, durably: a process that died wrote it, and nothing points there.
-
-        No entry counts that could require a longer file: nothing was written yet, and no log waits to be replayed.
-        """
-        if self._free_bytes < self._store.size():
-            self._store.truncate(self._free_bytes)
-            with self._journal_lock:
-                self._journal.sync()
-
     def _give_back(self, size_before: int, end: int) -> None:
         """Undo a half-made extension; where even that fails the space leaks, since it may not be zeros."""
         try:
@@ -410,6 +400,11 @@ class Commit:
         """Make the data that were written durable, without what is dirty. Raises SyncFailed."""
         with self._journal_lock:
             self._journal.sync()
+
+    def move_log(self, offset_bytes: int) -> None:
+        """Put the empty log of an image that is settled into free space. Raises SyncFailed, IoFailed."""
+        with self._journal_lock:
+            self._journal.move_log(offset_bytes)
 
     def close(self) -> None:
         """Flush, and leave a file with nothing in its log. Raises as `flush` does; see `SyncGuard.finish`."""

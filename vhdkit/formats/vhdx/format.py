@@ -234,9 +234,11 @@ class VhdxFormat:
     def drop_unreferenced(self, layer: Layer) -> None:
         """See `Format.drop_unreferenced`."""
         from vhdkit.formats.vhdx.blocks import VhdxImage
+        from vhdkit.formats.vhdx.entries import end_of_structures
+        from vhdkit.formats.vhdx.move import cut_end
 
         assert isinstance(layer, VhdxImage)
-        layer.cut_end()
+        cut_end(layer, end_of_structures(layer.metadata, layer.bat))
 
     def resizable(self, layer: Layer) -> Resizable | None:
         """See `Format.resizable`."""
@@ -247,8 +249,12 @@ class VhdxFormat:
         return VhdxSizing(layer)
 
     def compactable(self, layer: Layer) -> Compactable | None:
-        """See `Format.compactable`."""
-        return None
+        """See `Format.compactable`: a fixed image keeps the space of all its blocks."""
+        from vhdkit.formats.vhdx.blocks import VhdxImage
+        from vhdkit.formats.vhdx.sizing import VhdxPacking
+
+        assert isinstance(layer, VhdxImage)
+        return None if layer.metadata.items.leaves_blocks_allocated else VhdxPacking(layer)
 
 
 VHDX = VhdxFormat()

@@ -211,6 +211,17 @@ class Journal:
             self.sync()
         self._is_quiet = True
 
+    def move_log(self, offset_bytes: int) -> None:
+        """Let both headers name another place of the log, durable; no entry counts. Raises SyncFailed, IoFailed."""
+        assert not self._may_name_log
+        if self._is_quiet:
+            self._read_headers()
+        self._log_offset = offset_bytes
+        header = self._header if self._has_file_guid else replace(self._header, file_write_guid=uuid.uuid4().bytes)
+        self._write_header(header)
+        self._has_file_guid = True
+        self.end()
+
     def _read_headers(self) -> None:
         """Go by the headers as they are now: another opening of the file may have written them.
 

@@ -1,14 +1,261 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Making the file of a VHDX smaller.
+"""Making the file of a VHDX smaller: blocks without content are dropped, the last ones fill the gaps, the end is cut.
 
-Decides when space of the file is free for something else. Space that only a guest's data used is free once nothing
-refers to it any more; space of metadata only after the log was closed as well, since an entry of the log may still be
-replayed over it, by some programs even one in front of the tail.
+Decides which blocks move where, in which order, and when space of the file is free for something else. Must not know
+why blocks go: the caller (`chain.verbs.compact`) found that the disk reads the same without them.
+
+    drop     entries of the blocks; then those of sector bitmaps that are no longer needed      | log
+             the log is closed                                                                  | space is free now
+    move     copies in free space -> sync -> their entries                                      | log
+             the BAT and the metadata region: a copy -> sync -> both region tables              | one entry of the log
+             the log is closed; if it moves itself, the headers say so                          | header by header
+    cut      the log is closed, the file is truncated, gaps become holes
+
+- `INV-COMPACT-PRESERVES`: a block is in its old place or in its new one, whole. Nothing moves to a place that another
+  block or structure leaves in the same run.
+- Space that only a guest's data used is free once nothing durable refers to it. Space of metadata is free only after
+  the log was closed as well, so that the next entry has another log id: until then an entry may be replayed over it,
+  by some programs even one in front of the tail.
+- An entry in one of the states without content may keep the offset of space that its block once had. That space is
+  free, so the offset is taken from the entry, durably, before the space is used.
 """
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vhdkit import errors
+from vhdkit.formats.format import Moved
+from vhdkit.formats.vhdx import layout
+from vhdkit.formats.vhdx.bat import BlockState, offset_of, state_of
 from vhdkit.formats.vhdx.blocks import VhdxImage
+from vhdkit.formats.vhdx.entries import places, whole_sizes
+from vhdkit.formats.vhdx.layout import RegionEntry
+from vhdkit.formats.vhdx.regions import Regions, table_writes
+from vhdkit.store import Store
+from vhdkit.units import MIB
+
+Indices = NDArray[np.int64]  # numbers of entries of the BAT, or offsets in bytes
+_BATCH_BYTES = 256 * MIB  # copied between two syncs: the work that an interruption loses
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """Which blocks and sector bitmaps move where, which regions, and where everything ends afterwards.
+
+    `entries` are the numbers of their entries, `targets` and `sizes` are bytes, `log_bytes` is where the log begins.
+    """
+
+    entries: Indices
+    targets: Indices
+    sizes: Indices
+    regions: Regions
+    log_bytes: int
+    end_bytes: int
+
+
+def gone_entries(image: VhdxImage, dropped: Indices) -> Indices:
+    """The entries of these blocks, and of the sector bitmaps that no other block needs."""
+    shape = image.bat.shape
+    gone = [dropped + (dropped >> shape.ratio_shift)]
+    if image.is_differencing:
+        partial = image.bat.in_states(BlockState.PARTIALLY_PRESENT)
+        partial[dropped] = False
+        needed = np.unique(np.flatnonzero(partial) >> shape.ratio_shift)
+        bitmaps = np.array(
+            [one for one in range(shape.chunk_count) if image.bat.bitmap_offset(one) >= 0], dtype=np.int64
+        )
+        gone.append(np.setdiff1d(bitmaps, needed) * (shape.ratio + 1) + shape.ratio)
+    return np.concatenate(gone)
+
+
+def plan_packing(image: VhdxImage, gone: Indices) -> Packing:
+    """How to fill the gaps from the end of the file, without the entries that are `gone`.
+
+    The lowest gap that is large enough takes what lies last, for as long as that moves it down: nothing moves twice,
+    or without need.
+    """
+    metadata = image.metadata
+    numbers, offsets, _ = places(metadata, image.bat)
+    kept = ~np.isin(numbers, gone)
+    numbers, offsets = numbers[kept], offsets[kept]
+    sizes = whole_sizes(metadata, numbers)
+    structures = [(start, size) for _, start, size in metadata.structures()]
+    gaps = _Gaps(structures, offsets, sizes, image.block_size_bytes)
+    waiting = sorted(structures)  # those that are not looked at yet, the last one last
+    placed: dict[int, int] = {}  # the new places of structures, by their old ones
+    movable = {metadata.regions.bat.file_offset, metadata.regions.metadata.file_offset, metadata.log[0]}
+    moved, targets, end = len(numbers), [], 0
+    while True:
+        block = int(offsets[moved - 1]) if moved else 0
+        place, size = waiting[-1]
+        is_block = block > place
+        if is_block:
+            place, size = block, int(sizes[moved - 1])
+        target = gaps.take(size, place) if is_block or place in movable else None
+        if target is None:
+            break
+        end = max(end, target + size)
+        if is_block:
+            moved -= 1
+            targets.append(target)
+        else:
+            waiting.pop()
+            placed[place] = target
+    ends = [start + size for start, size in waiting]
+    ends += [int((offsets[:moved] + sizes[:moved]).max())] if moved else []
+    end, last_first = max([end, *ends]), slice(moved, None)
+    regions = metadata.regions
+    regions = replace(regions, bat=_placed(regions.bat, placed), metadata=_placed(regions.metadata, placed))
+    log = placed.get(metadata.log[0], metadata.log[0])
+    blocks, size_of = numbers[last_first][::-1], sizes[last_first][::-1]
+    return Packing(blocks, np.array(targets, dtype=np.int64), size_of, regions, log, end)
+
+
+def _placed(region: RegionEntry, placed: dict[int, int]) -> RegionEntry:
+    return replace(region, file_offset=placed.get(region.file_offset, region.file_offset))
+
+
+class _Gaps:
+    """The free ranges between what is taken, all on mebibytes, lowest first. Ranges that overlap are one."""
+
+    def __init__(self, structures: list[tuple[int, int]], offsets: Indices, sizes: Indices, block_size: int) -> None:
+        """`structures` are (offset, size); blocks have offsets and sizes, both in any order."""
+        self._block_size = block_size
+        starts = np.concatenate([np.array([one for one, _ in structures], dtype=np.int64), offsets])
+        ends = starts + np.concatenate([np.array([one for _, one in structures], dtype=np.int64), sizes])
+        order = np.argsort(starts, kind="stable")
+        low, high = np.maximum.accumulate(ends[order])[:-1], starts[order][1:]
+        is_gap = high > low
+        self._gaps: list[tuple[int, int]] = list(
+            zip(low[is_gap].tolist(), high[is_gap].tolist(), strict=True)
+        )  # (start, end)
+        self._first: dict[int, int] = {}  # by size: no gap before this one is large enough
+
+    def take(self, size: int, below: int) -> int | None:
+        """The lowest free range of this size, from now on taken, if it lies below an offset."""
+        number = self._first.get(size, 0)
+        while number < len(self._gaps) and self._gaps[number][1] - self._gaps[number][0] < size:
+            number += 1
+        self._first[size] = number
+        if number == len(self._gaps) or self._gaps[number][0] >= below:
+            return None
+        start, end = self._gaps[number]
+        if size < self._block_size and (end - start) % self._block_size:
+            self._gaps[number] = start, end - size  # where no whole block fits
+            return end - size
+        self._gaps[number] = start + size, end
+        return start
+
+    def remaining(self) -> list[tuple[int, int]]:
+        """(start, end) of what is still free."""
+        return [gap for gap in self._gaps if gap[0] < gap[1]]
+
+
+def drop(image: VhdxImage, dropped: Indices) -> None:
+    """Free the space of these blocks, of sector bitmaps that are no longer needed, and what else entries still hold.
+
+    Raises IoFailed, NoSpace, SyncFailed; each block is then as it was, or dropped. The disk reads the same.
+    """
+    commit, bat = image.commit, image.bat
+    partial = [block for block in dropped.tolist() if state_of(bat.block(block)) == BlockState.PARTIALLY_PRESENT]
+    bitmaps = gone_entries(image, dropped)[len(dropped) :]
+    for block in dropped.tolist():
+        is_whole = image.is_differencing and image.owned_sectors(block) is None
+        with commit.changing:
+            commit.point(block, BlockState.ZERO if is_whole else BlockState.NOT_PRESENT)
+        commit.limit()
+    for number in _anchors(image).tolist():
+        hides_parent = image.is_differencing and state_of(bat.entry(number)) != BlockState.NOT_PRESENT
+        with commit.changing:
+            commit.set_entry(number, BlockState.ZERO if hides_parent else BlockState.NOT_PRESENT)
+        commit.limit()
+    commit.flush()  # a block that is partially present needs its bitmap
+    for number in bitmaps.tolist():
+        with commit.changing:
+            commit.set_entry(number, BlockState.NOT_PRESENT)
+        commit.limit()
+    for block in partial:
+        if bat.bitmap_offset(block >> bat.shape.ratio_shift) >= 0:
+            with commit.changing:
+                image.clear_bits(commit, block)
+            commit.limit()
+    commit.flush()
+    commit.settle()
+
+
+def _anchors(image: VhdxImage) -> Indices:
+    """The entries with an offset at which no content is: of blocks without space, and bitmaps that nobody reads."""
+    shape, found = image.bat.shape, [np.zeros(0, dtype=np.int64)]
+    for numbers, entries in image.bat.used():
+        states = entries & np.uint64(layout.BAT_STATE_MASK)
+        is_bitmap = numbers % (shape.ratio + 1) == shape.ratio
+        unused = states < BlockState.FULLY_PRESENT
+        if not image.is_differencing:
+            unused |= is_bitmap
+        found.append(numbers[unused & (entries > layout.BAT_STATE_MASK)])
+    return np.concatenate(found)
+
+
+def carry_out(image: VhdxImage, packing: Packing, moved: Moved | None = None) -> None:
+    """Move what the plan says, cut the file, and leave it closed; the image is unusable afterwards: close it.
+
+    Raises IoFailed, NoSpace, SyncFailed; each block is then in its old place or its new one.
+    """
+    count = max(1, _BATCH_BYTES // image.block_size_bytes)
+    for first in range(0, len(packing.entries), count):
+        _move_batch(image, packing, slice(first, first + count), moved)
+    _move_regions(image, packing.regions)
+    if packing.log_bytes != image.metadata.log[0]:
+        image.commit.settle()
+        image.commit.move_log(packing.log_bytes)
+    cut_end(image, packing.end_bytes)
+    _punch_gaps(image, packing)
+    image.refuse_writing()
+
+
+def _move_batch(image: VhdxImage, packing: Packing, part: slice, moved: Moved | None) -> None:
+    commit, bat = image.commit, image.bat
+    entries, targets = packing.entries[part].tolist(), packing.targets[part].tolist()
+    for number, target, size in zip(entries, targets, packing.sizes[part].tolist(), strict=True):
+        _copy(image.store, offset_of(bat.entry(number)), target, size)
+        if moved is not None:
+            moved(size)
+    commit.sync()
+    for number, target in zip(entries, targets, strict=True):
+        with commit.changing:
+            commit.set_entry(number, BlockState(state_of(bat.entry(number))), target)
+    commit.flush()
+
+
+def _copy(store: Store, source: int, target: int, size: int) -> None:
+    """Copy to free space; holes stay holes, and what lies behind the end of the file is zeros."""
+    stored = min(size, store.size() - source)
+    for offset, count, may_hold_data in store.data_runs(source, stored):
+        if may_hold_data:
+            store.copy_from(store, offset, target + offset - source, count)
+        else:
+            store.punch(target + offset - source, count)
+    store.punch(target + stored, size - stored)
+
+
+def _move_regions(image: VhdxImage, regions: Regions) -> None:
+    """Put the BAT and the metadata in their places, and let both region tables say so at once."""
+    store, old = image.store, image.metadata.regions
+    if regions == old:
+        return
+    if regions.bat != old.bat:
+        store.punch(regions.bat.file_offset, regions.bat.length)
+        for first, raw in image.bat.pieces():
+            store.pwrite(regions.bat.file_offset + first * layout.BAT_ENTRY_SIZE, raw)
+    if regions.metadata != old.metadata:
+        _copy(store, old.metadata.file_offset, regions.metadata.file_offset, old.metadata.length)
+    image.commit.sync()
+    image.commit.write_pages(table_writes(regions))
 
 
 def cut_end(image: VhdxImage, end_bytes: int) -> None:
@@ -20,3 +267,15 @@ def cut_end(image: VhdxImage, end_bytes: int) -> None:
     if end_bytes < image.store.size():
         image.store.truncate(end_bytes)
         image.commit.sync()
+
+
+def _punch_gaps(image: VhdxImage, packing: Packing) -> None:
+    """Make holes of what is free in the file. This only frees space, so no error is raised if it fails."""
+    numbers, offsets, _ = places(image.metadata, image.bat)
+    sizes = whole_sizes(image.metadata, numbers)
+    log = packing.log_bytes, image.metadata.log[1]
+    structures = replace(image.metadata, regions=packing.regions, log=log).structures()
+    gaps = _Gaps([(start, size) for _, start, size in structures], offsets, sizes, image.block_size_bytes)
+    with contextlib.suppress(errors.VhdkitError):
+        for start, end in gaps.remaining():
+            image.store.punch(start, end - start)

@@ -4,12 +4,14 @@
 Decides where a longer BAT and the new blocks of a fixed image go, and the order. Must not judge whether a disk may
 shrink: the caller (`chain.verbs.resize`) ensures that nothing of value lies after the new end.
 
-    grow:    room at the end of the file: a longer BAT, the blocks of a fixed image; bytes after the old end -> zeros
-             the rest of the BAT region, bits after the old end -> zeros                                       | log
+    grow:    room at the end of the file for a longer BAT and the blocks of a fixed image
+             bytes after the old end -> zeros                                                                  | sync
+             entries and bits after the old end -> zeros                                                       | log
+             a longer BAT in its place                                                                         | sync
              the size, and where the BAT lies                                                  | one entry of the log
     shrink:  the size                                                                          | one entry of the log
              entries that are no longer needed, bits after the new end -> zeros                                | log
-             the log is closed, the file is truncated                                                          | `move`
+             the gaps are filled, the file is truncated                                                        | `move`
 
 What is done before the entry with the size is not seen by a disk of the old size, what is done after it not by one of
 the new size: a power cut leaves one or the other (`INV-RESIZE-WHOLE`). In a child, a block that was dropped before the
@@ -28,6 +30,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from vhdkit import errors
+from vhdkit.formats.format import Moved
 from vhdkit.formats.vhdx import layout
 from vhdkit.formats.vhdx.bat import ENTRIES_PER_PAGE, BlockState, Shape, full_entries, offset_of, state_of
 from vhdkit.formats.vhdx.blocks import VhdxImage
@@ -35,7 +38,7 @@ from vhdkit.formats.vhdx.create import FILL_ENTRIES
 from vhdkit.formats.vhdx.entries import end_of_structures, places, whole_sizes
 from vhdkit.formats.vhdx.layout import RegionEntry
 from vhdkit.formats.vhdx.log import SECTOR, LogChange
-from vhdkit.formats.vhdx.move import cut_end
+from vhdkit.formats.vhdx.move import Packing, carry_out, cut_end, drop, gone_entries, plan_packing
 from vhdkit.formats.vhdx.opening import open_vhdx
 from vhdkit.formats.vhdx.regions import table_writes
 from vhdkit.units import MIB, round_down, round_up
@@ -112,10 +115,13 @@ def grow(image: VhdxImage, size_bytes: int, growth: Growth) -> None:
     try:
         _make_room(image, growth)
         commit.begin()
-        if growth.table == image.metadata.regions.bat:
-            commit.write_in_order(_pages_of_table(image, growth))
+        _drop_behind(image, image.bat.shape)
         _clear_bits_from(image, image.size_bytes)
         commit.flush()
+        if growth.table == image.metadata.regions.bat:
+            commit.write_in_order(_pages_of_table(image, growth))
+        else:
+            _write_table(image, growth)
     except BaseException:  # Ctrl-C too
         _give_back(image, size_before)
         raise
@@ -126,21 +132,25 @@ def grow(image: VhdxImage, size_bytes: int, growth: Growth) -> None:
 
 
 def _make_room(image: VhdxImage, growth: Growth) -> None:
-    """Everything in the file that the log does not hold, durable: nothing refers to it yet."""
+    """Space at the end of the file, and zeros where the disk's last block goes on, durable."""
     store, bat = image.store, image.bat
     if growth.file_end_bytes > store.size():
         store.truncate(growth.file_end_bytes)
     entry, (used, unused) = bat.block(bat.shape.block_count - 1), _tail_of_last_block(image)
     if state_of(entry) >= BlockState.FULLY_PRESENT:
         store.punch(offset_of(entry) + used, unused)
-    if growth.table != image.metadata.regions.bat:
-        for first, raw in bat.pieces():
-            store.pwrite(growth.table.file_offset + first * layout.BAT_ENTRY_SIZE, raw)
-        if image.metadata.items.leaves_blocks_allocated:
-            for first in range(bat.shape.entry_count, growth.shape.entry_count, FILL_ENTRIES):
-                numbers = range(first, min(first + FILL_ENTRIES, growth.shape.entry_count))
-                raw = _new_entries(image, growth, numbers)
-                store.pwrite(growth.table.file_offset + first * layout.BAT_ENTRY_SIZE, raw)
+    image.commit.sync()
+
+
+def _write_table(image: VhdxImage, growth: Growth) -> None:
+    """The BAT in its new place, durable: nothing refers to it yet."""
+    bat, place = image.bat, growth.table.file_offset
+    for first, raw in bat.pieces():
+        image.store.pwrite(place + first * layout.BAT_ENTRY_SIZE, raw)
+    if image.metadata.items.leaves_blocks_allocated:
+        for first in range(bat.shape.entry_count, growth.shape.entry_count, FILL_ENTRIES):
+            numbers = range(first, min(first + FILL_ENTRIES, growth.shape.entry_count))
+            image.store.pwrite(place + first * layout.BAT_ENTRY_SIZE, _new_entries(image, growth, numbers))
     image.commit.sync()
 
 
@@ -195,6 +205,16 @@ def _clear_bits_from(image: VhdxImage, offset_bytes: int) -> None:
         place, keep = stop, 0
 
 
+def _drop_behind(image: VhdxImage, shape: Shape) -> None:
+    """Clear the entries that are behind the end of a disk of this shape, in memory."""
+    commit = image.commit
+    for numbers, _ in list(image.bat.used()):
+        for number in numbers[shape.is_behind(numbers)].tolist():
+            with commit.changing:
+                commit.set_entry(number, BlockState.NOT_PRESENT)
+            commit.limit()
+
+
 def _size_write(image: VhdxImage, size_bytes: int) -> tuple[int, bytes]:
     """(offset, bytes) of the item that says how large the disk is."""
     wanted = layout.ITEM_VIRTUAL_DISK_SIZE
@@ -214,28 +234,31 @@ def _finish(image: VhdxImage) -> None:
     image.refuse_writing()
 
 
-def blocks_after(image: VhdxImage, size_bytes: int) -> int:
-    """How many blocks with space in the file a disk of this size does not have."""
-    return int(image.allocated_blocks()[shape_for(image, size_bytes).block_count :].sum())
+def gone_after(image: VhdxImage, size_bytes: int) -> tuple[int, Packing]:
+    """(blocks dropped, what moves) of a shrink, before it is done."""
+    smaller = shape_for(image, size_bytes)
+    allocated = np.flatnonzero(image.allocated_blocks()).astype(np.int64)
+    dropped = allocated[allocated >= smaller.block_count]
+    gone = gone_entries(image, dropped)
+    for numbers, _ in image.bat.used():
+        gone = np.concatenate([gone, numbers[smaller.is_behind(numbers)]])
+    return len(dropped), plan_packing(image, gone)
 
 
-def shrink(image: VhdxImage, size_bytes: int) -> None:
+def shrink(image: VhdxImage, size_bytes: int, moved: Moved | None = None) -> None:
     """Make the disk and its file smaller. The image, open for writing, is unusable afterwards: close it.
 
     Nothing of value may lie after the new end. Raises NoSpace, IoFailed, SyncFailed; the disk then has its old size,
     or the new one.
     """
-    commit, bat = image.commit, image.bat
+    commit = image.commit
     commit.begin()
     commit.write_pages([_size_write(image, size_bytes)])
-    needed = shape_for(image, size_bytes).entry_count
-    for numbers, _ in list(bat.used()):
-        for number in numbers[numbers >= needed].tolist():
-            with commit.changing:
-                commit.set_entry(number, BlockState.NOT_PRESENT)
-            commit.limit()
+    _drop_behind(image, shape_for(image, size_bytes))
     _clear_bits_from(image, size_bytes)
     commit.flush()
     _finish(image)
     smaller = open_vhdx(image.store, writable=True)
-    cut_end(smaller, end_of_structures(smaller.metadata, smaller.bat))
+    nothing = np.zeros(0, dtype=np.int64)
+    drop(smaller, nothing)
+    carry_out(smaller, plan_packing(smaller, nothing), moved)

@@ -224,10 +224,13 @@ def test_a_batmap_that_overlaps_a_block_is_left_alone() -> None:
 # -- real files ---------------------------------------------------------------------------------------------------
 
 
-def grown_chain(folder: Path) -> tuple[Path, Path, Path]:
+FORMATS = ["vhd", "vhdx"]
+
+
+def grown_chain(folder: Path, suffix: str = "vhd") -> tuple[Path, Path, Path]:
     """A base, a child with blocks of zeros, and a grandchild."""
-    paths = [folder / name for name in ("base.vhd", "child.avhd", "leaf.avhd")]
-    vhdkit.create_image(paths[0], 40 * MIB)
+    paths = [folder / name for name in (f"base.{suffix}", f"child.a{suffix}", f"leaf.a{suffix}")]
+    vhdkit.create_image(paths[0], 40 * MIB, disk_format="vhdx" if suffix == "vhdx" else "dynamic")
     rng = random.Random(4)
     for number, path in enumerate(paths):
         if number:
@@ -238,21 +241,23 @@ def grown_chain(folder: Path) -> tuple[Path, Path, Path]:
     return paths[0], paths[1], paths[2]
 
 
-def test_a_layer_in_the_middle_is_compacted_under_its_children(tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_a_layer_in_the_middle_is_compacted_under_its_children(tmp_path: Path, suffix: str) -> None:
     """Compacting any layer, also one with children, leaves the leaf's disk unchanged."""
-    paths = grown_chain(tmp_path)
+    paths = grown_chain(tmp_path, suffix)
     vhdkit.convert(paths[2], tmp_path / "before.raw", vhdkit.DiskFormat.RAW)
     for path in paths:
         size = path.stat().st_size
         result = vhdkit.compact(path)
         assert result.dropped_block_count and path.stat().st_size == result.file_size_after_bytes < size
     assert vhdkit.compare(paths[2], tmp_path / "before.raw").same_content
-    assert vhdkit.check(paths[2]) == []
+    assert [one for one in vhdkit.check(paths[2]) if one.code != "space-unused"] == []
 
 
-def test_a_dry_run_reports_the_plan(tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_a_dry_run_reports_the_plan(tmp_path: Path, suffix: str) -> None:
     """The plan has the numbers that the real run then reports, and no byte changes."""
-    paths = grown_chain(tmp_path)
+    paths = grown_chain(tmp_path, suffix)
     before = paths[1].read_bytes()
     plan = vhdkit.compact(paths[1], dry_run=True)
     assert paths[1].read_bytes() == before and plan.allocated_after_bytes is None
@@ -262,9 +267,10 @@ def test_a_dry_run_reports_the_plan(tmp_path: Path) -> None:
     assert done.file_size_after_bytes == plan.file_size_after_bytes == paths[1].stat().st_size
 
 
-def test_an_image_that_is_open_is_not_compacted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_an_image_that_is_open_is_not_compacted(tmp_path: Path, suffix: str) -> None:
     """While a leaf is open, no layer of its chain is compacted."""
-    paths = grown_chain(tmp_path)
+    paths = grown_chain(tmp_path, suffix)
     with vhdkit.open_disk(paths[2]):
         for path in paths:
             with pytest.raises(vhdkit.ImageInUse):
@@ -288,9 +294,10 @@ def test_zeros_of_fixed_and_raw_images_become_holes(tmp_path: Path, disk_format:
     assert vhdkit.compact(path).punched_bytes == 0
 
 
-def test_progress_reaches_its_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_progress_reaches_its_end(tmp_path: Path, suffix: str) -> None:
     """Progress grows, never passes its end, and reaches it."""
-    _, path, _ = grown_chain(tmp_path)
+    _, path, _ = grown_chain(tmp_path, suffix)
     calls: list[tuple[int, int]] = []
     vhdkit.compact(path, progress=lambda done, total: calls.append((done, total)))
     assert all(done <= total for done, total in calls) and calls == sorted(calls)

@@ -334,14 +334,21 @@ def test_inv_resize_whole_when_killed_at_every_call(tmp_path: Path, kind: str, s
     assert seen == {SIZE, size}
 
 
-def test_compacting_killed_at_every_call(tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", ["vhd", "vhdx"])
+def test_compacting_killed_at_every_call(tmp_path: Path, suffix: str) -> None:
     """INV-COMPACT-PRESERVES: compact, too: the disk reads the same after each kill, and compacting completes."""
     folder, saved = tmp_path / "here", tmp_path / "saved"
     folder.mkdir()
     saved.mkdir()
-    path = folder / "disk.vhd"
-    blocks = {number: Block(pattern(512 * KIB, number) if number % 2 else b"") for number in range(8)}
-    Vhd(size=4 * MIB, block_size=512 * KIB, blocks=blocks).build().write(path)
+    path = folder / f"disk.{suffix}"
+    if suffix == "vhd":
+        blocks = {number: Block(pattern(512 * KIB, number) if number % 2 else b"") for number in range(8)}
+        Vhd(size=4 * MIB, block_size=512 * KIB, blocks=blocks).build().write(path)
+    else:
+        make(folder, "vhdx", b"".join(pattern(MIB, number) if number % 2 else b"\0" * MIB for number in range(4)))
+        with vhdkit.open_disk(path, writable=True) as disk:
+            disk.write(0, b"x")
+            disk.write(0, bytes(512))
     shutil.copy(path, saved / path.name)
     content = read(path)
     for number in killings(lambda: vhdkit.compact(path)):

@@ -54,14 +54,3 @@ def test_a_chain_reads_and_merges_as_its_model(tmp_path: Path, seed: int) -> Non
             assert disk.read(0, SIZE) == content, path.name
         if options is None:
             assert not [one for one in vhdkit.check(path) if one.severity > 0], path.name
-
-
-def test_what_is_not_done_in_place_is_refused(tmp_path: Path) -> None:
-    """Compacting changes nothing, and says what to do."""
-    base, child = tmp_path / "base.vhdx", tmp_path / "child.avhdx"
-    vhdkit.create_image(base, SIZE, disk_format="vhdx")
-    vhdkit.create_child(child, base)
-    before = [base.read_bytes(), child.read_bytes()]
-    with pytest.raises(vhdkit.InvalidArgument, match="cannot be made smaller"):
-        vhdkit.compact(child)
-    assert [base.read_bytes(), child.read_bytes()] == before

@@ -222,6 +222,23 @@ def test_junk_behind_the_table_does_not_become_blocks() -> None:
     assert short_content_of(store, []) == (6000 * MIB, pattern(MIB)) and not faults_of(store)
 
 
+def test_blocks_of_a_child_behind_its_end_do_not_appear() -> None:
+    """The BAT of a child has entries for blocks that its disk lacks: they are cleared when it grows or shrinks."""
+    blocks = {0: VhdxBlock(6, 4 * MIB, {0: pattern(MIB)}), 2: VhdxBlock(6, 5 * MIB, {0: pattern(MIB, 2)})}
+    parents = [VHDX.open(Vhdx(MIB).store(frozen=True))]
+    for far in (3 * MIB, LONG):
+        store = Vhdx(2 * MIB, parent=b"p" * 16, blocks=dict(blocks)).store()
+        scene = Crowd(store, parents, b"")
+        resize(scene.layers, far)
+        assert short_content_of(store, parents) == (far, pattern(MIB))
+    store = Vhdx(4 * MIB, parent=b"p" * 16, blocks=blocks).store()
+    scene = Crowd(store, parents, b"")
+    resize(scene.layers, 2 * MIB)
+    assert store.size() == 5 * MIB and VHDX.check(store) == []
+    resize(scene.layers, 4 * MIB)
+    assert short_content_of(store, parents) == (4 * MIB, pattern(MIB))
+
+
 def test_hidden_bytes_behind_the_end_do_not_appear() -> None:
     """Bytes and bits of the last block behind the end of the disk are gone when the disk grows over them."""
     size = MIB + 8 * PAGE_SIZE
