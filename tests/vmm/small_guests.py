@@ -9,6 +9,8 @@ import socket
 import time
 from pathlib import Path
 
+import pytest
+
 import vhdkit
 from tests.vmm.guests import boot_sector
 from tests.waiting import wait_until
@@ -18,6 +20,7 @@ from vmm.processes.worker_connection import MachineRef
 from vmm.store.state import MachineState, processes_of
 
 MIB = 1 << 20
+both_kinds_nightly = pytest.mark.parametrize("kind", ["vhd", pytest.param("vhdx", marks=pytest.mark.nightly)])
 SECONDS = 60.0
 PARTS = ("keeper", "worker", "server", "qemu")
 

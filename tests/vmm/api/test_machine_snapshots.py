@@ -329,3 +329,29 @@ def test_a_guest_that_writes_a_footer_into_its_raw_disk(machines: Machines) -> N
     web.delete("one")
     machines.merge("web")
     assert path.read_bytes()[:4096] == bytes(4096)
+
+
+@pytest.mark.parametrize("kind", ["raw", "fixed"])
+def test_a_guest_that_writes_a_vhdx_into_its_disk(machines: Machines, kind: str) -> None:
+    """With the beginning of a VHDX in its first sector, a raw disk or a fixed VHD stays what it was."""
+    path = machines.folder / ("disk.raw" if kind == "raw" else "disk.vhd")
+    vhdkit.create_image(path, DISK_BYTES, disk_format=vhdkit.DiskFormat(kind))
+    web = machines.create("web", [path])
+    with path.open("r+b") as file:
+        file.write(b"vhdxfile")
+    web.create("one")
+    machines.write("web", 0, b"vhdxfile")
+    machines.write("web", 4096, b"later" * 100)
+    web.create("two")
+    before = machines.states("web")
+    web.apply("one", discard_current=True)
+    before[None] = before[web.find("one").id]
+    assert machines.states("web") == before
+    machines.write("web", 8192, b"now" * 100)
+    now = machines.now("web")
+    for name in ("two", "one"):
+        web.delete(name)
+    machines.merge("web")
+    [disk] = registry.load("web").spec.disks
+    assert (disk.path, disk.format) == (str(path), "raw" if kind == "raw" else "vhd") and machines.now("web") == now
+    assert path.read_bytes().startswith(b"vhdxfile")

@@ -14,7 +14,7 @@ import pytest
 import vhdkit
 import vmm
 from tests.vmm.cli.running import document, good, run
-from tests.vmm.snapshots.machines import Machines
+from tests.vmm.snapshots.machines import Machines, each_kind, each_kind_nightly
 from vmm.api.export_import.exporting import export
 from vmm.model.errors import NotFound, Refused, VmmError, store_error
 from vmm.snapshots.steps import child_path
@@ -55,6 +55,7 @@ def orphaned(machines: Machines, *, known: bool = False) -> tuple[str, str, dict
     return frozen, newest, expected
 
 
+@each_kind
 @pytest.mark.parametrize("known", [False, True])
 def test_the_newest_image_is_adopted(machines: Machines, known: bool) -> None:
     """The image on top of the one that the definition names is shown first, then adopted; no state changes."""
@@ -69,13 +70,14 @@ def test_the_newest_image_is_adopted(machines: Machines, known: bool) -> None:
     assert manager.repair("web") == []
     manager.snapshots("web").delete("a")
     manager.snapshots("web").merge()
-    assert machines.now("web") == expected and machines.images() == {"web-0.vhd"}
+    assert machines.now("web") == expected and machines.images() == {f"web-0.{machines.kind}"}
 
 
+@each_kind_nightly
 def test_two_candidates_are_not_guessed_at(machines: Machines) -> None:
     """If there are two newest images, nothing is done before the user names one."""
     frozen, newest, expected = orphaned(machines)
-    other = child_path(frozen)
+    other = child_path(frozen, load_tree(registry.load("web").paths).images[frozen].format)
     vhdkit.create_child(other, frozen)
     [step] = manager.repair("web")
     assert step.remedy is None and newest in step.problem and other in step.problem and leaf_of() == frozen
@@ -99,6 +101,7 @@ def test_images_of_others_are_not_adopted(machines: Machines) -> None:
         manager.repair("web", leaf=str(clone))
 
 
+@each_kind_nightly
 def test_a_kept_image_gets_a_new_leaf(machines: Machines) -> None:
     """If the definition names an image that a snapshot keeps, with nothing on top, it gets a new leaf; the snapshot
     stays."""
@@ -111,6 +114,7 @@ def test_a_kept_image_gets_a_new_leaf(machines: Machines) -> None:
     assert machines.of_snapshot("web", "a") == kept
 
 
+@each_kind_nightly
 def test_a_missing_image_is_given_up_only_when_asked(machines: Machines) -> None:
     """The error names a missing newest image; only --give-up-missing continues from the one below it."""
     machines.create().create("a")
@@ -181,7 +185,7 @@ def test_a_newer_image_survives_deletions(machines: Machines) -> None:
     manager.repair("web")
     assert leaf_of() == newest and machines.now("web") == expected
     machines.merge("web")
-    assert machines.now("web") == expected and machines.images() == {"web-0.vhd"}
+    assert machines.now("web") == expected and machines.images() == {f"web-0.{machines.kind}"}
 
 
 def test_a_damaged_tree_can_be_moved_away(machines: Machines) -> None:

@@ -18,6 +18,7 @@ from tests.vmm.cli.running import run
 from tests.vmm.guests.boot_sector import SECTOR, WRITE_LBA, WRITTEN_TEXT, BootOptions
 from tests.vmm.small_guests import (
     MIB,
+    both_kinds_nightly,
     console,
     make_disk,
     make_machine,
@@ -26,6 +27,7 @@ from tests.vmm.small_guests import (
     wait_counting,
     wait_whole,
 )
+from tests.vmm.snapshots.machines import SUFFIXES
 from tests.waiting import wait_until
 from vmm.api.manager import DiskRequest, Manager
 from vmm.model.errors import AlreadyExists, InUse, NotFound, Refused, StoreFailed, VmmError
@@ -49,14 +51,15 @@ def events(manager: Manager, kind: str) -> list[dict[str, Any]]:
 
 def files_of(folder: Path) -> list[str]:
     """The images in that folder."""
-    return sorted(path.name for path in folder.iterdir() if path.suffix in (".vhd", ".avhd"))
+    return sorted(path.name for path in folder.iterdir() if path.suffix in SUFFIXES)
 
 
-def test_backup_of_a_running_machine(manager: Manager, tmp_path: Path) -> None:
+@both_kinds_nightly
+def test_backup_of_a_running_machine(manager: Manager, tmp_path: Path, kind: str) -> None:
     """The copy boots by itself and has everything that the guest wrote before; the machine keeps running, with only
     its own image."""
-    leaf = make_machine(manager, tmp_path)
-    second = make_disk(tmp_path, "second")
+    leaf = make_machine(manager, tmp_path, kind=kind)
+    second = make_disk(tmp_path, "second", kind=kind)
     manager.add_disk("small", DiskRequest(str(second), controller="virtio"))
     manager.start("small")
     wait_counting(manager)
@@ -67,7 +70,7 @@ def test_backup_of_a_running_machine(manager: Manager, tmp_path: Path) -> None:
     assert not os.path.exists(tree_path(MachineRef.of("small").machine)), "as before the first backup"
     press(manager, "w")
     wait_until(lambda: "written " in console(manager), "the guest continues writing")
-    copy = tmp_path / "copy" / "disk-0.vhd"
+    copy = tmp_path / "copy" / f"disk-0.{kind}"
     with vhdkit.open_disk(copy) as disk:
         assert disk.read(WRITE_LBA * SECTOR, len(WRITTEN_TEXT)) == WRITTEN_TEXT
     assert json.loads((tmp_path / "copy" / "machine.json").read_text())["name"] == "small"
@@ -78,11 +81,12 @@ def test_backup_of_a_running_machine(manager: Manager, tmp_path: Path) -> None:
     wait_counting(manager, "twin")
 
 
-def test_backup_of_a_machine_that_is_off(manager: Manager, tmp_path: Path) -> None:
-    """The copy reads like the chain, and is marked as having consistent file systems."""
-    leaf = make_machine(manager, tmp_path)
+@pytest.mark.parametrize("kind", ["vhd", "vhdx"])
+def test_backup_of_a_machine_that_is_off(manager: Manager, tmp_path: Path, kind: str) -> None:
+    """The copy reads like the chain, has its format, and is marked as having consistent file systems."""
+    leaf = make_machine(manager, tmp_path, kind=kind)
     assert manager.backup("small", str(tmp_path / "copy")).consistent is True
-    assert vhdkit.compare(leaf, tmp_path / "copy" / "disk-0.vhd").same_content
+    assert vhdkit.compare(leaf, tmp_path / "copy" / f"disk-0.{kind}").same_content
 
 
 def test_backups_that_are_refused(manager: Manager, tmp_path: Path) -> None:
@@ -262,12 +266,13 @@ MOMENTS = [
 ]  # fmt: skip
 
 
+@both_kinds_nightly
 @pytest.mark.parametrize(("when", "step"), MOMENTS)
 def test_a_worker_killed_at_each_step(
-    manager: Manager, tmp_path: Path, when: str, step: str, monkeypatch: pytest.MonkeyPatch
+    manager: Manager, tmp_path: Path, when: str, step: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whichever step of its journal the worker dies at, its successor merges the new leaf away under the guest."""
-    leaf = make_disk(tmp_path, "small", BootOptions(print_every=4, write_every=4))
+    leaf = make_disk(tmp_path, "small", BootOptions(print_every=4, write_every=4), kind=kind)
     plan, code = tmp_path / "plan", tmp_path / "code"
     code.mkdir()
     (code / "sitecustomize.py").write_text(KILLER.format(plan=str(plan)))

@@ -22,6 +22,7 @@ from tests.vmm.guests.boot_sector import COUNT_LBA, SECTOR, BootOptions
 from tests.vmm.small_guests import (
     MIB,
     SECONDS,
+    both_kinds_nightly,
     console,
     make_disk,
     press,
@@ -57,11 +58,14 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 
 def guest(
-    manager: Manager, folder: Path, *, disks: int = 1, start: bool = True, **settings: object
+    manager: Manager, folder: Path, *, disks: int = 1, start: bool = True, kind: str = "vhd", **settings: object
 ) -> MachineSnapshots:
     """A running machine that writes its counter to its first disk at every second tick."""
-    wishes = [DiskRequest(str(make_disk(folder, "small", BootOptions(print_every=2, write_every=2))))]
-    wishes += [DiskRequest(str(make_disk(folder, f"more-{number}")), controller="scsi") for number in range(1, disks)]
+    wishes = [DiskRequest(str(make_disk(folder, "small", BootOptions(print_every=2, write_every=2), kind=kind)))]
+    wishes += [
+        DiskRequest(str(make_disk(folder, f"more-{number}", kind=kind)), controller="scsi")
+        for number in range(1, disks)
+    ]
     chosen: dict[str, object] = {
         "memory_bytes": 16 * MIB,
         "accelerator": "tcg",
@@ -416,11 +420,14 @@ def test_snapshots_that_are_refused_while_the_machine_runs(manager: Manager, fol
     assert small.merge_live() == () and not small.cancel_merge()
 
 
+@both_kinds_nightly
 @pytest.mark.parametrize("part", ["worker", "server", "qemu"])
-def test_kills_while_a_snapshot_is_taken(manager: Manager, folder: Path, machines: Machines, part: str) -> None:
+def test_kills_while_a_snapshot_is_taken(
+    manager: Manager, folder: Path, machines: Machines, part: str, kind: str
+) -> None:
     """If the worker, the disk server or QEMU is killed, the snapshot is either complete or absent, and the others keep
     running."""
-    small = guest(manager, folder, memory_bytes=64 * MIB)
+    small = guest(manager, folder, kind=kind, memory_bytes=64 * MIB)
     for number in range(daily_or_nightly(2, 4)):
         states = {one: disks for one, disks in machines.states("small").items() if one}
 

@@ -17,7 +17,7 @@ import pytest
 import vhdkit
 from tests.support import require_boot_sector_guest
 from tests.vmm.guests.boot_sector import COUNT_LBA, SECTOR, WRITE_LBA, BootOptions
-from tests.vmm.small_guests import MIB, PARTS, make_disk, processes, wait_state, wait_whole
+from tests.vmm.small_guests import MIB, PARTS, both_kinds_nightly, make_disk, processes, wait_state, wait_whole
 from tests.vmm.snapshots.machines import Machines
 from tests.vmm.worker.test_capture import count, disk_count, settled
 from tests.waiting import wait_until
@@ -46,14 +46,14 @@ def folder(tmp_path: Path) -> Iterator[Path]:
             merging.ref.kill()
 
 
-def grown(manager: Manager, folder: Path) -> tuple[MachineSnapshots, bytes]:
+def grown(manager: Manager, folder: Path, kind: str) -> tuple[MachineSnapshots, bytes]:
     """A running machine that counts on its disk, with snapshots a, b, c, d and data in each layer; and what it must
     read.
 
     The sectors that the guest itself writes to are left out.
     """
     require_boot_sector_guest()
-    leaf = make_disk(folder, "small", BootOptions(print_every=2, write_every=1))
+    leaf = make_disk(folder, "small", BootOptions(print_every=2, write_every=1), kind=kind)
     manager.create("small", disks=[DiskRequest(str(leaf))], memory_bytes=16 * MIB, accelerator="tcg")
     small, shuffle = manager.snapshots("small"), random.Random("layers")
     for name in (*"abcd", None):
@@ -131,7 +131,9 @@ def check_whole(small: MachineSnapshots, machines: Machines, kept: dict[str, dic
     assert content(now_path()) == expected and small.merges_due() == 0
     assert {one: machines.of_snapshot("small", one) for one in kept} == kept
     tree = small.tree()
-    known = {os.path.basename(one) for one in (*tree.images, *tree.frozen(), now_path())} | {"small.vhd", "small.avhd"}
+    known = {os.path.basename(one) for one in (*tree.images, *tree.frozen(), now_path())} | {
+        f"small.{machines.kind}", f"small.a{machines.kind}"
+    }  # fmt: skip
     assert machines.images() <= known, "an unknown image is left"
     records = [one for one in os.listdir(machines.folder) if "vhdkit-merge" in one]
     assert not records, records
@@ -154,6 +156,7 @@ def put_away(manager: Manager) -> None:
     wait_until(lambda: manager.state("small") is MachineState.OFF and not os.path.exists(runtime), "it is off")
 
 
+@both_kinds_nightly
 @pytest.mark.parametrize(
     ("part", "doomed"),
     [
@@ -163,10 +166,12 @@ def put_away(manager: Manager) -> None:
         pytest.param("qemu", "cd", id="qemu-leaf"),
     ],
 )
-def test_one_process_is_killed_in_a_live_merge(manager: Manager, folder: Path, part: str, doomed: str) -> None:
+def test_one_process_is_killed_in_a_live_merge(
+    manager: Manager, folder: Path, part: str, doomed: str, kind: str
+) -> None:
     """The guest continues, or can be started; no state has changed; the next merge finishes; nothing is left over."""
-    small, expected = grown(manager, folder)
-    machines = Machines(folder)
+    small, expected = grown(manager, folder, kind)
+    machines = Machines(folder, kind)
     for name in doomed:
         small.delete(name)
     kept = {one: machines.of_snapshot("small", one) for one in "abcd" if one not in doomed}
@@ -196,12 +201,13 @@ def test_one_process_is_killed_in_a_live_merge(manager: Manager, folder: Path, p
     check_whole(small, machines, kept, expected)
 
 
+@both_kinds_nightly
 @pytest.mark.parametrize("doomed", ["bc", "cd"], ids=["middle", "leaf"])
-def test_all_processes_are_killed_in_a_live_merge(manager: Manager, folder: Path, doomed: str) -> None:
+def test_all_processes_are_killed_in_a_live_merge(manager: Manager, folder: Path, doomed: str, kind: str) -> None:
     """As after a power cut, the next command finds the disk's newest image, with what the guest wrote during the
     merge."""
-    small, expected = grown(manager, folder)
-    machines = Machines(folder)
+    small, expected = grown(manager, folder, kind)
+    machines = Machines(folder, kind)
     for name in doomed:
         small.delete(name)
     kept = {one: machines.of_snapshot("small", one) for one in "abcd" if one not in doomed}

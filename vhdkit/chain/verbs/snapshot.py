@@ -40,6 +40,7 @@ from vhdkit.image import Layer
 from vhdkit.store import FileStore
 
 MAX_SET = 64  # children made at once: each holds its whole chain open, and a process may open about a thousand files
+_LOG_NOT_REPLAYED = "log-not-replayed"  # a finding
 _NUMBERED = re.compile(r"(.*)-(\d{1,9})")
 _MAX_NUMBER = 1_000_000
 
@@ -184,8 +185,11 @@ def _prepare(named: Sequence[tuple[str, str]], options: OpenOptions, *, dry_run:
             if not dry_run:
                 _settle(leaf, options)
             layers = open_layers(leaf, options=options)
-            for layer in layers:
-                stack.callback(layer.close)
+            if not dry_run and _has_log(layers[0]):
+                _close_all(layers)
+                _replay_log(leaf, options)
+                layers = open_layers(leaf, options=options)
+            stack.callback(_close_all, layers)
             children.append(_NewChild(leaf, new, tuple(layers)))
         yield children
 
@@ -206,6 +210,25 @@ def _settle(leaf: str, options: OpenOptions) -> None:
     with FileStore.open_held(leaf, writable=True) as store:
         store.notes_folder = options.notes_folder
         pending.settle(store)
+
+
+def _close_all(layers: Sequence[Layer]) -> None:
+    for layer in layers:
+        layer.close()
+
+
+def _has_log(leaf: Layer) -> bool:
+    """True for an image whose writer died, and whose log has what it flushed last."""
+    return any(one.code == _LOG_NOT_REPLAYED for one in leaf.facts.findings)
+
+
+def _replay_log(leaf: str, options: OpenOptions) -> None:
+    """Replay the leaf's log in its file: once frozen it is only read, and some programs ignore the log of an image.
+
+    An image that has children already, or is in use, stays as it is.
+    """
+    with contextlib.suppress(errors.HasChildren, errors.ImageInUse):
+        _close_all(open_layers(leaf, writable=True, options=options))
 
 
 def _refuse_to_freeze(one: _NewChild, options: OpenOptions, *, apart_from: str | None) -> None:

@@ -85,6 +85,38 @@ def test_snapshots_of_snapshots_form_a_chain(tmp_path: Path) -> None:
         vhdkit.snapshot(tmp_path / "disk.vhd", tmp_path / "other.avhd")
 
 
+def test_a_frozen_vhdx_has_no_log_to_replay(tmp_path: Path) -> None:
+    """A leaf whose writer died is frozen with its log replayed, so that programs that ignore logs read it right; one
+    that has a child already, and the base of clones, stay as they are."""
+    leaf, child = tmp_path / "disk.vhdx", tmp_path / "child.avhdx"
+    vhdkit.create_image(leaf, 4 * MIB, disk_format="vhdx")
+    if (writer := os.fork()) == 0:
+        disk = vhdkit.open_disk(leaf, writable=True)
+        disk.write(MIB, b"flushed" * 100)
+        disk.flush()
+        os._exit(0)
+    os.waitpid(writer, 0)
+    before = leaf.read_bytes()
+    assert has_log(leaf)
+    vhdkit.clone(leaf, [tmp_path / "clone.avhdx"])
+    with pytest.raises(errors.HasChildren):
+        vhdkit.snapshot(leaf, child)
+    vhdkit.snapshot(tmp_path / "clone.avhdx", child, dry_run=True)
+    assert leaf.read_bytes() == before
+    (tmp_path / "clone.avhdx").unlink()
+    vhdkit.snapshot(leaf, child, dry_run=True)
+    assert leaf.read_bytes() == before
+    vhdkit.snapshot(leaf, child)
+    assert not has_log(leaf)
+    with vhdkit.open_disk(child) as disk:
+        assert disk.read(MIB, 700) == b"flushed" * 100
+
+
+def has_log(path: Path) -> bool:
+    """True if the image's log has entries that were not replayed."""
+    return any(one.code == "log-not-replayed" for one in vhdkit.check(path))
+
+
 def test_a_busy_leaf_is_refused(tmp_path: Path) -> None:
     """A leaf that is being written to, or whose killed footer says so, gets no snapshot; one that is read does."""
     leaf = make(tmp_path / "disk.vhd", b"one")

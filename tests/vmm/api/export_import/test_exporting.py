@@ -15,7 +15,7 @@ import pytest
 import vhdkit
 import vmm
 from tests.vmm.discs import make_iso
-from tests.vmm.snapshots.machines import Machines
+from tests.vmm.snapshots.machines import Machines, each_kind, each_kind_nightly
 from vmm.api.export_import.exporting import MANIFEST, export
 from vmm.api.export_import.foreign import Consent
 from vmm.api.export_import.importing import import_machine
@@ -34,10 +34,11 @@ def out(machines: Machines) -> Iterator[Path]:
 
 def built(machines: Machines) -> dict[str | None, dict[str, str]]:
     """A machine on a shared base, with a branch; and the content of its states."""
-    base = machines.disk("base.vhd")
+    base = machines.disk(f"base.{machines.kind}")
     (machines.folder / "own").mkdir()
-    vhdkit.clone(base, [machines.folder / "one.avhd"])
-    web = machines.create("web", [machines.folder / "one.avhd", machines.disk("data.vhd")])
+    one = machines.folder / f"one.a{machines.kind}"
+    vhdkit.clone(base, [one])
+    web = machines.create("web", [one, machines.disk(f"data.{machines.kind}")])
     for name in ("a", "b"):
         web.create(name, notes=f"notes of {name}")
         machines.write("web", 4096, name.encode() * 512)
@@ -46,6 +47,7 @@ def built(machines: Machines) -> dict[str | None, dict[str, str]]:
     return machines.states("web")
 
 
+@each_kind
 def test_whole_machine_as_a_copy(machines: Machines, out: Path) -> None:
     """The copy has every state of the original, its own files and id, and needs nothing from the export."""
     states = built(machines)
@@ -73,6 +75,7 @@ def test_whole_machine_as_a_copy(machines: Machines, out: Path) -> None:
     assert original.merges_due() == 0 and not original.tree().images
 
 
+@each_kind_nightly
 def test_registering_in_place_keeps_the_id(machines: Machines, out: Path) -> None:
     """A machine registered where it lies is the same one, with its id; beside the original that is refused."""
     states = built(machines)
@@ -92,6 +95,7 @@ def test_registering_in_place_keeps_the_id(machines: Machines, out: Path) -> Non
     vmm.Manager().snapshots("web").apply("b", discard_current=True)
 
 
+@each_kind_nightly
 def test_flat_and_one_snapshot(machines: Machines, out: Path) -> None:
     """A flat export has one image per disk; a single exported snapshot becomes a machine in the state of that time."""
     states = built(machines)
