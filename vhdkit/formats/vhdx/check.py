@@ -149,11 +149,14 @@ def _stray_bits(metadata: Metadata, bat: Bat, progress: Callable[[int, int], Non
         if len(found) >= _MAX_LISTED:
             more += 1
             continue
-        code = "bits-behind-end" if one.past_end else "bits-absent"
-        where = "past the end of the disk" if one.past_end else "for blocks that are not present"
-        message = f"{one.count} bits are set {where}; some programs read them as data of this image"
         structure = f"sector bitmap of chunk {one.chunk_index}"
-        found.append(Finding(Severity.WARNING, code, message, metadata.path, structure, one.offset_bytes))
+        if one.past_end:  # Windows sets those of the whole page in which the disk ends
+            message = f"{one.count} bits are set past the end of the disk, where no program looks at them"
+            severity, code = Severity.NOTE, "bits-behind-end"
+        else:
+            message = f"{one.count} bits are set for blocks that are not present; some programs read them as data"
+            severity, code = Severity.WARNING, "bits-absent"
+        found.append(Finding(severity, code, message, metadata.path, structure, one.offset_bytes))
     if more:
         message = f"and {more} more sector bitmaps like this"
         found.append(Finding(found[-1].severity, found[-1].code, message, metadata.path))

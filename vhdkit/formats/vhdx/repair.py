@@ -4,7 +4,7 @@
 Decides the order of the parts, and which of them wait for another. Writes nothing into the file: how the draft gets
 there, atomically, is decided in `chain.verbs.repair`, and so is everything about parents.
 
-    identifier -> headers -> log -> region tables -> metadata table -> locator -> BAT and bitmaps -> stray bits
+    identifier -> headers -> log -> region tables -> metadata table -> locator -> BAT and bitmaps -> a log
 
 Each part builds on those before it, so the first one that waits for consent ends the repair.
 
@@ -28,7 +28,7 @@ from vhdkit.formats.vhdx.header import current_slot, read_headers
 from vhdkit.formats.vhdx.identify import FILE_IDENTIFIER, has_identifier
 from vhdkit.formats.vhdx.metadata import Metadata, read_metadata
 from vhdkit.formats.vhdx.repair_blocks import mend_blocks
-from vhdkit.formats.vhdx.repair_headers import LOSS, mend_headers, mend_identifier, stamp
+from vhdkit.formats.vhdx.repair_headers import LOSS, mend_headers, mend_identifier, mend_missing_log, stamp
 from vhdkit.formats.vhdx.repair_locator import mend_locator
 from vhdkit.formats.vhdx.repair_log import mend_log
 from vhdkit.formats.vhdx.repair_regions import has_metadata, mend_regions, mend_table
@@ -73,6 +73,7 @@ def _mended(draft: DraftStore, consent: Consent) -> list[Fix]:
     mended = list(mend_blocks(draft, metadata, consent))
     if not any(one.needs for one in mended):
         mended += _settle(draft, read_metadata(draft))
+        mended += mend_missing_log(draft)
     return fixes + mended
 
 
@@ -83,11 +84,9 @@ def _settle(draft: DraftStore, metadata: Metadata) -> Iterator[Fix]:
     if draft.size() < end:
         draft.reserve(end - 1, 1)
         yield Fix("block-cut", "the file ended inside its last block, behind the end of the disk: extended with zeros")
-    for code, past_end in (("bits-absent", False), ("bits-behind-end", True)):
-        found = [one for one in stray_bits(metadata, bat) if one.past_end == past_end]
-        for one in found:
-            for offset, raw in one.writes:
-                draft.pwrite(offset, raw)
-        if found:
-            where = "past the end of the disk" if past_end else "of blocks that are not present"
-            yield Fix(code, f"cleared {sum(one.count for one in found)} bits {where}")
+    found = [one for one in stray_bits(metadata, bat) if not one.past_end]
+    for one in found:
+        for offset, raw in one.writes:
+            draft.pwrite(offset, raw)
+    if found:
+        yield Fix("bits-absent", f"cleared {sum(one.count for one in found)} bits of blocks that are not present")

@@ -101,39 +101,43 @@ def is_sound(store: ReadStore) -> bool:
     return True
 
 
-def place_for_log(draft: DraftStore) -> tuple[int, int]:
-    """(offset, size) of a place for a new log: the usual one if nothing else lies there, else behind everything."""
-    usual, end = layout.HEADER_SECTION_SIZE, round_up(max(draft.size(), layout.HEADER_SECTION_SIZE), MIB)
-    trial = DraftStore(draft)
-    write_headers(trial, new_header(usual, 0))
-    try:
-        metadata = read_metadata(trial)
-    except CorruptImage:
-        raw = draft.pread(usual, NEW_LOG_BYTES)
-        is_log = raw.startswith(layout.LOG_ENTRY_SIGNATURE) or not any(raw)
-        return (usual if is_log and len(raw) == NEW_LOG_BYTES else end), NEW_LOG_BYTES
-    bat = Bat.load(trial, metadata.regions.bat.file_offset, metadata.shape)
-    if end_of_structures(metadata, bat) <= layout.MAX_FILE_BYTES:
-        end = max(end, end_of_structures(metadata, bat))
-    write_headers(trial, new_header(usual, NEW_LOG_BYTES))
-    trial.reserve(end, NEW_LOG_BYTES)
-    return (usual, NEW_LOG_BYTES) if is_sound(trial) else (end, NEW_LOG_BYTES)
+def mend_missing_log(draft: DraftStore) -> Iterator[Fix]:
+    """Give a sound file without a log an empty one: in the usual place if that is free, else behind everything.
+
+    Not before every block has its place: what lies outside the file must not come to lie inside of it.
+    """
+    metadata = read_metadata(draft)
+    if metadata.log[1]:
+        return
+    usual = layout.HEADER_SECTION_SIZE
+    with_log = replace(metadata.header, log_offset=usual, log_length=NEW_LOG_BYTES)
+    if draft.size() < usual + NEW_LOG_BYTES or not is_sound(_with_header(draft, with_log)):
+        bat = Bat.load(draft, metadata.regions.bat.file_offset, metadata.shape)
+        end = round_up(max(draft.size(), end_of_structures(metadata, bat)), MIB)
+        with_log = replace(with_log, log_offset=end)
+    draft.reserve(with_log.log_offset, NEW_LOG_BYTES)
+    write_headers(draft, with_log)
+    yield Fix("log-missing", "made an empty log, without which no program can write to the image")
 
 
-def new_header(log_offset: int, log_size: int, data_write_guid: bytes = NULL_ID) -> Header:
-    """A header that names an empty log."""
-    guid = data_write_guid if any(data_write_guid) else uuid.uuid4().bytes
+def without_log(header: Header) -> Header:
+    """The header of a file that has no log for the moment."""
+    return replace(header, log_guid=NULL_ID, log_offset=0, log_length=0)
+
+
+def _new_header(data_write_guid: bytes) -> Header:
+    """A header without a log."""
     return Header(
         layout.HEADER_SIGNATURE,
         0,
         0,
         uuid.uuid4().bytes,
-        guid,
+        data_write_guid if any(data_write_guid) else uuid.uuid4().bytes,
         NULL_ID,
         layout.LOG_VERSION,
         layout.HEADER_VERSION,
-        log_size,
-        log_offset,
+        0,
+        0,
     )
 
 
@@ -170,11 +174,9 @@ def _rescue(draft: DraftStore, places: tuple[HeaderPlace, HeaderPlace], consent:
         yield Fix(code, f"{fact}: {chosen.structure} is used as it is")
         return
     known = _data_write_guid(places)
-    offset, size = place_for_log(draft)
-    write_headers(draft, new_header(offset, size, known))
-    draft.reserve(offset, size)
+    write_headers(draft, _new_header(known))
     children = "children still recognise the image" if any(known) else "its children need `vhdkit rebase`"
-    yield Fix(code, f"{fact}: made new ones, with an empty log; {children}")
+    yield Fix(code, f"{fact}: made new ones; what the log held is lost, and {children}")
 
 
 def _agree(first: Header, second: Header) -> bool:

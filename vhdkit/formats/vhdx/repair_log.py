@@ -8,7 +8,8 @@ headers are restored (`repair_headers`): the current one exists when this begins
 - A log that cannot be replayed, or that would change a guest's data, is discarded with consent. The blocks whose
   entries or bits it held differently are doubtful.
 - In a file that was cut short the log is replayed as far as the file goes; `repair_blocks` then says what is missing.
-- A log without a place gets one.
+- A log in a place where none can be is forgotten; the file gets another one when all else is repaired
+  (`repair_headers`).
 
 Source: [MS-VHDX] 2.3.3.
 """
@@ -33,7 +34,7 @@ from vhdkit.formats.vhdx.entries import changes_data
 from vhdkit.formats.vhdx.header import HeaderPlace, current_slot, is_dirty, read_headers
 from vhdkit.formats.vhdx.log import LogChange
 from vhdkit.formats.vhdx.metadata import Metadata, read_metadata
-from vhdkit.formats.vhdx.repair_headers import LOSS, place_for_log, write_headers
+from vhdkit.formats.vhdx.repair_headers import LOSS, without_log, write_headers
 from vhdkit.formats.vhdx.replay import (
     Replay,
     apply_replay,
@@ -56,14 +57,13 @@ _OPENING = "a program that opens it for writing"  # which replays the log withou
 
 
 def mend_log(draft: DraftStore, consent: Consent) -> Iterator[Fix]:
-    """Leave nothing in the log, and a log in a possible place."""
+    """Leave nothing in the log, and no log in an impossible place."""
     places = read_headers(draft)
     slot = current_slot(places)
     if slot is None:
         return
     place = places[slot]
     try:
-        _, size = log_place(draft, place)
         replay = read_log(draft, place)
     except CorruptImage as error:
         if error.reason is CorruptReason.LOG_VERSION or place.header.version != layout.HEADER_VERSION:
@@ -72,9 +72,6 @@ def mend_log(draft: DraftStore, consent: Consent) -> Iterator[Fix]:
         return
     if replay is not None:
         yield from _replay(draft, place, replay, consent)
-    elif not size:
-        _new_log(draft, place)
-        yield Fix("log-missing", "made an empty log, without which no program can write to the image")
 
 
 def _replay(draft: DraftStore, place: HeaderPlace, replay: Replay, consent: Consent) -> Iterator[Fix]:
@@ -143,16 +140,9 @@ def _move(draft: DraftStore, place: HeaderPlace, consent: Consent) -> Iterator[F
     if dirty and not consent.data_loss:
         yield Fix("log-place", "the log has an impossible place, and changes in it would be lost", LOSS)
         return
-    _new_log(draft, place)
-    lost = ": what it held is lost" if dirty else ""
-    yield Fix("log-place", f"the log had an impossible place; made an empty one{lost}")
-
-
-def _new_log(draft: DraftStore, place: HeaderPlace) -> None:
-    """Give the file an empty log."""
-    offset, size = place_for_log(draft)
-    draft.reserve(offset, size)
-    write_headers(draft, replace(place.header, log_guid=NULL_ID, log_offset=offset, log_length=size))
+    write_headers(draft, without_log(place.header))
+    lost = "; what it held is lost" if dirty else ""
+    yield Fix("log-place", f"the log had an impossible place, which the headers no longer name{lost}")
 
 
 def _known_changes(draft: DraftStore, place: HeaderPlace) -> list[LogChange]:

@@ -36,6 +36,7 @@ from vhdkit.units import GIB, MIB, round_up
 BY_HAND = "a copy by hand"
 _MAX_PLACES = 1 << 20  # mebibytes with data that are examined: a terabyte of them
 _MAX_FOUND = 16  # metadata regions that are tried; a guest may have files that look like one
+_MAX_ZERO_PAGES = 256  # a mebibyte of zeros, which file systems may keep as data
 _MAX_READ_BYTES = GIB  # of what may be a BAT
 _MIN_UNUSED_BYTES = MIB  # of data outside all structures, which shows that a table is not the right one
 
@@ -78,7 +79,6 @@ def _is_of_regions(reason: CorruptReason | None) -> bool:
         CorruptReason.REGION_ENTRY,
         CorruptReason.REGION_OUTSIDE_FILE,
         CorruptReason.STRUCTURES_OVERLAP,
-        CorruptReason.METADATA_TABLE,
     )
 
 
@@ -203,8 +203,11 @@ def _candidates(draft: DraftStore, places: list[int]) -> list[_Found]:
                 return []
             bat = RegionEntry(layout.REGION_BAT, start, length, layout.REGION_REQUIRED)
             one = _judge(draft, bat, region)
-            if one is not None:
-                found.append(one)
+            if one is None:
+                continue
+            if one.block_count and one.unused_bytes < _MIN_UNUSED_BYTES:
+                return [one]  # it accounts for everything in the file, so nothing else can be meant
+            found.append(one)
         if not found:
             found += _empty(draft, region, length)
     return found
@@ -246,8 +249,9 @@ def _metadata_region(draft: DraftStore, place: int) -> RegionEntry | None:
 
 
 def _may_be_table(draft: DraftStore, start: int, shape: Shape) -> bool:
-    """True when the first entries that are not zeros can be a BAT's. Reads little."""
+    """True when the first entries that are not zeros can be a BAT's. Reads little: many zeros may be one, too."""
     size = shape.entry_count * layout.BAT_ENTRY_SIZE
+    pages = 0
     for offset, length, may_hold_data in draft.data_runs(start, size):
         position = offset - (offset - start) % layout.LOG_PAGE_SIZE
         while may_hold_data and position < offset + length:
@@ -257,6 +261,9 @@ def _may_be_table(draft: DraftStore, start: int, shape: Shape) -> bool:
                 assert first % ENTRIES_PER_PAGE == 0
                 return is_possible_page(shape, first, raw, draft.size())
             position += layout.LOG_PAGE_SIZE
+            pages += 1
+            if pages == _MAX_ZERO_PAGES:
+                return True
     return False
 
 

@@ -78,7 +78,7 @@ def test_data_is_dropped_only_with_consent_and_reported(tmp_path: Path) -> None:
     assert shown(path)[2 * MIB : 3 * MIB] == bytes(MIB) and shown(path)[:MIB] == content(base())[:MIB]
 
 
-@pytest.mark.parametrize("faults", [("header 2", "over the BAT"), ("identifier", "table 1")])
+@pytest.mark.parametrize("faults", [("header 2", "over the BAT"), ("identifier", "table 1")][: daily_or_nightly(1, 2)])
 def test_killed_at_any_call_a_repair_is_complete_or_undone(tmp_path: Path, faults: tuple[str, ...]) -> None:
     """INV-REPAIR-WHOLE: killed at any call, the image reads as before or as repaired, and the next open settles it."""
     kept = write(tmp_path / "kept.bin", *faults).read_bytes()
