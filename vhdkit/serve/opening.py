@@ -27,12 +27,12 @@ from vhdkit.units import MIB, format_size
 
 MAX_EXPORTS_FILE_BYTES = 16 * MIB  # enough for a thousand exports and ten thousand images with long paths
 _ENTRY_KINDS: dict[str, tuple[type, str]] = {
-    "name": (str, "a text"),
-    "path": (str, "a text"),
-    "description": (str, "a text"),
+    "name": (str, "a string"),
+    "path": (str, "a string"),
+    "description": (str, "a string"),
     "read_only": (bool, "true or false"),
     "follow_leaf": (bool, "true or false"),
-    "format": (str, "a text"),
+    "format": (str, "a string"),
     "parent_dirs": (list, "a list of folders"),
     "known_images": (list, "a list of images"),
     "allow_raw_parent": (bool, "true or false"),
@@ -147,26 +147,26 @@ def request_of_document(document: object) -> ExportRequest:
     one; if one of them is, this one is not written to.
     """
     if not isinstance(document, dict):
-        raise errors.InvalidArgument("an export is a JSON object")
+        raise errors.InvalidArgument("an export must be a JSON object")
     unknown = [name for name in document if name not in _ENTRY_KINDS]
     if unknown:
         raise errors.InvalidArgument(f"{', '.join(map(repr, unknown))} is not a setting of an export")
     for name, (kind, what) in _ENTRY_KINDS.items():
         value = document.get(name)
         if not isinstance(value, kind) and (value is not None or name in ("name", "path")):
-            raise errors.InvalidArgument(f"{name!r} of an export is {what}")
+            raise errors.InvalidArgument(f"{name!r} of an export must be {what}")
     folders = document.get("parent_dirs") or []
     if not all(isinstance(folder, str) and folder and "\0" not in folder for folder in folders):
-        raise errors.InvalidArgument("'parent_dirs' of an export are folders")
+        raise errors.InvalidArgument("'parent_dirs' of an export must be paths of folders")
     known = document.get("known_images") or []
     if not all(isinstance(image, str) and image and "\0" not in image for image in known):
-        raise errors.InvalidArgument("'known_images' of an export are files")
+        raise errors.InvalidArgument("'known_images' of an export must be paths of files")
     path = document["path"]
     if not path or "\0" in path:
-        raise errors.InvalidArgument("the path of an export is a file's")
+        raise errors.InvalidArgument("the path of an export must not be empty or contain a zero byte")
     format_name = document.get("format")
     if format_name not in (None, *FormatName):
-        raise errors.InvalidArgument(f"the format of an export is one of {', '.join(FormatName)}")
+        raise errors.InvalidArgument(f"the format of an export must be one of {', '.join(FormatName)}")
     options = OpenOptions(
         parent_dirs=tuple(folders),
         allow_raw_parent=bool(document.get("allow_raw_parent")),

@@ -2,8 +2,7 @@
 """Many frames with one system call: recvmmsg and sendmmsg over buffers that are set up once.
 
 Decides how a batch lies in memory, so that receiving frames, reading their headers and sending them on need no Python
-object per frame except the numbers that are read. Must not know ports, decisions or what a frame means. The only
-module that uses ctypes.
+object per frame except the numbers that are read. Must not know ports, decisions or what a frame means.
 
 Slot i of a batch is STRIDE_BYTES at i × STRIDE_BYTES. Three vectors point there: to receive (the whole slot), to send
 the frame as it came (its length), and to send it changed (addresses, tag, rest). STRIDE is an odd number of cache

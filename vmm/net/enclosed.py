@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starts a program that guests talk to without a file system, as a user of its own, and then calls exec.
+"""Starts a program that guests talk to: without the host's files, as a user of its own. Then calls exec.
 
 Decides what a guest can reach after it has taken over one of a switch's helpers (its user-mode network, its DHCP and
 name server). Imports nothing of ours: it runs as an isolated script, behind the system call filter of
@@ -7,12 +7,12 @@ name server). Imports nothing of ours: it runs as an isolated script, behind the
 
     python -I -S enclosed.py [OPTION...] -- COMMAND...
         --parent PID          it ends with this process (PR_SET_PDEATHSIG)
-        --read PATH           seen and read, nothing else; as many as there are
-        --folder PATH         its own: files are made and removed in it, also seen as /own
+        --read PATH           can be read, and nothing else; repeatable
+        --folder PATH         its own: it may create and remove files there; also seen as /own
     as root alone:
-        --user N --group N    who it runs as
-        --keep CAPABILITY     the number of one that it keeps (capabilities(7)); as many as there are
-        --root PATH           an empty folder: there its file system is put together, in a mount namespace of its own
+        --user N --group N    the user and group that it runs as
+        --keep CAPABILITY     the number of a capability that it keeps (capabilities(7)); repeatable
+        --root PATH           an empty folder, in which its root is built, in a mount namespace of its own
         --file PATH=NAME      a file of its own, seen as /NAME
 
 As root it gets mounts, a host name and System V IPC of its own; its root contains only the named paths, read-only and

@@ -8,7 +8,7 @@ not know which settings a switch needs.
 
     FOLDER/settings.json   {"boot_id": ..., "held": {SETTING: HELD, ...}}
     HELD                   {"before": "0", "value": "1", "everywhere": "0", "by": [SWITCH'S ID, ...]}
-                           `everywhere`: the value of all/ instead of the interface before
+                           `everywhere`: the earlier value of the same setting under all/
 
 `INV-SETTING-HELD`: a value in the file was read before the first write of that setting; a killed writer does not
 change it. A file from an earlier boot is ignored.
