@@ -42,7 +42,7 @@ def host_pool() -> mac.Pool:
         pass
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise VmmError(
-            "is damaged: it should hold the prefix of the MAC pool",
+            "is damaged: it must contain the prefix of the MAC pool",
             path=path,
             hint="remove it; new adapters then get addresses from a new pool, and old ones keep theirs",
         ) from error

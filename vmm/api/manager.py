@@ -208,7 +208,7 @@ class Manager:
             spec = spec.changed(disks=[*spec.disks, disk_of(request, spec)])
         refuse_impossible(spec, asked)
         if folder is not None and not os.path.isdir(folder):
-            raise InvalidSpec("is not a folder", path=folder, hint="make it first")
+            raise InvalidSpec("is not a folder", path=folder, hint="create it first")
         with contextlib.ExitStack() as held:
             if adapters:
                 from vmm.api.adapters import choosing_macs, fit

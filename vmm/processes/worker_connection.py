@@ -345,7 +345,7 @@ def _refuse_running(place: MachineRef) -> None:
     if client is not None:
         with client:
             state = client.call("status", timeout_seconds=5)["state"]
-        raise WrongState(f"is {state} already", machine=place.name)
+        raise WrongState(f"is already {state}", machine=place.name)
     end_left(place.runtime, END_SECONDS)
 
 

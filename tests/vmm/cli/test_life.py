@@ -24,7 +24,7 @@ def test_the_life_of_a_machine(manager: Manager, tmp_path: Path) -> None:
     """Start, show, pause, resume, save, start, reset, set, shutdown: text, JSON and exit codes on the way."""
     make_machine(manager, tmp_path)
     assert good("start", "small") == "small is running\n"
-    assert "is running already" in failure("start", "small", code=5)
+    assert "is already running" in failure("start", "small", code=5)
     wait_counting(manager)
     row = document("list")[0]
     assert row["state"] == "running" and set(row["pids"]) == {"keeper", "worker", "server", "qemu"}

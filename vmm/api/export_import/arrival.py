@@ -72,7 +72,7 @@ def look_at_export(inside: Inside) -> Arrival:
     try:
         content = inside.read(MANIFEST, _MAX_MANIFEST_BYTES)
     except NotFound as error:
-        raise NotFound("is not an export: it holds no vmm-export.json", path=inside.root) from error
+        raise NotFound("is not an export: it contains no vmm-export.json", path=inside.root) from error
     try:
         document = json.loads(content)
         if document["format"] != FORMAT:

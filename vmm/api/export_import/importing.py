@@ -76,7 +76,7 @@ def import_machine(
             spec = spec.changed(name=name)
         if spec.name in registry.names():
             raise AlreadyExists(
-                "a machine of that name exists already", machine=spec.name, hint="give another name: --name"
+                "a machine of that name already exists", machine=spec.name, hint="give another name: --name"
             )
         if register:
             _refuse_known(spec, folder)
@@ -94,7 +94,7 @@ def _refuse_known(spec: MachineSpec, folder: str) -> None:
     """Raise AlreadyExists if the id, or its part in the name of the runtime folder, is that of another machine."""
     for other in registry.load_all()[0]:
         if other.spec.id == spec.id or runtime_of(other.spec.id) == runtime_of(spec.id):
-            raise AlreadyExists(f"is the machine {other.name} already", path=folder, hint="without --register")
+            raise AlreadyExists(f"is already the machine {other.name}", path=folder, hint="omit --register")
 
 
 # -- making ------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ class Inside:
         try:
             self._fd = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise NotFound("is not an export: it holds no vmm-export.json", path=folder) from error
+            raise NotFound("is not an export: it contains no vmm-export.json", path=folder) from error
         except OSError as error:
             raise of_os_error(error, "open the folder", path=folder) from error
         self._owner = os.fstat(self._fd).st_uid
