@@ -28,14 +28,14 @@ from pathlib import Path
 
 import vhdkit
 from tests.exhaustive_verbs import (
-    BLOCK_SIZE,
     CHANGES_CONTENT,
-    DISK_SIZE,
     FOLDERS,
+    KINDS,
     MAIN,
     NEW_LEAF,
     VERBS,
     Head,
+    Kind,
     Unfit,
     World,
     write,
@@ -103,6 +103,7 @@ class Explorer:
     verbs: Sequence[str] = tuple(VERBS)
     deadline: float | None = None
     keep_going: bool = False
+    kind: Kind = KINDS["vhd"]
     wrong: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     _judged: set[object] = field(default_factory=set)
@@ -113,13 +114,15 @@ class Explorer:
         folder = self.base / "here"
         fill(folder, {}, FOLDERS)
         with repeatable(f"{self.seed} start"):
-            base, leaf = folder / "a" / "disk.vhd", folder / "a" / "disk.avhd"
-            vhdkit.create_image(base, DISK_SIZE, block_size_bytes=BLOCK_SIZE)
+            kind = self.kind
+            size, block = kind.disk_size_bytes, kind.block_size_bytes
+            base, leaf = (folder / "a" / f"disk{suffix}" for suffix in (kind.base_suffix, kind.child_suffix))
+            vhdkit.create_image(base, size, disk_format=kind.disk_format, block_size_bytes=block)
             with vhdkit.open_disk(base, writable=True) as disk:
                 disk.write(0, random.Random(self.seed).randbytes(40 * PAGE_SIZE))
-                disk.write(DISK_SIZE - 5 * SECTOR_SIZE, b"\x5a" * 4 * SECTOR_SIZE)
+                disk.write(size - 5 * SECTOR_SIZE, b"\x5a" * 4 * SECTOR_SIZE)
             vhdkit.create_child(leaf, base)
-        world = World(folder, {MAIN: Head("a/disk.avhd", read(leaf))}, self.seed)
+        world = World(folder, {MAIN: Head(str(leaf.relative_to(folder)), read(leaf))}, self.seed, kind)
         write(world)
         return State(files_of(folder), world.disks)
 
@@ -144,7 +147,7 @@ class Explorer:
         refused."""
         folder = self.base / "here"
         fill(folder, state.files, FOLDERS)
-        world = World(folder, dict(state.disks), seed)
+        world = World(folder, dict(state.disks), seed, self.kind)
         power = FolderPower(folder, f"{seed} {verb}")
         try:
             with repeatable(seed):
@@ -260,7 +263,7 @@ class Explorer:
         raise Wrong(f"{where}: in the end {name} cannot be written: {refusal}") from refusal
 
     def _try(self, folder: Path, disks: dict[str, Head], verb: str, where: str) -> vhdkit.VhdkitError | None:
-        world = World(folder, dict(disks), f"{self.seed} after")
+        world = World(folder, dict(disks), f"{self.seed} after", self.kind)
         try:
             with repeatable(f"{self.seed} after"):
                 VERBS[verb](world)
@@ -285,7 +288,7 @@ class Explorer:
     def _recover(self, folder: Path, disks: dict[str, Head], where: str) -> dict[str, Head]:
         """Finish what is unfinished, as the messages say: `merge --resume`."""
         found = dict(disks)
-        for path in sorted(folder.glob("*/*.*vhd")):
+        for path in sorted(folder.glob("*/*.*vhd*")):
             with contextlib.suppress(vhdkit.NotFound):
                 if path.exists() and vhdkit.merge_under_way(path) is not None:
                     try:
@@ -331,13 +334,15 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, help="stop after so long")
     parser.add_argument("--keep-going", action="store_true", help="list all that is wrong after a cut, not the first")
     parser.add_argument("--first", nargs="*", choices=VERBS, default=[], help="only sequences that begin so")
+    parser.add_argument("--format", choices=KINDS, default="vhd")
     parser.add_argument("--verbs", nargs="*", choices=VERBS, default=list(VERBS))
     given = parser.parse_args(words)
     deadline = None if given.seconds is None else time.monotonic() + given.seconds
     with scratch() as base:
         explorer = Explorer(
-            base, given.seed, given.sample, given.after_sample, given.verbs, deadline, given.keep_going
-        )
+            base, given.seed, given.sample, given.after_sample, given.verbs, deadline, given.keep_going,
+            KINDS[given.format],
+        )  # fmt: skip
         try:
             explorer.explore(given.depth, first=given.first)
         except Wrong as error:

@@ -15,10 +15,25 @@ from pathlib import Path
 import vhdkit
 from vhdkit.units import KIB, PAGE_SIZE, SECTOR_SIZE
 
-BLOCK_SIZE = 512 * KIB
-DISK_SIZE = 2 * BLOCK_SIZE + 37 * SECTOR_SIZE
 FOLDERS = ("a", "b")
 MAIN, TWIN, COPY = "main", "twin", "copy"
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """The format of the images."""
+
+    disk_format: vhdkit.DiskFormat
+    base_suffix: str
+    child_suffix: str
+    block_size_bytes: int
+    disk_size_bytes: int
+
+
+KINDS = {
+    "vhd": Kind(vhdkit.DiskFormat.DYNAMIC, ".vhd", ".avhd", 512 * KIB, 1024 * KIB + 37 * SECTOR_SIZE),
+    "vhdx": Kind(vhdkit.DiskFormat.VHDX, ".vhdx", ".avhdx", 1024 * KIB, 2048 * KIB + 5 * PAGE_SIZE),
+}
 
 
 class Unfit(Exception):
@@ -40,6 +55,7 @@ class World:
     folder: Path
     disks: dict[str, Head]
     seed: str
+    kind: Kind
 
     def place(self, disk: str) -> str:
         """The leaf of a disk. Raises Unfit if it does not exist."""
@@ -65,7 +81,7 @@ def write(world: World) -> None:
             data = rng.randbytes(size)
             disk.write(offset, data)
             content[offset : offset + size] = data
-        offset = rng.randrange(disk.size_bytes - BLOCK_SIZE)
+        offset = rng.randrange(disk.size_bytes - world.kind.block_size_bytes)
         disk.write_zeroes(offset, PAGE_SIZE)
         content[offset : offset + PAGE_SIZE] = bytes(PAGE_SIZE)
     world.disks[MAIN] = replace(world.disks[MAIN], content=bytes(content))
@@ -81,7 +97,7 @@ def clone(world: World) -> None:
     base = Path(world.place(MAIN))
     if TWIN in world.disks:
         raise Unfit
-    main, twin = vhdkit.clone(base, [base.with_name("c1.avhd"), base.with_name("c2.avhd")])
+    main, twin = vhdkit.clone(base, [base.with_name(f"{name}{world.kind.child_suffix}") for name in ("c1", "c2")])
     world.disks[TWIN] = world.disks[MAIN]
     world.moved(MAIN, main)
     world.moved(TWIN, twin)
@@ -122,7 +138,7 @@ def compact_base(world: World) -> None:
 def resize(world: World) -> None:
     """Grow the disk by a block."""
     path, head = world.place(MAIN), world.disks[MAIN]
-    size = vhdkit.resize(path, len(head.content) + BLOCK_SIZE).virtual_size_after_bytes
+    size = vhdkit.resize(path, len(head.content) + world.kind.block_size_bytes).virtual_size_after_bytes
     world.disks[MAIN] = replace(head, content=head.content.ljust(size, b"\0"))
 
 
@@ -157,8 +173,8 @@ def collect_garbage(world: World) -> None:
 def convert(world: World) -> None:
     """Copy the disk to one file, which replaces an earlier one."""
     source = Path(world.place(MAIN))
-    target = source.with_name("flat.vhd")
-    vhdkit.convert(source, target, vhdkit.DiskFormat.DYNAMIC, block_size_bytes=BLOCK_SIZE, replace=True)
+    target, kind = source.with_name(f"flat{world.kind.base_suffix}"), world.kind
+    vhdkit.convert(source, target, kind.disk_format, block_size_bytes=kind.block_size_bytes, replace=True)
     world.disks[COPY] = Head(str(target.relative_to(world.folder)), world.disks[MAIN].content)
 
 

@@ -282,6 +282,13 @@ SCENES = {
             lambda: soak_live.merge_while_writing,
         ),
         Scene(
+            "live-merge-vhdx",
+            lambda: soak_live.make_chain(".vhdx"),
+            soak_live.merge_while_writing,
+            soak_live.look,
+            lambda: soak_live.merge_while_writing,
+        ),
+        Scene(
             "names",
             soak_names.prepare,
             soak_names.work,

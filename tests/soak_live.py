@@ -23,7 +23,6 @@ from vhdkit.units import KIB, MIB, SECTOR_SIZE
 
 DISK = 8 * MIB
 BLOCK = 512 * KIB
-LAYERS = ("leaf.avhd", "upper.avhd", "lower.avhd", "base.vhd")
 _LOG = "log"
 _SECTORS = DISK // SECTOR_SIZE
 
@@ -34,16 +33,28 @@ def pattern(number: int, first: int, count: int) -> bytes:
     return b"".join(word.to_bytes(8, "little") * (SECTOR_SIZE // 8) for word in words)
 
 
-def make_chain() -> None:
+def layers_of(suffix: str) -> list[str]:
+    """The names of the images, leaf first; `suffix` is that of the base."""
+    return [*(f"{name}.a{suffix[1:]}" for name in ("leaf", "upper", "lower")), f"base{suffix}"]
+
+
+def base() -> str:
+    """The base of the chain in this folder."""
+    return next(name for name in ("base.vhd", "base.vhdx") if os.path.exists(name))
+
+
+def make_chain(suffix: str = ".vhd") -> None:
     """Four layers; the log begins with their content, flushed."""
+    layers, is_vhdx = layers_of(suffix), suffix == ".vhdx"
+    block, kind = (MIB, vhdkit.DiskFormat.VHDX) if is_vhdx else (BLOCK, vhdkit.DiskFormat.DYNAMIC)
     with Path(_LOG).open("w") as log:
         number, rng = 0, random.Random("live")
-        for layer in reversed(range(len(LAYERS))):
-            if layer == len(LAYERS) - 1:
-                vhdkit.create_image(LAYERS[layer], DISK, block_size_bytes=BLOCK)
+        for layer in reversed(range(len(layers))):
+            if layer == len(layers) - 1:
+                vhdkit.create_image(layers[layer], DISK, disk_format=kind, block_size_bytes=block)
             else:
-                vhdkit.create_child(LAYERS[layer], LAYERS[layer + 1])
-            with vhdkit.open_disk(LAYERS[layer], writable=True) as disk:
+                vhdkit.create_child(layers[layer], layers[layer + 1])
+            with vhdkit.open_disk(layers[layer], writable=True) as disk:
                 for _ in range(25):
                     number += 1
                     _write(disk, number, rng, log.fileno())
@@ -59,9 +70,10 @@ def _write(disk: vhdkit.Disk, number: int, rng: random.Random, log: int) -> None
 
 def newest() -> str:
     """The image that is the disk now: the upper end of the chain whose base exists."""
-    path = "base.vhd"
+    path = base()
+    suffix = f".a{path.rpartition('.')[2]}"
     while True:
-        children = [name for name in sorted(os.listdir()) if name.endswith(".avhd") and _stands_on(name, path)]
+        children = [name for name in sorted(os.listdir()) if name.endswith(suffix) and _stands_on(name, path)]
         if not children:
             return path
         (path,) = children
@@ -69,9 +81,9 @@ def newest() -> str:
 
 def _stands_on(child: str, parent: str) -> bool:
     with vhdkit.open_disk(child, options=vhdkit.OpenOptions(lock=False)) as disk:
-        layers = disk.layer_ids
+        recorded = disk.chain.leaf.facts.parent
     with vhdkit.open_disk(parent, options=vhdkit.OpenOptions(lock=False)) as disk:
-        return len(layers) > 1 and layers[1] == disk.layer_ids[0]
+        return recorded is not None and disk.chain.leaf.unique_id in recorded.linkage_ids
 
 
 def merge_while_writing() -> None:
@@ -131,8 +143,8 @@ def look(done: bool) -> None:
         assert word & 0xFFFFFFFF == sector and found == found[:8] * (SECTOR_SIZE // 8), f"sector {sector} is torn"
         assert word >> 32 in allowed, f"sector {sector} is of write {word >> 32}, not of one of {sorted(allowed)}"
     if done:
-        images = [name for name in os.listdir() if name.endswith("vhd")]
-        assert images == ["base.vhd"], images
+        images = [name for name in os.listdir() if name.endswith(("vhd", "vhdx"))]
+        assert images == [base()], images
 
 
 def _written() -> dict[int, set[int]]:
@@ -163,7 +175,7 @@ def _written() -> dict[int, set[int]]:
 
 def _settle() -> None:
     """A merge whose data is complete is finished by the next writable open, as when the server is started again."""
-    for target in LAYERS[:0:-1]:
+    for target in layers_of(base().removeprefix("base"))[:0:-1]:
         if os.path.exists(target) and vhdkit.merge_under_way(target) is not None:
             with contextlib.suppress(errors.HasChildren):
                 vhdkit.resume_merge(target)

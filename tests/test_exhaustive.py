@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.exhaustive import Explorer, Wrong, main, scratch
-from tests.exhaustive_verbs import VERBS
+from tests.exhaustive_verbs import KINDS, VERBS
 from tests.harness.folder_power import FolderPower
 from tests.support import daily_or_nightly
 from vhdkit import folder
@@ -37,6 +37,16 @@ def test_a_sample_of_cuts_in_two_verbs() -> None:
     """The second of two verbs may be cut as well."""
     counts = _explore(2, sample=daily_or_nightly(29, 17), after_sample=5).counts
     assert counts["cuts"] > 12
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("verb", VERBS)
+def test_cuts_in_one_verb_on_vhdx(verb: str) -> None:
+    """The same with VHDX: one verb, a sample of its cuts, and then each verb."""
+    with scratch() as base:
+        explorer = Explorer(base, sample=5, after_sample=3, kind=KINDS["vhdx"])
+        explorer.explore(1, first=(verb,))
 
 
 @pytest.mark.nightly

@@ -24,6 +24,7 @@ import random
 import shutil
 import stat
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +52,31 @@ class Cut:
     def key(self) -> str:
         """Equal for folders with the same content."""
         return key_of(self.files)
+
+
+_PACKED_BYTES = 1 << 20  # larger contents are kept packed: hundreds of folders with whole disks are kept
+
+
+class Packed(Mapping[str, bytes]):
+    """Files of which the large ones are kept packed; images are mostly zeros."""
+
+    def __init__(self, files: Files) -> None:
+        self._files = {
+            path: content if len(content) <= _PACKED_BYTES else zlib.compress(content, 1)
+            for path, content in files.items()
+        }
+        self._packed = {path for path, content in files.items() if len(content) > _PACKED_BYTES}
+
+    def __getitem__(self, path: str) -> bytes:
+        """The content of a file."""
+        content = self._files[path]
+        return zlib.decompress(content) if path in self._packed else content
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
 
 
 _KEPT_BYTES = 64 << 20  # of contents whose hash is cached: with more, each fork of the process takes long
@@ -163,7 +189,7 @@ class FolderPower:
     def _found(self, cut: Cut) -> None:
         """Keep the cut, or have it judged."""
         if self.judge is None:
-            self.cuts.append(cut)
+            self.cuts.append(Cut(cut.boundary, cut.kind, Packed(cut.files)))
             return
         is_watching = os.fsync != self._before["fsync"]
         self._unwatch()

@@ -28,6 +28,7 @@ from vhdkit.chain.verbs.merge_steps import RealNames
 from vhdkit.chain.verbs.newest import newest_leaf
 from vhdkit.folder import sidecar_path
 from vhdkit.formats.vhd.dynamic import DynamicImage
+from vhdkit.formats.vhdx.blocks import VhdxImage
 from vhdkit.serve.opening import ExportRequest, OpenMode, open_exports
 from vhdkit.store import FileStore, Store
 
@@ -57,7 +58,7 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
 def let_go(chain: Chain) -> None:
     """What the kernel does to the files of a killed process."""
     for layer in chain.layers:
-        if isinstance(layer, DynamicImage):
+        if isinstance(layer, DynamicImage | VhdxImage):
             killed(layer)
         else:
             layer.store.close()
@@ -84,12 +85,18 @@ def served(path: Path) -> bytes:
         export.disk.close()
 
 
+BASES = ("dynamic", "vhdx")
+
+
+@pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("named", [0, 1, 2])
 @pytest.mark.parametrize("step", range(1, 6))
-def test_killed_in_a_live_merge(step: int, named: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_in_a_live_merge(
+    step: int, named: int, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """INV-MERGE-PRESERVES: killed at any step of a merge of lower layers, the server continues with the leaf,
     whichever image of the line its command line names, as long as that exists."""
-    paths, model = make_chain(tmp_path, 3, "dynamic", random.Random(step))
+    paths, model = make_chain(tmp_path, 3, base, random.Random(step))
     chain = Chain.open(paths[0], writable=True)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         killed_at(patch, step)
@@ -117,15 +124,16 @@ def test_a_source_removed_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert newest_leaf(paths[2], OpenOptions()) == str(paths[0])
 
 
+@pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("named", [0, 1, 2])
 @pytest.mark.parametrize("step", range(1, 5))
 def test_killed_in_a_live_merge_of_the_leaf(
-    step: int, named: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    step: int, named: int, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """INV-MERGE-PRESERVES: the leaf has writes that were not flushed when its own merge begins; killed at any step, a
     restart by the same command line completes the merge and continues serving."""
     rng = random.Random(step)
-    paths, model = make_chain(tmp_path, 3, "dynamic", rng)
+    paths, model = make_chain(tmp_path, 3, base, rng)
     chain = Chain.open(paths[0], writable=True)
     write_some(chain, model, rng, 4)
     with monkeypatch.context() as patch, pytest.raises(Killed):
