@@ -363,8 +363,10 @@ def build_locator_entry(entry: LocatorEntry) -> bytes:
 
 
 def parse_log_entry_header(raw: bytes) -> LogEntryHeader:
-    """Cut the head of a log entry. Checks nothing."""
-    return LogEntryHeader(**_values(_LOG_ENTRY_HEADER.parse(raw), ("log_guid",)))
+    """Cut the head of a log entry. Checks nothing. A hostile log may have one in each of its sectors."""
+    values: list[Any] = list(_LOG_ENTRY_PACKED.unpack(raw))
+    values[7] = read_guid(values[7])
+    return LogEntryHeader(*values)
 
 
 def build_log_entry_header(header: LogEntryHeader) -> bytes:
