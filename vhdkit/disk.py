@@ -69,8 +69,8 @@ class Disk:
         self.chain = chain
         self.size_bytes = chain.size_bytes
         self.writable = chain.writable
-        self._unit_bytes = chain.leaf.sector_bytes  # of writes; reads are whole sectors of 512 bytes everywhere
-        self._unit_mask = self._unit_bytes - 1
+        self.unit_bytes = chain.leaf.sector_bytes  # of writes; reads are whole sectors of 512 bytes everywhere
+        self._unit_mask = self.unit_bytes - 1
         self._read_sectors = chain.read_into
         self._try_read_sectors = chain.try_read_into
         self._write_in_place = chain.write_in_place
@@ -217,7 +217,7 @@ class Disk:
         return True
 
     def _write_unaligned(self, offset: int, view: memoryview) -> None:
-        end, unit = offset + len(view), self._unit_bytes
+        end, unit = offset + len(view), self.unit_bytes
         for first, last in _edges(offset, end, unit):
             whole, skip = self._unit(first, unit), first % unit
             whole[skip : skip + last - first] = view[first - offset : last - offset]
@@ -231,7 +231,7 @@ class Disk:
         offset_bytes, size_bytes = byte_size("offset_bytes", offset_bytes), byte_size("size_bytes", size_bytes)
         flag("fua", fua)
         self._check_write(offset_bytes, size_bytes)
-        end, unit = offset_bytes + size_bytes, self._unit_bytes
+        end, unit = offset_bytes + size_bytes, self.unit_bytes
         with self._write_lock.lock:
             for first, last in _edges(offset_bytes, end, unit):
                 self._write_unaligned(first, memoryview(bytes(last - first)))
@@ -249,7 +249,7 @@ class Disk:
         offset_bytes, size_bytes = byte_size("offset_bytes", offset_bytes), byte_size("size_bytes", size_bytes)
         flag("fua", fua)
         self._check_write(offset_bytes, size_bytes)
-        unit = self._unit_bytes
+        unit = self.unit_bytes
         start, end = round_up(offset_bytes, unit), round_down(offset_bytes + size_bytes, unit)
         with self._write_lock.lock:
             if end > start:

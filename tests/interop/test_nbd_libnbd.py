@@ -43,6 +43,19 @@ def test_nbdinfo(tmp_path: Path, kind: str) -> None:
         client("nbdinfo", "--can", "multi-conn", server.uri)
 
 
+def test_nbdinfo_of_large_sectors(tmp_path: Path) -> None:
+    """A disk with sectors of 4096 bytes says so, and nbdcopy copies it whole in both directions."""
+    path, source, target = tmp_path / "large.vhdx", tmp_path / "in.raw", tmp_path / "out.raw"
+    vhdkit.create_image(path, 8 * MIB, disk_format="vhdx", sector_bytes=4096)
+    source.write_bytes(random.Random(1).randbytes(8 * MIB))
+    with serving(path) as server:
+        [export] = json.loads(client("nbdinfo", "--no-content", "--json", server.uri))["exports"]
+        assert (export["block_size_minimum"], export["block_size_preferred"]) == (4096, 4096)
+        client("nbdcopy", str(source), server.uri)
+        client("nbdcopy", server.uri, str(target))
+    assert target.read_bytes() == source.read_bytes()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_nbdinfo_maps(tmp_path: Path, kind: str) -> None:
     """Row 40: nbdinfo's maps of allocation, depth and every layer's dirty bitmap agree with content and layers."""

@@ -61,7 +61,13 @@ class Export:
             flags |= TransmissionFlag.SEND_TRIM | TransmissionFlag.SEND_WRITE_ZEROES | TransmissionFlag.SEND_FAST_ZERO
         dirty = [DIRTY + name for name in dict.fromkeys(self.disk.layer_ids) if name is not None]
         contexts = (ALLOCATION, DEPTH, *dirty)
-        return ExportInfo(self.name, self.description, self.disk.size_bytes, flags, contexts)
+        least = self.least_request_bytes
+        return ExportInfo(self.name, self.description, self.disk.size_bytes, flags, contexts, least)
+
+    @property
+    def least_request_bytes(self) -> int:
+        """The smallest request that clients should make: a sector that is larger than 512 bytes, else a byte."""
+        return 1 if self.disk.unit_bytes == SECTOR_SIZE else self.disk.unit_bytes
 
     # -- flushing -----------------------------------------------------------------------------------------------
 

@@ -51,13 +51,17 @@ class TlsMode(Enum):
 
 @dataclass(frozen=True, slots=True)
 class ExportInfo:
-    """What a client may learn about an export. `flags` without those a session adds; `contexts` by name."""
+    """What a client may learn about an export. `flags` without those a session adds; `contexts` by name.
+
+    `min_block_bytes` is advice for clients that ask: any byte range is served.
+    """
 
     name: str
     description: str
     size_bytes: int
     flags: TransmissionFlag
     contexts: tuple[str, ...]
+    min_block_bytes: int = wire.MIN_BLOCK_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,7 +306,7 @@ class Handshake:
         if Info.DESCRIPTION in wanted and export.description:
             self._reply(option, Reply.INFO, _U16.pack(Info.DESCRIPTION) + wire.text_payload(export.description))
         if Info.BLOCK_SIZE in wanted:
-            sizes = (wire.MIN_BLOCK_BYTES, wire.PREFERRED_BLOCK_BYTES, wire.MAX_PAYLOAD_BYTES)
+            sizes = (export.min_block_bytes, wire.PREFERRED_BLOCK_BYTES, wire.MAX_PAYLOAD_BYTES)
             self._reply(option, Reply.INFO, struct.pack(">HIII", Info.BLOCK_SIZE, *sizes))
         self._reply(option, Reply.ACK)
         if option == Option.GO:

@@ -261,7 +261,7 @@ def get_size(export: Export) -> int:
 
 def block_size(export: Export) -> tuple[int, int, int]:
     """The minimum, preferred and maximum request size in bytes."""
-    return 1, PAGE_SIZE, MAX_REQUEST_BYTES
+    return export.least_request_bytes, PAGE_SIZE, MAX_REQUEST_BYTES  # advice: any byte range is served
 
 
 def can_write(export: Export) -> bool:

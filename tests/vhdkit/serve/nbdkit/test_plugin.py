@@ -102,6 +102,16 @@ def test_every_callback_is_there(plugin: Any) -> None:
     assert plugin.thread_model() == FakeNbdkit.THREAD_MODEL_PARALLEL
 
 
+def test_large_sectors_are_the_smallest_request(plugin: Any, tmp_path: Path) -> None:
+    """A disk with sectors of 4096 bytes asks for requests of whole ones, and serves others, too."""
+    vhdkit.create_image(tmp_path / "large.vhdx", 8 * MIB, disk_format="vhdx", sector_bytes=4096)
+    handle = started(plugin, ("image", str(tmp_path / "large.vhdx")))
+    assert plugin.block_size(handle) == (4096, 4096, 64 * MIB)
+    plugin.pwrite(handle, memoryview(b"x" * 1000), 12345, 0)
+    assert read(plugin, handle, 12344, 1002) == b"\0" + b"x" * 1000 + b"\0"
+    plugin.close(handle)
+
+
 def test_read_write_flush(plugin: Any, tmp_path: Path) -> None:
     """Writes at any offset are read back, and are in the image when nbdkit has ended."""
     path = image(tmp_path)
