@@ -19,12 +19,14 @@ VHD_ONLY = {
     "test_a_bad_block_table_breaks_the_chain", "test_a_loop_ends", "test_dump", "test_dump_of_a_damaged_file",
     "test_snapshot_reports_what_it_made", "test_snapshot_of_a_set_as_json", "test_snapshots_while_fio_writes",
     "test_session", "test_nothing_is_overwritten", "test_a_lost_parent_can_be_replaced", "test_a_converted_parent",
-    "test_a_parent_of_another_size_must_be_confirmed",
+    "test_a_parent_of_another_size_must_be_confirmed", "test_merging_while_serving", "test_a_signal_cancels_a_merge",
+    "test_info_of_a_vhdx", "test_refusals",
 }  # fmt: skip
 # The same for sectors of 4096 bytes: a VHD has none, and a part of one is written as a whole.
 SECTORS_OF_512_ONLY = VHD_ONLY | {
     "test_a_chain_to_every_kind", "test_from_a_pipe", "test_to_a_pipe", "test_json_and_quiet",
     "test_force_is_suggested_only_where_it_helps", "test_chain_tree", "test_json_is_exact",
+    "test_chains_between_all_formats",
 }  # fmt: skip
 DAILY = {
     "test_a_chain_to_every_kind", "test_chain_of_an_image_in_use", "test_overlay_leaves_the_images_unchanged",
