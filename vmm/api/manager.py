@@ -204,8 +204,8 @@ class Manager:
         if "machine_type" not in settings:
             settings["machine_type"] = machine_types.newest("pc")
         spec = make_spec(name=name, **settings_with_real_paths(settings))
-        for request in disks:
-            spec = spec.changed(disks=[*spec.disks, disk_of(request, spec)])
+        for request in disks:  # checked together at the end: the first need not be the one that it boots from
+            spec = spec.model_copy(update={"disks": (*spec.disks, disk_of(request, spec))})
         refuse_impossible(spec, asked)
         if folder is not None and not os.path.isdir(folder):
             raise InvalidSpec("is not a folder", path=folder, hint="create it first")
@@ -215,7 +215,8 @@ class Manager:
 
                 held.enter_context(choosing_macs())
                 for one in adapters:
-                    spec = spec.changed(adapters=[*spec.adapters, fit(one, spec)])
+                    spec = spec.model_copy(update={"adapters": (*spec.adapters, fit(one, spec))})
+            spec = spec.changed()
             machine = registry.add(spec, folder=folder)
         add_event(machine.paths.events, "created")
         note_marks(machine, spec.disks)

@@ -190,7 +190,8 @@ def list_command(name: str, as_json: bool, quiet: bool) -> None:
 def resize_command(name: str, disk: str, size: vhdkit.DiskSize, shrink: bool, as_json: bool, quiet: bool) -> None:
     """Resize DISK of the machine NAME to SIZE. A disk of a running machine can only grow, on SCSI and virtio.
 
-    SIZE is rounded up to whole sectors of 512 bytes. The guest is notified.
+    SIZE is rounded up to whole sectors of 512 bytes; a disk with sectors of 4096 bytes needs whole ones of these. The
+    guest is notified.
 
     What `vhdkit resize` refuses is refused here, too: a file system or partition that a smaller size would cut off is
     named.

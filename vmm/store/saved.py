@@ -250,7 +250,8 @@ def _definition_problem(description: Description, spec: MachineSpec) -> str | No
             if isinstance(path, str) and disk.get("kind") != "pass-through":
                 path = os.path.realpath(path)
             keys = ("id", "kind", "controller", "controller_index", "unit", "serial")
-            rows.append([path, *(disk.get(key) for key in keys)])
+            sectors = [disk.get(key, 512) for key in ("sector_bytes", "physical_sector_bytes")]
+            rows.append([path, *(disk.get(key) for key in keys), *sectors])
         return rows
 
     if places(description.definition) != places(now):

@@ -69,6 +69,20 @@ def test_a_vhdx_is_never_taken_for_a_raw_disk(folder: Path) -> None:
     failure("create", "web", "--disk", "c.vhdx,format=vhd", code=3)
 
 
+def test_disks_in_any_order(folder: Path) -> None:
+    """What a machine boots from may be named after disks that it cannot boot from."""
+    vhdkit.create_image(folder / "large.vhdx", 8 * MIB, disk_format="vhdx", sector_bytes=4096)
+    failure("create", "web", "--disk", "large.vhdx", code=2)
+    for words in (["--disk", "large.vhdx"], ["--disk", "b.vhd,controller=scsi"]):
+        made = document("create", "web", *words, "--disk", "a.avhd")
+        assert [disk["id"] for disk in made["definition"]["disks"]] == ["disk-0", "disk-1"]
+        good("delete", "web", "--yes")
+        document("create", "web", *words, "--cdrom", "")
+        good("delete", "web", "--yes")
+    assert "ide0:0 is used twice" in failure("create", "web", "--disk", "a.avhd,index=0,unit=0", "--disk",
+                                             "b.vhd,index=0,unit=0", code=2)  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [

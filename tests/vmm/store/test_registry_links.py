@@ -130,7 +130,8 @@ def test_a_home_behind_a_link(machines: Machines, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_saved_state_of_a_linked_disk(machines: Machines, linked: Path) -> None:
-    """Memory that was saved with the link on record still belongs to the machine."""
+    """Memory that was saved with the link on record still belongs to the machine, also when 0.1.0 saved it, which did
+    not record sector sizes; memory of other sectors does not."""
     from vmm.store import saved
 
     machines.create("web", [linked])
@@ -139,6 +140,12 @@ def test_a_saved_state_of_a_linked_disk(machines: Machines, linked: Path) -> Non
     document["disks"][0]["path"] = str(linked)
     description = saved.Description("7.2.0", "tcg", True, 0, document, 1.0)
     assert saved._definition_problem(description, spec) is None
+    for name in ("sector_bytes", "physical_sector_bytes"):
+        assert document["disks"][0].pop(name) == 512
+    assert saved._definition_problem(description, spec) is None
+    document["disks"][0]["physical_sector_bytes"] = 4096
+    assert saved._definition_problem(description, spec) == "its disks were changed"
+    del document["disks"][0]["physical_sector_bytes"]
     document["disks"][0]["path"] = str(machines.folder / "other.vhd")
     assert saved._definition_problem(description, spec) == "its disks were changed"
 
