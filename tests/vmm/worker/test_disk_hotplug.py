@@ -139,7 +139,7 @@ def test_changes_that_a_running_machine_refuses(manager: Manager, tmp_path: Path
         manager.add_disk("small", DiskRequest(str(other), kind="iso", controller="scsi"))
     with pytest.raises(WrongState, match="on ide can be removed only"):
         manager.remove_disk("small", "disk-0")
-    with pytest.raises(NotFound, match="there are disk-0"):
+    with pytest.raises(NotFound, match="its disks: disk-0"):
         manager.remove_disk("small", "disk-9")
     with pytest.raises(WrongState, match="on ide can be enlarged only"):
         manager.resize_disk("small", "disk-0", 16 * MIB)
