@@ -81,6 +81,7 @@ class Journal:
         self._synced_size = 0  # of the file, at the last sync
         self._head = 0  # where the next entry goes
         self._durable_tail = 0  # what the newest durable entry says
+        self._recorded_tail = 0  # what the entry says that was written last; by now the tail may have moved
         self._unsettled: deque[_Logged] = deque()
         self._sequence = 0
         self._has_log = False  # this session has a log id, in a durable header
@@ -259,7 +260,7 @@ class Journal:
 
         Raises NoSpace, IoFailed: nothing is lost then, and the entry stays in the log.
         """
-        self._durable_tail = self._tail()
+        self._durable_tail = self._recorded_tail
         self._unsettled.append(_Logged(self._head, pages))
         self._head = (self._head + log.entry_size(len(pages))) % self._log_size
         self._sequence += 1
@@ -289,10 +290,11 @@ class Journal:
         return self._log_size - used
 
     def _write_entry(self, offset: int, pages: list[LogChange], log_guid: bytes) -> None:
+        self._recorded_tail = self._tail()
         raw = log.build_entry(
             log_guid,
             self._sequence,
-            self._tail(),
+            self._recorded_tail,
             pages,
             flushed_file_offset=round_down(self._synced_size, MIB),
             last_file_offset=round_up(self._store.size(), MIB),

@@ -54,6 +54,18 @@ def test_every_cut_leaves_flushed_or_newer(scene: Callable[[int], Scene], seed: 
     assert run.operations > run.syncs > 3 and run.judged > run.operations
 
 
+def empty_child_scene(seed: int) -> Scene:
+    """A child that owns nothing, so its first flush brings a sector bitmap."""
+    scene = child_scene(seed)
+    below = base_scene(seed)
+    linkage_id = VHDX.linkage_id(below.leaf)
+    assert linkage_id is not None
+    parent = ParentRef.of_paths(linkage_id, 0, relative=".\\b.vhdx", absolute="\\b.vhdx", name="b.vhdx")
+    leaf = MemStore("leaf.avhdx")
+    VHDX.create_child(leaf, SIZE, parent, block_size_bytes=MIB, disk=scene.parents[0])
+    return Scene(leaf, scene.parents, below.content)
+
+
 def small_ring(monkeypatch: pytest.MonkeyPatch) -> None:
     """Entries of one page each, so that a flush has several and the ring is reused."""
     monkeypatch.setattr(Journal, "max_pages", property(lambda self: 1))
@@ -117,3 +129,16 @@ def test_pages_in_their_places_before_the_log_are_caught(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(Commit, "_write", at_once)
     caught(child_scene)
+
+
+def test_pages_of_the_bat_in_rising_order_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Self-test: over several entries, a block would be partially present before its sector bitmap is there."""
+    small_ring(monkeypatch)
+    real = Commit._copied
+
+    def rising(self: Commit, fresh: set[int]) -> list[LogChange]:
+        return sorted(real(self, fresh), key=lambda one: one.file_offset_bytes)
+
+    PowerRun(empty_child_scene(1), 1, cuts=2, steps=6, second_cuts=False).run()
+    monkeypatch.setattr(Commit, "_copied", rising)
+    caught(empty_child_scene)

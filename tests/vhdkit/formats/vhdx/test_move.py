@@ -82,6 +82,7 @@ def test_inv_compact_preserves_the_disk(kind: str, seed: int) -> None:
     assert content_of(scene.store, scene.parents) == content and not faults_of(scene.store)
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kind", KINDS if NIGHTLY else ["child"])
 @pytest.mark.parametrize("seed", range(daily_or_nightly(1, 5)))
 @pytest.mark.parametrize("like_qemu", [False, True] if NIGHTLY else [True])
@@ -195,6 +196,7 @@ def test_space_that_is_freed_before_the_entries_are_durable_is_caught(monkeypatc
             cut_everywhere(scene, careless, (scene.content,), seed=number, cuts=6, again=False)
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.nightly
 def test_a_copy_that_is_not_durable_before_its_entry_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Self-test: the entry leads to what was in the free space before."""
@@ -208,6 +210,7 @@ def test_a_copy_that_is_not_durable_before_its_entry_is_caught(monkeypatch: pyte
 OPERATIONS = ["read", "write", "punch", "truncate", "sync"]
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("operation", OPERATIONS if NIGHTLY else ["write", "sync"])
 @pytest.mark.parametrize("make_error", [io_failed, no_space, sync_failed] if NIGHTLY else [no_space])
 @pytest.mark.parametrize("kind", ["child", "dynamic"] if NIGHTLY else ["child"])

@@ -94,6 +94,7 @@ def test_inv_resize_grows_with_zeros_and_shrinks(kind: str, seed: int) -> None:
     assert len(set(ids)) == len(ids) - (least == old), "each change of the size brings a new DataWriteGuid"
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kind", KINDS if NIGHTLY else ["child"])
 @pytest.mark.parametrize("seed", range(daily_or_nightly(1, 4)))
 @pytest.mark.parametrize("far", [False, True], ids=["in place", "new BAT"])
@@ -111,6 +112,7 @@ def resized(scene: Crowd, size: int) -> tuple[tuple[int, bytes], tuple[int, byte
     return short(scene.content), short_of(scene.content, size)
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kind", KINDS if NIGHTLY else ["child"])
 @pytest.mark.parametrize("seed", range(daily_or_nightly(1, 4)))
 def test_inv_resize_whole_at_every_cut_of_shrinking(kind: str, seed: int) -> None:
@@ -136,6 +138,7 @@ def test_a_table_that_is_not_durable_before_the_size_is_caught(monkeypatch: pyte
     caught(lambda layers: resize(layers, LONG), lambda scene: LONG)
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.nightly
 def test_entries_that_are_dropped_before_the_size_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Self-test: a block that is dropped while the disk still has it shows what is below."""
@@ -172,6 +175,7 @@ def test_a_size_in_its_place_before_the_log_is_caught(monkeypatch: pytest.Monkey
     caught(lambda layers: resize(layers, LONG), lambda scene: LONG)
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("operation", daily_or_nightly_list(["write", "sync"], OPERATIONS))
 @pytest.mark.parametrize("make_error", daily_or_nightly_list([io_failed], [io_failed, no_space, sync_failed]))
 @pytest.mark.parametrize("kind", daily_or_nightly_list(["child"], ["child", "fixed"]))
