@@ -23,6 +23,8 @@ why blocks go: the caller (`chain.verbs.compact`) found that the disk reads the 
 from __future__ import annotations
 
 import contextlib
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -85,7 +87,7 @@ def plan_packing(image: VhdxImage, gone: Indices) -> Packing:
     numbers, offsets = numbers[kept], offsets[kept]
     sizes = whole_sizes(metadata, numbers)
     structures = [(start, size) for _, start, size in metadata.structures()]
-    gaps = _Gaps(structures, offsets, sizes, image.block_size_bytes)
+    gaps = _Gaps(structures, offsets, sizes)
     waiting = sorted(structures)  # those that are not looked at yet, the last one last
     placed: dict[int, int] = {}  # the new places of structures, by their old ones
     movable = {metadata.regions.bat.file_offset, metadata.regions.metadata.file_offset, metadata.log[0]}
@@ -123,9 +125,8 @@ def _placed(region: RegionEntry, placed: dict[int, int]) -> RegionEntry:
 class _Gaps:
     """The free ranges between what is taken, all on mebibytes, lowest first. Ranges that overlap are one."""
 
-    def __init__(self, structures: list[tuple[int, int]], offsets: Indices, sizes: Indices, block_size: int) -> None:
+    def __init__(self, structures: list[tuple[int, int]], offsets: Indices, sizes: Indices) -> None:
         """`structures` are (offset, size); blocks have offsets and sizes, both in any order."""
-        self._block_size = block_size
         starts = np.concatenate([np.array([one for one, _ in structures], dtype=np.int64), offsets])
         ends = starts + np.concatenate([np.array([one for _, one in structures], dtype=np.int64), sizes])
         order = np.argsort(starts, kind="stable")
@@ -145,9 +146,6 @@ class _Gaps:
         if number == len(self._gaps) or self._gaps[number][0] >= below:
             return None
         start, end = self._gaps[number]
-        if size < self._block_size and (end - start) % self._block_size:
-            self._gaps[number] = start, end - size  # where no whole block fits
-            return end - size
         self._gaps[number] = start + size, end
         return start
 
@@ -221,15 +219,29 @@ def carry_out(image: VhdxImage, packing: Packing, moved: Moved | None = None) ->
 def _move_batch(image: VhdxImage, packing: Packing, part: slice, moved: Moved | None) -> None:
     commit, bat = image.commit, image.bat
     entries, targets = packing.entries[part].tolist(), packing.targets[part].tolist()
-    for number, target, size in zip(entries, targets, packing.sizes[part].tolist(), strict=True):
-        _copy(image.store, offset_of(bat.entry(number)), target, size)
-        if moved is not None:
-            moved(size)
-    commit.sync()
+    sizes, sources = packing.sizes[part].tolist(), [offset_of(bat.entry(number)) for number in entries]
+    try:
+        for source, target, size in zip(sources, targets, sizes, strict=True):
+            _copy(image.store, source, target, size)
+            if moved is not None:
+                moved(size)
+        commit.sync()
+    except BaseException:  # Ctrl-C too: nothing refers to the copies
+        _punch(image.store, zip(targets, sizes, strict=True))
+        raise
     for number, target in zip(entries, targets, strict=True):
         with commit.changing:
             commit.set_entry(number, BlockState(state_of(bat.entry(number))), target)
     commit.flush()
+    is_block = [bat.shape.block_of(number) is not None for number in entries]
+    _punch(image.store, itertools.compress(zip(sources, sizes, strict=True), is_block))
+
+
+def _punch(store: Store, ranges: Iterable[tuple[int, int]]) -> None:
+    """Give back the space of (offset, size) ranges that are free. No error is raised if that fails."""
+    with contextlib.suppress(errors.VhdkitError):
+        for offset, size in ranges:
+            store.punch(offset, size)
 
 
 def _copy(store: Store, source: int, target: int, size: int) -> None:
@@ -275,7 +287,5 @@ def _punch_gaps(image: VhdxImage, packing: Packing) -> None:
     sizes = whole_sizes(image.metadata, numbers)
     log = packing.log_bytes, image.metadata.log[1]
     structures = replace(image.metadata, regions=packing.regions, log=log).structures()
-    gaps = _Gaps([(start, size) for _, start, size in structures], offsets, sizes, image.block_size_bytes)
-    with contextlib.suppress(errors.VhdkitError):
-        for start, end in gaps.remaining():
-            image.store.punch(start, end - start)
+    gaps = _Gaps([(start, size) for _, start, size in structures], offsets, sizes)
+    _punch(image.store, ((start, end - start) for start, end in gaps.remaining()))
