@@ -15,8 +15,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.sources import nodes_of, tree_of
 from tests.support import python_files
-from tests.test_layering import OS_EVERYWHERE, parsed
+from tests.test_layering import OS_EVERYWHERE
 
 CONSTRUCTORS = {"__init__", "__new__", "__post_init__"}
 # Calls with these names, on any object or module.
@@ -94,9 +95,9 @@ RESOURCES = {
 
 def complaints(path: str, source: str) -> Iterator[str]:
     """The calls in constructors that do more than combine values."""
-    tree = parsed(source)
+    tree = tree_of(source)
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
-    for node in ast.walk(tree):
+    for node in nodes_of(source):
         if isinstance(node, ast.ClassDef) and node.name not in RESOURCES.get(path, set()):
             methods = {one.name: one for one in node.body if isinstance(one, ast.FunctionDef)}
             for line, call in _calls([methods[one] for one in CONSTRUCTORS & methods.keys()], methods, functions):

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.sources import nodes_of
 from tests.support import python_files
-from tests.test_layering import imports_of, is_in, module_of, parsed
+from tests.test_layering import imports_of, is_in, module_of
 
 # The formats themselves, and the classes of their open images: only for the contract's own side.
 FORMATS = ("vhdkit.formats.vhd", "vhdkit.formats.raw", "vhdkit.formats.linear")
@@ -52,7 +53,7 @@ def check_formats(path: str, source: str) -> Iterator[str]:
             yield f"{path}:{line}: {inner} is one format's; ask the contract (formats.format)"
         elif is_in(here, "vhdkit.chain") and is_in(module, "vhdkit.formats") and module not in OF_EVERY_FORMAT:
             yield f"{path}:{line}: {module} is not among the modules that know no format"
-    for node in ast.walk(parsed(source)):
+    for node in nodes_of(source):
         if isinstance(node, ast.Name | ast.Attribute) and getattr(node, "id", getattr(node, "attr", "")) in IMAGES:
             yield f"{path}:{node.lineno}: a class of one format's images; ask the layer or its format"
 

@@ -11,10 +11,11 @@ import ast
 import fnmatch
 import sys
 from collections.abc import Callable, Iterator
-from functools import cache, lru_cache
+from functools import cache
 
 import pytest
 
+from tests.sources import nodes_of
 from tests.support import ROOT, python_files
 
 FILES_AND_IMAGES = """
@@ -193,12 +194,6 @@ def modules() -> frozenset[str]:
     return frozenset(module_of(path) for path, _ in python_files("vhdkit", "vmm"))
 
 
-@lru_cache(maxsize=1)  # a tree is large, and the rules examine one file after another
-def parsed(source: str) -> ast.Module:
-    """The syntax tree, which several rules examine."""
-    return ast.parse(source)
-
-
 def imports_of(path: str, source: str) -> Iterator[tuple[int, str, str]]:
     """(line, module, name) of every import, inside functions too; the name is empty for `import module`.
 
@@ -207,7 +202,7 @@ def imports_of(path: str, source: str) -> Iterator[tuple[int, str, str]]:
     package = module_of(path).split(".")
     if not path.endswith("__init__.py"):
         package.pop()
-    for node in ast.walk(parsed(source)):
+    for node in nodes_of(source):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield node.lineno, alias.name, ""
@@ -295,7 +290,7 @@ def check_public_door(path: str, source: str) -> Iterator[str]:
             for one, other in (pair, pair[::-1]):
                 if is_in(here, one) and is_in(f"{module}.{name}", other):
                     yield f"{path}:{line}: {one} and {other} do not see each other"
-    for node in ast.walk(parsed(source)):
+    for node in nodes_of(source):
         if not isinstance(node, ast.Attribute) or not isinstance(node.value, ast.Name):
             continue
         if node.value.id == "vhdkit" and node.attr not in public_names():
@@ -310,10 +305,10 @@ def check_foreign(path: str, source: str) -> Iterator[str]:
             yield f"{path}:{line}: {module} may be imported only in {', '.join(homes)}"
 
 
-def names_of_modules(tree: ast.AST) -> dict[str, str]:
+def names_of_modules(source: str) -> dict[str, str]:
     """What each name bound by `import` stands for: {"np": "numpy", "os": "os"}."""
     bound = {}
-    for node in ast.walk(tree):
+    for node in nodes_of(source):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 first = alias.name.split(".")[0]
@@ -321,10 +316,10 @@ def names_of_modules(tree: ast.AST) -> dict[str, str]:
     return bound
 
 
-def uses(tree: ast.AST) -> Iterator[tuple[int, str, str]]:
+def uses(source: str) -> Iterator[tuple[int, str, str]]:
     """(line, module, name) of `module.name` and `from module import name`; `os.path.join` counts as "os.path"."""
-    bound = names_of_modules(tree)
-    for node in ast.walk(tree):
+    bound = names_of_modules(source)
+    for node in nodes_of(source):
         if isinstance(node, ast.ImportFrom) and not node.level:
             for alias in node.names:
                 yield node.lineno, node.module or "", alias.name
@@ -336,15 +331,15 @@ def uses(tree: ast.AST) -> Iterator[tuple[int, str, str]]:
                 yield node.lineno, ".".join([bound[name.id], *inner]), node.attr
 
 
-def builtin_calls(tree: ast.AST) -> Iterator[tuple[int, str]]:
+def builtin_calls(source: str) -> Iterator[tuple[int, str]]:
     """(line, name) of calls of a bare name that this module neither defines nor imports."""
     own = set()
-    for node in ast.walk(tree):
+    for node in nodes_of(source):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             own.add(node.name)
         elif isinstance(node, ast.ImportFrom):
             own |= {alias.asname or alias.name for alias in node.names}
-    for node in ast.walk(tree):
+    for node in nodes_of(source):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id not in own:
             yield node.lineno, node.func.id
 
@@ -353,16 +348,15 @@ def check_files(path: str, source: str) -> Iterator[str]:
     """In vhdkit only the file rooms touch files."""
     if not path.startswith("vhdkit/") or path in (*FILE_ROOMS, *KERNEL_ROOMS):
         return
-    tree = parsed(source)
     rooms = " and ".join(FILE_ROOMS)
     allowed = OS_EVERYWHERE.union(*(names for room, names in OS_OF_ROOM.items() if path.startswith(room)))
     for line, module, _ in imports_of(path, source):
         if module.split(".")[0] in FILE_MODULES - MODULES_OF_ROOM.get(path, set()):
             yield f"{path}:{line}: only {rooms} touch files; {module} belongs there"
-    for line, name in builtin_calls(tree):
+    for line, name in builtin_calls(source):
         if name == "open":
             yield f"{path}:{line}: only {rooms} open files"
-    for line, module, name in uses(tree):
+    for line, module, name in uses(source):
         wrong = (
             (module == "os" and name not in allowed)
             or (module in ("os.path", "posixpath") and name not in OS_PATH_EVERYWHERE)
@@ -371,7 +365,7 @@ def check_files(path: str, source: str) -> Iterator[str]:
         )
         if wrong:
             yield f"{path}:{line}: only {rooms} touch files; {module}.{name} belongs there"
-    for node in ast.walk(tree):
+    for node in nodes_of(source):
         if isinstance(node, ast.Attribute) and node.attr in FILE_METHODS:
             yield f"{path}:{node.lineno}: only {rooms} touch files; .{node.attr} goes round them"
 
@@ -380,14 +374,13 @@ def check_silent(path: str, source: str) -> Iterator[str]:
     """Outside the command line nothing prints, exits or configures logging."""
     if not path.startswith(("vhdkit/", "vmm/")) or any(fnmatch.fnmatch(path, room) for room in TALKING_ROOMS):
         return
-    tree = parsed(source)
-    for line, name in builtin_calls(tree):
+    for line, name in builtin_calls(source):
         if name in TALKING_CALLS:
             yield f"{path}:{line}: a library does not {name}(); only {', '.join(TALKING_ROOMS)} may"
-    for line, module, name in uses(tree):
+    for line, module, name in uses(source):
         if name in TALKING_ATTRIBUTES.get(module, ()):
             yield f"{path}:{line}: a library does not use {module}.{name}"
-    for node in ast.walk(tree):
+    for node in nodes_of(source):
         if isinstance(node, ast.Attribute) and node.attr in TALKING_METHODS:
             yield f"{path}:{node.lineno}: a library does not configure logging (.{node.attr})"
         elif isinstance(node, ast.Name) and node.id == "SystemExit":
@@ -415,7 +408,7 @@ def check_one_door(path: str, source: str) -> Iterator[str]:
     for line, module, name in imports_of(path, source):
         if module == "vmm.processes.worker_connection" and name in ("contact", "changing"):
             yield f"{path}:{line}: only vmm/api/machines.py opens machines"
-    for node in ast.walk(parsed(source)):
+    for node in nodes_of(source):
         if not isinstance(node, ast.Attribute) or node.attr not in ("contact", "changing"):
             continue
         if ast.unparse(node.value) in ("contact", "worker_connection"):
@@ -426,7 +419,7 @@ def check_definitions(path: str, source: str) -> Iterator[str]:
     """A machine's definition, stored or running, is written in one place each, and its path named in one."""
     if not path.startswith("vmm/"):
         return
-    for node in ast.walk(parsed(source)):
+    for node in nodes_of(source):
         if isinstance(node, ast.Constant) and node.value == "machine.json" and path != "vmm/model/paths.py":
             yield f"{path}:{node.lineno}: only vmm/model/paths.py names the file of a definition"
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and node.attr in ("spec", "_spec"):

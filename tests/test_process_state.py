@@ -11,8 +11,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.sources import nodes_of, tree_of
 from tests.support import python_files
-from tests.test_layering import parsed, uses
+from tests.test_layering import uses
 
 SHARED = {"chdir", "fchdir", "umask"}
 OWN_PROCESSES = ("vhdkit/cli/background.py", "vmm/net/enclosed.py")  # these run as separate processes
@@ -21,13 +22,13 @@ CONTEXT_METHODS = {"__aenter__", "__aexit__", "__enter__", "__exit__"}
 
 def complaints(path: str, source: str) -> Iterator[str]:
     """Only a process's `main` sets process-wide state; only `with` and ExitStack enter and leave contexts."""
-    tree = parsed(source)
+    tree = tree_of(source)
     mains = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main"]
-    for line, module, name in uses(tree):
+    for line, module, name in uses(source):
         inside = any(node.lineno <= line <= (node.end_lineno or node.lineno) for node in mains)
         if module == "os" and name in SHARED and not inside and path not in OWN_PROCESSES:
             yield f"{path}:{line}: os.{name} changes what other threads do at this moment; only a process's main may"
-    for node in ast.walk(tree):
+    for node in nodes_of(source):
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
             continue
         is_super = isinstance(node.func.value, ast.Call) and ast.unparse(node.func.value.func) == "super"

@@ -13,11 +13,12 @@ import re
 import tokenize
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import PurePosixPath
 
 import pytest
 
+from tests.sources import nodes_of, tree_of
 from tests.support import CODE_FOLDERS, ROOT, project_text_files, python_files
 
 SPDX_LINE = "# SPDX-License-Identifier: Apache-2.0"
@@ -72,12 +73,6 @@ Complaints = Iterator[str]
 Rule = Callable[[str, str], Complaints]
 
 
-@lru_cache(maxsize=1)  # a tree is large, and the rules look at one file after another
-def tree_of(text: str) -> ast.Module:
-    """The syntax tree of a file."""
-    return ast.parse(text)
-
-
 def check_beginning(path: str, text: str) -> Complaints:
     """The first line is the licence, the second begins the docstring."""
     if not text.startswith(SPDX_LINE + "\n"):
@@ -102,7 +97,7 @@ def check_numbers(path: str, text: str) -> Complaints:
     """The sector size is a number in units.py and in layout files, and a name everywhere else."""
     if not path.startswith("vhdkit/") or PurePosixPath(path).name in NUMBER_ROOMS:
         return
-    for node in ast.walk(tree_of(text)):
+    for node in nodes_of(text):
         if isinstance(node, ast.Constant) and type(node.value) is int and node.value in SECTOR_NUMBERS:
             name = SECTOR_NUMBERS[node.value]
             yield f"{path}:{node.lineno}: {node.value} is units.{name}, or a name from layout.py"
@@ -115,7 +110,7 @@ def check_numbers(path: str, text: str) -> Complaints:
 def sizes(path: str, text: str) -> Iterator[tuple[str, int, int]]:
     """(what, lines, limit) of the module and of each function in it, a function's decorators not counted."""
     yield path, len(text.splitlines()), MAX_MODULE_LINES
-    for node in ast.walk(tree_of(text)):
+    for node in nodes_of(text):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield (
                 f"{path}:{node.name}",
@@ -148,6 +143,8 @@ def check_machine_paths(path: str, text: str) -> Complaints:
 
 def check_type_ignores(path: str, text: str) -> Complaints:
     """A rule is switched off by its code and for one line, never as a whole."""
+    if "noqa" not in text and "mypy:" not in text:
+        return  # to split it into tokens takes long
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT and re.match(r"#\s*(ruff:\s*noqa|mypy:|noqa\s*$)", token.string):
             yield f"{path}:{token.start[0]}: name the rule, for this line alone: {token.string}"
@@ -157,7 +154,7 @@ def check_test_docstrings(path: str, text: str) -> Complaints:
     """Every test says in a sentence which behaviour it expects."""
     if not PurePosixPath(path).name.startswith("test_"):
         return
-    for node in ast.walk(tree_of(text)):
+    for node in nodes_of(text):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
         if node.name.startswith("test_") and not (ast.get_docstring(node) or "").strip():
@@ -192,7 +189,7 @@ def check_sleeps(path: str, text: str) -> Complaints:
     for number in sleep_lines(text) if "sleep" in text else ():
         if "  # " not in lines[number - 1]:
             yield f"{path}:{number}: wait by {' or '.join(WAITING_MODULES)}, or say in a comment why it sleeps"
-    for node in ast.walk(tree_of(text)) if not path.startswith("tests/") else ():
+    for node in nodes_of(text) if not path.startswith("tests/") else ():
         if not isinstance(node, ast.Name) or not isinstance(node.ctx, ast.Store) or not INTERVAL.search(node.id):
             continue
         if "  # " not in lines[node.lineno - 1]:
@@ -202,14 +199,14 @@ def check_sleeps(path: str, text: str) -> Complaints:
 def sleep_lines(text: str) -> Iterator[int]:
     """The lines that use the `sleep` of time or asyncio, under any name; not those that only let others run."""
     modules, functions, others_run = set(), set(), set()
-    for node in ast.walk(tree_of(text)):
+    for node in nodes_of(text):
         if isinstance(node, ast.Import):
             modules |= {one.asname or one.name for one in node.names if one.name in ("time", "asyncio")}
         elif isinstance(node, ast.ImportFrom) and node.module in ("time", "asyncio"):
             functions |= {one.asname or one.name for one in node.names if one.name == "sleep"}
         elif isinstance(node, ast.Call) and [ast.unparse(one) for one in node.args] == ["0"]:
             others_run.add(node.func)
-    for node in ast.walk(tree_of(text)):
+    for node in nodes_of(text):
         match node:
             case ast.Name(id=name) if name in functions and node not in others_run:
                 yield node.lineno
@@ -221,7 +218,7 @@ def check_back_ends(path: str, text: str) -> Complaints:
     """A switch's back end is asked, not compared: `HostSide` chooses it, `Capabilities` says what it can do."""
     if not path.startswith("vmm/"):
         return
-    for node in ast.walk(tree_of(text)):
+    for node in nodes_of(text):
         if isinstance(node, ast.Compare):
             if all(isinstance(sign, ast.Is | ast.IsNot) for sign in node.ops):
                 continue  # None: there is none
