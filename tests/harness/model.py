@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tests.harness.stores import ZERO_SECTOR
-from vhdkit.image import Layer
+from vhdkit.image import ZEROS_WITHOUT_SPACE, Layer
 from vhdkit.store import Buffer, Store
 from vhdkit.units import SECTOR_SIZE, covering_sectors, sectors_to_bytes
 
@@ -117,6 +117,8 @@ def walk_sector(layers: Sequence[Layer], sector_index: int) -> tuple[int, int]:
             return number, position
         block, within = divmod(position, layer.block_size_bytes)
         start = layer.block_offset(block)
+        if start == ZEROS_WITHOUT_SPACE:
+            return -1, -1  # owned, as zeros
         if start < 0:
             continue
         owned = layer.owned_sectors(block)
