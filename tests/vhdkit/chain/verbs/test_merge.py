@@ -67,6 +67,14 @@ def each_format(request: pytest.FixtureRequest) -> Iterator[None]:
     families.pop()
 
 
+@pytest.fixture(params=["vhd", pytest.param("vhdx", marks=pytest.mark.nightly)])
+def each_format_nightly(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The same for matrices: every day only VHD."""
+    families.append(FAMILIES[request.param])
+    yield
+    families.pop()
+
+
 @pytest.fixture(autouse=True)
 def _in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -14,12 +14,21 @@ from typing import Any
 import pytest
 
 import vhdkit
-from tests.vhdkit.chain.verbs.test_merge import Stopped, content, each_format, family, make_chain, stop_at, write
+from tests.vhdkit.chain.verbs.test_merge import (
+    Stopped,
+    content,
+    each_format,
+    each_format_nightly,
+    family,
+    make_chain,
+    stop_at,
+    write,
+)
 from vhdkit import OpenOptions, errors
 from vhdkit.chain.records.intent import KIND, Phase, intent_of
 from vhdkit.folder import sidecar_path
 
-__all__ = ["each_format"]
+__all__ = ["each_format", "each_format_nightly"]
 
 
 @pytest.fixture(autouse=True)
@@ -244,7 +253,7 @@ def follow_hint(problem: str) -> list[str]:
 @pytest.mark.parametrize("step", range(1, 6))
 @pytest.mark.parametrize("layout", ["beside", "above"])
 @pytest.mark.parametrize("by_check", [True, False])
-@pytest.mark.usefixtures("each_format")
+@pytest.mark.usefixtures("each_format_nightly")
 def test_the_command_in_the_hint_completes_the_merge(
     step: int, layout: str, by_check: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

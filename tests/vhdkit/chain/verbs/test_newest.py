@@ -85,7 +85,7 @@ def served(path: Path) -> bytes:
         export.disk.close()
 
 
-BASES = ("dynamic", "vhdx")
+BASES = ("dynamic", pytest.param("vhdx", marks=pytest.mark.nightly))
 
 
 @pytest.mark.parametrize("base", BASES)
