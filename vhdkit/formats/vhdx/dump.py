@@ -13,17 +13,19 @@ from typing import Any
 from vhdkit.errors import CorruptImage
 from vhdkit.formats.format import FieldValue, StructureDump
 from vhdkit.formats.vhdx import layout
-from vhdkit.formats.vhdx.header import HeaderState, current_slot, read_headers
+from vhdkit.formats.vhdx.header import HeaderPlace, HeaderState, current_slot, read_headers
 from vhdkit.formats.vhdx.identify import FILE_IDENTIFIER
 from vhdkit.formats.vhdx.items import Item, read_table
 from vhdkit.formats.vhdx.layout import RegionEntry
 from vhdkit.formats.vhdx.locator import parse_locator
+from vhdkit.formats.vhdx.log import Entry
 from vhdkit.formats.vhdx.regions import name_of, parse_entries, table_name, table_state
 from vhdkit.formats.vhdx.regions import read_table as read_region_table
-from vhdkit.formats.vhdx.replay import read_log
+from vhdkit.formats.vhdx.replay import log_entries, log_place, read_log
 from vhdkit.store import ReadStore
 
 _SHOWN_BYTES = 32
+_MAX_ENTRIES = 64  # of a log that cannot be replayed
 _GUIDS = ("guid", "item_id", "file_write_guid", "data_write_guid", "log_guid", "locator_type")
 
 
@@ -55,23 +57,29 @@ def _dump_log(store: ReadStore, current: int) -> list[StructureDump]:
     try:
         replay = read_log(store, place)
     except CorruptImage as error:
-        return [StructureDump("log", offset, error.problem, ())]
-    if replay is None:
+        return [StructureDump("log", offset, error.problem, ()), *_dump_rest_of_log(store, place)]
+    return [] if replay is None else [_dump_entry(offset, one, "not replayed") for one in replay.entries]
+
+
+def _dump_rest_of_log(store: ReadStore, place: HeaderPlace) -> list[StructureDump]:
+    """The entries that are intact in a log that cannot be replayed."""
+    try:
+        log_range = log_place(store, place)
+    except CorruptImage:
         return []
-    return [
-        StructureDump(
-            f"log entry {one.header.sequence_number}",
-            offset + one.offset_bytes,
-            "not replayed",
-            _fields("log entry", offset + one.offset_bytes, one.header),
-        )
-        for one in replay.entries
-    ]
+    entries = log_entries(store, log_range, place.header.log_guid)
+    return [_dump_entry(log_range[0], entries[at], "intact") for at in sorted(entries)[:_MAX_ENTRIES]]
+
+
+def _dump_entry(log_offset: int, entry: Entry, state: str) -> StructureDump:
+    offset = log_offset + entry.offset_bytes
+    fields = _fields("log entry", offset, entry.header)
+    return StructureDump(f"log entry {entry.header.sequence_number}", offset, state, fields)
 
 
 def _dump_regions(store: ReadStore) -> list[StructureDump]:
     dumps: list[StructureDump] = []
-    metadata: RegionEntry | None = None
+    found: list[tuple[bool, RegionEntry]] = []  # where the metadata lie; False by a table with a wrong checksum
     for copy, start in enumerate(layout.REGION_TABLE_OFFSETS):
         raw = read_region_table(store, copy)
         state = table_state(raw)
@@ -81,16 +89,17 @@ def _dump_regions(store: ReadStore) -> list[StructureDump]:
         fields = _fields("region table", start, layout.parse_region_table(raw[: layout.REGION_TABLE_HEADER_SIZE]))
         dumps.append(StructureDump(table_name(copy), start, state, fields))
         try:
-            entries = parse_entries(store.name, raw, copy) if state == "good" else []
+            entries = parse_entries(store.name, raw, copy) if raw.startswith(layout.REGION_SIGNATURE) else []
         except CorruptImage:
             continue
         for number, one in enumerate(entries):
             place = start + layout.REGION_TABLE_HEADER_SIZE + number * layout.REGION_ENTRY_SIZE
             name = f"{table_name(copy)}, entry {number + 1} ({name_of(one)})"
-            dumps.append(StructureDump(name, place, "good", _fields("region table entry", place, one)))
-            if one.guid == layout.REGION_METADATA and metadata is None:
-                metadata = one
-    return dumps if metadata is None else dumps + _dump_metadata(store, metadata)
+            dumps.append(StructureDump(name, place, state, _fields("region table entry", place, one)))
+            if one.guid == layout.REGION_METADATA:
+                found.append((state == "good", one))
+    found.sort(key=lambda one: not one[0])
+    return dumps + _dump_metadata(store, found[0][1]) if found else dumps
 
 
 def _dump_metadata(store: ReadStore, region: RegionEntry) -> list[StructureDump]:
