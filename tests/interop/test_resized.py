@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Resized and compacted images, as QEMU and libvhdi read them, and real images resized and compacted."""
+"""Resized and compacted images, as QEMU, libvhdi and 7-Zip read them, and real images resized and compacted."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.interop.disks import content_of, unpack_tar
 from tests.interop.qemu import qemu_content, qemu_create, qemu_io, qemu_virtual_size
 from tests.interop.test_libvhdi import PROGRAM
 from tests.interop.test_samples_verbs import ORPHANS_PARENT, ORPHANS_PARENT_ID
-from tests.support import require_pyvhdi, run, sample
+from tests.support import require_pyvhdi, require_tool, run, sample
 from vhdkit.chain.verbs.describe import describe_image
 from vhdkit.units import GIB, KIB, MIB
 
@@ -143,3 +143,83 @@ def test_a_real_differencing_image_is_compacted_and_resized(tmp_path: Path) -> N
     vhdkit.resize(path, size + 2 * GIB)
     with vhdkit.open_disk(path) as disk:
         assert disk.read(0, size) == content and disk.read(size, 64 * KIB) == bytes(64 * KIB)
+
+
+# -- VHDX -------------------------------------------------------------------------------------------------------------
+
+
+def peers_agree(path: Path, content: bytes, scratch: Path) -> None:
+    """QEMU and 7-Zip find no error in a VHDX, which begins with this content for QEMU, too."""
+    raw = scratch / "expected.raw"
+    raw.write_bytes(content)
+    with vhdkit.open_disk(path) as disk:
+        assert disk.read(0, len(content)) == content
+        size = disk.size_bytes
+    run([require_tool("qemu-img"), "check", "-q", "-f", "vhdx", path])
+    part = f"driver=raw,size={len(content)},file.driver=vhdx,file.file.driver=file,file.file.filename={path}"
+    whole = f"driver=raw,file.driver=file,file.filename={raw}"
+    run([require_tool("qemu-img"), "compare", "-q", "--image-opts", part, whole])
+    if size <= 8 * GIB:  # it reads all zeros of a larger one, too
+        run([require_tool("7zz"), "t", "-tVHDX", path])
+    assert {one.code for one in vhdkit.check(path)} <= {"space-unused", "headers-differ"}  # the latter by QEMU
+
+
+@pytest.mark.parametrize("kind", ["vhdx", "vhdx-fixed"])
+@pytest.mark.parametrize("size", [SIZE + 4096, 16 * MIB + 4096 * 37, 300 * GIB])
+def test_qemu_and_7zip_read_resized_and_compacted_vhdx_images(tmp_path: Path, kind: str, size: int) -> None:
+    """After each step both give the right size and every byte; and QEMU can write to it."""
+    if kind == "vhdx-fixed":
+        size = min(size, 100 * MIB)
+    path, content = made(tmp_path, kind)
+    vhdkit.resize(path, size, shrink=True)
+    peers_agree(path, content[:size], tmp_path)
+    run([require_tool("qemu-io"), "-f", "vhdx", "-c", f"write -P 0xab {12 * MIB} 64k", str(path)])
+    expected = bytearray(content[:size])
+    expected[12 * MIB : 12 * MIB + 64 * KIB] = b"\xab" * 64 * KIB
+    peers_agree(path, bytes(expected), tmp_path)
+    if kind == "vhdx":
+        with vhdkit.open_disk(path, writable=True) as disk:
+            disk.write(0, bytes(8 * MIB))
+        expected[: 8 * MIB] = bytes(8 * MIB)
+        before = path.stat().st_size
+        vhdkit.compact(path)
+        assert path.stat().st_size < before
+        peers_agree(path, bytes(expected), tmp_path)
+
+
+def test_vhdx_images_of_qemu_are_resized_and_compacted(tmp_path: Path) -> None:
+    """With its gap before the first block, its states, and as "fixed", whose space it does not use."""
+    options_of = [
+        "subformat=dynamic,block_size=1M",
+        "subformat=fixed,block_size=1M",
+        "log_size=4M,block_state_zero=off",
+    ]
+    for options in options_of:
+        path = tmp_path / f"{len(options)}.vhdx"
+        run([require_tool("qemu-img"), "create", "-q", "-f", "vhdx", "-o", options, str(path), str(SIZE)])
+        commands = ["-c", "write -P 0x11 1M 3M", "-c", "write -P 0x22 20M 64k", "-c", "write -z 1M 1M"]
+        run([require_tool("qemu-io"), "-f", "vhdx", *commands, str(path)])
+        content = content_of(path)
+        vhdkit.resize(path, 5 * GIB if "fixed" not in options else 40 * MIB)
+        peers_agree(path, content, tmp_path)
+        vhdkit.resize(path, 21 * MIB, shrink=True)
+        peers_agree(path, content[: 21 * MIB], tmp_path)
+        if "fixed" not in options:
+            vhdkit.compact(path)
+            peers_agree(path, content[: 21 * MIB], tmp_path)
+
+
+def test_the_chain_from_windows_is_compacted_and_resized(tmp_path: Path) -> None:
+    """A parent and its child that Windows made keep their content, and the child its parent."""
+    unpack_tar(sample("docker-explorer/vhdx_files.tgz"), tmp_path)
+    child = next(tmp_path.rglob("diff.vhdx"))
+    base = child.with_name("base.vhdx")
+    before = [content_of(base), content_of(child)]
+    vhdkit.compact(base)
+    vhdkit.compact(child)
+    assert [content_of(base), content_of(child)] == before
+    peers_agree(base, before[0], tmp_path)
+    vhdkit.resize(child, len(before[1]) + GIB)
+    with vhdkit.open_disk(child) as disk:
+        assert disk.read(0, len(before[1])) == before[1] and disk.read(disk.size_bytes - MIB, MIB) == bytes(MIB)
+    assert [one for one in vhdkit.check(child) if one.severity is vhdkit.Severity.ERROR] == []
