@@ -84,7 +84,7 @@ def test_registering_in_place_keeps_the_id(machines: Machines, out: Path) -> Non
     out.rename(elsewhere)
     with pytest.raises(AlreadyExists, match="of that name"):
         import_machine(str(elsewhere), register=True)
-    with pytest.raises(AlreadyExists, match="machine web already"):
+    with pytest.raises(AlreadyExists, match="already the machine web"):
         import_machine(str(elsewhere), name="other", register=True)
     old = registry.load("web").spec.id
     vmm.Manager().delete("web", with_snapshots=True, with_disks=True)
