@@ -113,7 +113,7 @@ def test_every_cut_of_a_merge_leaves_valid_links(name: str, into: int, relink: b
     """INV-MERGE-PRESERVES: wherever the power is cut in a merge whose target may get another id, every image finds
     its parent and reads as before; the merge is then resumed, cut again, and resumed to its end."""
     first, second = cut_everywhere(tmp_path, FAMILIES[name], into, relink, every=daily_or_nightly(19, 1))
-    assert first > daily_or_nightly(4, 50) and second >= daily_or_nightly(0, 50)
+    assert first > daily_or_nightly(4, 30) and second >= daily_or_nightly(0, 5)
 
 
 def target_first(child: FileStore, target: Layer, named: Named) -> None:
