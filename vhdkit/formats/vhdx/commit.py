@@ -146,6 +146,7 @@ class Commit:
             raise errors.NoSpace("a VHDX file cannot grow past 66 TiB", path=self._store.name)
         if self._notes is not None:
             self._notes.prepare()  # the slow part of a note, while nothing waits for it
+        self._journal.lasting_bytes = size_before  # an entry of a flush meanwhile must not count on more
         try:
             self._store.truncate(end)
             if fill is not None:
@@ -153,7 +154,7 @@ class Commit:
         except BaseException:  # Ctrl-C too: what was written there must not be under a later block
             self._give_back(size_before, end)
             raise
-        self._free_bytes = end
+        self._free_bytes = self._journal.lasting_bytes = end
         return start
 
     def _give_back(self, size_before: int, end: int) -> None:

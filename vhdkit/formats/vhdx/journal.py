@@ -77,8 +77,9 @@ class Journal:
         self._slot = place.slot
         self._header = place.header
         self._log_offset, self._log_size = place_of_log
+        self.lasting_bytes: int | None = None  # what a failure leaves of the file; None before anything is placed
         self._other_due = False  # the slot that is not current still has to get the newest header
-        self._synced_size = 0  # of the file, at the last sync
+        self._synced_size = 0  # of the file, at the last sync; without what may be cut off again
         self._head = 0  # where the next entry goes
         self._durable_tail = 0  # what the newest durable entry says
         self._recorded_tail = 0  # what the entry says that was written last; by now the tail may have moved
@@ -125,6 +126,9 @@ class Journal:
     def sync(self) -> None:
         """Make everything written so far durable. Raises SyncFailed."""
         size = self._store.size()
+        lasting = self.lasting_bytes  # read after the size: a writer sets it before the file grows
+        if lasting is not None:
+            size = min(size, lasting)
         settled = sum(not one.pages for one in self._unsettled)
         self._guard.sync()
         self._synced_size = size
