@@ -227,7 +227,7 @@ def disown(store: Store) -> None:
     """
     if isinstance(store, FileStore) and store.notes_folder is None:
         value = store.label(LABEL)
-        if value is not None and is_of_this_boot(value):
+        if value is not None and are_elsewhere(store):
             _log.warning(
                 "%s: %s: the image is now written to without these notes, so they will not be used",
                 errors.printable(store.name),
@@ -278,6 +278,17 @@ def has_notes(store: Store, unique_id: bytes) -> bool:
     if not isinstance(store, FileStore) or store.notes_folder is None:
         return False
     return any(is_regular(path) for path in note_paths(store, unique_id, store.notes_folder))
+
+
+def are_elsewhere(store: Store) -> bool:
+    """True when there are notes of this image in a folder that the caller does not have, so that it cannot write them.
+
+    They stay valid as long as the image is not changed.
+    """
+    if not isinstance(store, FileStore) or store.notes_folder is not None:
+        return False
+    value = store.label(LABEL)
+    return value is not None and is_of_this_boot(value)
 
 
 def acknowledge(store: FileStore) -> None:

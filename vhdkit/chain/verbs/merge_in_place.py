@@ -68,6 +68,7 @@ from vhdkit.chain.verbs.merge_steps import (
     take_over_disk,
 )
 from vhdkit.folder import real_path
+from vhdkit.formats import remember
 from vhdkit.image import NULL_ID, ImageFacts, Layer
 from vhdkit.store import FileStore
 
@@ -194,6 +195,8 @@ def prepare(
         store.notes_folder = options.notes_folder
         filling = _settled_target(plan, store, phase)
         _check_disk(plan, filling)
+        for layer in plan.sources:
+            remember.disown(file_of_layer(layer))  # a source is removed without ever being opened for writing
         yield PreparedMerge(plan, phase, children, stores, store, filling)
 
 

@@ -35,6 +35,7 @@ from vhdkit.chain.verbs.create import child_size, require_names, write_child
 from vhdkit.chain.verbs.merge_recovery import settle_merge_into
 from vhdkit.folder import NewFile, commit_all, exists, real_path
 from vhdkit.folder_lock import folders_held
+from vhdkit.formats import remember
 from vhdkit.formats.probe import format_of
 from vhdkit.image import Layer
 from vhdkit.store import FileStore
@@ -185,7 +186,7 @@ def _prepare(named: Sequence[tuple[str, str]], options: OpenOptions, *, dry_run:
             if not dry_run:
                 _settle(leaf, options)
             layers = open_layers(leaf, options=options)
-            if not dry_run and _has_log(layers[0]):
+            if not dry_run and _needs_replay(layers[0]):
                 _close_all(layers)
                 _replay_log(leaf, options)
                 layers = open_layers(leaf, options=options)
@@ -217,9 +218,15 @@ def _close_all(layers: Sequence[Layer]) -> None:
         layer.close()
 
 
-def _has_log(leaf: Layer) -> bool:
-    """True for an image whose writer died, and whose log has what it flushed last."""
-    return any(one.code == _LOG_NOT_REPLAYED for one in leaf.facts.findings)
+def _needs_replay(leaf: Layer) -> bool:
+    """True for an image whose writer died, and whose log has what it flushed last.
+
+    False while there are notes that the caller cannot write: a replay would make them invalid, and the opening for
+    writing that writes them also replays the log.
+    """
+    has_log = any(one.code == _LOG_NOT_REPLAYED for one in leaf.facts.findings)
+    file = pending.file_of(leaf.store)
+    return has_log and (file is None or not remember.are_elsewhere(file))
 
 
 def _replay_log(leaf: str, options: OpenOptions) -> None:

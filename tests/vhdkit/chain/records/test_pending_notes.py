@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each verb does with an image whose server was killed, and whose notes wait for the next one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests import noting
+from tests.vhdkit.formats.test_recall import without_notes
+from tests.vhdkit.formats.test_remember import SIZE, image, killed, notes, opened
+from vhdkit.chain.names.options import OpenOptions
+from vhdkit.chain.verbs.compact import compact
+from vhdkit.chain.verbs.convert import convert
+from vhdkit.chain.verbs.create import create_child
+from vhdkit.chain.verbs.merge import merge
+from vhdkit.chain.verbs.rebase import rebase
+from vhdkit.chain.verbs.relocate import relocate
+from vhdkit.chain.verbs.repair import repair
+from vhdkit.chain.verbs.resize import resize
+from vhdkit.chain.verbs.snapshot import clone, snapshot
+from vhdkit.disk import open_disk
+from vhdkit.units import SECTOR_SIZE
+
+# A killed process closes no file: the images that stand for one are dropped.
+pytestmark = pytest.mark.filterwarnings("ignore:.*was never closed:ResourceWarning")
+
+__all__ = ["image", "notes"]
+CHILDREN = pytest.mark.parametrize("image", ["differencing", "vhdx child"], indirect=True)
+Verb = Callable[[Path, OpenOptions], Path]
+
+
+def left_by_a_killed_server(path: Path) -> bytes:
+    """Flushed data, then answered writes that were not flushed, in known and in new blocks; the whole content."""
+    one, model = opened(path), bytearray(SIZE)
+    for first, letter in ((5, b"f"), (2100, b"f"), (6, b"n"), (2101, b"n"), (7000, b"n")):
+        if letter == b"n" and first == 6:
+            one.flush()
+        one.write(first, memoryview(letter * SECTOR_SIZE))
+        model[first * SECTOR_SIZE : (first + 1) * SECTOR_SIZE] = letter * SECTOR_SIZE
+    killed(one)
+    return bytes(model)
+
+
+def new_child(path: Path) -> Path:
+    """The path of a child of an image."""
+    suffix = path.suffix if path.suffix.startswith(".a") else f".a{path.suffix[1:]}"
+    return path.with_name(f"new{suffix}")
+
+
+def by_opening(path: Path, options: OpenOptions) -> Path:
+    """A writable open."""
+    open_disk(path, writable=True, options=options).close()
+    return path
+
+
+def by_snapshot(path: Path, options: OpenOptions) -> Path:
+    """A child under which the image is frozen."""
+    return Path(snapshot(path, new_child(path), options=options))
+
+
+def by_clone(path: Path, options: OpenOptions) -> Path:
+    """A child of a base."""
+    return Path(clone(path, [new_child(path)], options=options)[0])
+
+
+def by_create_child(path: Path, options: OpenOptions) -> Path:
+    """A child that is made by `create`."""
+    create_child(new_child(path), path, options=options)
+    return new_child(path)
+
+
+def by_compact(path: Path, options: OpenOptions) -> Path:
+    """Compacting."""
+    compact(path, options=options)
+    return path
+
+
+def by_resize(path: Path, options: OpenOptions) -> Path:
+    """A larger disk."""
+    resize(path, 2 * SIZE, options=options)
+    return path
+
+
+def by_repair(path: Path, options: OpenOptions) -> Path:
+    """A repair."""
+    repair(path, options=options)
+    return path
+
+
+def by_convert(path: Path, options: OpenOptions) -> Path:
+    """A copy of the disk."""
+    convert(path, path.with_name("copy.img"), "raw", options=options)
+    return path.with_name("copy.img")
+
+
+def by_merging_to(path: Path, options: OpenOptions) -> Path:
+    """A merge to a new file."""
+    new = path.with_name(f"merged{path.suffix.replace('.a', '.')}")
+    merge(path, to=new, options=options)
+    return new
+
+
+def by_merging_a_child(path: Path, options: OpenOptions) -> Path:
+    """A merge of a child into the image."""
+    with without_notes():
+        create_child(new_child(path), path)
+    merge(new_child(path), options=options)
+    return path
+
+
+def by_merging(path: Path, options: OpenOptions) -> Path:
+    """A merge of the image into its parent."""
+    parent = next(path.parent.glob("base.*"))
+    merge(path, options=options)
+    return parent
+
+
+def by_rebase(path: Path, options: OpenOptions) -> Path:
+    """The same parent, under another name."""
+    parent = next(path.parent.glob("base.*"))
+    moved = parent.with_name(f"moved{parent.suffix}")
+    parent.rename(moved)
+    rebase(path, moved, options=options)
+    return path
+
+
+def by_relocate(path: Path, options: OpenOptions) -> Path:
+    """The chain in another folder."""
+    (path.parent / "elsewhere").mkdir()
+    relocate(path, path.parent / "elsewhere", options=options)
+    return path.parent / "elsewhere" / path.name
+
+
+VERBS = (
+    by_opening, by_snapshot, by_clone, by_create_child, by_compact, by_resize, by_repair, by_convert,
+    by_merging_a_child, by_relocate,
+)  # fmt: skip
+VERBS_OF_CHILDREN = (by_rebase, by_merging, by_merging_to)
+
+
+def content_of(path: Path, options: OpenOptions | None = None) -> bytes:
+    """The first bytes of a disk, as many as the images of this module have."""
+    with open_disk(path, options=options or OpenOptions()) as disk:
+        return bytes(disk.read(0, SIZE))
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verb_with_the_folder_writes_the_notes(notes: Path, image: Path, verb: Verb) -> None:
+    """INV-ANSWERED-SURVIVES: a verb that is given the folder of notes loses nothing of them."""
+    expected = left_by_a_killed_server(image)
+    result = verb(image, noting.options())
+    assert content_of(result, noting.options()) == expected
+    assert not list(notes.iterdir())
+    assert content_of(result) == expected
+
+
+@CHILDREN
+@pytest.mark.parametrize("verb", VERBS_OF_CHILDREN)
+def test_a_verb_of_children_with_the_folder_writes_the_notes(notes: Path, image: Path, verb: Verb) -> None:
+    """INV-ANSWERED-SURVIVES: so does a verb that changes a child."""
+    test_a_verb_with_the_folder_writes_the_notes(notes, image, verb)
+
+
+@pytest.mark.parametrize("verb", (by_snapshot, by_clone, by_create_child, by_convert))
+def test_a_verb_that_only_reads_leaves_the_notes_valid(
+    notes: Path, image: Path, verb: Verb, caplog: pytest.LogCaptureFixture
+) -> None:
+    """INV-ANSWERED-SURVIVES: a verb without the folder that needs to change nothing in the image leaves it, and its
+    log, as the notes expect them."""
+    expected, before = left_by_a_killed_server(image), image.read_bytes()
+    with without_notes():
+        result = verb(image, noting.options())
+    assert image.read_bytes() == before
+    leaf = image if verb is by_convert else result
+    with open_disk(leaf, writable=True, options=noting.options()) as disk:
+        assert disk.read(0, SIZE) == expected
+    assert not list(notes.iterdir()) and not caplog.records
+
+
+@CHILDREN
+def test_a_merge_to_a_new_file_leaves_the_notes_valid(
+    notes: Path, image: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """INV-ANSWERED-SURVIVES: so does a merge that leaves the chain as it is."""
+    expected, before = left_by_a_killed_server(image), image.read_bytes()
+    with without_notes():
+        by_merging_to(image, noting.options())
+    assert image.read_bytes() == before
+    assert content_of(image, noting.options()) == expected
+    assert not list(notes.iterdir()) and not caplog.records
+
+
+@pytest.mark.parametrize(
+    "verb",
+    (by_opening, by_compact, by_resize, by_repair, by_merging_a_child, by_relocate),
+    ids=lambda one: one.__name__,
+)
+def test_a_verb_that_changes_the_image_warns(
+    notes: Path, image: Path, verb: Verb, caplog: pytest.LogCaptureFixture
+) -> None:
+    """INV-ANSWERED-SURVIVES: a verb without the folder that changes the image warns, and the notes are never used."""
+    left_by_a_killed_server(image)
+    with without_notes():
+        expected = content_of(image)
+        result = verb(image, noting.options())
+    assert any("will not be used" in record.message for record in caplog.records)
+    with open_disk(result, writable=True, options=noting.options()) as disk:
+        assert disk.read(0, SIZE) == expected
+
+
+@CHILDREN
+@pytest.mark.parametrize("verb", (by_rebase, by_merging))
+def test_a_verb_that_changes_or_removes_a_child_warns(
+    notes: Path, image: Path, verb: Verb, caplog: pytest.LogCaptureFixture
+) -> None:
+    """INV-ANSWERED-SURVIVES: so does a verb that repoints a child, or merges it away."""
+    test_a_verb_that_changes_the_image_warns(notes, image, verb, caplog)
