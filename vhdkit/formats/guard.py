@@ -98,3 +98,25 @@ class SyncGuard:
             self._has_lost = False
             raise
         self._has_lost = False
+
+
+class WholeWrite:
+    """The context of a write: if an exception other than our errors ends it midway, nothing more is written.
+
+    `ended` is called in any case. One object serves all writes of an image.
+    """
+
+    def __init__(self, guard: SyncGuard, ended: Callable[[], None]) -> None:
+        self._guard = guard
+        self._ended = ended
+
+    def __enter__(self) -> None:
+        """The write begins."""
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """The write ends."""
+        try:
+            if kind is not None and not issubclass(kind, errors.VhdkitError):
+                self._guard.interrupted()
+        finally:
+            self._ended()

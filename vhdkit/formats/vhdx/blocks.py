@@ -12,13 +12,11 @@ space.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vhdkit import errors
 from vhdkit.errors import CorruptImage
 from vhdkit.finding import Finding
 from vhdkit.formats.bits import runs
@@ -36,6 +34,7 @@ from vhdkit.units import PAGE_SIZE, round_down, sectors_to_bytes, whole_sectors
 
 NO_END = 1 << 62  # a store offset no file reaches
 NO_SPACE = -1
+_FULL, _PARTIAL = BlockState.FULLY_PRESENT, BlockState.PARTIALLY_PRESENT  # quicker to look up than the class
 ZERO_STATES = (BlockState.UNDEFINED, BlockState.ZERO, BlockState.UNMAPPED)
 
 
@@ -194,7 +193,7 @@ class VhdxImage:
         """See `Layer.write`. Raises NoSpace, IoFailed, SyncFailed."""
         commit = self._to_write(sector_index, whole_sectors(len(data)))
         grew, position = False, 0
-        with _whole(commit):
+        with commit.whole:
             for block, first, count in self._split(sector_index, whole_sectors(len(data))):
                 size = sectors_to_bytes(count)
                 grew |= self._write_block(commit, block, first, count, data[position : position + size])
@@ -207,10 +206,10 @@ class VhdxImage:
         assert commit is not None
         if commit.guard.failure is not None:
             commit.guard.check()
-        commit.change_begins()
-        if not commit.takes_notes:
+        if commit.has_begun and not commit.takes_notes:
             self.store.pwrite(store_offset_bytes, data)
             return
+        commit.change_begins()
         try:
             self.store.pwrite(store_offset_bytes, data)
         finally:
@@ -220,26 +219,25 @@ class VhdxImage:
         """See `Layer.write_zeroes`. In a differencing image this hides the parent's data."""
         commit = self._to_write(sector_index, sector_count)
         grew = False
-        with _whole(commit):
+        with commit.whole:
             for block, first, count in self._split(sector_index, sector_count):
                 grew |= self._write_block(commit, block, first, count, None)
         return grew
 
     def _write_block(self, commit: Commit, block: int, first: int, count: int, data: memoryview | None) -> bool:
         """Own a run of one block, holding `data`, or zeros when that is None."""
-        commit.change_begins()  # again for each block, since a block may take time
+        if commit.takes_notes:
+            commit.change_begins()  # again for each block, since a block may take time
         entry = self.bat.block(block)
         state = state_of(entry)
-        if state < BlockState.FULLY_PRESENT:
+        if state < _FULL:
             return self._new_block(commit, block, first, count, data)
         offset = offset_of(entry) + sectors_to_bytes(first)
         if data is None:
             self.store.punch(offset, sectors_to_bytes(count))
         else:
             self.store.pwrite(offset, data)
-        return (
-            state == BlockState.PARTIALLY_PRESENT and not self._full[block] and self._own(commit, block, first, count)
-        )
+        return state == _PARTIAL and not self._full[block] and self._own(commit, block, first, count)
 
     def _new_block(self, commit: Commit, block: int, first: int, count: int, data: memoryview | None) -> bool:
         shows_parent = self.is_differencing and state_of(self.bat.block(block)) == BlockState.NOT_PRESENT
@@ -251,14 +249,13 @@ class VhdxImage:
                 commit.point(block, BlockState.ZERO)
             commit.limit()
             return True
-        bits = commit.bitmap_of(block // self.bat.shape.ratio) if shows_parent and not is_whole else -1
+        bits = self._room_for_bits(commit, block) if shows_parent and not is_whole else -1
         fill = None if data is None else lambda offset: self.store.pwrite(offset + sectors_to_bytes(first), data)
         offset = commit.place(self.block_size_bytes, fill)
         with commit.changing:
             if bits >= 0:
-                self.clear_bits(commit, block)
-                self._set_bits(commit, block, first, count)
-            commit.point(block, BlockState.PARTIALLY_PRESENT if bits >= 0 else BlockState.FULLY_PRESENT, offset)
+                self._put_bits(commit, bits, [(first, count)])
+            commit.point(block, _FULL if bits < 0 else _PARTIAL, offset)
         commit.limit()
         return True
 
@@ -270,9 +267,22 @@ class VhdxImage:
             commit.limit()
         return grew
 
+    def _room_for_bits(self, commit: Commit, block: int) -> int:
+        """Where the bits of a block lie; their chunk gets a bitmap if it has none. Raises NoSpace."""
+        chunk, within = divmod(block, self.bat.shape.ratio)
+        return commit.bitmap_of(chunk) + within * self._bytes_of_bits
+
     def _place_of_bits(self, block: int) -> int:
         chunk, within = divmod(block, self.bat.shape.ratio)
         return self.bat.bitmap_offset(chunk) + within * self._bytes_of_bits
+
+    def _put_bits(self, commit: Commit, place: int, owned: Sequence[tuple[int, int]]) -> None:
+        """The bits of a block are those of these runs (in `changing`): another program may have left others set."""
+        raw, per_sector = bytearray(self._bytes_of_bits), whole_sectors(self.sector_bytes)
+        for first, count in owned:
+            bitmap.set_run(raw, first // per_sector, count // per_sector)
+        for start, end in _by_page(place, len(raw)):
+            commit.put_bits(start, raw[start - place : end - place])
 
     def _set_bits(self, commit: Commit, block: int, first: int, count: int) -> bool:
         """Set the bits of a run of sectors (in `changing`); True when one was clear."""
@@ -288,18 +298,15 @@ class VhdxImage:
         return grew
 
     def clear_bits(self, commit: Commit, block: int) -> None:
-        """Clear every bit of a block (in `changing`): another program may have left some set."""
-        for start, end in _by_page(self._place_of_bits(block), self._bytes_of_bits):
-            raw = commit.bits_to_change(start, end - start)
-            if raw.count(0) != len(raw):
-                commit.put_bits(start, bytes(end - start))
+        """Clear every bit of a block (in `changing`)."""
+        self._put_bits(commit, self._place_of_bits(block), [])
 
     def copy_in(self, pieces: Sequence[Piece]) -> None:
         """See `Layer.copy_in`: in place, or into a new block. Raises as `write` does."""
         end = pieces[-1].sector_index + pieces[-1].sector_count
         commit = self._to_write(pieces[0].sector_index, end - pieces[0].sector_index)
         block, _ = divmod(pieces[0].sector_index, self._sectors_per_block)
-        with _whole(commit):
+        with commit.whole:
             if state_of(self.bat.block(block)) >= BlockState.FULLY_PRESENT:
                 self._take_in_place(commit, block, pieces)
             else:
@@ -337,14 +344,13 @@ class VhdxImage:
                 if piece.source is not None:
                     copy_piece(piece, self.store, offset + sectors_to_bytes(piece.sector_index - first_sector))
 
-        bits = commit.bitmap_of(block // self.bat.shape.ratio) if shows_parent and not is_whole else -1
+        bits = self._room_for_bits(commit, block) if shows_parent and not is_whole else -1
         offset = commit.place(self.block_size_bytes, fill)
         with commit.changing:
             if bits >= 0:
-                self.clear_bits(commit, block)
-                for piece in pieces:
-                    self._set_bits(commit, block, piece.sector_index - first_sector, piece.sector_count)
-            commit.point(block, BlockState.PARTIALLY_PRESENT if bits >= 0 else BlockState.FULLY_PRESENT, offset)
+                owned = [(piece.sector_index - first_sector, piece.sector_count) for piece in pieces]
+                self._put_bits(commit, bits, owned)
+            commit.point(block, _FULL if bits < 0 else _PARTIAL, offset)
         commit.limit()
 
     def trim(self, sector_index: int, sector_count: int) -> None:
@@ -403,20 +409,6 @@ class VhdxImage:
             self.finish()
         finally:
             self.store.close()
-
-
-@contextlib.contextmanager
-def _whole(commit: Commit) -> Iterator[None]:
-    """A write, after which nothing more is written if an exception other than our errors ends it midway."""
-    try:
-        yield
-    except errors.VhdkitError:
-        raise
-    except BaseException:
-        commit.guard.interrupted()
-        raise
-    finally:
-        commit.change_ended()
 
 
 def _by_page(place: int, size: int) -> Iterator[tuple[int, int]]:

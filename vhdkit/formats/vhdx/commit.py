@@ -28,7 +28,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 
 from vhdkit import errors
-from vhdkit.formats.guard import SyncGuard
+from vhdkit.formats.guard import SyncGuard, WholeWrite
 from vhdkit.formats.remember import FLUSH, WRITER, Notes
 from vhdkit.formats.vhdx import layout
 from vhdkit.formats.vhdx.bat import ENTRIES_PER_PAGE, Bat, BlockState
@@ -38,10 +38,11 @@ from vhdkit.formats.vhdx.log import SECTOR, LogChange
 from vhdkit.formats.vhdx.metadata import Metadata
 from vhdkit.formats.vhdx.recall import Noted, NotedBytes, note_of
 from vhdkit.store import Store
-from vhdkit.units import MIB, round_down, round_up
+from vhdkit.units import KIB, MIB, round_down, round_up
 
 MAX_DIRTY_PAGES = 2048  # 8 MiB of metadata waiting for a flush; reaching it flushes
 MAX_CACHED_PAGES = 4096  # 16 MiB of clean bitmap pages kept in memory
+_RESERVED_AT_ONCE = 64 * KIB  # of a bitmap block, which begins on a MiB: a call for each page takes longer
 
 
 class _Changing:
@@ -84,7 +85,7 @@ class Commit:
         self._free_bytes = end_of_structures(metadata, bat)  # the file may end before that, inside its last block
         self.guard = guard
         self.lock = threading.Lock()  # over everything that a flush copies
-        self.changing = _Changing(self)
+        self.changing, self.whole = _Changing(self), WholeWrite(guard, self.change_ended)
         self._changed: list[NotedBytes] = []  # that are not noted yet; always empty without `lock`
         self._flush_lock = threading.Lock()  # one flush at a time
         self._journal = journal
@@ -94,16 +95,17 @@ class Commit:
         self._dirty_bat: set[int] = set()  # pages of the table, by number
         self._in_flight: tuple[set[int], set[int]] = (set(), set())
         self._fresh_bitmaps: set[int] = set()  # offsets of bitmap blocks that are not in the file's BAT yet
-        self._begun = False
+        self._reserved: set[int] = set()  # parts of bitmap blocks that got their space in this session
+        self.has_begun = False  # a session: the headers say that the disk changes
 
     # -- sessions ---------------------------------------------------------------------------------------------------
 
     def change_begins(self) -> None:
         """A writer is about to change something that a guest can see, be it in place."""
-        if not self._begun:
+        if not self.has_begun:
             with self._journal_lock:
                 self._journal.begin(changes_disk=True, needs_log=False)
-            self._begun = True
+            self.has_begun = True
         if self._notes is not None:
             self._notes.change_begins(WRITER)
 
@@ -116,7 +118,7 @@ class Commit:
         """Be ready for logged pages that change what a guest sees. Raises SyncFailed, NoSpace, IoFailed."""
         with self._journal_lock:
             self._journal.begin(changes_disk=True)
-        self._begun = True
+        self.has_begun = True
 
     @property
     def renewed_id(self) -> bytes | None:
@@ -174,7 +176,7 @@ class Commit:
         """As `point`, for any entry of the BAT (in `changing`)."""
         number = entry_index // ENTRIES_PER_PAGE
         if number not in self._dirty_bat and number not in self._in_flight[1]:
-            self._reserve(self._bat.offset_bytes + number * SECTOR)
+            self._reserve(self._bat.offset_bytes + number * SECTOR, SECTOR)
         if self._notes is not None:
             before, after = (
                 one.to_bytes(layout.BAT_ENTRY_SIZE, "little")
@@ -191,12 +193,14 @@ class Commit:
             self._notes.note(note_of(self._journal.moment, self._changed))
             self._changed.clear()
 
-    def _reserve(self, offset_bytes: int) -> None:
-        """Give a page of metadata its space now, where it has none: a flush must not fail for want of it."""
-        for _, _, is_data in list(self._store.data_runs(offset_bytes, SECTOR)):
+    def _reserve(self, offset_bytes: int, size_bytes: int) -> None:
+        """Give metadata its space now, where it has none: a flush must not fail for want of it.
+
+        Only the holes: where the file system cannot reserve, zeros are written.
+        """
+        for start, size, is_data in list(self._store.data_runs(offset_bytes, size_bytes)):
             if not is_data:
-                self._store.reserve(offset_bytes, SECTOR)
-                return
+                self._store.reserve(start, size)
 
     def bitmap_of(self, chunk_index: int) -> int:
         """Where the sector bitmap of a chunk lies; it gets a place if it has none. Raises NoSpace."""
@@ -228,15 +232,23 @@ class Commit:
         return raw
 
     def put_bits(self, offset_bytes: int, raw: bytes | bytearray) -> None:
-        """Change bytes of a sector bitmap, given by `bits_to_change` (in `changing`)."""
+        """Change bytes of a sector bitmap, which lie in one page (in `changing`)."""
         page = round_down(offset_bytes, SECTOR)
-        if page not in self._dirty_bits and page not in self._in_flight[0]:
-            self._reserve(page)
+        kept = self._bits.get(page)
+        if kept is None:
+            kept = self._bits[page] = self._load(page)
         within = offset_bytes - page
+        before = kept[within : within + len(raw)]
+        if before == raw:
+            return
+        if page not in self._dirty_bits and page not in self._in_flight[0]:
+            part = round_down(page, _RESERVED_AT_ONCE)
+            if part not in self._reserved:  # so no page of it is in flight
+                self._reserve(part, _RESERVED_AT_ONCE)
+                self._reserved.add(part)
         if self._notes is not None:
-            before = self._bits[page][within : within + len(raw)]
             self._changed.append(NotedBytes(offset_bytes, bytes(before), bytes(raw)))
-        self._bits[page][within : within + len(raw)] = raw
+        kept[within : within + len(raw)] = raw
         self._dirty_bits.add(page)
 
     def put_noted(self, noted: Noted) -> None:
@@ -248,7 +260,6 @@ class Commit:
                 if self._bat.shape.block_of(number) is None and not was_there:
                     self._fresh_bitmaps.add(entry & layout.BAT_OFFSET_MASK)
             for page, raw in noted.bits.items():
-                self.bits_to_change(page, SECTOR)
                 self.put_bits(page, raw)
 
     # -- limits -----------------------------------------------------------------------------------------------------
@@ -380,7 +391,7 @@ class Commit:
         ]
         assert not self._dirty_count() and len(changed) <= self._journal.max_pages
         for one in changed:
-            self._reserve(one.file_offset_bytes)
+            self._reserve(one.file_offset_bytes, SECTOR)
         with self._flush_lock:
             self._write(changed)
 
@@ -394,7 +405,7 @@ class Commit:
         with self._flush_lock:
             while group := list(itertools.islice(remaining, self._journal.max_pages)):
                 for one in group:
-                    self._reserve(one.file_offset_bytes)
+                    self._reserve(one.file_offset_bytes, SECTOR)
                 self._write(group)
 
     def sync(self) -> None:
@@ -427,4 +438,4 @@ class Commit:
         with self._journal_lock:
             self._journal.settle()
             self._journal.end()
-            self._begun = False  # the next change begins with the headers as they are then
+            self.has_begun = False  # the next change begins with the headers as they are then

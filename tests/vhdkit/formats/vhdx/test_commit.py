@@ -142,3 +142,25 @@ def test_pages_of_the_bat_in_rising_order_are_caught(monkeypatch: pytest.MonkeyP
     PowerRun(empty_child_scene(1), 1, cuts=2, steps=6, second_cuts=False).run()
     monkeypatch.setattr(Commit, "_copied", rising)
     caught(empty_child_scene)
+
+
+def test_space_for_metadata_is_taken_only_in_holes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """INV-FLUSHED-OR-NEWER where space is reserved by writing zeros: a page that lies partly in a hole keeps its bits.
+
+    The holes of a memory store are sectors, as those of a file system with small blocks are.
+    """
+    reserved: list[tuple[int, int]] = []
+
+    def with_zeros(store: MemStore, offset_bytes: int, size_bytes: int) -> None:
+        reserved.append((offset_bytes, size_bytes))
+        store.pwrite(offset_bytes, bytes(size_bytes))
+
+    scene = child_scene(0)
+    with open_mem(scene.leaf, scene.parents, writable=True) as disk:
+        monkeypatch.setattr(MemStore, "reserve", with_zeros)
+        for sector in range(0, SIZE // SECTOR_SIZE, 41):
+            start = sector * SECTOR_SIZE
+            disk.write(start, scene.content[start : start + SECTOR_SIZE])
+        with open_mem(scene.leaf.copy(), scene.parents) as cut:
+            assert cut.read(0, SIZE) == scene.content
+    assert reserved
