@@ -25,10 +25,11 @@ from numpy.typing import NDArray
 
 from vhdkit.formats.vhdx import layout
 from vhdkit.store import ReadStore
-from vhdkit.units import MIB
+from vhdkit.units import KIB, MIB
 
 ENTRIES_PER_PAGE = layout.LOG_PAGE_SIZE // layout.BAT_ENTRY_SIZE
-_READ_BYTES = 4 * MIB  # of the table at once
+_READ_BYTES = 256 * KIB  # of the table at once: examined while they are in the processor's cache
+_TAKEN_BYTES = 4 * MIB  # of the table at once, of those that are taken apart
 _ENTRIES_AT_ONCE = 1 << 15  # of 8 bytes: examined while they are in the processor's cache
 _MAX_PAGES = 8  # of a table that stays in its file
 
@@ -100,7 +101,7 @@ class Bat:
         """Read the table; the caller has checked that the file holds it."""
         entries = np.zeros(shape.entry_count, dtype=np.uint64)  # the system gives memory only for what is written
         raw = entries.view(np.uint8).data
-        buffer = bytearray(min(_READ_BYTES, raw.nbytes))
+        buffer, zeros = bytearray(min(_READ_BYTES, raw.nbytes)), memoryview(bytes(_READ_BYTES))
         size = shape.entry_count * layout.BAT_ENTRY_SIZE
         runs: list[tuple[int, int]] = []
         for start, length, may_hold_data in store.data_runs(offset_bytes, size):
@@ -111,7 +112,7 @@ class Bat:
                 within = position - offset_bytes
                 piece = memoryview(buffer)[:count]
                 store.pread_into(position, piece)
-                if not np.frombuffer(piece, dtype=np.uint8).any():
+                if piece == zeros[:count]:
                     continue  # zeros that take space in the file take none in memory
                 raw[within : within + count] = piece
                 first = within // layout.BAT_ENTRY_SIZE
@@ -177,14 +178,14 @@ class Bat:
 
     def pieces(self) -> Iterator[tuple[int, bytes]]:
         """(first entry, bytes as they are to be stored) of everything that may not be 0, in order."""
-        step = _READ_BYTES // layout.BAT_ENTRY_SIZE
+        step = _TAKEN_BYTES // layout.BAT_ENTRY_SIZE
         for first, stop in self.runs:
             for start in range(first, stop, step):
                 yield start, self._entries[start : min(start + step, stop)].astype("<u8").tobytes()
 
     def used(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint64]]]:
         """(numbers, entries) of everything that is not 0, in order, piece by piece."""
-        step = _READ_BYTES // layout.BAT_ENTRY_SIZE
+        step = _TAKEN_BYTES // layout.BAT_ENTRY_SIZE
         for first, stop in self.runs:
             for start in range(first, stop, step):
                 piece = self._entries[start : min(start + step, stop)]
@@ -215,19 +216,29 @@ class Bat:
     def in_states(self, *states: BlockState) -> NDArray[np.bool_]:
         """One truth value per block: whether it is in one of these states, which are not NOT_PRESENT."""
         found = np.zeros(self.shape.block_count, dtype=np.bool_)
-        wanted = np.zeros(layout.BAT_STATE_MASK + 1, dtype=np.bool_)
-        wanted[list(states)] = True
-        per_chunk = self.shape.ratio + 1
         for start, entries in self.parts():
-            chosen = wanted[(entries & np.uint64(layout.BAT_STATE_MASK)).astype(np.uint8)]
-            stop = start + len(entries)
-            for chunk in range(start // per_chunk, -(-stop // per_chunk)):
-                low, high = max(chunk * per_chunk, start), min((chunk + 1) * per_chunk - 1, stop)
-                first = low - chunk  # the block: before it stand the entries of so many bitmaps
-                part = chosen[low - start : high - start][: max(self.shape.block_count - first, 0)]
-                if part.any():
-                    found[first : first + len(part)] |= part
+            here = states_of(entries)
+            chosen = here == states[0]
+            for state in states[1:]:
+                chosen |= here == state
+            if chosen.any():
+                self._put_by_block(found, start, chosen)
         return found
+
+    def _put_by_block(self, found: NDArray[np.bool_], start: int, chosen: NDArray[np.bool_]) -> None:
+        """Put truth values of entries from `start` on where those of their blocks are; bitmaps have none."""
+        ratio, stop = self.shape.ratio, start + len(chosen)
+        chunk, within = divmod(start, ratio + 1)
+        last = min(stop // (ratio + 1), self.shape.block_count // ratio)  # the chunks before it end in this part
+        whole = chunk + (within > 0)
+        if whole < last:
+            rows = chosen[whole * (ratio + 1) - start : last * (ratio + 1) - start].reshape(-1, ratio + 1)
+            found[whole * ratio : last * ratio].reshape(-1, ratio)[:] = rows[:, :ratio]
+        for one in {chunk, *range(max(last, chunk), -(-stop // (ratio + 1)))} - set(range(whole, last)):
+            low, high = max(one * (ratio + 1), start), min((one + 1) * (ratio + 1) - 1, stop)
+            first = low - one  # the block: before it stand the entries of so many bitmaps
+            part = chosen[low - start : high - start][: max(self.shape.block_count - first, 0)]
+            found[first : first + len(part)] = part
 
 
 class BatInFile(Bat):
@@ -287,3 +298,8 @@ def offset_of(entry: int) -> int:
 def state_of(entry: int) -> int:
     """The state that an entry names, one of `BlockState` or a reserved number."""
     return entry & layout.BAT_STATE_MASK
+
+
+def states_of(entries: NDArray[np.uint64]) -> NDArray[np.uint8]:
+    """The states that entries name, in an array of their own."""
+    return (entries & np.uint64(layout.BAT_STATE_MASK)).astype(np.uint8)

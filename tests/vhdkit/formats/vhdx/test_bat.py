@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vhdkit.formats.vhdx.bat import Shape
+from vhdkit.formats.vhdx import bat as bat_module
+from vhdkit.formats.vhdx.bat import Bat, BlockState, Shape, state_of
 from vhdkit.units import MIB
 
 
@@ -41,3 +45,25 @@ def test_the_last_chunk_of_a_disk_without_parent_has_no_bitmap_entry() -> None:
         for parent in (False, True)
     ]
     assert counts == [4096, 4097, 4098, 8194]
+
+
+@given(
+    blocks=st.integers(1, 70),
+    has_parent=st.booleans(),
+    run=st.tuples(st.integers(0, 80), st.integers(0, 80)),
+    part=st.integers(1, 50),
+    states=st.sets(st.sampled_from(list(BlockState)[1:]), min_size=1),
+    seed=st.integers(0, 1 << 30),
+)
+def test_blocks_in_a_state(
+    blocks: int, has_parent: bool, run: tuple[int, int], part: int, states: set[BlockState], seed: int
+) -> None:
+    """Each block counts by its own entry, wherever the parts of the table begin and end; 16 blocks in a chunk."""
+    shape = Shape(blocks * 256 * MIB, 256 * MIB, 512, has_parent=has_parent)
+    entries = np.random.default_rng(seed).choice(list(BlockState), shape.entry_count).astype(np.uint64)
+    first, stop = min(run), min(max(run), shape.entry_count)
+    entries[:first] = entries[stop:] = 0
+    bat = Bat(shape, MIB, entries, [(first, stop)] if first < stop else [])
+    with mock.patch.object(bat_module, "_ENTRIES_AT_ONCE", part):
+        found = bat.in_states(*states)
+    assert found.tolist() == [state_of(bat.block(block)) in states for block in range(blocks)]
