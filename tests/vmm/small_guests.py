@@ -38,10 +38,16 @@ def make_disk(
 
 
 def make_machine(
-    manager: Manager, folder: Path, name: str = "small", *, kind: str = "vhd", **settings: object
+    manager: Manager,
+    folder: Path,
+    name: str = "small",
+    *,
+    kind: str = "vhd",
+    options: boot_sector.BootOptions | None = None,
+    **settings: object,
 ) -> Path:
     """Make a machine with such a disk; return its leaf."""
-    leaf = make_disk(folder, name, kind=kind)
+    leaf = make_disk(folder, name, options, kind=kind)
     settings = {"memory_bytes": 16 * MIB, "accelerator": "tcg", **settings}
     manager.create(name, disks=[DiskRequest(str(leaf))], **settings)  # type: ignore[arg-type]
     return leaf

@@ -281,14 +281,23 @@ def has_notes(store: Store, unique_id: bytes) -> bool:
 
 
 def are_elsewhere(store: Store) -> bool:
-    """True when there are notes of this image in a folder that the caller does not have, so that it cannot write them.
+    """True when a label names notes in another folder than the caller's, which therefore cannot write them.
 
     They stay valid as long as the image is not changed.
     """
-    if not isinstance(store, FileStore) or store.notes_folder is not None:
+    value = store.label(LABEL) if isinstance(store, FileStore) else None
+    if value is None or not is_of_this_boot(value):
         return False
-    value = store.label(LABEL)
-    return value is not None and is_of_this_boot(value)
+    assert isinstance(store, FileStore)
+    return store.notes_folder is None or place_in(value) != store.notes_folder
+
+
+def are_gone(store: FileStore) -> bool:
+    """True when a label names notes in the caller's folder or of an earlier boot, and none are there.
+
+    The next opening for writing removes the label.
+    """
+    return store.label(LABEL) is not None and not are_elsewhere(store)
 
 
 def acknowledge(store: FileStore) -> None:

@@ -138,6 +138,11 @@ class RuntimePaths:
         return self._in("running.json")
 
     @property
+    def notes(self) -> str:
+        """The disk server's folder of notes (`vhdkit serve --remember`)."""
+        return self._in("notes")
+
+    @property
     def leaving(self) -> str:
         """A marker: the host is stopping, and the machine must carry out its automatic stop action."""
         return self._in("leaving")

@@ -168,13 +168,12 @@ class Supervisor:
         exports = {"exports": exports_of(self._runtime, follow_leaf=follow_leaf), "known_images": known_images()}
         path = os.path.join(self._runtime.folder, "exports.json")
         write_whole(path, json.dumps(exports).encode(), durable=False)
-        notes = os.path.join(self._runtime.folder, "notes")
-        make_folders(notes)
+        make_folders(self._runtime.notes)
         if self._listener is None:
             self._listener = self._listen()
         serve = python_command(
             "vhdkit", "serve", "--exports", path, "--control", self._runtime.nbd_control, "--json",
-            "--remember", notes,
+            "--remember", self._runtime.notes,
         )  # fmt: skip
         pid = spawn_detached(
             ["/bin/sh", "-c", _ACTIVATE, "vhdkit", *serve],

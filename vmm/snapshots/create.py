@@ -85,7 +85,7 @@ def create(machine: Changing, request: SnapshotRequest) -> Snapshot:
             folder.copy_uefi(machine.paths, machine.spec)
             if is_saved:
                 snapshot = replace(snapshot, memory_bytes=folder.take_saved(machine.paths))
-            freeze(machine.spec, pivots)
+            freeze(machine, pivots)
             folder.finish()
             add(held, snapshot, pivots)
             held.go_on(PutInPlace.of(pivoted(machine.spec, pivots), saved="adapt" if is_saved else None))
@@ -101,9 +101,12 @@ def add(held: Held, snapshot: Snapshot, pivots: Sequence[Pivot]) -> None:
         held.tree.grow(one.frozen, one.child, one.format, child_id=vhdkit.image_id(one.child))
 
 
-def freeze(spec: MachineSpec, pivots: Sequence[Pivot]) -> None:
-    """Create the new leaves, all or none for each format. Raises VhdkitError."""
-    options = options_of_all(spec)
+def freeze(machine: Changing, pivots: Sequence[Pivot]) -> None:
+    """Create the new leaves, all or none for each format. Raises VhdkitError.
+
+    The machine is off, so its images need no notes of a killed disk server any more: its guest was cut off, too.
+    """
+    options = replace(options_of_all(machine.spec), notes_folder=machine.runtime.notes)
     for kind in IMAGE_FORMATS:
         pairs = [(one.frozen, one.child) for one in pivots if one.format == kind]
         if pairs:

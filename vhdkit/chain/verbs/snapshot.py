@@ -186,9 +186,9 @@ def _prepare(named: Sequence[tuple[str, str]], options: OpenOptions, *, dry_run:
             if not dry_run:
                 _settle(leaf, options)
             layers = open_layers(leaf, options=options)
-            if not dry_run and _needs_replay(layers[0]):
+            if not dry_run and _needs_opening(layers[0]):
                 _close_all(layers)
-                _replay_log(leaf, options)
+                _open_once(leaf, options)
                 layers = open_layers(leaf, options=options)
             stack.callback(_close_all, layers)
             children.append(_NewChild(leaf, new, tuple(layers)))
@@ -218,18 +218,20 @@ def _close_all(layers: Sequence[Layer]) -> None:
         layer.close()
 
 
-def _needs_replay(leaf: Layer) -> bool:
-    """True for an image whose writer died, and whose log has what it flushed last.
+def _needs_opening(leaf: Layer) -> bool:
+    """True for an image whose writer died, and left a log with what it flushed last or a label of notes that are gone.
 
-    False while there are notes that the caller cannot write: a replay would make them invalid, and the opening for
+    False while there are notes that the caller cannot write: a change would make them invalid, and the opening for
     writing that writes them also replays the log.
     """
-    has_log = any(one.code == _LOG_NOT_REPLAYED for one in leaf.facts.findings)
     file = pending.file_of(leaf.store)
-    return has_log and (file is None or not remember.are_elsewhere(file))
+    if file is not None and remember.are_elsewhere(file):
+        return False
+    has_log = any(one.code == _LOG_NOT_REPLAYED for one in leaf.facts.findings)
+    return has_log or (file is not None and remember.are_gone(file))
 
 
-def _replay_log(leaf: str, options: OpenOptions) -> None:
+def _open_once(leaf: str, options: OpenOptions) -> None:
     """Replay the leaf's log in its file: once frozen it is only read, and some programs ignore the log of an image.
 
     An image that has children already, or is in use, stays as it is.

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A snapshot of a machine all of whose processes were killed."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+import vhdkit
+from tests.vmm.guests import boot_sector
+from tests.vmm.small_guests import make_machine, processes, wait_counting
+from tests.waiting import wait_until
+from vmm.api.manager import Manager
+from vmm.store import registry
+
+
+@pytest.mark.parametrize("kind", ["vhd", "vhdx"])
+def test_the_frozen_image_has_neither_a_log_nor_notes(manager: Manager, tmp_path: Path, kind: str) -> None:
+    """The image under the new leaf is never written to again, so it is left with its log replayed, and it does not
+    refer to notes that are gone with the machine's processes."""
+    options = boot_sector.BootOptions(print_every=4, write_every=1)
+    leaf = make_machine(manager, tmp_path, kind=kind, options=options)
+    manager.start("small")
+    wait_counting(manager)
+    living = processes()
+    for part in ("keeper", "worker", "server", "qemu"):
+        living[part].send(signal.SIGKILL)
+    wait_until(lambda: not processes(), "all processes are dead")
+    assert "notes-unwritten" in [one.code for one in vhdkit.check(leaf)]
+    manager.snapshots("small").create("one")
+    assert not {one.code for one in vhdkit.check(leaf)} & {"notes-unwritten", "notes-left-out", "log-not-replayed"}
+    [disk] = registry.load("small").spec.disks
+    assert disk.path is not None and vhdkit.chain_paths(disk.path)[1] == str(leaf)
+    manager.start("small")
+    wait_counting(manager)
+    manager.stop("small")
