@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An image takes over the virtual disk of another one: the metadata items that are marked as the disk's.
+"""Giving an image the virtual disk of another one: the metadata items that are marked as belonging to the disk.
 
-Decides which items change, and where the new ones lie in the metadata region. They go through the log as one entry,
-so after an interruption the image has its old items or the new ones. The disk's size is left alone (`resize`), and so
-is what a guest reads: the DataWriteGuid stays.
+Decides which items change, and where the new ones lie in the metadata region. They go through the log as one log
+entry, so after an interruption the image has either its old items or the new ones. The size of the disk (`resize`) and
+what a guest reads stay as they are, and so does the DataWriteGuid.
 
 Source: [MS-VHDX] 2.6, on merging.
 """
@@ -17,12 +17,12 @@ from vhdkit.formats.vhdx.items import Item, free_place, inherited
 from vhdkit.formats.vhdx.layout import MetadataEntry, MetadataTableHeader
 from vhdkit.units import MIB, PAGE_SIZE, round_down
 
-MAX_ITEMS_BYTES = MIB  # of the items of a disk: known ones take 32 bytes; what is kept in memory must have a limit
-_Values = dict[tuple[bytes, int], bytes]  # the bytes of an item by its id and flags
+MAX_ITEMS_BYTES = MIB  # of a disk's items, which are kept in memory; those in the specification take 32 bytes
+_Values = dict[tuple[bytes, int], bytes]  # an item's bytes, by its id and flags
 
 
 def take_over_disk(image: VhdxImage, disk: VhdxImage, *, dry_run: bool = False) -> None:
-    """Give an open image the items of the virtual disk that `disk` shows, durable. Does nothing if it has them.
+    """Durably give an open image the items of the virtual disk in `disk`. Does nothing if it has them already.
 
     Raises InvalidArgument, NoSpace, IoFailed, SyncFailed.
     """
@@ -40,7 +40,7 @@ def _is_of_disk(one: Item) -> bool:
 
 
 def _values(image: VhdxImage) -> _Values:
-    """The items of the disk, apart from its size."""
+    """The items of the disk, except its size."""
     if sum(one.entry.length for one in image.metadata.items.all if _is_of_disk(one)) > MAX_ITEMS_BYTES:
         raise _no_room(image)
     found = inherited(image.metadata.view, image.metadata.items)
@@ -56,7 +56,7 @@ def _no_room(image: VhdxImage) -> errors.InvalidArgument:
 
 
 def _writes(image: VhdxImage, old: _Values, new: _Values) -> list[tuple[int, bytes]]:
-    """The whole table, and each added item in the first place where nothing lies now. Raises InvalidArgument."""
+    """Writes of the whole table, and of each new item into the first free place. Raises InvalidArgument."""
     region, items = image.metadata.regions.metadata, image.metadata.items.all
     keys = {one: (one.entry.item_id, one.entry.flags) for one in items if _is_of_disk(one)}
     entries = [one.entry for one in items if one not in keys or new.get(keys[one]) == old[keys[one]]]

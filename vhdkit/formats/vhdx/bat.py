@@ -2,7 +2,7 @@
 """The block allocation table: what state each block is in, and where it lies.
 
 Decides which entry belongs to which block, and what an entry means. Must not know the bits in sector bitmaps, nor when
-something is written.
+anything is written.
 
     entries   | 0 | 1 | ... | R - 1 | bitmap of chunk 0 | R | ...        R: the chunk ratio, payload blocks in a chunk
     entry     bits 0-2 state, 3-19 reserved, 20-63 offset in the file in MiB
@@ -10,8 +10,8 @@ something is written.
 The table of a 64 TiB disk takes up to 513 MiB, most of it usually a hole: only the parts that may hold data are read,
 and the rest of the array is never touched.
 
-Source: [MS-VHDX] 2.5. For the number of entries of a differencing disk the formula of the text is wrong; this one is
-that of the files that Windows writes.
+Source: [MS-VHDX] 2.5. Its formula for the number of entries of a differencing disk is wrong; this one follows files
+that Windows wrote.
 """
 
 from __future__ import annotations
@@ -72,14 +72,14 @@ class Shape:
         return None if within == self.ratio else chunk * self.ratio + within
 
     def is_behind(self, numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which of these entries belong to no block or bitmap of the disk: they are behind its end."""
+        """Which of these entries lie past the end of the disk, and so belong to none of its blocks and bitmaps."""
         groups, within = np.divmod(numbers, self.ratio + 1)
         is_block = within < self.ratio
         behind = is_block & (groups * self.ratio + within >= self.block_count)
         return np.asarray(behind | (numbers >= self.entry_count))
 
     def structure(self, entry_index: int) -> str:
-        """How messages call an entry."""
+        """The name of an entry in messages."""
         block = self.block_of(entry_index)
         if block is None:
             return f"BAT entry {entry_index} (sector bitmap of chunk {entry_index // (self.ratio + 1)})"
@@ -171,7 +171,7 @@ class Bat:
         self._entries[numbers] = entries
 
     def page(self, number: int) -> bytes:
-        """The bytes of a page of the table as they are to be stored; behind the last entry they are zeros."""
+        """The bytes of a page of the table as stored in the file; after the last entry they are zeros."""
         first = number * ENTRIES_PER_PAGE
         raw = self._entries[first : first + ENTRIES_PER_PAGE].astype("<u8").tobytes()
         return raw.ljust(layout.LOG_PAGE_SIZE, b"\0")

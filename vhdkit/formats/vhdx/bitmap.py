@@ -35,7 +35,7 @@ def packed(bits: NDArray[np.bool_]) -> bytes:
 
 
 def set_run(raw: bytearray, first: int, count: int) -> bool:
-    """Set `count` bits from `first`; True when one of them was clear."""
+    """Set `count` bits from `first`; returns True if any of them was clear."""
     end = first + count
     byte, last = first // _BITS, (end - 1) // _BITS
     head = 0xFF << (first % _BITS) & 0xFF

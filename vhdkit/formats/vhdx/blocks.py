@@ -2,11 +2,11 @@
 """The open image: blocks found through the BAT, sectors owned according to the block's state and bits.
 
 Decides which sectors the image owns, where they lie, and which state a block gets. The order in which bytes reach the
-device is decided in `commit`. Knows no parent: in a differencing image a sector that it does
-not own is ABSENT, and the chain looks further.
+device is decided in `commit`. Knows nothing of a parent: in a differencing image a sector that it does not own is
+ABSENT, and the chain looks further.
 
-`INV-SECTOR-RULE`: a block that is fully present is owned whole, one that is partially present where its bits are set.
-In a differencing image a block in one of the states UNDEFINED, ZERO and UNMAPPED is owned whole, as zeros without
+`INV-SECTOR-RULE`: all sectors of a fully present block are owned; of a partially present block, those whose bits are
+set. In a differencing image a block in the state UNDEFINED, ZERO or UNMAPPED is owned as a whole: zeros that take no
 space.
 """
 
@@ -43,10 +43,10 @@ class VhdxImage:
 
     format_name = FORMAT_NAME
     ignore_bitmaps = False
-    data_end_bytes = NO_END  # a last block that is cut short lacks only what lies behind the disk's end
+    data_end_bytes = NO_END  # a truncated last block lacks only bytes past the end of the disk
 
     def __init__(self, store: Store, metadata: Metadata, bat: Bat, commit: Commit | None = None) -> None:
-        """Use `open_vhdx`. `commit` is what an image that is written to must still write; None for reading."""
+        """Use `open_vhdx`. `commit` collects what an image open for writing must still write; None for reading."""
         self.store = store
         self.metadata = metadata
         self.bat = bat
@@ -66,12 +66,12 @@ class VhdxImage:
 
     @property
     def unique_id(self) -> bytes | None:
-        """See `Layer.unique_id`: the DataWriteGuid, which is another one once the disk was written to."""
+        """See `Layer.unique_id`: the DataWriteGuid, which changes when the disk is written to."""
         return (self.metadata.header if self._commit is None else self._commit.header).data_write_guid
 
     @property
     def commit(self) -> Commit:
-        """What changes of its structures go through; the image is open for writing."""
+        """Through which the structures are changed. The image must be open for writing."""
         assert self._commit is not None
         return self._commit
 
@@ -144,7 +144,7 @@ class VhdxImage:
         return b"".join(pages)
 
     def _sectors_inside(self, block_index: int) -> int:
-        """The sectors of a block that are of the disk, which may end inside the last one."""
+        """How many sectors of a block belong to the disk, which may end inside its last block."""
         return min(whole_sectors(self.size_bytes) - block_index * self._sectors_per_block, self._sectors_per_block)
 
     def extents(self, sector_index: int, sector_count: int) -> Iterator[Extent]:
@@ -180,7 +180,7 @@ class VhdxImage:
     # -- writing ----------------------------------------------------------------------------------------------------
 
     def _to_write(self, sector_index: int, sector_count: int) -> Commit:
-        """What a change of these sectors goes through. Raises SyncFailed after an earlier failure."""
+        """The `Commit` through which these sectors are changed. Raises SyncFailed after an earlier failure."""
         assert self._commit is not None
         assert sector_index >= 0 and sectors_to_bytes(sector_index + sector_count) <= self.size_bytes
         per_sector = whole_sectors(self.sector_bytes)
@@ -260,7 +260,7 @@ class VhdxImage:
         return True
 
     def _own(self, commit: Commit, block: int, first: int, count: int) -> bool:
-        """Set bits for data that is already in the file. True when one was clear."""
+        """Set bits for data that is already in the file. Returns True if any was clear."""
         with commit.changing:
             grew = self._set_bits(commit, block, first, count)
         if grew:
@@ -277,7 +277,7 @@ class VhdxImage:
         return self.bat.bitmap_offset(chunk) + within * self._bytes_of_bits
 
     def _put_bits(self, commit: Commit, place: int, owned: Sequence[tuple[int, int]]) -> None:
-        """The bits of a block are those of these runs (in `changing`): another program may have left others set."""
+        """Set exactly the bits of these runs (in `changing`): another program may have left others set."""
         raw, per_sector = bytearray(self._bytes_of_bits), whole_sectors(self.sector_bytes)
         for first, count in owned:
             bitmap.set_run(raw, first // per_sector, count // per_sector)
@@ -285,7 +285,7 @@ class VhdxImage:
             commit.put_bits(start, raw[start - place : end - place])
 
     def _set_bits(self, commit: Commit, block: int, first: int, count: int) -> bool:
-        """Set the bits of a run of sectors (in `changing`); True when one was clear."""
+        """Set the bits of a run of sectors (in `changing`); returns True if any was clear."""
         per_sector, base, grew = whole_sectors(self.sector_bytes), self._place_of_bits(block), False
         first, stop = first // per_sector, (first + count) // per_sector
         for start, end in _by_page(base + first // 8, -(-stop // 8) - first // 8):
@@ -328,7 +328,7 @@ class VhdxImage:
         commit.limit()
 
     def _take_anew(self, commit: Commit, block: int, pieces: Sequence[Piece]) -> None:
-        """A block without space gets its pieces, or where they are all zeros a state that reads as zeros."""
+        """Allocate a block for the pieces or, if all of them are zeros, give it a state that reads as zeros."""
         first_sector = block * self._sectors_per_block
         shows_parent = self.is_differencing and state_of(self.bat.block(block)) == BlockState.NOT_PRESENT
         is_whole = sum(piece.sector_count for piece in pieces) == self._sectors_inside(block)
@@ -412,7 +412,7 @@ class VhdxImage:
 
 
 def _by_page(place: int, size: int) -> Iterator[tuple[int, int]]:
-    """A range of bytes, cut where pages end."""
+    """A range of bytes, split at page boundaries."""
     end = place + size
     while place < end:
         stop = min(round_down(place, PAGE_SIZE) + PAGE_SIZE, end)

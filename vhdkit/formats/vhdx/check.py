@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is wrong with one VHDX file, apart from its parents.
 
-Decides what is an error, a warning or a note. Goes on behind the first error as far as the file can be read.
+Decides what is an error, a warning or a note. Continues after the first error as far as the file can be read.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _MAX_LISTED = 16  # findings of one kind, before the rest are only counted
 
 
 def check_vhdx(store: ReadStore, *, progress: Callable[[int, int], None] | None = None) -> list[Finding]:
-    """Everything that can be said about the file. `progress` gets the bytes of the disk examined, and all of them.
+    """Everything there is to report about the file. `progress` gets (bytes of the disk examined, all of them).
 
     Raises IoFailed.
     """
@@ -47,12 +47,12 @@ def check_vhdx(store: ReadStore, *, progress: Callable[[int, int], None] | None 
 
 
 def _unexpected_bitmaps(metadata: Metadata, bat: Bat) -> list[Finding]:
-    """Sector bitmaps of an image that has none."""
+    """Sector bitmaps in an image without a parent."""
     if metadata.items.has_parent:
         return []
     for numbers, _ in bat.used():
         for number in numbers[numbers % (metadata.shape.ratio + 1) == metadata.shape.ratio][:1].tolist():
-            message = "an image without a parent has no sector bitmaps: the image is read without this one"
+            message = "only a differencing image has sector bitmaps: this one is ignored"
             offset = metadata.regions.bat.file_offset + number * layout.BAT_ENTRY_SIZE
             structure = metadata.shape.structure(number)
             return [Finding(Severity.WARNING, "bitmap-unexpected", message, metadata.path, structure, offset)]
@@ -60,21 +60,21 @@ def _unexpected_bitmaps(metadata: Metadata, bat: Bat) -> list[Finding]:
 
 
 def _headers_differ(metadata: Metadata) -> list[Finding]:
-    """The other header is intact, but differs from what it should be."""
+    """The other header is intact, but is not what it should be."""
     other = metadata.headers[1 - metadata.current.slot]
     if other.state is not HeaderState.GOOD:
         return []
     if other.raw == metadata.current.raw:
         code = "headers-equal"
         message = (
-            f"both headers have the number {other.header.sequence_number} and are equal, as Disk2VHD leaves them;"
+            f"both headers have the number {other.header.sequence_number} and are identical, as Disk2VHD leaves them;"
             " some programs require different numbers, which `check --repair` writes"
         )
     elif other.header.data_write_guid != metadata.header.data_write_guid:
         code = "headers-differ"
         message = (
-            "its DataWriteGuid is not that of the current header: children that were made while it was current no"
-            " longer recognise the image"
+            "its DataWriteGuid differs from that of the current header: children that were made while this header was"
+            " current no longer recognise the image"
         )
     else:
         return []
@@ -85,7 +85,7 @@ def _tables_differ(metadata: Metadata) -> list[Finding]:
     tables = [read_table(metadata.view, copy) for copy in range(2)]
     if tables[0] == tables[1] or any(table_state(raw) != "good" for raw in tables):
         return []
-    message = "differs from the first one, by which the image is read"
+    message = "differs from region table 1, which is used"
     offset = layout.REGION_TABLE_OFFSETS[1]
     return [Finding(Severity.WARNING, "region-tables-differ", message, metadata.path, table_name(1), offset)]
 
@@ -97,7 +97,7 @@ def _unused_space(metadata: Metadata, bat: Bat) -> list[Finding]:
     unused = metadata.view.size() - used
     if unused < MIB:
         return []
-    message = f"{format_size(unused)} of the file belong to no block or structure; `vhdkit compact` frees them"
+    message = f"{format_size(unused)} of the file are not used by any block or structure; `vhdkit compact` frees them"
     return [Finding(Severity.NOTE, "space-unused", message, metadata.path)]
 
 
@@ -115,12 +115,12 @@ def _cut_short(metadata: Metadata, bat: Bat) -> list[Finding]:
     missing = end_of_blocks(metadata, bat) - metadata.view.size()
     if missing <= 0:
         return []
-    message = f"its last block lacks {missing} bytes past the end of the disk; 7-Zip reports an error for it"
+    message = f"the last block lacks {missing} bytes past the end of the disk; 7-Zip reports an error for this"
     return [Finding(Severity.WARNING, "block-cut", message, metadata.path, "file", metadata.view.size())]
 
 
 def _hidden_places(metadata: Metadata, bat: Bat) -> list[Finding]:
-    """Blocks that are not present or zeros, whose entries name a place in the file that no block uses."""
+    """Entries of blocks that are zeros or not present, but still have an offset in the file."""
     found, count = None, 0
     for numbers, entries in bat.used():
         states = entries & np.uint64(layout.BAT_STATE_MASK)
@@ -133,12 +133,16 @@ def _hidden_places(metadata: Metadata, bat: Bat) -> list[Finding]:
     if found is None:
         return []
     message = (
-        f"is not present, but names a place in the file ({count} such entries): if its state is damaged, the block's"
-        " data is there; no repair can know that"
+        f"its state is zero or not present, but it has an offset in the file (number of such entries: {count}): if the"
+        " state is damaged, the block's data is at that offset; a repair cannot know"
     )
     offset = metadata.regions.bat.file_offset + found * layout.BAT_ENTRY_SIZE
     structure = metadata.shape.structure(found)
     return [Finding(Severity.NOTE, "block-hidden", message, metadata.path, structure, offset)]
+
+
+def _bits(count: int) -> str:
+    return "1 bit is" if count == 1 else f"{count} bits are"
 
 
 def _stray_bits(metadata: Metadata, bat: Bat, progress: Callable[[int, int], None] | None) -> list[Finding]:
@@ -151,13 +155,13 @@ def _stray_bits(metadata: Metadata, bat: Bat, progress: Callable[[int, int], Non
             continue
         structure = f"sector bitmap of chunk {one.chunk_index}"
         if one.past_end:  # Windows sets those of the whole page in which the disk ends
-            message = f"{one.count} bits are set past the end of the disk, where no program looks at them"
+            message = f"{_bits(one.count)} set past the end of the disk, where programs ignore them"
             severity, code = Severity.NOTE, "bits-behind-end"
         else:
-            message = f"{one.count} bits are set for blocks that are not present; some programs read them as data"
+            message = f"{_bits(one.count)} set for blocks that are not present; some programs read these as data"
             severity, code = Severity.WARNING, "bits-absent"
         found.append(Finding(severity, code, message, metadata.path, structure, one.offset_bytes))
     if more:
-        message = f"and {more} more sector bitmaps like this"
+        message = f"the same is true of {more} more sector {'bitmap' if more == 1 else 'bitmaps'}"
         found.append(Finding(found[-1].severity, found[-1].code, message, metadata.path))
     return found

@@ -15,9 +15,9 @@ bits.
 
 - `INV-DATA-BEFORE-METADATA`: whatever the log makes visible is durable, or shows what was there before.
 - `INV-FLUSHED-OR-NEWER`: pages that do not fit into one entry follow in an order in which every prefix is a sound
-  image: bitmaps that exist, the BAT from its end to its start (the entry of a chunk's bitmap lies behind those of its
-  blocks), new bitmaps, in which no bit is set before.
-- `INV-NO-REUSE`: no space of the file is ever given to a second block.
+  image: existing bitmaps, the BAT from its end to its start (the entry of a chunk's bitmap follows those of its
+  blocks), and then new bitmaps, whose bits are all clear until then.
+- `INV-NO-REUSE`: space in the file that one block has used is never given to another.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Commit:
     # -- sessions ---------------------------------------------------------------------------------------------------
 
     def change_begins(self) -> None:
-        """A writer is about to change something that a guest can see, be it in place."""
+        """Announce that a writer is about to change something that a guest can see, even if only in place."""
         if not self.has_begun:
             with self._journal_lock:
                 self._journal.begin(changes_disk=True, needs_log=False)
@@ -110,12 +110,12 @@ class Commit:
             self._notes.change_begins(WRITER)
 
     def change_ended(self) -> None:
-        """A writer has changed the file, or could not."""
+        """Announce that a writer has changed the file, or failed to."""
         if self._notes is not None:
             self._notes.change_ended(WRITER)
 
     def begin(self) -> None:
-        """Be ready for logged pages that change what a guest sees. Raises SyncFailed, NoSpace, IoFailed."""
+        """Prepare to log pages that change what a guest sees. Raises SyncFailed, NoSpace, IoFailed."""
         with self._journal_lock:
             self._journal.begin(changes_disk=True)
         self.has_begun = True
@@ -160,7 +160,7 @@ class Commit:
         return start
 
     def _give_back(self, size_before: int, end: int) -> None:
-        """Undo a half-made extension; where even that fails the space leaks, since it may not be zeros."""
+        """Undo a half-made extension; if that fails, too, the space is never used, since it may not be zeros."""
         try:
             self._store.truncate(size_before)
         except errors.VhdkitError:
@@ -194,9 +194,9 @@ class Commit:
             self._changed.clear()
 
     def _reserve(self, offset_bytes: int, size_bytes: int) -> None:
-        """Give metadata its space now, where it has none: a flush must not fail for want of it.
+        """Allocate space for metadata that lie in a hole, so that a flush cannot run out of space.
 
-        Only the holes: where the file system cannot reserve, zeros are written.
+        Only for the holes: on a file system that cannot reserve space, zeros are written.
         """
         for start, size, is_data in list(self._store.data_runs(offset_bytes, size_bytes)):
             if not is_data:
@@ -265,7 +265,7 @@ class Commit:
     # -- limits -----------------------------------------------------------------------------------------------------
 
     def half_full(self) -> bool:
-        """True when half of what may wait for a flush does, so a flush beside the writers is a good idea."""
+        """Whether dirty pages have reached half of their limit, so that a flush beside the writers is worthwhile."""
         return 2 * self._dirty_count() >= MAX_DIRTY_PAGES or self._has_long_notes()
 
     def _has_long_notes(self) -> bool:
@@ -328,12 +328,12 @@ class Commit:
             self._notes.change_ended(FLUSH)
 
     def _goes_on(self) -> None:
-        """A flush changes the file again, after a sync that took time."""
+        """Announce that a flush changes the file again, after a sync that may have taken long."""
         if self._notes is not None:
             self._notes.change_begins(FLUSH)
 
     def _take_back(self) -> None:
-        """What an earlier flush did not make durable is dirty (under `lock`). Done again it does no harm."""
+        """Mark dirty again what an earlier flush did not make durable (under `lock`). Repeating it is harmless."""
         self._dirty_bits |= self._in_flight[0]
         self._dirty_bat |= self._in_flight[1]
         self._in_flight = set(), set()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """CRC-32C (Castagnoli), which protects a VHDX's headers, region tables and log entries.
 
-Decides how it is computed: over numpy tables, because a flush computes it over every page that it logs and no
-library of the core has it. Must not know what it protects.
+Decides how it is computed: with numpy lookup tables, because a flush computes it over every page that it logs, and
+none of the core's dependencies provides it. Must not know what it protects.
 
 The CRC is linear: the value over a piece of 512 bytes is the exclusive or of one table entry for each byte, chosen by
 its place and its value; appending a piece shifts the value so far by 512 bytes, which four more tables do.
@@ -58,7 +58,7 @@ def _tables() -> tuple[NDArray[np.uint32], NDArray[np.uint32], list[list[int]]]:
 
 
 def crc32c(data: bytes | bytearray | memoryview, value: int = 0) -> int:
-    """The CRC-32C of `data`; `value` is that of what comes before it."""
+    """The CRC-32C of `data`; `value` is the CRC of the bytes before it."""
     one, places, shifts = _tables()
     raw = np.frombuffer(data, dtype=np.uint8)
     state = value ^ _ONES
@@ -79,11 +79,11 @@ def crc32c(data: bytes | bytearray | memoryview, value: int = 0) -> int:
 
 
 def sealed(raw: bytes, checksum_offset: int) -> bytes:
-    """`raw` with its checksum field, 4 bytes at that offset, made right."""
+    """`raw` with the correct checksum in its 4-byte field at this offset."""
     cleared = raw[:checksum_offset] + bytes(4) + raw[checksum_offset + 4 :]
     return raw[:checksum_offset] + crc32c(cleared).to_bytes(4, "little") + raw[checksum_offset + 4 :]
 
 
 def is_sealed(raw: bytes, checksum_offset: int) -> bool:
-    """True when the checksum field is right."""
+    """Whether the checksum field is correct."""
     return sealed(raw, checksum_offset) == raw

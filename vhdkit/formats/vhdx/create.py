@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""New VHDX images, written whole into an empty store.
+"""New VHDX images, written completely into an empty store.
 
-Decides what our own files look like, which is what Windows makes: a log of 1 MiB, the metadata, the BAT, then blocks.
+Decides the layout of our own files, which is that of Windows: a log of 1 MiB, the metadata, the BAT, then blocks.
 
     0                  1 MiB   2 MiB        3 MiB   3 MiB + BAT
     | header section   | log   | metadata   | BAT   | blocks ...
@@ -50,7 +50,7 @@ DiskItem = tuple[bytes, int, bytes]  # an item of metadata: its id, flags and by
 
 
 def check_size(size_bytes: int, sector_bytes: int = SECTOR_SIZE) -> None:
-    """Raise InvalidArgument for a virtual size that no VHDX of these sectors can have."""
+    """Raise InvalidArgument for a virtual size that a VHDX with sectors of this size cannot have."""
     if size_bytes <= 0 or size_bytes % sector_bytes:
         raise errors.InvalidArgument(
             f"a disk of {size_bytes} bytes is not one or more whole {sector_bytes}-byte sectors"
@@ -62,13 +62,13 @@ def check_size(size_bytes: int, sector_bytes: int = SECTOR_SIZE) -> None:
 
 
 def check_sector_size(sector_bytes: int) -> None:
-    """Raise InvalidArgument for a logical sector size that no VHDX has."""
+    """Raise InvalidArgument for a logical sector size that a VHDX cannot have."""
     if sector_bytes not in layout.SECTOR_SIZES:
         raise errors.InvalidArgument(f"a VHDX has sectors of 512 or 4096 bytes, not {sector_bytes}")
 
 
 def check_block_size(block_size_bytes: int) -> None:
-    """Raise InvalidArgument for a block size that no VHDX can have."""
+    """Raise InvalidArgument for a block size that a VHDX cannot have."""
     low, high = layout.MIN_BLOCK_SIZE, layout.MAX_BLOCK_SIZE
     if not (is_power_of_two(block_size_bytes) and low <= block_size_bytes <= high):
         raise errors.InvalidArgument(
@@ -78,7 +78,7 @@ def check_block_size(block_size_bytes: int) -> None:
 
 
 def new_disk(size_bytes: int, sector_bytes: int = SECTOR_SIZE) -> list[DiskItem]:
-    """The items of a virtual disk that did not exist before."""
+    """The items of a new virtual disk, with an id of its own."""
     flags = layout.ITEM_IS_VIRTUAL_DISK | layout.ITEM_IS_REQUIRED
     return [
         (layout.ITEM_VIRTUAL_DISK_SIZE, flags, size_bytes.to_bytes(8, "little")),
@@ -103,7 +103,7 @@ def create(
     preallocate: bool = False,
     parent: ParentRef | None = None,
 ) -> None:
-    """Make the empty `store` an image of this virtual disk: of zeros, or a child that owns nothing.
+    """Make the empty `store` an image of this virtual disk: all zeros, or a child that owns no sectors.
 
     Raises InvalidArgument, also for a parent whose name cannot be written in UTF-16, and NoSpace.
     """
@@ -158,7 +158,7 @@ def _write_headers(store: Store) -> None:
 
 
 def _fill_table(store: Store, shape: Shape, first_block: int, block_size_bytes: int) -> None:
-    """The BAT of a fixed image: every block has its place, one after the other."""
+    """The BAT of a fixed image: all blocks are present, one after the other."""
     for first in range(0, shape.entry_count, FILL_ENTRIES):
         numbers = range(first, min(first + FILL_ENTRIES, shape.entry_count))
         entries = full_entries(shape, numbers, block_size_bytes, first_block=0, offset_bytes=first_block)
@@ -166,7 +166,7 @@ def _fill_table(store: Store, shape: Shape, first_block: int, block_size_bytes: 
 
 
 def new_locator(parent: ParentRef) -> dict[str, str]:
-    """The pairs by which a child names a parent: names of `ParentRef.of_paths`, or those that another child has.
+    """The locator pairs for a parent, from `ParentRef.of_paths` or from another child's locator.
 
     Raises InvalidArgument for a path that cannot be stored.
     """

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The raw structures of a VHDX, field by field with their offsets, whether they are valid or not.
 
-Decides how a field is shown. For people and tools that examine damaged files: no value is refused here. Structures
-that the log holds newer versions of are shown as they are in the file.
+Decides how a field is shown. For people and tools that examine damaged files: no value is refused here. Structures of
+which the log holds a newer version are shown as they are in the file.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _GUIDS = ("guid", "item_id", "file_write_guid", "data_write_guid", "log_guid", "
 
 
 def dump_vhdx(store: ReadStore) -> list[StructureDump]:
-    """Everything that could be a structure. Raises IoFailed."""
+    """Every structure that is found, intact or not. Raises IoFailed."""
     raw = store.pread(0, layout.CREATOR_OFFSET + layout.CREATOR_SIZE)
     creator = raw[layout.CREATOR_OFFSET :].decode("utf-16-le", "replace").split("\0", 1)[0]
     identifier = (
@@ -79,7 +79,7 @@ def _dump_entry(log_offset: int, entry: Entry, state: str) -> StructureDump:
 
 def _dump_regions(store: ReadStore) -> list[StructureDump]:
     dumps: list[StructureDump] = []
-    found: list[tuple[bool, RegionEntry]] = []  # where the metadata lie; False by a table with a wrong checksum
+    found: list[tuple[bool, RegionEntry]] = []  # (whether the table is intact, where it says that the metadata lie)
     for copy, start in enumerate(layout.REGION_TABLE_OFFSETS):
         raw = read_region_table(store, copy)
         state = table_state(raw)

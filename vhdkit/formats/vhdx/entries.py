@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which entries of a BAT cannot be true.
+"""Which entries of a BAT are impossible.
 
-Decides which states and places are impossible, and which of that prevents reading. Must not know what the blocks hold.
+Decides which states and places are impossible, and which of these prevent reading. Must not know what the blocks hold.
 
 Source: [MS-VHDX] 2.5.1; blocks in states 1 to 3 may keep an offset, of trimmed space.
 """
@@ -27,7 +27,7 @@ _RESERVED = np.uint64(layout.BAT_RESERVED_MASK)
 
 
 def read_bat(metadata: Metadata) -> Bat:
-    """The table, examined: the image can be read by it. Raises CorruptImage, IoFailed."""
+    """The table, after checking that the image can be read with it. Raises CorruptImage, IoFailed."""
     bat = Bat.load(metadata.view, metadata.regions.bat.file_offset, metadata.shape)
     if not is_sound(metadata, bat):
         for fault in faults(metadata, bat):
@@ -36,7 +36,7 @@ def read_bat(metadata: Metadata) -> Bat:
 
 
 def faults(metadata: Metadata, bat: Bat) -> Iterator[CorruptImage]:
-    """Every entry that the image cannot be read with, as an error; at most one of a kind for a part of the table."""
+    """Errors for the entries that prevent reading; at most one of a kind for each part of the table."""
     for numbers, entries in bat.used():
         yield from _state_faults(metadata, bat, numbers, entries)
         yield from _place_faults(metadata, numbers, entries)
@@ -72,7 +72,7 @@ def _is_bitmap(metadata: Metadata, numbers: NDArray[np.int64]) -> NDArray[np.boo
 
 
 def _is_stored(metadata: Metadata, numbers: NDArray[np.int64], states: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """Whether an entry stands for bytes in the file that are used: in an image without parent no bitmap is."""
+    """Whether an entry refers to bytes of the file that are in use; bitmaps are not, in an image without a parent."""
     stored = states >= BlockState.FULLY_PRESENT
     return stored if metadata.items.has_parent else stored & ~_is_bitmap(metadata, numbers)
 
@@ -88,7 +88,7 @@ def _state_faults(
     else:
         impossible |= is_block & (states == BlockState.PARTIALLY_PRESENT)
     for place in np.flatnonzero(impossible)[:1].tolist():
-        problem = "a state that no such block can have"
+        problem = "impossible state"
         yield _fault(metadata, int(numbers[place]), CorruptReason.BLOCK_STATE, problem, found=int(states[place]))
     if not metadata.items.has_parent:
         return
@@ -97,7 +97,7 @@ def _state_faults(
     for chunk in np.flatnonzero(chunks).tolist():
         if bat.bitmap_offset(chunk) < 0:
             number = int(partial[partial // (metadata.shape.ratio + 1) == chunk][0])
-            problem = f"is partially present, but the sector bitmap of chunk {chunk} is not there"
+            problem = f"is partially present, but the sector bitmap of chunk {chunk} is missing"
             yield _fault(metadata, number, CorruptReason.BITMAP_MISSING, problem)
             return
 
@@ -113,7 +113,7 @@ def whole_sizes(metadata: Metadata, numbers: NDArray[np.int64]) -> NDArray[np.in
 
 
 def sizes_in_file(metadata: Metadata, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How many bytes each entry's block has to have in the file. The end of the last one may lie behind the disk's."""
+    """How many bytes of each entry's block must be in the file: of the last block, those inside the disk."""
     shape, block_size = metadata.shape, metadata.items.block_size
     sizes = whole_sizes(metadata, numbers)
     last = shape.block_entry(shape.block_count - 1)
@@ -141,7 +141,7 @@ def _place_faults(
 
 
 def places(metadata: Metadata, bat: Bat) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """(entry numbers, offsets, sizes in the file) of everything that blocks use, by offset."""
+    """(entry numbers, offsets, sizes in the file) of all blocks and sector bitmaps in use, in order of offset."""
     parts = [(numbers, entries) for numbers, entries in bat.used()]
     if not parts:
         empty = np.zeros(0, dtype=np.int64)
@@ -156,7 +156,7 @@ def places(metadata: Metadata, bat: Bat) -> tuple[NDArray[np.int64], NDArray[np.
 
 
 def end_of_structures(metadata: Metadata, bat: Bat) -> int:
-    """Where the last block or structure ends, in bytes; the file may end before that, inside its last block."""
+    """Where the last block or structure ends, in bytes; the file may end earlier, inside its last block."""
     return max([end_of_blocks(metadata, bat), *(start + size for _, start, size in metadata.structures())])
 
 
@@ -187,7 +187,7 @@ def _overlaps(metadata: Metadata, bat: Bat) -> Iterator[CorruptImage]:
 
 
 def _between(offsets: NDArray[np.int64], sizes: NDArray[np.int64], start: int, stop: int) -> tuple[int, int]:
-    """The places, in order of offsets, whose blocks share bytes with a range."""
+    """(first, stop) of the positions, in order of offset, whose blocks share bytes with a range."""
     last = int(np.searchsorted(offsets, stop))
     first = int(np.searchsorted(offsets, start))
     if first and offsets[first - 1] + sizes[first - 1] > start:
@@ -196,7 +196,7 @@ def _between(offsets: NDArray[np.int64], sizes: NDArray[np.int64], start: int, s
 
 
 def _logged_data(metadata: Metadata, bat: Bat) -> Iterator[CorruptImage]:
-    """A log that was not replayed and would change a guest's data, which no program logs."""
+    """A log that was not replayed and would change a guest's data, which programs never log."""
     if metadata.replay is None:
         return
     numbers, offsets, sizes = places(metadata, bat)
@@ -217,7 +217,7 @@ def _logged_data(metadata: Metadata, bat: Bat) -> Iterator[CorruptImage]:
 
 
 def changes_data(metadata: Metadata, bat: Bat) -> bool:
-    """True when the log changes a guest's data. Blocks that lie over structures or bitmaps do not count."""
+    """Whether the log changes a guest's data. Blocks that overlap structures or bitmaps do not count."""
     assert metadata.replay is not None
     numbers, offsets, sizes = places(metadata, bat)
     is_block = ~_is_bitmap(metadata, numbers)
@@ -234,7 +234,7 @@ def changes_data(metadata: Metadata, bat: Bat) -> bool:
 
 
 def gaps(metadata: Metadata, bat: Bat) -> Iterator[tuple[int, int]]:
-    """(offset, size) of the parts of the file that no structure, no block and no entry of any state names."""
+    """(offset, size) of the parts of the file to which no structure, block or entry refers, whatever its state."""
     starts, ends = [start for _, start, _ in metadata.structures()], []
     ends += [start + size for _, start, size in metadata.structures()]
     parts = [(numbers, entries & _OFFSET) for numbers, entries in bat.used()]
@@ -264,7 +264,7 @@ def unused_data(metadata: Metadata, bat: Bat, enough: int | None = None) -> int:
 
 
 def is_possible_page(shape: Shape, first: int, raw: bytes, file_size: int) -> bool:
-    """True when these bytes can be the entries of a BAT from number `first` on, which need not be the image's."""
+    """Whether these bytes could be entries of a BAT, from number `first` on; it need not be the image's own."""
     entries = np.frombuffer(raw[: len(raw) // layout.BAT_ENTRY_SIZE * layout.BAT_ENTRY_SIZE], dtype="<u8")
     numbers = np.arange(first, first + len(entries))
     states = entries & _STATE

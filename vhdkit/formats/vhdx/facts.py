@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A VHDX's facts in the words of every format. Decides nothing: it is given the `Metadata` of a file."""
+"""A VHDX's facts in the terms that all formats share. Decides nothing: it is given the `Metadata` of a file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vhdkit.image import ImageFacts
 
 
 def facts_of(metadata: Metadata) -> ImageFacts:
-    """What the image says about itself. The size that it was made with is not recorded."""
+    """What the image says about itself. A VHDX does not record its original size."""
     items, header = metadata.items, metadata.header
     return ImageFacts(
         path=metadata.path,
@@ -33,7 +33,7 @@ def facts_of(metadata: Metadata) -> ImageFacts:
 
 
 def details_of(metadata: Metadata) -> ImageDetails:
-    """What else there is to show; reads the BAT. Raises IoFailed."""
+    """The further details that `info` shows; reads the BAT. Raises IoFailed."""
     bat = Bat.load(metadata.view, metadata.regions.bat.file_offset, metadata.shape)
     allocated = bat.in_states(BlockState.FULLY_PRESENT, BlockState.PARTIALLY_PRESENT)
     paths = [metadata.locator[key] for key in PATH_KEYS if key in metadata.locator]

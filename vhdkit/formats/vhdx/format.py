@@ -2,7 +2,7 @@
 """VHDX as a `Format`: the one door through which the rest of vhdkit reaches the modules beside this one.
 
 Decides nothing of its own; each method names the module that does. Methods import what they need, because most files
-are no VHDX, and asking them must not take longer.
+that are probed are not VHDXs, and probing must stay fast.
 """
 
 from __future__ import annotations
@@ -46,19 +46,19 @@ class VhdxFormat:
     # -- what a file is, without opening it ---------------------------------------------------------------------------
 
     def probe(self, store: ReadStore) -> bool:
-        """See `Format.probe`: the file begins as every VHDX does."""
+        """See `Format.probe`: looks for the file type identifier."""
         return has_identifier(store)
 
     def refuse_name(self, store: ReadStore) -> None:
         """See `Format.refuse_name`."""
         raise CorruptImage(
             CorruptReason.FILE_IDENTIFIER,
-            "the file does not begin as a VHDX does",
+            "the file does not begin with the VHDX signature",
             path=store.name,
             structure="file type identifier",
             offset_bytes=0,
-            hint="the file is not a VHDX, or damaged: `vhdkit check --repair` looks for the rest of a VHDX in it;"
-            " if it is a raw disk, say --format raw",
+            hint="the file is damaged or not a VHDX: `vhdkit check --repair` searches it for the other structures of a"
+            " VHDX; if it is a raw disk, use --format raw",
         )
 
     def facts(self, store: ReadStore) -> ImageFacts:
@@ -77,7 +77,7 @@ class VhdxFormat:
         return facts_of(metadata), details_of(metadata)
 
     def file_id(self, store: ReadStore) -> bytes | None:
-        """See `Format.file_id`: a VHDX has no id that never changes and that no other image of its chain has."""
+        """See `Format.file_id`: a VHDX has no id that is permanent and unique in its chain."""
         return None
 
     def linkage_id(self, store: ReadStore) -> bytes | None:
@@ -125,13 +125,13 @@ class VhdxFormat:
         return frozenset() if parent is None else frozenset(parent.linkage_ids)
 
     def claimed_parent(self, store: ReadStore) -> tuple[bytes | None, bool]:
-        """See `Format.claimed_parent`: the metadata of a damaged file name none."""
+        """See `Format.claimed_parent`: nothing can be known from damaged metadata."""
         return None, False
 
     def may_be_changing(self, store: ReadStore, file_id: bytes, sizes_bytes: tuple[int, int]) -> bool:
-        """See `Format.may_be_changing`: undo logs of a VHDX bear no id, and change both headers.
+        """See `Format.may_be_changing`: undo logs of a VHDX carry no id, and change both headers.
 
-        The ids in these are used once, so the bytes of the headers show whether the log belongs to the file.
+        A header's ids are never used again, so the bytes of the headers show whether the log belongs to the file.
         """
         return file_id == NULL_ID
 
@@ -142,7 +142,7 @@ class VhdxFormat:
         return is_torn(sector, before, after)
 
     def written_at(self, modified_ns: int) -> int:
-        """See `Format.written_at`: a VHDX records no time of its parent."""
+        """See `Format.written_at`: a VHDX does not record when its parent was modified."""
         return 0
 
     # -- opening and making -------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ class VhdxFormat:
         create.check_block_size(request.block_size_bytes)
 
     def create(self, store: Store, request: CreateRequest) -> None:
-        """See `Format.create`; `kind` may also be that of an image, as in its facts."""
+        """See `Format.create`; `kind` may also be the kind in an image's facts."""
         from vhdkit.formats.vhdx import create
 
         disk = create.new_disk(request.size_bytes, request.sector_bytes)
@@ -184,7 +184,7 @@ class VhdxFormat:
     def create_child(
         self, store: Store, size_bytes: int, parent: ParentRef, *, block_size_bytes: int, disk: Layer | None = None
     ) -> None:
-        """See `Format.create_child`: sector sizes and the disk's id are those of `disk`."""
+        """See `Format.create_child`: takes the sector sizes and the disk's id from `disk`."""
         from vhdkit.formats.vhdx import create
         from vhdkit.formats.vhdx.blocks import VhdxImage
         from vhdkit.formats.vhdx.items import inherited
@@ -229,7 +229,7 @@ class VhdxFormat:
         return dump_vhdx(store)
 
     def refuse_foreign_writer(self, layer: Layer) -> None:
-        """See `Format.refuse_foreign_writer`: nothing in the file says that a program writes to it."""
+        """See `Format.refuse_foreign_writer`: the file does not show whether a program is writing to it."""
 
     def drop_unreferenced(self, layer: Layer) -> None:
         """See `Format.drop_unreferenced`."""

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two headers of a VHDX: which one is current.
 
-Decides whether each slot is valid and which of the two is current. Must not know the log, regions or blocks: it only
-says where the log is.
+Decides whether each slot is valid and which of the two is current. Must not know the log, regions or blocks.
 
-A header is 4096 bytes under a checksum. The current one is the intact one with the larger sequence number. Two intact
-ones with the same number are accepted if they are equal, as Disk2VHD writes them.
+A header is 4096 bytes protected by a checksum. Of the intact headers, the one with the larger sequence number is
+current. Two intact headers with the same number are accepted if they are identical, as Disk2VHD writes them.
 
-Source: [MS-VHDX] 2.2.2; what Disk2VHD leaves is known from its files.
+Source: [MS-VHDX] 2.2.2; for Disk2VHD, files that it wrote.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ class HeaderPlace:
 
 
 def read_headers(store: ReadStore) -> tuple[HeaderPlace, HeaderPlace]:
-    """Both slots, judged one by one."""
+    """Both slots, each examined by itself."""
     first, second = (_read(store, slot) for slot in range(2))
     return first, second
 
@@ -113,7 +112,7 @@ def _none_counts(path: str, places: tuple[HeaderPlace, HeaderPlace]) -> CorruptI
     if first.state is second.state is HeaderState.GOOD:
         return CorruptImage(
             CorruptReason.HEADER_PAIR,
-            f"both headers have the sequence number {first.header.sequence_number}, but differ: it is unknown which"
+            f"both headers have the sequence number {first.header.sequence_number} but differ, so it is unknown which"
             " one is current",
             path=path,
             structure=second.structure,
@@ -130,7 +129,7 @@ def _none_counts(path: str, places: tuple[HeaderPlace, HeaderPlace]) -> CorruptI
 
 
 def exhausted(path: str, place: HeaderPlace) -> CorruptImage | None:
-    """Why no header with a larger number could follow the current one, so that the image can only be read."""
+    """The error if the sequence number cannot grow any further, so that the image can only be read; else None."""
     if place.header.sequence_number <= layout.MAX_HEADER_NUMBER:
         return None
     return CorruptImage(
@@ -150,10 +149,10 @@ def header_findings(path: str, places: tuple[HeaderPlace, HeaderPlace], current:
     other = places[1 - current.slot]
     if other.state is HeaderState.GOOD:
         return []
-    message = f"{other.state}; the image is read by the other header"
+    message = f"{other.state}; the other header is used"
     return [Finding(Severity.WARNING, "header-damaged", message, path, other.structure, other.offset_bytes)]
 
 
 def is_dirty(header: Header) -> bool:
-    """True if the log holds changes that may not be in their places yet."""
+    """Whether the log holds changes that may not have been applied to the file yet."""
     return header.log_guid != NULL_ID

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether a file is a VHDX at all.
 
-Decides that by its first bytes, which are never written again after it was made. It is asked of every file that is
-opened, so nothing else of VHDX is imported here.
+Decides that by its first bytes, which are never rewritten after creation. Every file that is opened is examined here,
+so this module imports nothing else of VHDX.
 
 Source: [MS-VHDX] 2.2.1.
 """
@@ -16,5 +16,5 @@ FILE_IDENTIFIER = b"vhdxfile"
 
 
 def has_identifier(store: ReadStore) -> bool:
-    """True for a file that begins as every VHDX does. Raises IoFailed."""
+    """Whether the file begins with the file type identifier of a VHDX. Raises IoFailed."""
     return store.pread(0, len(FILE_IDENTIFIER)) == FILE_IDENTIFIER

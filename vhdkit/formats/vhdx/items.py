@@ -4,7 +4,7 @@
 Decides which items must exist, what their values may be, what is refused, and which items a child takes over from
 its parent. Must not know where a parent lies, nor blocks.
 
-An item that is unknown and required is refused; one that is not is kept.
+An unknown item is refused if it is marked as required, and kept otherwise.
 
 Source: [MS-VHDX] 2.6.
 """
@@ -61,14 +61,14 @@ class Item:
 
     @property
     def structure(self) -> str:
-        """How messages call it."""
+        """Its name in messages."""
         known = None if self.is_user else _NAMES.get(self.entry.item_id)
         return known or f"metadata item {uuid.UUID(bytes=self.entry.item_id)}"
 
 
 @dataclass(frozen=True, slots=True)
 class Items:
-    """What the metadata say about the disk; sizes in bytes. `locator` is the item of the parent, None without one."""
+    """What the metadata say about the disk; sizes in bytes. `locator` is the parent locator; None without a parent."""
 
     block_size: int
     leaves_blocks_allocated: bool
@@ -199,14 +199,14 @@ def _refuse_unknown(path: str, items: list[Item]) -> None:
             raise CorruptImage(
                 CorruptReason.INCOMPLETE_FILE,
                 "the program that made this image did not finish it",
-                hint="create it again: it was never complete",
+                hint="create it again: it never was complete",
                 **_of(path, one),
             )
         is_known = not one.is_user and one.entry.item_id in _NAMES
         if one.entry.flags & layout.ITEM_IS_REQUIRED and not is_known:
             raise CorruptImage(
                 CorruptReason.ITEM_REQUIRED,
-                "is unknown, and marked as required to read the image",
+                "is unknown, but required to read the image",
                 hint="the file needs a newer program than this one",
                 **_of(path, one),
             )
@@ -271,7 +271,7 @@ def inherited(store: ReadStore, items: Items) -> list[tuple[bytes, int, bytes]]:
 
 
 def free_place(taken: Iterable[tuple[int, int]], size: int, region_size: int) -> int | None:
-    """The first offset in a metadata region with space for an item of this size; None if there is not enough.
+    """The first offset in a metadata region with enough free space for an item of this size, or None.
 
     `taken` are the (offset, size) of the items that stay.
     """
@@ -284,9 +284,9 @@ def free_place(taken: Iterable[tuple[int, int]], size: int, region_size: int) ->
 
 
 def build_items(items: list[tuple[bytes, int, bytes]]) -> bytes:
-    """The start of a metadata region with these items, (id, flags, bytes): the table, then the bytes on sectors.
+    """The start of a metadata region with these items, (id, flags, bytes): the table, then their bytes.
 
-    Items lie one after the other from 64 KiB on, each on 8 bytes, as `layout` and every reader want them.
+    The items follow each other from 64 KiB on, each on a sector boundary.
     """
     entries, data, offset = [], [], _FIRST_ITEM_OFFSET
     for item_id, flags, raw in items:

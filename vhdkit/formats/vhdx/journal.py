@@ -2,19 +2,19 @@
 """The log and the headers of an image that is written to: what must be durable before what.
 
 Decides which part of the ring is free, where an entry's tail points, and in which order header slots change. Must not
-know what is in the pages that it logs: `commit` says which, and when.
+know what the logged pages contain: `commit` decides which pages are logged, and when.
 
     first change of a session
         an empty entry with a new log id, at the log's start                    -> sync
-        a header with new ids that names this log, in the slot not current      -> sync
-        the same in the other slot                                              (synced with whatever comes next)
-    a group of pages     an entry with their bytes -> sync -> the same bytes in their places   (synced with the next)
+        a header with new ids and this log id, in the slot that is not current  -> sync
+        the same in the other slot                                              (made durable by the next sync)
+    a group of pages     an entry with their bytes -> sync -> the same bytes in their places  (durable with the next)
     close                header without log -> sync, the same in the other slot -> sync
 
-- `INV-LOG-WHOLE`: at every moment the newest durable entry and all entries from its tail on are in the ring. So the
-space that is free lies before the tail *that the newest durable entry records*, not before the tail in memory: should
-the next entry be torn, the file is still opened by the one before it.
-- `INV-HEADER-PAIR`: a slot is written only while the other one holds a valid header that is durable.
+- `INV-LOG-WHOLE`: at every moment the newest durable entry and all entries from its tail on are in the ring. So free
+space ends at the tail *that the newest durable entry records*, not at the tail in memory: if the next entry is torn,
+opening the file relies on the previous one.
+- `INV-HEADER-PAIR`: a slot is written only while the other one holds a valid, durable header.
 
 Source: [MS-VHDX] 2.2.2.1, 2.3.
 """
@@ -36,7 +36,7 @@ from vhdkit.image import NULL_ID
 from vhdkit.store import Store
 from vhdkit.units import MIB, round_down, round_up
 
-_SPARE_SECTORS = 2  # for an empty entry that frees the ring, and so that the ring is never full to the last sector
+_SPARE_SECTORS = 2  # one for an empty entry that frees the ring, and one so that the ring is never completely full
 _RANDOM_BITS = 60  # of the first sequence number of a session, as Windows chooses it
 
 
@@ -50,7 +50,7 @@ class Moment(NamedTuple):
 
 @dataclass(slots=True)
 class _Logged:
-    """An entry in the ring that counts; `pages` are those that are not written in their places yet."""
+    """A durable entry in the ring; `pages` are those not yet written to their places."""
 
     offset: int
     pages: list[LogChange]
@@ -78,28 +78,28 @@ class Journal:
         self._header = place.header
         self._log_offset, self._log_size = place_of_log
         self.lasting_bytes: int | None = None  # what a failure leaves of the file; None before anything is placed
-        self._other_due = False  # the slot that is not current still has to get the newest header
+        self._other_due = False  # the other slot does not durably hold the newest header yet
         self._synced_size = 0  # of the file, at the last sync; without what may be cut off again
         self._head = 0  # where the next entry goes
-        self._durable_tail = 0  # what the newest durable entry says
-        self._recorded_tail = 0  # what the entry says that was written last; by now the tail may have moved
+        self._durable_tail = 0  # the tail in the newest durable entry
+        self._recorded_tail = 0  # the tail in the entry that was written last; the tail may have moved since
         self._unsettled: deque[_Logged] = deque()
         self._sequence = 0
         self._has_log = False  # this session has a log id, in a durable header
-        self._may_name_log = False  # a header may name a log, be it that writing it failed
+        self._may_name_log = False  # a header may name a log, even if writing that header failed
         self._has_file_guid = False
         self._next_file_guid = file_write_guid or uuid.uuid4().bytes
         self._has_data_guid = False
-        self._next_data_guid = uuid.uuid4().bytes  # known before it is used: children record it first
-        self._is_quiet = False  # nothing is in the log, and another opening may write headers meanwhile
+        self._next_data_guid = uuid.uuid4().bytes  # known in advance: a child may record it first
+        self._is_quiet = False  # the log is empty, so another opening of the file may write headers
 
     @property
     def renewed_id(self) -> bytes | None:
-        """The DataWriteGuid that the next change of the disk brings; None if this session has brought it already."""
+        """The DataWriteGuid that the next change of the disk sets; None if this session has set it already."""
         return None if self._has_data_guid else self._next_data_guid
 
     def set_renewed_id(self, data_write_guid: bytes) -> None:
-        """Let the next change of the disk bring this DataWriteGuid, which may be the present one."""
+        """Let the next change of the disk set this DataWriteGuid, which may be the present one."""
         assert not self._has_data_guid
         self._next_data_guid = data_write_guid
 
@@ -110,13 +110,13 @@ class Journal:
 
     @property
     def moment(self) -> Moment:
-        """This moment, for notes."""
+        """The present moment, for notes."""
         header = self._header
         return Moment(header.file_write_guid, header.log_guid, self._sequence)
 
     @property
     def max_pages(self) -> int:
-        """The most pages that one entry can hold."""
+        """The largest number of pages that one entry can hold."""
         sectors = self._log_size // SECTOR - _SPARE_SECTORS - 1
         pages = sectors - 1
         while log.entry_size(pages) > sectors * SECTOR:
@@ -139,7 +139,10 @@ class Journal:
     # -- sessions ---------------------------------------------------------------------------------------------------
 
     def begin(self, *, changes_disk: bool, needs_log: bool = True) -> None:
-        """Be ready for a change of the file, or of what a guest sees. Raises SyncFailed, NoSpace, IoFailed."""
+        """Prepare for a change of the file or, with `changes_disk`, of what a guest sees.
+
+        Raises SyncFailed, NoSpace, IoFailed.
+        """
         if self._is_quiet:
             self._read_headers()
         if self._has_file_guid and (self._has_data_guid or not changes_disk) and (self._has_log or not needs_log):
@@ -158,16 +161,16 @@ class Journal:
         self._has_log |= needs_log
 
     def forget(self) -> None:
-        """What the log held was put in its places: take its id from both headers, durable. Raises SyncFailed."""
+        """Durably remove the log's id from both headers, after its changes were applied. Raises SyncFailed."""
         self.sync()
         self._write_header(replace(self._header, file_write_guid=self._next_file_guid, log_guid=NULL_ID))
         self._has_file_guid = True
         self.sync()
 
     def _start_log(self) -> bytes:
-        """Put an empty entry of a new log id into the ring, durable; the header does not name it yet."""
+        """Durably write an empty entry with a new log id; the headers do not name that id yet."""
         for offset, size, is_data in list(self._store.data_runs(self._log_offset, self._log_size)):
-            if not is_data:  # a flush must not fail for want of space
+            if not is_data:  # so that a flush cannot run out of space
                 self._store.reserve(offset, size)
         self.sync()
         log_guid = uuid.uuid4().bytes
@@ -176,7 +179,7 @@ class Journal:
         return log_guid
 
     def _put_empty(self, log_guid: bytes) -> None:
-        """Write an entry without pages that is its own tail, durable: the rest of the ring is free then."""
+        """Durably write an entry without pages that is its own tail, which frees the rest of the ring."""
         assert self.is_settled
         self._write_entry(self._head, [], log_guid)
         self.sync()
@@ -185,7 +188,7 @@ class Journal:
         self._sequence += 1
 
     def _write_header(self, header: Header) -> None:
-        """Make `header`, with the next number, the current one, durable; the other slot gets it with the next sync."""
+        """Durably make `header`, with the next number, current; the other slot becomes durable with the next sync."""
         if self._other_due:
             self.sync()
         self._put_header(1 - self._slot, header)
@@ -207,7 +210,7 @@ class Journal:
         self._slot, self._header = slot, header
 
     def end(self) -> None:
-        """Take the log's id from both headers, durable. Everything is settled. Raises SyncFailed, IoFailed."""
+        """Durably remove the log's id from both headers. Everything is settled. Raises SyncFailed, IoFailed."""
         assert self.is_settled
         if self._may_name_log:
             self._write_header(replace(self._header, log_guid=NULL_ID))
@@ -217,7 +220,7 @@ class Journal:
         self._is_quiet = True
 
     def move_log(self, offset_bytes: int) -> None:
-        """Let both headers name another place of the log, durable; no entry counts. Raises SyncFailed, IoFailed."""
+        """Durably record another place for the log, which is empty, in both headers. Raises SyncFailed, IoFailed."""
         assert not self._may_name_log
         if self._is_quiet:
             self._read_headers()
@@ -228,10 +231,10 @@ class Journal:
         self.end()
 
     def _read_headers(self) -> None:
-        """Go by the headers as they are now: another opening of the file may have written them.
+        """Read the headers again, since another opening of the file may have written them.
 
-        If it failed and left entries in its log, these would be lost: this opening must not write any more. Raises
-        SyncFailed.
+        If that opening failed and left entries in the log, writing would lose them, so this opening refuses to write
+        from now on. Raises SyncFailed.
         """
         place = current_header(self._store.name, read_headers(self._store))
         if place.header.log_guid != NULL_ID:
@@ -244,13 +247,13 @@ class Journal:
 
     @property
     def is_settled(self) -> bool:
-        """True when every page that was logged is durable in its place."""
+        """Whether every logged page is durable in its place."""
         return not self._unsettled
 
     def log(self, pages: list[LogChange]) -> None:
-        """Write an entry with these pages, at most `max_pages`; it counts once `sync` has returned.
+        """Write an entry with these pages, at most `max_pages`; it is valid once `sync` has returned.
 
-        Raises NoSpace, IoFailed; then the entry does not count, and its place is used again.
+        Raises NoSpace, IoFailed; the entry is then void, and its space is reused.
         """
         assert self._has_log and 0 < len(pages) <= self.max_pages
         self._apply()
@@ -260,7 +263,7 @@ class Journal:
         self._write_entry(self._head, pages, self._header.log_guid)
 
     def logged(self, pages: list[LogChange]) -> None:
-        """The entry with these pages, the last one of `log`, is durable: put them in their places.
+        """Put the pages of the entry that `log` wrote last, which is durable now, in their places.
 
         Raises NoSpace, IoFailed: nothing is lost then, and the entry stays in the log.
         """
@@ -278,7 +281,7 @@ class Journal:
         assert self.is_settled
 
     def _apply(self) -> None:
-        """Put the pages of every entry that counts in their places; the next call tries again what fails."""
+        """Put the pages of all durable entries in their places; the next call retries what fails."""
         for entry in self._unsettled:
             for one in entry.pages:
                 assert one.data is not None

@@ -32,7 +32,7 @@ HEADER_OFFSETS = (64 * KIB, 128 * KIB)
 HEADER_SIZE = 4 * KIB
 HEADER_SIGNATURE = b"head"
 HEADER_VERSION = 1
-MAX_HEADER_NUMBER = (1 << 64) - (1 << 32)  # of a header that another may follow: a session writes far fewer
+MAX_HEADER_NUMBER = (1 << 64) - (1 << 32)  # headers with larger ones are only read; a session writes far fewer
 LOG_VERSION = 0
 MAX_LOG_BYTES = 1024 * MIB  # the format sets no limit; larger ones are refused, so that a hostile log is bounded
 
@@ -51,7 +51,7 @@ ITEM_IS_USER, ITEM_IS_VIRTUAL_DISK, ITEM_IS_REQUIRED = 1, 2, 4
 
 MIN_BLOCK_SIZE, MAX_BLOCK_SIZE = MIB, 256 * MIB
 MAX_VIRTUAL_SIZE = 64 * TIB
-MAX_FILE_BYTES = 66 * TIB  # an offset that no file reaches: a full disk of the largest size, and its tables
+MAX_FILE_BYTES = 66 * TIB  # no file is larger: a full disk of the largest size, and its tables
 SECTOR_SIZES = (512, 4096)
 SECTORS_PER_CHUNK = 1 << 23  # whose bits one sector bitmap block holds
 BITMAP_BLOCK_SIZE = MIB
@@ -75,12 +75,12 @@ def guid(text: str) -> bytes:
 
 
 def stored_guid(value: bytes) -> bytes:
-    """The 16 bytes that stand in the file for an id."""
+    """The 16 bytes by which the file stores an id."""
     return uuid.UUID(bytes=value).bytes_le
 
 
 def read_guid(raw: bytes) -> bytes:
-    """The id that stands in the file as these 16 bytes."""
+    """The id that these 16 bytes of a file stand for."""
     return uuid.UUID(bytes_le=bytes(raw)).bytes
 
 
@@ -189,7 +189,7 @@ STRUCTURES: dict[str, tuple[Field, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A header: what the file is at the moment, and where its log lies. The ids are in the order of their text."""
+    """A header: the ids of the file's present state, and where its log lies. Ids are in text order."""
 
     signature: bytes
     checksum: int
@@ -205,7 +205,7 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class RegionTableHeader:
-    """What stands before the entries of a region table."""
+    """The fields before the entries of a region table."""
 
     signature: bytes
     checksum: int
@@ -225,7 +225,7 @@ class RegionEntry:
 
 @dataclass(frozen=True, slots=True)
 class MetadataTableHeader:
-    """What stands before the entries of the metadata table."""
+    """The fields before the entries of the metadata table."""
 
     signature: bytes
     reserved: int
@@ -246,7 +246,7 @@ class MetadataEntry:
 
 @dataclass(frozen=True, slots=True)
 class LocatorHeader:
-    """What stands before the entries of a parent locator."""
+    """The fields before the entries of a parent locator."""
 
     locator_type: bytes
     reserved: int
@@ -265,7 +265,7 @@ class LocatorEntry:
 
 @dataclass(frozen=True, slots=True)
 class LogEntryHeader:
-    """What stands before the descriptors of an entry of the log."""
+    """The fields before the descriptors of a log entry."""
 
     signature: bytes
     checksum: int

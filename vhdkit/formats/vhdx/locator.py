@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The parent locator of a VHDX: the keys and values by which a child names its parent.
 
-Decides how the pairs are encoded, and what they mean for `ParentRef`: which ids are accepted, and which names are
-tried first. Where a name leads on this machine is decided in `chain.names.parents`; nothing here looks at a file.
+Decides how the pairs are encoded, which ids of a parent are accepted, and in which order its names are tried. Where a
+name leads on this machine is decided in `chain.names.parents`; nothing here looks at a file.
 
 Source: [MS-VHDX] 2.6.2.6; the order in which paths are tried is that of 2.6.2.6.3.
 """
@@ -28,7 +28,7 @@ MAX_TEXT_BYTES = 0xFFFE
 
 
 def parse_locator(raw: bytes, path: str, offset_bytes: int) -> dict[str, str]:
-    """The pairs of a locator item that lies at this offset of the file, in their order. Raises CorruptImage."""
+    """The pairs of a locator item at this offset of the file, in stored order. Raises CorruptImage."""
     where: dict[str, Any] = {"path": path, "structure": "parent locator", "offset_bytes": offset_bytes}
     if len(raw) < layout.LOCATOR_HEADER_SIZE:
         raise CorruptImage(CorruptReason.LOCATOR_LENGTH, "is truncated", found=f"{len(raw)} bytes", **where)
@@ -36,7 +36,7 @@ def parse_locator(raw: bytes, path: str, offset_bytes: int) -> dict[str, str]:
     if header.locator_type != layout.LOCATOR_TYPE_VHDX:
         raise CorruptImage(
             CorruptReason.LOCATOR_TYPE,
-            "names a parent that is not a VHDX",
+            "has a type other than that of a VHDX parent",
             expected=uuid.UUID(bytes=layout.LOCATOR_TYPE_VHDX),
             found=uuid.UUID(bytes=header.locator_type),
             **where,
@@ -79,22 +79,22 @@ def _text(raw: bytes, offset: int, length: int, where: dict[str, Any]) -> str:
 
 
 def parent_ref(pairs: dict[str, str], path: str, offset_bytes: int) -> ParentRef:
-    """The parent that the pairs name. Raises CorruptImage where they name no id, or no path."""
+    """The parent that the pairs name. Raises CorruptImage if the id or every path is missing."""
     where: dict[str, Any] = {"path": path, "structure": "parent locator", "offset_bytes": offset_bytes}
     if LINKAGE not in pairs:
-        raise CorruptImage(CorruptReason.LOCATOR_KEYS, f"has no {LINKAGE}", **where)
+        raise CorruptImage(CorruptReason.LOCATOR_KEYS, f"has no key {LINKAGE}", **where)
     ids = [_linkage(pairs[key], where) for key in (LINKAGE, LINKAGE_2) if key in pairs]
     names = tuple(ParentName(key, pairs[key]) for key in PATH_KEYS if key in pairs)
     if not names:
-        raise CorruptImage(CorruptReason.LOCATOR_KEYS, "has no path of the parent", **where)
+        raise CorruptImage(CorruptReason.LOCATOR_KEYS, "has no path to the parent", **where)
     accepted = tuple(one for one in ids if one != NULL_ID)
     if not accepted:
-        raise CorruptImage(CorruptReason.LOCATOR_KEYS, f"has a {LINKAGE} of zeros", **where)
+        raise CorruptImage(CorruptReason.LOCATOR_KEYS, f"has a {LINKAGE} of all zeros", **where)
     return ParentRef(accepted, 0, names)
 
 
 def _linkage(text: str, where: dict[str, Any]) -> bytes:
-    """An id from its text: any case, with or without braces, as other programs write it."""
+    """An id from its text, in any case and with or without braces, as other programs write it."""
     try:
         if len(text.strip("{}")) != 36:
             raise ValueError(text)

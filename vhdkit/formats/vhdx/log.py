@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The log of a VHDX: how an entry is stored, which entries are valid, and which of them must be replayed.
 
-Decides what an entry is worth and which entries form the active sequence. Pure: it is given a function that reads the
-ring. Where the pages go in a file is decided in `replay`, when entries are written in `commit`.
+Decides whether an entry is valid and which entries form the active sequence. Pure: it is given a function that reads
+the ring. `replay` decides where the pages go in a file, and `commit` when entries are written.
 
     log    | entry 7 | entry 8 | entry 9 | old bytes ...            a ring of 4 KiB sectors
     entry  | header, descriptors | ... | page | page | ...          one page for each data descriptor
 
-The log comes from an untrusted file. No sector of a valid entry but its first begins like an entry, so entries that
-overlap are not valid, and the work is linear in the length of the log whatever it holds.
+The log comes from an untrusted file. Only the first sector of a valid entry begins with an entry's signature, so
+overlapping entries are invalid, and the work is linear in the length of the log whatever it contains.
 
-Source: [MS-VHDX] 2.3. What the text leaves open (which entry is the newest, what lies in front of the tail) follows
-files written by Windows.
+Source: [MS-VHDX] 2.3. What the text leaves open (which entry is the newest, what lies before the tail) follows files
+written by Windows.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ assert _DESCRIPTOR.itemsize == layout.DESCRIPTOR_SIZE and _DATA_SECTOR.itemsize 
 
 @dataclass(frozen=True, slots=True)
 class LogChange:
-    """One range that an entry sets: `data`, one page, or zeros for None."""
+    """One range that an entry sets: to `data`, which is one page, or to zeros if that is None."""
 
     file_offset_bytes: int
     size_bytes: int
@@ -76,16 +76,16 @@ class Entry:
         return changes
 
 
-Ring = Callable[[int, int], bytes]  # (offset, size) to the bytes of the log there, going on at its start after its end
+Ring = Callable[[int, int], bytes]  # (offset, size) -> the bytes of the log, which wraps around at its end
 
 
 def descriptor_sectors(count: int) -> int:
-    """The sectors that the header and so many descriptors take."""
+    """How many sectors the header and this number of descriptors take."""
     return 1 + max(0, -(-(count - _FIRST_SLOTS) // _SLOTS))
 
 
 def entry_size(pages: int) -> int:
-    """The bytes of an entry with so many pages and no ranges of zeros."""
+    """The size in bytes of an entry with this number of pages and no ranges of zeros."""
     return (descriptor_sectors(pages) + pages) * SECTOR
 
 
@@ -95,7 +95,7 @@ def entry_size(pages: int) -> int:
 def find_entries(ring: Ring, log_size: int, log_guid: bytes, candidates: Iterable[int]) -> dict[int, Entry]:
     """The valid entries of the ring that carry this id, by offset.
 
-    `candidates` are the offsets, rising, of all sectors that begin like an entry, whatever their id.
+    `candidates` are the offsets of all sectors that begin with an entry's signature, in order.
     """
     starts = list(candidates)
     found = {}
@@ -110,7 +110,7 @@ def find_entries(ring: Ring, log_size: int, log_guid: bytes, candidates: Iterabl
 
 
 def _is_possible(header: LogEntryHeader, log_size: int, room: int) -> bool:
-    """False for lengths and places that no entry has; `room` reaches to the next sector that begins like an entry."""
+    """False for impossible lengths and offsets; `room` ends at the next sector with an entry's signature."""
     length, tail = header.entry_length, header.tail
     return (
         0 < length <= min(log_size, room)
@@ -150,10 +150,10 @@ def _is_valid(header: LogEntryHeader, raw: bytes) -> bool:
 
 
 def active_sequence(entries: dict[int, Entry], log_size: int) -> list[Entry]:
-    """The entries to replay, oldest first: those from the tail of the newest entry for which none is missing.
+    """The entries to replay, oldest first: from the tail of the newest entry for which none is missing.
 
-    Empty without such an entry. What lies in front of the tail is not replayed, be it valid: its space in the
-    file may hold a guest's data by now.
+    Empty if there is none. Valid entries before the tail are not replayed: the places that they change may have been
+    reused for a guest's data since.
     """
     run_of: dict[int, tuple[int, int]] = {}  # offset: (which run of entries without a gap, the number in it)
     follows = {_next_offset(one, log_size): one for one in entries.values()}

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a VHDX file says about itself: the current header, the regions, the items, the parent, and its BAT.
+"""What a VHDX file says about itself: the current header, the regions, the metadata items and the parent.
 
-Decides whether all of it can be true, and refuses what cannot. Reads a few pages and needs no lock, so `info` works on
-an image in use. Nothing is changed: a log that was not replayed is replayed in memory (`replay`). Where the entries of
-the BAT lead is examined in `entries`.
+Decides whether the structures are possible and consistent, and refuses those that are not. Reads a few pages and needs
+no lock, so `info` works on an image in use. Nothing is changed: a log that was not replayed is replayed in memory
+(`replay`). The entries of the BAT are examined in `entries`.
 
     0        1 MiB
     | ids, headers, region tables | log | metadata | BAT | blocks ...        all on mebibytes, in any order
@@ -35,9 +35,9 @@ from vhdkit.store import ReadStore
 
 @dataclass(frozen=True, slots=True)
 class Metadata:
-    """All of a VHDX but its BAT and blocks. `view` is where the metadata are read; the guest's data are in the file.
+    """Everything in a VHDX except its BAT and blocks. Metadata are read through `view`, a guest's data from the file.
 
-    `locator` are the pairs of the parent locator in their order.
+    `locator` has the key-value pairs of the parent locator in stored order.
     """
 
     path: str
@@ -68,18 +68,18 @@ class Metadata:
         return raw.decode("utf-16-le", "replace").split("\0", 1)[0]
 
     def structures(self) -> list[tuple[str, int, int]]:
-        """(name, offset, size) of every structure but blocks, in bytes."""
+        """(name, offset, size) of every structure except blocks, in bytes."""
         places = [("header section", 0, layout.HEADER_SECTION_SIZE), *self.regions.places()]
         return places + ([("log", *self.log)] if self.log[1] else [])
 
 
 def read_metadata(store: ReadStore) -> Metadata:
-    """Read and examine everything but the BAT. Raises CorruptImage, IoFailed."""
+    """Read and examine everything except the BAT. Raises CorruptImage, IoFailed."""
     path = store.name
     if not has_identifier(store):
         raise CorruptImage(
             CorruptReason.FILE_IDENTIFIER,
-            "the file does not begin as a VHDX does",
+            "the file does not begin with the VHDX signature",
             path=path,
             structure="file type identifier",
             offset_bytes=0,
@@ -112,9 +112,11 @@ def read_metadata(store: ReadStore) -> Metadata:
 
 def _not_replayed(path: str, replay: Replay, log: tuple[int, int]) -> Finding:
     changed = sum(one.size_bytes for one in replay.changes)
+    count = len(replay.entries)
+    entries, them = ("1 log entry was", "it") if count == 1 else (f"{count} log entries were", "they")
     message = (
-        f"{len(replay.entries)} log entries were not replayed ({changed} bytes of metadata): the image was not closed,"
-        " or is in use. It is read as if they were; the file is not changed"
+        f"{entries} not replayed ({changed} bytes of metadata): the image was not closed, or is in use. It is read as"
+        f" if {them} had been; the file is not changed"
     )
     return Finding(Severity.NOTE, "log-not-replayed", message, path, "log", log[0])
 

@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Making the file of a VHDX smaller: blocks without content are dropped, the last ones fill the gaps, the end is cut.
+"""Making the file of a VHDX smaller: dropping blocks, filling gaps with the last blocks, and truncating the file.
 
-Decides which blocks move where, in which order, and when space of the file is free for something else. Must not know
-why blocks go: the caller (`chain.verbs.compact`) found that the disk reads the same without them.
+Decides which blocks move where, in which order, and when space in the file may be reused. Must not know why blocks are
+dropped: the caller (`chain.verbs.compact`) found that the disk reads the same without them.
 
     drop     entries of the blocks; then those of sector bitmaps that are no longer needed      | log
              the log is closed                                                                  | space is free now
     move     copies in free space -> sync -> their entries                                      | log
              the BAT and the metadata region: a copy -> sync -> both region tables              | one entry of the log
-             the log is closed; if it moves itself, the headers say so                          | header by header
+             the log is closed; if it moves as well, its place in the headers                   | header by header
     cut      the log is closed, the file is truncated, gaps become holes
 
-- `INV-COMPACT-PRESERVES`: a block is in its old place or in its new one, whole. Nothing moves to a place that another
-  block or structure leaves in the same run.
-- Space that only a guest's data used is free once nothing durable refers to it. Space of metadata is free only after
-  the log was closed as well, so that the next entry has another log id: until then an entry may be replayed over it,
-  by some programs even one in front of the tail.
-- An entry in one of the states without content may keep the offset of space that its block once had. That space is
-  free, so the offset is taken from the entry, durably, before the space is used.
+- `INV-COMPACT-PRESERVES`: at every moment a block is complete in its old place or in its new one. Nothing moves into
+  space that another block or structure vacates in the same run.
+- Space of a guest's data may be reused once nothing durable refers to it. Space of metadata may be reused only after
+  the log has been closed as well, so that the next entries have another log id: until then an entry may be replayed
+  over it; some programs replay even entries before the tail.
+- An entry in a state without content may keep the offset of space that its block once had. That space is free, so the
+  offset is durably removed from the entry before the space is reused.
 """
 
 from __future__ import annotations
@@ -47,9 +47,10 @@ _BATCH_BYTES = 256 * MIB  # copied between two syncs: the work that an interrupt
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """Which blocks and sector bitmaps move where, which regions, and where everything ends afterwards.
+    """Where blocks, sector bitmaps, regions and the log move, and where the file ends afterwards.
 
-    `entries` are the numbers of their entries, `targets` and `sizes` are bytes, `log_bytes` is where the log begins.
+    `entries` are numbers of BAT entries, `targets` their new offsets and `sizes` their sizes, in bytes; `log_bytes` is
+    the offset of the log.
     """
 
     entries: Indices
@@ -76,10 +77,10 @@ def gone_entries(image: VhdxImage, dropped: Indices) -> Indices:
 
 
 def plan_packing(image: VhdxImage, gone: Indices) -> Packing:
-    """How to fill the gaps from the end of the file, without the entries that are `gone`.
+    """How to fill the gaps with what lies last in the file, once the entries in `gone` are dropped.
 
-    The lowest gap that is large enough takes what lies last, for as long as that moves it down: nothing moves twice,
-    or without need.
+    The last block or structure moves to the lowest gap that is large enough, as long as that is further down: nothing
+    moves twice or needlessly.
     """
     metadata = image.metadata
     numbers, offsets, _ = places(metadata, image.bat)
@@ -88,7 +89,7 @@ def plan_packing(image: VhdxImage, gone: Indices) -> Packing:
     sizes = whole_sizes(metadata, numbers)
     structures = [(start, size) for _, start, size in metadata.structures()]
     gaps = _Gaps(structures, offsets, sizes)
-    waiting = sorted(structures)  # those that are not looked at yet, the last one last
+    waiting = sorted(structures)  # those not examined yet, in order of offset
     placed: dict[int, int] = {}  # the new places of structures, by their old ones
     movable = {metadata.regions.bat.file_offset, metadata.regions.metadata.file_offset, metadata.log[0]}
     moved, targets, end = len(numbers), [], 0
@@ -123,7 +124,7 @@ def _placed(region: RegionEntry, placed: dict[int, int]) -> RegionEntry:
 
 
 class _Gaps:
-    """The free ranges between what is taken, all on mebibytes, lowest first. Ranges that overlap are one."""
+    """The free ranges between used ones, all on mebibytes, lowest first. Used ranges that overlap are merged."""
 
     def __init__(self, structures: list[tuple[int, int]], offsets: Indices, sizes: Indices) -> None:
         """`structures` are (offset, size); blocks have offsets and sizes, both in any order."""
@@ -138,7 +139,7 @@ class _Gaps:
         self._first: dict[int, int] = {}  # by size: no gap before this one is large enough
 
     def take(self, size: int, below: int) -> int | None:
-        """The lowest free range of this size, from now on taken, if it lies below an offset."""
+        """Take the lowest free range of this size that lies below an offset; returns its offset, or None."""
         number = self._first.get(size, 0)
         while number < len(self._gaps) and self._gaps[number][1] - self._gaps[number][0] < size:
             number += 1
@@ -150,14 +151,14 @@ class _Gaps:
         return start
 
     def remaining(self) -> list[tuple[int, int]]:
-        """(start, end) of what is still free."""
+        """(start, end) of the ranges that are still free."""
         return [gap for gap in self._gaps if gap[0] < gap[1]]
 
 
 def drop(image: VhdxImage, dropped: Indices) -> None:
-    """Free the space of these blocks, of sector bitmaps that are no longer needed, and what else entries still hold.
+    """Free the space of these blocks, of sector bitmaps no longer needed, and of entries without content.
 
-    Raises IoFailed, NoSpace, SyncFailed; each block is then as it was, or dropped. The disk reads the same.
+    The disk reads the same. Raises IoFailed, NoSpace, SyncFailed; each block is then either unchanged or dropped.
     """
     commit, bat = image.commit, image.bat
     partial = [block for block in dropped.tolist() if state_of(bat.block(block)) == BlockState.PARTIALLY_PRESENT]
@@ -187,7 +188,7 @@ def drop(image: VhdxImage, dropped: Indices) -> None:
 
 
 def _anchors(image: VhdxImage) -> Indices:
-    """The entries with an offset at which no content is: of blocks without space, and bitmaps that nobody reads."""
+    """Entries whose offset leads to no content: those of blocks without space, and of sector bitmaps not in use."""
     shape, found = image.bat.shape, [np.zeros(0, dtype=np.int64)]
     for numbers, entries in image.bat.used():
         states = entries & np.uint64(layout.BAT_STATE_MASK)
@@ -200,7 +201,7 @@ def _anchors(image: VhdxImage) -> Indices:
 
 
 def carry_out(image: VhdxImage, packing: Packing, moved: Moved | None = None) -> None:
-    """Move what the plan says, cut the file, and leave it closed; the image is unusable afterwards: close it.
+    """Carry out the plan and truncate the file. Afterwards the image can only be closed.
 
     Raises IoFailed, NoSpace, SyncFailed; each block is then in its old place or its new one.
     """
@@ -245,7 +246,7 @@ def _punch(store: Store, ranges: Iterable[tuple[int, int]]) -> None:
 
 
 def _copy(store: Store, source: int, target: int, size: int) -> None:
-    """Copy to free space; holes stay holes, and what lies behind the end of the file is zeros."""
+    """Copy to free space; holes stay holes, and bytes past the end of the file are zeros."""
     stored = min(size, store.size() - source)
     for offset, count, may_hold_data in store.data_runs(source, stored):
         if may_hold_data:
@@ -256,7 +257,7 @@ def _copy(store: Store, source: int, target: int, size: int) -> None:
 
 
 def _move_regions(image: VhdxImage, regions: Regions) -> None:
-    """Put the BAT and the metadata in their places, and let both region tables say so at once."""
+    """Copy the BAT and the metadata to their new places, and record these in both region tables in one entry."""
     store, old = image.store, image.metadata.regions
     if regions == old:
         return
@@ -271,9 +272,9 @@ def _move_regions(image: VhdxImage, regions: Regions) -> None:
 
 
 def cut_end(image: VhdxImage, end_bytes: int) -> None:
-    """Truncate the file to `end_bytes`, behind which nothing is in use.
+    """Truncate the file to `end_bytes`, after which nothing is in use.
 
-    The log is closed first: its entries state how long the file is. Raises NoSpace, IoFailed, SyncFailed.
+    The log is closed first: its entries record a minimum size of the file. Raises NoSpace, IoFailed, SyncFailed.
     """
     image.commit.settle()
     if end_bytes < image.store.size():
@@ -282,7 +283,7 @@ def cut_end(image: VhdxImage, end_bytes: int) -> None:
 
 
 def _punch_gaps(image: VhdxImage, packing: Packing) -> None:
-    """Make holes of what is free in the file. This only frees space, so no error is raised if it fails."""
+    """Punch holes into the free ranges of the file. That only frees space, so no error is raised if it fails."""
     numbers, offsets, _ = places(image.metadata, image.bat)
     sizes = whole_sizes(image.metadata, numbers)
     log = packing.log_bytes, image.metadata.log[1]

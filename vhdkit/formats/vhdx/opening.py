@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Opening a VHDX for reading or writing.
 
-Decides what is done before an image is written to: notes of a killed process are written into it, its log is replayed
-in the file for good, and an image with doubtful structures is refused. Must not know how (`replay`, `journal`), nor
+Decides what happens before an image is written to: an image with doubtful structures is refused, notes of a killed
+process are written into the image, and its log is replayed in the file. Must not know how (`replay`, `journal`), nor
 which notes are valid (both `recall`s).
 """
 
@@ -57,7 +57,7 @@ def open_vhdx(store: Store, *, writable: bool = False) -> VhdxImage:
 
 
 def _write_noted(store: Store, metadata: Metadata, noted: Noted) -> None:
-    """Write what a killed process had only in memory, and remove its notes.
+    """Write what a killed process had only in memory and in its notes, and remove the notes.
 
     That completes the dead process's session: the disk's DataWriteGuid, which children may have recorded, stays.
     """
@@ -75,7 +75,7 @@ def _write_noted(store: Store, metadata: Metadata, noted: Noted) -> None:
 
 
 def _replay(store: Store, metadata: Metadata, journal: Journal) -> None:
-    """Make the changes of the log in the file, durable, then let the headers forget it; can be done again."""
+    """Durably apply the log's changes to the file, then remove its id from the headers. Repeating it is harmless."""
     assert metadata.replay is not None
     apply_replay(store, metadata.replay)
     journal.forget()

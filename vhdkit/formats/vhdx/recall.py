@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the notes of a VHDX say, and which images they cannot be about: see `formats.remember`.
+"""What the notes of a VHDX contain, and when they do not belong to an image: see `formats.remember`.
 
 Decides how a change of the metadata is noted, and what in an image contradicts its notes (`INV-ANSWERED-SURVIVES`).
 Must not know what the files of notes show (`formats.recall`), nor in which order valid notes are written (`opening`).
 
-A note is a change of a block: of bytes in pages of the BAT and of sector bitmaps, where they lie, what they were, what
-they became. It also has the state of the file at that moment: its FileWriteGuid, which every program that opens the
-image for writing replaces, the log's id, and the number of the next log entry. An image is that of its notes if
+A note describes a change of a block: the offsets of the bytes that changed in the BAT and in sector bitmaps, with
+their old and new values. It also holds the state of the file at that moment: its FileWriteGuid, which every program
+that opens the image for writing replaces, the log's id, and the number of the next log entry. Notes belong to an image
+if
 
-    FileWriteGuid     is the noted one, or follows from it: see `continued`
-    log               is the noted one, and has every entry that had been written then
-    each noted byte   is what it was before one of its changes, or after one
-    with the changes  the BAT can be true, and every noted page lies in the BAT or in a sector bitmap
+    FileWriteGuid        is the noted one, or derived from it: see `continued`
+    log                  is the noted one, and has every entry that had been written by then
+    each noted byte      has a value from before or after one of its changes
+    after the changes    the BAT is possible, and every noted page lies in the BAT or in a sector bitmap
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ from vhdkit.store import Store
 from vhdkit.units import MIB, round_down
 
 NOTES_ID = NULL_ID  # a VHDX has no `file_id`
-MAX_CONTINUATIONS = 1000  # of one dead process, by others that were killed while they wrote its notes
+MAX_CONTINUATIONS = 1000  # processes killed one after the other while they wrote the notes of the first
 _MOMENT = struct.Struct("<16s16sQ")  # `Moment`; changes follow
-_CHANGE = struct.Struct("<QH")  # where the bytes lie, how many; what they were and what they became follow
+_CHANGE = struct.Struct("<QH")  # offset and number of the bytes; their old and new values follow
 _BYTES_PER_ENTRY = layout.BAT_ENTRY_SIZE
 
 
 class NotedBytes(NamedTuple):
-    """A change of bytes of metadata, which lie in one page of the file: what they were, and what they became."""
+    """A change of metadata bytes within one page of the file: their offset, and their old and new values."""
 
     offset: int
     before: bytes
@@ -52,7 +53,7 @@ class NotedBytes(NamedTuple):
 
 @dataclass(slots=True)
 class Noted:
-    """What a killed process had only in memory: BAT entries by their number, pages of bitmaps by their place.
+    """What a killed process had only in memory: BAT entries by number, pages of sector bitmaps by offset.
 
     `file_write_guid` is the FileWriteGuid under which they may be written.
     """
@@ -64,7 +65,7 @@ class Noted:
 
 @dataclass(slots=True)
 class _Page:
-    """A page of metadata: `stored` in the file, `now` with the noted changes; which bytes have notes and agree."""
+    """A page of metadata: `stored` in the file, `now` with the noted changes; which bytes are noted, and agree."""
 
     stored: bytes
     now: bytearray
@@ -73,7 +74,7 @@ class _Page:
 
 
 def note_of(moment: Moment, changes: list[NotedBytes]) -> bytes:
-    """The note of changes that belong together."""
+    """The note for changes that belong together."""
     parts = [_MOMENT.pack(*moment)]
     for one in changes:
         parts += [_CHANGE.pack(one.offset, len(one.before)), one.before, one.after]
@@ -81,18 +82,18 @@ def note_of(moment: Moment, changes: list[NotedBytes]) -> bytes:
 
 
 def continued(file_write_guid: bytes) -> bytes:
-    """The FileWriteGuid of a process that writes the notes of a dead one, whose FileWriteGuid is given.
+    """The FileWriteGuid of a process that writes the notes of a dead process, from the FileWriteGuid of that one.
 
-    It must be another one, as for every opening for writing, and be recognised if that process is killed as well.
+    It must be a new one, as whenever a file is opened for writing, but be recognised if this process is killed, too.
     """
     return hashlib.sha256(b"vhdkit notes" + file_write_guid).digest()[:ID_BYTES]
 
 
 def recover(store: Store, metadata: Metadata, bat: Bat) -> Noted | None:
-    """The valid notes of this image; nothing is written to it, and `bat` stays as it is.
+    """The valid notes for this image; neither the image nor `bat` is changed.
 
-    None without notes, or if anything shows that the image is in another state: then the notes are set aside
-    permanently. Raises as `recalled` does.
+    None without notes, or if the image is evidently in another state: the notes are then set aside permanently. Raises
+    as `recalled` does.
     """
     found = recalled(store, NOTES_ID)
     if not found:
@@ -106,7 +107,7 @@ def recover(store: Store, metadata: Metadata, bat: Bat) -> Noted | None:
 
 
 def _contradiction(found: list[Note], store: Store, metadata: Metadata, bat: Bat, noted: Noted) -> str | None:
-    """Why the image is not the one of the notes, or has been changed since; None if nothing shows that.
+    """Why the notes are not about this image, or that it has changed since; None if nothing contradicts them.
 
     Fills `noted`.
     """
@@ -118,7 +119,7 @@ def _contradiction(found: list[Note], store: Store, metadata: Metadata, bat: Bat
         return problem
     noted.file_write_guid = continued(metadata.header.file_write_guid)
     size, room = store.size(), metadata.items.block_size + 2 * MIB
-    if size > found[-1].file_bytes + room:  # more than one block that was under construction
+    if size > found[-1].file_bytes + room:  # more than one half-made block
         return f"the file has another size, {size} bytes instead of {found[-1].file_bytes}"
     pages = _pages(changes, metadata)
     for place, page in pages.items():
@@ -140,19 +141,19 @@ def _changes_in(body: bytes) -> Iterator[NotedBytes]:
 
 
 def _other_session(metadata: Metadata, moment: Moment) -> str | None:
-    """What of headers and log shows that another program has written to the image since; None if nothing does."""
+    """How headers or log show that another program has written to the image since; None if they do not."""
     header, guid = metadata.header, moment.file_write_guid
     if header.file_write_guid != guid:
         for _ in range(MAX_CONTINUATIONS):
             guid = continued(guid)
             if header.file_write_guid == guid:
-                return None  # its log is another one
+                return None  # and so it has a new log
         return "another program has opened it for writing since"
     if moment.log_guid == NULL_ID:
-        return None  # a flush that was under way has begun the log
+        return None  # the flush in progress has begun the log
     entries = () if metadata.replay is None else metadata.replay.entries
     if header.log_guid != moment.log_guid or not entries or entries[-1].header.sequence_number < moment.sequence - 1:
-        return "its log is that of another moment"
+        return "its log is from another moment"
     return None
 
 
@@ -175,7 +176,7 @@ def _pages(changes: list[NotedBytes], metadata: Metadata) -> dict[int, _Page]:
 
 
 def _apply(pages: dict[int, _Page], metadata: Metadata, noted: Noted) -> str | None:
-    """Fill `noted` with the pages; returns what is impossible about them."""
+    """Fill `noted` from the pages; returns why they are impossible, or None."""
     region, entry_count = metadata.regions.bat, metadata.shape.entry_count
     bat = Bat.load(metadata.view, region.file_offset, metadata.shape)
     for place, page in pages.items():

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The region tables of a VHDX: where the BAT, the metadata and other regions are.
 
-Decides which of the two tables is used, and what is refused: an unknown region that is required, and impossible
-places. Must not know what is in a region.
+Decides which of the two tables is used, and refuses unknown required regions and impossible places. Must not know what
+is in a region.
 
 Unknown regions that are not required stay where they are; nothing may be written over them.
 
@@ -28,7 +28,7 @@ _KNOWN = {layout.REGION_BAT: "BAT region", layout.REGION_METADATA: "metadata reg
 
 @dataclass(frozen=True, slots=True)
 class Regions:
-    """The regions of a file; `findings` are about the table that was not needed."""
+    """The regions of a file; `findings` are about the table that was not used."""
 
     bat: RegionEntry
     metadata: RegionEntry
@@ -62,12 +62,12 @@ def table_state(raw: bytes) -> str:
 
 
 def read_table(store: ReadStore, copy: int) -> bytes:
-    """The bytes of a copy of the table, fewer at the end of the file."""
+    """The bytes of one copy of the table; fewer if the file ends inside it."""
     return store.pread(layout.REGION_TABLE_OFFSETS[copy], layout.REGION_TABLE_SIZE)
 
 
 def read_regions(store: ReadStore, log: tuple[int, int]) -> Regions:
-    """The regions in the first table that is intact; `log` is (offset, size) of the log. Raises CorruptImage."""
+    """The regions in the first intact table; `log` is (offset, size) of the log. Raises CorruptImage."""
     tables = [read_table(store, copy) for copy in range(2)]
     states = [table_state(raw) for raw in tables]
     if "good" not in states:
@@ -83,7 +83,7 @@ def read_regions(store: ReadStore, log: tuple[int, int]) -> Regions:
         Finding(
             Severity.WARNING,
             "region-table-damaged",
-            f"{states[other]}; the image is read by the other table",
+            f"{states[other]}; the other table is used",
             store.name,
             table_name(other),
             layout.REGION_TABLE_OFFSETS[other],
@@ -96,7 +96,7 @@ def read_regions(store: ReadStore, log: tuple[int, int]) -> Regions:
 
 
 def parse_entries(path: str, raw: bytes, copy: int) -> list[RegionEntry]:
-    """The entries of an intact table. Raises CorruptImage for more than there can be."""
+    """The entries of an intact table. Raises CorruptImage if there are too many."""
     count = layout.parse_region_table(raw[: layout.REGION_TABLE_HEADER_SIZE]).entry_count
     if count > layout.MAX_REGIONS:
         raise CorruptImage(
@@ -129,7 +129,7 @@ def _examined(
         if one.guid not in _KNOWN and one.required & layout.REGION_REQUIRED:
             raise CorruptImage(
                 CorruptReason.REGION_REQUIRED,
-                f"{name_of(one)} is unknown, and marked as required to read the image",
+                f"{name_of(one)} is unknown, but required to read the image",
                 hint="the file needs a newer program than this one",
                 **where,
             )
@@ -187,6 +187,6 @@ def build_table(entries: list[RegionEntry]) -> bytes:
 
 
 def table_writes(regions: Regions) -> list[tuple[int, bytes]]:
-    """(offset, bytes) of both copies of the table with these regions."""
+    """(offset, bytes) of both copies of a table with these regions."""
     raw = build_table([regions.bat, regions.metadata, *regions.others])
     return [(offset, raw) for offset in layout.REGION_TABLE_OFFSETS]

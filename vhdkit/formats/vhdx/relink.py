@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A child gets another parent, or other names for it.
+"""Recording another parent, or other names of the same parent, in a child.
 
-Decides where the new locator lies in the metadata region. It and its entry in the table go through the log as one
-entry, so after an interruption the image has its old names or its new ones. The disk reads as before, so its
-DataWriteGuid stays, and its own children stay valid.
+Decides where the new locator lies in the metadata region. The locator and its table entry go through the log as one
+log entry, so after an interruption the image has either its old names or its new ones. The child's own content does
+not change, so its DataWriteGuid stays, and its children stay valid.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vhdkit.image import ParentRef
 
 
 def relink(image: VhdxImage, parent: ParentRef) -> None:
-    """Let an open child record another parent, durable, and close it; the file stays open.
+    """Durably record another parent in an open child, and close the image; its file stays open.
 
     Raises InvalidArgument, NoSpace, IoFailed, SyncFailed.
     """
@@ -30,12 +30,12 @@ def relink(image: VhdxImage, parent: ParentRef) -> None:
         if item is None:
             raise errors.InvalidArgument("has no parent", path=image.store.name)
         raw = build_locator(new_locator(parent))
-        # Its old place counts as free.
+        # The space of the old locator counts as free.
         others = ((one.entry.offset, one.entry.length) for one in items.all if one is not item and one.entry.length)
         offset = free_place(others, len(raw), region.length)
         if offset is None:
             raise errors.InvalidArgument(
-                "the metadata have no room for the names of this parent",
+                "the metadata region has no room for the names of this parent",
                 path=image.store.name,
                 hint="use a shorter path",
             )

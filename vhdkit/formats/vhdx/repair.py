@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The repair of a damaged VHDX: the writes, made to a draft of it.
+"""The repair of a damaged VHDX, made to a draft of the file.
 
-Decides the order of the parts, and which of them wait for another. Writes nothing into the file: how the draft gets
-there, atomically, is decided in `chain.verbs.repair`, and so is everything about parents.
+Decides the order of the steps, and when a repair must stop early. Writes nothing to the file: `chain.verbs.repair`
+decides how the draft is written there atomically, and everything about parents.
 
     identifier -> headers -> log -> region tables -> metadata table -> locator -> BAT and bitmaps -> a log
 
-Each part builds on those before it, so the first one that waits for consent ends the repair.
+Each step builds on those before it, so the repair ends at the first step that needs consent.
 
-- What is stored twice is restored from the other place: a header, a region table.
-- What is stored once is restored only if the rest of the file confirms it, or with consent.
-- A file made by a newer program is left alone: it is not damaged.
+- A header or region table, which are stored twice, is restored from its other copy.
+- Structures that are stored once are restored only if the rest of the file confirms the result, or with consent.
+- A file that needs a newer program is left alone: it is not damaged.
 - A repaired file has a new FileWriteGuid. Its DataWriteGuid stays, so children still recognise the image.
 """
 
@@ -37,9 +37,9 @@ from vhdkit.units import MIB, round_up
 
 
 def repair_vhdx(draft: DraftStore, consent: Consent) -> list[Fix]:
-    """Repair the image in `draft`; returns what was fixed or could be, in order.
+    """Repair the image in `draft`; returns in order what was fixed, or could be with consent.
 
-    What cannot be repaired is left: `check_vhdx` reports it afterwards. Raises IoFailed, InvalidArgument for a repair
+    What cannot be repaired stays: `check_vhdx` reports it afterwards. Raises IoFailed, InvalidArgument for a repair
     that is too large.
     """
     fixes = _mended(draft, consent)
@@ -50,20 +50,22 @@ def repair_vhdx(draft: DraftStore, consent: Consent) -> list[Fix]:
 
 def _mended(draft: DraftStore, consent: Consent) -> list[Fix]:
     if draft.size() <= layout.HEADER_SECTION_SIZE:
-        return []  # nothing of a disk is in it
+        return []  # too short to hold anything of a disk
     fixes = list(mend_identifier(draft))
     if not has_identifier(draft):
         if not has_metadata(draft):
             return []
         if not consent.data_loss:
-            message = "neither identifier, nor headers, nor region tables are there, but metadata of a VHDX are"
+            message = "the identifier, headers and region tables are lost, but the file has the metadata of a VHDX"
             return [Fix("file-identifier", message, LOSS)]
         draft.pwrite(0, FILE_IDENTIFIER)
-        fixes.append(Fix("file-identifier", "the file begins as a VHDX does again: it has the metadata of one"))
+        fixes.append(
+            Fix("file-identifier", "wrote the file type identifier of a VHDX: the file has the metadata of one")
+        )
     for part in (mend_headers, mend_log, mend_regions):
         fixes += part(draft, consent)
         if any(one.needs for one in fixes) or current_slot(read_headers(draft)) is None:
-            return fixes  # what follows could be wrong
+            return fixes  # later steps could rest on a wrong guess
     fixes += mend_table(draft)
     fixes += mend_locator(draft, consent)
     try:
@@ -78,15 +80,18 @@ def _mended(draft: DraftStore, consent: Consent) -> list[Fix]:
 
 
 def _settle(draft: DraftStore, metadata: Metadata) -> Iterator[Fix]:
-    """What only wastes space or misleads other programs, once every block has its place."""
+    """Mend what only misleads other programs, once every block has its place."""
     bat = Bat.load(draft, metadata.regions.bat.file_offset, metadata.shape)
     end = round_up(end_of_blocks(metadata, bat), MIB)
     if draft.size() < end:
         draft.reserve(end - 1, 1)
-        yield Fix("block-cut", "the file ended inside its last block, behind the end of the disk: extended with zeros")
+        yield Fix(
+            "block-cut", "the file ended inside its last block, past the end of the disk: extended it with zeros"
+        )
     found = [one for one in stray_bits(metadata, bat) if not one.past_end]
     for one in found:
         for offset, raw in one.writes:
             draft.pwrite(offset, raw)
     if found:
-        yield Fix("bits-absent", f"cleared {sum(one.count for one in found)} bits of blocks that are not present")
+        count = sum(one.count for one in found)
+        yield Fix("bits-absent", f"cleared {count} {'bit' if count == 1 else 'bits'} of blocks that are not present")

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The repair of a VHDX's BAT and sector bitmaps.
 
-Decides what an entry that cannot be true becomes, and what that loses. Must not know how overlapping blocks are
-separated (`separate`), nor how a draft reaches the file. Headers, log and regions are right when this begins.
+Decides what an impossible entry becomes, and what is lost by that. Must not know how overlapping blocks are separated
+(`separate`), nor how a draft reaches the file. Headers, log and regions have been repaired when this step begins.
 
-- Reserved bits are cleared. Without a parent, a partially present block is present, and bitmaps are not there.
-- An entry in an impossible state keeps its block, if nothing else claims the place; with consent, since nothing in the
-  file says whether the block holds the guest's data. The block is doubtful.
-- An entry that names a place outside the file is cleared, with consent: its block then reads as zeros, or as the
-  parent's. Of a block that the end of the file cuts, what is there stays.
-- If a sector bitmap is missing, the sectors that hold data are taken as the image's own, with consent.
+- Reserved bits are cleared. Without a parent, partially present blocks become fully present, and bitmaps are removed.
+- An entry in an impossible state keeps its block if nothing else claims the space. This needs consent, since the file
+  does not show whether the block holds the guest's data. The block is doubtful.
+- An entry with an offset outside the file is cleared, with consent: its block then reads as zeros or as the parent. If
+  the file ends inside a block, the part before its end stays.
+- If a sector bitmap is missing, all sectors with data are taken as the image's own, with consent.
 
 Source: [MS-VHDX] 2.4, 2.5.
 """
@@ -33,14 +33,14 @@ from vhdkit.formats.vhdx.repair_headers import LOSS
 from vhdkit.formats.vhdx.separate import Overlaps, Separation
 from vhdkit.units import MIB, format_size, round_up
 
-_MAX_GUESSED_BLOCKS = 4096  # whose data are read to find out which sectors are the image's own
+_MAX_GUESSED_BLOCKS = 4096  # whose data are read to find the sectors that are the image's own
 _STATE = np.uint64(layout.BAT_STATE_MASK)
 _OFFSET = np.uint64(layout.BAT_OFFSET_MASK)
 _RESERVED = np.uint64(layout.BAT_RESERVED_MASK)
 
 
 def mend_blocks(draft: DraftStore, metadata: Metadata, consent: Consent) -> Iterator[Fix]:
-    """Leave a table by which the image can be read and written. `metadata` are those of the draft."""
+    """Leave a table with which the image can be read and written. `metadata` are those of the draft."""
     mending = _Mending(draft, metadata)
     yield from mending.certain()
     yield from mending.doubtful(consent)
@@ -62,7 +62,7 @@ class _Mending:
         self._before = self._entries.copy()
         chunks, inner = np.divmod(self._numbers, self._shape.ratio + 1)
         self._is_bitmap = inner == self._shape.ratio
-        self._blocks = chunks * self._shape.ratio + inner  # of entries that are no bitmap's
+        self._blocks = chunks * self._shape.ratio + inner  # valid where `_is_bitmap` is False
         self._is_block = ~self._is_bitmap & (self._blocks < self._shape.block_count)
         self._added: list[int] = []  # entries that were 0
         self._is_cut = False  # the file ends inside a block or bitmap
@@ -98,7 +98,7 @@ class _Mending:
     # -- what is certain ----------------------------------------------------------------------------------------------
 
     def certain(self) -> Iterator[Fix]:
-        """Entries that are read in one way only, whatever is wrong with them."""
+        """Correct entries whose meaning is certain."""
         reserved = (self._entries & _RESERVED) != 0
         if reserved.any():
             stored = self._is_block & reserved & (self._states() >= BlockState.FULLY_PRESENT)
@@ -117,17 +117,22 @@ class _Mending:
         if bitmaps.any():
             self._set(bitmaps, 0)
             count = int(np.count_nonzero(bitmaps))
-            yield Fix("bitmap-unexpected", f"cleared the entries of {count} sector bitmaps, which only children have")
+            yield Fix(
+                "bitmap-unexpected",
+                f"cleared the BAT entries of {count} sector bitmaps, which only differencing images have",
+            )
         partial = self._is_block & (self._states() == BlockState.PARTIALLY_PRESENT)
         if partial.any():
             self._set(partial, (self._entries[partial] & ~_STATE) | np.uint64(BlockState.FULLY_PRESENT))
-            message = f"{int(np.count_nonzero(partial))} blocks were partially present in an image without a parent:"
-            yield Fix("block-state", f"{message} they are present now", None, (), tuple(self._ranges(partial)))
+            message = (
+                f"blocks that were partially present in an image without a parent: {int(np.count_nonzero(partial))}"
+            )
+            yield Fix("block-state", f"{message}; made them fully present", None, (), tuple(self._ranges(partial)))
 
     # -- what needs consent -------------------------------------------------------------------------------------------
 
     def doubtful(self, consent: Consent) -> Iterator[Fix]:
-        """Entries that nothing in the file explains."""
+        """Correct or clear impossible entries, separate overlapping blocks, and replace missing bitmaps."""
         self._bat.put(self._numbers, self._entries)
         before = self._entries.copy()
         lost, doubtful = self._clear_impossible()
@@ -141,7 +146,9 @@ class _Mending:
         if needs_consent and not consent.data_loss:
             self._bat.put(self._numbers, before)
             shows = "their parent's content" if self._metadata.items.has_parent else "zeros"
-            message = f"entries of the BAT or sector bitmaps are impossible; blocks would show {shows} or old data"
+            message = (
+                f"BAT entries or sector bitmaps are impossible; after a repair, blocks would show {shows} or old data"
+            )
             yield Fix("bat", message, LOSS, tuple(lost), tuple(doubtful))
             return
         if lost or plan.dropped or (self._entries != before).any():
@@ -155,14 +162,16 @@ class _Mending:
         if plan.moved:
             message = f"separated {len(plan.moved)} blocks that overlapped others or structures"
             rest = () if len(missing) else tuple(doubtful)
-            yield Fix("blocks-overlap", f"{message}; what they shared may be wrong", None, (), rest)
+            yield Fix("blocks-overlap", f"{message}; the parts that they shared may be wrong", None, (), rest)
         if len(missing):
             self._make_bitmaps(missing, end)
-            message = f"{len(missing)} blocks had no sector bitmap: sectors that hold data are their own now"
+            message = (
+                f"blocks without a sector bitmap: {len(missing)}; took their sectors with data as the image's own"
+            )
             yield Fix("bitmap-missing", message, None, (), tuple(doubtful))
 
     def _clear_impossible(self) -> tuple[list[ByteRange], list[ByteRange]]:
-        """Correct or clear entries with impossible states and places; returns what is lost, and what is doubtful."""
+        """Correct or clear entries with impossible states and offsets; returns (lost ranges, doubtful ranges)."""
         odd = self._odd()
         offsets = (self._entries & _OFFSET).astype(np.int64)
         needed = sizes_in_file(self._metadata, self._numbers)
@@ -181,7 +190,7 @@ class _Mending:
         return joined(lost), joined(doubtful)
 
     def _odd(self) -> NDArray[np.bool_]:
-        """Entries in states that no such entry can have."""
+        """Entries in impossible states."""
         states = self._states()
         odd = self._is_block & ((states == 4) | (states == 5))
         if self._metadata.items.has_parent:
@@ -189,7 +198,7 @@ class _Mending:
         return np.asarray(odd)
 
     def _claims(self) -> NDArray[np.bool_]:
-        """Entries that name a place in the file, in a possible state."""
+        """Entries in a possible state that refers to space in the file."""
         states = self._states()
         bitmaps = self._is_bitmap & (states == BlockState.FULLY_PRESENT)
         return np.asarray((self._is_block & (states >= BlockState.FULLY_PRESENT)) | bitmaps)
@@ -201,7 +210,7 @@ class _Mending:
         claims: NDArray[np.bool_],
         others: NDArray[np.bool_],
     ) -> NDArray[np.bool_]:
-        """For each place, whether no structure and no claim is there, and of the others none but itself."""
+        """For each range, whether it is free of structures, of `claims`, and of all `others` except itself."""
         taken = np.array([(at, at + size) for _, at, size in self._metadata.structures()], dtype=np.int64)
         low = np.concatenate([taken[:, 0], starts[claims]])
         high = np.concatenate([taken[:, 1], ends[claims]])
@@ -209,7 +218,7 @@ class _Mending:
         return ~touches(covered(low, high, 1), starts, ends) & ~touches(shared, starts, ends)
 
     def _correct(self, kept: NDArray[np.bool_]) -> None:
-        """Give entries in impossible states the nearest possible one."""
+        """Give entries in impossible states the most likely possible one."""
         self._set(kept, (self._entries[kept] & ~_STATE) | np.uint64(BlockState.FULLY_PRESENT))
         if not self._metadata.items.has_parent:
             return
@@ -230,7 +239,7 @@ class _Mending:
         return offset + inner * self._bytes_of_bits if 0 <= offset < self._size else None
 
     def _cut_parts(self, cut: NDArray[np.bool_], offsets: NDArray[np.int64]) -> list[ByteRange]:
-        """The ranges of the disk that lie behind the end of the file, of blocks that begin before it."""
+        """The ranges of the disk that are missing because the file ends inside their blocks."""
         found, items = [], self._metadata.items
         for place in np.flatnonzero(cut).tolist():
             first = int(self._blocks[place]) * items.block_size
@@ -241,7 +250,7 @@ class _Mending:
     # -- bitmaps that are missing -------------------------------------------------------------------------------------
 
     def _without_bitmap(self, plan: Separation) -> NDArray[np.int64]:
-        """The blocks that are partially present although there is no bitmap of their chunk."""
+        """The partially present blocks whose chunk has no bitmap."""
         if not self._metadata.items.has_parent:
             return np.zeros(0, dtype=np.int64)
         dropped = np.isin(self._numbers, np.array(plan.dropped, dtype=np.int64))
@@ -256,7 +265,7 @@ class _Mending:
         return of_blocks(mask, self._metadata.items.block_size, self._metadata.items.size_bytes)
 
     def _make_bitmaps(self, blocks: NDArray[np.int64], end: int) -> None:
-        """New bitmaps behind `end`, with the bits of sectors that hold data; too many blocks own all their sectors."""
+        """Make bitmaps at `end`, with bits for sectors with data. Blocks beyond the limit own all their sectors."""
         for block in blocks.tolist()[_MAX_GUESSED_BLOCKS:]:
             number = self._shape.block_entry(block)
             self._bat.set(number, offset_of(self._bat.entry(number)) | BlockState.FULLY_PRESENT)
@@ -273,7 +282,7 @@ class _Mending:
             self._draft.pwrite(offset + inner * self._bytes_of_bits, packed(self._with_data(block)))
 
     def _with_data(self, block: int) -> NDArray[np.bool_]:
-        """Which logical sectors of a block are not zeros, inside the disk."""
+        """Which logical sectors of a block, inside the disk, are not all zeros."""
         items = self._metadata.items
         sector, place = items.logical_sector_bytes, offset_of(self._bat.block(block))
         found = np.zeros(items.block_size // sector, dtype=np.bool_)
@@ -290,7 +299,7 @@ class _Mending:
         return found
 
     def _end(self) -> int:
-        """Where nothing is: behind the file and all its blocks."""
+        """The first MiB after the end of the file and of all blocks."""
         numbers, offsets, _ = places(self._metadata, self._bat)
         ends = offsets + whole_sizes(self._metadata, numbers)
         last = max([self._size, *(at + size for _, at, size in self._metadata.structures())])

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The repair of a VHDX's first bytes and headers, on which the rest of a repair depends.
 
-Decides what a lost header can be restored from, and what is certain about it. Must not know what the log holds
-(`repair_log`). A repair is made to a draft (`repair`); this part comes first.
+Decides what a lost header can be restored from, and how certain the result is. Must not know what the log holds
+(`repair_log`). A repair is made to a draft (`repair`); this is its first step.
 
-- The identifier is restored if a header or a region table is intact: no other file has their checksums.
+- The identifier is restored if a header or a region table is intact: only a VHDX has their signatures and checksums.
 - A damaged header is written anew from the other one.
-- Of two headers whose checksums are wrong one is used as it is if both say the same, or if its log proves it.
-- Headers that are lost get new ids and an empty log, with consent: what the log held is not in the file.
+- If both checksums are wrong, a header is used as it is if both headers agree, or if the log and the file confirm it.
+- Lost headers are replaced, with consent, by new ones with new ids and an empty log: changes in the log are lost.
 
 Source: [MS-VHDX] 2.2.1, 2.2.2.
 """
@@ -49,11 +49,13 @@ def mend_identifier(draft: DraftStore) -> Iterator[Fix]:
     if any(headers) or any(tables):
         draft.pwrite(0, FILE_IDENTIFIER)
         proof = "headers" if any(headers) else "region tables"
-        yield Fix("file-identifier", f"the file begins as a VHDX does again: its {proof} are those of a VHDX")
+        yield Fix(
+            "file-identifier", f"wrote the file type identifier of a VHDX again: the {proof} prove that it is one"
+        )
 
 
 def mend_headers(draft: DraftStore, consent: Consent) -> Iterator[Fix]:
-    """Leave two intact headers that agree, if it is known what they have to say."""
+    """Leave two intact headers that agree, if their content can be determined."""
     places = read_headers(draft)
     slot = current_slot(places)
     if slot is None:
@@ -66,17 +68,19 @@ def mend_headers(draft: DraftStore, consent: Consent) -> Iterator[Fix]:
         done = f"{other.structure} was damaged ({other.state}): written anew from the other one"
         yield Fix("header-damaged", done)
     elif other.raw == current.raw:
-        done = "both headers had the same number, as Disk2VHD leaves them: each has its own now"
+        done = "both headers had the same number, as Disk2VHD leaves them: gave each its own"
         yield Fix("headers-equal", done)
     elif other.header.data_write_guid != current.header.data_write_guid:
-        yield Fix("headers-differ", f"{other.structure} has the ids of the current header now")
+        yield Fix(
+            "headers-differ", f"{other.structure} had another DataWriteGuid: gave it the ids of the current header"
+        )
     else:
         return
     write_headers(draft, current.header)
 
 
 def write_headers(store: Store, header: Header) -> None:
-    """Write `header` to both slots, with the next numbers: the second slot is current then, as Windows leaves it."""
+    """Write `header` to both slots, with the next numbers; the second slot is then current, as Windows leaves it."""
     number = header.sequence_number if header.sequence_number < _LAST_NUMBER else 0
     for slot, offset in enumerate(layout.HEADER_OFFSETS):
         whole = replace(header, signature=layout.HEADER_SIGNATURE, sequence_number=number + 1 + slot)
@@ -85,7 +89,7 @@ def write_headers(store: Store, header: Header) -> None:
 
 
 def stamp(draft: DraftStore) -> None:
-    """Give the repaired file a new FileWriteGuid, as each change of a file does; its log and other ids stay."""
+    """Give the repaired file a new FileWriteGuid, as every session that writes does; its log and other ids stay."""
     places = read_headers(draft)
     slot = current_slot(places)
     if slot is not None and places[slot].header.version == layout.HEADER_VERSION:
@@ -93,7 +97,7 @@ def stamp(draft: DraftStore) -> None:
 
 
 def is_sound(store: ReadStore) -> bool:
-    """True when the image can be read."""
+    """Whether the image can be read."""
     try:
         read_bat(read_metadata(store))
     except CorruptImage:
@@ -102,9 +106,9 @@ def is_sound(store: ReadStore) -> bool:
 
 
 def mend_missing_log(draft: DraftStore) -> Iterator[Fix]:
-    """Give a sound file without a log an empty one: in the usual place if that is free, else behind everything.
+    """Give a sound file without a log an empty one: in the usual place if that is free, else at the end of the file.
 
-    Not before every block has its place: what lies outside the file must not come to lie inside of it.
+    Every block must have its place first: a block outside the file must not come to lie inside as the file grows.
     """
     metadata = read_metadata(draft)
     if metadata.log[1]:
@@ -117,11 +121,11 @@ def mend_missing_log(draft: DraftStore) -> Iterator[Fix]:
         with_log = replace(with_log, log_offset=end)
     draft.reserve(with_log.log_offset, NEW_LOG_BYTES)
     write_headers(draft, with_log)
-    yield Fix("log-missing", "made an empty log, without which no program can write to the image")
+    yield Fix("log-missing", "made an empty log, without which the image can only be read")
 
 
 def without_log(header: Header) -> Header:
-    """The header of a file that has no log for the moment."""
+    """The same header for a file that has no log for the moment."""
     return replace(header, log_guid=NULL_ID, log_offset=0, log_length=0)
 
 
@@ -141,16 +145,16 @@ def _new_header(data_write_guid: bytes) -> Header:
     )
 
 
-# -- no header counts -------------------------------------------------------------------------------------------------
+# -- neither header is current ----------------------------------------------------------------------------------------
 
 
 def _rescue(draft: DraftStore, places: tuple[HeaderPlace, HeaderPlace], consent: Consent) -> Iterator[Fix]:
-    """Neither header counts: use what they say as far as the rest of the file confirms it."""
+    """Neither header is current: use their content as far as the rest of the file confirms it."""
     usable = [one for one in places if _is_possible(draft, one)]
     if len(usable) == 2 and _agree(usable[0].header, usable[1].header):
         newest = max(usable, key=lambda one: one.header.sequence_number).header
         write_headers(draft, newest)
-        message = "corrected the checksums of both headers, which agree in everything else"
+        message = "corrected the checksums of both headers, which agree otherwise"
         yield Fix("header-checksum", message)
         return
     if all(one.state is HeaderState.GOOD for one in places):
@@ -160,32 +164,32 @@ def _rescue(draft: DraftStore, places: tuple[HeaderPlace, HeaderPlace], consent:
     proven = [one for one in usable if _is_proven(draft, one.header)]
     if len(proven) == 1:
         write_headers(draft, proven[0].header)
-        yield Fix(code, f"{fact}: {proven[0].structure} is used, with which the log and the rest of the file agree")
+        yield Fix(code, f"{fact}: used {proven[0].structure}, which the log and the rest of the file confirm")
         return
     sound = [one for one in usable if is_sound(_with_header(draft, one.header))]
     chosen = next(iter(sound or usable), None)
     if not consent.data_loss:
-        would = f"{chosen.structure} would be used as it is" if chosen is not None else "new ones would be made"
-        why = "what was written last may be lost with the log, and children may not recognise the image"
+        would = f"would use {chosen.structure} as it is" if chosen is not None else "would make new ones"
+        why = "the last writes may be lost with the log, and children may not recognise the image"
         yield Fix(code, f"{fact}; {would}: {why}", LOSS)
         return
     if chosen is not None:
         write_headers(draft, chosen.header)
-        yield Fix(code, f"{fact}: {chosen.structure} is used as it is")
+        yield Fix(code, f"{fact}: used {chosen.structure} as it is")
         return
     known = _data_write_guid(places)
     write_headers(draft, _new_header(known))
     children = "children still recognise the image" if any(known) else "its children need `vhdkit rebase`"
-    yield Fix(code, f"{fact}: made new ones; what the log held is lost, and {children}")
+    yield Fix(code, f"{fact}: made new ones; changes in the log are lost, and {children}")
 
 
 def _agree(first: Header, second: Header) -> bool:
-    """True when two headers say the same; their numbers and checksums always differ."""
+    """Whether two headers agree apart from numbers and checksums, which always differ."""
     return replace(first, sequence_number=0, checksum=0) == replace(second, sequence_number=0, checksum=0)
 
 
 def _is_possible(draft: DraftStore, place: HeaderPlace) -> bool:
-    """True for a header whose fields can be right, whatever its checksum."""
+    """Whether the fields of a header are possible, whatever its checksum."""
     header = place.header
     if place.state not in (HeaderState.GOOD, HeaderState.CHECKSUM) or header.version != layout.HEADER_VERSION:
         return False
@@ -197,7 +201,7 @@ def _is_possible(draft: DraftStore, place: HeaderPlace) -> bool:
 
 
 def _is_proven(draft: DraftStore, header: Header) -> bool:
-    """True when the image can be read by this header, and nothing of its log is lost by that."""
+    """Whether the image can be read with this header without losing anything in its log."""
     trial = _with_header(draft, header)
     places = read_headers(trial)
     try:
@@ -215,6 +219,6 @@ def _with_header(draft: DraftStore, header: Header) -> DraftStore:
 
 
 def _data_write_guid(places: tuple[HeaderPlace, HeaderPlace]) -> bytes:
-    """The DataWriteGuid on which two damaged headers agree; zeros without one."""
+    """The DataWriteGuid on which two damaged headers agree, or zeros."""
     first, second = (one.header.data_write_guid for one in places)
     return first if first == second else NULL_ID

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The repair of a parent locator that cannot be read.
 
-Decides what of it is kept. Must not know where a parent lies: `chain.verbs.repair` looks for it by the id that was
-kept, and writes names that lead to it.
+Decides which parts of it are kept. Must not know where a parent lies: `chain.verbs.repair` searches for it by its id,
+and writes names that lead to it.
 
-- Ids and paths that can be read are kept, and so are ids whose text stands anywhere in the item.
-- With an id, a child finds its parent again whatever the names are. Without one the child gets an id that no image
-  has, with consent: then `rebase` can be told which image is the parent.
-- A locator of another type is a newer program's, and is left.
+- Legible ids and paths are kept, and so are ids whose text is found anywhere in the item.
+- With an id, a child finds its parent again whatever the names are. Without one, and with consent, the child gets an
+  id that no image has, after which `rebase` can set the parent.
+- A locator of another type comes from a newer program, and is left alone.
 
 Source: [MS-VHDX] 2.6.2.6.
 """
@@ -40,14 +40,16 @@ from vhdkit.formats.vhdx.regions import read_regions
 from vhdkit.formats.vhdx.repair_headers import LOSS
 from vhdkit.image import NULL_ID
 
-UNKNOWN_PARENT = ".\\unknown.vhdx"  # a path there must be; whatever lies there is not the parent without its id
-_REBASE = "`vhdkit rebase` with --accept-parent-id names it"
+UNKNOWN_PARENT = (
+    ".\\unknown.vhdx"  # a path is required; a file there is not accepted as the parent, because its id differs
+)
+_REBASE = "`vhdkit rebase` with --accept-parent-id then sets the parent"
 _ID = re.compile(r"(?<!Volume)\{[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\}")
 _DAMAGED = (CorruptReason.LOCATOR_LENGTH, CorruptReason.LOCATOR_TEXT, CorruptReason.LOCATOR_KEYS)
 
 
 def mend_locator(draft: DraftStore, consent: Consent) -> Iterator[Fix]:
-    """Leave a locator that can be read in a child, if everything else of its metadata can be."""
+    """Leave a readable locator in a child, if the rest of its metadata can be read."""
     try:
         read_metadata(draft)
         return
@@ -66,7 +68,7 @@ def mend_locator(draft: DraftStore, consent: Consent) -> Iterator[Fix]:
     ids = (ids or ([] if item is None else _ids_in(item.raw)))[:2]
     is_known = bool(ids)
     if not is_known and not consent.data_loss:
-        message = "its parent's id cannot be read any more; with an id that no image has"
+        message = "the parent's id can no longer be read; with an id that no image has"
         yield Fix("locator", f"{message}, the image can be repaired, and {_REBASE}", LOSS)
         return
     new = {LINKAGE: linkage_text(ids[0] if ids else uuid.uuid4().bytes)}
@@ -84,13 +86,13 @@ def mend_locator(draft: DraftStore, consent: Consent) -> Iterator[Fix]:
         return
     _put(draft, region, items, item, build_locator(new))
     if is_known:
-        yield Fix("locator", "wrote the parent locator anew with what could be read of it; the parent's id is kept")
+        yield Fix("locator", "wrote the parent locator anew with its legible parts; the parent's id is kept")
     else:
         yield Fix("locator", f"wrote a parent locator with an id that no image has: {_REBASE}")
 
 
 def _legible(raw: bytes, path: str) -> dict[str, str]:
-    """The pairs that can be read, each for itself."""
+    """The pairs that can be read, each on its own."""
     pairs: dict[str, str] = {}
     count = layout.parse_locator_header(raw[: layout.LOCATOR_HEADER_SIZE].ljust(20, b"\0")).key_value_count
     for number in range(min(count, MAX_PAIRS)):
@@ -108,7 +110,7 @@ def _legible(raw: bytes, path: str) -> dict[str, str]:
 
 
 def _id_of(text: str | None) -> bytes | None:
-    """The id in the text of a linkage, None if there is none."""
+    """The id in the text of a linkage, or None."""
     try:
         found = uuid.UUID(text or "").bytes
     except ValueError:
@@ -117,7 +119,7 @@ def _id_of(text: str | None) -> bytes | None:
 
 
 def _ids_in(raw: bytes) -> list[bytes]:
-    """The ids that stand in the item in the way of a linkage, wherever they are."""
+    """The ids in the item that are written as linkages are, at any position."""
     found: list[bytes] = []
     for shift in range(2):
         text = raw[shift:].decode("utf-16-le", "replace")
@@ -126,7 +128,7 @@ def _ids_in(raw: bytes) -> list[bytes]:
 
 
 def _put(draft: DraftStore, region: RegionEntry, items: list[Item], item: Item | None, raw: bytes) -> bool:
-    """Write the locator, and its entry in the metadata table; False if there is no room for it."""
+    """Write the locator and its entry in the metadata table; returns False if they do not fit."""
     others = ((one.entry.offset, one.entry.length) for one in items if one is not item and one.entry.length)
     offset = free_place(others, len(raw), region.length)
     number = len(items) if item is None else items.index(item)

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The repair of a VHDX's log: replayed for good, or discarded with consent.
+"""The repair of a VHDX's log: it is replayed or, with consent, discarded.
 
 Decides whether a log can be replayed, and which parts of the disk may be out of date without it. Must not know how
-headers are restored (`repair_headers`): the current one exists when this begins.
+headers are restored (`repair_headers`): there is a current one when this step begins.
 
-- A whole log is replayed, as any writable open does it.
-- A log that cannot be replayed, or that would change a guest's data, is discarded with consent. The blocks whose
-  entries or bits it held differently are doubtful.
-- In a file that was cut short the log is replayed as far as the file goes; `repair_blocks` then says what is missing.
-- A log in a place where none can be is forgotten; the file gets another one when all else is repaired
+- A complete log is replayed, as by any opening for writing.
+- A log that cannot be replayed, or that would change a guest's data, is discarded with consent. The blocks whose BAT
+  entries or bits differ in the log are doubtful.
+- In a truncated file the log is replayed as far as the file goes; `repair_blocks` then reports what is missing.
+- A log in an impossible place is removed from the headers; the file gets another one when everything else is repaired
   (`repair_headers`).
 
 Source: [MS-VHDX] 2.3.3.
@@ -47,17 +47,17 @@ from vhdkit.formats.vhdx.replay import (
 from vhdkit.image import NULL_ID
 from vhdkit.units import MIB
 
-_MAX_REPLAYED_BYTES = 16 * MIB  # an undo log has to hold it, and what was there before
+_MAX_REPLAYED_BYTES = 16 * MIB  # an undo log must hold these bytes, and those that they replace
 _WHY = {
     CorruptReason.LOG_SEQUENCE: "the log has no complete sequence of entries",
-    CorruptReason.LOG_OFFSET: "the log changes places that no program logs",
+    CorruptReason.LOG_OFFSET: "the log changes places that programs never log",
     CorruptReason.LOG_ENTRY: "the log has too many changes",
 }
-_OPENING = "a program that opens it for writing"  # which replays the log without an undo log
+_OPENING = "a program that opens it for writing"  # such a program replays the log without an undo log
 
 
 def mend_log(draft: DraftStore, consent: Consent) -> Iterator[Fix]:
-    """Leave nothing in the log, and no log in an impossible place."""
+    """Empty the log, and remove one in an impossible place."""
     places = read_headers(draft)
     slot = current_slot(places)
     if slot is None:
@@ -75,7 +75,7 @@ def mend_log(draft: DraftStore, consent: Consent) -> Iterator[Fix]:
 
 
 def _replay(draft: DraftStore, place: HeaderPlace, replay: Replay, consent: Consent) -> Iterator[Fix]:
-    """Replay a whole log, unless it is too large for a repair or changes a guest's data."""
+    """Replay a complete log, unless it is too large for a repair or changes a guest's data."""
     if _over_data(draft):
         yield from _discard(draft, place, "the log would change a guest's data", replay.changes, consent)
         return
@@ -97,11 +97,11 @@ def _held(draft: DraftStore, change: LogChange) -> int:
 
 
 def _over_data(draft: DraftStore) -> bool:
-    """True when the log changes a guest's data, apart from blocks that lie over structures themselves."""
+    """Whether the log changes a guest's data; blocks that overlap structures do not count."""
     try:
         metadata = read_metadata(draft)
     except CorruptImage:
-        return False  # it may be the log that holds what is missing
+        return False  # what is missing may be in the log
     bat = Bat.load(metadata.view, metadata.regions.bat.file_offset, metadata.shape)
     return changes_data(metadata, bat)
 
@@ -118,7 +118,7 @@ def _mend_broken(draft: DraftStore, place: HeaderPlace, error: CorruptImage, con
         yield from _discard(draft, place, _WHY.get(error.reason, "the log cannot be replayed"), changes, consent)
         return
     if not consent.data_loss:
-        yield Fix("log-truncated", f"{error.problem}; what was at its end is lost", LOSS)
+        yield Fix("log-truncated", f"{error.problem}; the data at its end is lost", LOSS)
         return
     try:
         replay = read_log(draft, place, cut=True)
@@ -138,15 +138,15 @@ def _move(draft: DraftStore, place: HeaderPlace, consent: Consent) -> Iterator[F
     """The header names an impossible place for the log."""
     dirty = is_dirty(place.header)
     if dirty and not consent.data_loss:
-        yield Fix("log-place", "the log has an impossible place, and changes in it would be lost", LOSS)
+        yield Fix("log-place", "the log has an impossible place, and the changes in it would be lost", LOSS)
         return
     write_headers(draft, without_log(place.header))
-    lost = "; what it held is lost" if dirty else ""
-    yield Fix("log-place", f"the log had an impossible place, which the headers no longer name{lost}")
+    lost = "; the changes in it are lost" if dirty else ""
+    yield Fix("log-place", f"the log had an impossible place: removed it from the headers{lost}")
 
 
 def _known_changes(draft: DraftStore, place: HeaderPlace) -> list[LogChange]:
-    """What the valid entries of the log hold, though they are no whole sequence."""
+    """The changes in the valid entries of the log, although these form no complete sequence."""
     log_range = log_place(draft, place)
     ring = ring_of(draft, log_range)
     entries = log_entries(draft, log_range, place.header.log_guid)
@@ -156,7 +156,7 @@ def _known_changes(draft: DraftStore, place: HeaderPlace) -> list[LogChange]:
 def _discard(
     draft: DraftStore, place: HeaderPlace, why: str, changes: Iterable[LogChange], consent: Consent
 ) -> Iterator[Fix]:
-    """Forget the log. What the file holds differently than the log is doubtful."""
+    """Discard the log. Where the file differs from it, the disk is doubtful."""
     doubtful, is_known = _affected(draft, place, [one for one in changes if differs(draft, one)])
     what = "the blocks below may be out of date" if doubtful else "no block is known to be out of date"
     if not is_known:
@@ -169,7 +169,7 @@ def _discard(
 
 
 def _affected(draft: DraftStore, place: HeaderPlace, changes: list[LogChange]) -> tuple[tuple[ByteRange, ...], bool]:
-    """The ranges of the disk that the changes concern; False when they cannot be known."""
+    """(the ranges of the disk that the changes concern, whether these are known)"""
     trial = DraftStore(draft)
     write_headers(trial, replace(place.header, log_guid=NULL_ID))
     try:
@@ -191,7 +191,7 @@ def _mark(
     change: LogChange,
     blocks: NDArray[np.bool_],
 ) -> None:
-    """Mark the blocks whose entries or bits a change holds; all of them if it concerns other structures."""
+    """Mark the blocks whose entries or bits a change sets; all blocks if it concerns other structures."""
     region = metadata.regions.bat
     start, stop = change.file_offset_bytes, change.end_bytes
     if start >= region.file_offset and stop <= region.file_offset + region.length:
@@ -212,7 +212,7 @@ def _mark(
 
 
 def _mark_entries(draft: DraftStore, metadata: Metadata, change: LogChange, blocks: NDArray[np.bool_]) -> None:
-    """Mark the blocks whose entries the change gives another state or place; for a bitmap's, all of its chunk."""
+    """Mark the blocks whose entries the change alters; for the entry of a bitmap, all blocks of its chunk."""
     shape = metadata.shape
     first = (change.file_offset_bytes - metadata.regions.bat.file_offset) // layout.BAT_ENTRY_SIZE
     size = min(change.size_bytes, max(shape.entry_count - first, 0) * layout.BAT_ENTRY_SIZE)

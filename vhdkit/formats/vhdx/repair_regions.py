@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The repair of a VHDX's region tables and of its metadata table.
 
-Decides which region table to believe, and what is known when neither can be. Must not know blocks, apart from asking
-whether a BAT is possible (`entries`). A repair is made to a draft (`repair`); headers and log come before this.
+Decides which region table is right, and what can be found without one. Must not know blocks, except to ask whether a
+BAT is possible (`entries`). A repair is made to a draft (`repair`); headers and log are repaired before this.
 
 - A damaged table is written anew from the other one.
-- Tables whose checksums are wrong are used if they agree, or if everything in the file is where they say.
-- Without a table the metadata are searched for, on whole mebibytes, and then a BAT that accounts for the data of the
-  file. What is found is used with consent, and only if nothing else can be meant.
-- The metadata are stored once and without a checksum: only their signature and count can be restored.
+- Tables with wrong checksums are used if they agree, or if the rest of the file confirms one of them.
+- Without a table, the metadata are searched for at every MiB, and then a BAT that accounts for the data in the file.
+  The result is used with consent, and only if it is unambiguous.
+- The metadata are stored once and without a checksum: only the signature and count of their table can be restored.
 
 Source: [MS-VHDX] 2.2.3, 2.6.
 """
@@ -34,15 +34,15 @@ from vhdkit.formats.vhdx.repair_headers import LOSS
 from vhdkit.units import GIB, MIB, round_up
 
 BY_HAND = "a copy by hand"
-_MAX_PLACES = 1 << 20  # mebibytes with data that are examined: a terabyte of them
-_MAX_FOUND = 16  # metadata regions that are tried; a guest may have files that look like one
-_MAX_ZERO_PAGES = 256  # a mebibyte of zeros, which file systems may keep as data
+_MAX_PLACES = 1 << 20  # mebibytes with data that are examined: 1 TiB in all
+_MAX_FOUND = 16  # metadata regions that are tried; a guest may hold files that look like one
+_MAX_ZERO_PAGES = 256  # 1 MiB of zeros, which a file system may store as data
 _MAX_READ_BYTES = GIB  # of what may be a BAT
-_MIN_UNUSED_BYTES = MIB  # of data outside all structures, which shows that a table is not the right one
+_MIN_UNUSED_BYTES = MIB  # of data outside all structures; more show that the table is wrong
 
 
 def mend_regions(draft: DraftStore, consent: Consent) -> Iterator[Fix]:
-    """Leave two equal tables by which the metadata are found, if that is possible."""
+    """Leave two equal tables that lead to the metadata, if that is possible."""
     tables = [read_table(draft, copy) for copy in range(2)]
     states = [table_state(raw) for raw in tables]
     good = [copy for copy in range(2) if states[copy] == "good"]
@@ -57,8 +57,8 @@ def mend_regions(draft: DraftStore, consent: Consent) -> Iterator[Fix]:
         _write_tables(draft, tables[copy])
         other = 1 - copy
         if states[other] == "good":
-            why = "by which the image can be read" if copy or reasons.get(other) else "by which the image is read"
-            message = f"{table_name(other)} differed: it is equal to the other one now, {why}"
+            why = "with which the image can be read" if copy or reasons.get(other) else "which is the one that is used"
+            message = f"{table_name(other)} differed: made it equal to the other one, {why}"
             yield Fix("region-tables-differ", message)
         else:
             message = f"{table_name(other)} was damaged ({states[other]}): written anew from the other one"
@@ -73,7 +73,7 @@ def mend_regions(draft: DraftStore, consent: Consent) -> Iterator[Fix]:
 
 
 def _is_of_regions(reason: CorruptReason | None) -> bool:
-    """True when a table says what cannot be; False when what it leads to is damaged."""
+    """Whether the fault is in the table itself, and not in what it leads to."""
     return reason in (
         CorruptReason.REGION_TABLE,
         CorruptReason.REGION_ENTRY,
@@ -102,7 +102,7 @@ def _write_tables(draft: DraftStore, raw: bytes) -> None:
 
 
 def _use_unsealed(draft: DraftStore, tables: list[bytes], consent: Consent) -> Iterator[Fix]:
-    """Tables of which only the checksum, or little more, is wrong."""
+    """Use tables in which only the checksum, or little more, is wrong."""
     whole = []
     for raw in tables:
         named = layout.REGION_SIGNATURE + raw.ljust(layout.REGION_TABLE_SIZE, b"\0")[len(layout.REGION_SIGNATURE) :]
@@ -113,20 +113,22 @@ def _use_unsealed(draft: DraftStore, tables: list[bytes], consent: Consent) -> I
     message = "corrected the checksums of the region tables"
     if whole[0] == whole[1]:
         _write_tables(draft, whole[0])
-        yield Fix("region-table", f"{message}, which agree in everything else")
+        yield Fix("region-table", f"{message}, which agree otherwise")
         return
     sure = [raw for raw in readable if _accounts_for_all(_with_table(draft, raw))]
     if len(sure) == 1 or consent.data_loss:
         chosen = (sure or readable)[0]
         _write_tables(draft, chosen)
-        reason = "the rest of the file agrees with them" if len(sure) == 1 else "used as they are, as you requested"
+        reason = "the rest of the file confirms them" if len(sure) == 1 else "used as they are, with your consent"
         yield Fix("region-table", f"{message}: {reason}")
         return
-    yield Fix("region-table", "neither region table is intact: using one as it is may show wrong data", LOSS)
+    yield Fix(
+        "region-table", "neither region table is intact; with one used as it is, the disk may show wrong data", LOSS
+    )
 
 
 def _accounts_for_all(store: DraftStore) -> bool:
-    """True when the image can be read, and no data lie outside its structures."""
+    """Whether the image can be read, and no data lie outside its structures."""
     try:
         metadata = read_metadata(store)
         bat = read_bat(metadata)
@@ -140,7 +142,7 @@ def _accounts_for_all(store: DraftStore) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """Regions that may be the image's; `unused_bytes` of data lie outside all they lead to."""
+    """Regions that may be the image's; `unused_bytes` of data belong to nothing that they lead to."""
 
     bat: RegionEntry
     metadata: RegionEntry
@@ -149,7 +151,7 @@ class _Found:
 
 
 def _search(draft: DraftStore, consent: Consent) -> Iterator[Fix]:
-    """Find the metadata and the BAT by what they look like."""
+    """Find the metadata and the BAT by their content."""
     places = _places(draft)
     found = [] if places is None else _candidates(draft, places)
     found.sort(key=lambda one: (one.unused_bytes, -one.block_count))
@@ -170,7 +172,7 @@ def _search(draft: DraftStore, consent: Consent) -> Iterator[Fix]:
 
 
 def _places(draft: DraftStore) -> list[int] | None:
-    """The whole mebibytes of the file that may hold data; None for more than are examined."""
+    """The offsets, on whole MiB, at which the file may hold data; None for more than are examined."""
     places: list[int] = []
     start = layout.HEADER_SECTION_SIZE
     for offset, size, may_hold_data in draft.data_runs(start, max(draft.size() - start, 0)):
@@ -184,7 +186,7 @@ def _places(draft: DraftStore) -> list[int] | None:
 
 
 def _candidates(draft: DraftStore, places: list[int]) -> list[_Found]:
-    """Every pair of regions by which the image could be read."""
+    """Every pair of regions with which the image could be read."""
     budget = _MAX_READ_BYTES
     signed = [place for place in places if draft.pread(place, 8) == layout.METADATA_SIGNATURE][:_MAX_FOUND]
     found = []
@@ -206,7 +208,7 @@ def _candidates(draft: DraftStore, places: list[int]) -> list[_Found]:
             if one is None:
                 continue
             if one.block_count and one.unused_bytes < _MIN_UNUSED_BYTES:
-                return [one]  # it accounts for everything in the file, so nothing else can be meant
+                return [one]  # it accounts for everything in the file, so it is unambiguous
             found.append(one)
         if not found:
             found += _empty(draft, region, length)
@@ -214,7 +216,7 @@ def _candidates(draft: DraftStore, places: list[int]) -> list[_Found]:
 
 
 def _empty(draft: DraftStore, metadata: RegionEntry, length: int) -> list[_Found]:
-    """A disk without blocks, whose BAT is all zeros and may lie anywhere; only if the file holds no other data."""
+    """The regions of a disk without blocks, whose BAT of zeros may lie anywhere, if the file holds no other data."""
     taken = [(metadata.file_offset, metadata.length)]
     places = read_headers(draft)
     slot = current_slot(places)
@@ -229,14 +231,14 @@ def _empty(draft: DraftStore, metadata: RegionEntry, length: int) -> list[_Found
 
 
 def has_metadata(draft: DraftStore) -> bool:
-    """True when a whole metadata region lies somewhere in the file, whatever its first mebibyte holds."""
+    """Whether the file has a readable metadata region, whatever its first MiB holds."""
     places = _places(draft) or []
     signed = [place for place in places if draft.pread(place, 8) == layout.METADATA_SIGNATURE][:_MAX_FOUND]
     return any(_metadata_region(draft, place) is not None for place in signed)
 
 
 def _metadata_region(draft: DraftStore, place: int) -> RegionEntry | None:
-    """The metadata region that begins there, as long as its items need; None if there is none."""
+    """The metadata region at this offset, as long as its items need, or None."""
     entry = RegionEntry(layout.REGION_METADATA, place, MIB, layout.REGION_REQUIRED)
     for length in (MIB, 2 * MIB, 4 * MIB):
         region = replace(entry, length=length)
@@ -249,7 +251,7 @@ def _metadata_region(draft: DraftStore, place: int) -> RegionEntry | None:
 
 
 def _may_be_table(draft: DraftStore, start: int, shape: Shape) -> bool:
-    """True when the first entries that are not zeros can be a BAT's. Reads little: many zeros may be one, too."""
+    """Whether the first page that is not all zeros may belong to a BAT. After many pages of zeros it is assumed."""
     size = shape.entry_count * layout.BAT_ENTRY_SIZE
     pages = 0
     for offset, length, may_hold_data in draft.data_runs(start, size):
@@ -268,7 +270,7 @@ def _may_be_table(draft: DraftStore, start: int, shape: Shape) -> bool:
 
 
 def _judge(draft: DraftStore, bat: RegionEntry, metadata: RegionEntry) -> _Found | None:
-    """What these regions lead to; None if the image cannot be read by them."""
+    """What these regions lead to; None if the image cannot be read with them."""
     trial = _with_table(draft, build_table([bat, metadata]))
     trial.reserve(bat.file_offset + bat.length - 1, 1)
     try:
@@ -284,7 +286,7 @@ def _judge(draft: DraftStore, bat: RegionEntry, metadata: RegionEntry) -> _Found
 
 
 def mend_table(draft: DraftStore) -> Iterator[Fix]:
-    """A metadata table whose signature or count is wrong, if all items are found without it."""
+    """Correct a wrong signature or count of the metadata table, if all items are then found."""
     try:
         read_metadata(draft)
         return
@@ -302,11 +304,11 @@ def mend_table(draft: DraftStore) -> Iterator[Fix]:
     trial.pwrite(entry.file_offset, layout.build_metadata_table(table))
     if _fault(trial) is None:
         draft.pwrite(entry.file_offset, layout.build_metadata_table(table))
-        yield Fix("metadata-table", "corrected the head of the metadata table: all its items are intact")
+        yield Fix("metadata-table", "corrected the header of the metadata table; all items are intact")
 
 
 def _metadata_entry(draft: DraftStore) -> RegionEntry | None:
-    """Where the first region table says that the metadata lie, inside the file."""
+    """The metadata region in region table 1, if its table lies inside the file."""
     raw = read_table(draft, 0)
     for start in range(layout.REGION_TABLE_HEADER_SIZE, layout.REGION_TABLE_SIZE, layout.REGION_ENTRY_SIZE):
         entry = layout.parse_region_entry(raw[start : start + layout.REGION_ENTRY_SIZE].ljust(32, b"\0"))
@@ -316,7 +318,7 @@ def _metadata_entry(draft: DraftStore) -> RegionEntry | None:
 
 
 def _count(raw: bytes) -> int:
-    """The entries before the first one that is all zeros."""
+    """The number of entries before the first one that is all zeros."""
     count = 0
     for start in range(layout.METADATA_TABLE_HEADER_SIZE, len(raw), layout.METADATA_ENTRY_SIZE):
         if not any(raw[start : start + layout.METADATA_ENTRY_SIZE]):

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A VHDX with a log that was not replayed, seen as it will be once it is.
+"""A VHDX with a log that was not replayed, as it will be after the replay.
 
-Decides where the log may lie, what a sequence of entries does to the file, and what it may not touch. Must not know
-which structures it changes: whether a page lies over a guest's data is examined in `metadata`, when the BAT is known.
+Decides where the log may lie, what a sequence of entries does to the file, and which parts it must not change. Must
+not know which structures it changes: `entries` examines whether a page lies over a guest's data.
 
-A file is never changed by reading it: metadata are read through a `PatchedStore`, and a guest's data, which the log
-never holds, from the file itself.
+Reading never changes the file: metadata are read through a `PatchedStore`, and a guest's data, which the log never
+holds, from the file itself.
 
 Source: [MS-VHDX] 2.3.3.
 """
@@ -24,13 +24,13 @@ from vhdkit.formats.vhdx.log import Entry, LogChange
 from vhdkit.store import ReadStore, Store
 from vhdkit.units import MIB, format_size
 
-_MAX_SESSIONS = 64  # that left entries in a log: each costs one pass over it
-_MAX_CHANGES = 1 << 19  # in one sequence: twice the pages of the largest log
+_MAX_SESSIONS = 64  # that left entries in a log; each costs one pass over the log
+_MAX_CHANGES = 1 << 19  # in one sequence; the largest log holds half as many pages
 
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """What the log holds: `view` is the file as it will be, `changes` are apart from each other, in file order."""
+    """What the log holds: `view` is the file after the replay; `changes` do not overlap and are in file order."""
 
     view: PatchedStore
     entries: tuple[Entry, ...]
@@ -38,13 +38,13 @@ class Replay:
 
 
 def log_place(store: ReadStore, place: HeaderPlace) -> tuple[int, int]:
-    """(offset, size) of the log. Raises CorruptImage for one that cannot be."""
+    """(offset, size) of the log. Raises CorruptImage for an impossible one."""
     header = place.header
     where: dict[str, Any] = {"path": store.name, "structure": place.structure, "offset_bytes": place.offset_bytes}
     if header.log_version != layout.LOG_VERSION and is_dirty(header):
         raise CorruptImage(
             CorruptReason.LOG_VERSION,
-            "the log has an unknown version, and changes in it that are not in their places yet",
+            "the log has an unknown version, and holds changes that were not applied yet",
             expected=layout.LOG_VERSION,
             found=header.log_version,
             **where,
@@ -57,7 +57,7 @@ def log_place(store: ReadStore, place: HeaderPlace) -> tuple[int, int]:
         raise CorruptImage(
             CorruptReason.LOG_PLACE,
             "the log has an impossible place",
-            expected=f"whole mebibytes behind the first, inside the file, at most {format_size(layout.MAX_LOG_BYTES)}",
+            expected=f"whole mebibytes after the first, inside the file, at most {format_size(layout.MAX_LOG_BYTES)}",
             found=f"{size} bytes at byte {offset:#x} of a file of {store.size()} bytes",
             **where,
         )
@@ -65,9 +65,9 @@ def log_place(store: ReadStore, place: HeaderPlace) -> tuple[int, int]:
 
 
 def read_log(store: ReadStore, place: HeaderPlace, *, cut: bool = False) -> Replay | None:
-    """What the log of the current header does; None if there is nothing to replay. Raises CorruptImage, IoFailed.
+    """What the current header's log changes; None if the log is empty. Raises CorruptImage, IoFailed.
 
-    With `cut` a file that is shorter than its log says is accepted, and does not grow.
+    With `cut`, a file that is shorter than its log says is accepted, and does not grow.
     """
     offset, size = log_place(store, place)
     if not is_dirty(place.header):
@@ -105,7 +105,7 @@ def read_log(store: ReadStore, place: HeaderPlace, *, cut: bool = False) -> Repl
 
 
 def ring_of(store: ReadStore, log_range: tuple[int, int]) -> log.Ring:
-    """How to read the log at this (offset, size) of the file: after its end comes its start."""
+    """A function that reads the log at this (offset, size) of the file, which wraps around at its end."""
     offset, size = log_range
 
     def ring(start: int, count: int) -> bytes:
@@ -121,7 +121,7 @@ def log_entries(store: ReadStore, log_range: tuple[int, int], log_guid: bytes) -
 
 
 def is_applied(store: ReadStore, log_range: tuple[int, int]) -> bool:
-    """True when all that the log could change, whatever id its entries have, is in its places. Raises IoFailed."""
+    """Whether the file has every change that the log holds, whatever id the entries have. Raises IoFailed."""
     ring, heads = ring_of(store, log_range), _heads(store, *log_range)
     ids = {layout.parse_log_entry_header(ring(head, layout.LOG_ENTRY_HEADER_SIZE)).log_guid for head in heads}
     if len(ids) > _MAX_SESSIONS:
@@ -138,7 +138,7 @@ def is_applied(store: ReadStore, log_range: tuple[int, int]) -> bool:
 
 
 def differs(store: ReadStore, change: LogChange) -> bool:
-    """True when the file does not hold what the change puts there; what is behind the end of the file is zeros."""
+    """Whether applying the change would alter the file; past its end, a file counts as zeros."""
     if change.data is not None:
         return store.pread(change.file_offset_bytes, change.size_bytes).ljust(change.size_bytes, b"\0") != change.data
     inside = max(min(change.end_bytes, store.size()) - change.file_offset_bytes, 0)
@@ -150,7 +150,7 @@ def differs(store: ReadStore, change: LogChange) -> bool:
 
 
 def apply_replay(store: Store, replay: Replay) -> None:
-    """Make the changes of the log in the file, which grows if they say so. Can be done again. Nothing is synced."""
+    """Apply the log's changes to the file, which grows if needed. Repeating it is harmless. Does not sync."""
     size = replay.view.size()
     if store.size() < size:
         store.truncate(size)
@@ -162,7 +162,7 @@ def apply_replay(store: Store, replay: Replay) -> None:
 
 
 def _heads(store: ReadStore, offset: int, size: int) -> list[int]:
-    """The offsets in the log of all sectors that begin like an entry. Holes are not read."""
+    """The offsets in the log of all sectors that begin with an entry's signature. Holes are not read."""
     heads = []
     for start, length, may_hold_data in store.data_runs(offset, size):
         if not may_hold_data:
@@ -181,7 +181,7 @@ def _heads(store: ReadStore, offset: int, size: int) -> list[int]:
 def _changes(
     sequence: list[Entry], ring: log.Ring, log_range: tuple[int, int], where: dict[str, Any]
 ) -> list[LogChange]:
-    """What is left of all changes once later ones have replaced earlier ones, in file order."""
+    """The changes of the whole sequence in file order, where later ones have replaced earlier ones."""
     count = sum(one.header.descriptor_count for one in sequence)
     if count > _MAX_CHANGES:
         raise CorruptImage(
@@ -197,7 +197,7 @@ def _changes(
 
 
 def _check_target(one: LogChange, log_range: tuple[int, int], where: dict[str, Any], entry_offset: int) -> None:
-    """Refuse a range that the log of no program changes: identifier, headers, the log itself, behind every file."""
+    """Refuse ranges that a log never changes: the identifier, headers, the log itself, and past the largest file."""
     start, stop = one.file_offset_bytes, one.end_bytes
     if start % log.SECTOR or stop % log.SECTOR:
         raise _misplaced("changes a part of a page", start, where, entry_offset)
@@ -211,17 +211,17 @@ def _check_target(one: LogChange, log_range: tuple[int, int], where: dict[str, A
 
 def _misplaced(what: str, place: int, where: dict[str, Any], entry_offset: int) -> CorruptImage:
     where = where | {"structure": "log entry", "offset_bytes": entry_offset}
-    return CorruptImage(CorruptReason.LOG_OFFSET, f"{what}, at byte {place:#x}, which no program logs", **where)
+    return CorruptImage(CorruptReason.LOG_OFFSET, f"{what}, at byte {place:#x}, which programs never log", **where)
 
 
 def _last_ones(changes: list[LogChange]) -> list[LogChange]:
-    """The ranges that the last change to each byte leaves, in file order.
+    """The ranges in which each byte is set by the last change to it, in file order.
 
-    Goes backwards over the changes, and paints what is not painted yet; painted places are skipped in one step.
+    Goes through the changes backwards and paints what is not painted yet, skipping painted ranges in one step.
     """
     edges = sorted({edge for one in changes for edge in (one.file_offset_bytes, one.end_bytes)})
     painter: list[LogChange | None] = [None] * len(edges)
-    following = list(range(len(edges) + 1))  # the next place that is not painted, or a step towards it
+    following = list(range(len(edges) + 1))  # the next unpainted place, or a step towards it
 
     def unpainted(place: int) -> int:
         root = place

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Changing the virtual size of a VHDX.
 
-Decides where a longer BAT and the new blocks of a fixed image go, and the order. Must not judge whether a disk may
-shrink: the caller (`chain.verbs.resize`) ensures that nothing of value lies after the new end.
+Decides where a longer BAT and the new blocks of a fixed image go, and the order of all writes. Must not judge whether
+a disk may shrink: the caller (`chain.verbs.resize`) ensures that nothing of value lies after the new end.
 
     grow:    room at the end of the file for a longer BAT and the blocks of a fixed image
              bytes after the old end -> zeros                                                                  | sync
@@ -13,12 +13,12 @@ shrink: the caller (`chain.verbs.resize`) ensures that nothing of value lies aft
              entries that are no longer needed, bits after the new end -> zeros                                | log
              the gaps are filled, the file is truncated                                                        | `move`
 
-What is done before the entry with the size is not seen by a disk of the old size, what is done after it not by one of
-the new size: a power cut leaves one or the other (`INV-RESIZE-WHOLE`). In a child, a block that was dropped before the
-disk is smaller would show the parent.
+What is done before the log entry with the size is invisible in a disk of the old size, and what is done after it is
+invisible in a disk of the new size: a power cut leaves one or the other (`INV-RESIZE-WHOLE`). For example, a block of
+a child that was dropped before the disk became smaller would show the parent.
 
-A BAT that has no room for the larger disk is written anew behind everything else. The space of the old one stays
-unused: an entry of the log may still write there. `compact` gives it back.
+A BAT that has no room for the larger disk is written anew at the end of the file. The space of the old one stays
+unused, because an entry of the log may still be replayed over it; `compact` frees it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _BITS = 8  # in a byte of a sector bitmap
 
 @dataclass(frozen=True, slots=True)
 class Growth:
-    """How an image becomes larger: its table's shape and region then, and where new blocks of a fixed image begin."""
+    """A larger image: the shape and region of its table, where its new blocks begin if it is fixed, and its end."""
 
     shape: Shape
     table: RegionEntry
@@ -57,12 +57,12 @@ class Growth:
 
 
 def shape_for(image: VhdxImage, size_bytes: int) -> Shape:
-    """How the table of the same image with another size is laid out."""
+    """The table's shape if the image had this size."""
     return Shape(size_bytes, image.block_size_bytes, image.sector_bytes, has_parent=image.is_differencing)
 
 
 def plan_grow(image: VhdxImage, size_bytes: int) -> Growth:
-    """Where everything goes. Raises NoSpace, and InvalidArgument for a last block that cannot become whole."""
+    """Where everything goes. Raises NoSpace, and InvalidArgument if the last block cannot be completed."""
     _check_last_block(image)
     metadata, shape = image.metadata, shape_for(image, size_bytes)
     end = round_up(max(end_of_structures(metadata, image.bat), image.store.size()), MIB)
@@ -79,7 +79,7 @@ def plan_grow(image: VhdxImage, size_bytes: int) -> Growth:
 
 
 def _check_last_block(image: VhdxImage) -> None:
-    """Refuse to make the last block whole if another block or structure begins in the part that the disk lacks."""
+    """Refuse if another block or structure lies in the part of the last block that the disk does not use yet."""
     last = image.bat.shape.block_count - 1
     entry, (_, unused) = image.bat.block(last), _tail_of_last_block(image)
     if state_of(entry) < BlockState.FULLY_PRESENT or not unused:
@@ -91,7 +91,7 @@ def _check_last_block(image: VhdxImage) -> None:
     structures = (place < end and place + size > start for _, place, size in image.metadata.structures())
     if blocks.any() or any(structures):
         raise errors.InvalidArgument(
-            "the last block cannot become whole: another structure begins in the part that the disk does not use",
+            "the last block cannot be completed: another structure lies in the part that the disk does not use yet",
             path=image.store.name,
             structure=image.bat.shape.structure(image.bat.shape.block_entry(last)),
             offset_bytes=end - unused,
@@ -106,7 +106,7 @@ def _tail_of_last_block(image: VhdxImage) -> tuple[int, int]:
 
 
 def grow(image: VhdxImage, size_bytes: int, growth: Growth) -> None:
-    """Make the disk larger. The image, open for writing, still has the old size: close it.
+    """Make the disk larger. The open image still has the old size, and must be closed afterwards.
 
     Raises NoSpace, IoFailed, SyncFailed; the disk then has its old size, or the new one, and every byte.
     """
@@ -132,7 +132,7 @@ def grow(image: VhdxImage, size_bytes: int, growth: Growth) -> None:
 
 
 def _make_room(image: VhdxImage, growth: Growth) -> None:
-    """Space at the end of the file, and zeros where the disk's last block goes on, durable."""
+    """Durably make space at the end of the file, and zero the rest of the disk's last block."""
     store, bat = image.store, image.bat
     if growth.file_end_bytes > store.size():
         store.truncate(growth.file_end_bytes)
@@ -143,7 +143,7 @@ def _make_room(image: VhdxImage, growth: Growth) -> None:
 
 
 def _write_table(image: VhdxImage, growth: Growth) -> None:
-    """The BAT in its new place, durable: nothing refers to it yet."""
+    """Durably write the BAT in its new place, to which nothing refers yet."""
     bat, place = image.bat, growth.table.file_offset
     for first, raw in bat.pieces():
         image.store.pwrite(place + first * layout.BAT_ENTRY_SIZE, raw)
@@ -155,7 +155,7 @@ def _write_table(image: VhdxImage, growth: Growth) -> None:
 
 
 def _new_entries(image: VhdxImage, growth: Growth, numbers: range) -> bytes:
-    """Entries of the larger disk's new blocks, as they are stored; those of other blocks are 0."""
+    """The stored entries of the larger disk's new blocks; those of other blocks are 0."""
     if not image.metadata.items.leaves_blocks_allocated:
         return bytes(len(numbers) * layout.BAT_ENTRY_SIZE)
     entries = full_entries(
@@ -169,7 +169,7 @@ def _new_entries(image: VhdxImage, growth: Growth, numbers: range) -> bytes:
 
 
 def _pages_of_table(image: VhdxImage, growth: Growth) -> Iterator[LogChange]:
-    """The pages of the table that change: what stands behind its last entry is junk, or from a larger disk."""
+    """The pages of the table that change: bytes after its last entry are junk, or from a larger disk."""
     bat, base = image.bat, growth.table.file_offset
     first, stop = bat.shape.entry_count // ENTRIES_PER_PAGE, -(-growth.shape.entry_count // ENTRIES_PER_PAGE)
     is_fixed, next_page = image.metadata.items.leaves_blocks_allocated, first
@@ -206,7 +206,7 @@ def _clear_bits_from(image: VhdxImage, offset_bytes: int) -> None:
 
 
 def _drop_behind(image: VhdxImage, shape: Shape) -> None:
-    """Clear the entries that are behind the end of a disk of this shape, in memory."""
+    """Clear the entries past the end of a disk of this shape, in memory."""
     commit = image.commit
     for numbers, _ in list(image.bat.used()):
         for number in numbers[shape.is_behind(numbers)].tolist():
@@ -216,26 +216,26 @@ def _drop_behind(image: VhdxImage, shape: Shape) -> None:
 
 
 def _size_write(image: VhdxImage, size_bytes: int) -> tuple[int, bytes]:
-    """(offset, bytes) of the item that says how large the disk is."""
+    """(offset, bytes) of the item with the size of the disk."""
     wanted = layout.ITEM_VIRTUAL_DISK_SIZE
     item = next(one for one in image.metadata.items.all if one.entry.item_id == wanted and not one.is_user)
     return item.offset_bytes, size_bytes.to_bytes(item.entry.length, "little")
 
 
 def _give_back(image: VhdxImage, size_before: int) -> None:
-    """Make the file as long as it was. No entry of the log may count on the longer one by then."""
+    """Truncate the file to its old size, once no log entry requires the larger one."""
     with contextlib.suppress(errors.VhdkitError):
         cut_end(image, size_before)
 
 
 def _finish(image: VhdxImage) -> None:
-    """Leave a file that can be opened again; the image does not know the new size."""
+    """Leave a file that can be opened again, and refuse more writes: the open image has the old size."""
     image.commit.settle()
     image.refuse_writing()
 
 
 def gone_after(image: VhdxImage, size_bytes: int) -> tuple[int, Packing]:
-    """(blocks dropped, what moves) of a shrink, before it is done."""
+    """(number of blocks dropped, what moves) in a shrink that was not begun yet."""
     smaller = shape_for(image, size_bytes)
     allocated = np.flatnonzero(image.allocated_blocks()).astype(np.int64)
     dropped = allocated[allocated >= smaller.block_count]
@@ -246,7 +246,7 @@ def gone_after(image: VhdxImage, size_bytes: int) -> tuple[int, Packing]:
 
 
 def shrink(image: VhdxImage, size_bytes: int, moved: Moved | None = None) -> None:
-    """Make the disk and its file smaller. The image, open for writing, is unusable afterwards: close it.
+    """Make the disk and its file smaller. Afterwards the image can only be closed.
 
     Nothing of value may lie after the new end. Raises NoSpace, IoFailed, SyncFailed; the disk then has its old size,
     or the new one.

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Separates blocks of a VHDX that overlap each other, or other structures, in a draft of the image.
+"""Separating blocks of a VHDX that overlap each other or other structures, in a draft of the image.
 
-Decides which of them move, and which parts of the disk are doubtful afterwards. Must not know consent, states of
-entries (`repair_blocks`), nor how a draft reaches the file (`repair`).
+Decides which of them move, and which parts of the disk are doubtful afterwards. Must not know about consent, the
+states of entries (`repair_blocks`), or how a draft reaches the file (`repair`).
 
 - Of overlapping blocks, as many as possible stay where they are; the others are copied to the end of the file. So each
-  block reads as its entry says. What two of them shared may be wrong, and is doubtful.
-- What lay over headers, log or regions is not the guest's, and is lost; the structures stay as they are.
-- A sector bitmap makes way for a guest's data. The blocks whose bits it may not hold are doubtful.
+  block reads as its entry says. What two blocks shared may be wrong in either, and is doubtful.
+- The part of a block that overlaps headers, log or regions is not the guest's data, and is lost; the structures stay.
+- A sector bitmap makes way for a guest's data. The blocks whose bits it may have lost are doubtful.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ MAX_MOVED_BLOCKS = 4096
 
 @dataclass(slots=True)
 class Separation:
-    """What has to be done: entries, by number, of which the blocks move or are dropped.
+    """The plan: the numbers of the entries whose blocks move, or are dropped.
 
-    `lost` and `doubtful` are ranges of the disk. With `too_much` nothing moves: what would have moved is dropped.
+    `lost` and `doubtful` are ranges of the disk. With `too_much`, blocks that would have moved are dropped instead.
     """
 
     moved: list[int] = field(default_factory=list)
@@ -44,7 +44,7 @@ class Separation:
 
 
 class Overlaps:
-    """The blocks and bitmaps that entries of one image name, all inside the file, and what they share."""
+    """The blocks and bitmaps of one image, all inside the file, and the ranges that they share."""
 
     def __init__(self, draft: DraftStore, metadata: Metadata, bat: Bat) -> None:
         self._draft = draft
@@ -64,7 +64,7 @@ class Overlaps:
         )
 
     def plan(self) -> Separation:
-        """What has to be done; changes nothing."""
+        """Make the plan; changes nothing."""
         if not len(self._shared):
             return Separation()
         over = touches(self._structures, self._starts, self._ends)
@@ -93,7 +93,7 @@ class Overlaps:
         """The blocks that cannot stay: over structures, or over a block before them that stays."""
         leaving, end = over.copy(), -1
         crowded = np.append(self._starts[1:] < np.maximum.accumulate(self._ends)[:-1], False)
-        crowded[1:] |= crowded[:-1].copy()  # the others share nothing with a block
+        crowded[1:] |= crowded[:-1].copy()  # the others overlap with no block
         for position in np.flatnonzero(crowded & ~over).tolist():
             if self._starts[position] < end:
                 leaving[position] = True
@@ -102,7 +102,7 @@ class Overlaps:
         return leaving
 
     def _held(self, positions: NDArray[np.intp]) -> int:
-        """The data in these blocks, counted until it is too much."""
+        """How many bytes of data these blocks hold; counting stops once it is too much."""
         held = 0
         for position in positions.tolist():
             start, end = int(self._starts[position]), int(self._ends[position])
@@ -112,7 +112,7 @@ class Overlaps:
         return held
 
     def _judge(self, position: int, made: Separation) -> None:
-        """Note what of a block is lost, and what is doubtful."""
+        """Add to the plan which parts of a block are lost or doubtful."""
         start, end = int(self._starts[position]), int(self._ends[position])
         block = self._metadata.shape.block_of(int(self._numbers[position]))
         assert block is not None
@@ -137,9 +137,9 @@ class Overlaps:
         return of_blocks(blocks, items.block_size, items.size_bytes)
 
     def apply(self, plan: Separation, end_bytes: int) -> int:
-        """Move the blocks of the plan behind `end_bytes`, where nothing is; returns where they end.
+        """Move the blocks of the plan to `end_bytes` and after it, where nothing lies; returns where they end.
 
-        The entries change in the BAT in memory, which is not written.
+        Their entries change in the BAT in memory, which is not written here.
         """
         positions = {int(number): position for position, number in enumerate(self._numbers)} if plan.moved else {}
         for number in plan.moved:
@@ -154,7 +154,7 @@ class Overlaps:
         return end_bytes
 
     def _copy(self, position: int, place: int) -> None:
-        """Copy a block as it is, without the parts that are other structures'."""
+        """Copy a block, with zeros for the parts that belong to other structures."""
         start, end = int(self._starts[position]), int(self._ends[position])
         for offset, count, may_hold_data in list(self._draft.data_runs(start, end - start)):
             for piece in range(offset, offset + count, MIB) if may_hold_data else ():

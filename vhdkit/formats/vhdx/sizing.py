@@ -30,7 +30,7 @@ class VhdxSizing:
         check_size(size_bytes, self._image.sector_bytes)
 
     def spare_range(self) -> tuple[int, int]:
-        """See `Resizable.spare_range`: what follows the blocks is not part of the disk."""
+        """See `Resizable.spare_range`: a VHDX has no space of the disk after its blocks."""
         return 0, 0
 
     def plan(self, size_bytes: int) -> ResizePlan:
@@ -74,7 +74,7 @@ class VhdxPacking:
         return [(sectors_to_bytes(first), sectors_to_bytes(count)) for first, count, is_owned in found if is_owned]
 
     def owned_as_zeros(self, block_index: int) -> bool:
-        """See `Compactable.owned_as_zeros`: a block of a child that is owned whole."""
+        """See `Compactable.owned_as_zeros`: a block of a child that is owned as a whole."""
         return self._image.is_differencing and self._image.owned_sectors(block_index) is None
 
     def plan(self, dropped: NDArray[np.int64]) -> CompactPlan:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a BAT is sound beyond doubt, found quickly: an image of 2 TiB has a million entries.
+"""A quick test whether a BAT is certainly sound: an image of 2 TiB has a million entries.
 
-Decides nothing of its own: True means that `entries.faults` finds nothing, False that it has to look. It takes a small
-part of the time, because the table is examined in parts that stay in the processor's cache, and sorted only where
-blocks are not in order.
+Decides nothing of its own: True means that `entries.faults` finds nothing, False that it must be called. The test
+takes a small part of the time, because it examines the table in pieces that fit into the processor's cache, and sorts
+blocks only if they are out of order.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Offsets = NDArray[np.int64]
 
 
 def is_sound(metadata: Metadata, bat: Bat) -> bool:
-    """True if no entry is at fault. Raises nothing: the table is in memory."""
+    """Whether all entries are certainly sound. Does no I/O: the table is in memory."""
     if metadata.replay is not None:
         return False  # what the log changes has to be compared with the blocks
     shape, has_parent = metadata.shape, metadata.items.has_parent
@@ -66,7 +66,7 @@ def _have_bitmaps(bat: Bat, start: int, states: NDArray[np.uint8]) -> bool:
 
 
 def _are_apart(metadata: Metadata, parts: list[Offsets], bitmaps: list[int]) -> bool:
-    """Whether whole blocks, in parts, lie in the file, apart from each other and from everything else."""
+    """Whether all blocks, given in parts, lie inside the file, apart from each other and from everything else."""
     size, end = metadata.items.block_size, min(metadata.view.size(), layout.MAX_FILE_BYTES)
     if not _in_order(parts, size):
         parts = [np.sort(np.concatenate(parts))]
@@ -84,7 +84,7 @@ def _are_apart(metadata: Metadata, parts: list[Offsets], bitmaps: list[int]) -> 
 
 
 def _in_order(parts: list[Offsets], size: int) -> bool:
-    """Whether each block begins where the one before it has ended, or later."""
+    """Whether the blocks are in order and do not overlap."""
     if any(int(after[0] - before[-1]) < size for before, after in pairwise(parts)):
         return False
     return all(len(part) == 1 or int((part[1:] - part[:-1]).min()) >= size for part in parts)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bits of sector bitmaps that mean nothing: past the end of the disk, or of blocks that are not present.
 
-Decides which bits these are, for `check` and for a repair. They change nothing for a reader that goes by the states of
-blocks; others take them for sectors that the image owns.
+Decides which bits these are, for `check` and for repairs. A program that goes by the states of blocks ignores them;
+other programs take them for sectors that the image owns.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Bytes = NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class StrayBits:
-    """`count` bits of one bitmap that should be clear. `writes`, (offset, bytes), clear them."""
+    """`count` bits of one bitmap that should be clear; `writes`, as (offset, bytes), clear them."""
 
     chunk_index: int
     offset_bytes: int
@@ -36,7 +36,7 @@ class StrayBits:
 def stray_bits(
     metadata: Metadata, bat: Bat, progress: Callable[[int, int], None] | None = None
 ) -> Iterator[StrayBits]:
-    """Those of every bitmap, in the order of chunks. All entries of the BAT are possible. Raises IoFailed."""
+    """The stray bits of every bitmap, in order of chunks. The BAT must be sound. Raises IoFailed."""
     shape, size = metadata.shape, metadata.view.size()
     for chunk, offset in bat.bitmaps():
         if progress is not None:
@@ -58,7 +58,7 @@ def _holds_data(metadata: Metadata, offset: int) -> bool:
 
 
 def _allowed(metadata: Metadata, bat: Bat, chunk: int) -> Bytes:
-    """All ones for each block of the chunk whose bits may be set: every one but those that show the parent."""
+    """Ones for the blocks of a chunk whose bits may be set: all except those that are not present."""
     shape = metadata.shape
     blocks = np.arange(min(shape.ratio, shape.block_count - chunk * shape.ratio))
     states = bat.entries_of(blocks + chunk * (shape.ratio + 1)) & np.uint64(layout.BAT_STATE_MASK)

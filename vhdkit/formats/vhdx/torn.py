@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sectors that a power cut tore while a header or a region table was written.
 
-Decides which sector is certainly no image's: the first one of a structure whose checksum it does not pass. The rest of
-such a structure is zeros, in all files that are known, so its checksum can be computed from the first sector.
+Decides which sectors are certainly torn: a first sector of a structure with a wrong checksum. In all known files the
+rest of these structures is zeros, so the checksum can be computed from the first sector alone.
 """
 
 from __future__ import annotations
@@ -25,5 +25,5 @@ def is_torn(sector: bytes, before: bytes, after: bytes) -> bool:
 
 
 def is_whole(sector: bytes, signature: bytes, size: int) -> bool:
-    """True for the first sector of an intact structure of this kind, whose other sectors are zeros."""
+    """Whether this is the first sector of an intact structure of this kind, the rest of which is zeros."""
     return sector.startswith(signature) and is_sealed(sector.ljust(size, b"\0"), layout.HEADER_CHECKSUM_OFFSET)

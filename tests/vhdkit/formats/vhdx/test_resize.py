@@ -261,7 +261,7 @@ def test_a_last_block_without_room_does_not_grow() -> None:
     last = VhdxBlock(6, 4 * MIB)
     image = Vhdx(2 * MIB + PAGE_SIZE, 2 * MIB, blocks={1: last, 0: VhdxBlock(6, 5 * MIB)})
     store = image.store(frozen=True)
-    with pytest.raises(errors.InvalidArgument, match="cannot become whole"):
+    with pytest.raises(errors.InvalidArgument, match="cannot be completed"):
         sizing = VHDX.resizable(VHDX.open(store))
         assert sizing is not None
         sizing.plan(4 * MIB)
