@@ -309,7 +309,7 @@ class Chain:
             entry = self._entries[offset >> self._grain_shift]
         else:
             entry = self._fine[offset >> self._fine_shift]
-        if entry & LAYER_MASK != LEAF_NUMBER:  # as that of no entry but a DIRECT one
+        if entry & LAYER_MASK != LEAF_NUMBER:  # only a DIRECT entry can have this number
             return False
         self.leaf.write_in_place((entry >> LAYER_BITS) + within, data)
         return True

@@ -41,7 +41,9 @@ class _Search:
     refused: list[str] = field(default_factory=list)  # targets of links in the folders
     outside: list[str] = field(default_factory=list)  # targets of names in the child
     unreadable: list[errors.VhdkitError] = field(default_factory=list)
-    other_format: errors.ParentMismatch | None = None  # about the first mismatched one that no parent can be
+    other_format: errors.ParentMismatch | None = (
+        None  # for the first mismatched file, if its format cannot be the parent's
+    )
 
     def note(self, place: str) -> None:
         """Record that a place inside the folders was examined."""
@@ -57,7 +59,7 @@ def parent_format(child: ImageFacts) -> Format:
 
 
 def other_format(child: ImageFacts, path: str, store: ReadStore) -> errors.ParentMismatch | None:
-    """The error about a file whose format no parent of the child has; None for a possible one.
+    """The error if a parent of this child cannot have the file's format, else None.
 
     Raises IoFailed.
     """

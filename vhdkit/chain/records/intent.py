@@ -77,7 +77,7 @@ class Named:
         return (self.unique_id,) if self.renewed_id is None else (self.unique_id, self.renewed_id)
 
     def is_same_file(self, other: Named) -> bool:
-        """True if both are one file: the same path, and an id in common."""
+        """Whether both name one file: they have the same path and an id in common."""
         return self.path == other.path and not set(self.ids).isdisjoint(other.ids)
 
 

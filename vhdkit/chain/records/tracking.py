@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hyper-V's files beside an image in which it tracks changed blocks for backups.
+"""The files beside an image in which Hyper-V tracks changed blocks for backups.
 
-Decides which files these are, and what the warning says about an image that is written to beside them. They have no
-content of the disk and are left alone; but Hyper-V does not notice what is written here, so its next incremental
-backup would lack it. Must not know when an image is written to.
+Decides which files these are, and the wording of the warning when the image is written to. They hold no data of the
+disk and are left alone, but Hyper-V does not notice what is written here, so its next incremental backup would lack
+it. Must not know when an image is written to.
 
     NAME.rct    blocks that changed since a backup (resilient change tracking)
     NAME.mrt    the same, coarser, for the time after a crash

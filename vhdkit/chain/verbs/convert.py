@@ -133,9 +133,9 @@ def converted_size(size_bytes: int, disk_format: DiskFormat, *, azure: bool) -> 
 
 
 def converted_sectors(chain: Chain, disk_format: DiskFormat, *, accept: bool) -> int:
-    """The sector size of the result. Raises InvalidArgument if it is another one and that is not accepted.
+    """The sector size of the result. Raises InvalidArgument if it would change without `accept`.
 
-    A raw image has the content of any disk: it records no sector size.
+    A raw image can hold any disk, since it records no sector size.
     """
     made, sector_bytes = formats.making(disk_format), chain.leaf.sector_bytes
     if sector_bytes in made.sector_sizes:

@@ -75,7 +75,7 @@ class ImageInfo:
     logical_sector_bytes: int | None = None
     physical_sector_bytes: int | None = None
     virtual_disk_id: str | None = None  # the same in all images of a disk
-    log_entries: int | None = None  # that are not in their places yet
+    log_entries: int | None = None  # not replayed yet
     parent: ParentInfo | None = None
     findings: tuple[Finding, ...] = ()
     title: str = ""  # the kind for display, such as "dynamic VHD"

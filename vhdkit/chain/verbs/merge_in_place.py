@@ -232,7 +232,7 @@ def _refuse_sources_of_another(plan: InPlacePlan, options: OpenOptions) -> None:
 
 
 def _is_merge_of(intent: Intent, names: Sequence[Named]) -> bool:
-    """True if the record is about these files, the target last."""
+    """Whether the record is about these files, the target last."""
     recorded = [*intent.sources, intent.target]
     return len(recorded) == len(names) and all(map(Named.is_same_file, recorded, names))
 
@@ -297,13 +297,13 @@ def _settled_target(plan: InPlacePlan, store: FileStore, phase: Phase) -> Layer 
 
 
 def _check_disk(plan: InPlacePlan, filling: Layer | None) -> None:
-    """Detect what the target cannot take over of the disk before anything changes."""
+    """Refuse, before anything changes, a disk whose metadata do not fit into the target."""
     if filling is not None:
         take_over_disk(filling, plan.sources[0], dry_run=True)
 
 
 def _fill(prepared: PreparedMerge, named: Named, progress: Progress | None) -> tuple[int, int]:
-    """Copy into the target, which the record names so, what it lacks; see `fill_target`."""
+    """Copy into the target what it lacks; `named` is the target in the record. See `fill_target`."""
     plan, store, target = prepared.plan, prepared.store, prepared.filling
     assert store is not None and target is not None
     above = file_of_layer(plan.sources[-1])

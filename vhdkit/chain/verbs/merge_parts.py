@@ -53,10 +53,10 @@ def named(layer: Layer) -> Named:
 
 
 def named_target(target: Layer) -> Named:
-    """The target of a merge, open for writing, as named in the record: also by the id that the first write brings.
+    """The target of a merge, open for writing, as named in the record: by its present id and by its next one.
 
-    An earlier attempt may have changed the id, perhaps not yet durably. So if it left a record that is about this
-    file, the file keeps the ids in that record.
+    An earlier attempt may have changed the id, perhaps not yet durably. So if that attempt left a record about this
+    file, the ids in the record are used.
     """
     one, renewed = named(target), formats.of(target).renewed_id(target)
     if target.facts.file_id is not None or renewed is None:
@@ -68,7 +68,7 @@ def named_target(target: Layer) -> Named:
 
 
 def refuse_sectors(layers: Sequence[Layer]) -> None:
-    """Refuse layers, the target last, of which one may own parts of the target's sectors. Raises InvalidArgument."""
+    """Refuse layers, the target last, whose sectors are smaller than the target's. Raises InvalidArgument."""
     target = layers[-1]
     for layer in layers[:-1]:
         if layer.sector_bytes < target.sector_bytes:

@@ -119,7 +119,7 @@ def is_there(one: Named) -> bool:
 
 
 def _leaf_is_there(intent: Intent) -> bool:
-    """True if the leaf's name leads to the leaf. Before the data is complete it may have been written to since."""
+    """Whether the leaf's name leads to the leaf, which may have been written to until the data is complete."""
     if is_there(intent.leaf):
         return True
     if intent.phase is not Phase.COPY or not _may_change_id(intent.leaf.path):
@@ -128,7 +128,7 @@ def _leaf_is_there(intent: Intent) -> bool:
 
 
 def _may_change_id(path: str) -> bool:
-    """True for an image of a format in which no id stays the same for the life of a file."""
+    """Whether the image's format has no permanent id."""
     try:
         with FileStore.open(path, follow_links=False) as store:
             view = pending.view(store)
@@ -181,7 +181,7 @@ def finish(
 
 
 def _is_chain_of(layers: Sequence[Layer], intent: Intent) -> bool:
-    """True if these are the layers of the record, from the leaf to the target."""
+    """Whether these are the layers of the record, from the leaf to the target."""
     found, recorded = [named(layer) for layer in layers], [*intent.sources, intent.target]
     if len(found) != len(recorded) or not all(map(Named.is_same_file, found[1:], recorded[1:])):
         return False

@@ -182,7 +182,7 @@ def fill_target(
 
 
 def take_over_disk(target: Layer, leaf: Layer, *, dry_run: bool = False) -> None:
-    """Let the filled target be the leaf's virtual disk in every respect: see `Format.take_over_disk`."""
+    """Give the filled target the identity of the leaf's virtual disk: see `Format.take_over_disk`."""
     if leaf.format_name == target.format_name:
         formats.of(target).take_over_disk(target, leaf, dry_run=dry_run)
 

@@ -232,7 +232,7 @@ def _needs_opening(leaf: Layer) -> bool:
 
 
 def _open_once(leaf: str, options: OpenOptions) -> None:
-    """Replay the leaf's log in its file: once frozen it is only read, and some programs ignore the log of an image.
+    """Replay the leaf's log in its file, because a frozen image is only read, and some programs ignore its log.
 
     An image that has children already, or is in use, stays as it is.
     """

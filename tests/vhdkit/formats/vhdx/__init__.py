@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of the VHD format."""
+"""Tests of the VHDX format."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sound VHDX images in memory, faults of their structures, and what a repair of them must keep."""
+"""Sound VHDX images in memory, damage to their structures, and what a repair must preserve."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ Change = Callable[[MemStore], object]
 
 
 def filled(store: MemStore, seed: int = 0) -> MemStore:
-    """The image with two full blocks and one in which a few sectors were written."""
+    """The image with two full blocks, and one block with a few written sectors."""
     rng = random.Random(seed)
     layer = VHDX.open(store, writable=True)
     for block, first, count in ((2, 0, 2048), (0, 0, 2048), (3, 8, 9), (3, 100, 1)):
@@ -52,7 +52,7 @@ def filled(store: MemStore, seed: int = 0) -> MemStore:
 
 
 def child() -> MemStore:
-    """A child with blocks of its own, of which one is partial."""
+    """A child with blocks of its own, one of which is partially present."""
     return filled(image(parent=PARENT))
 
 
@@ -62,7 +62,7 @@ def base() -> MemStore:
 
 
 def content(store: MemStore) -> bytes:
-    """The disk, over a parent of bytes that occur nowhere else."""
+    """The content of the disk, over a parent filled with a byte that occurs nowhere else."""
     layer = VHDX.open(store)
     found = bytearray(layer.size_bytes)
     for one in layer.extents(0, whole_sectors(layer.size_bytes)):
@@ -75,12 +75,12 @@ def content(store: MemStore) -> bytes:
 
 
 def held(store: MemStore) -> tuple[int, dict[int, bytes]]:
-    """Size and bytes of the file, quick to compare."""
+    """The size and bytes of the file, in a form that is quick to compare."""
     return store.size(), dict(store._sectors)
 
 
 def faults(store: MemStore) -> list[str]:
-    """The codes of everything worse than a note."""
+    """The codes of all findings worse than a note."""
     return [one.code for one in VHDX.check(store) if one.severity > Severity.NOTE]
 
 
@@ -106,7 +106,7 @@ def repaired(store: MemStore, consent: Consent = NONE) -> tuple[MemStore, list[F
 
 
 def patched(*places: int, raw: bytes = b"\x55\xaa" * 16) -> Change:
-    """Bytes at these places are garbage."""
+    """Write garbage at these offsets."""
 
     def change(store: MemStore) -> None:
         for one in places:
@@ -126,27 +126,27 @@ def both(first: Change, second: Change) -> Change:
 
 
 def entry(number: int, state: int, offset: int = 0) -> Change:
-    """An entry of the BAT is another one."""
+    """Replace an entry of the BAT."""
     return lambda store: set_entry(store, number, state, offset)
 
 
 def state(number: int, value: int) -> Change:
-    """An entry of the BAT has another state, and its place."""
+    """Change the state of a BAT entry, but not its offset."""
     return lambda store: store.pwrite(BAT + 8 * number, bytes([store.pread(BAT + 8 * number, 1)[0] & 0xF8 | value]))
 
 
 def same(number: int, other: int) -> Change:
-    """An entry of the BAT is that of another block."""
+    """Copy a BAT entry from another block."""
     return lambda store: store.pwrite(BAT + 8 * number, store.pread(BAT + 8 * other, 8))
 
 
 def equal_headers(store: MemStore) -> None:
-    """Both headers are as Disk2VHD leaves them."""
+    """Make both headers equal, as Disk2VHD does."""
     set_header(store, sequence_number=1)
 
 
 def dirty(store: MemStore) -> None:
-    """The log has a page of the BAT that is not in its place yet: a new block, behind all others."""
+    """Leave a page of the BAT in the log only: it has a new block, after all others."""
     offset = store.size()
     raw = bytearray(store.pread(BAT, 4096))
     raw[8:16] = (offset | 6).to_bytes(8, "little")
@@ -154,7 +154,7 @@ def dirty(store: MemStore) -> None:
 
 
 def gap_in_log(store: MemStore) -> None:
-    """Of two entries that belong together the first one is gone."""
+    """Remove the first of two log entries that belong together."""
     changes = [LogChange(BAT, 4096, page(b"\0"))]
     add_log(store, [changes, changes])
     store.pwrite(LOG, bytes(4096))
@@ -166,8 +166,8 @@ def other_table(store: MemStore) -> None:
     store.pwrite(T1, first)
 
 
-def cut_behind_disk(store: MemStore) -> None:
-    """The disk ends inside its last block, and the file where the disk ends."""
+def cut_after_disk(store: MemStore) -> None:
+    """Let the disk end inside its last block, and the file where the disk ends."""
     place = METADATA + layout.METADATA_TABLE_SIZE
     raw = store.pread(place, 4 * KIB)
     size = (SIZE).to_bytes(8, "little")
@@ -195,17 +195,17 @@ HARMLESS: dict[str, tuple[str, Change]] = {
     "one table checksum": ("region-table", both(patched(T1 + 5000), patched(T2))),
     "metadata signature": ("metadata-table", lambda s: s.pwrite(METADATA, b"nonsense")),
     "metadata count": ("metadata-table", lambda s: s.pwrite(METADATA + 10, b"\0\0")),
-    "block cut": ("block-cut", cut_behind_disk),
+    "block cut": ("block-cut", cut_after_disk),
 }
 
 
 def first_block(store: MemStore) -> int:
-    """Where the first block lies."""
+    """The offset of the first block."""
     return int.from_bytes(store.pread(BAT, 8), "little") & ~0xFFFFF
 
 
 def judge(damaged: MemStore, expected: bytes, made: MemStore, fixes: list[Fix]) -> None:
-    """Outside of the ranges named the disk reads as it did; inside of them nothing stands that was nowhere."""
+    """Outside the named ranges the disk is unchanged; inside them, each sector has content that existed somewhere."""
     found = content(made)
     named = [one for fix in fixes if fix.needs is None for one in (*fix.lost, *fix.doubtful)]
     known = {*damaged._sectors.values(), bytes(SECTOR_SIZE), BELOW}

@@ -34,7 +34,7 @@ def image(*, fixed: bool = False, parent: ParentRef | None = None, sector_bytes:
 
 
 def set_header(store: Store, slots: Sequence[int] = (0, 1), **fields: object) -> None:
-    """Change fields of headers, with the right checksum."""
+    """Change fields of headers, with correct checksums."""
     for slot in slots:
         offset = layout.HEADER_OFFSETS[slot]
         header: Header = replace(layout.parse_header(store.pread(offset, layout.HEADER_SIZE)), **fields)  # type: ignore[arg-type]
@@ -43,7 +43,7 @@ def set_header(store: Store, slots: Sequence[int] = (0, 1), **fields: object) ->
 
 
 def set_regions(store: Store, change: Callable[[list[RegionEntry]], object]) -> None:
-    """Change the entries of both region tables, with the right checksum."""
+    """Change the entries of both region tables, with correct checksums."""
     entries = [
         RegionEntry(layout.REGION_BAT, BAT, MIB, 1),
         RegionEntry(layout.REGION_METADATA, METADATA, MIB, 1),
@@ -72,7 +72,7 @@ def set_entry(store: Store, number: int, state: int, offset_bytes: int = 0) -> N
 
 
 def place_block(store: Store, number: int, data: bytes = b"", state: int = BlockState.FULLY_PRESENT) -> int:
-    """Give a block the next place at the end of the file; returns its offset."""
+    """Place a block at the end of the file; returns its offset."""
     offset = store.size()
     store.truncate(offset + MIB)
     store.pwrite(offset, data)
@@ -81,7 +81,7 @@ def place_block(store: Store, number: int, data: bytes = b"", state: int = Block
 
 
 def assert_equal_headers(store: MemStore) -> None:
-    """Equal but for number and checksum, and they name no log."""
+    """The headers are equal except for number and checksum, and name no log."""
     first, second = (replace(one.header, sequence_number=0, checksum=0) for one in read_headers(store))
     assert first == second and first.log_guid == NULL_ID
 
@@ -89,7 +89,7 @@ def assert_equal_headers(store: MemStore) -> None:
 def add_log(
     store: Store, entries: Sequence[Sequence[LogChange]], *, flushed: int = 0, last: int | None = None
 ) -> None:
-    """Put entries that were not replayed into the log, numbered from 1, and let the headers name it."""
+    """Put entries, numbered from 1, into the log, and its id into the headers, as if they had not been replayed."""
     position = 0
     for number, changes in enumerate(entries, 1):
         raw = log.build_entry(
@@ -106,5 +106,5 @@ def add_log(
 
 
 def page(fill: bytes) -> bytes:
-    """A page of one byte."""
+    """A page filled with one byte."""
     return fill * layout.LOG_PAGE_SIZE

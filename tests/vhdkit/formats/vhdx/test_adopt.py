@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A merged VHDX takes over what the leaf says about the virtual disk: the metadata items that are marked so."""
+"""A merged VHDX takes over the leaf's metadata items that are marked as belonging to the virtual disk."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MINE, GONE, SHARED, LEAF = (uuid.UUID(int=number).bytes for number in range(101,
 
 
 def base() -> MemStore:
-    """An image with an item of its own, and with two of the disk that its child does not have like this."""
+    """An image with an item of its own, and two items of the disk that differ in its child."""
     store = image()
 
     def change(found: dict[bytes, tuple[int, bytes]]) -> None:
@@ -52,7 +52,7 @@ def leaf(*, size: int = 600) -> MemStore:
 
 
 def items_of(store: Store) -> dict[tuple[bytes, int], bytes]:
-    """All items apart from file parameters and locator: bytes by id and flags."""
+    """All items except file parameters and locator: bytes by id and flags."""
     metadata = read_metadata(store)
     found = read_items(metadata.view, metadata.regions.metadata)
     kept = {layout.ITEM_FILE_PARAMETERS, layout.ITEM_PARENT_LOCATOR}
@@ -64,14 +64,14 @@ def items_of(store: Store) -> dict[tuple[bytes, int], bytes]:
 
 
 def expected() -> dict[tuple[bytes, int], bytes]:
-    """What a merge of `leaf` into `base` leaves: the leaf's disk, and the base's own item."""
+    """The items after a merge of `leaf` into `base`: those of the leaf's disk, and the base's own item."""
     metadata = read_metadata(leaf())
     disk = {(one, flags): raw for one, flags, raw in inherited(metadata.view, metadata.items)}
     return disk | {(MINE, OF_USER): b"stays"}
 
 
 def test_the_disks_items_are_replaced_and_others_stay() -> None:
-    """The target loses its items of the disk and gets the leaf's; the DataWriteGuid stays, and the file is sound."""
+    """The leaf's items of the disk replace the target's; the DataWriteGuid stays, and the file is sound."""
     store = base()
     before = VHDX.linkage_id(store)
     opened = open_vhdx(store, writable=True)
@@ -85,7 +85,7 @@ def test_the_disks_items_are_replaced_and_others_stay() -> None:
 
 @pytest.mark.parametrize("seed", range(2))
 def test_a_power_cut_leaves_the_old_items_or_the_new_ones(seed: int) -> None:
-    """At every write and sync all items are old, or all are new."""
+    """A cut at any write or sync leaves all items old, or all new."""
     store = CrashStore(base())
     old, new, seen = items_of(store.copy()), expected(), set()
 
@@ -123,7 +123,7 @@ def refused(store: MemStore, source: MemStore) -> None:
 
 
 def test_items_without_room_in_the_region_are_refused() -> None:
-    """Old and new items are there at the same time, so both must fit into the metadata region."""
+    """Old and new items exist at the same time, so both must fit into the metadata region."""
     store = with_item(image(), 300_000)
     opened = open_vhdx(store.copy(), writable=True)
     take_over_disk(opened, open_vhdx(with_item(image(parent=PARENT), 600_000)))
@@ -132,7 +132,7 @@ def test_items_without_room_in_the_region_are_refused() -> None:
 
 @pytest.mark.parametrize("above", [0, 1])
 def test_the_items_of_a_disk_have_a_limit(above: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As much as the limit is taken over, one byte more is refused."""
+    """Items up to the limit are taken over; one byte more is refused."""
     monkeypatch.setattr(adopt, "MAX_ITEMS_BYTES", KNOWN_BYTES + 1000)
     source = with_item(image(parent=PARENT), 1000 + above)
     if above:

@@ -22,7 +22,7 @@ from vhdkit.units import MIB
     data=st.data(),
 )
 def test_blocks_and_entries(size: int, power: int, sector_bytes: int, has_parent: bool, data: st.DataObject) -> None:
-    """Every block has an entry inside the table that leads back to it, every chunk's bitmap one of its own."""
+    """Every block has an entry in the table that maps back to it, and every chunk's bitmap has one of its own."""
     shape = Shape(size, MIB << power, sector_bytes, has_parent=has_parent)
     block = data.draw(st.integers(0, shape.block_count - 1))
     entry = shape.block_entry(block)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """INV-BOUNDED for the largest disks: what the table, and the map made from it, cost in memory.
 
-Measured is the peak of a process of its own, which counts what the system gave, not what was asked for. The bounds are
-those of the issue that asked for them; the process alone takes about 40 MiB.
+The peak of a separate process is measured: the memory that the system gave it, not what it asked for. The process
+alone takes about 40 MiB.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1
 
 
 def peak_mib(verb: str, path: Path) -> int:
-    """The most memory that a process took which did this with the image."""
+    """The peak memory of a process that did this with the image."""
     command = [sys.executable, "-c", SCRIPT, verb, str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
@@ -53,7 +53,7 @@ def peak_mib(verb: str, path: Path) -> int:
 
 
 def allocate_all(path: Path) -> None:
-    """Give every block a place in a hole of the file."""
+    """Place every block in a hole of the file."""
     store = FileStore.open(path, writable=True)
     try:
         metadata = read_metadata(store)
@@ -97,19 +97,19 @@ def huge_folder(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("verb", ["open", "info", "check", "map"])
 def test_the_largest_empty_disk(largest: Path, verb: str) -> None:
-    """INV-BOUNDED: no memory is touched for the blocks that no layer owns."""
+    """INV-BOUNDED: blocks that no layer owns take no memory."""
     assert peak_mib(verb, largest) < 150
 
 
 def test_writing_to_the_largest_disk(tmp_path: Path) -> None:
-    """INV-BOUNDED: nor for what a writer keeps about each block."""
+    """INV-BOUNDED: the same is true for a writer's own tables."""
     path = tmp_path / "written.vhdx"
     vhdkit.create_image(path, 64 * TIB, disk_format="vhdx", block_size_bytes=2 * MIB)
     assert peak_mib("write", path) < 150
 
 
 def test_a_child_of_the_largest_empty_disk(largest: Path) -> None:
-    """INV-BOUNDED: nor in a chain; the child has smaller blocks than its parent, or larger ones."""
+    """INV-BOUNDED: the same is true in a chain whose child has smaller or larger blocks than its parent."""
     for number, block in enumerate((MIB, 8 * MIB)):
         child = largest.with_name(f"child{number}.avhdx")
         vhdkit.create_child(child, largest, block_size_bytes=block)

@@ -19,7 +19,7 @@ from vhdkit.units import MIB
 
 @pytest.mark.parametrize("state", [BlockState.UNDEFINED, BlockState.ZERO, BlockState.UNMAPPED])
 def test_zero_states_of_a_child(state: BlockState) -> None:
-    """They hide the parent, and a write to a part of such a block makes it fully present."""
+    """Blocks of zeros hide the parent, and a write to a part of one makes it fully present."""
     base = image()
     with open_mem(base, writable=True) as disk:
         disk.write(0, b"p" * SIZE)
@@ -34,8 +34,8 @@ def test_zero_states_of_a_child(state: BlockState) -> None:
         assert disk.read(2 * MIB, MIB) == b"p" * MIB
 
 
-def test_a_new_block_lies_behind_a_last_block_that_is_cut_short() -> None:
-    """A file may end inside its last block, behind the disk's end: that space stays the block's."""
+def test_a_new_block_lies_after_a_truncated_last_block() -> None:
+    """A file may end inside its last block, past the end of the disk: that space stays the block's."""
     store = MemStore("cut.vhdx")
     create(store, new_disk(4 * MIB + 4096), 4 * MIB)
     first = store.size()
@@ -49,7 +49,7 @@ def test_a_new_block_lies_behind_a_last_block_that_is_cut_short() -> None:
 
 
 def test_a_doubtful_image_is_refused_before_its_log_is_replayed() -> None:
-    """Opening for writing changes nothing in an image that it then refuses."""
+    """An image that is refused for writing is not changed."""
     store = image()
     set_entry(store, 1, 0, 8)
     add_log(store, [[LogChange(METADATA + 512 * 1024, 4096, page(b"y"))]])

@@ -54,7 +54,7 @@ def plans(draw: st.DrawFn) -> list[Plan]:
 
 
 def built(plan: Plan, number: int, is_base: bool) -> VhdxImage:
-    """The image of a plan; each sector of its data says which layer's it is."""
+    """The image of a plan; each sector of its data shows to which layer it belongs."""
     store = MemStore("image.vhdx")
     create(store, new_disk(SIZE), plan.block, parent=None if is_base else PARENT)
     bitmap = 0
@@ -78,7 +78,7 @@ def built(plan: Plan, number: int, is_base: bool) -> VhdxImage:
 
 
 def tag(number: int, block: int) -> bytes:
-    """What the sectors of a block hold."""
+    """The content of the sectors of a block."""
     return bytes([16 * number + block + 1]) * SECTOR_SIZE
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `check` reports of one VHDX file: a repair clears each warning, and notes are no fault."""
+"""What `check` reports about one VHDX file: a repair clears each warning, and notes are not faults."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ R = CorruptReason
 
 
 def set_bits(block: int) -> Change:
-    """The first bits of a block are set in the bitmap."""
+    """Set the first bits of a block in the bitmap."""
 
     def change(store: MemStore) -> None:
         bitmap = int.from_bytes(store.pread(BAT + 8 * 4096, 8), "little") & ~0xFFFFF
@@ -69,7 +69,7 @@ GONE = {R.HEADER_OUTSIDE_FILE, R.INCOMPLETE_FILE}  # there is no image in the fi
 
 @pytest.mark.parametrize("code", WARNINGS)
 def test_a_repair_clears_every_warning(code: str) -> None:
-    """The image is warned of, and after a repair without consent it is clean."""
+    """`check` warns, and after a repair without consent the image is clean."""
     store = child()
     WARNINGS[code](store)
     assert faults(store) == [code]
@@ -78,7 +78,7 @@ def test_a_repair_clears_every_warning(code: str) -> None:
 
 
 def test_a_bitmap_without_a_parent_is_warned_of() -> None:
-    """An image with more blocks than a chunk has: the entry of a bitmap is not that of a block."""
+    """In an image with several chunks, the entry of a bitmap is not taken for that of a block."""
     store = MemStore("disk.vhdx")
     VHDX.create(store, CreateRequest(5 << 30, "vhdx", MIB))
     set_entry(store, 4096, 6, BAT)
@@ -89,14 +89,14 @@ def test_a_bitmap_without_a_parent_is_warned_of() -> None:
 
 @pytest.mark.parametrize("code", NOTES)
 def test_notes_are_no_faults(code: str) -> None:
-    """Facts that are worth a line, of a file that is read rightly."""
+    """Notes are about files that are read correctly."""
     store = child() if code == "bits-behind-end" else base()
     NOTES[code](store)
     assert [(one.code, one.severity) for one in VHDX.check(store)] == [(code, Severity.NOTE)]
 
 
 def test_headers_of_one_session_are_not_worth_a_note() -> None:
-    """They differ in number and checksum, and where only one of them was written, in the ids of the file and log."""
+    """Intact headers differ in number and checksum and, if only one was written, in FileWriteGuid and log id."""
     store = base()
     assert VHDX.check(store) == []
     set_header(store, [0], file_write_guid=b"f" * 16)
@@ -107,7 +107,7 @@ def test_headers_of_one_session_are_not_worth_a_note() -> None:
     ("case", "parent"), [*((one, None) for one in CASES), *((one, "parent") for one in CHILD_CASES)]
 )
 def test_an_error_is_repaired_or_the_page_says_why_not(case: str, parent: str | None) -> None:
-    """With consent every error is repaired, but for those of which nothing in the file says what was there."""
+    """With consent every error is repaired, except those where the file does not show what was there."""
     reason, damage = (CASES if parent is None else CHILD_CASES)[case]
     reference = ParentRef.of_paths(b"p" * 16, 0, relative=".\\b.vhdx", absolute="\\b.vhdx", name="b.vhdx")
     store = image(parent=None if parent is None else reference)

@@ -55,7 +55,7 @@ def test_every_cut_leaves_flushed_or_newer(scene: Callable[[int], Scene], seed: 
 
 
 def empty_child_scene(seed: int) -> Scene:
-    """A child that owns nothing, so its first flush brings a sector bitmap."""
+    """A child that owns nothing, so its first flush makes a sector bitmap."""
     scene = child_scene(seed)
     below = base_scene(seed)
     linkage_id = VHDX.linkage_id(below.leaf)
@@ -67,7 +67,7 @@ def empty_child_scene(seed: int) -> Scene:
 
 
 def small_ring(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Entries of one page each, so that a flush has several and the ring is reused."""
+    """Limit log entries to one page, so that a flush has several and the ring is reused."""
     monkeypatch.setattr(Journal, "max_pages", property(lambda self: 1))
 
 
@@ -78,14 +78,14 @@ def test_flushes_of_several_entries_survive_cuts(monkeypatch: pytest.MonkeyPatch
 
 
 def caught(scene: Callable[[int], Scene]) -> None:
-    """A wrong order is found by one of a few workloads."""
+    """At least one of a few workloads detects a wrong order."""
     with pytest.raises(AssertionError):
         for seed in range(6):
             PowerRun(scene(seed), seed, cuts=6, steps=16, second_cuts=False).run()
 
 
 def test_a_header_that_names_its_log_too_early_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Self-test: the entry and the header that names it become durable with one sync."""
+    """Self-test: detects an entry and the header that names its log becoming durable with one sync."""
     real = Journal._put_empty
 
     def unsynced(self: Journal, log_guid: bytes) -> None:
@@ -108,7 +108,7 @@ class _NoSync:
 
 @pytest.mark.nightly
 def test_a_childs_data_and_entry_in_one_sync_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Self-test: bits that are durable before their data hide the parent."""
+    """Self-test: detects bits that are durable before their data, and so hide the parent."""
     real = Commit._write
 
     def together(self: Commit, pages: list[LogChange]) -> None:
@@ -120,7 +120,7 @@ def test_a_childs_data_and_entry_in_one_sync_are_caught(monkeypatch: pytest.Monk
 
 
 def test_pages_in_their_places_before_the_log_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Self-test: a page that is written before its entry is durable points at data that may be lost."""
+    """Self-test: detects a page that is written before its log entry is durable, and refers to lost data."""
 
     def at_once(self: Commit, pages: list[LogChange]) -> None:
         for one in pages:
@@ -132,7 +132,7 @@ def test_pages_in_their_places_before_the_log_are_caught(monkeypatch: pytest.Mon
 
 
 def test_pages_of_the_bat_in_rising_order_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Self-test: over several entries, a block would be partially present before its sector bitmap is there."""
+    """Self-test: detects a block that is partially present before its bitmap, with several log entries."""
     small_ring(monkeypatch)
     real = Commit._copied
 

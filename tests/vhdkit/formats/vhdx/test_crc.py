@@ -32,7 +32,7 @@ def test_known_values() -> None:
 @settings(max_examples=40)
 @given(size=st.integers(0, 1600), seed=st.integers(0, 1 << 32), cut=st.integers(0, 1600))
 def test_it_agrees_with_a_bitwise_one(size: int, seed: int, cut: int) -> None:
-    """For any length, and when computed in two parts."""
+    """The value is correct for any length, and when computed in two parts."""
     data = random.Random(seed).randbytes(size)
     if seed % 3 == 0:  # zeros are skipped
         data = data[: size // 3].ljust(size - 1, b"\0") + data[-1:] if size else b""
@@ -41,7 +41,7 @@ def test_it_agrees_with_a_bitwise_one(size: int, seed: int, cut: int) -> None:
 
 @given(raw=st.binary(min_size=8, max_size=64), place=st.integers(0, 63), bit=st.integers(0, 7))
 def test_a_seal_is_broken_by_any_bit(raw: bytes, place: int, bit: int) -> None:
-    """What is sealed is found right, and wrong once a bit of it is another."""
+    """A sealed structure is valid, and invalid once any bit has changed."""
     good = bytearray(sealed(raw, 4))
     assert is_sealed(bytes(good), 4)
     good[place % len(good)] ^= 1 << bit

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vhdkit writes, byte by byte, as Hyper-V wants it: new images, and images that were written to and closed.
+"""What vhdkit writes, byte by byte, against Hyper-V's rules: new images, and images that were written to and closed.
 
-The bytes are taken apart here once more, by the offsets of the specification. One test for each rule.
+The bytes are parsed here independently, with the offsets of the specification. One test for each rule.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ KINDS = ("dynamic", "fixed", "child", "dynamic-4096", "child-4096", "child-over-
 
 
 class Watched(MemStore):
-    """A store that looks at every write to the log and to a header before it is made."""
+    """A store that examines every write to the log and to a header before it is made."""
 
     looked_at = 0
 
@@ -82,7 +82,7 @@ def work(store: MemStore, seed: int) -> None:
 
 @cache
 def made(kind: str) -> tuple[bytes, Watched]:
-    """(the first MiB as it was made, the image after two sessions)."""
+    """(the first MiB of the new image, the image after two sessions)."""
     name, _, more = kind.partition("-")
     size = 5 * GIB + 8 * KIB if more == "over-a-chunk" else 24 * MIB + 8 * KIB
     store = Watched("image.vhdx")
@@ -98,7 +98,7 @@ def made(kind: str) -> tuple[bytes, Watched]:
 
 @dataclass(frozen=True)
 class Table:
-    """What the bytes say."""
+    """The bytes, parsed."""
 
     size: int
     block: int
@@ -149,7 +149,7 @@ def table_of(store: MemStore) -> Table:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_headers(kind: str) -> None:
-    """Both are valid, equal but for number and checksum, of version 1, without log id; what is reserved is zero."""
+    """Both are valid, equal except for number and checksum, of version 1, without a log id; reserved bytes are 0."""
     head, store = made(kind)
     for raw in (head, store.pread(0, MIB)):
         first, second = (raw[at : at + 4096] for at in HEADERS)
@@ -164,7 +164,7 @@ def test_headers(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_guids(kind: str) -> None:
-    """Two sessions brought new ids, and none is zero; every slot has the newest."""
+    """Two sessions set new ids, none of them zero; both slots have the newest."""
     head, store = made(kind)
     for place in (16, 32):
         before, after = head[HEADERS[0] + place :][:16], store.pread(HEADERS[0] + place, 16)
@@ -173,7 +173,7 @@ def test_guids(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_region_tables(kind: str) -> None:
-    """They are equal; BAT and metadata are marked as required, on whole mebibytes, and apart from all else."""
+    """Both tables are equal; BAT and metadata are required, on whole mebibytes, and apart from everything else."""
     head, store = made(kind)
     for raw in (head, store.pread(0, MIB)):
         assert raw[TABLES[0] : TABLES[0] + 64 * KIB] == raw[TABLES[1] : TABLES[1] + 64 * KIB]
@@ -188,7 +188,7 @@ def test_region_tables(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_items(kind: str) -> None:
-    """Each has the length and flags that Windows gives it; a locator is there exactly in children."""
+    """Each item has the length and flags that Windows gives it; only children have a locator."""
     _, store = made(kind)
     found = items_of(store)
     start = {one: offset for one, offset, _, _ in regions_of(store)}[METADATA_ID]
@@ -206,7 +206,7 @@ def test_items(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_places_of_blocks(kind: str) -> None:
-    """Every block lies whole in the file, also the last one, on mebibytes and apart; so is the file's length."""
+    """All blocks, also the last one, lie completely in the file, apart, on whole mebibytes; so does the file's end."""
     _, store = made(kind)
     table = table_of(store)
     assert store.size() % MIB == 0
@@ -222,7 +222,7 @@ def test_places_of_blocks(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_states(kind: str) -> None:
-    """Only 0 and 6, in children also 2 and 7; 0 and 2 without a place, and 7 only beside a bitmap that is there."""
+    """Only the states 0 and 6 occur, in children also 2 and 7; 0 and 2 have no offset, and 7 needs a bitmap."""
     _, store = made(kind)
     table, seen = table_of(store), set()
     for number, entry in enumerate(table.entries):
@@ -241,7 +241,7 @@ def test_states(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["child", "child-4096", "child-over-a-chunk"])
 def test_bits(kind: str) -> None:
-    """Only blocks that are partially present have bits: other programs read those of others."""
+    """Only partially present blocks have bits set, since other programs also read the bits of other blocks."""
     _, store = made(kind)
     table, partial = table_of(store), 0
     size = table.block // (4096 if kind == "child-4096" else 512) // 8
@@ -257,7 +257,7 @@ def test_bits(kind: str) -> None:
 
 
 def test_a_fixed_image_has_its_space() -> None:
-    """All of it: every block is present, and the file is as large as disk and structures."""
+    """Every block is present, and the file is as large as the disk and its structures."""
     _, store = made("fixed")
     table = table_of(store)
     assert sum(one & 7 == 6 for one in table.entries) == table.count

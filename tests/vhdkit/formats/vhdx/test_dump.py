@@ -16,7 +16,7 @@ def states(store: MemStore) -> dict[str, str]:
 
 
 def test_tables_with_wrong_checksums_are_shown() -> None:
-    """Their entries bear the table's state, and the metadata are shown where they say; a good table comes first."""
+    """Entries show the state of their table, and the metadata are found by them; an intact table is preferred."""
     store = base()
     patched(T1 + 4, T2 + 4, raw=b"1234")(store)
     found = states(store)
@@ -28,7 +28,7 @@ def test_tables_with_wrong_checksums_are_shown() -> None:
 
 
 def test_entries_of_a_log_that_cannot_be_replayed_are_shown() -> None:
-    """Those that are intact, though the tail of the newest one is gone."""
+    """Intact entries are shown although the tail of the newest one is lost."""
     store = base()
     add_log(store, [[], [LogChange(BAT, 4096, page(b"\0"))]])
     store.pwrite(LOG, bytes(4096))

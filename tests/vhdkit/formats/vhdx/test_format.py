@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VHDX images under the verbs of a chain."""
+"""The verbs of a chain on VHDX images."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def written(path: Path, content: bytearray, seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_chain_reads_and_merges_as_its_model(tmp_path: Path, seed: int) -> None:
-    """Through snapshots, a new parent's name, a merge to a new file and conversions the leaf reads the same."""
+    """Snapshots, another name of the parent, a merge to a new file and conversions preserve what the leaf reads."""
     content, leaf = bytearray(SIZE), tmp_path / "0.vhdx"
     vhdkit.create_image(leaf, SIZE, disk_format="vhdx", block_size_bytes=MIB)
     with vhdkit.open_disk(leaf, writable=True) as disk:

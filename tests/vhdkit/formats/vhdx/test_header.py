@@ -17,7 +17,7 @@ from vhdkit.units import KIB
 
 
 def refusal(store: MemStore) -> CorruptReason:
-    """Why no header counts."""
+    """Why neither header is accepted."""
     with pytest.raises(CorruptImage) as caught:
         current_header(store.name, read_headers(store))
     assert caught.value.path == store.name
@@ -26,7 +26,7 @@ def refusal(store: MemStore) -> CorruptReason:
 
 @pytest.mark.parametrize(("first", "second", "current"), [(1, 2, 1), (2, 1, 0), ((1 << 64) - 1, 0, 0), (0, 1, 1)])
 def test_the_larger_number_is_current(first: int, second: int, current: int) -> None:
-    """Numbers have 64 bits, and no sign."""
+    """Sequence numbers are compared as unsigned 64-bit numbers."""
     store = image()
     set_header(store, [0], sequence_number=first)
     set_header(store, [1], sequence_number=second)
@@ -34,7 +34,7 @@ def test_the_larger_number_is_current(first: int, second: int, current: int) -> 
 
 
 def test_equal_numbers_need_equal_headers() -> None:
-    """Two equal headers count, two that differ are refused."""
+    """Two headers with one number are accepted if they are equal, and refused if they differ."""
     store = image()
     set_header(store, sequence_number=5)
     assert current_slot(read_headers(store)) == 0
@@ -43,7 +43,7 @@ def test_equal_numbers_need_equal_headers() -> None:
 
 
 def test_a_number_that_cannot_be_increased_is_only_read() -> None:
-    """The largest numbers are read and reported by check; opening for writing is refused, and changes nothing."""
+    """An image with one of the largest numbers can be read, but not written, and `check` reports it."""
     store = image()
     set_header(store, sequence_number=layout.MAX_HEADER_NUMBER)
     assert not any(one.severity is Severity.ERROR for one in check_vhdx(store))
@@ -59,7 +59,7 @@ def test_a_number_that_cannot_be_increased_is_only_read() -> None:
 
 @pytest.mark.parametrize("torn", [0, 1])
 def test_a_torn_header_does_not_count(torn: int) -> None:
-    """The other one does, whatever its number, and that is reported; with both torn none does."""
+    """If one header is torn, the other one is current whatever its number; that is reported. If both are, none is."""
     store = image()
     set_header(store, [torn], sequence_number=9)
     set_header(store, [1 - torn], sequence_number=8)
@@ -74,7 +74,7 @@ def test_a_torn_header_does_not_count(torn: int) -> None:
 
 
 def test_a_header_outside_the_file() -> None:
-    """A file that ends before or inside a header has none there."""
+    """A header that the end of the file cuts is reported as outside the file."""
     store = image()
     store.truncate(layout.HEADER_OFFSETS[1] + 100)
     assert [one.state for one in read_headers(store)] == [HeaderState.GOOD, HeaderState.OUTSIDE]

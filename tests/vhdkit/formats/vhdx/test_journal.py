@@ -30,7 +30,7 @@ from vhdkit.units import KIB, MIB
 
 
 def test_a_session_that_writes_brings_one_new_id() -> None:
-    """With the first write; a flush and more writes keep it, and so does a session that only reads."""
+    """The first write of a session changes it; a flush, more writes and a session that only reads keep it."""
     store = image()
     before = VHDX.linkage_id(store)
     with open_mem(store, writable=True) as disk:
@@ -47,7 +47,7 @@ def test_a_session_that_writes_brings_one_new_id() -> None:
 
 
 def test_a_replay_keeps_the_id() -> None:
-    """The disk reads as before."""
+    """A replay keeps the DataWriteGuid, because the disk reads as before."""
     store = image()
     before = VHDX.linkage_id(store)
     add_log(store, [[LogChange(BAT, SECTOR, None)]])
@@ -57,7 +57,7 @@ def test_a_replay_keeps_the_id() -> None:
 
 
 def test_new_names_of_the_parent_keep_the_id() -> None:
-    """And every session gives the file another FileWriteGuid."""
+    """Relinking keeps the DataWriteGuid, but gives the file a new FileWriteGuid."""
     store = image(parent=PARENT)
     before = read_headers(store)[0].header
     VHDX.relink(store, PARENT)
@@ -67,7 +67,7 @@ def test_new_names_of_the_parent_keep_the_id() -> None:
 
 
 def test_pages_that_could_not_be_put_in_their_places_are_put_there_at_the_end() -> None:
-    """INV-LOG-WHOLE: whichever write of a change of metadata fails, closing makes all of the change or none."""
+    """INV-LOG-WHOLE: whichever write of a metadata change fails, closing the image makes all of the change or none."""
     names = ParentRef.of_paths(b"n" * 16, 0, relative=".\\new.vhdx", absolute="\\new.vhdx", name="new.vhdx")
     old, new, seen = (PARENT.linkage_id,), (names.linkage_id,), set()
     for at in range(1, 40):
@@ -119,7 +119,7 @@ PAGES = 5
 
 
 class JournalRun:
-    """Entries with random pages in a short ring; inside each write and sync several cuts are judged.
+    """Log entries with random pages in a short ring; several cuts are examined inside each write and sync.
 
     What a reader finds is the state after the last entry that is durable, or after the one that is being written.
     """
@@ -135,7 +135,7 @@ class JournalRun:
         self.store.watcher = self.judge
 
     def judge(self) -> None:
-        """Every file that a cut here could leave can be opened, and holds one of the states whole."""
+        """Every file that a cut here can leave opens, and holds exactly one of the states."""
         for _ in range(self.cuts):
             found = self.store.after_cut(self.rng)
             try:
@@ -148,7 +148,7 @@ class JournalRun:
             assert state in self.states, "not the state after an entry"
 
     def step(self) -> None:
-        """An entry with a page or two."""
+        """Log an entry with one or two pages."""
         state = list(self.states[-1])
         numbers = self.rng.sample(range(PAGES), self.rng.choice((1, 1, 2)))
         for number in numbers:
@@ -162,7 +162,7 @@ class JournalRun:
         self.journal.logged(group)
 
     def run(self) -> None:
-        """Entries until the ring was used several times, then the end of the session."""
+        """Log entries until the ring has been used several times, then end the session."""
         for _ in range(14):
             self.step()
             if self.rng.random() < 0.1:
@@ -181,14 +181,14 @@ def test_inv_log_whole_in_a_ring_that_runs_full(monkeypatch: pytest.MonkeyPatch,
 
 
 def caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wrong order is found by one of a few runs."""
+    """At least one of a few runs detects a wrong order."""
     with pytest.raises(AssertionError):
         for seed in range(20):
             JournalRun(monkeypatch, seed, cuts=20).run()
 
 
 def test_a_tail_that_moves_before_the_pages_are_durable_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Self-test: an entry whose pages were put in their places, without a sync, is in front of the next one's tail."""
+    """Self-test: detects a tail after an entry whose pages were written to their places, but not synced."""
     real = Journal.logged
 
     def eager(self: Journal, pages: list[LogChange]) -> None:
@@ -200,7 +200,7 @@ def test_a_tail_that_moves_before_the_pages_are_durable_is_caught(monkeypatch: p
 
 
 def test_a_ring_that_is_freed_by_the_tail_in_memory_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Self-test: a torn entry over the tail that the newest durable one records leaves no whole sequence."""
+    """Self-test: detects a torn entry that overwrites the tail recorded by the newest durable entry."""
 
     def free(self: Journal) -> int:
         return self._log_size - (self._head - self._tail()) % self._log_size

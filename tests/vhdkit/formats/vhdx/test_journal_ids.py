@@ -23,7 +23,7 @@ from vhdkit.units import SECTOR_SIZE, whole_sectors
 
 
 class Recording(MemStore):
-    """A store that remembers every (FileWriteGuid, DataWriteGuid) that was written into a header."""
+    """A store that records every (FileWriteGuid, DataWriteGuid) written to a header."""
 
     def __init__(self, store: MemStore) -> None:
         super().__init__(store.name, sectors=dict(store._sectors), size_bytes=store.size())
@@ -38,7 +38,7 @@ class Recording(MemStore):
 
 
 def ids(store: ReadStore) -> tuple[bytes, bytes]:
-    """Those of both headers, which agree."""
+    """The ids in both headers, which agree."""
     first, second = (place.header for place in read_headers(store))
     assert (first.file_write_guid, first.data_write_guid) == (second.file_write_guid, second.data_write_guid)
     return first.file_write_guid, first.data_write_guid
@@ -50,7 +50,7 @@ ACTION = st.sampled_from(["write", "zeroes", "trim", "flush", "seal", "read"])
 @settings(max_examples=60)
 @given(actions=st.lists(ACTION, max_size=8), child=st.booleans())
 def test_a_session_brings_one_id_of_each_kind(actions: list[str], child: bool) -> None:
-    """Whatever is done in it, in any order: at most one new id of each kind, and none where nothing was changed."""
+    """A session sets at most one new id of each kind, whatever it does, and none if it changes nothing."""
     store = Recording(image(parent=PARENT if child else None))
     before = ids(store)
     layer = open_vhdx(store, writable=True)
@@ -92,7 +92,7 @@ READERS: dict[str, Callable[[MemStore], object]] = {
 @pytest.mark.parametrize("verb", READERS)
 @pytest.mark.parametrize("dirty", [False, True])
 def test_reading_changes_nothing(verb: str, dirty: bool) -> None:
-    """Not a byte, also where the log was not replayed."""
+    """Reading changes not a single byte, even if the log was not replayed."""
     store = image()
     if dirty:
         add_log(store, [[LogChange(BAT, 4096, page(b"\0"))]])
@@ -101,7 +101,7 @@ def test_reading_changes_nothing(verb: str, dirty: bool) -> None:
 
 
 def test_a_replay_and_new_names_keep_the_id_of_the_content() -> None:
-    """What a guest sees stays, so children stay valid; the file changed, so its own id does not stay."""
+    """What a guest sees stays, so the DataWriteGuid stays; the file changes, and so does its FileWriteGuid."""
     store = image(parent=PARENT)
     add_log(store, [[LogChange(BAT, 4096, page(b"\0"))]])
     before = ids(store)

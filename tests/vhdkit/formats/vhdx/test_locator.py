@@ -18,12 +18,12 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")
 
 @given(pairs=st.dictionaries(TEXT, TEXT, min_size=1, max_size=6))
 def test_a_locator_is_read_as_it_was_built(pairs: dict[str, str]) -> None:
-    """Any texts, in their order."""
+    """Any texts are read back in their order."""
     assert list(parse_locator(build_locator(pairs), "c.avhdx", 0).items()) == list(pairs.items())
 
 
 def test_paths_are_tried_in_their_order() -> None:
-    """The order in the file does not matter; an id of zeros does not count."""
+    """Paths are tried in a fixed order, whatever their order in the file; an id of zeros is ignored."""
     pairs = {"absolute_win32_path": "a", "relative_path": "r", "parent_linkage": linkage_text(ID)}
     ref = parent_ref(pairs | {"parent_linkage2": linkage_text(bytes(16))}, "c.avhdx", 0)
     assert ref.linkage_ids == (ID,) and [one.text for one in ref.names] == ["r", "a"]
@@ -40,7 +40,7 @@ def test_paths_are_tried_in_their_order() -> None:
     ],
 )
 def test_a_locator_that_names_no_parent_is_refused(pairs: dict[str, str]) -> None:
-    """It needs an id and a path."""
+    """A locator without an id or a path is refused."""
     with pytest.raises(CorruptImage) as caught:
         parent_ref(pairs, "c.avhdx", 64)
     assert (caught.value.reason, caught.value.offset_bytes) == (CorruptReason.LOCATOR_KEYS, 64)
@@ -64,7 +64,7 @@ GOOD = build_locator({"k": "v", "l": "w"})
     ids=["short", "type", "no-pair", "many", "outside", "surrogate", "zero", "twice"],
 )
 def test_what_cannot_be_a_locator_is_refused(raw: bytes, reason: CorruptReason) -> None:
-    """With the place of the item."""
+    """Errors name the offset of the item."""
     with pytest.raises(CorruptImage) as caught:
         parse_locator(raw, "c.avhdx", 64)
     found = caught.value

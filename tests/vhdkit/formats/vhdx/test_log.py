@@ -22,7 +22,7 @@ class Log:
         self.raw = bytearray(SIZE)
 
     def put(self, at: int, number: int, tail: int, changes: int | list[LogChange] = 0, guid: bytes = LOG_GUID) -> int:
-        """Store an entry at this sector; returns the sector behind it."""
+        """Store an entry at this sector; returns the sector after it."""
         if isinstance(changes, int):
             changes = [LogChange((8 + one) * SECTOR, SECTOR, page(b"d")) for one in range(changes)]
         raw = build_entry(guid, number, tail * SECTOR, changes, flushed_file_offset=0, last_file_offset=0)
@@ -32,7 +32,7 @@ class Log:
         return at + len(raw) // SECTOR
 
     def ring(self, start: int, count: int) -> bytes:
-        """The bytes there, going on at the start."""
+        """The bytes there; the ring wraps around at its end."""
         return bytes((self.raw + self.raw)[start : start + count])
 
     def found(self) -> dict[int, Entry]:
@@ -61,7 +61,7 @@ def changes(draw: st.DrawFn) -> list[LogChange]:
 @settings(max_examples=60)
 @given(wanted=changes(), number=st.integers(1, (1 << 64) - 1), at=st.integers(0, 31))
 def test_an_entry_is_read_as_it_was_built(wanted: list[LogChange], number: int, at: int) -> None:
-    """Wherever in the ring it begins, and whatever its number."""
+    """An entry is read back wherever in the ring it begins, and whatever its number."""
     log = Log()
     log.put(at, number, at, wanted)
     (entry,) = log.found().values()
@@ -72,7 +72,7 @@ def test_an_entry_is_read_as_it_was_built(wanted: list[LogChange], number: int, 
 @settings(max_examples=60)
 @given(place=st.integers(0, 3 * SECTOR - 1), bit=st.integers(0, 7))
 def test_a_torn_entry_is_not_valid(place: int, bit: int) -> None:
-    """Any bit that is another makes it invalid."""
+    """Any changed bit makes an entry invalid."""
     log = Log()
     log.put(0, 1, 0, 2)
     log.raw[place] ^= 1 << bit
@@ -80,7 +80,7 @@ def test_a_torn_entry_is_not_valid(place: int, bit: int) -> None:
 
 
 def test_entries_are_replayed_from_the_tail_of_the_newest() -> None:
-    """A valid entry in front of the tail stays out."""
+    """A valid entry before the tail is not replayed."""
     log = Log()
     second = log.put(0, 1, 0, 1)
     third = log.put(second, 2, second, 1)
@@ -89,7 +89,7 @@ def test_entries_are_replayed_from_the_tail_of_the_newest() -> None:
 
 
 def test_a_torn_newest_entry_leaves_those_before_it() -> None:
-    """As after a power cut."""
+    """A torn newest entry, as after a power cut, is ignored."""
     log = Log()
     second = log.put(0, 1, 0, 1)
     third = log.put(second, 2, 0, 1)
@@ -99,7 +99,7 @@ def test_a_torn_newest_entry_leaves_those_before_it() -> None:
 
 
 def test_a_gap_ends_a_sequence() -> None:
-    """A number or a place that is missing makes all behind it useless that names a tail before it."""
+    """An entry after a gap in numbers or offsets is ignored if its tail lies before the gap."""
     log = Log()
     second = log.put(0, 1, 0, 1)
     log.put(second, 3, 0, 1)
@@ -111,7 +111,7 @@ def test_a_gap_ends_a_sequence() -> None:
 
 
 def test_entries_of_an_older_session_do_not_count() -> None:
-    """They have another id."""
+    """Entries with another log id are ignored."""
     log = Log()
     second = log.put(0, 1, 0, 1)
     log.put(second, 2, 0, 1, guid=b"o" * 16)
@@ -120,15 +120,15 @@ def test_entries_of_an_older_session_do_not_count() -> None:
 
 
 def test_a_sequence_wraps_around() -> None:
-    """An entry may go on at the start of the ring, and the next one follows it there."""
+    """An entry may wrap around at the end of the ring, and the next one follows it there."""
     log = Log()
-    behind = log.put(30, 7, 30, 3)
-    log.put(behind - 32, 8, 30, 1)
+    following = log.put(30, 7, 30, 3)
+    log.put(following - 32, 8, 30, 1)
     assert log.replayed() == [7, 8]
 
 
 def test_an_entry_that_holds_the_head_of_another_is_not_valid() -> None:
-    """The inner one is, so that the work stays linear."""
+    """Of overlapping entries only the inner one is valid, so that the work stays linear."""
     log = Log()
     inner = Log()
     inner.put(0, 9, 2, 0)
@@ -139,5 +139,5 @@ def test_an_entry_that_holds_the_head_of_another_is_not_valid() -> None:
 
 
 def test_sizes() -> None:
-    """126 descriptors fit beside the header, 128 into each further sector."""
+    """126 descriptors fit into the first sector, 128 into each further one."""
     assert [entry_size(count) // SECTOR for count in (0, 1, 126, 127, 254, 255)] == [1, 2, 127, 129, 256, 258]

@@ -39,7 +39,7 @@ CASES = {
 
 
 class Ring(MemStore):
-    """An image whose log is `piece`, again and again, but for `front`."""
+    """An image whose log begins with `front` and then repeats `piece`."""
 
     def __init__(self, size_bytes: int, piece: bytes, front: bytes = b"") -> None:
         base = image()
@@ -94,7 +94,7 @@ def ring(case: str, size: int) -> Ring:
 
 
 def read(case: str, size: int) -> str:
-    """What reading the log of a case ends with."""
+    """How reading the log of a case ends."""
     store = ring(case, size)
     try:
         found = read_log(store, current_header(store.name, read_headers(store)))

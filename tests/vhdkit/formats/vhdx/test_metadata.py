@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything about a VHDX that cannot be true is refused, each with a reason, a structure and a byte of its own."""
+"""Everything impossible in a VHDX is refused, with a reason, the structure and its offset."""
 
 from __future__ import annotations
 
@@ -41,33 +41,33 @@ Change = Callable[[MemStore], object]
 
 
 def item(key: bytes, raw: bytes, flags: int = 6) -> Change:
-    """A metadata item gets other bytes."""
+    """Replace the bytes of a metadata item."""
     return lambda store: set_items(store, lambda known: known.update({key: (flags, raw)}))
 
 
 def locator(pairs: dict[str, str]) -> Change:
-    """The parent locator gets these pairs."""
+    """Give the parent locator these pairs."""
     return item(layout.ITEM_PARENT_LOCATOR, build_locator(pairs), REQUIRED)
 
 
 def raw_locator(change: Callable[[bytes], bytes]) -> Change:
-    """The bytes of the parent locator are changed."""
+    """Change bytes of the parent locator."""
     good = build_locator({"parent_linkage": f"{{{uuid.UUID(int=5)}}}", "relative_path": ".\\base.vhdx"})
     return item(layout.ITEM_PARENT_LOCATOR, change(good), REQUIRED)
 
 
 def logged(change: LogChange) -> Change:
-    """The log holds a change that was not replayed."""
+    """Put a change into the log that was not replayed."""
     return lambda store: add_log(store, [[change]])
 
 
 def dirty(**values: int) -> Change:
-    """The log holds an entry with these sizes."""
+    """Put an entry with these file sizes into the log."""
     return lambda store: add_log(store, [[LogChange(BAT, 4096, page(b"\0"))]], **values)
 
 
 def patched(offset: int, raw: bytes) -> Change:
-    """Bytes of the file are changed."""
+    """Change bytes of the file."""
     return lambda store: store.pwrite(offset, raw)
 
 
@@ -173,7 +173,7 @@ CHILD_CASES: dict[str, tuple[CorruptReason, Change]] = {
 
 
 def refused(store: MemStore, reason: CorruptReason) -> CorruptImage:
-    """The error with which the image is refused, for reading and for writing, without a change."""
+    """The error with which the image is refused for reading and for writing, without any change."""
     before = store.contents() if store.size() < 64 * MIB else b""
     for writable in (False, True):
         with pytest.raises(CorruptImage) as caught:
@@ -196,7 +196,7 @@ def test_what_cannot_be_true_is_refused(case: str) -> None:
 
 @pytest.mark.parametrize("case", CHILD_CASES)
 def test_what_cannot_be_true_of_a_child_is_refused(case: str) -> None:
-    """As above, for what only a differencing image has."""
+    """The same for structures that only a differencing image has."""
     reason, change = CHILD_CASES[case]
     store = image(parent=PARENT)
     change(store)
@@ -213,7 +213,7 @@ def test_too_many_changes_in_a_log_are_refused(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_reserved_bits_of_the_bat_prevent_writing_only() -> None:
-    """Other programs refuse such a file: it can be read, and `check` reports it."""
+    """A file that other programs refuse can be read, and `check` reports it."""
     store = image()
     set_entry(store, 1, 0, 8)
     damage = VHDX.open(store).damage
@@ -225,7 +225,7 @@ def test_reserved_bits_of_the_bat_prevent_writing_only() -> None:
 
 
 def test_either_header_and_either_region_table_will_do() -> None:
-    """One damaged copy is a warning; the image is read by the other."""
+    """One damaged copy is a warning; the other one is used."""
     for offset, code in (
         *((one + 100, "header-damaged") for one in layout.HEADER_OFFSETS),
         *((one + 20, "region-table-damaged") for one in layout.REGION_TABLE_OFFSETS),
@@ -237,7 +237,7 @@ def test_either_header_and_either_region_table_will_do() -> None:
 
 
 def test_what_is_odd_but_harmless_is_reported() -> None:
-    """Region tables that differ, and sector bitmaps of an image without a parent."""
+    """`check` warns of region tables that differ, and of sector bitmaps in an image without a parent."""
     store = image()
     store.pwrite(layout.REGION_TABLE_OFFSETS[1], store.pread(layout.REGION_TABLE_OFFSETS[0], 16))
     set_regions(store, lambda entries: entries.append(RegionEntry(OTHER, 64 * MIB, MIB, 0)))
@@ -252,12 +252,12 @@ def test_what_is_odd_but_harmless_is_reported() -> None:
 
 
 def create_large(store: MemStore) -> None:
-    """The disk gets more blocks than one chunk has."""
+    """Give the disk more blocks than one chunk has."""
     item(layout.ITEM_VIRTUAL_DISK_SIZE, (5 << 30).to_bytes(8, "little"))(store)
 
 
 def test_a_log_that_was_not_replayed_is_seen_and_left_alone() -> None:
-    """A read-only open reads the image as it will be, and says so; a writable one changes the file, once."""
+    """Opened for reading, the image reads as after a replay, with a note; opening for writing replays the log."""
     store = image()
     offset = store.size()
     entry = (offset | 6).to_bytes(8, "little")

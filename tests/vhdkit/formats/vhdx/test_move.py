@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compacting a VHDX: the file becomes smaller, no disk changes a byte, and no space is used too early."""
+"""Compacting a VHDX: the file becomes smaller, no disk changes, and no space is reused too early."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_inv_compact_preserves_the_disk_at_every_cut(kind: str, seed: int, like_
 
 @functools.cache
 def moving_seed(kind: str, number: int) -> int:
-    """The seed of the n-th crowd in which something is dropped and something else moves."""
+    """The seed of the n-th crowd in which blocks are dropped and others move."""
     found = []
     for seed in range(200):
         scene = made(kind, seed, blocks=5)
@@ -110,7 +110,7 @@ def moving_seed(kind: str, number: int) -> int:
 
 @contextlib.contextmanager
 def qemu_replays() -> Iterator[None]:
-    """The log is replayed as QEMU does, with whole entries in front of the tail, as far as none is missing."""
+    """Replay the log as QEMU does: with the intact entries before the tail as well, up to the first gap."""
     real = log.active_sequence
 
     def from_the_oldest(entries: dict[int, Entry], log_size: int) -> list[Entry]:
@@ -129,7 +129,7 @@ def qemu_replays() -> Iterator[None]:
 
 
 def reused_scene(seed: int) -> None:
-    """A session writes to a child, then compacts it: the space of a bitmap, whose pages were logged, gets a block.
+    """A session writes to a child, then compacts it: a block moves into the space of a bitmap whose pages were logged.
 
     Every cut of the compaction is judged, by a reader that replays as QEMU does.
     """
@@ -168,12 +168,12 @@ def reused_scene(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(daily_or_nightly(1, 10)))
 def test_space_of_metadata_is_used_only_under_another_log_id(seed: int) -> None:
-    """An entry in front of the tail, which a program may replay, does not reach the space of a bitmap that is gone."""
+    """An entry before the tail, which some programs replay, does not overwrite the former space of a bitmap."""
     reused_scene(seed)
 
 
 def test_space_of_metadata_that_is_used_under_the_same_log_id_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Self-test: without closing the log, a replay of older entries overwrites a block."""
+    """Self-test: detects that, if the log is not closed, a replay of older entries overwrites a block."""
     monkeypatch.setattr(Commit, "settle", lambda self: (self.flush(), self._journal.settle()))
     with pytest.raises(AssertionError):
         for seed in range(4):
@@ -181,7 +181,7 @@ def test_space_of_metadata_that_is_used_under_the_same_log_id_is_caught(monkeypa
 
 
 def test_space_that_is_freed_before_the_entries_are_durable_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Self-test: with the drops in memory only, a block that moves destroys one that a cut brings back."""
+    """Self-test: detects that, if drops are only in memory, a moving block destroys one that a cut brings back."""
     real = SyncGuard.sync
 
     def careless(layers: list[Layer]) -> None:
@@ -199,7 +199,7 @@ def test_space_that_is_freed_before_the_entries_are_durable_is_caught(monkeypatc
 @pytest.mark.timeout(1800)
 @pytest.mark.nightly
 def test_a_copy_that_is_not_durable_before_its_entry_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Self-test: the entry leads to what was in the free space before."""
+    """Self-test: detects an entry that leads to stale content of free space."""
     monkeypatch.setattr(Commit, "sync", lambda self: None)
     with pytest.raises(AssertionError):
         for number in range(6):
@@ -239,7 +239,7 @@ def test_every_failing_call_is_a_clean_error(
 
 
 def test_zeros_that_hide_data_need_no_space() -> None:
-    """A block of zeros that a child owns whole becomes zeros without space; one that it owns in part stays."""
+    """A block of zeros that a child owns as a whole becomes zeros without space; a partially owned one stays."""
     base = Vhdx(4 * MIB, blocks={number: VhdxBlock(6, (4 + number) * MIB, {0: pattern(MIB)}) for number in range(4)})
     parents = [open_layer(base.store("base.vhdx", frozen=True))]
     blocks = {
@@ -260,7 +260,7 @@ def test_zeros_that_hide_data_need_no_space() -> None:
 
 
 def test_bitmaps_that_no_block_needs_are_dropped() -> None:
-    """And so is space that entries without content keep, in an image without a parent even of bitmaps."""
+    """Space that entries without content keep is freed; in an image without a parent, that of bitmaps, too."""
     blocks = {0: VhdxBlock(6, 6 * MIB, {0: pattern(MIB)}), 1: VhdxBlock(7, 5 * MIB, {}, {1, 2})}
     store = Vhdx(4 * MIB, parent=LINKAGE, blocks=blocks, bitmaps={0: 4 * MIB}).store()
     scene = Crowd(store, [open_layer(Vhdx(4 * MIB).store(frozen=True))], b"")
@@ -276,7 +276,7 @@ def test_bitmaps_that_no_block_needs_are_dropped() -> None:
 
 
 def test_the_space_of_an_old_table_is_found_again() -> None:
-    """After growing past its BAT, a compacted file is as if it had been made with that size."""
+    """After it has outgrown its BAT, a compacted image is like one created with its new size."""
     blocks = {number: VhdxBlock(6, (7 - number) * MIB) for number in range(4)}
     blocks[0].data = {0: pattern(MIB)}
     store = Vhdx(4 * MIB, blocks=blocks).store()
@@ -291,7 +291,7 @@ def test_the_space_of_an_old_table_is_found_again() -> None:
 
 
 def test_log_and_regions_from_the_end_fill_gaps_too() -> None:
-    """A file whose structures lie behind its blocks becomes as short as any other; unknown regions stay."""
+    """A file whose structures lie after its blocks becomes as short as any other; unknown regions stay."""
     image = Vhdx(4 * MIB, log=30 * MIB, metadata=31 * MIB, table=32 * MIB)
     image.blocks = {2: VhdxBlock(6, 20 * MIB, {0: pattern(MIB)}), 3: VhdxBlock(6, 10 * MIB)}
     store = image.store()
@@ -308,7 +308,7 @@ def test_log_and_regions_from_the_end_fill_gaps_too() -> None:
 
 
 def test_a_last_block_that_the_file_cuts_short_moves_whole() -> None:
-    """It gets the space of a whole block, and zeros where it had none."""
+    """A truncated last block gets the space of a whole block, with zeros in the part that was missing."""
     size = 2 * MIB + 3 * PAGE_SIZE
     image = Vhdx(
         size, 2 * MIB, blocks={0: VhdxBlock(6, 4 * MIB, {0: b""}), 1: VhdxBlock(6, 8 * MIB, {0: pattern(9000)})}
@@ -321,7 +321,7 @@ def test_a_last_block_that_the_file_cuts_short_moves_whole() -> None:
 
 
 def test_blocks_and_bitmaps_share_a_gap() -> None:
-    """The lowest gap takes the last things first, whatever their size."""
+    """The lowest gap that is large enough takes what lies last, whatever its size."""
     image = Vhdx(12 * MIB, 4 * MIB, parent=LINKAGE)
     image.blocks = {0: VhdxBlock(6, 9 * MIB, {0: b"a"}), 1: VhdxBlock(7, 20 * MIB, {0: b"b" * 512}, {0})}
     image.bitmaps = {0: 30 * MIB}
@@ -335,14 +335,14 @@ def test_blocks_and_bitmaps_share_a_gap() -> None:
 
 
 def test_a_fixed_image_is_not_compacted() -> None:
-    """It keeps the space of all its blocks."""
+    """A fixed image keeps the space of all its blocks."""
     store = Vhdx(MIB, fixed=True, blocks={0: VhdxBlock(6, 4 * MIB)}).store(frozen=True)
     with pytest.raises(errors.InvalidArgument, match="fixed VHDX, whose file cannot be made smaller"):
         compactable_of(VHDX.open(store))
 
 
 def test_a_large_image_moves_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of several batches, in entries of the log that hold little."""
+    """Several batches of blocks move, with small log entries."""
     monkeypatch.setattr("vhdkit.formats.vhdx.move._BATCH_BYTES", 2 * MIB)
     blocks = {number * 600: VhdxBlock(6, (200 - 2 * number) * MIB, {0: pattern(512, number)}) for number in range(9)}
     store = Vhdx(5000 * MIB, blocks=blocks).store()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What in a VHDX shows that its notes are of another state, whatever the times of its file say."""
+"""What in a VHDX shows that notes belong to another state of it, whatever the times of its file."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def header_of(path: Path) -> Header:
 
 
 def moment_of(one: VhdxImage) -> Moment:
-    """The moment at which an open image is."""
+    """The present moment of an open image."""
     assert one._commit is not None
     return one._commit._journal.moment
 
 
 def unnoticed(path: Path, change: Spoil) -> None:
-    """NotedBytes the file in a way that its labels and times do not show."""
+    """Change the file in a way that its labels and times do not show."""
     status = path.stat()
     with FileStore.open(path, writable=True) as store:
         change(store)
@@ -161,7 +161,7 @@ def test_impossible_notes_are_left_out(notes: Path, image: Path, changes: list[N
 
 
 def test_a_note_that_is_cut_short_counts_up_to_there(notes: Path, image: Path) -> None:
-    """Bytes that are no whole change end a note."""
+    """A truncated change ends a note."""
     one = opened(image)
     assert isinstance(one, VhdxImage)
     one.write(5, memoryview(b"a" * SECTOR_SIZE))
@@ -184,7 +184,7 @@ def test_what_the_ids_say_after_notes_were_written(notes: Path, image: Path) -> 
 
 
 def test_an_image_that_became_a_parent_stays_one(notes: Path, image: Path) -> None:
-    """A child that was made before the process died still has its parent after the notes were written."""
+    """A child that was made before the process died still has its parent after the notes are written."""
     with open_disk(image, writable=True, options=noting.options()) as disk:
         disk.write(0, b"x" * SECTOR_SIZE)
     left_by_a_killed_process(image)

@@ -20,7 +20,7 @@ REASON = CorruptReason
 
 
 def bat(**fields: int) -> Callable[[Entries], object]:
-    """Another entry for the BAT."""
+    """Change the entry of the BAT region."""
 
     def change(entries: Entries) -> None:
         entries[0] = replace(entries[0], **fields)  # type: ignore[arg-type]
@@ -44,7 +44,7 @@ def bat(**fields: int) -> Callable[[Entries], object]:
     ],
 )
 def test_impossible_regions_are_refused(change: Callable[[Entries], object], reason: CorruptReason) -> None:
-    """With the file, the structure and its place."""
+    """Errors name the file, the structure and its offset."""
     store = image()
     set_regions(store, change)
     with pytest.raises(CorruptImage) as caught:
@@ -55,7 +55,7 @@ def test_impossible_regions_are_refused(change: Callable[[Entries], object], rea
 
 
 def test_an_unknown_region_is_left_alone() -> None:
-    """One that is not required, even outside the file."""
+    """An unknown region that is not required is kept, even outside the file."""
     store = image()
     set_regions(store, lambda entries: entries.append(OTHER))
     assert [one.guid for one in read_metadata(store).regions.others] == [OTHER.guid]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A child of VHDX images gets another parent, or other names for it."""
+"""Recording another parent, or other names of the same parent, in a VHDX child."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_child_records_its_new_parent() -> None:
 
 
 def test_a_second_id_is_recorded_beside_the_first() -> None:
-    """A parent that is about to get another id is found by either."""
+    """A parent that is about to get another id is found by either id."""
     store = child()
     ref = ParentRef((NEW, OLD), 0, parent(NEW, "new").names)
     VHDX.relink(store, ref)
@@ -59,7 +59,7 @@ def test_a_second_id_is_recorded_beside_the_first() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_power_cut_leaves_the_old_parent_or_the_new_one(seed: int) -> None:
-    """At every write and sync, id and paths are all old or all new, and the file can be opened for writing."""
+    """A cut at any write or sync leaves id and paths all old or all new, and the file can be opened for writing."""
     store, judged = CrashStore(child()), 0
     old = recorded(store.copy())
     new = (NEW, {".\\new\\base.vhdx", "\\srv\\new\\base.vhdx"})
@@ -80,7 +80,7 @@ def test_a_power_cut_leaves_the_old_parent_or_the_new_one(seed: int) -> None:
 
 
 def test_an_image_without_a_parent_cannot_get_one() -> None:
-    """A base stays a base."""
+    """An image without a parent is refused."""
     store = MemStore("base.vhdx")
     create(store, new_disk(MIB), MIB)
     with pytest.raises(errors.InvalidArgument, match="has no parent"):

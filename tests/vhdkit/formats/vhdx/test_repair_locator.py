@@ -24,14 +24,14 @@ SECOND = uuid.UUID(int=77).bytes
 
 
 def recorded(store: MemStore) -> ParentRef:
-    """What the child says of its parent."""
+    """What the child records of its parent."""
     found = VHDX.facts(store).parent
     assert found is not None
     return found
 
 
 def with_locator(store: MemStore, raw: bytes) -> None:
-    """The locator has these bytes."""
+    """Replace the bytes of the locator."""
     set_items(store, lambda known: known.update({layout.ITEM_PARENT_LOCATOR: (layout.ITEM_IS_REQUIRED, raw)}))
 
 
@@ -43,7 +43,7 @@ def locator_of(store: MemStore) -> tuple[int, int]:
 
 
 def test_paths_that_cannot_be_read_leave_the_id() -> None:
-    """A damaged path is dropped, the others stay; without any the child still has its parent's id."""
+    """A damaged path is dropped, the others stay; even without any path, the parent's id is kept."""
     store = child()
     expected = content(store)
     linkage = linkage_text(PARENT.linkage_id)
@@ -59,7 +59,7 @@ def test_paths_that_cannot_be_read_leave_the_id() -> None:
 
 
 def test_ids_are_found_wherever_they_stand() -> None:
-    """With a table of pairs that is garbage, the texts of the linkages are still there; a volume's id is none."""
+    """If the table of pairs is garbage, ids are found by the text of linkages; a volume's id is not taken for one."""
     store = child()
     texts = {
         "parent_linkage": linkage_text(PARENT.linkage_id),
@@ -75,7 +75,7 @@ def test_ids_are_found_wherever_they_stand() -> None:
 
 @pytest.mark.parametrize("there", [True, False])
 def test_a_child_without_an_id_needs_consent(there: bool) -> None:
-    """With consent the child gets an id that no image has, so that `rebase` can be told its parent."""
+    """With consent the child gets an id that no image has, so that `rebase` can set its parent."""
     store = child()
     expected = content(store)
     if there:
@@ -94,7 +94,7 @@ def test_a_child_without_an_id_needs_consent(there: bool) -> None:
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 400), st.binary(min_size=1, max_size=24)), min_size=1, max_size=4))
 def test_no_id_is_made_up_without_consent(damage: list[tuple[int, bytes]]) -> None:
-    """Whatever the locator holds, an id recorded without consent stands in the item, and the disk is the same."""
+    """Whatever the locator holds, an id recorded without consent comes from the item, and the disk is unchanged."""
     store = child()
     offset, size = locator_of(store)
     expected = content(store)

@@ -21,7 +21,7 @@ SPAN = 16  # pages from the start of the BAT
 
 
 def replay(store: ReadStore) -> Replay | None:
-    """What the log does."""
+    """What the log changes."""
     return read_log(store, current_header(store.name, read_headers(store)))
 
 
@@ -31,7 +31,7 @@ CHANGES = st.tuples(st.integers(0, SPAN - 1), st.integers(0, 6), st.integers(1, 
 @settings(max_examples=50)
 @given(entries=st.lists(st.lists(CHANGES, max_size=5), min_size=1, max_size=4))
 def test_a_later_change_wins(entries: list[list[tuple[int, int, int]]]) -> None:
-    """Pages and ranges of zeros in any order; what is left is apart and in file order, and the file unchanged."""
+    """Pages and ranges of zeros in any order result in changes apart and in file order; the file is unchanged."""
     store = image()
     store.pwrite(BAT, page(b"o") * SPAN)
     model, logged = bytearray(page(b"o") * SPAN), []
@@ -65,7 +65,7 @@ def test_a_later_change_wins(entries: list[list[tuple[int, int, int]]]) -> None:
     ids=["unaligned", "part-of-page", "identifier", "header", "log", "into-log", "behind"],
 )
 def test_what_no_program_logs_is_refused(change: LogChange) -> None:
-    """Changes of the headers, of the log, of parts of pages, and behind every file."""
+    """Changes of headers, of the log, of parts of pages, and past the largest file are refused."""
     store = image()
     add_log(store, [[change]])
     with pytest.raises(CorruptImage) as caught:
@@ -75,7 +75,7 @@ def test_what_no_program_logs_is_refused(change: LogChange) -> None:
 
 
 def test_sizes_of_the_file() -> None:
-    """A file that was cut short is refused; one that is to grow is seen as it will be."""
+    """A truncated file is refused; one that the log extends reads as if it had grown."""
     store = image()
     add_log(store, [[]], flushed=store.size() + MIB)
     with pytest.raises(CorruptImage) as caught:

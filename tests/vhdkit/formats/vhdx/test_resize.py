@@ -65,7 +65,7 @@ def resize(layers: list[Layer], size: int) -> None:
 
 
 def short_of(content: bytes, size: int) -> tuple[int, bytes]:
-    """`short` of a disk that begins with this content and has zeros behind it, or is cut."""
+    """`short` of a disk with this content, extended with zeros or truncated."""
     kept = content[:size]
     return size, short(kept)[1]
 
@@ -73,7 +73,7 @@ def short_of(content: bytes, size: int) -> tuple[int, bytes]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(daily_or_nightly(2, 20)))
 def test_inv_resize_grows_with_zeros_and_shrinks(kind: str, seed: int) -> None:
-    """INV-RESIZE-WHOLE: an image of any shape keeps every byte, adds zeros, and what was cut does not come back."""
+    """INV-RESIZE-WHOLE: an image of any shape keeps every byte, grows by zeros, and cut content never reappears."""
     scene = made(kind, seed)
     old, content = len(scene.content), bytearray(scene.content)
     ids = [VHDX.linkage_id(scene.store)]
@@ -124,7 +124,7 @@ def test_inv_resize_whole_at_every_cut_of_shrinking(kind: str, seed: int) -> Non
 
 
 def caught(work: Callable[[list[Layer]], object], size_of: Callable[[Crowd], int], kind: str = "dynamic") -> None:
-    """A wrong order is found by one of a few images."""
+    """At least one of a few images detects a wrong order."""
     with pytest.raises(AssertionError):
         for seed in range(8):
             scene = made(kind, 40 + seed, blocks=3)
@@ -133,7 +133,7 @@ def caught(work: Callable[[list[Layer]], object], size_of: Callable[[Crowd], int
 
 
 def test_a_table_that_is_not_durable_before_the_size_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Self-test: the new region refers to a BAT that a cut may lose."""
+    """Self-test: detects a new region whose BAT a cut may lose."""
     monkeypatch.setattr("vhdkit.formats.vhdx.resize._make_room", lambda image, growth: None)
     caught(lambda layers: resize(layers, LONG), lambda scene: LONG)
 
@@ -141,7 +141,7 @@ def test_a_table_that_is_not_durable_before_the_size_is_caught(monkeypatch: pyte
 @pytest.mark.timeout(1800)
 @pytest.mark.nightly
 def test_entries_that_are_dropped_before_the_size_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Self-test: a block that is dropped while the disk still has it shows what is below."""
+    """Self-test: detects a block that is dropped while the disk still has it, and so shows the parent."""
     real = Commit.write_pages
 
     def late(self: Commit, writes: list[tuple[int, bytes]]) -> None:
@@ -164,7 +164,7 @@ def test_entries_that_are_dropped_before_the_size_are_caught(monkeypatch: pytest
 
 
 def test_a_size_in_its_place_before_the_log_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Self-test: size and region tables that are written in place are not one change."""
+    """Self-test: detects size and region tables that are written in place, not as one change."""
 
     def in_place(self: Commit, writes: list[tuple[int, bytes]]) -> None:
         for offset, raw in writes:
@@ -207,7 +207,7 @@ def test_every_failing_call_is_a_clean_error(
 
 
 def test_a_full_disk_keeps_the_file_as_long_as_it_was() -> None:
-    """Without space for the log nothing changes but its place in the file."""
+    """Without space for the log nothing changes, except the log's allocation in the file."""
     for larger in (3 * MIB, LONG):
         start = Crowd(Vhdx(2 * MIB, blocks={0: VhdxBlock(6, 4 * MIB)}).store(), [], bytes(2 * MIB))
         store = FaultyStore(start.store, Fault("reserve", no_space))
@@ -218,16 +218,16 @@ def test_a_full_disk_keeps_the_file_as_long_as_it_was() -> None:
         assert store.size() == start.store.size() and content_of(store, []) == start.content
 
 
-def test_junk_behind_the_table_does_not_become_blocks() -> None:
-    """Entries that no block had, left by another program, are cleared before the disk has such blocks."""
+def test_junk_after_the_table_does_not_become_blocks() -> None:
+    """Entries past the end, left by another program, are cleared before the disk gets blocks there."""
     junk = dict.fromkeys((4, 5, 700, 5000), 3 * MIB | 6)
     store = Vhdx(4 * MIB, entries=junk, blocks={0: VhdxBlock(6, 4 * MIB, {0: pattern(MIB)})}).store()
     resize(Crowd(store, [], b"").layers, 6000 * MIB)
     assert short_content_of(store, []) == (6000 * MIB, pattern(MIB)) and not faults_of(store)
 
 
-def test_blocks_of_a_child_behind_its_end_do_not_appear() -> None:
-    """The BAT of a child has entries for blocks that its disk lacks: they are cleared when it grows or shrinks."""
+def test_blocks_of_a_child_past_its_end_do_not_appear() -> None:
+    """A child's BAT has entries for blocks past the end of the disk: they are cleared when it grows or shrinks."""
     blocks = {0: VhdxBlock(6, 4 * MIB, {0: pattern(MIB)}), 2: VhdxBlock(6, 5 * MIB, {0: pattern(MIB, 2)})}
     parents = [VHDX.open(Vhdx(MIB).store(frozen=True))]
     for far in (3 * MIB, LONG):
@@ -243,8 +243,8 @@ def test_blocks_of_a_child_behind_its_end_do_not_appear() -> None:
     assert short_content_of(store, parents) == (4 * MIB, pattern(MIB))
 
 
-def test_hidden_bytes_behind_the_end_do_not_appear() -> None:
-    """Bytes and bits of the last block behind the end of the disk are gone when the disk grows over them."""
+def test_hidden_bytes_past_the_end_do_not_appear() -> None:
+    """Bytes and bits of the last block past the end of the disk are cleared when the disk grows over them."""
     size = MIB + 8 * PAGE_SIZE
     block = VhdxBlock(7, 5 * MIB, {0: pattern(MIB)}, set(range(2048)))
     child = Vhdx(size, parent=b"p" * 16, blocks={1: block}, bitmaps={0: 4 * MIB})
@@ -280,7 +280,7 @@ def test_new_blocks_of_a_fixed_image_have_space() -> None:
 
 
 def test_region_tables_that_differ_are_equal_afterwards() -> None:
-    """Where the table moves, both copies are written, and unknown regions are kept."""
+    """If the BAT moves, both region tables are written, and unknown regions are kept."""
     store = Vhdx(MIB, other=5 * MIB).store()
     store.pwrite(layout.REGION_TABLE_OFFSETS[1] + 100, b"junk")
     resize(Crowd(store, [], b"").layers, LONG)
@@ -293,7 +293,7 @@ def test_region_tables_that_differ_are_equal_afterwards() -> None:
     ("sector_bytes", "wrong"), [(512, MIB + 256), (4096, MIB + 512), (512, 64 * TIB + 512), (512, 0)]
 )
 def test_impossible_sizes_are_refused(sector_bytes: int, wrong: int) -> None:
-    """Whole sectors of the disk, more than none of them, and at most 64 TiB."""
+    """A size is one or more whole sectors of the disk, and at most 64 TiB."""
     sizing = VHDX.resizable(VHDX.open(Vhdx(MIB, sector_bytes=sector_bytes).store(frozen=True)))
     assert sizing is not None
     sizing.check_size(64 * TIB)
@@ -302,7 +302,7 @@ def test_impossible_sizes_are_refused(sector_bytes: int, wrong: int) -> None:
 
 
 def test_grown_to_the_limit() -> None:
-    """An empty image becomes 64 TiB, in a file whose BAT is a hole."""
+    """An empty image grows to 64 TiB, with a BAT that is a hole in the file."""
     store = MemStore("big.vhdx")
     create(store, new_disk(GIB), 32 * MIB)
     resize(Crowd(store, [], b"").layers, 64 * TIB)
@@ -312,7 +312,7 @@ def test_grown_to_the_limit() -> None:
 
 
 def test_a_large_table_with_a_short_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A table that changes in more pages than one entry of the log holds."""
+    """A table grows by more pages than one log entry can hold."""
     monkeypatch.setattr(Journal, "max_pages", property(lambda self: 3))
     store = MemStore("fixed.vhdx")
     create(store, new_disk(MIB), MIB, fixed=True)

@@ -23,7 +23,7 @@ BLOCK = 256 * MIB  # 16 blocks in a chunk
 
 
 def made(child: bool, blocks: int = 40, more_bytes: int = 0) -> MemStore:
-    """An image of three chunks, the last one not whole; the file is as large as if every block were there."""
+    """An image with three chunks, the last one incomplete; the file is as large as if all blocks were present."""
     store = MemStore("image.vhdx")
     create(store, new_disk(blocks * BLOCK - 4096), BLOCK, parent=PARENT if child else None)
     store.truncate(4 * MIB + blocks * BLOCK + 8 * MIB + more_bytes)
@@ -50,7 +50,7 @@ ENTRY = st.tuples(
 @settings(max_examples=300)
 @given(child=st.booleans(), entries=st.lists(ENTRY, max_size=8), piece=st.sampled_from([3, 17, 1 << 15]))
 def test_sound_means_without_fault(child: bool, entries: list[tuple[int, int, int]], piece: int) -> None:
-    """INV-BOUNDED: whatever the entries say, what is called sound has no fault, wherever a part of the table ends."""
+    """INV-BOUNDED: whatever the entries, a table found sound has no fault, wherever its parts end."""
     store = made(child)
     for number, state, place in entries:
         if child or number < 42:
@@ -79,7 +79,7 @@ def test_usual_tables_are_found_sound(child: bool, in_order: bool) -> None:
 
 @pytest.mark.parametrize("place", [BAT, MIB, 12 * MIB + BLOCK - MIB, 12 * MIB + 40 * BLOCK, (1 << 43) * MIB, 66 << 40])
 def test_a_misplaced_block_is_left_to_the_thorough_examination(place: int) -> None:
-    """Over a structure, over another block, behind the end of the file, or where no file reaches."""
+    """A block over a structure or another block, past the end of the file or of the largest file, is found."""
     store = made(child=False, more_bytes=4 * GIB if place == 12 * MIB + BLOCK - MIB else 0)
     set_entry(store, 0, 6, 12 * MIB)
     assert is_sound(*table(store))

@@ -13,7 +13,7 @@ from vhdkit.units import SECTOR_SIZE
 
 @pytest.mark.parametrize("offset", [layout.HEADER_OFFSETS[0], layout.REGION_TABLE_OFFSETS[1]])
 def test_a_torn_sector_passes_no_checksum(offset: int) -> None:
-    """The first sector of such a structure with garbage in it; a whole one, be it another image's, is not torn."""
+    """A first sector with garbage in it is torn; an intact one is not, even if it is another image's."""
     ours, other = (image().pread(offset, SECTOR_SIZE) for _ in range(2))
     torn = ours[:40] + bytes(byte ^ 0xA5 for byte in ours[40:])
     assert formats.is_torn(torn, ours, other) and formats.is_torn(torn, bytes(SECTOR_SIZE), ours)
