@@ -51,7 +51,7 @@ async def open_tray(qmp: Qmp, drive_id: str, *, force: bool) -> None:
     if not await async_becomes(is_open, EJECT_SECONDS):
         raise Refused(
             f"the guest has locked the drive {drive_id} and does not release its medium",
-            hint="eject it in the guest, or use --force: what the guest still reads from it then fails",
+            hint="eject it in the guest, or use --force: the guest's further reads from it then fail",
         )
 
 

@@ -70,7 +70,7 @@ class Backend(Protocol):
         """The status that its process reports; None if no process runs."""
 
     def state(self, status: dict[str, Any] | None) -> str:
-        """Whether it runs, for people; `status` is what `status()` returned."""
+        """A word for users that says whether it runs; `status` is what `status()` returned."""
 
     def mtu_bytes(self) -> int | None:
         """The MTU in bytes; None: it carries whatever guests choose, up to 9216."""

@@ -30,7 +30,9 @@ class Inside:
         self.root = os.path.realpath(folder)
         try:
             self._fd = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except (FileNotFoundError, NotADirectoryError) as error:
+        except FileNotFoundError as error:
+            raise NotFound("no such folder", path=folder) from error
+        except NotADirectoryError as error:
             raise NotFound("is not an export: it contains no vmm-export.json", path=folder) from error
         except OSError as error:
             raise of_os_error(error, "open the folder", path=folder) from error

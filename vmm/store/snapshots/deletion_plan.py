@@ -64,7 +64,8 @@ def plan(
     """Apply the rule to all images of a machine.
 
     `frozen`: images that snapshots need; `live`: images that the machine writes to; `foreign`: image -> files that
-    stand on it and are not in `images`; `held`: images that other machines use.
+    stand on it and are not in `images`; `held`: images that other machines use, or that
+    cannot be proved to be this one's.
     """
     foreign = foreign or {}
     pinned, live = {*frozen, *held}, set(live)
@@ -135,7 +136,7 @@ def _obstacle(
     if not images[path].ours:
         return FOREIGN
     if path in held:
-        return "another machine uses the image that stands on it"
+        return "the image that stands on it stays: another machine uses it, or it may not be this machine's"
     if foreign.get(path):
         return "an image of another owner builds on the one that would be merged away"
     return None
