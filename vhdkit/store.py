@@ -193,8 +193,10 @@ class FileStore(NamedFile):
     @held
     def size(self) -> int:
         """Length in bytes (of a device, its capacity)."""
-        with translated(self._path, "find the size"):
+        try:
             return os.lseek(self._fd, 0, os.SEEK_END)
+        except OSError as error:
+            raise translate(error, self._path, "find the size") from error
 
     @held
     def allocated_bytes(self) -> int:
@@ -368,8 +370,10 @@ class FileStore(NamedFile):
     @held
     def truncate(self, size_bytes: int) -> None:
         """See `Store.truncate`."""
-        with translated(self._path, f"set the size to {size_bytes} bytes"):
+        try:
             os.ftruncate(self._fd, size_bytes)
+        except OSError as error:
+            raise translate(error, self._path, f"set the size to {size_bytes} bytes") from error
 
     @held
     def sync(self) -> None:
