@@ -64,8 +64,8 @@ def plan(
     """Apply the rule to all images of a machine.
 
     `frozen`: images that snapshots need; `live`: images that the machine writes to; `foreign`: image -> files that
-    stand on it and are not in `images`; `held`: images that other machines use, or that
-    cannot be proved to be this one's.
+    stand on it and are not in `images`; `held`: images that other machines use, or that cannot
+    be proved to be this one's.
     """
     foreign = foreign or {}
     pinned, live = {*frozen, *held}, set(live)
