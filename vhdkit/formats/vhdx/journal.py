@@ -183,9 +183,8 @@ class Journal:
         assert self.is_settled
         self._write_entry(self._head, [], log_guid)
         self.sync()
-        self._durable_tail = self._head
-        self._head = (self._head + SECTOR) % self._log_size
-        self._sequence += 1
+        following = (self._head + SECTOR) % self._log_size
+        self._durable_tail, self._head, self._sequence = self._head, following, self._sequence + 1  # see `logged`
 
     def _write_header(self, header: Header) -> None:
         """Durably make `header`, with the next number, current; the other slot becomes durable with the next sync."""
@@ -193,8 +192,8 @@ class Journal:
             self.sync()
         self._put_header(1 - self._slot, header)
         self.sync()
+        self._other_due = True  # before it is written: an interrupt may come right after that
         self._put_header(1 - self._slot, header)
-        self._other_due = True
 
     def _put_header(self, slot: int, header: Header) -> None:
         number = self._header.sequence_number + 1
@@ -267,10 +266,10 @@ class Journal:
 
         Raises NoSpace, IoFailed: nothing is lost then, and the entry stays in the log.
         """
-        self._durable_tail = self._recorded_tail
-        self._unsettled.append(_Logged(self._head, pages))
-        self._head = (self._head + log.entry_size(len(pages))) % self._log_size
-        self._sequence += 1
+        entry, following = _Logged(self._head, pages), (self._head + log.entry_size(len(pages))) % self._log_size
+        # One line, before the pages get their places: after Ctrl-C the next entry must not lie over this one.
+        self._durable_tail, self._head, self._sequence = self._recorded_tail, following, self._sequence + 1
+        self._unsettled.append(entry)
         self._apply()
 
     def settle(self) -> None:

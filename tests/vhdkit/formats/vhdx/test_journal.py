@@ -4,7 +4,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
 
 import pytest
 
@@ -15,6 +20,7 @@ from tests.support import daily_or_nightly
 from tests.vhdkit.formats.vhdx.images import BAT, LOG, METADATA, PARENT, add_log, assert_equal_headers, image
 from vhdkit.errors import CorruptImage
 from vhdkit.formats.guard import SyncGuard
+from vhdkit.formats.vhdx import journal as journal_module
 from vhdkit.formats.vhdx import replay
 from vhdkit.formats.vhdx.create import new_locator
 from vhdkit.formats.vhdx.format import VHDX
@@ -207,3 +213,81 @@ def test_a_ring_that_is_freed_by_the_tail_in_memory_is_caught(monkeypatch: pytes
 
     monkeypatch.setattr(Journal, "_free_bytes", free)
     caught(monkeypatch)
+
+
+# -- Ctrl-C inside the log --------------------------------------------------------------------------------------------
+
+
+SETTLING = ("logged", "_put_empty", "_write_header")  # what notes that something is durable
+
+
+class Strike:
+    """Raises KeyboardInterrupt once, before the line number `at` of those that these functions execute."""
+
+    def __init__(self, at: int) -> None:
+        self.remaining = at
+
+    def __call__(self, frame: FrameType, event: str, argument: object) -> Callable[..., Any] | None:
+        """See `sys.settrace`."""
+        if frame.f_code.co_filename != journal_module.__file__ or frame.f_code.co_name not in SETTLING:
+            return None
+        if event == "line":
+            self.remaining -= 1
+            if self.remaining == 0:
+                raise KeyboardInterrupt
+        return self
+
+
+class InterruptedRun(JournalRun):
+    """The same, with one interrupt. The pages of an interrupted entry are logged again, as a flush does."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seed: int, at: int) -> None:
+        super().__init__(monkeypatch, seed, cuts=0)
+        self.strike = Strike(at)
+
+    def run(self) -> None:
+        """See `JournalRun.run`."""
+        earlier = sys.gettrace()
+        for _ in range(9):
+            before = self.states[-1]
+            sys.settrace(self.strike)
+            try:
+                self.step()
+            except KeyboardInterrupt:
+                sys.settrace(earlier)
+                self.cuts = 8
+                self.log_again(before)
+                self.cuts = 1
+            finally:
+                sys.settrace(earlier)
+        self.journal.settle()
+        self.journal.end()
+        self.judge()
+
+    def log_again(self, before: list[bytes]) -> None:
+        """An entry with everything that the interrupted one changed, and one page more."""
+        state = [*self.states[-1][:-1], self.rng.randbytes(16).ljust(SECTOR, b"y")]
+        group = [
+            LogChange(FREE + number * SECTOR, SECTOR, one) for number, one in enumerate(state) if one != before[number]
+        ]
+        self.states = [before, *self.states, state]  # the interrupted call promised nothing
+        self.journal.begin(changes_disk=False)
+        self.journal.log(group)
+        self.journal.sync()
+        self.states = [state]
+        self.journal.logged(group)
+
+
+@pytest.mark.parametrize("seed", range(daily_or_nightly(1, 6)))
+def test_an_interrupt_before_any_line_breaks_no_promise(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """INV-LOG-WHOLE, INV-HEADER-PAIR: after Ctrl-C where the journal notes what is durable, the next
+    entries are as safe as before.
+    """
+    step, tried = daily_or_nightly(2, 1), 0
+    for at in itertools.count(1, step):
+        run = InterruptedRun(monkeypatch, seed, at)
+        run.run()
+        if run.strike.remaining > 0:
+            break
+        tried += 1
+    assert tried > 50 // step
