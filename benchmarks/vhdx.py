@@ -299,7 +299,7 @@ RUNNERS: dict[str, Callable[[Plan], Iterator[Line]]] = {
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
-    options = arguments((__doc__ or "").splitlines()[0])
+    options = arguments((__doc__ or "").splitlines()[0], rounds=4)
     options.add_argument("--seconds", type=float, default=1.0, help="each run of fio")
     options.add_argument("--only", default=",".join(PARTS), help=f"parts, with commas: {', '.join(PARTS)}")
     return options
