@@ -136,3 +136,28 @@ def test_a_parent_that_became_another_format() -> None:
     Path("other.vhd").replace("base.vhdx")
     line = failure("map", "leaf.avhdx", code=6)
     assert "base.vhdx is a VHD, and the parent of a VHDX is a VHDX" in line and "vhdkit convert" in line
+    good(*shlex.split(line.split("convert it: vhdkit ", 1)[1].split(", and record")[0]))
+    assert "base-converted.vhdx --unsafe-new-id" in line
+    good("compare", "base.vhdx", "base-converted.vhdx")
+
+
+@pytest.mark.parametrize("suffix", ["vhd", "vhdx"])
+@pytest.mark.parametrize(("content", "code"), [(b"", 2), (bytes(MIB), 3), (b"QFI\xfb\0\0\0\3".ljust(MIB, b"\0"), 1)])
+def test_a_parent_that_is_damaged_is_not_called_a_raw_disk(suffix: str, content: bytes, code: int) -> None:
+    """To convert it would make a disk of what is left: the child says what to examine, and rebase refuses it too."""
+    good("create", f"base.{suffix}", "--size", "8M")
+    good("create", f"leaf.a{suffix}", "--parent", f"base.{suffix}")
+    Path(f"base.{suffix}").write_bytes(content)
+    line = failure("map", f"leaf.a{suffix}", code=6)
+    assert "cannot be read" in line and f"vhdkit check {Path(f'base.{suffix}').resolve()}" in line
+    assert "raw disk" not in line and "convert" not in line
+    assert "NOT USABLE" in good("info", f"leaf.a{suffix}")
+    line = failure("rebase", f"leaf.a{suffix}", "--parent", f"base.{suffix}", code=code)
+    assert "convert it: vhdkit" not in line and "--allow-raw-parent" not in line
+
+
+def test_an_empty_file_has_no_parent_to_change() -> None:
+    """An empty or damaged image is called that by rebase, too."""
+    good("create", "base.vhdx", "--size", "8M")
+    Path("leaf.avhdx").touch()
+    assert "is empty: not a disk image" in failure("rebase", "leaf.avhdx", "--parent", "base.vhdx", code=2)

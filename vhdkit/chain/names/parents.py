@@ -22,6 +22,7 @@ from vhdkit import errors, formats
 from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.records import pending
 from vhdkit.formats.format import Format
+from vhdkit.formats.probe import identify
 from vhdkit.image import NULL_ID, ImageFacts, NameDialect, ParentRef
 from vhdkit.local_volume import LOCAL
 from vhdkit.store import ReadStore
@@ -66,7 +67,8 @@ def other_format(child: ImageFacts, path: str, store: ReadStore) -> errors.Paren
     found, expected = formats.probed(store), formats.named(child.format_name)
     if found.child_format == child.format_name:
         return None
-    new = os.path.splitext(path)[0] + expected.suffixes[0]
+    stem, suffix = os.path.splitext(path)
+    new = stem + expected.suffixes[0] if suffix != expected.suffixes[0] else f"{stem}-converted{suffix}"
     return errors.ParentMismatch(
         f"{errors.printable(path)} is a {found.title}, and the parent of a {expected.title} is a {expected.title}",
         path=child.path,
@@ -74,6 +76,18 @@ def other_format(child: ImageFacts, path: str, store: ReadStore) -> errors.Paren
         f" and record the result: vhdkit rebase {shlex.quote(errors.printable(child.path))}"
         f" --parent {shlex.quote(errors.printable(new))} --unsafe-new-id",
     )
+
+
+def unidentified(store: ReadStore) -> errors.VhdkitError | None:
+    """Why a file without an id is no raw disk either, but empty, damaged or in an unknown format; else None.
+
+    Raises IoFailed.
+    """
+    try:
+        identify(store)
+    except (errors.CorruptImage, errors.InvalidArgument, errors.UnsupportedFormat) as error:
+        return error
+    return None
 
 
 def allowed_folders(leaf_path: str, parent_dirs: Sequence[str], volume: Volume = LOCAL) -> tuple[str, ...]:
@@ -135,18 +149,30 @@ def _try(candidate: str, child: ImageFacts, folders: tuple[str, ...], search: _S
     search.note(place.path)
     if parent_of(child).raw_allowed:
         return place.store  # the child records it as raw: what its guest wrote to it, even a footer, is ignored
+    is_parent = False
     try:
-        found = parent_format(child).linkage_id(pending.view(place.store, search.volume))
-    except BaseException:
-        place.store.close()
-        raise
+        is_parent = _has_recorded_id(place.path, place.store, child, search)
+    finally:
+        if not is_parent:
+            place.store.close()
+    return place.store if is_parent else None
+
+
+def _has_recorded_id(path: str, store: VolumeFile, child: ImageFacts, search: _Search) -> bool:
+    """True if the file has an id that the child recorded; else record why it is not the parent."""
+    view = pending.view(store, search.volume)
+    found = parent_format(child).linkage_id(view)
     if found in parent_of(child).linkage_ids:
-        return place.store
-    search.mismatched.append((place.path, found or NULL_ID))
+        return True
+    problem = unidentified(view) if found is None else None
+    if problem is not None:
+        problem.path, problem.hint = path, f"examine it: vhdkit check {shlex.quote(errors.printable(path))}"
+        search.unreadable.append(problem)
+        return False
+    search.mismatched.append((path, found or NULL_ID))
     if found is None:
-        search.other_format = search.other_format or other_format(child, place.path, place.store)
-    place.store.close()
-    return None
+        search.other_format = search.other_format or other_format(child, path, view)
+    return False
 
 
 def require_parent(child: ImageFacts, parent: ReadStore) -> None:

@@ -30,6 +30,7 @@ from vhdkit.chain.names.parents import (
     other_format,
     parent_of,
     recorded_parent_id,
+    unidentified,
 )
 from vhdkit.chain.records import pending
 from vhdkit.chain.records.intent import Named, intents_about, refuse_sources
@@ -37,7 +38,7 @@ from vhdkit.chain.verbs.compare import compare_chains
 from vhdkit.chain.verbs.create import names_of, require_names
 from vhdkit.folder import real_path
 from vhdkit.formats.format import Format
-from vhdkit.formats.probe import FormatName
+from vhdkit.formats.probe import FormatName, identify
 from vhdkit.image import NULL_ID, ExtentKind, ImageFacts, Layer, ParentRef
 from vhdkit.store import FileStore
 from vhdkit.units import format_size, whole_sectors
@@ -72,7 +73,7 @@ def rebase(
     wanted = _Wanted(os.fsdecode(parent_path), unsafe_new_id, accept_parent_id, accept_parent_size_bytes)
     with _prepare(real_path(path), options, dry_run=dry_run) as store:
         image = _image_in(store, os.fsdecode(path), options)
-        parent_id = _id_of(store, wanted.path, image.facts)
+        parent_id = _id_of(store, wanted.path, image.facts, options)
         _refuse_raw(image, wanted.path, parent_id, options)
         with _opened(wanted.path, parent_id, options) as parent_layers:
             plan = _plan(image, wanted, parent_id, parent_layers, options, progress)
@@ -187,11 +188,9 @@ def _run(plan: _RebasePlan) -> None:
 
 
 def _facts_of(store: FileStore) -> tuple[ImageFacts, Format]:
-    """The image's metadata and its format; a file without structures is taken for the format of its suffix, if any."""
+    """The image's metadata and its format. Raises as `identify` does."""
     view = pending.view(store)
-    found = formats.probed(view)
-    if found.is_plain:
-        found = formats.by_suffix(store.name) or found
+    found = identify(view)
     return found.facts(view), found
 
 
@@ -228,11 +227,13 @@ def _parsed_id(text: str) -> bytes:
         ) from None
 
 
-def _id_of(store: FileStore, parent_path: str, facts: ImageFacts) -> bytes:
+def _id_of(store: FileStore, parent_path: str, facts: ImageFacts, options: OpenOptions) -> bytes:
     with FileStore.open(parent_path) as parent:
         if parent.identity == store.identity:
             raise errors.InvalidArgument("cannot be its own parent", path=store.name)
-        problem = other_format(facts, parent_path, pending.view(parent))
+        view = pending.view(parent)
+        problem = None if options.allow_raw_parent or linkage_id_of(parent) != NULL_ID else unidentified(view)
+        problem = problem or other_format(facts, parent_path, view)
         if problem is not None:
             raise problem
         return linkage_id_of(parent)

@@ -304,7 +304,7 @@ EXPECTED: dict[Scene, type[errors.VhdkitError] | str] = {
     missing: errors.ParentMissing,
     long_name: errors.ParentMissing,
     mismatched: errors.ParentMismatch,
-    not_an_image: errors.ParentMismatch,
+    not_an_image: errors.ParentMissing,
     folder_as_parent: errors.ParentMissing,
     loop: errors.CorruptImage,
     too_deep: errors.CorruptImage,
