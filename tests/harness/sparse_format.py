@@ -281,7 +281,7 @@ class SparseFormat:
     name = title = child_format = NAME
     suffixes, child_suffix = (".sparse", ".asparse"), ".asparse"
     kinds, sector_sizes, larger_child = (NAME,), (SECTOR_SIZE, PAGE_SIZE), ""
-    is_plain = False
+    size_unit_bytes, is_plain = SECTOR_SIZE, False
 
     def probe(self, store: ReadStore) -> bool:
         """See `Format`."""

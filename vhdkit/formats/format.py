@@ -24,7 +24,7 @@ from vhdkit.finding import Finding
 from vhdkit.formats.draft import DraftStore
 from vhdkit.image import ImageFacts, Layer, ParentRef
 from vhdkit.store import ReadStore, Store
-from vhdkit.units import MIB, SECTOR_SIZE
+from vhdkit.units import MIB, SECTOR_SIZE, round_up
 
 DEFAULT_BLOCK_SIZE = 2 * MIB
 Moved = Callable[[int], None]  # called with the bytes that were moved since the last call
@@ -213,10 +213,10 @@ class Format(Protocol):
 
     `name` is the name in options and records. `title` is what messages call an image of the format. `suffixes` are
     file suffixes in lower case, `kinds` what `create` can make, `sector_sizes` the logical sector sizes that an image
-    can have, in bytes. `larger_child` says which programs cannot use a child that is larger than its parent. A child
-    of such an image is of the format `child_format` and by default has the suffix `child_suffix`. A format `is_plain`
-    when its images have no structures of their own, so any file can be opened as one: it has no ids, and nothing in it
-    can be checked, repaired or shown.
+    can have, in bytes. The size of a new disk is a multiple of `size_unit_bytes`. `larger_child` says which programs
+    cannot use a child that is larger than its parent. A child of such an image is of the format `child_format` and by
+    default has the suffix `child_suffix`. A format `is_plain` when its images have no structures of their own, so any
+    file can be opened as one: it has no ids, and nothing in it can be checked, repaired or shown.
     """
 
     @property
@@ -229,6 +229,8 @@ class Format(Protocol):
     def kinds(self) -> tuple[str, ...]: ...
     @property
     def sector_sizes(self) -> tuple[int, ...]: ...
+    @property
+    def size_unit_bytes(self) -> int: ...
     @property
     def larger_child(self) -> str: ...
     @property
@@ -402,3 +404,14 @@ class Format(Protocol):
     def compactable(self, layer: Layer) -> Compactable | None:
         """How to compact an open layer with blocks; None if that is impossible."""
         ...
+
+
+def check_size_unit(made: Format, size_bytes: int, path: str | None = None) -> None:
+    """Raise InvalidArgument for the size of a new disk, or of one that is resized, between two units of the format."""
+    unit = made.size_unit_bytes
+    if size_bytes % unit:
+        raise errors.InvalidArgument(
+            f"the size of a {made.title} is a multiple of {unit} bytes, and {size_bytes} is not",
+            path=path,
+            hint=f"the next larger size is {round_up(size_bytes, unit)}",
+        )

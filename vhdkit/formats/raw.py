@@ -105,6 +105,7 @@ class RawFormat:
     suffixes: tuple[str, ...] = ()
     kinds = (FORMAT_NAME,)
     sector_sizes = (SECTOR_SIZE,)
+    size_unit_bytes = SECTOR_SIZE
     larger_child = ""
     child_format = "vhd"
     child_suffix = ".avhd"

@@ -123,12 +123,17 @@ def _prepare(
 
 
 def converted_size(size_bytes: int, disk_format: DiskFormat, *, azure: bool) -> int:
-    """The virtual size of the result. Raises InvalidArgument if that size is not possible."""
+    """The virtual size of the result, rounded up to what such a disk can have, with zeros.
+
+    Raises InvalidArgument if that size is not possible.
+    """
     if azure:
         if disk_format is not DiskFormat.FIXED:
             raise errors.InvalidArgument("Azure accepts only fixed VHDs", hint="use --to fixed")
         size_bytes = azure_size(size_bytes)
-    formats.making(disk_format).check_request(CreateRequest(size_bytes, disk_format))
+    made = formats.making(disk_format)
+    size_bytes = round_up(size_bytes, made.size_unit_bytes)
+    made.check_request(CreateRequest(size_bytes, disk_format))
     return size_bytes
 
 

@@ -24,7 +24,7 @@ from vhdkit.chain.records import pending
 from vhdkit.folder import NewFile, is_regular, real_path
 from vhdkit.folder_lock import folders_held
 from vhdkit.formats.azure import azure_size
-from vhdkit.formats.format import DEFAULT_BLOCK_SIZE, CreateRequest, Format
+from vhdkit.formats.format import DEFAULT_BLOCK_SIZE, CreateRequest, Format, check_size_unit
 from vhdkit.image import NULL_ID, ImageFacts, Layer, ParentRef
 from vhdkit.named import opened_again
 from vhdkit.store import FileStore, Store
@@ -94,6 +94,7 @@ def create_image(
     request = CreateRequest(size_bytes, disk_format, block_size_bytes, preallocate, sector_bytes)
     made = formats.making(disk_format)
     made.check_request(request)
+    check_size_unit(made, size_bytes)
     check_block_size(made, block_size_bytes)
     held = replacing(os.fsdecode(path), replace=replace)
     with held as old, NewFile(path, replace=replace, old=old) as new:

@@ -28,7 +28,7 @@ from vhdkit.chain.verbs.report import Report
 from vhdkit.chain.verbs.zeros import data_of_disk, first_data_in_store
 from vhdkit.errors import InvalidArgument, ReadOnly, VhdkitError, printable
 from vhdkit.formats.filesystems import end_of, identify, shrink_hint
-from vhdkit.formats.format import Resizable, ResizePlan
+from vhdkit.formats.format import Resizable, ResizePlan, check_size_unit
 from vhdkit.formats.partitions import Partition, PartitionTable, read_partitions
 from vhdkit.image import Layer
 from vhdkit.store import FileStore
@@ -209,6 +209,8 @@ class _Checks:
         if store is not None and store.is_device:
             raise InvalidArgument("is a device: its size cannot be changed", path=self.path)
         self.resizable.check_size(self.size_bytes)
+        if self.size_bytes != self.image.size_bytes:
+            check_size_unit(formats.of(self.image), self.size_bytes, self.path)
         if self.parents is not None and self.size_bytes < self.parents.size_bytes:
             raise InvalidArgument(
                 f"a child of {self.size_bytes} bytes would be smaller than its parent of"

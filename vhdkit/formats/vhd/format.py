@@ -53,6 +53,7 @@ class VhdFormat:
     suffixes = (".vhd", ".avhd")
     kinds = (_FIXED, _DYNAMIC)
     sector_sizes = (SECTOR_SIZE,)
+    size_unit_bytes = SECTOR_SIZE
     larger_child = "Hyper-V does not open a VHD that is larger than its parent"
     child_format = FORMAT_NAME
     child_suffix = ".avhd"

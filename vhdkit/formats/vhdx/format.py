@@ -38,6 +38,7 @@ class VhdxFormat:
     suffixes = (".vhdx", ".avhdx")
     kinds = (_DYNAMIC, _FIXED)
     sector_sizes = (SECTOR_SIZE, PAGE_SIZE)
+    size_unit_bytes = PAGE_SIZE  # Windows makes no others; 7-Zip refuses what is not whole KiB
     larger_child = "7-Zip, libvhdi and dissect cannot read a VHDX that is larger than its parent"
     child_format = FORMAT_NAME
     child_suffix = ".avhdx"
@@ -187,10 +188,9 @@ class VhdxFormat:
         """See `Format.create_child`: takes the sector sizes and the disk's id from `disk`."""
         from vhdkit.formats.vhdx import create
         from vhdkit.formats.vhdx.blocks import VhdxImage
-        from vhdkit.formats.vhdx.items import inherited, inherited_bytes
+        from vhdkit.formats.vhdx.items import inherited
 
         if isinstance(disk, VhdxImage):
-            create.check_room(inherited_bytes(disk.metadata.items))
             values = create.resized(inherited(disk.metadata.view, disk.metadata.items), size_bytes)
         else:
             values = create.new_disk(size_bytes)

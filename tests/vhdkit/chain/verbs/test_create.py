@@ -45,6 +45,14 @@ def test_impossible_sizes_are_refused(tmp_path: Path, size: int, disk_format: Di
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("disk_format", [DiskFormat.VHDX, DiskFormat.VHDX_FIXED])
+def test_a_vhdx_has_whole_pages(tmp_path: Path, disk_format: DiskFormat) -> None:
+    """Windows makes no others, and 7-Zip refuses some of them: the error names the next larger size."""
+    with pytest.raises(errors.InvalidArgument, match=f"multiple of 4096 bytes.*next larger size is {2 * MIB + 4096}"):
+        vhdkit.create_image(tmp_path / "new.vhdx", 2 * MIB + 512, disk_format=disk_format)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_largest_disk_can_be_made(tmp_path: Path) -> None:
     """2040 GiB, the limit, works; one more sector does not (see above)."""
     for disk_format in (DiskFormat.DYNAMIC, DiskFormat.FIXED):

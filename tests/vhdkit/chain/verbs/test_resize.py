@@ -21,7 +21,7 @@ from tests.vhdkit.formats.test_partitions import mbr, write_gpt
 from vhdkit.chain.names.parents import linkage_id_of
 from vhdkit.chain.records.pending import undo_path
 from vhdkit.store import FileStore
-from vhdkit.units import GIB, KIB, MIB, SECTOR_SIZE, TIB
+from vhdkit.units import GIB, KIB, MIB, PAGE_SIZE, SECTOR_SIZE, TIB
 
 SIZE = 4 * MIB
 # The command that makes it, its size in MiB, and what the refusal to cut it says.
@@ -69,16 +69,21 @@ def read(path: Path) -> bytes:
         return disk.read(0, disk.size_bytes)
 
 
+def unit_of(kind: str) -> int:
+    """What the sizes of such disks are multiples of."""
+    return PAGE_SIZE if kind.startswith("vhdx") else SECTOR_SIZE
+
+
 def some(size: int = SIZE, data: int = SIZE // 2, seed: int = 1) -> bytes:
     """Data at the start, zeros behind."""
     return random.Random(seed).randbytes(data).ljust(size, b"\0")
 
 
 @pytest.mark.parametrize("kind", ["fixed", "dynamic", "raw", *VHDX, *CHILDREN])
-@pytest.mark.parametrize("size", [SIZE + SECTOR_SIZE, 3 * SIZE])
-def test_every_kind_grows_with_zeros(tmp_path: Path, kind: str, size: int) -> None:
+@pytest.mark.parametrize("units", [1, 2 * SIZE // PAGE_SIZE])
+def test_every_kind_grows_with_zeros(tmp_path: Path, kind: str, units: int) -> None:
     """INV-RESIZE-WHOLE: the disk keeps its bytes and ends in zeros; check finds nothing; no record is left."""
-    content = some()
+    content, size = some(), SIZE + units * unit_of(kind)
     path = make(tmp_path, kind, content)
     plan = vhdkit.resize(path, size, dry_run=True)
     assert read(path) == content and plan.file_size_after_bytes is None
@@ -94,12 +99,13 @@ def test_every_kind_grows_with_zeros(tmp_path: Path, kind: str, size: int) -> No
 @pytest.mark.parametrize("kind", ["fixed", "dynamic", "raw", *VHDX])
 def test_every_kind_shrinks_to_its_data(tmp_path: Path, kind: str) -> None:
     """INV-RESIZE-WHOLE: down to the last byte that is not zero, and not a sector further."""
-    content = some(data=SIZE // 2 - 3 * SECTOR_SIZE + 1)
-    least = SIZE // 2 - 2 * SECTOR_SIZE
+    unit = unit_of(kind)
+    content = some(data=SIZE // 2 - 3 * unit + 1)
+    least = SIZE // 2 - 2 * unit
     path = make(tmp_path, kind, content)
     before = path.read_bytes()
-    with pytest.raises(vhdkit.InvalidArgument, match=f"cut off data at byte {least - SECTOR_SIZE}"):
-        vhdkit.resize(path, least - SECTOR_SIZE, shrink=True)
+    with pytest.raises(vhdkit.InvalidArgument, match=f"cut off data at byte {least - unit}"):
+        vhdkit.resize(path, least - unit, shrink=True)
     assert path.read_bytes() == before
     vhdkit.resize(path, least, shrink=True)
     assert read(path) == content[:least] and vhdkit.check(path) == []
@@ -113,11 +119,21 @@ def test_data_in_a_parent_counts_too(tmp_path: Path, kind: str) -> None:
     path = make(tmp_path, kind, content)
     vhdkit.resize(path, 2 * SIZE)
     with pytest.raises(vhdkit.InvalidArgument, match="smaller than its parent"):
-        vhdkit.resize(path, SIZE - SECTOR_SIZE, shrink=True)
+        vhdkit.resize(path, SIZE - unit_of(kind), shrink=True)
     vhdkit.resize(path, SIZE + MIB, shrink=True)
     assert read(path) == content.ljust(SIZE + MIB, b"\0")
     vhdkit.resize(path, SIZE, shrink=True)
     assert read(path) == content
+
+
+@pytest.mark.parametrize("kind", ["vhdx", "vhdx-fixed"])
+def test_a_vhdx_has_whole_pages(tmp_path: Path, kind: str) -> None:
+    """Other programs refuse other sizes: the error names the next larger one, and nothing has changed."""
+    path = make(tmp_path, kind, some())
+    before = path.read_bytes()
+    with pytest.raises(vhdkit.InvalidArgument, match=f"multiple of 4096 bytes.*{SIZE + PAGE_SIZE}$"):
+        vhdkit.resize(path, SIZE + SECTOR_SIZE)
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("kind", CHILDREN)
@@ -173,9 +189,10 @@ def test_a_partition_is_not_cut_off(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["fixed", "dynamic", "raw", "vhdx"])
-@pytest.mark.parametrize("size", [2 * MIB, SIZE - 20 * SECTOR_SIZE, SIZE - SECTOR_SIZE, 2 * SIZE])
-def test_the_second_gpt_may_be_cut_off_if_the_first_is_intact(tmp_path: Path, kind: str, size: int) -> None:
+@pytest.mark.parametrize("units", [-2 * MIB // SECTOR_SIZE, -20, -1, SIZE // SECTOR_SIZE])
+def test_the_second_gpt_may_be_cut_off_if_the_first_is_intact(tmp_path: Path, kind: str, units: int) -> None:
     """The copy at the old end does not prevent it, and a note says how to write it at the new end."""
+    size = SIZE + units * (unit_of(kind) if units in (-1, -20) else SECTOR_SIZE)
     content = with_gpt(SIZE, (40, 99, "boot"))
     path = make(tmp_path, kind, content)
     done = vhdkit.resize(path, size, shrink=True)
