@@ -94,6 +94,16 @@ def resized(disk: Sequence[DiskItem], size_bytes: int) -> list[DiskItem]:
     return [(one, flags, size if one == layout.ITEM_VIRTUAL_DISK_SIZE else raw) for one, flags, raw in disk]
 
 
+def check_room(items_bytes: int) -> None:
+    """Raise InvalidArgument for items of metadata that take more space than a new image has for them."""
+    if items_bytes > METADATA_BYTES:
+        raise errors.InvalidArgument(
+            f"the metadata items of the parent's disk do not fit into a child: there is room for"
+            f" {format_size(METADATA_BYTES)}",
+            hint="convert the parent to a new image, and make the child of that one",
+        )
+
+
 def create(
     store: Store,
     disk: Sequence[DiskItem],
@@ -118,13 +128,15 @@ def create(
     all_items = [(layout.ITEM_FILE_PARAMETERS, layout.ITEM_IS_REQUIRED, parameters), *disk]
     if parent is not None:
         all_items.append((layout.ITEM_PARENT_LOCATOR, layout.ITEM_IS_REQUIRED, build_locator(new_locator(parent))))
+    region = items.build_items(all_items)
+    check_room(len(region))
     table_bytes = round_up(shape.entry_count * layout.BAT_ENTRY_SIZE, MIB)
     first_block = _BAT_OFFSET + table_bytes
     store.truncate(first_block + (shape.block_count * block_size_bytes if fixed else 0))
     store.reserve(_LOG_OFFSET, LOG_BYTES)
     if preallocate:
         store.reserve(first_block, shape.block_count * block_size_bytes)
-    store.pwrite(_METADATA_OFFSET, items.build_items(all_items))
+    store.pwrite(_METADATA_OFFSET, region)
     if fixed:
         _fill_table(store, shape, first_block, block_size_bytes)
     regions = [

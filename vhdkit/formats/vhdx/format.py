@@ -188,9 +188,10 @@ class VhdxFormat:
         """See `Format.create_child`: takes the sector sizes and the disk's id from `disk`."""
         from vhdkit.formats.vhdx import create
         from vhdkit.formats.vhdx.blocks import VhdxImage
-        from vhdkit.formats.vhdx.items import inherited
+        from vhdkit.formats.vhdx.items import inherited, inherited_bytes
 
         if isinstance(disk, VhdxImage):
+            create.check_room(inherited_bytes(disk.metadata.items))
             values = create.resized(inherited(disk.metadata.view, disk.metadata.items), size_bytes)
         else:
             values = create.new_disk(size_bytes)

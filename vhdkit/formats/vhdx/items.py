@@ -270,6 +270,11 @@ def inherited(store: ReadStore, items: Items) -> list[tuple[bytes, int, bytes]]:
     ]
 
 
+def inherited_bytes(items: Items) -> int:
+    """The bytes that `inherited` reads."""
+    return sum(one.entry.length for one in items.all if one.entry.flags & layout.ITEM_IS_VIRTUAL_DISK)
+
+
 def free_place(taken: Iterable[tuple[int, int]], size: int, region_size: int) -> int | None:
     """The first offset in a metadata region with enough free space for an item of this size, or None.
 

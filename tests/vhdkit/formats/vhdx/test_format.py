@@ -4,12 +4,17 @@
 from __future__ import annotations
 
 import random
+import uuid
 from pathlib import Path
 
 import pytest
 
 import vhdkit
-from vhdkit.units import KIB, MIB
+from tests.harness.stores import MemStore
+from tests.vhdkit.formats.vhdx.images import PARENT, image, set_items
+from vhdkit.formats.vhdx.format import VHDX
+from vhdkit.formats.vhdx.opening import open_vhdx
+from vhdkit.units import KIB, MIB, SECTOR_SIZE
 
 SIZE = 6 * MIB
 
@@ -54,3 +59,15 @@ def test_a_chain_reads_and_merges_as_its_model(tmp_path: Path, seed: int) -> Non
             assert disk.read(0, SIZE) == content, path.name
         if options is None:
             assert not [one for one in vhdkit.check(path) if one.severity > 0], path.name
+
+
+def test_items_of_a_parents_disk_that_leave_no_room_for_the_locator() -> None:
+    """The child is refused before a byte is written, not made with items that lie over its BAT."""
+    parent = image()
+    sizes = [478 * KIB + SECTOR_SIZE, 478 * KIB + SECTOR_SIZE, SECTOR_SIZE]
+    added = {uuid.UUID(int=99 + number).bytes: (2, b"q" * size) for number, size in enumerate(sizes)}
+    set_items(parent, lambda items: items.update(added))
+    child = MemStore("child.avhdx")
+    with pytest.raises(vhdkit.InvalidArgument, match="do not fit into a child"):
+        VHDX.create_child(child, SIZE, PARENT, block_size_bytes=MIB, disk=open_vhdx(parent))
+    assert child.size() == 0
