@@ -109,7 +109,7 @@ def test_names_and_limit(web: Machines) -> None:
         (("snapshot", "forget-memory", "web", "a"), 5, "no memory"),
         (("snapshot", "fly"), 2, "fly"),
         (("export", "web", "/nowhere/at/all"), 1, "/nowhere"),
-        (("import", "/nowhere"), 1, "vmm-export.json"),
+        (("import", "/nowhere"), 1, "/nowhere: no such folder"),
         (("delete", "web", "--yes"), 5, "--with-snapshots"),
     ],
 )

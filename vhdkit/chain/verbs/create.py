@@ -210,6 +210,8 @@ def child_size(child: str, parent: Layer, size_bytes: int | None) -> int:
             f"a child of {size} bytes is smaller than its parent of {parent.size_bytes} bytes",
             path=child,
         )
+    if size != parent.size_bytes:  # which a parent of another program may have
+        check_size_unit(formats.for_children_of(parent), size, child)
     return size
 
 

@@ -21,7 +21,7 @@ from vhdkit.chain.verbs.describe import describe_image
 from vhdkit.chain.verbs.merge_steps import RealNames
 from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.formats.vhdx.blocks import VhdxImage
-from vhdkit.units import GIB, KIB, MIB, PAGE_SIZE, SECTOR_SIZE
+from vhdkit.units import GIB, KIB, MIB, PAGE_SIZE, SECTOR_SIZE, round_up
 
 SIZE = 6 * MIB + 37 * SECTOR_SIZE
 BLOCK = 512 * KIB
@@ -275,20 +275,22 @@ def test_an_ancestor_that_lost_its_footer() -> None:
 @pytest.mark.parametrize("grown", [SECTOR_SIZE, 5 * MIB + 3 * SECTOR_SIZE, 3 * GIB])
 def test_merge_a_bigger_child_into_a_parent(base: DiskFormat, grown: int) -> None:
     """XO 'merge a bigger child into a parent': the parent first gets the leaf's size, then its data."""
-    block = MIB if base is DiskFormat.VHDX else BLOCK
-    vhdkit.create_image("base", SIZE, disk_format=base, block_size_bytes=block)
+    block, size = (MIB, round_up(SIZE, PAGE_SIZE)) if base is DiskFormat.VHDX else (BLOCK, SIZE)
+    if base is DiskFormat.VHDX:
+        grown = round_up(grown, PAGE_SIZE)
+    vhdkit.create_image("base", size, disk_format=base, block_size_bytes=block)
     write("base", 3)
-    vhdkit.create_child("leaf.avhd", "base", size_bytes=SIZE + grown, block_size_bytes=block, options=RAW)
+    vhdkit.create_child("leaf.avhd", "base", size_bytes=size + grown, block_size_bytes=block, options=RAW)
     with vhdkit.open_disk("leaf.avhd", writable=True, options=RAW) as disk:
-        disk.write(SIZE - 5000, b"over the old end" * 300)
-        disk.write(SIZE + grown - SECTOR_SIZE, b"last" * 128)
-        head, tail = disk.read(0, SIZE), disk.read(SIZE, grown if grown < GIB else MIB)
+        disk.write(size - 5000, b"over the old end" * 300)
+        disk.write(size + grown - SECTOR_SIZE, b"last" * 128)
+        head, tail = disk.read(0, size), disk.read(size, grown if grown < GIB else MIB)
     done = vhdkit.merge("leaf.avhd", options=RAW)
-    assert files() == ["base"] and done.size_bytes == SIZE + grown
+    assert files() == ["base"] and done.size_bytes == size + grown
     with vhdkit.open_disk("base") as disk:
-        assert disk.size_bytes == SIZE + grown
-        assert disk.read(0, SIZE) == head and disk.read(SIZE, len(tail)) == tail
-        assert disk.read(SIZE + grown - SECTOR_SIZE, SECTOR_SIZE) == b"last" * 128
+        assert disk.size_bytes == size + grown
+        assert disk.read(0, size) == head and disk.read(size, len(tail)) == tail
+        assert disk.read(size + grown - SECTOR_SIZE, SECTOR_SIZE) == b"last" * 128
     assert not [one for one in vhdkit.check("base") if one.severity is vhdkit.Severity.ERROR]
 
 

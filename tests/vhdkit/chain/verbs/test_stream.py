@@ -13,7 +13,7 @@ import vhdkit
 from vhdkit import DiskFormat, FormatName, errors
 from vhdkit.chain.engine.chain import Chain
 from vhdkit.chain.verbs.stream import export_stream, import_stream, pass_stream
-from vhdkit.units import MIB, SECTOR_SIZE
+from vhdkit.units import MIB, PAGE_SIZE, SECTOR_SIZE, round_up
 
 SIZE = 3 * MIB + 7 * SECTOR_SIZE
 
@@ -36,6 +36,11 @@ class Trickle:
         return self._file.read(min(size, self._rng.randrange(1, 200_000)))
 
 
+def size_in(to: DiskFormat, size: int) -> int:
+    """The size of a disk that gets this many bytes: a VHDX has whole pages."""
+    return round_up(size, PAGE_SIZE if to in (DiskFormat.VHDX, DiskFormat.VHDX_FIXED) else SECTOR_SIZE)
+
+
 def exported(path: Path, to: DiskFormat) -> bytes:
     """The image as a stream."""
     out = io.BytesIO()
@@ -49,9 +54,9 @@ def exported(path: Path, to: DiskFormat) -> bytes:
 def test_import_of_a_raw_stream(tmp_path: Path, to: DiskFormat, size: int) -> None:
     """A raw stream of any length, in any pieces, becomes an image with that content."""
     out = tmp_path / "out.img"
-    assert import_stream(Trickle(body(size)).read, out, to) == size
+    assert import_stream(Trickle(body(size)).read, out, to) == size_in(to, size)
     with vhdkit.open_disk(out) as disk:
-        assert disk.read(0, disk.size_bytes) == body(size)
+        assert disk.read(0, disk.size_bytes) == body(size).ljust(size_in(to, size), b"\0")
     assert list(tmp_path.iterdir()) == [out]
 
 
@@ -69,9 +74,9 @@ def test_import_of_a_fixed_vhd_drops_its_footer(tmp_path: Path, to: DiskFormat) 
     with vhdkit.open_disk(tmp_path / "fixed.vhd", writable=True) as disk:
         disk.write(0, body())
     stream = (tmp_path / "fixed.vhd").read_bytes()
-    assert import_stream(Trickle(stream).read, tmp_path / "out", to) == SIZE
+    assert import_stream(Trickle(stream).read, tmp_path / "out", to) == size_in(to, SIZE)
     with vhdkit.open_disk(tmp_path / "out") as disk:
-        assert disk.read(0, disk.size_bytes) == body()
+        assert disk.read(0, disk.size_bytes) == body().ljust(size_in(to, SIZE), b"\0")
     size = import_stream(Trickle(stream).read, tmp_path / "raw", DiskFormat.RAW, source_format=FormatName.RAW)
     assert size == len(stream)
 
