@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import socket
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -87,6 +89,14 @@ def press(manager: Manager, key: str, name: str = "small") -> None:
 def processes(name: str = "small") -> dict[str, ProcessRef]:
     """The living processes of the machine."""
     return processes_of(MachineRef.of(name).runtime)
+
+
+def kill_together(victims: Iterable[ProcessRef]) -> None:
+    """Kill processes at one moment: none of them has time to notice the death of another and to start it again."""
+    refs = list(victims)
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for ref in refs:
+            ref.send(number)
 
 
 def wait_whole(name: str = "small", *, but: dict[str, ProcessRef] | None = None) -> dict[str, ProcessRef]:

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 
 import pytest
 
 import vhdkit
 from tests.vmm.guests import boot_sector
-from tests.vmm.small_guests import make_machine, processes, wait_counting
+from tests.vmm.small_guests import kill_together, make_machine, processes, wait_counting
 from tests.waiting import wait_until
 from vmm.api.manager import Manager
 from vmm.store import registry
@@ -33,9 +32,7 @@ def test_the_frozen_image_has_neither_a_log_nor_notes(manager: Manager, tmp_path
     leaf = make_machine(manager, tmp_path, kind=kind, options=options)
     manager.start("small")
     wait_counting(manager)
-    living = processes()
-    for part in ("keeper", "worker", "server", "qemu"):
-        living[part].send(signal.SIGKILL)
+    kill_together(processes().values())
     wait_until(lambda: not processes() and not is_locked(leaf), "all processes are dead, and their locks gone")
     assert "notes-unwritten" in [one.code for one in vhdkit.check(leaf)]
     manager.snapshots("small").create("one")

@@ -20,6 +20,7 @@ from tests.vmm.small_guests import (
     MIB,
     both_kinds_nightly,
     console,
+    kill_together,
     make_disk,
     make_machine,
     press,
@@ -224,8 +225,7 @@ def test_a_backup_that_is_killed_while_it_copies(manager: Manager, writing: Path
     wait_until(lambda: isinstance(now := journal(), Backup) and now.pivoted, "the disks have their new leaves")
     assert files_of(writing.parent) != before
     living = processes()
-    for part in victims:
-        os.kill(living[part].pid, 9)
+    kill_together(living[part] for part in victims)
     os.waitpid(child, 0)
     if "qemu" in victims:
         manager.state("small")

@@ -17,7 +17,16 @@ import pytest
 import vhdkit
 from tests.support import require_boot_sector_guest
 from tests.vmm.guests.boot_sector import COUNT_LBA, SECTOR, WRITE_LBA, BootOptions
-from tests.vmm.small_guests import MIB, PARTS, both_kinds_nightly, make_disk, processes, wait_state, wait_whole
+from tests.vmm.small_guests import (
+    MIB,
+    PARTS,
+    both_kinds_nightly,
+    kill_together,
+    make_disk,
+    processes,
+    wait_state,
+    wait_whole,
+)
 from tests.vmm.snapshots.machines import Machines
 from tests.vmm.worker.test_capture import count, disk_count, settled
 from tests.waiting import wait_until
@@ -217,8 +226,7 @@ def test_all_processes_are_killed_in_a_live_merge(manager: Manager, folder: Path
     refs = processes()
     os.kill(command, signal.SIGKILL)
     os.waitpid(command, 0)
-    for part in ("keeper", "worker", "qemu", "server"):
-        refs[part].send(signal.SIGKILL)
+    kill_together(refs[part] for part in PARTS)
     for part in PARTS:
         refs[part].wait(20)
     assert os.path.exists(runtime.folder)

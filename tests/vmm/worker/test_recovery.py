@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.vmm.small_guests import MIB, processes
+from tests.vmm.small_guests import MIB, kill_together, processes
 from tests.vmm.snapshots.machines import Machines
 from tests.vmm.worker.test_capture import count, disk_count, guest
 from tests.waiting import wait_until
@@ -39,8 +39,7 @@ def cut_after_the_pivot(small: MachineSnapshots, victims: tuple[str, ...]) -> st
         return isinstance(journal, CreateLive) and journal.pivoted
 
     wait_until(is_pivoted, "the guest writes to its new leaf")
-    for part in victims:
-        living[part].send(signal.SIGKILL)
+    kill_together(living[part] for part in victims)
     for part in victims:
         living[part].wait(20)
     os.kill(child, signal.SIGKILL)
