@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """libvhdi reads our images as we do.
 
-It misreads bitmaps whose bytes are partly set, so the differencing chains here own only whole blocks.
+It misreads the bitmaps of a VHD whose bytes are partly set, so the chains of VHDs here own only whole blocks.
 """
 
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
 
+import vhdkit
 from tests.interop.disks import (
     DYNAMIC_SHAPES,
     FIXED_SHAPES,
@@ -96,3 +98,36 @@ def test_a_chain_of_whole_blocks_reads_the_same_in_libvhdi(tmp_path: Path, block
             "kind": DIFFERENCING_NUMBER,
             "parent": f"{depth - 1}.vhd",
         }
+
+
+@pytest.mark.parametrize("disk_format", [DiskFormat.VHDX, DiskFormat.VHDX_FIXED])
+def test_a_vhdx_reads_the_same_in_libvhdi(tmp_path: Path, disk_format: DiskFormat) -> None:
+    """libvhdi agrees on kind, size and content of our VHDX images, whose last block is a partial one."""
+    path, size = tmp_path / "ours.vhdx", 9 * MIB + 20 * KIB
+    vhdkit.create_image(path, size, disk_format=disk_format, block_size_bytes=2 * MIB)
+    content = written(path, size, 1)
+    kind = KIND_NUMBER[DiskFormat.FIXED if disk_format is DiskFormat.VHDX_FIXED else DiskFormat.DYNAMIC]
+    assert _libvhdi(path) == {"size": size, "sha256": sha256(content), "kind": kind, "parent": None}
+
+
+def test_a_chain_of_vhdx_reads_the_same_in_libvhdi(tmp_path: Path) -> None:
+    """Children that own parts of blocks, three deep; zeros without space in a child are more than libvhdi knows."""
+    size, paths = 9 * MIB + 20 * KIB, [tmp_path / "0.vhdx"]
+    vhdkit.create_image(paths[0], size, disk_format=DiskFormat.VHDX, block_size_bytes=2 * MIB)
+    written(paths[0], size, 0)
+    for number in range(1, 4):
+        paths.append(tmp_path / f"{number}.avhdx")
+        vhdkit.create_child(paths[-1], paths[-2])
+        content = written(paths[-1], size, number)
+        said = _libvhdi(*reversed(paths))
+        assert (said["size"], said["sha256"], said["kind"]) == (size, sha256(content), DIFFERENCING_NUMBER)
+
+
+def written(path: Path, size: int, seed: int) -> bytes:
+    """Write to places all over the disk; returns the content of the whole disk."""
+    rng = random.Random(seed)
+    with vhdkit.open_disk(path, writable=True) as disk:
+        for count in (SECTOR, 3 * SECTOR, 64 * KIB, MIB + SECTOR):
+            disk.write(rng.randrange((size - count) // SECTOR) * SECTOR, rng.randbytes(count))
+        disk.write(size - SECTOR, rng.randbytes(SECTOR))
+        return disk.read(0, size)
