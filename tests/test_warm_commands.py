@@ -92,7 +92,8 @@ def test_a_copy_ends_with_its_caller(tmp_path: Path, number: signal.Signals) -> 
         process.send_signal(number)
         assert process.stdout is not None
         assert process.stdout.read() == b""  # the copy had the other end
-        assert process.wait(60) in (130, 0, -signal.SIGKILL)
+        # For a shell 130 is the same as a process that SIGINT ended before it could say so itself.
+        assert process.wait(60) in (130, 0, -signal.SIGINT, -signal.SIGKILL)
 
 
 def test_a_killed_copy(tmp_path: Path) -> None:

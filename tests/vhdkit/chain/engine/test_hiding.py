@@ -24,7 +24,7 @@ from vhdkit.disk import Disk
 from vhdkit.formats.probe import FormatName, open_layer
 from vhdkit.formats.raw import create_raw
 from vhdkit.formats.vhd.create import create_differencing, create_dynamic
-from vhdkit.units import GIB, KIB, MIB, SECTOR_SIZE
+from vhdkit.units import GIB, KIB, MIB, PAGE_SIZE, SECTOR_SIZE, round_up
 
 SIZE = 4 * MIB + 3 * SECTOR_SIZE
 SECTORS = SIZE // SECTOR_SIZE
@@ -244,8 +244,9 @@ def test_zeros_stay(base: str, then: str, seed: int, tmp_path_factory: pytest.Te
     """INV-MERGE-PRESERVES, INV-COMPACT-PRESERVES: whatever is merged (also while the disk is written), compacted or
     rebased, the disk reads as the model says, and takes more zeros."""
     rng = random.Random(seed)
-    smaller = [SIZE if then == "live" else rng.choice([SIZE, 2 * BLOCK, 5 * BLOCK]) for _ in range(3)]
-    sizes = [SIZE, *sorted(smaller, reverse=True)]
+    size = round_up(SIZE, PAGE_SIZE) if base == "vhdx" else SIZE
+    smaller = [size if then == "live" else rng.choice([size, 2 * BLOCK, 5 * BLOCK]) for _ in range(3)]
+    sizes = [size, *sorted(smaller, reverse=True)]
     paths, model = make_chain(tmp_path_factory.mktemp("zeros"), base, rng, sizes)
     leaf = paths[0]
     if then == "live":
