@@ -78,7 +78,7 @@ class Journal:
         self._header = place.header
         self._log_offset, self._log_size = place_of_log
         self.lasting_bytes: int | None = None  # what a failure leaves of the file; None before anything is placed
-        self._other_due = False  # the other slot does not durably hold the newest header yet
+        self._other_due = False  # a sync is due before another slot is written
         self._synced_size = 0  # of the file, at the last sync; without what may be cut off again
         self._head = 0  # where the next entry goes
         self._durable_tail = 0  # the tail in the newest durable entry
@@ -190,9 +190,10 @@ class Journal:
         """Durably make `header`, with the next number, current; the other slot becomes durable with the next sync."""
         if self._other_due:
             self.sync()
+        self._other_due = True  # before the slot is written: an interrupt may come right after that, or in the sync
         self._put_header(1 - self._slot, header)
         self.sync()
-        self._other_due = True  # before it is written: an interrupt may come right after that
+        self._other_due = True
         self._put_header(1 - self._slot, header)
 
     def _put_header(self, slot: int, header: Header) -> None:

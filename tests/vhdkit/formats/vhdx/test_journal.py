@@ -15,7 +15,7 @@ import pytest
 
 import vhdkit
 from tests.harness.power import open_mem
-from tests.harness.stores import CrashStore, Fault, FaultyStore, no_space
+from tests.harness.stores import CrashStore, Fault, FaultyStore, MemStore, no_space
 from tests.support import daily_or_nightly
 from tests.vhdkit.formats.vhdx.images import BAT, LOG, METADATA, PARENT, add_log, assert_equal_headers, image
 from vhdkit.errors import CorruptImage
@@ -26,12 +26,13 @@ from vhdkit.formats.vhdx.create import new_locator
 from vhdkit.formats.vhdx.format import VHDX
 from vhdkit.formats.vhdx.header import current_header, read_headers
 from vhdkit.formats.vhdx.journal import Journal
+from vhdkit.formats.vhdx.layout import HEADER_OFFSETS
 from vhdkit.formats.vhdx.locator import build_locator
 from vhdkit.formats.vhdx.log import SECTOR, LogChange
 from vhdkit.formats.vhdx.opening import open_vhdx
 from vhdkit.formats.vhdx.replay import read_log
 from vhdkit.image import ParentRef
-from vhdkit.store import Store
+from vhdkit.store import Buffer, Store
 from vhdkit.units import KIB, MIB
 
 
@@ -291,3 +292,46 @@ def test_an_interrupt_before_any_line_breaks_no_promise(monkeypatch: pytest.Monk
             break
         tried += 1
     assert tried > 50 // step
+
+
+class HeaderStore(MemStore):
+    """Raises KeyboardInterrupt in the sync number `at`, and refuses a header slot while the other is not durable."""
+
+    def __init__(self, start: MemStore, at: int) -> None:
+        super().__init__(start.name, sectors=dict(start._sectors), size_bytes=start.size())
+        self.at, self.count = at, 0
+        self.unsynced: set[int] = set()
+
+    def pwrite(self, offset_bytes: int, data: Buffer) -> None:
+        """See `Store.pwrite`."""
+        if offset_bytes in HEADER_OFFSETS:
+            assert self.unsynced <= {offset_bytes}, "INV-HEADER-PAIR: both slots are being written"
+            self.unsynced.add(offset_bytes)
+        super().pwrite(offset_bytes, data)
+
+    def sync(self) -> None:
+        """See `Store.sync`."""
+        self.count += 1
+        if self.count == self.at:
+            raise KeyboardInterrupt
+        super().sync()
+        self.unsynced.clear()
+
+
+def test_an_interrupted_sync_of_a_header_leaves_the_other_slot_alone() -> None:
+    """INV-HEADER-PAIR: the other slot waits for a sync that returned, in every way to begin and to end a session."""
+    for at in itertools.count(1):
+        store = HeaderStore(image(), at)
+        current = current_header(store.name, read_headers(store))
+        journal = Journal(store, current, (LOG, RING), SyncGuard(store))
+        for needs_log in (False, True):
+            with contextlib.suppress(KeyboardInterrupt):
+                journal.begin(changes_disk=True, needs_log=needs_log)
+            journal.begin(changes_disk=True, needs_log=needs_log)
+        with contextlib.suppress(KeyboardInterrupt):
+            journal.end()
+        journal.end()
+        if store.count < at:
+            break
+        assert_equal_headers(store)
+    assert at > 5
