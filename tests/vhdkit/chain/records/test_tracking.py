@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hyper-V's change tracking beside an image: a warning for whoever writes to the image, and nothing else."""
+"""Hyper-V's change tracking beside an image: opening the image for writing warns, and reading does not."""
 
 from __future__ import annotations
 
