@@ -25,6 +25,7 @@ from tests.harness.power import PowerRun, Scene, faults_of, open_mem, scribble
 from tests.harness.sparse_format import SPARSE, SparseLayer
 from tests.harness.stores import MemStore
 from tests.nbd_client import serving
+from tests.support import daily_or_nightly
 from tests.vhdkit.test_disk_machine import MAX_DEPTH, DiskMachine
 from vhdkit import formats
 from vhdkit.chain.engine.chain import Chain
@@ -110,9 +111,9 @@ def child_scene(seed: int) -> Scene:
 @pytest.mark.parametrize("scene", [base_scene, child_scene], ids=["base", "child"])
 def test_every_cut_leaves_flushed_or_newer(scene: Callable[[int], Scene]) -> None:
     """INV-FLUSHED-OR-NEWER: wherever the power is cut, each sector holds its flushed content or newer."""
-    run = PowerRun(scene(1), 1, steps=22)
+    run = PowerRun(scene(1), 1, steps=daily_or_nightly(12, 22))
     run.run()
-    assert run.operations > run.syncs > 3 and run.judged > run.cuts * run.operations
+    assert run.operations > run.syncs > 1 and run.judged > run.cuts * run.operations
 
 
 def test_a_wrong_order_of_writes_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +158,8 @@ class SparseMachine(DiskMachine):
 @pytest.mark.searched
 def test_a_chain_behaves_as_a_bytearray() -> None:
     """INV-FLUSHED-OR-NEWER, INV-LEAF-ONLY-WRITES: whatever is done to a chain, it reads as the model."""
-    run_state_machine_as_test(SparseMachine, settings=settings(max_examples=25, stateful_step_count=25))
+    examples = daily_or_nightly(10, 25)
+    run_state_machine_as_test(SparseMachine, settings=settings(max_examples=examples, stateful_step_count=25))
 
 
 def test_a_part_of_a_large_sector_is_written_as_a_whole_one() -> None:
@@ -432,6 +434,10 @@ def test_every_cut_of_a_merge_leaves_valid_links(tmp_path: Path, into: int, reli
     for number, cut in enumerate(first.cuts):
         fill(folder, cut.files)
         _links_hold(leaf, target, expected)
+        if number % daily_or_nightly(3, 1):  # the second cut is tried after a part of the first ones
+            resumed()
+            _links_hold(leaf, target, expected)
+            continue
         again = FolderPower(folder, f"resume {number}")
         with repeatable(f"resume {number}"):
             again.run(resumed)
