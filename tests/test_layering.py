@@ -19,7 +19,7 @@ from tests.sources import nodes_of
 from tests.support import ROOT, python_files
 
 FILES_AND_IMAGES = """
-    likeness wording locks descriptor transfer space named store maker unfinished folder folder_lock
+    likeness wording locks descriptor transfer space page_cache named store maker unfinished folder folder_lock
     shared_words sockets volume beneath local_volume guarded trusted attributes xattrs image
 """
 # Lowest first. A module may import from its own row and the rows above it in this table.
@@ -28,6 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "vhdkit.units",
         "vhdkit.errors",
         "vhdkit.arguments",
+        "vhdkit.buffers",
         "vhdkit.finding",
         "vhdkit.jsonrpc",
         "vhdkit.jsontext",
@@ -87,6 +88,7 @@ FILE_ROOMS = (
     "vhdkit/store.py",
     "vhdkit/named.py",
     "vhdkit/space.py",
+    "vhdkit/page_cache.py",
     "vhdkit/folder.py",
     "vhdkit/folder_lock.py",
     "vhdkit/shared_words.py",

@@ -28,10 +28,9 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Self
 
-import numpy as np
-
 from vhdkit import errors
 from vhdkit.arguments import AnyPath, Size, byte_size, checked, flag
+from vhdkit.buffers import flat
 from vhdkit.chain.engine.chain import Chain
 from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.records import pending
@@ -40,7 +39,7 @@ from vhdkit.descriptor import when_forked
 from vhdkit.finding import Finding
 from vhdkit.image import Extent, KnownRun
 from vhdkit.store import Buffer
-from vhdkit.units import KIB, SECTOR_MASK, SECTOR_SIZE, covering_sectors, round_down, round_up, whole_sectors
+from vhdkit.units import KIB, SECTOR_MASK, SECTOR_SIZE, covering_sectors, edges, round_down, round_up, whole_sectors
 
 _LARGE_READ_BYTES = 256 * KIB  # from this size on, a second copy of the data costs more than avoiding it
 _disks: weakref.WeakSet[Disk] = weakref.WeakSet()
@@ -116,7 +115,7 @@ class Disk:
         ):
             view = buffer
         else:
-            view = _flat(buffer, writable=True)
+            view = flat(buffer, writable=True)
         size = len(view)
         if type(offset_bytes) is not int:
             offset_bytes = byte_size("offset_bytes", offset_bytes)
@@ -132,7 +131,7 @@ class Disk:
 
         Whole sectors only: anything else is left to `read_into`. Raises OutOfRange, IoFailed, InvalidArgument.
         """
-        return self.try_read_flat(offset_bytes, _flat(buffer, writable=True))
+        return self.try_read_flat(offset_bytes, flat(buffer, writable=True))
 
     def try_read_flat(self, offset_bytes: int, buffer: memoryview) -> bool:
         """`try_read_into` for performance-critical callers that pass a contiguous byte buffer."""
@@ -143,6 +142,26 @@ class Disk:
             return False
         return self._try_read_sectors(offset_bytes // SECTOR_SIZE, buffer)
 
+    def prefetch(self, offset_bytes: Size, size_bytes: Size) -> bool:
+        """Ask for a range to be read ahead; never waits for a device. Raises OutOfRange, IoFailed.
+
+        False if it is not yet known which files hold all of it: call `settle`, then this again.
+        """
+        first, count = self._sectors_over(offset_bytes, size_bytes)
+        return not count or self.chain.prefetch(first, count)
+
+    def settle(self, offset_bytes: Size, size_bytes: Size) -> None:
+        """Find out which files hold a range, as its first read would; may wait. Raises OutOfRange, IoFailed."""
+        first, count = self._sectors_over(offset_bytes, size_bytes)
+        if count:
+            self.chain.settle(first, count)
+
+    def _sectors_over(self, offset_bytes: Size, size_bytes: Size) -> tuple[int, int]:
+        offset_bytes, size_bytes = byte_size("offset_bytes", offset_bytes), byte_size("size_bytes", size_bytes)
+        self._check_range(offset_bytes, size_bytes)
+        first = offset_bytes // SECTOR_SIZE
+        return first, (covering_sectors(offset_bytes + size_bytes) - first if size_bytes else 0)
+
     def _read_unaligned(self, offset: int, view: memoryview) -> None:
         """Read whole sectors directly into the caller's buffer, and the edges through a one-sector buffer."""
         end = offset + len(view)
@@ -150,7 +169,7 @@ class Disk:
         if inner_end > inner_start:
             inner = view[inner_start - offset : inner_end - offset]
             self._read_sectors(whole_sectors(inner_start), inner)
-        for first, last in _edges(offset, end, SECTOR_SIZE):
+        for first, last in edges(offset, end, SECTOR_SIZE):
             sector, skip = self._unit(first, SECTOR_SIZE), first % SECTOR_SIZE
             view[first - offset : last - offset] = sector[skip : skip + last - first]
 
@@ -171,7 +190,7 @@ class Disk:
         elif type(data) is memoryview and data.format == "B" and data.ndim == 1 and data.c_contiguous:
             view = data
         else:
-            view = _flat(data)
+            view = flat(data)
         if type(offset_bytes) is not int:
             offset_bytes = byte_size("offset_bytes", offset_bytes)
         if fua is not False:
@@ -194,7 +213,7 @@ class Disk:
 
         Raises as `write` does.
         """
-        return self.try_write_flat(offset_bytes, _flat(data))
+        return self.try_write_flat(offset_bytes, flat(data))
 
     def try_write_flat(self, offset_bytes: int, data: memoryview) -> bool:
         """`try_write` for performance-critical callers that pass contiguous bytes."""
@@ -218,7 +237,7 @@ class Disk:
 
     def _write_unaligned(self, offset: int, view: memoryview) -> None:
         end, unit = offset + len(view), self.unit_bytes
-        for first, last in _edges(offset, end, unit):
+        for first, last in edges(offset, end, unit):
             whole, skip = self._unit(first, unit), first % unit
             whole[skip : skip + last - first] = view[first - offset : last - offset]
             self.chain.write(whole_sectors(first - skip), memoryview(whole))
@@ -233,7 +252,7 @@ class Disk:
         self._check_write(offset_bytes, size_bytes)
         end, unit = offset_bytes + size_bytes, self.unit_bytes
         with self._write_lock.lock:
-            for first, last in _edges(offset_bytes, end, unit):
+            for first, last in edges(offset_bytes, end, unit):
                 self._write_unaligned(first, memoryview(bytes(last - first)))
             inner_start, inner_end = round_up(offset_bytes, unit), round_down(end, unit)
             if inner_end > inner_start:
@@ -397,15 +416,6 @@ class Disk:
             self._refuse_reentry()
 
 
-def _edges(offset: int, end: int, unit: int) -> list[tuple[int, int]]:
-    """The parts of a range that do not fill their unit, as byte ranges: at most one at each end."""
-    inner_start, inner_end = round_up(offset, unit), round_down(end, unit)
-    if inner_end < inner_start:  # inside one unit
-        return [(offset, end)] if end > offset else []
-    edges = [(offset, inner_start), (inner_end, end)]
-    return [(first, last) for first, last in edges if last > first]
-
-
 _CHANGING = {
     method.__code__
     for method in (Disk.write, Disk.write_zeroes, Disk.trim, Disk.try_write_flat, Disk.flush, Disk.close)
@@ -418,23 +428,6 @@ def _forked() -> None:
 
 
 when_forked(_forked)
-
-
-def _flat(buffer: Buffer, *, writable: bool = False) -> memoryview:
-    """The bytes of a buffer of any shape and format, contiguous: its own memory, or a copy if it has gaps.
-
-    A writable one must be without gaps. Raises InvalidArgument, and TypeError if it is not a buffer.
-    """
-    view = memoryview(buffer)
-    if writable and view.readonly:
-        raise errors.InvalidArgument("the buffer to read into is read-only")
-    if view.nbytes == 0:
-        return memoryview(bytearray())
-    if view.c_contiguous:
-        return np.frombuffer(view, dtype=np.uint8).data
-    if writable:
-        raise errors.InvalidArgument("the buffer to read into has gaps", hint="pass a contiguous buffer")
-    return memoryview(view.tobytes())
 
 
 @checked

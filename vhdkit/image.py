@@ -268,6 +268,10 @@ class Layer(Protocol):
         """One boolean per sector of an allocated block, or None if it owns every sector that belongs to the disk."""
         ...
 
+    def prefetch_ownership(self, block_index: int) -> None:
+        """Ask for what `block_offset` and `owned_sectors` of that block will read from the file. Never waits."""
+        ...
+
     def extents(self, sector_index: int, sector_count: int) -> Iterator[Extent]:
         """The range as runs, in order, without gaps, for this layer alone (`layer_index` 0)."""
         ...

@@ -12,10 +12,10 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Protocol, Self, TypeAlias
 
-from vhdkit import errors, space
+from vhdkit import errors, page_cache, space
 from vhdkit.arguments import AnyPath
 from vhdkit.descriptor import close_owned, held, opened
 from vhdkit.named import NamedFile, opened_again
@@ -27,7 +27,6 @@ from vhdkit.wording import translated as translated
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
 _ZEROS = bytes(MIB)
-_CLOSERS = 8  # files closed at once
 
 _preadv = os.preadv
 
@@ -62,6 +61,10 @@ class ReadStore(Protocol):
 
     def try_pread_into(self, offset_bytes: int, buffer: memoryview) -> bool:
         """Fill `buffer` without waiting for a device; False (and `buffer` undefined) if a wait may be needed."""
+        ...
+
+    def prefetch(self, offset_bytes: int, size_bytes: int) -> None:
+        """Ask for the range to be read ahead, so that a later read of it need not wait. Only a hint."""
         ...
 
     def data_runs(self, offset_bytes: int, size_bytes: int) -> Iterator[tuple[int, int, bool]]:
@@ -295,6 +298,11 @@ class FileStore(NamedFile):
             if self._fd < 0:
                 self.let_go()
 
+    @held
+    def prefetch(self, offset_bytes: int, size_bytes: int) -> None:
+        """See `ReadStore.prefetch`."""
+        page_cache.prefetch(self._fd, offset_bytes, size_bytes)
+
     def pwrite(self, offset_bytes: int, data: Buffer) -> None:
         """See `Store.pwrite`."""
         inside = self.inside
@@ -430,13 +438,3 @@ class FileStore(NamedFile):
         failure.offset_bytes = offset_bytes
         failure.structure = "file"
         return failure
-
-
-def close_all(stores: Iterable[ReadStore]) -> None:
-    """Close several stores concurrently: closing the last descriptor of an unlinked file frees its space
-    synchronously, and that is slow on a device mounted with `discard`."""
-    from concurrent.futures import ThreadPoolExecutor  # a slow import that few callers need
-
-    with ThreadPoolExecutor(_CLOSERS, thread_name_prefix="vhdkit-close") as pool:
-        for closing in [pool.submit(store.close) for store in stores]:
-            closing.result()

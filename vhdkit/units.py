@@ -99,3 +99,12 @@ def format_size(size_bytes: int) -> str:
             break
         value /= KIB
     return f"{size_bytes} B" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def edges(offset: int, end: int, unit: int) -> list[tuple[int, int]]:
+    """The parts of a range that do not fill their unit, as byte ranges: at most one at each end."""
+    inner_start, inner_end = round_up(offset, unit), round_down(end, unit)
+    if inner_end < inner_start:  # inside one unit
+        return [(offset, end)] if end > offset else []
+    parts = [(offset, inner_start), (inner_end, end)]
+    return [(first, last) for first, last in parts if last > first]

@@ -49,7 +49,6 @@ from vhdkit.image import (
     ParentRef,
     Piece,
     copy_piece,
-    merged_extents,
 )
 from vhdkit.store import ReadStore, Store
 from vhdkit.units import PAGE_SIZE, SECTOR_SIZE, round_up, sectors_to_bytes, whole_sectors
@@ -157,11 +156,12 @@ class SparseLayer:
         """See `Layer`."""
         return None
 
-    def extents(self, sector_index: int, sector_count: int) -> Iterator[Extent]:
+    def prefetch_ownership(self, block_index: int) -> None:
         """See `Layer`."""
-        return merged_extents(self._extents(sector_index, sector_index + sector_count))
 
-    def _extents(self, position: int, end: int) -> Iterator[Extent]:
+    def extents(self, sector_index: int, sector_count: int) -> Iterator[Extent]:
+        """See `Layer`: not joined."""
+        position, end = sector_index, sector_index + sector_count
         while position < end:
             block, within = divmod(position, _PER_PAGE)
             count, offset = min(_PER_PAGE - within, end - position), self.block_offset(block)

@@ -80,6 +80,9 @@ class MemStore:
         self.pread_into(offset_bytes, buffer)
         return True
 
+    def prefetch(self, offset_bytes: int, size_bytes: int) -> None:
+        """See `ReadStore.prefetch`: everything is in memory."""
+
     def pwrite(self, offset_bytes: int, data: Buffer) -> None:
         """See `Store.pwrite`."""
         self._change(offset_bytes, bytes(data))

@@ -21,7 +21,8 @@ import pytest
 
 from tests.support import ROOT
 from vhdkit import errors
-from vhdkit.store import FileStore, close_all, translate
+from vhdkit.descriptor import close_all
+from vhdkit.store import FileStore, translate
 from vhdkit.units import MIB
 
 PATIENCE = 20  # seconds, for calls that must not hang

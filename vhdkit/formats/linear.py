@@ -59,6 +59,9 @@ class LinearImage:
         """See `Layer.owned_sectors`."""
         return None
 
+    def prefetch_ownership(self, block_index: int) -> None:
+        """See `Layer.prefetch_ownership`: nothing has to be read."""
+
     def extents(self, sector_index: int, sector_count: int) -> Iterator[Extent]:
         """See `Layer.extents`: holes of the file are ZERO."""
         position, end = sector_index, sector_index + sector_count

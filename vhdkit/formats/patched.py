@@ -123,6 +123,12 @@ class PatchedStore:
         """See `ReadStore.try_pread_into`: always False, because such a view is rare and short-lived."""
         return False
 
+    def prefetch(self, offset_bytes: int, size_bytes: int) -> None:
+        """See `ReadStore.prefetch`: the part that the base holds."""
+        for start, stop, patch in self._pieces(offset_bytes, offset_bytes + size_bytes):
+            if patch is None:
+                self.base.prefetch(start, stop - start)
+
     def data_runs(self, offset_bytes: int, size_bytes: int) -> Iterator[tuple[int, int, bool]]:
         """See `ReadStore.data_runs`: patched bytes may hold data."""
         for start, stop, patch in self._pieces(offset_bytes, offset_bytes + size_bytes):

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tests.harness.reading import recorded
 from tests.harness.stores import CrashStore, Fault, FaultyStore, MemStore, io_failed
 from tests.histories import (
     DATA,
@@ -131,3 +132,17 @@ def test_patches_of_zeros_take_no_memory() -> None:
     assert list(view.data_runs(0, TIB)) == [(0, MIB, False), (MIB, 4, True), (MIB + 4, TIB - MIB - 4, False)]
     assert view.diff() == [(MIB, b"data"), (TIB // 2, bytes(SECTOR_SIZE))]
     assert patches.within(0, MIB + 1) == [Patch(0, MIB, None), Patch(MIB, MIB + 1, b"d")]
+
+
+@given(DATA, st.integers(0, LIMIT), st.lists(st.tuples(OFFSETS, st.binary(min_size=1, max_size=1500))))
+def test_only_what_the_base_shows_is_prefetched(start: bytes, size: int, laid: list[tuple[int, bytes]]) -> None:
+    """A read of a prefetched range reads nothing from the base that was not prefetched, and nothing else was."""
+    below, patches = store_of(start), Patches()
+    for offset, raw in laid:
+        patches.lay(offset, offset + len(raw), raw)
+    view = PatchedStore(below, size, patches)
+    with recorded(MemStore) as (read, prefetched):
+        view.prefetch(100, LIMIT)
+        assert not read
+        view.pread_into(100, memoryview(bytearray(LIMIT)))
+        assert prefetched.merged() == read.merged()

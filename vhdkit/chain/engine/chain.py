@@ -139,6 +139,75 @@ class Chain:
                 return False
         return True
 
+    # -- reading ahead ------------------------------------------------------------------------------------------
+
+    def prefetch(self, sector_index: int, sector_count: int) -> bool:
+        """Ask for the range, inside the disk, to be read ahead. False if it is not yet known where all of it lies.
+
+        In that case what tells where is prefetched in place of the data: call `settle`, then this again. Never waits
+        for a device. Raises IoFailed.
+        """
+        offset, size = sectors_to_bytes(sector_index), sectors_to_bytes(sector_count)
+        is_known, run_layer, run_place, run_size = True, -1, 0, 0
+        for layer, place, count in self._places(offset, size):
+            if layer < 0:
+                is_known = False
+                self._prefetch_ownership(place)
+            elif layer == run_layer and place == run_place + run_size:
+                run_size += count
+            else:
+                if run_size:
+                    self.layers[run_layer].store.prefetch(run_place, run_size)
+                run_layer, run_place, run_size = layer, place, count
+        if run_size:
+            self.layers[run_layer].store.prefetch(run_place, run_size)
+        return is_known
+
+    def _places(self, offset: int, size: int) -> Iterator[tuple[int, int, int]]:
+        """Where the range lies, in order, as (layer, offset in its file, size) of what is not zeros.
+
+        A grain not settled yet is (-1, its number, 0).
+        """
+        end = offset + size
+        while offset < end:
+            within = offset & self._fine_mask
+            entry = self._fine[offset >> self._fine_shift]
+            count = min(self._fine_bytes - within, end - offset)
+            if not entry:
+                within, grain = offset & self._grain_mask, offset >> self._grain_shift
+                count = min(self._grain_bytes - within, end - offset)
+                entry = self._entries[grain]
+                known = self.map.known.get(grain) if entry == MIXED else None
+                if known is not None:
+                    first = within // SECTOR_SIZE
+                    for start, sectors, owner in owner_runs(known.owners, first, count // SECTOR_SIZE):
+                        if owner != UNOWNED:
+                            yield owner, known.offsets[owner] + sectors_to_bytes(start), sectors_to_bytes(sectors)
+                elif entry < 0:
+                    yield -1, grain, 0
+            if entry > 0:
+                yield (entry & LAYER_MASK) - 1, (entry >> LAYER_BITS) + within, count
+            offset += count
+
+    def _prefetch_ownership(self, grain: int) -> None:
+        start = grain << self._grain_shift
+        for layer, visible_bytes in zip(self.layers, self.map.visible_bytes, strict=True):
+            if layer.block_size_bytes and start < visible_bytes:
+                layer.prefetch_ownership(start // layer.block_size_bytes)
+
+    def settle(self, sector_index: int, sector_count: int) -> None:
+        """Find out where the range lies, so that `prefetch` can ask for it. May wait. Raises IoFailed."""
+        first = sectors_to_bytes(sector_index) >> self._grain_shift
+        last = (sectors_to_bytes(sector_index + sector_count) - 1) >> self._grain_shift
+        for grain in range(first, last + 1):
+            entry = self._entries[grain]
+            if entry == UNKNOWN:
+                self.map.settle(grain)
+            elif entry == MIXED:
+                self.map.mixed(grain)
+
+    # -- what is known ------------------------------------------------------------------------------------------
+
     def known_holes(self, sector_index: int, sector_count: int) -> list[tuple[int, int, bool]]:
         """The range as (first sector, count, True if no layer owns it), from whole settled grains; reads nothing."""
         first = sectors_to_bytes(sector_index) >> self._grain_shift

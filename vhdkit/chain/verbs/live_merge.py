@@ -56,9 +56,10 @@ from vhdkit.chain.verbs.merge_steps import (
     remove_sources,
     take_over_disk,
 )
+from vhdkit.descriptor import close_all
 from vhdkit.folder import exists, real_path
 from vhdkit.image import Layer
-from vhdkit.store import FileStore, close_all
+from vhdkit.store import FileStore
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -19,9 +19,10 @@ from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.records import pending
 from vhdkit.chain.records.intent import Named, intent_of
 from vhdkit.chain.verbs.merge_plan import MergePlan
+from vhdkit.descriptor import close_all
 from vhdkit.folder import real_path
 from vhdkit.image import NULL_ID, Layer
-from vhdkit.store import FileStore, close_all
+from vhdkit.store import FileStore
 
 
 @contextlib.contextmanager

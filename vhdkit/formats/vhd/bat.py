@@ -52,6 +52,10 @@ class Bat:
         entry = self._view[block_index]
         return -1 if entry == BAT_UNALLOCATED else sectors_to_bytes(entry)
 
+    def known_start(self, block_index: int) -> int | None:
+        """As `block_start`, but None if the entry would have to be read first; then it is prefetched."""
+        return self.block_start(block_index)
+
     def allocated(self) -> NDArray[np.bool_]:
         """One truth value per block."""
         return np.not_equal(self.entries, BAT_UNALLOCATED)
@@ -118,6 +122,16 @@ class BatInFile(Bat):
             part = self._read(number)
         entry = part[within]
         return -1 if entry == BAT_UNALLOCATED else sectors_to_bytes(entry)
+
+    def known_start(self, block_index: int) -> int | None:
+        """See `Bat.known_start`."""
+        number, within = divmod(block_index, ENTRIES_PER_PART)
+        part = self._parts.get(number)
+        if part is not None:
+            return -1 if part[within] == BAT_UNALLOCATED else sectors_to_bytes(part[within])
+        place = self.table_offset_bytes + number * ENTRIES_PER_PART * BAT_ENTRY_SIZE
+        self._store.prefetch(place, ENTRIES_PER_PART * BAT_ENTRY_SIZE)
+        return None
 
     def _read(self, number: int) -> memoryview:
         first = number * ENTRIES_PER_PART

@@ -125,6 +125,14 @@ class DynamicImage:
         raw = self._bitmap(block_index)
         return None if self._full[block_index] else bitmap.owned(raw, self._sectors_per_block)
 
+    def prefetch_ownership(self, block_index: int) -> None:
+        """See `Layer.prefetch_ownership`: the bitmap, once it is known where it lies."""
+        if self.ignore_bitmaps or self._full[block_index] or block_index in self._commit.bitmaps:
+            return
+        start = self.bat.known_start(block_index)
+        if start is not None and start >= 0:
+            self.store.prefetch(start, self._bitmap_size)
+
     def _bitmap(self, block_index: int) -> bytearray:
         """The bitmap of an allocated block, from memory or file. Records whether it is full."""
         with self._commit.lock:

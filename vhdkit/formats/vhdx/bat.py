@@ -134,6 +134,10 @@ class Bat:
         """An entry as it stands in the table."""
         return self._view[entry_index]
 
+    def known_entry(self, entry_index: int) -> int | None:
+        """As `entry`, but None if it would have to be read first; then it is prefetched."""
+        return self._view[entry_index]
+
     def block(self, block_index: int) -> int:
         """The entry of a payload block."""
         return self._view[block_index + (block_index >> self.shape.ratio_shift)]
@@ -261,6 +265,15 @@ class BatInFile(Bat):
                 self._pages.clear()
             self._pages[number] = page
         return page[within]
+
+    def known_entry(self, entry_index: int) -> int | None:
+        """See `Bat.known_entry`."""
+        number, within = divmod(entry_index, ENTRIES_PER_PAGE)
+        page = self._pages.get(number)
+        if page is not None:
+            return page[within]
+        self._store.prefetch(self.offset_bytes + number * layout.LOG_PAGE_SIZE, layout.LOG_PAGE_SIZE)
+        return None
 
     def block(self, block_index: int) -> int:
         """See `Bat.block`."""

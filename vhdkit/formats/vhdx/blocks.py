@@ -130,6 +130,18 @@ class VhdxImage:
             self._full[block_index] = 1
         return None
 
+    def prefetch_ownership(self, block_index: int) -> None:
+        """See `Layer.prefetch_ownership`: the bits of a block that is known to be partially present."""
+        if self.writable and self._full[block_index]:
+            return
+        entry = self.bat.known_entry(self.bat.shape.block_entry(block_index))
+        if entry is None or state_of(entry) != BlockState.PARTIALLY_PRESENT:
+            return
+        chunk, within = divmod(block_index, self.bat.shape.ratio)
+        entry = self.bat.known_entry(self.bat.shape.bitmap_entry(chunk))
+        if entry is not None and state_of(entry) == BlockState.FULLY_PRESENT:
+            self.metadata.view.prefetch(offset_of(entry) + within * self._bytes_of_bits, self._bytes_of_bits)
+
     def _bits(self, block_index: int) -> bytes:
         """The bits of a block that is partially present."""
         chunk, within = divmod(block_index, self.bat.shape.ratio)

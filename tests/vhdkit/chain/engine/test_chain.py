@@ -14,15 +14,17 @@ from hypothesis import strategies as st
 from tests.harness.chains import ChainPlan, build, chain_plans
 from tests.harness.model import ParsedVhd, SectorModel
 from tests.harness.power import BLOCK_SIZE, child_scene, open_mem, work
+from tests.harness.reading import recorded
 from tests.harness.stores import MemStore
 from tests.support import daily_or_nightly
 from vhdkit import errors
 from vhdkit.chain.engine.chain import Chain
+from vhdkit.chain.names import opening
 from vhdkit.chain.verbs.create import create_child, create_image
 from vhdkit.disk import Disk, open_disk
 from vhdkit.image import ExtentKind
 from vhdkit.store import FileStore
-from vhdkit.units import KIB, MIB, SECTOR_SIZE, whole_sectors
+from vhdkit.units import KIB, MIB, SECTOR_SIZE, sectors_to_bytes, whole_sectors
 
 
 @settings(max_examples=daily_or_nightly(30, 60))
@@ -47,6 +49,69 @@ def test_only_the_leaf_changes(plan: ChainPlan, seed: int) -> None:
     after = [store._sectors for store in stores if isinstance(store, MemStore)]
     assert after[1:] == before[1:] and after[0] != before[0]
     assert not ParsedVhd.parse(stores[0]).overlaps(), "INV-BLOCKS-DISJOINT"
+
+
+@settings(max_examples=daily_or_nightly(20, 200))
+@given(plan=chain_plans(), data=st.data())
+def test_a_read_touches_only_what_was_prefetched(plan: ChainPlan, data: st.DataObject) -> None:
+    """Once `prefetch` knows where all of a range lies, a read of it reads nothing but what was prefetched; before
+    that, `settle` reads nothing but what was prefetched. `prefetch` itself reads nothing."""
+    with recorded(MemStore) as (read, prefetched):
+        chain = Chain(build(plan))
+        count = whole_sectors(chain.size_bytes)
+        for _ in range(3):
+            first = data.draw(st.integers(0, count - 1))
+            size = data.draw(st.one_of(st.integers(1, 16), st.integers(1, count)))
+            size = min(size, count - first)
+            read.clear()
+            prefetched.clear()
+            if not chain.prefetch(first, size):
+                assert not read and not chain.try_read_into(first, memoryview(bytearray(sectors_to_bytes(size))))
+                read.clear()
+                chain.settle(first, size)
+                assert prefetched.covers(read)
+                read.clear()
+                assert chain.prefetch(first, size)
+            assert not read
+            buffer = memoryview(bytearray(sectors_to_bytes(size)))
+            chain.read_into(first, buffer)
+            assert prefetched.covers(read)
+            again = memoryview(bytearray(sectors_to_bytes(size)))
+            assert chain.try_read_into(first, again) and again == buffer
+
+
+@pytest.mark.parametrize("suffix", ["vhd", "vhdx"])
+@pytest.mark.parametrize("table_bytes", [opening.MAX_TABLE_BYTES, 0], ids=["tables in memory", "tables in files"])
+def test_prefetch_finds_data_in_chains_of_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, table_bytes: int
+) -> None:
+    """Whatever the format, and also where the tables stay in the files, a prefetched range is read from what was asked
+    for, except for the tables."""
+    base, child = tmp_path / f"base.{suffix}", tmp_path / f"child.a{suffix}"
+    create_image(base, 32 * MIB, block_size_bytes=2 * MIB)
+    with open_disk(base, writable=True) as disk:
+        disk.write(MIB, b"base" * MIB)
+    create_child(child, base)
+    with open_disk(child, writable=True) as disk:
+        disk.write(3 * MIB, b"leaf" * 1024)
+        disk.write(9 * MIB, b"leaf" * 1024)
+    monkeypatch.setattr(opening, "MAX_TABLE_BYTES", table_bytes)
+    with recorded(FileStore) as (read, prefetched), open_disk(child) as disk:
+        prefetched.clear()
+        assert not disk.prefetch(2 * MIB, 2 * MIB + 100), "its bits were already read"
+        assert prefetched
+        read.clear()
+        disk.settle(2 * MIB, 2 * MIB + 100)
+        assert table_bytes == 0 or prefetched.covers(read)
+        assert disk.prefetch(2 * MIB, 2 * MIB + 100)
+        read.clear()
+        assert disk.read(3 * MIB - 8, 4104) == b"base" * 2 + b"leaf" * 1024
+        assert prefetched.covers(read)
+        assert disk.prefetch(20 * MIB, MIB) and disk.prefetch(0, 0) and disk.prefetch(32 * MIB, 0)
+        with pytest.raises(errors.OutOfRange):
+            disk.prefetch(32 * MIB - 1, 2)
+        with pytest.raises(errors.OutOfRange):
+            disk.settle(-1, 2)
 
 
 def make_chain(folder: Path) -> list[Path]:

@@ -15,8 +15,9 @@ from vhdkit.chain.names.opening import open_layers
 from vhdkit.chain.verbs import merge_plan
 from vhdkit.chain.verbs.merge_in_place import InPlacePlan, described, plan_in_place, prepare
 from vhdkit.chain.verbs.merge_plan import MergePlan
+from vhdkit.descriptor import close_all
 from vhdkit.image import Layer
-from vhdkit.store import Store, close_all
+from vhdkit.store import Store
 from vhdkit.units import MIB
 
 

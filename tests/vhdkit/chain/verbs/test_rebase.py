@@ -11,8 +11,8 @@ import vhdkit
 from tests.harness.killing import killings
 from vhdkit import errors
 from vhdkit.chain.verbs.describe import describe_image
+from vhdkit.descriptor import close_all
 from vhdkit.formats.vhd.dynamic import DynamicImage
-from vhdkit.store import close_all
 
 MIB = 1 << 20
 
