@@ -67,6 +67,7 @@ class CorruptReason(StrEnum):
     BAT_RESERVED = "bat-reserved"
     CHAIN_LOOP = "chain-loop"
     CHAIN_DEPTH = "chain-depth"
+    CHAIN_SECTOR_SIZE = "chain-sector-size"
 
 
 class VhdkitError(Exception):

@@ -14,7 +14,13 @@ import vhdkit
 from vhdkit import DiskFormat, OpenOptions, formats
 from vhdkit.cli.common import BLOCK_SIZE_HELP, PATH, Common, disk_size, epilog, image_options
 from vhdkit.cli.common import size as parsed_size
-from vhdkit.cli.naming import format_by_name, note_other_name, refuse_contradiction, refuse_other_name
+from vhdkit.cli.naming import (
+    format_by_name,
+    note_other_name,
+    refuse_child_name,
+    refuse_contradiction,
+    refuse_other_name,
+)
 from vhdkit.cli.output import exact_size, note, note_rounding, print_json
 from vhdkit.errors import printable
 from vhdkit.folder import is_within, real_path
@@ -47,6 +53,8 @@ def create_command(
 ) -> None:  # fmt: skip
     """Create an image of zeros, or with --parent an empty child.
 
+    A child has its parent's format: a VHDX has children that are VHDXs, a VHD or a raw disk has VHDs.
+
     \b
     With --json: {"path", "format", "virtual_size_bytes", "parent", "open_with"}
     where open_with lists the options that opening the new image needs.
@@ -57,6 +65,7 @@ def create_command(
                 "a child is a differencing image with its parent's format and sectors:"
                 " leave out --format, --sector-size, --preallocate and --azure"
             )
+        refuse_child_name(path, parent)
         made = vhdkit.create_child(
             path, parent, size_bytes=size, block_size_bytes=block_size, options=common.options, replace=force
         )  # fmt: skip

@@ -14,7 +14,7 @@ import vhdkit
 from vhdkit import formats
 from vhdkit.cli.common import PATH, Common, dry_run_option, epilog, image_options
 from vhdkit.cli.create import needed_to_open
-from vhdkit.cli.naming import note_other_name
+from vhdkit.cli.naming import note_other_name, refuse_child_name
 from vhdkit.cli.output import note, print_json, print_text
 from vhdkit.errors import printable
 from vhdkit.folder import exists
@@ -48,6 +48,9 @@ def snapshot_command(images: tuple[str, ...], many: bool, dry_run: bool, common:
     if not many and len(images) > 2:
         raise click.UsageError("give one LEAF and at most one NEW; for several disks use --many LEAF=NEW ...")
     pairs = [split_pair(word) for word in images] if many else [(images[0], images[1] if len(images) > 1 else None)]
+    for leaf, child in pairs:
+        if child is not None:
+            refuse_child_name(child, leaf)
     made = vhdkit.snapshot_many(pairs, options=common.options, dry_run=dry_run)
     _print_result([leaf for leaf, _ in pairs], made, "snapshots", common, dry_run)
 
@@ -70,6 +73,8 @@ def clone_command(base: str, new: tuple[str, ...], dry_run: bool, common: Common
     \b
     With --json: {"clones": [{"leaf", "new", "open_with"}], "dry_run"}
     """
+    for child in new:
+        refuse_child_name(child, base)
     made = vhdkit.clone(base, new, options=common.options, dry_run=dry_run)
     _print_result([base] * len(made), made, "clones", common, dry_run)
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 import pytest
@@ -152,7 +153,6 @@ def test_a_vhd_named_like_another_format_needs_format(name: str, folder: Path) -
     result = run("create", name, "--size", "1M", "--format", "dynamic")
     assert result.exit_code == 0 and f"{name} is a VHD under the name of a" in result.stderr
     assert document("info", name)["kind"] == "dynamic"
-    assert run("create", "y.vhdx", "--parent", name).stderr.count("under the name of a VHDX image") == 1
     assert "under the name of a VMDK" in run("convert", name, "z.vmdk", "--to", "fixed").stderr
     assert "under the name of a QCOW2" in run("clone", name, "c.qcow2").stderr
 
@@ -163,6 +163,36 @@ def test_a_raw_disk_named_like_another_format_needs_no_option() -> None:
     assert "raw disk under the name of a QCOW2 image" in (
         run("create", "x.qcow2", "--size", "1M", "--format", "raw").stderr
     )
+
+
+CHILDREN = [
+    ("base.raw", "raw", "leaf.avhdx"),
+    ("base.vhd", "dynamic", "leaf.avhdx"),
+    ("base.vhdx", "vhdx", "leaf.avhd"),
+]
+
+
+@pytest.mark.parametrize(("base", "disk_format", "leaf"), CHILDREN)
+def test_a_child_has_its_parents_format(base: str, disk_format: str, leaf: str, folder: Path) -> None:
+    """A name of the other format is refused before a file is made; the printed command makes a parent that fits."""
+    good("create", base, "--size", "8M", "--format", disk_format)
+    for words in (["create", leaf, "--parent", base], ["clone", base, "ok", leaf], ["snapshot", base, leaf]):
+        said = failure(*words, "--allow-raw-parent", code=2)
+        assert said.startswith(f"{leaf}: has the name of a VHD") and f"its parent {base} is a " in said
+    assert [one.name for one in folder.iterdir()] == [base]
+    command = said.split("vhdkit ", 1)[1].split(", and make")[0]
+    good(*shlex.split(command))
+    good("create", leaf, "--parent", shlex.split(command)[-1])
+    assert document("info", leaf)["kind"] == "differencing"
+
+
+def test_a_chain_under_wrong_names_can_go_on() -> None:
+    """Where the parent has the name of another format, its child may have such a name too; a note says what it is."""
+    vhdkit.create_image("base.vhd", 8 << 20, disk_format="vhdx")
+    result = run("create", "leaf.avhd", "--parent", "base.vhd")
+    assert result.exit_code == 0 and "is a VHDX under the name of a VHD image" in result.stderr
+    Path("base").touch()
+    assert failure("create", "x.avhdx", "--parent", "base", code=2).startswith("base: is empty")
 
 
 def test_help_warns_about_other_block_sizes() -> None:

@@ -75,7 +75,7 @@ def test_a_lost_parent_can_be_replaced() -> None:
     Path("middle.avhd").unlink()
     assert "--unsafe-new-id" in failure("rebase", "leaf.avhd", "--parent", "whole.vhd", code=6)
     output = failure("rebase", "leaf.avhd", "--parent", "whole.vhd", "--unsafe-new-id", code=6)
-    assert output.endswith(f"add --accept-parent-id {found}")
+    assert output.endswith(f" --accept-parent-id {found}")
     before = Path("leaf.avhd").read_bytes()
     other = "00010203-0405-0607-0809-0a0b0c0d0e0f"
     output = failure("rebase", "leaf.avhd", "--parent", "whole.vhd", "--accept-parent-id", other, code=6)
@@ -123,7 +123,7 @@ def test_a_parent_of_another_format_is_refused_with_the_way_out(suffix: str, oth
         assert f"and the parent of a {suffix.upper()} is a {suffix.upper()}" in line
     assert Path(f"leaf.a{suffix}").read_bytes() == before
     for command in line.split("; ", 1)[1].split(", and record the result"):
-        good(*shlex.split(command.split("vhdkit ", 1)[1]))
+        good(*shlex.split(command.split("vhdkit ", 1)[1].split(" (")[0]))
     with vhdkit.open_disk(f"leaf.a{suffix}") as disk:
         assert disk.read(MIB, 4) == b"data" and disk.chain.layers[1].store.name.endswith(f"other.{suffix}")
 
@@ -136,9 +136,39 @@ def test_a_parent_that_became_another_format() -> None:
     Path("other.vhd").replace("base.vhdx")
     line = failure("map", "leaf.avhdx", code=6)
     assert "base.vhdx is a VHD, and the parent of a VHDX is a VHDX" in line and "vhdkit convert" in line
-    good(*shlex.split(line.split("convert it: vhdkit ", 1)[1].split(", and record")[0]))
-    assert "base-converted.vhdx --unsafe-new-id" in line
+    convert, record = line.split("convert it: vhdkit ", 1)[1].split(", and record the result: vhdkit ")
+    good(*shlex.split(convert))
     good("compare", "base.vhdx", "base-converted.vhdx")
+    line = failure(*shlex.split(record.split(" (")[0]), code=6)  # the parent that the child recorded is gone
+    assert "there is nothing to compare with" in line
+    good(*shlex.split(line.rsplit("vhdkit ", 1)[1]))
+    good("check", "leaf.avhdx")
+
+
+@pytest.mark.parametrize("suffix", ["vhd", "vhdx"])
+def test_a_parent_whose_id_was_changed(suffix: str) -> None:
+    """Opening the child shows the command that accepts the parent's new id; as it is printed, it works."""
+    good("create", f"base.{suffix}", "--size", "8M")
+    good("create", f"leaf.a{suffix}", "--parent", f"base.{suffix}")
+    good("create", "other folder.tmp", "--size", "8M", "--format", "dynamic" if suffix == "vhd" else "vhdx")
+    Path("other folder.tmp").replace(f"base.{suffix}")
+    line = failure("map", f"leaf.a{suffix}", code=6)
+    assert "another program changed its id" in line and "--allow-parent-dir FOLDER" in line
+    good(*shlex.split(line.rsplit("vhdkit ", 1)[1]))
+    good("check", f"leaf.a{suffix}")
+
+
+def test_a_parent_with_other_sectors() -> None:
+    """A child of 512-byte sectors does not open on a parent of 4096, and rebase accepts no such parent."""
+    good("create", "base.vhdx", "--size", "8M")
+    good("create", "other.vhdx", "--size", "8M", "--sector-size", "4096")
+    good("create", "leaf.avhdx", "--parent", "base.vhdx")
+    before = Path("leaf.avhdx").read_bytes()
+    found = str(vhdkit.image_id("other.vhdx"))
+    for words in (["--unsafe-new-id"], ["--accept-parent-id", found]):
+        line = failure("rebase", "leaf.avhdx", "--parent", "other.vhdx", *words, code=6)
+        assert "another sector size" in line and "expected sectors of 512 bytes, found sectors of 4096 bytes" in line
+    assert Path("leaf.avhdx").read_bytes() == before
 
 
 @pytest.mark.parametrize("suffix", ["vhd", "vhdx"])

@@ -19,6 +19,7 @@ from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.names.parents import (
     allowed_folders,
     find_parent,
+    other_sectors,
     parent_format,
     require_parent,
 )
@@ -148,6 +149,9 @@ def _open_parents(layers: list[Layer], leaf: VolumeFile, options: OpenOptions, v
             seen.add(store.identity)
             _hold(store, False, options)
             layers.append(_open_parent(store, child, options, volume))
+            different = other_sectors(child, layers[-1].facts)
+            if different is not None:
+                raise different
             limit_tables(layers)
             written = lineage.finding_of(layers[-2].store, child, store)
             layers[-2].findings.extend([] if written is None else [written])

@@ -6,6 +6,7 @@ what an untrusted image may point at. Must not know blocks or bitmaps.
 
 - `INV-PARENT-ID`: a file is a parent only if its linkage id is one that the child recorded. A child that recorded
   none has a raw parent, which is opened only if the caller allows it.
+- A parent has its child's logical sector size: a bit in a child stands for one sector of both.
 - `INV-NAME-WITHIN`: a parent lies, after links are followed, in the leaf's own folder or below it, or in a folder the
   user named; `Volume.follow` ensures that nothing else is examined.
 """
@@ -67,15 +68,21 @@ def other_format(child: ImageFacts, path: str, store: ReadStore) -> errors.Paren
     found, expected = formats.probed(store), formats.named(child.format_name)
     if found.child_format == child.format_name:
         return None
-    stem, suffix = os.path.splitext(path)
-    new = stem + expected.suffixes[0] if suffix != expected.suffixes[0] else f"{stem}-converted{suffix}"
+    new = converted_name(path, expected)
     return errors.ParentMismatch(
         f"{errors.printable(path)} is a {found.title}, and the parent of a {expected.title} is a {expected.title}",
         path=child.path,
         hint=f"convert it: vhdkit convert {shlex.quote(errors.printable(path))} {shlex.quote(errors.printable(new))},"
         f" and record the result: vhdkit rebase {shlex.quote(errors.printable(child.path))}"
-        f" --parent {shlex.quote(errors.printable(new))} --unsafe-new-id",
+        f" --parent {shlex.quote(errors.printable(new))} --unsafe-new-id (without the old parent, that command prints"
+        " the one that accepts the new parent uncompared)",
     )
+
+
+def converted_name(path: str, made: Format) -> str:
+    """The name that messages propose for the image at `path` once it is converted to this format."""
+    stem, suffix = os.path.splitext(path)
+    return stem + made.suffixes[0] if suffix != made.suffixes[0] else f"{stem}-converted{suffix}"
 
 
 def unidentified(store: ReadStore) -> errors.VhdkitError | None:
@@ -185,6 +192,20 @@ def require_parent(child: ImageFacts, parent: ReadStore) -> None:
         raise errors.Replaced("became another disk while the chain was opened", path=parent.name)
 
 
+def other_sectors(child: ImageFacts, parent: ImageFacts) -> errors.CorruptImage | None:
+    """The error if child and parent have different logical sector sizes, else None; a raw parent has the child's."""
+    if parent_of(child).raw_allowed or child.sector_bytes == parent.sector_bytes:
+        return None
+    return errors.CorruptImage(
+        errors.CorruptReason.CHAIN_SECTOR_SIZE,
+        f"the image has sectors of {child.sector_bytes} bytes, but its parent {errors.printable(parent.path)} has"
+        f" sectors of {parent.sector_bytes}, so one of the two is damaged or was replaced",
+        path=child.path,
+        hint="restore the parent on which the image was made; if it has another id, record it:"
+        f" vhdkit rebase {shlex.quote(errors.printable(child.path))} --parent PARENT --unsafe-new-id",
+    )
+
+
 def linkage_id_of(store: VolumeFile, volume: Volume = LOCAL) -> bytes:
     """The linkage id, by which children know the image; `NULL_ID` for a raw image."""
     return formats.linkage_id(pending.view(store, volume)) or NULL_ID
@@ -276,7 +297,7 @@ def _not_found(child: ImageFacts, search: _Search) -> errors.VhdkitError:
             path=child.path,
             expected=f"id {format_id(recorded_parent_id(child))}",
             found=f"id {format_id(found)}" if found != NULL_ID else "no id",
-            hint=_repoint(child),
+            hint=_repoint(child) + _accepting(child, place, found),
         )
     if search.outside:
         search.places.append(f"not {_shortened(search.outside[0])}, which is outside these folders")
@@ -310,6 +331,17 @@ def _repoint(child: ImageFacts) -> str:
     return (
         "allow the folder of the parent with --allow-parent-dir FOLDER, or record its new path in the image:"
         f" vhdkit rebase {shlex.quote(errors.printable(child.path))} --parent PARENT"
+    )
+
+
+def _accepting(child: ImageFacts, place: str, found: bytes) -> str:
+    """The other hint for a file with the parent's name: it may be the parent, with an id that a program changed."""
+    if found == NULL_ID:
+        return ""
+    return (
+        "; if it is the parent, and another program changed its id but not its content, record the new id at your own"
+        f" risk: vhdkit rebase {shlex.quote(errors.printable(child.path))}"
+        f" --parent {shlex.quote(errors.printable(place))} --accept-parent-id {format_id(found)}"
     )
 
 

@@ -15,7 +15,15 @@ from vhdkit.chain.names import lineage
 from vhdkit.chain.names.children import mark_findings
 from vhdkit.chain.names.opening import MAX_CHAIN_DEPTH
 from vhdkit.chain.names.options import OpenOptions
-from vhdkit.chain.names.parents import allowed_folders, find_parent, leads_to, parent_format, parent_of, require_parent
+from vhdkit.chain.names.parents import (
+    allowed_folders,
+    find_parent,
+    leads_to,
+    other_sectors,
+    parent_format,
+    parent_of,
+    require_parent,
+)
 from vhdkit.chain.records import pending
 from vhdkit.errors import CorruptReason
 from vhdkit.finding import Finding, Severity, left_by_repair
@@ -143,7 +151,7 @@ def _closes_loop(stores: list[VolumeFile], child: ImageFacts, findings: list[Fin
 def _check_link(
     child: ImageFacts, store: VolumeFile, folders: tuple[str, ...], findings: list[Finding], volume: Volume
 ) -> None:
-    """Differences between a child and its parent that are not errors."""
+    """Differences between a child and its parent that leave them parent and child."""
     if not leads_to(child, store.name, folders, volume):
         message = (
             f"its parent {errors.printable(store.name)} was found by its bare name; no locator leads there, so other"
@@ -156,6 +164,9 @@ def _check_link(
         parent = parent_format(child).facts(pending.view(store, volume))
     except (errors.CorruptImage, errors.InvalidArgument):
         return
+    different = other_sectors(child, parent)
+    if different is not None:
+        findings.append(_finding(different, different.reason.value, child.path))
     if child.size_bytes != parent.size_bytes:
         severity = Severity.NOTE if child.size_bytes > parent.size_bytes else Severity.WARNING
         message = f"the disk has {child.size_bytes} bytes, that of its parent {parent.size_bytes}"

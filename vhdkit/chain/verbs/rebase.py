@@ -28,6 +28,7 @@ from vhdkit.chain.names.parents import (
     format_id,
     linkage_id_of,
     other_format,
+    other_sectors,
     parent_of,
     recorded_parent_id,
     unidentified,
@@ -162,6 +163,7 @@ def _plan(
     """Check that the image may become a child of the open chain of the new parent. Changes nothing."""
     store, facts = image.store, image.facts
     _refuse_loop(store, parent_layers)  # first, because no option can override it
+    _refuse_other_sectors(facts, parent_layers[0].facts)
     is_recorded = parent_id in (image.parent.linkage_ids or (NULL_ID,))
     _check_ids(store.name, wanted, image.parent.linkage_id, parent_id, is_recorded)
     timestamp = image.parent.timestamp
@@ -261,6 +263,18 @@ def _refuse_loop(store: FileStore, layers: list[Layer]) -> None:
             )
 
 
+def _refuse_other_sectors(facts: ImageFacts, parent: ImageFacts) -> None:
+    """Raise ParentMismatch for a new parent with another logical sector size, with which the chain would not open."""
+    if other_sectors(facts, parent) is not None:
+        raise errors.ParentMismatch(
+            f"{errors.printable(parent.path)} has another sector size, so it cannot be the parent",
+            path=facts.path,
+            expected=f"sectors of {facts.sector_bytes} bytes",
+            found=f"sectors of {parent.sector_bytes} bytes",
+            hint="name a parent whose sectors have the size of the image's; `vhdkit info` shows it",
+        )
+
+
 def _check_content(
     store: FileStore, facts: ImageFacts, new: list[Layer], options: OpenOptions, progress: Progress | None
 ) -> None:
@@ -339,6 +353,7 @@ def _refuse_unseen(child: Layer, new: Layer, cause: errors.VhdkitError) -> None:
             f" ({cause.problem}): there is nothing to compare with",
             path=child.store.name,
             hint="restore that one, from a backup if necessary, and allow its folder with --allow-parent-dir; if it is"
-            " gone permanently and you are sure that the new parent has the same content, add"
+            " gone permanently and you are sure that the new parent has the same content:"
+            f" vhdkit rebase {errors.quoted(child.store.name)} --parent {errors.quoted(new.store.name)}"
             f" --accept-parent-id {format_id(new.unique_id or NULL_ID)}",
         )
