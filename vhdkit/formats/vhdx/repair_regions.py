@@ -6,8 +6,8 @@ BAT is possible (`entries`). A repair is made to a draft (`repair`); headers and
 
 - A damaged table is written anew from the other one.
 - Tables with wrong checksums are used if they agree, or if the rest of the file confirms one of them.
-- Without a table, the metadata are searched for at every MiB, and then a BAT that accounts for the data in the file.
-  The result is used with consent, and only if it is unambiguous.
+- Without a table, the metadata are searched for at every MiB, by their signature or the ids of their items, and then a
+  BAT that accounts for the data in the file. The result is used with consent, and only if it is unambiguous.
 - The metadata are stored once and without a checksum: only the signature and count of their table can be restored.
 
 Source: [MS-VHDX] 2.2.3, 2.6.
@@ -27,13 +27,14 @@ from vhdkit.formats.vhdx.crc import sealed
 from vhdkit.formats.vhdx.entries import is_possible_page, read_bat, unused_data
 from vhdkit.formats.vhdx.header import current_slot, read_headers
 from vhdkit.formats.vhdx.items import read_items
-from vhdkit.formats.vhdx.layout import RegionEntry
+from vhdkit.formats.vhdx.layout import MetadataTableHeader, RegionEntry
 from vhdkit.formats.vhdx.metadata import read_metadata
 from vhdkit.formats.vhdx.regions import build_table, read_table, table_name, table_state
 from vhdkit.formats.vhdx.repair_headers import LOSS
-from vhdkit.units import GIB, MIB, round_up
+from vhdkit.units import GIB, MIB, format_size, round_up
 
 BY_HAND = "a copy by hand"
+_LOOK = "vhdkit dump shows what is left of every structure"
 _MAX_PLACES = 1 << 20  # mebibytes with data that are examined: 1 TiB in all
 _MAX_FOUND = 16  # metadata regions that are tried; a guest may hold files that look like one
 _MAX_ZERO_PAGES = 256  # 1 MiB of zeros, which a file system may store as data
@@ -69,7 +70,8 @@ def mend_regions(draft: DraftStore, consent: Consent) -> Iterator[Fix]:
         if done:
             yield from done
             return
-    yield from _search(draft, consent)
+    lost = "no region table leads to the metadata and the BAT" if good else "no region table is intact"
+    yield from _search(draft, lost, consent)
 
 
 def _is_of_regions(reason: CorruptReason | None) -> bool:
@@ -140,6 +142,14 @@ def _accounts_for_all(store: DraftStore) -> bool:
 # -- without a table --------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Metadata:
+    """A metadata region whose items can be read; `draft` has a corrected header of their table if it needs one."""
+
+    draft: DraftStore
+    region: RegionEntry
+
+
 @dataclass(frozen=True, slots=True)
 class _Found:
     """Regions that may be the image's; `unused_bytes` of data belong to nothing that they lead to."""
@@ -150,20 +160,38 @@ class _Found:
     block_count: int
 
 
-def _search(draft: DraftStore, consent: Consent) -> Iterator[Fix]:
-    """Find the metadata and the BAT by their content."""
+def _search(draft: DraftStore, lost: str, consent: Consent) -> Iterator[Fix]:
+    """Find the metadata and the BAT by their content. `lost` is what is wrong with the region tables."""
     places = _places(draft)
-    found = [] if places is None else _candidates(draft, places)
+    if places is None:
+        yield Fix(
+            "region-table", f"{lost}, and more than 1 TiB of data would have to be searched for regions", BY_HAND
+        )
+        return
+    tables = _metadata_tables(draft, places)
+    if not tables:
+        message = (
+            f"{lost}, and no metadata were found: without the sizes of disk, blocks and sectors, nothing says which"
+        )
+        yield Fix("region-table", f"{message} part of the disk a block is ({_LOOK})", BY_HAND)
+        return
+    found = _candidates(draft, places, tables)
     found.sort(key=lambda one: (one.unused_bytes, -one.block_count))
     if not found:
+        items, place = read_items(tables[0].draft, tables[0].region), tables[0].region.file_offset
+        disk = f"a disk of {items.size_bytes} bytes in blocks of {format_size(items.block_size)}"
+        message = (
+            f"{lost}; the metadata at byte {place:#x} ({disk}) can be read, but no BAT was found that fits the file"
+        )
+        yield Fix("region-table", f"{message} ({_LOOK})", BY_HAND)
         return
     best = found[0]
     if len(found) > 1 and found[1].unused_bytes - best.unused_bytes < _MIN_UNUSED_BYTES:
-        yield Fix("region-table", "no region table is intact, and several places may hold the BAT", BY_HAND)
+        yield Fix("region-table", f"{lost}, and several places may hold the BAT ({_LOOK})", BY_HAND)
         return
     where = f"metadata at byte {best.metadata.file_offset:#x}, BAT at byte {best.bat.file_offset:#x}"
     if not consent.data_loss:
-        message = f"no region table is intact; with the regions that were found ({where}) the disk may show wrong data"
+        message = f"{lost}; with the regions that were found ({where}) the disk may show wrong data"
         yield Fix("region-table", message, LOSS)
         return
     _write_tables(draft, build_table([best.bat, best.metadata]))
@@ -185,20 +213,17 @@ def _places(draft: DraftStore) -> list[int] | None:
     return places
 
 
-def _candidates(draft: DraftStore, places: list[int]) -> list[_Found]:
-    """Every pair of regions with which the image could be read."""
+def _candidates(file: DraftStore, places: list[int], tables: list[_Metadata]) -> list[_Found]:
+    """Every pair of regions with which the image could be read; `places` and `tables` are those found in the file."""
     budget = _MAX_READ_BYTES
-    signed = [place for place in places if draft.pread(place, 8) == layout.METADATA_SIGNATURE][:_MAX_FOUND]
     found = []
-    for place in signed:
-        region = _metadata_region(draft, place)
-        if region is None:
-            continue
+    for table in tables:
+        draft, region = table.draft, table.region
         items = read_items(draft, region)
         shape = Shape(items.size_bytes, items.block_size, items.logical_sector_bytes, has_parent=items.has_parent)
         length = round_up(shape.entry_count * layout.BAT_ENTRY_SIZE, MIB)
         for start in places:
-            if start + length > draft.size() or not _may_be_table(draft, start, shape):
+            if start + length > file.size() or not _may_be_table(draft, start, shape):
                 continue
             budget -= length
             if budget < 0:
@@ -232,21 +257,38 @@ def _empty(draft: DraftStore, metadata: RegionEntry, length: int) -> list[_Found
 
 def has_metadata(draft: DraftStore) -> bool:
     """Whether the file has a readable metadata region, whatever its first MiB holds."""
-    places = _places(draft) or []
-    signed = [place for place in places if draft.pread(place, 8) == layout.METADATA_SIGNATURE][:_MAX_FOUND]
-    return any(_metadata_region(draft, place) is not None for place in signed)
+    return bool(_metadata_tables(draft, _places(draft) or []))
 
 
-def _metadata_region(draft: DraftStore, place: int) -> RegionEntry | None:
-    """The metadata region at this offset, as long as its items need, or None."""
+def _metadata_tables(draft: DraftStore, places: list[int]) -> list[_Metadata]:
+    """The readable metadata regions at these places, those with the signature of a metadata table first."""
+    signed, unsigned, stored = [], [], layout.stored_guid(layout.ITEM_VIRTUAL_DISK_SIZE)
+    for place in places:
+        raw = draft.pread(place, layout.LOG_PAGE_SIZE)
+        if raw.startswith(layout.METADATA_SIGNATURE):
+            signed.append(place)
+        elif stored in raw:
+            unsigned.append(place)
+    tables = (_metadata_at(draft, place) for place in (*signed[:_MAX_FOUND], *unsigned[:_MAX_FOUND]))
+    return [one for one in tables if one is not None]
+
+
+def _metadata_at(draft: DraftStore, place: int) -> _Metadata | None:
+    """The metadata region at this offset, as long as its items need, or None.
+
+    If the items cannot be read with the header of their table as it is, a corrected one is tried.
+    """
+    mended = DraftStore(draft)
+    mended.pwrite(place, _table_header(draft, place))
     entry = RegionEntry(layout.REGION_METADATA, place, MIB, layout.REGION_REQUIRED)
-    for length in (MIB, 2 * MIB, 4 * MIB):
-        region = replace(entry, length=length)
-        try:
-            read_items(draft, region)
-        except CorruptImage:
-            continue
-        return region
+    for trial in (draft, mended):
+        for length in (MIB, 2 * MIB, 4 * MIB):
+            region = replace(entry, length=length)
+            try:
+                read_items(trial, region)
+            except CorruptImage:
+                continue
+            return _Metadata(trial, region)
     return None
 
 
@@ -297,13 +339,11 @@ def mend_table(draft: DraftStore) -> Iterator[Fix]:
     entry = _metadata_entry(draft)
     if entry is None:
         return
-    raw = draft.pread(entry.file_offset, layout.METADATA_TABLE_SIZE)
-    table = layout.parse_metadata_table(raw[: layout.METADATA_TABLE_HEADER_SIZE])
-    table = replace(table, signature=layout.METADATA_SIGNATURE, entry_count=_count(raw))
+    header = _table_header(draft, entry.file_offset)
     trial = DraftStore(draft)
-    trial.pwrite(entry.file_offset, layout.build_metadata_table(table))
+    trial.pwrite(entry.file_offset, header)
     if _fault(trial) is None:
-        draft.pwrite(entry.file_offset, layout.build_metadata_table(table))
+        draft.pwrite(entry.file_offset, header)
         yield Fix("metadata-table", "corrected the header of the metadata table; all items are intact")
 
 
@@ -315,6 +355,12 @@ def _metadata_entry(draft: DraftStore) -> RegionEntry | None:
         if entry.guid == layout.REGION_METADATA and entry.file_offset + layout.METADATA_TABLE_SIZE <= draft.size():
             return entry
     return None
+
+
+def _table_header(draft: DraftStore, place: int) -> bytes:
+    """What the header of the metadata table at this offset must be, judged by the entries that follow it."""
+    count = _count(draft.pread(place, layout.METADATA_TABLE_SIZE))
+    return layout.build_metadata_table(MetadataTableHeader(layout.METADATA_SIGNATURE, 0, count, bytes(20)))
 
 
 def _count(raw: bytes) -> int:

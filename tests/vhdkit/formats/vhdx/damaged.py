@@ -235,6 +235,9 @@ LOSSY: dict[str, tuple[str, Change]] = {
     "headers": ("header-checksum", patched(H1, H2)),
     "header pair": ("header-pair", both(equal_headers, lambda s: set_header(s, [0], data_write_guid=b"q" * 16))),
     "tables": ("region-table", patched(T1, T2)),
+    "tables, metadata header": ("region-table", both(patched(T1, T2), patched(METADATA))),
+    "tables, metadata count": ("region-table", both(patched(T1, T2), patched(METADATA + 10, raw=b"\0\0"))),
     "region twice": ("region-table", lambda s: set_regions(s, lambda e: e.append(e[0]))),
-    "first mebibyte": ("file-identifier", lambda s: s.pwrite(0, bytes(MIB))),
+    "first mebibyte": ("file-identifier", patched(0, raw=bytes(MIB))),
+    "first mebibyte, metadata header": ("file-identifier", both(patched(0, raw=bytes(MIB)), patched(METADATA))),
 }
