@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.support import ROOT, in_ci, not_available, require_module, require_tool
+from tests.support import ROOT, in_ci, not_available, require_module, require_tool, run
 from tests.waiting import wait_until
 from tests.warm_commands import warm
 
@@ -46,6 +46,28 @@ def require_loop() -> None:
     require_tool("losetup")
     if not os.path.exists("/dev/loop-control"):
         not_available("needs loop devices")
+
+
+SHARING = ("xfs", "btrfs")  # the file systems that share space between files
+
+
+@contextlib.contextmanager
+def file_system(folder: Path, kind: str) -> Iterator[Path]:
+    """A new file system of that kind, mounted inside `folder` until the block ends. Needs root."""
+    require_loop()
+    image, mountpoint = folder / f"{kind}.img", folder / kind
+    mountpoint.mkdir()
+    with image.open("wb") as file:
+        file.truncate(512 << 20)
+    run([require_tool(f"mkfs.{kind}"), "-q", image])
+    done = subprocess.run(["mount", "-o", "loop", image, mountpoint], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        not_available(f"cannot mount a file system of the kind {kind}: {done.stderr.strip()}")
+    try:
+        yield mountpoint
+    finally:
+        run(["umount", mountpoint])
+        image.unlink()
 
 
 def vhdkit(*words: str | Path, code: int = 0, **options: Any) -> subprocess.CompletedProcess[str]:

@@ -140,7 +140,7 @@ class FileStore(NamedFile):
         super().__init__(owned, path, writable=writable)
         self.notes_folder: str | None = None  # where changes of the image are noted (`formats.remember`), if anywhere
         self._no_wait = os.RWF_NOWAIT
-        self._transfer: Transfer | None = None
+        self._transfer = Transfer(self._fd)
         self._has_lost_pages = False
 
     @classmethod
@@ -368,12 +368,16 @@ class FileStore(NamedFile):
     @held
     def _copied_to(self, target: FileStore, own_offset_bytes: int, offset_bytes: int, size_bytes: int) -> int:
         """Copy to the target, which is held; returns how many bytes of the range existed."""
-        if target._transfer is None:
-            target._transfer = Transfer(target._fd)
         try:
             return target._transfer.copy(self._fd, own_offset_bytes, offset_bytes, size_bytes)
         except OSError as error:
             raise target._failed(error, f"copy from {errors.printable(self.name)}", offset_bytes) from error
+
+    @held
+    def shares_with(self, new: FileStore) -> bool:
+        """Whether the file system can share this file's space with a new file; tried past its end. Raises IoFailed."""
+        with translated(new.name, "share space"):
+            return new._transfer.shares_with(self._fd)
 
     @held
     def truncate(self, size_bytes: int) -> None:
@@ -420,8 +424,7 @@ class FileStore(NamedFile):
 
     def close(self) -> None:
         """See `ReadStore.close`."""
-        if self._transfer is not None:
-            self._transfer.close()
+        self._transfer.close()
         with translated(self._path, "close"):
             self.close_descriptor()
 

@@ -34,6 +34,8 @@ _CANNOT_SHARE = {errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.EXDEV, errn
 _NO_KERNEL_COPY = {*_CANNOT_SHARE, errno.EINVAL}
 # Magic numbers of statfs(2) for file systems that may copy without moving data here: NFS, SMB (two), Ceph, FUSE.
 _KEPT_ELSEWHERE = {0x6969, 0xFE534D42, 0xFF534D42, 0x00C36400, 0x65735546}
+# And for those that can share space between files: XFS, Btrfs, OCFS2, bcachefs, ZFS.
+_SHARING = {0x58465342, 0x9123683E, 0x7461636F, 0xCA451A4E, 0x2FC12FC1}
 _SYNC_FILE_RANGE_WRITE = 2
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -46,7 +48,7 @@ class Transfer:
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        self._kept_elsewhere = kept_elsewhere(fd)
+        self._kept_elsewhere: bool | None = None  # not yet known
         self._not_shared: set[int] = set()  # devices of sources that cannot share space with this file
         self._buffer: memoryview | None = None
         self._behind_bytes = 0
@@ -70,24 +72,42 @@ class Transfer:
         inner = round_down(offset + size, PAGE_SIZE) - offset - head
         if inner < MIN_SHARED_BYTES or (source_offset - offset) % PAGE_SIZE:
             return 0, 0
+        is_shared = self._clone(source_fd, source_offset + head, offset + head, inner)
+        return (head, inner) if is_shared else (0, 0)
+
+    def _clone(self, source_fd: int, source_offset: int, offset: int, size: int) -> bool:
         device = os.fstat(source_fd).st_dev
         if device in self._not_shared:
-            return 0, 0
-        request = _CLONE_RANGE.pack(source_fd, source_offset + head, inner, offset + head)
+            return False
         try:
-            fcntl.ioctl(self._fd, _FICLONERANGE, request)
+            fcntl.ioctl(self._fd, _FICLONERANGE, _CLONE_RANGE.pack(source_fd, source_offset, size, offset))
         except OSError as error:
             if error.errno in _CANNOT_SHARE:
                 self._not_shared.add(device)
             elif error.errno != errno.EINVAL:  # EINVAL concerns this range: blocks larger than a page, end of file
                 raise
-            return 0, 0
-        return head, inner
+            return False
+        return True
+
+    def shares_with(self, source_fd: int) -> bool:
+        """Whether space can be shared with another open file: tried past the end of this file, then undone.
+
+        Only for a new file, which no other process uses: its size changes meanwhile. Raises OSError.
+        """
+        size = os.fstat(self._fd).st_size
+        if os.fstat(source_fd).st_size < MIN_SHARED_BYTES:
+            return False
+        try:
+            return self._clone(source_fd, 0, round_up(size, MIN_SHARED_BYTES), MIN_SHARED_BYTES)
+        finally:
+            os.ftruncate(self._fd, size)
 
     # -- moved --------------------------------------------------------------------------------------------------
 
     def _move(self, source_fd: int, source_offset: int, offset: int, size: int) -> int:
         done = 0
+        if self._kept_elsewhere is None:
+            self._kept_elsewhere = kept_elsewhere(self._fd)
         if self._kept_elsewhere:
             done = self._copy_there(source_fd, source_offset, offset, size)
         while done < size:
@@ -151,5 +171,14 @@ class Transfer:
 
 def kept_elsewhere(fd: int) -> bool:
     """True for a file on a server or of a user-space program, which may be able to copy by itself."""
+    return _file_system(fd) in _KEPT_ELSEWHERE
+
+
+def may_share(fd: int) -> bool:
+    """True for a file on a file system that can share space between files, unless it was made without that."""
+    return _file_system(fd) in _SHARING
+
+
+def _file_system(fd: int) -> int | None:
     raw = ctypes.create_string_buffer(256)  # struct statfs begins with the type of the file system
-    return _libc.fstatfs(fd, raw) == 0 and struct.unpack_from("l", raw)[0] & 0xFFFFFFFF in _KEPT_ELSEWHERE
+    return struct.unpack_from("l", raw)[0] & 0xFFFFFFFF if _libc.fstatfs(fd, raw) == 0 else None

@@ -7,8 +7,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import struct
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support import not_available, require_tool, run
+from tests.clones import FakeClone
+from tests.mounting import SHARING, file_system
+from tests.support import run
 from vhdkit import transfer
 from vhdkit.transfer import MIN_SHARED_BYTES, Transfer
 from vhdkit.units import KIB, MIB, PAGE_SIZE
@@ -38,28 +38,6 @@ def _files(folder: Path) -> Iterator[tuple[int, int]]:
     finally:
         os.close(source)
         os.close(here)
-
-
-class _FakeClone:
-    """FICLONERANGE of a file system with blocks of one page, simulated by copying; counts the shared bytes."""
-
-    def __init__(self, refusal: int | None = None) -> None:
-        self.shared_bytes = 0
-        self.calls = 0
-        self._refusal = refusal
-
-    def __call__(self, fd: int, request: int, argument: bytes) -> int:
-        self.calls += 1
-        if self._refusal is not None:
-            raise OSError(self._refusal, os.strerror(self._refusal))
-        source, source_offset, size, offset = struct.unpack("=qQQQ", argument)
-        if source_offset % PAGE_SIZE or offset % PAGE_SIZE or size % PAGE_SIZE:
-            raise OSError(errno.EINVAL, "unaligned")
-        if source_offset + size > os.fstat(source).st_size:
-            raise OSError(errno.EINVAL, "past the end")
-        os.pwrite(fd, os.pread(source, size, source_offset), offset)
-        self.shared_bytes += size
-        return 0
 
 
 def _copied(folder: Path, source_offset: int, offset: int, size: int) -> None:
@@ -87,16 +65,16 @@ def test_every_way_copies_exactly_the_range(
     folder = tmp_path_factory.mktemp("copy")
     with pytest.MonkeyPatch.context() as patch:
         _copied(folder, source_offset, offset, size)
-        patch.setattr(fcntl, "ioctl", _FakeClone())
+        patch.setattr(fcntl, "ioctl", FakeClone())
         _copied(folder, source_offset, offset, size)
         patch.setattr(transfer, "kept_elsewhere", lambda fd: True)
-        patch.setattr(fcntl, "ioctl", _FakeClone(errno.EOPNOTSUPP))
+        patch.setattr(fcntl, "ioctl", FakeClone(errno.EOPNOTSUPP))
         _copied(folder, source_offset, offset, size)
 
 
 def test_whole_pages_are_shared_and_only_the_edges_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A range aligned alike in both files shares all but its partial pages; a small one is copied."""
-    clone = _FakeClone()
+    clone = FakeClone()
     monkeypatch.setattr(fcntl, "ioctl", clone)
     _copied(tmp_path, 512, MIB + 512, MIB)
     assert clone.shared_bytes == MIB - PAGE_SIZE
@@ -110,7 +88,7 @@ def test_whole_pages_are_shared_and_only_the_edges_copied(tmp_path: Path, monkey
 def test_missing_support_for_sharing_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file system without sharing is not asked again; the refusal of one range does not count as that."""
     for refusal, calls in ((errno.EOPNOTSUPP, 1), (errno.EXDEV, 1), (errno.EINVAL, 3)):
-        clone = _FakeClone(refusal)
+        clone = FakeClone(refusal)
         monkeypatch.setattr(fcntl, "ioctl", clone)
         with _files(tmp_path) as (source, here):
             copying = Transfer(here)
@@ -161,37 +139,40 @@ def test_the_device_begins_early_and_close_waits_for_it(tmp_path: Path, monkeypa
         assert not writing.is_alive()
 
 
-@contextlib.contextmanager
-def _xfs(folder: Path) -> Iterator[Path]:
-    image, mounted = folder / "xfs.img", folder / "xfs"
-    mounted.mkdir()
-    with image.open("wb") as file:
-        file.truncate(512 * MIB)
-    run([require_tool("mkfs.xfs"), "-q", image])
-    done = subprocess.run(["mount", "-o", "loop", image, mounted], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        not_available(f"cannot mount an XFS image: {done.stderr.strip()}")
-    try:
-        yield mounted
-    finally:
-        run(["umount", mounted])
-
-
 @pytest.mark.interop
-def test_a_real_file_system_shares(tmp_path: Path) -> None:
-    """On XFS a copied range takes no additional space, and both files read the same."""
-    if os.geteuid() != 0:
-        not_available("mounting needs root")
-    with _xfs(tmp_path) as folder:
+@pytest.mark.parametrize("kind", SHARING)
+def test_a_real_file_system_shares(kind: str, tmp_path: Path) -> None:
+    """On XFS and Btrfs a copied range takes no additional space, and both files read the same."""
+    with file_system(tmp_path, kind) as folder:
         (folder / "source").write_bytes(_CONTENT)
         (folder / "here").touch()
         run(["sync", "-f", folder])
         free = os.statvfs(folder).f_bavail
         with (folder / "source").open("rb") as source, (folder / "here").open("rb+") as here:
             copying = Transfer(here.fileno())
+            assert transfer.may_share(here.fileno()) and copying.shares_with(source.fileno())
+            assert os.fstat(here.fileno()).st_size == 0
             assert copying.copy(source.fileno(), 0, MIB, _SIZE) == _SIZE
             copying.close()
         run(["sync", "-f", folder])
         taken = (free - os.statvfs(folder).f_bavail) * os.statvfs(folder).f_frsize
         assert (folder / "here").read_bytes() == bytes(MIB) + _CONTENT
         assert taken < MIB
+
+
+def test_whether_files_can_share_is_tried_without_a_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trial leaves size and content as they were, also where it is refused or fails."""
+    with _files(tmp_path) as (source, here):
+        before = os.pread(here, 8 * MIB, 0)
+        refusals = ((None, True), (errno.EOPNOTSUPP, False), (errno.EXDEV, False), (errno.EINVAL, False))
+        for refusal, expected in refusals:
+            monkeypatch.setattr(fcntl, "ioctl", FakeClone(refusal))
+            assert Transfer(here).shares_with(source) is expected
+            assert os.pread(here, 8 * MIB, 0) == before
+        monkeypatch.setattr(fcntl, "ioctl", FakeClone(errno.ENOSPC))
+        with pytest.raises(OSError, match="No space"):
+            Transfer(here).shares_with(source)
+        assert os.pread(here, 8 * MIB, 0) == before
+        os.truncate(tmp_path / "source", MIN_SHARED_BYTES - 1)
+        monkeypatch.setattr(fcntl, "ioctl", FakeClone())
+        assert not Transfer(here).shares_with(source)

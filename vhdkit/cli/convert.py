@@ -77,7 +77,8 @@ def convert_command(
 
     Zeros become holes. DST is created completely or not at all. SRC or DST may be - for a pipe: raw images and fixed
     VHDs can be read from one and written to one, and every kind can be made from one. --format gives the format of
-    SRC.
+    SRC. On a file system that can share space between files (XFS, Btrfs), a raw or fixed DST shares that of SRC, zeros
+    included, and nothing is copied.
 
     A VHDX keeps the sector size of the disk. A disk with sectors of 4096 bytes becomes a VHD only with
     --accept-sector-size, because its partition table counts in these sectors. A raw image records no sector size:

@@ -25,6 +25,7 @@ from vhdkit.chain.names.parents import (
     require_parent,
 )
 from vhdkit.chain.records import pending
+from vhdkit.chain.verbs.sharing import sharing_findings
 from vhdkit.errors import CorruptReason
 from vhdkit.finding import Finding, Severity, left_by_repair
 from vhdkit.formats.format import Format
@@ -109,6 +110,7 @@ def _check_one(
         findings.append(_finding(error, error.reason.value, image.name))
         return None
     findings += image_format.check(image, ignore_bitmaps=options.ignore_bitmaps, progress=progress)
+    findings += sharing_findings(image, image_format)
     try:
         return image_format.facts(image)
     except (errors.CorruptImage, errors.InvalidArgument):

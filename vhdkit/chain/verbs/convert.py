@@ -6,7 +6,8 @@ at all; the source is only read.
 
     source extents (without holes) --> pieces --> workers: read, find zeros, write the rest --> new file
 
-Workers run in parallel because reading and writing release the interpreter's lock.
+Workers run in parallel because reading and writing release the interpreter's lock. Where the file system can share
+space between the source and a raw or fixed result, that is done instead (`sharing`).
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import contextlib
 import os
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
+from functools import partial
 
 import numpy as np
 
@@ -27,10 +28,11 @@ from vhdkit.chain.engine.chain import Chain, Progress
 from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.records import pending
 from vhdkit.chain.verbs.create import DiskFormat, check_block_size, replacing
+from vhdkit.chain.verbs.sharing import can_share, pieces_to_move
 from vhdkit.folder import NewFile
 from vhdkit.formats.azure import azure_size
 from vhdkit.formats.format import DEFAULT_BLOCK_SIZE, CreateRequest
-from vhdkit.image import ExtentKind, Layer
+from vhdkit.image import ExtentKind, Layer, Piece
 from vhdkit.units import MIB, PAGE_SIZE, SECTOR_SIZE, round_down, round_up, sectors_to_bytes, whole_sectors
 
 _PIECE_BYTES = MIB  # measured optimum: larger pieces leave the cache, smaller ones cost more calls
@@ -38,13 +40,6 @@ _WORKERS = 2
 _PIECES_IN_FLIGHT = 4 * _WORKERS
 _MIN_HOLE_PAGES = 4  # a shorter run of zero pages is written: such a small hole costs more than it saves
 _WORDS_PER_PAGE = PAGE_SIZE // 8
-
-
-class _Target(Protocol):
-    @property
-    def sector_bytes(self) -> int: ...
-
-    def write(self, sector_index: int, data: memoryview) -> object: ...
 
 
 @checked
@@ -63,10 +58,11 @@ def convert(
 ) -> int:
     """Write the content of `source` to a new image; returns its virtual size in bytes.
 
-    Zeros become holes. With `sync` the result is on the device when this returns. `azure` rounds a fixed VHD up to
-    whole MiB. A disk with sectors of 4096 bytes keeps them in a VHDX, and becomes a VHD, whose sectors have 512 bytes,
-    only with `accept_sector_size`. `replace` allows an existing file, but never one of the source, one in use, or a
-    parent. Raises what `open_disk` raises, and InvalidArgument, AlreadyExists, ImageInUse, HasChildren, NoSpace.
+    Zeros become holes; where a raw or fixed result shares space with the source, those stored there are shared.
+    With `sync` the result is on the device when this returns. `azure` rounds a fixed VHD up to whole MiB. A disk
+    with sectors of 4096 bytes keeps them in a VHDX, and becomes a VHD, whose sectors have 512 bytes, only with
+    `accept_sector_size`. `replace` allows an existing file, but never one of the source, one in use, or a parent.
+    Raises what `open_disk` raises, and InvalidArgument, AlreadyExists, ImageInUse, HasChildren, NoSpace.
     """
     block_size_bytes, disk_format = byte_size("block_size_bytes", block_size_bytes), DiskFormat(disk_format)
     check_block_size(formats.making(disk_format), block_size_bytes)
@@ -156,13 +152,17 @@ def converted_sectors(chain: Chain, disk_format: DiskFormat, *, accept: bool) ->
     return SECTOR_SIZE
 
 
-def copy_content(chain: Chain, target: _Target, *, one_writer: bool = False, progress: Progress | None = None) -> None:
+def copy_content(chain: Chain, target: Layer, *, one_writer: bool = False, progress: Progress | None = None) -> None:
     """Write everything in `chain` that is not zero to `target`, which reads as zeros, in units of its sectors.
 
     `one_writer` serializes writes, as required by a layer that allocates. Raises IoFailed, NoSpace.
     """
     assert PAGE_SIZE % target.sector_bytes == 0  # pieces are divided at pages
     mover = _Mover(chain, target, one_writer)
+    if can_share(chain, target):
+        jobs = _sharing_jobs(chain, target, mover)
+    else:
+        jobs = _jobs(chain, mover, whole_sectors(target.sector_bytes))
     running: deque[tuple[int, Future[None]]] = deque()
 
     def finish(keep: int) -> None:
@@ -174,16 +174,31 @@ def copy_content(chain: Chain, target: _Target, *, one_writer: bool = False, pro
 
     with ThreadPoolExecutor(_WORKERS, thread_name_prefix="vhdkit-convert") as pool:
         try:
-            for sector_index, sector_count in _pieces(chain, whole_sectors(target.sector_bytes)):
+            for end_sector, job in jobs:
                 finish(_PIECES_IN_FLIGHT - 1)
-                end_bytes = sectors_to_bytes(sector_index + sector_count)
-                running.append((end_bytes, pool.submit(mover.move, sector_index, sector_count)))
+                running.append((sectors_to_bytes(end_sector), pool.submit(job)))
             finish(0)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
     if progress is not None:
         progress(chain.size_bytes, chain.size_bytes)
+
+
+def _jobs(chain: Chain, mover: _Mover, unit: int) -> Iterator[tuple[int, Callable[[], None]]]:
+    """Everything that may hold data, in order, as (sector where it ends, how it is moved)."""
+    for first, count in _pieces(chain, unit):
+        yield first + count, partial(mover.move, first, count)
+
+
+def _sharing_jobs(chain: Chain, target: Layer, mover: _Mover) -> Iterator[tuple[int, Callable[[], None]]]:
+    """The same where the file system can share space: only what it cannot share is read."""
+    for one in pieces_to_move(chain, target):
+        if isinstance(one, Piece):
+            yield one.sector_index + one.sector_count, partial(mover.share, one)
+        else:
+            for first, count in _cut(one[0], one[0] + one[1], whole_sectors(_PIECE_BYTES)):
+                yield first + count, partial(mover.move, first, count)
 
 
 def _pieces(chain: Chain, unit: int) -> Iterator[tuple[int, int]]:
@@ -219,11 +234,17 @@ def _cut(start: int, end: int, step: int) -> Iterator[tuple[int, int]]:
 class _Mover:
     """Moves one piece at a time; each thread has its own buffer."""
 
-    def __init__(self, chain: Chain, target: _Target, one_writer: bool) -> None:
+    def __init__(self, chain: Chain, target: Layer, one_writer: bool) -> None:
         self._chain = chain
         self._target = target
         self._lock = threading.Lock() if one_writer else None
+        self._sharing = self._lock or threading.Lock()
         self._own = threading.local()
+
+    def share(self, piece: Piece) -> None:
+        """Let the file system share a piece, without looking for zeros in it."""
+        with self._sharing:
+            self._target.copy_in([piece])
 
     def move(self, sector_index: int, sector_count: int) -> None:
         """Read the piece and write its parts that are not zeros."""

@@ -20,8 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vhdkit.image import ZEROS_WITHOUT_SPACE, ExtentKind, Layer, Piece
-from vhdkit.units import SECTOR_SIZE, covering_sectors, sectors_to_bytes, whole_sectors
+from vhdkit.units import MIB, SECTOR_SIZE, covering_sectors, sectors_to_bytes, whole_sectors
 
+_LINEAR_GRAIN_BYTES = 2 * MIB  # where no layer has blocks
 _KEEP, _ZERO = 255, 254  # owner bytes besides the indexes of the sources: keep the target's own, and zeros
 
 
@@ -126,7 +127,8 @@ def plan_merge(sources: Sequence[Layer], target: Layer, *, below_bytes: int = 0,
             raise layer.damage
     size = sources[0].size_bytes
     blocks = [layer.block_size_bytes for layer in sources if layer.block_size_bytes]
-    grain = min([*blocks, target.block_size_bytes or blocks[0]])
+    grain = min(blocks, default=_LINEAR_GRAIN_BYTES)
+    grain = min(grain, target.block_size_bytes or grain)
     unit = target.block_size_bytes or grain
     seen, visible = size, []
     for layer in sources:
