@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a failure reaches the user: one line on standard error, and an exit code for the cause.
+"""How a failure or warning reaches the user: one line on standard error, and an exit code for the cause.
 
-Decides the text around an error, and what a signal does. The sentence itself and the code of a library error come
-from `vhdkit.errors`. With `--json` the line is one JSON object:
+Decides the text around an error or warning, and what a signal does. The sentence itself and the code of a library
+error come from `vhdkit.errors`. With `--json` an error is one JSON object:
 
     {"error": {"kind": "CorruptImage", "exit_code": 3, "message": ..., "problem": ..., "path": ..., "structure": ...,
                "offset_bytes": ..., "expected": ..., "found": ..., "hint": ..., "reason": ...}}
@@ -13,6 +13,8 @@ Kinds are the names of the library's error classes, and UsageError, Interrupted 
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 import re
 import signal
 import sys
@@ -50,6 +52,21 @@ class Interrupted(BaseException):
     def exit_code(self) -> int:
         """130 for Ctrl-C, 143 for SIGTERM."""
         return EXIT_SIGNAL_BASE + self.number
+
+
+class WarningLines(logging.Handler):
+    """Prints what the library logs on standard error, in the process that made the handler, but in no fork of it."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._pid = os.getpid()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record. A closed standard error does not stop the verb."""
+        if os.getpid() == self._pid:
+            word = "warning: " if record.levelno == logging.WARNING else ""
+            with contextlib.suppress(OSError, ValueError):
+                click.echo(printable(f"vhdkit: {word}{record.getMessage()}"), err=True)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import io
+import logging
 import os
 import platform
 import sys
@@ -18,7 +19,14 @@ from typing import Any, NoReturn
 import click
 
 import vhdkit
-from vhdkit.cli.failure import EXIT_FAILED, report, settle_standard_error, silence_standard_output, stopped_by_signals
+from vhdkit.cli.failure import (
+    EXIT_FAILED,
+    WarningLines,
+    report,
+    settle_standard_error,
+    silence_standard_output,
+    stopped_by_signals,
+)
 from vhdkit.wording import translate
 
 _EPILOG = """\b
@@ -109,6 +117,7 @@ class _Group(click.Group):
             sys.stderr = io.StringIO()
         if hasattr(sys.stdout, "reconfigure"):  # a name that the terminal cannot show must not stop us
             sys.stdout.reconfigure(errors="backslashreplace")
+        logging.basicConfig(level=logging.WARNING, handlers=[WarningLines()])
         try:
             with stopped_by_signals():
                 code = super().main(arguments, "vhdkit", standalone_mode=False)

@@ -20,7 +20,7 @@ import click
 import vhdkit
 from vhdkit.cli.background import start
 from vhdkit.cli.common import PATH, Common, epilog, image_options
-from vhdkit.cli.failure import Interrupted
+from vhdkit.cli.failure import Interrupted, WarningLines
 from vhdkit.cli.output import columns, note, print_json, print_text
 from vhdkit.cli.unmeant import unmeant_ignored
 from vhdkit.errors import printable, quoted
@@ -161,7 +161,10 @@ def _with_fstab(words: _Words, common: Common, text: str) -> tuple[_Words, Commo
 
 
 def _log(common: Common, *, foreground: bool) -> None:
-    """Send later messages of the server to standard error in the foreground, else to the system's log."""
+    """Send later messages of the server to standard error in the foreground, else to the system's log.
+
+    What the command itself finds before the server is detached is shown on standard error, too.
+    """
     if foreground:
         logging.basicConfig(
             level=logging.INFO if common.verbose else logging.WARNING, format="vhdkit: %(message)s",
@@ -171,9 +174,9 @@ def _log(common: Common, *, foreground: bool) -> None:
         with contextlib.suppress(OSError):
             handler = logging.handlers.SysLogHandler(_SYSTEM_LOG, logging.handlers.SysLogHandler.LOG_DAEMON)
             handler.ident = f"vhdkit-mount[{os.getpid()}]: "
-            logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+            logging.basicConfig(level=logging.WARNING, handlers=[handler, WarningLines()], force=True)
     else:
-        logging.basicConfig(handlers=[logging.NullHandler()], force=True)
+        logging.basicConfig(level=logging.WARNING, handlers=[WarningLines()], force=True)
 
 
 def _print_result(mounted: Mounted, request: MountRequest, common: Common) -> None:

@@ -254,3 +254,13 @@ def test_shell_completion() -> None:
         "compact",
         "ctl",
     ]
+
+
+def test_warnings_of_the_library_are_lines_of_the_command() -> None:
+    """What the library logs is printed on standard error as a warning, once, and the output stays as it is."""
+    good("create", "base.vhdx", "--size", "4M")
+    good("create", "leaf.avhdx", "--parent", "base.vhdx")
+    Path("leaf.avhdx.rct").touch()
+    code, output, said = finish(start("rebase", "leaf.avhdx", "--parent", "base.vhdx", "--json"))
+    assert code == 0 and json.loads(output)["path"] == "leaf.avhdx"
+    assert said.startswith("vhdkit: warning: ") and said.count("leaf.avhdx.rct") == len(said.splitlines()) == 1

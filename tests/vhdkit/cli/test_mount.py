@@ -86,6 +86,19 @@ def test_documents(folder: Path) -> None:
         assert command("umount", "mnt").stdout == ""
 
 
+def test_change_tracking_beside_an_image(folder: Path) -> None:
+    """Mounting an image for writing beside Hyper-V's files warns once, on standard error; read-only it does not."""
+    require_fuse()
+    good("create", "disk.vhdx", "--size", "4M")
+    Path("disk.vhdx.rct").touch()
+    (folder / "mnt").mkdir()
+    with cleaned(folder / "mnt"):
+        for words, lines in (([], 0), (["--rw"], 1)):
+            said = command("mount", "disk.vhdx", "mnt", *words).stderr
+            assert said.count("vhdkit: warning: ") == said.count("disk.vhdx.rct") == len(said.splitlines()) == lines
+            command("umount", "mnt")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_foreground_ends_with_a_signal(folder: Path, number: int) -> None:
     """A signal unmounts in order, with all writes in the image, and counts as success."""
