@@ -43,7 +43,6 @@ OVERSIZE: dict[str, tuple[int, str]] = {
         "all names by which a child finds a parent, on one set of files",
     ),
     "tests/vhdkit/serve/control/test_operations.py": (545, "one served set of disks, through every operation on it"),
-    "tests/vhdkit/test_disk_faults.py": (470, "one disk over a store that fails in every way"),
     "tests/vhdkit/test_disk_strangers.py": (585, "one disk in every kind of program and buffer that may hold it"),
     "tests/vmm/kvm/test_guest_agent.py": (555, "one scripted agent, through every answer that a guest may give"),
     "tests/vmm/worker/test_capture.py": (480, "one counting guest, through every mode of capture and every kill"),

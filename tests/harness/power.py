@@ -27,12 +27,16 @@ from vhdkit.finding import Severity
 from vhdkit.formats.probe import FormatName, open_layer
 from vhdkit.formats.raw import create_raw
 from vhdkit.formats.vhd.create import ParentLink, create_differencing, create_dynamic
-from vhdkit.image import Layer
+from vhdkit.formats.vhdx.create import create as create_vhdx
+from vhdkit.formats.vhdx.create import new_disk
+from vhdkit.formats.vhdx.format import VHDX
+from vhdkit.image import Layer, ParentRef
 from vhdkit.store import Store
-from vhdkit.units import KIB, SECTOR_SIZE, covering_sectors, sectors_to_bytes, whole_sectors
+from vhdkit.units import KIB, MIB, SECTOR_SIZE, covering_sectors, sectors_to_bytes, whole_sectors
 
 BLOCK_SIZE = 512 * KIB
 DISK_SIZE = 3 * BLOCK_SIZE + sectors_to_bytes(37)
+VHDX_SIZE = MIB + 36 * SECTOR_SIZE  # two blocks; every cut opens the image several times
 LINK = ParentLink(uuid.UUID(int=1).bytes, 0, "base.vhd", ".\\base.vhd", "\\srv\\base.vhd")
 
 
@@ -47,6 +51,16 @@ class Scene:
     leaf: MemStore
     parents: list[Layer]
     content: bytes
+
+    @property
+    def block_size_bytes(self) -> int:
+        """The size of the image's blocks; 0 for an image without blocks."""
+        return open_layer(self.leaf, format_name=format_of(self.leaf)).block_size_bytes
+
+
+def format_of(store: Store) -> FormatName | None:
+    """RAW for a file with the name of a raw disk; None lets the file be probed."""
+    return FormatName.RAW if store.name.endswith(".img") else None
 
 
 def open_mem(leaf: Store, parents: Sequence[Layer] = (), *, writable: bool = False) -> Disk:
@@ -106,6 +120,30 @@ def child_scene(seed: int, *, writes: int = 2, raw_base: bool = False, size_byte
     content.extend(bytes(size_bytes - DISK_SIZE))
     with open_mem(leaf, parents, writable=True) as disk:
         scribble(disk, content, rng, writes)
+    return Scene(leaf, parents, bytes(content))
+
+
+def vhdx_scene(seed: int, *, writes: int = 2, size_bytes: int = VHDX_SIZE) -> Scene:
+    """A dynamic VHDX with blocks of 1 MiB, with some content when `writes` is not 0."""
+    leaf, content = MemStore("leaf.vhdx"), bytearray(size_bytes)
+    create_vhdx(leaf, new_disk(size_bytes), MIB)
+    with open_mem(leaf, writable=True) as disk:
+        scribble(disk, content, random.Random(seed), writes)
+    return Scene(leaf, [], bytes(content))
+
+
+def vhdx_child_scene(seed: int, *, writes: int = 1, below: Scene | None = None) -> Scene:
+    """A VHDX child over an image with content; it owns parts of blocks."""
+    below = vhdx_scene(seed) if below is None else below
+    size_bytes = len(below.content)
+    parents, content = [open_layer(below.leaf.copy(frozen=True))], bytearray(below.content)
+    linkage_id = VHDX.linkage_id(below.leaf)
+    assert linkage_id is not None
+    parent = ParentRef.of_paths(linkage_id, 0, relative=".\\b.vhdx", absolute="\\b.vhdx", name="b.vhdx")
+    leaf = MemStore("leaf.avhdx")
+    VHDX.create_child(leaf, size_bytes, parent, block_size_bytes=MIB, disk=parents[0])
+    with open_mem(leaf, parents, writable=True) as disk:
+        scribble(disk, content, random.Random(seed + 1), writes)
     return Scene(leaf, parents, bytes(content))
 
 

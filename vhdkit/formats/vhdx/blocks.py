@@ -12,7 +12,7 @@ space.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from vhdkit.errors import CorruptImage
 from vhdkit.finding import Finding
 from vhdkit.formats.bits import runs
-from vhdkit.formats.vhdx import bitmap
+from vhdkit.formats.vhdx import bitmap, layout
 from vhdkit.formats.vhdx.bat import Bat, BatInFile, BlockState, offset_of, state_of
 from vhdkit.formats.vhdx.commit import Commit
 from vhdkit.formats.vhdx.entries import reserved_bits
@@ -35,6 +35,7 @@ from vhdkit.units import PAGE_SIZE, round_down, sectors_to_bytes, whole_sectors
 NO_END = 1 << 62  # a store offset no file reaches
 NO_SPACE = -1
 _FULL, _PARTIAL = BlockState.FULLY_PRESENT, BlockState.PARTIALLY_PRESENT  # quicker to look up than the class
+Runs = Sequence[tuple[int, int]]  # (first sector of a block, sectors)
 ZERO_STATES = (BlockState.UNDEFINED, BlockState.ZERO, BlockState.UNMAPPED)
 
 
@@ -261,15 +262,40 @@ class VhdxImage:
                 commit.point(block, BlockState.ZERO)
             commit.limit()
             return True
-        bits = self._room_for_bits(commit, block) if shows_parent and not is_whole else -1
         fill = None if data is None else lambda offset: self.store.pwrite(offset + sectors_to_bytes(first), data)
-        offset = commit.place(self.block_size_bytes, fill)
-        with commit.changing:
-            if bits >= 0:
-                self._put_bits(commit, bits, [(first, count)])
-            commit.point(block, _FULL if bits < 0 else _PARTIAL, offset)
-        commit.limit()
+        self._place(commit, block, [(first, count)] if shows_parent and not is_whole else None, fill)
         return True
+
+    def _place(self, commit: Commit, block: int, owned: Runs | None, fill: Callable[[int], object] | None) -> None:
+        """Give a block space that `fill` fills, and own these runs of it, or the whole block.
+
+        All or nothing: what may fail comes before the first change in memory. Raises as `write` does.
+        """
+        shape, size = self.bat.shape, self.block_size_bytes
+        chunk, within = divmod(block, shape.ratio)
+        within *= self._bytes_of_bits
+        bitmap_offset = -1 if owned is None else self.bat.bitmap_offset(chunk)
+        before = layout.BITMAP_BLOCK_SIZE if owned is not None and bitmap_offset < 0 else 0  # a new sector bitmap
+        commit.prepare_entry(shape.block_entry(block))
+        if before:
+            commit.prepare_entry(shape.bitmap_entry(chunk))
+        elif owned is not None:
+            commit.prepare_bits(bitmap_offset + within, self._bytes_of_bits)
+
+        def fill_both(start: int) -> None:
+            if before:
+                commit.prepare_bits(start + within, self._bytes_of_bits)
+            if fill is not None:
+                fill(start + before)
+
+        start = commit.place(before + size, fill_both)
+        with commit.changing:
+            if before:
+                commit.point_bitmap(chunk, start)
+            if owned is not None:
+                self._put_bits(commit, block, owned)
+            commit.point(block, _FULL if owned is None else _PARTIAL, start + before)
+        commit.limit()
 
     def _own(self, commit: Commit, block: int, first: int, count: int) -> bool:
         """Set bits for data that is already in the file. Returns True if any was clear."""
@@ -279,18 +305,14 @@ class VhdxImage:
             commit.limit()
         return grew
 
-    def _room_for_bits(self, commit: Commit, block: int) -> int:
-        """Where the bits of a block lie; their chunk gets a bitmap if it has none. Raises NoSpace."""
-        chunk, within = divmod(block, self.bat.shape.ratio)
-        return commit.bitmap_of(chunk) + within * self._bytes_of_bits
-
     def _place_of_bits(self, block: int) -> int:
         chunk, within = divmod(block, self.bat.shape.ratio)
         return self.bat.bitmap_offset(chunk) + within * self._bytes_of_bits
 
-    def _put_bits(self, commit: Commit, place: int, owned: Sequence[tuple[int, int]]) -> None:
+    def _put_bits(self, commit: Commit, block: int, owned: Runs) -> None:
         """Set exactly the bits of these runs (in `changing`): another program may have left others set."""
-        raw, per_sector = bytearray(self._bytes_of_bits), whole_sectors(self.sector_bytes)
+        place, raw = self._place_of_bits(block), bytearray(self._bytes_of_bits)
+        per_sector = whole_sectors(self.sector_bytes)
         for first, count in owned:
             bitmap.set_run(raw, first // per_sector, count // per_sector)
         for start, end in _by_page(place, len(raw)):
@@ -311,7 +333,7 @@ class VhdxImage:
 
     def clear_bits(self, commit: Commit, block: int) -> None:
         """Clear every bit of a block (in `changing`)."""
-        self._put_bits(commit, self._place_of_bits(block), [])
+        self._put_bits(commit, block, [])
 
     def copy_in(self, pieces: Sequence[Piece]) -> None:
         """See `Layer.copy_in`: in place, or into a new block. Raises as `write` does."""
@@ -356,14 +378,8 @@ class VhdxImage:
                 if piece.source is not None:
                     copy_piece(piece, self.store, offset + sectors_to_bytes(piece.sector_index - first_sector))
 
-        bits = self._room_for_bits(commit, block) if shows_parent and not is_whole else -1
-        offset = commit.place(self.block_size_bytes, fill)
-        with commit.changing:
-            if bits >= 0:
-                owned = [(piece.sector_index - first_sector, piece.sector_count) for piece in pieces]
-                self._put_bits(commit, bits, owned)
-            commit.point(block, _FULL if bits < 0 else _PARTIAL, offset)
-        commit.limit()
+        owned = [(piece.sector_index - first_sector, piece.sector_count) for piece in pieces]
+        self._place(commit, block, owned if shows_parent and not is_whole else None, fill)
 
     def trim(self, sector_index: int, sector_count: int) -> None:
         """See `Layer.trim`. Bits and BAT stay as they are (`INV-NO-REUSE`)."""

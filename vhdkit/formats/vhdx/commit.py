@@ -37,12 +37,12 @@ from vhdkit.formats.vhdx.journal import Journal
 from vhdkit.formats.vhdx.log import SECTOR, LogChange
 from vhdkit.formats.vhdx.metadata import Metadata
 from vhdkit.formats.vhdx.recall import Noted, NotedBytes, note_of
+from vhdkit.formats.vhdx.reserved import Reserved
 from vhdkit.store import Store
-from vhdkit.units import KIB, MIB, round_down, round_up
+from vhdkit.units import MIB, round_down, round_up
 
 MAX_DIRTY_PAGES = 2048  # 8 MiB of metadata waiting for a flush; reaching it flushes
 MAX_CACHED_PAGES = 4096  # 16 MiB of clean bitmap pages kept in memory
-_RESERVED_AT_ONCE = 64 * KIB  # of a bitmap block, which begins on a MiB: a call for each page takes longer
 
 
 class _Changing:
@@ -95,7 +95,7 @@ class Commit:
         self._dirty_bat: set[int] = set()  # pages of the table, by number
         self._in_flight: tuple[set[int], set[int]] = (set(), set())
         self._fresh_bitmaps: set[int] = set()  # offsets of bitmap blocks that are not in the file's BAT yet
-        self._reserved: set[int] = set()  # parts of bitmap blocks that got their space in this session
+        self._reserved = Reserved(store)  # under `lock`, because no other metadata may be dirty or in flight
         self.has_begun = False  # a session: the headers say that the disk changes
 
     # -- sessions ---------------------------------------------------------------------------------------------------
@@ -161,6 +161,7 @@ class Commit:
 
     def _give_back(self, size_before: int, end: int) -> None:
         """Undo a half-made extension; if that fails, too, the space is never used, since it may not be zeros."""
+        self._reserved.forget_from(size_before)
         try:
             self._store.truncate(size_before)
         except errors.VhdkitError:
@@ -175,8 +176,7 @@ class Commit:
     def set_entry(self, entry_index: int, state: BlockState, offset_bytes: int = 0) -> None:
         """As `point`, for any entry of the BAT (in `changing`)."""
         number = entry_index // ENTRIES_PER_PAGE
-        if number not in self._dirty_bat and number not in self._in_flight[1]:
-            self._reserve(self._bat.offset_bytes + number * SECTOR, SECTOR)
+        self._reserved.ensure(self._bat.offset_bytes + number * SECTOR)
         if self._notes is not None:
             before, after = (
                 one.to_bytes(layout.BAT_ENTRY_SIZE, "little")
@@ -193,25 +193,22 @@ class Commit:
             self._notes.note(note_of(self._journal.moment, self._changed))
             self._changed.clear()
 
-    def _reserve(self, offset_bytes: int, size_bytes: int) -> None:
-        """Allocate space for metadata that lie in a hole, so that a flush cannot run out of space.
+    def prepare_entry(self, entry_index: int) -> None:
+        """Do what could make `set_entry` fail. Raises NoSpace, IoFailed."""
+        with self.lock:
+            self._reserved.ensure(self._bat.offset_bytes + entry_index // ENTRIES_PER_PAGE * SECTOR)
 
-        Only for the holes: on a file system that cannot reserve space, zeros are written.
-        """
-        for start, size, is_data in list(self._store.data_runs(offset_bytes, size_bytes)):
-            if not is_data:
-                self._store.reserve(start, size)
+    def prepare_bits(self, offset_bytes: int, size_bytes: int) -> None:
+        """Do what could make `put_bits` fail for these bytes. Raises NoSpace, IoFailed."""
+        with self.lock:
+            for page in range(round_down(offset_bytes, SECTOR), offset_bytes + size_bytes, SECTOR):
+                self._reserved.ensure(page)
+                self._page_to_change(page)
 
-    def bitmap_of(self, chunk_index: int) -> int:
-        """Where the sector bitmap of a chunk lies; it gets a place if it has none. Raises NoSpace."""
-        offset = self._bat.bitmap_offset(chunk_index)
-        if offset >= 0:
-            return offset
-        offset = self.place(layout.BITMAP_BLOCK_SIZE, None)
-        with self.changing:
-            self._fresh_bitmaps.add(offset)
-            self.set_entry(self._bat.shape.bitmap_entry(chunk_index), BlockState.FULLY_PRESENT, offset)
-        return offset
+    def point_bitmap(self, chunk_index: int, offset_bytes: int) -> None:
+        """Give a chunk a sector bitmap of zeros at this place, which no flush may show before (in `changing`)."""
+        self._fresh_bitmaps.add(offset_bytes)
+        self.set_entry(self._bat.shape.bitmap_entry(chunk_index), BlockState.FULLY_PRESENT, offset_bytes)
 
     def bits(self, offset_bytes: int, size_bytes: int) -> bytes:
         """Bytes of a sector bitmap, from memory or from the file. They lie in one page."""
@@ -221,10 +218,13 @@ class Commit:
     def bits_to_change(self, offset_bytes: int, size_bytes: int) -> bytearray:
         """A copy of bytes of a sector bitmap, which lie in one page (under `lock`)."""
         page = round_down(offset_bytes, SECTOR)
+        return self._page_to_change(page)[offset_bytes - page : offset_bytes - page + size_bytes]
+
+    def _page_to_change(self, page: int) -> bytearray:
         kept = self._bits.get(page)
         if kept is None:
             kept = self._bits[page] = self._load(page)
-        return kept[offset_bytes - page : offset_bytes - page + size_bytes]
+        return kept
 
     def _load(self, page: int) -> bytearray:
         raw = bytearray(SECTOR)
@@ -234,18 +234,12 @@ class Commit:
     def put_bits(self, offset_bytes: int, raw: bytes | bytearray) -> None:
         """Change bytes of a sector bitmap, which lie in one page (in `changing`)."""
         page = round_down(offset_bytes, SECTOR)
-        kept = self._bits.get(page)
-        if kept is None:
-            kept = self._bits[page] = self._load(page)
+        kept = self._page_to_change(page)
         within = offset_bytes - page
         before = kept[within : within + len(raw)]
         if before == raw:
             return
-        if page not in self._dirty_bits and page not in self._in_flight[0]:
-            part = round_down(page, _RESERVED_AT_ONCE)
-            if part not in self._reserved:  # so no page of it is in flight
-                self._reserve(part, _RESERVED_AT_ONCE)
-                self._reserved.add(part)
+        self._reserved.ensure(page)
         if self._notes is not None:
             self._changed.append(NotedBytes(offset_bytes, bytes(before), bytes(raw)))
         kept[within : within + len(raw)] = raw
@@ -391,7 +385,7 @@ class Commit:
         ]
         assert not self._dirty_count() and len(changed) <= self._journal.max_pages
         for one in changed:
-            self._reserve(one.file_offset_bytes, SECTOR)
+            self._reserved.ensure_now(one.file_offset_bytes, SECTOR)
         with self._flush_lock:
             self._write(changed)
 
@@ -405,7 +399,7 @@ class Commit:
         with self._flush_lock:
             while group := list(itertools.islice(remaining, self._journal.max_pages)):
                 for one in group:
-                    self._reserve(one.file_offset_bytes, SECTOR)
+                    self._reserved.ensure_now(one.file_offset_bytes, SECTOR)
                 self._write(group)
 
     def sync(self) -> None:

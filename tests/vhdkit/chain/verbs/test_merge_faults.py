@@ -13,7 +13,7 @@ import vhdkit
 from tests.harness.merging import Scene, content_of, layer_of
 from tests.harness.stores import Fault, FaultyStore, MemStore, io_failed, no_space, sync_failed
 from tests.vhdkit.chain.verbs.test_merge_power import many_layers, moving_blocks, raw_base, two_layers
-from tests.vhdkit.test_disk_faults import small_tmpfs
+from tests.vhdkit.test_disk_full import small_tmpfs
 from vhdkit import errors
 from vhdkit.chain.verbs.merge_plan import plan_merge
 from vhdkit.chain.verbs.merge_steps import fold

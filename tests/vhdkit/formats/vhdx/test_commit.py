@@ -3,49 +3,17 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 
 import pytest
 
-from tests.harness.power import PowerRun, Scene, open_mem, scribble
-from tests.harness.stores import MemStore
-from vhdkit.formats.probe import open_layer
+from tests.harness.power import PowerRun, Scene, vhdx_child_scene, vhdx_scene
 from vhdkit.formats.vhdx.commit import Commit
-from vhdkit.formats.vhdx.create import create, new_disk
-from vhdkit.formats.vhdx.format import VHDX
 from vhdkit.formats.vhdx.journal import Journal
 from vhdkit.formats.vhdx.log import LogChange
-from vhdkit.image import ParentRef
-from vhdkit.units import MIB, SECTOR_SIZE
-
-SIZE = MIB + 36 * SECTOR_SIZE
 
 
-def base_scene(seed: int) -> Scene:
-    """A dynamic image with some content."""
-    leaf, content = MemStore("leaf.vhdx"), bytearray(SIZE)
-    create(leaf, new_disk(SIZE), MIB)
-    with open_mem(leaf, writable=True) as disk:
-        scribble(disk, content, random.Random(seed), 2)
-    return Scene(leaf, [], bytes(content))
-
-
-def child_scene(seed: int) -> Scene:
-    """A child over an image with content; it owns parts of blocks."""
-    below = base_scene(seed)
-    parents, content = [open_layer(below.leaf.copy(frozen=True))], bytearray(below.content)
-    linkage_id = VHDX.linkage_id(below.leaf)
-    assert linkage_id is not None
-    parent = ParentRef.of_paths(linkage_id, 0, relative=".\\b.vhdx", absolute="\\b.vhdx", name="b.vhdx")
-    leaf = MemStore("leaf.avhdx")
-    VHDX.create_child(leaf, SIZE, parent, block_size_bytes=MIB, disk=parents[0])
-    with open_mem(leaf, parents, writable=True) as disk:
-        scribble(disk, content, random.Random(seed + 1), 1)
-    return Scene(leaf, parents, bytes(content))
-
-
-@pytest.mark.parametrize("scene", [base_scene, child_scene], ids=["base", "child"])
+@pytest.mark.parametrize("scene", [vhdx_scene, vhdx_child_scene], ids=["base", "child"])
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.nightly)])
 def test_every_cut_leaves_flushed_or_newer(scene: Callable[[int], Scene], seed: int) -> None:
     """INV-FLUSHED-OR-NEWER, INV-LOG-WHOLE, INV-HEADER-PAIR: the file opens, and no flushed sector is lost."""
@@ -56,14 +24,7 @@ def test_every_cut_leaves_flushed_or_newer(scene: Callable[[int], Scene], seed: 
 
 def empty_child_scene(seed: int) -> Scene:
     """A child that owns nothing, so its first flush makes a sector bitmap."""
-    scene = child_scene(seed)
-    below = base_scene(seed)
-    linkage_id = VHDX.linkage_id(below.leaf)
-    assert linkage_id is not None
-    parent = ParentRef.of_paths(linkage_id, 0, relative=".\\b.vhdx", absolute="\\b.vhdx", name="b.vhdx")
-    leaf = MemStore("leaf.avhdx")
-    VHDX.create_child(leaf, SIZE, parent, block_size_bytes=MIB, disk=scene.parents[0])
-    return Scene(leaf, scene.parents, below.content)
+    return vhdx_child_scene(seed, writes=0)
 
 
 def small_ring(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +35,7 @@ def small_ring(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_flushes_of_several_entries_survive_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages that do not fit into one entry follow in an order in which every prefix is a sound image."""
     small_ring(monkeypatch)
-    PowerRun(child_scene(2), 2, cuts=2, steps=10).run()
+    PowerRun(vhdx_child_scene(2), 2, cuts=2, steps=10).run()
 
 
 def caught(scene: Callable[[int], Scene]) -> None:
@@ -96,7 +57,7 @@ def test_a_header_that_names_its_log_too_early_is_caught(monkeypatch: pytest.Mon
             self._guard = guard
 
     monkeypatch.setattr(Journal, "_put_empty", unsynced)
-    caught(base_scene)
+    caught(vhdx_scene)
 
 
 class _NoSync:
@@ -116,7 +77,7 @@ def test_a_childs_data_and_entry_in_one_sync_are_caught(monkeypatch: pytest.Monk
         real(self, pages)
 
     monkeypatch.setattr(Commit, "_write", together)
-    caught(child_scene)
+    caught(vhdx_child_scene)
 
 
 def test_pages_in_their_places_before_the_log_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +89,7 @@ def test_pages_in_their_places_before_the_log_are_caught(monkeypatch: pytest.Mon
             self._store.pwrite(one.file_offset_bytes, one.data)
 
     monkeypatch.setattr(Commit, "_write", at_once)
-    caught(child_scene)
+    caught(vhdx_child_scene)
 
 
 def test_pages_of_the_bat_in_rising_order_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,25 +103,3 @@ def test_pages_of_the_bat_in_rising_order_are_caught(monkeypatch: pytest.MonkeyP
     PowerRun(empty_child_scene(1), 1, cuts=2, steps=6, second_cuts=False).run()
     monkeypatch.setattr(Commit, "_copied", rising)
     caught(empty_child_scene)
-
-
-def test_space_for_metadata_is_taken_only_in_holes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """INV-FLUSHED-OR-NEWER where space is reserved by writing zeros: a page that lies partly in a hole keeps its bits.
-
-    The holes of a memory store are sectors, as those of a file system with small blocks are.
-    """
-    reserved: list[tuple[int, int]] = []
-
-    def with_zeros(store: MemStore, offset_bytes: int, size_bytes: int) -> None:
-        reserved.append((offset_bytes, size_bytes))
-        store.pwrite(offset_bytes, bytes(size_bytes))
-
-    scene = child_scene(0)
-    with open_mem(scene.leaf, scene.parents, writable=True) as disk:
-        monkeypatch.setattr(MemStore, "reserve", with_zeros)
-        for sector in range(0, SIZE // SECTOR_SIZE, 41):
-            start = sector * SECTOR_SIZE
-            disk.write(start, scene.content[start : start + SECTOR_SIZE])
-        with open_mem(scene.leaf.copy(), scene.parents) as cut:
-            assert cut.read(0, SIZE) == scene.content
-    assert reserved
