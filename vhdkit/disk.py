@@ -42,6 +42,9 @@ from vhdkit.store import Buffer
 from vhdkit.units import KIB, SECTOR_MASK, SECTOR_SIZE, covering_sectors, edges, round_down, round_up, whole_sectors
 
 _LARGE_READ_BYTES = 256 * KIB  # from this size on, a second copy of the data costs more than avoiding it
+# How long `try_write` waits for another writer. One that only needs the interpreter to finish is not worth a thread
+# switch, and as each such switch delays the next write, too, one would follow the other.
+_BRIEF_SECONDS = 0.0001
 _disks: weakref.WeakSet[Disk] = weakref.WeakSet()
 
 
@@ -211,7 +214,7 @@ class Disk:
     def try_write(self, offset_bytes: int, data: memoryview) -> bool:
         """Like `write` of whole sectors; returns False, having done nothing, if it would wait for a writer or flush.
 
-        Raises as `write` does.
+        It does wait for a writer that is done within 0.1 ms. Raises as `write` does.
         """
         return self.try_write_flat(offset_bytes, flat(data))
 
@@ -224,7 +227,7 @@ class Disk:
             return False
         lock = self._write_lock
         try:
-            if not lock.acquire(False):
+            if not lock.acquire(False) and not lock.acquire(True, _BRIEF_SECONDS):
                 return False
             if not self._write_in_place(offset_bytes // SECTOR_SIZE, data):
                 if self._flush_is_due():

@@ -125,11 +125,10 @@ class ServedMerge:
         if self._plan.with_leaf:
             self._converge()
             with live_merge(self._export.disk.chain, 0, 1, self._export.open_mode.options) as merging:
-                with self._server.hold([self._export]):
-                    began = time.monotonic()
+                with self._server.hold([self._export]) as hold:
                     self._copied += sum(merging.copy())
                     self._exchange(merging)
-                    self._held_seconds = max(self._held_seconds, time.monotonic() - began)
+                self._held_seconds = max(self._held_seconds, hold.seconds)
                 merging.done()
         else:
             self._pass_over(_index_of(self._export, self._plan.merged[0]), _index_of(self._export, self._plan.into))
@@ -167,21 +166,19 @@ class ServedMerge:
             self._pass_over(1, _index_of(self._export, self._plan.into))
 
     def _freeze(self) -> None:
-        with freezing([(self._export.disk.chain, None)]) as prepared, self._server.hold([self._export]):
-            began = time.monotonic()
+        with freezing([(self._export.disk.chain, None)]) as prepared, self._server.hold([self._export]) as hold:
             [chain] = prepared.freeze()
             self._export.exchange(Disk(chain))
             prepared.done()
-            self._held_seconds = max(self._held_seconds, time.monotonic() - began)
+        self._held_seconds = max(self._held_seconds, hold.seconds)
 
     def _pass_over(self, first: int, target: int) -> None:
         self._passes += 1
         with live_merge(self._export.disk.chain, first, target, self._export.open_mode.options) as merging:
             self._copied += sum(merging.copy(_Pace(self)))
-            with self._server.hold([self._export]):
-                began = time.monotonic()
+            with self._server.hold([self._export]) as hold:
                 self._exchange(merging)
-                self._held_seconds = max(self._held_seconds, time.monotonic() - began)
+            self._held_seconds = max(self._held_seconds, hold.seconds)
             merging.done()
 
     def _exchange(self, merging: LiveMerge) -> None:

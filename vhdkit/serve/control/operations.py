@@ -212,18 +212,16 @@ class Operations:
         with self._changing:
             self._refuse_merging(exports)
             frozen = [export.disk.path for export in exports]
-            with self._freezing(pairs) as prepared, self._server.hold(exports):
-                began = time.monotonic()
+            with self._freezing(pairs) as prepared, self._server.hold(exports) as hold:
                 disks = [Disk(chain) for chain in prepared.freeze()]
                 for export, disk in zip(exports, disks, strict=True):
                     export.exchange(disk)
                 prepared.done()
-                held = time.monotonic() - began
         rows = [
             {"export": export.name, "frozen": old, "leaf": new}
             for export, old, new in zip(exports, frozen, prepared.plan.paths, strict=True)
         ]
-        return {"snapshots": rows, "held_seconds": round(held, 6)}
+        return {"snapshots": rows, "held_seconds": round(hold.seconds, 6)}
 
     def _resize(self, params: Params) -> object:
         """Change the size of one export's disk; {"export", "size_bytes", "shrink", "under_clients"}.

@@ -8,29 +8,31 @@ wait for devices and belong on worker threads.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 
 from vhdkit import errors
 from vhdkit.disk import Disk
-from vhdkit.image import Extent, ExtentKind
 from vhdkit.serve.nbd import wire
 from vhdkit.serve.nbd.loop import Lane, Loop
 from vhdkit.serve.nbd.options import ExportInfo
 from vhdkit.serve.nbd.protocol import Request, Transmission
+from vhdkit.serve.nbd.slices import (
+    ALLOCATION,
+    DEPTH,
+    DIRTY,
+    MAX_DESCRIPTORS,
+    STATUS_RUNS,
+    Listing,
+    Ranged,
+    StatusRuns,
+)
 from vhdkit.serve.nbd.wire import Command, CommandFlag, TransmissionFlag, WireErrno, wire_errno
-from vhdkit.units import KIB, MIB, PAGE_SIZE, SECTOR_SIZE
+from vhdkit.units import KIB, MIB, SECTOR_SIZE
 
-ALLOCATION = "base:allocation"
-DEPTH = "qemu:allocation-depth"
-DIRTY = "qemu:dirty-bitmap:"
 PIECE_BYTES = MIB  # the most that is read or written at once
 HOLE_WORTH_BYTES = 64 * KIB  # reads of at least this size are checked for holes
 MAX_CACHE_BYTES = 16 * MIB  # read ahead for one CACHE request
-_STATUS_RUNS = 1 << 13  # descriptors of one context in an answer; the protocol allows more, and clients ask again
-_STATUS_EXTENTS = 1 << 15  # examined for one answer; equal neighbours become one descriptor
-_EXTENTS_AT_ONCE = 32
-_COMPACT_RUN_BYTES = (1 << 32) - PAGE_SIZE  # the longest run of whole pages that 32 bits can express
 _ZEROS = memoryview(bytes(PIECE_BYTES))
 
 
@@ -48,6 +50,8 @@ class Export:
         self.held = False  # new requests wait
         self.jobs = 0  # on worker threads or waiting for a flush
         self.parked: list[Callable[[], None]] = []  # work to resume when the export is released
+        self.bulk = 0  # slices of long changes on worker threads: one of them may have the disk's lock
+        self.after_bulk: list[Callable[[], None]] = []  # called when the next of them ends
         self._flush_waiters: list[Callable[[BaseException | None], None]] = []
         self._flushing = False
 
@@ -95,25 +99,35 @@ class Export:
 
     # -- commands, on worker threads ----------------------------------------------------------------------------
 
-    def run(self, rules: Transmission, request: Request, payload: bytes | None = None) -> bytes | bytearray:
-        """Execute `request` and return the bytes of the answer. The caller handles FUA.
+    def work_of(
+        self,
+        rules: Transmission,
+        request: Request,
+        payload: bytes | None = None,
+        *,
+        descriptors: int = MAX_DESCRIPTORS,
+    ) -> tuple[Lane, Callable[[], bytes | bytearray | None]]:
+        """What a worker does for a request: a function to be called until it returns the answer, and its lane.
 
-        Raises VhdkitError, which the caller reports to the client.
+        The caller handles FUA. The function raises VhdkitError, which the caller reports to the client.
+        `descriptors`: the most in an answer to BLOCK_STATUS.
         """
-        disk, offset, length = self.disk, request.offset, request.length
-        if request.command == Command.READ:
-            return self._run_read(rules, request)
-        if request.command == Command.BLOCK_STATUS:
-            return self._run_status(rules, request, payload)
-        if request.command == Command.WRITE:
-            disk.write(offset, payload or b"")  # no payload means no bytes, not a wrong size (row 29)
-        elif request.command == Command.TRIM:
-            disk.trim(offset, length)
-        elif request.command == Command.WRITE_ZEROES:
-            self._run_write_zeroes(request)
-        elif request.command == Command.CACHE:
-            self._run_cache(offset, length)
-        return rules.done(request)
+        command, offset, length = request.command, request.offset, request.length
+        if command == Command.BLOCK_STATUS:
+            return Lane.LISTING, self._listing(rules, request, payload, descriptors)
+        if command in (Command.WRITE_ZEROES, Command.TRIM, Command.CACHE):
+            return Lane.BULK, self._ranged(rules, request)
+        unit = self.disk.unit_bytes if command == Command.WRITE else SECTOR_SIZE
+        lane = Lane.PARTS if (offset | length) % unit else Lane.WORK
+        if command == Command.READ:
+            return lane, lambda: self._run_read(rules, request)
+        assert command == Command.WRITE
+
+        def write() -> bytes:
+            self.disk.write(offset, payload or b"")  # no payload means no bytes, not a wrong size (row 29)
+            return rules.done(request)
+
+        return lane, write
 
     def _run_read(self, rules: Transmission, request: Request) -> bytes | bytearray:
         if not request.length:
@@ -141,79 +155,65 @@ class Export:
                 pieces.append(self.disk.read(start, size))
         return b"".join(pieces)
 
-    def _run_write_zeroes(self, request: Request) -> None:
-        no_hole = bool(request.flags & CommandFlag.NO_HOLE)
-        if request.flags & CommandFlag.FAST_ZERO and (no_hole or not self.disk.zeroes_are_fast()):  # row 39
+    # -- long commands ------------------------------------------------------------------------------------------
+
+    def _ranged(self, rules: Transmission, request: Request) -> Ranged:
+        command, length = request.command, request.length
+        grain = self.disk.chain.leaf.block_size_bytes or PIECE_BYTES
+        run: Callable[[int, int], None] = partial(self._zero, request.flags)
+        if command == Command.TRIM:
+            run = self._trim
+        elif command == Command.CACHE:
+            run, length, grain = self._cache, min(length, MAX_CACHE_BYTES), PIECE_BYTES
+        elif request.flags & CommandFlag.NO_HOLE:
+            grain = PIECE_BYTES
+        return Ranged(run, request.offset, length, grain, rules.done(request))
+
+    def _trim(self, offset: int, length: int) -> None:
+        self.disk.trim(offset, length)
+
+    def _zero(self, flags: int, offset: int, length: int) -> None:
+        no_hole = bool(flags & CommandFlag.NO_HOLE)
+        if flags & CommandFlag.FAST_ZERO and (no_hole or not self.disk.zeroes_are_fast()):  # row 39
             raise _NotFast("writing zeros here would not be faster than data")
         if not no_hole:
-            self.disk.write_zeroes(request.offset, request.length)
+            self.disk.write_zeroes(offset, length)
             return
-        position, end = request.offset, request.offset + request.length
-        while position < end:
-            size = min(end - position, PIECE_BYTES - position % SECTOR_SIZE)
-            self.disk.write(position, _ZEROS[:size])
-            position += size
+        end = offset + length
+        while offset < end:
+            size = min(end - offset, PIECE_BYTES - offset % SECTOR_SIZE)
+            self.disk.write(offset, _ZEROS[:size])
+            offset += size
 
-    def _run_cache(self, offset: int, length: int) -> None:
+    def _cache(self, offset: int, length: int) -> None:
         scratch = memoryview(bytearray(min(length, PIECE_BYTES)))
-        end = offset + min(length, MAX_CACHE_BYTES)
+        end = offset + length
         while offset < end:
             size = min(end - offset, len(scratch))
             self.disk.read_into(offset, scratch[:size])
             offset += size
 
-    # -- block status -------------------------------------------------------------------------------------------
-
-    def _run_status(self, rules: Transmission, request: Request, payload: bytes | None) -> bytes:
-        length, chosen = request.length, tuple(number for number, _ in rules.session.contexts)
+    def _listing(
+        self, rules: Transmission, request: Request, payload: bytes | None, descriptors: int
+    ) -> Callable[[], bytes | None]:
+        chosen = tuple(number for number, _ in rules.session.contexts)
         if payload is not None:
             narrowed = rules.status_filter(payload, request.offset)
             if narrowed is None:
-                return rules.error(request, WireErrno.EINVAL, "the payload does not name contexts of this session")
-            length, chosen = narrowed
+                text = "the payload does not name contexts of this session"
+                return lambda: rules.error(request, WireErrno.EINVAL, text)
+            request, chosen = request._replace(length=narrowed[0]), narrowed[1]
         contexts = [(number, name) for number, name in rules.session.contexts if number in chosen]
-        chunks = []
-        for place, (number, name) in enumerate(contexts, 1):
-            one = bool(request.flags & CommandFlag.REQ_ONE)
-            runs = self.status_runs(name, request.offset, length, extended=rules.extended, limit=1 if one else None)
-            chunks.append(rules.status(request, number, runs, last=place == len(contexts)))
-        return b"".join(chunks)
+        return Listing(lambda: self.disk, contexts, request, rules, descriptors=descriptors)
 
     def status_runs(
         self, context: str, offset: int, length: int, *, extended: bool, limit: int | None = None
     ) -> list[tuple[int, int]]:
         """(length, flags) of the range in one context: neighbours differ, the sum does not pass the range."""
-        limit = limit or _STATUS_RUNS
-        longest = length if extended else _COMPACT_RUN_BYTES
-        flags_of = self._flags_of(context)
-        runs: list[tuple[int, int]] = []
-        extents = self.disk.extents(offset, length, find_holes=context == ALLOCATION)
-        for number, (_, size, extent) in enumerate(_clipped(extents, offset, length)):
-            if number == _STATUS_EXTENTS:
-                break
-            if number % _EXTENTS_AT_ONCE == 0:
-                time.sleep(0)  # gives the interpreter to the loop
-            flags = flags_of(extent)
-            if runs and runs[-1][1] == flags:
-                size += runs.pop()[0]
-            elif len(runs) == limit:
-                break
-            runs.append((min(size, longest), flags))
-            if size > longest:
-                break
-        return runs
-
-    def _flags_of(self, context: str) -> Callable[[Extent], int]:
-        """The flags of an extent in a context (rows 38 and 40)."""
-        if context == ALLOCATION:
-            return lambda extent: wire.STATE_HOLE | wire.STATE_ZERO if extent.kind is ExtentKind.ZERO else 0
-        if context == DEPTH:  # 0: no layer owns it, 1: the leaf, n: the n-th layer
-            return lambda extent: extent.layer_index + 1
-        ids = self.disk.layer_ids
-        wanted = context.removeprefix(DIRTY)
-        # After a snapshot the layer is one lower in the chain, but its id is still its name.
-        depth = ids.index(wanted) if wanted in ids else len(ids)
-        return lambda extent: int(0 <= extent.layer_index <= depth)
+        runs = StatusRuns(context, offset, length, extended=extended, limit=limit or STATUS_RUNS)
+        while not runs.collect(self.disk):
+            pass
+        return list(zip(runs.lengths, runs.flags, strict=True))
 
 
 def check_text(what: str, text: str) -> None:
@@ -228,16 +228,6 @@ def check_text(what: str, text: str) -> None:
 
 class _NotFast(errors.VhdkitError):
     errno = wire.WireErrno.ENOTSUP
-
-
-def _clipped(extents: Iterator[Extent], offset: int, length: int) -> Iterator[tuple[int, int, Extent]]:
-    """(offset, size, extent) in bytes, clipped to the requested range."""
-    end = offset + length
-    for extent in extents:
-        start = max(extent.offset_bytes, offset)
-        stop = min(extent.offset_bytes + extent.size_bytes, end)
-        if stop > start:
-            yield start, stop - start, extent
 
 
 def error_reply(rules: Transmission, request: Request, error: BaseException) -> bytes:

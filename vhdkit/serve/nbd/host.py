@@ -7,6 +7,7 @@ import ssl
 from typing import Protocol
 
 from vhdkit.serve.nbd.export import Export
+from vhdkit.serve.nbd.jobs import Jobs
 from vhdkit.serve.nbd.loop import Loop
 from vhdkit.serve.nbd.options import ExportInfo, Session, TlsMode
 from vhdkit.serve.nbd.stats import Stats
@@ -17,6 +18,7 @@ class Host(Protocol):
 
     loop: Loop
     stats: Stats
+    jobs: Jobs
     job_bytes: int  # data in the jobs of all connections
     tls_mode: TlsMode
     tls_context: ssl.SSLContext | None

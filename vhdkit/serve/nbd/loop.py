@@ -34,6 +34,8 @@ class Lane(Enum):
     WORK = 8
     FLUSH = 4  # waits for devices, while clients wait for it
     LISTING = 1  # mostly Python code: more threads would only slow down the loop
+    PARTS = 2  # requests for parts of sectors
+    BULK = 3  # long commands; the number differs from the others', as Enum makes equal values one member
 
 
 class Loop:

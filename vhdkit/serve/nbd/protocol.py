@@ -14,6 +14,8 @@ import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from vhdkit.serve.nbd import wire
 from vhdkit.serve.nbd.options import Session
 from vhdkit.serve.nbd.wire import ChunkType, Command, CommandFlag, TransmissionFlag, WireErrno
@@ -22,6 +24,7 @@ MAX_DRAINED_BYTES = 1 << 27  # of a refused payload; a longer one ends the conne
 MAX_STATUS_PAYLOAD_BYTES = 4096
 MAX_UNFRAGMENTED_BYTES = 1 << 20  # of a read with DF (row 16: at least 64 KiB)
 _NO_END = 1 << 64
+_EXTENDED_RUN_BYTES = 16
 _WRITES = frozenset({Command.WRITE, Command.WRITE_ZEROES, Command.TRIM})
 _KNOWN_FLAGS = {  # row 25; FUA is allowed with all of them (row 26). Plain ints: ~ of an IntFlag drops unknown bits
     Command.READ: int(CommandFlag.FUA | CommandFlag.DF),
@@ -210,14 +213,19 @@ class Transmission:
         head = self._chunk(ChunkType.OFFSET_HOLE, 0, request.cookie, request.offset, 12)
         return head + struct.pack(">QI", offset, length)
 
-    def status(self, request: Request, context_id: int, runs: Sequence[tuple[int, int]], *, last: bool) -> bytes:
-        """The chunk of one context (row 37): `runs` are (length, flags), as many as may be sent."""
+    def status(self, request: Request, context_id: int, runs: bytes, *, last: bool) -> bytes:
+        """The chunk of one context (row 37): `runs` as `status_runs` encodes them, as many as may be sent."""
         flags = wire.CHUNK_DONE if last else 0
-        numbers = [number for run in runs for number in run]
         if self.extended:
-            body = struct.pack(f">II{len(numbers)}Q", context_id, len(runs), *numbers)
+            head = struct.pack(">II", context_id, len(runs) // _EXTENDED_RUN_BYTES)
             kind = ChunkType.BLOCK_STATUS_EXT
         else:
-            body = struct.pack(f">I{len(numbers)}I", context_id, *numbers)
+            head = struct.pack(">I", context_id)
             kind = ChunkType.BLOCK_STATUS
-        return self._chunk(kind, flags, request.cookie, request.offset, len(body)) + body
+        return self._chunk(kind, flags, request.cookie, request.offset, len(head) + len(runs)) + head + runs
+
+    def status_runs(self, lengths: Sequence[int], flags: Sequence[int]) -> bytes:
+        """Runs on the wire: the length and flags of each."""
+        pairs = np.empty((len(lengths), 2), dtype=">u8" if self.extended else ">u4")
+        pairs[:, 0], pairs[:, 1] = lengths, flags
+        return pairs.tobytes()

@@ -13,11 +13,13 @@ import logging
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 from vhdkit import errors
 from vhdkit.serve.nbd.connection import Connection
 from vhdkit.serve.nbd.export import PIECE_BYTES, Export
+from vhdkit.serve.nbd.jobs import Jobs
 from vhdkit.serve.nbd.loop import READABLE, Loop
 from vhdkit.serve.nbd.options import ExportInfo, Session, TlsMode
 from vhdkit.serve.nbd.stats import Stats
@@ -33,6 +35,14 @@ HANG_UP_SECONDS = 2.0
 _ACCEPT_AGAIN_SECONDS = 0.2  # out of descriptors: a moment later some may be free
 _LOOK_SECONDS = 0.2  # an event ends the wait; this is between checks whether the server has ended
 _log = logging.getLogger(__name__)
+
+
+class Hold:
+    """One `NbdServer.hold`. `seconds`, once it is over: the time during which new requests were not served."""
+
+    def __init__(self) -> None:
+        self.began = 0.0
+        self.seconds = 0.0
 
 
 class NbdServer:
@@ -58,6 +68,7 @@ class NbdServer:
         self.tls_mode = tls_mode
         self.loop = Loop()
         self.stats = Stats()
+        self.jobs = Jobs(self.loop, self.stats, self.drained)
         self.job_bytes = 0
         self.buffer = memoryview(
             bytearray(BUFFER_BYTES)
@@ -259,20 +270,21 @@ class NbdServer:
     # -- holding still ------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def hold(self, exports: Sequence[Export]) -> Iterator[None]:
+    def hold(self, exports: Sequence[Export]) -> Iterator[Hold]:
         """While the block runs, not on the loop's thread, these exports have no request in flight.
 
         New requests wait, without notice to clients. One such block runs at a time. Raises InvalidArgument if the
-        server has ended.
+        server has ended. Afterwards the `Hold` says for how long clients waited.
         """
-        with self._holding, self._held(exports):
-            yield
+        with self._holding, self._held(exports) as hold:
+            yield hold
 
     @contextlib.contextmanager
-    def _held(self, exports: Sequence[Export]) -> Iterator[None]:
-        still = threading.Event()
+    def _held(self, exports: Sequence[Export]) -> Iterator[Hold]:
+        still, released, hold = threading.Event(), threading.Event(), Hold()
 
         def begin() -> None:
+            hold.began = time.monotonic()
             for export in exports:
                 export.held = True
             self._drained = lambda: None if any(export.jobs for export in exports) else still.set()
@@ -285,6 +297,8 @@ class NbdServer:
                 parked, export.parked = export.parked, []
                 for go_on in parked:
                     go_on()
+            hold.seconds = time.monotonic() - hold.began
+            released.set()
             for connection in list(self.connections):
                 connection.proceed()
 
@@ -293,9 +307,11 @@ class NbdServer:
             if self._ended.is_set():
                 raise errors.InvalidArgument("the server has ended")
         try:
-            yield
+            yield hold
         finally:
             self.loop.post(end)
+            while not released.wait(_LOOK_SECONDS) and not self._ended.is_set():
+                pass  # a server that has ended holds no clients
 
     def drained(self, export: Export) -> None:
         """Called when a held export has no job in flight, unless the ended job starts another, such as a flush."""

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 
 from vhdkit import errors
 from vhdkit.serve.nbd.channel import Channel
 from vhdkit.serve.nbd.export import HOLE_WORTH_BYTES, PIECE_BYTES, Export, error_number, error_reply
 from vhdkit.serve.nbd.host import Host
+from vhdkit.serve.nbd.jobs import Job
 from vhdkit.serve.nbd.loop import Lane
 from vhdkit.serve.nbd.protocol import Request, Transmission
 from vhdkit.serve.nbd.wire import Command, CommandFlag
@@ -30,9 +32,7 @@ MAX_ALL_JOB_BYTES = 64 * MIB  # in all clients' jobs; beyond that, each client h
 _LAST_HEADER_BYTES = 64  # the longest header before data
 _KEPT_BYTES = 64 * KIB  # payloads up to this size are processed when they are complete
 _WORTH_WRITING_BYTES = 16 * KIB  # a longer payload is collected up to this size before each write
-SLICE_BYTES = 64 * MIB  # of a long command, executed at once
 _CHANGING = frozenset({Command.WRITE, Command.WRITE_ZEROES, Command.TRIM})
-_SLICED = frozenset({Command.WRITE_ZEROES, Command.TRIM})
 _SLOW = frozenset({Command.BLOCK_STATUS, Command.CACHE})
 _READ, _WRITE = int(Command.READ), int(Command.WRITE)
 _log = logging.getLogger(__name__)
@@ -82,6 +82,7 @@ class Serving:
         self.export = export
         self.ended = False  # the client sent DISC
         self.jobs = 0
+        self.queues: dict[Lane, deque[Job]] = {}
         self._job_bytes = 0
         self._host = host
         self._loop = host.loop
@@ -128,6 +129,9 @@ class Serving:
                 break
             if position + self._rules.request_size + min(request.payload_bytes, _KEPT_BYTES) > end:
                 break  # keep it until it is complete, or until there is enough of it to write in pieces
+            if self.export.bulk and self._is_common_write(request):
+                self._wait_for_bulk()
+                break
             position = self._begin(request, buffer, position + self._rules.request_size, end)
             if self._payload is not None:
                 position = self._take_payload(buffer, position, end)
@@ -178,8 +182,30 @@ class Serving:
         if filled:
             self._channel.send(replies[:filled])
         if served:
-            self._host.stats.batch(served, time.perf_counter_ns() - began)
+            self._host.stats.served(self, served, began)
         return position
+
+    def _is_common_write(self, request: Request) -> bool:
+        """True for a write that only a writer at work can have kept from being served at once."""
+        return (
+            request.command == Command.WRITE
+            and not request.error
+            and request.payload_bytes <= _KEPT_BYTES
+            and not (request.offset | request.length) % self.export.disk.unit_bytes
+        )
+
+    def _wait_for_bulk(self) -> None:
+        """Let our input wait for the end of a slice that has the disk's lock, which takes about a millisecond.
+
+        As a job, a write would wait longer: its worker would need the interpreter, and would in turn have the lock
+        when the next write arrives.
+        """
+        self._waiting = True
+        self.export.after_bulk.append(self._bulk_ended)
+
+    def _bulk_ended(self) -> None:
+        self._waiting = False
+        self._proceed()
 
     def _must_wait(self) -> bool:
         """True if the next request cannot be examined yet."""
@@ -224,59 +250,28 @@ class Serving:
                 self._log_failure(request, answer)
                 answer = error_reply(rules, request, answer)
             elif request.flags & CommandFlag.FUA and request.command in _CHANGING:
-                self._flush_then(answer, request)  # before `_job_ends`: else a held export would seem to be drained
+                self._flush_then(answer, request)
                 self._job_ends(size)
                 return
             self._job_ends(size)
             self._answer(answer)
 
-        self._work(request, payload, done)
-
-    def _work(
-        self, request: Request, payload: bytes | None, done: Callable[[bytes | bytearray | BaseException], None]
-    ) -> None:
-        """Run a command on workers, a long one slice by slice, so that others get their turn between slices."""
-        rules, export, loop = self._rules, self.export, self._loop
-        if request.command not in _SLICED or request.length <= SLICE_BYTES:
-            lane = Lane.LISTING if request.command == Command.BLOCK_STATUS else Lane.WORK
-            loop.submit(lambda: export.run(rules, request, payload), done, lane)
-            return
-        left = request
-
-        def next_slice(result: bytes | bytearray | BaseException) -> None:
-            nonlocal left
-            if isinstance(result, BaseException) or not left.length or self._channel.is_closed():
-                done(result if isinstance(result, BaseException) else rules.done(request))
-                return
-            if export.held:  # between two slices, the holder need not wait for the rest
-                export.parked.append(go_on)
-                self._pause(True)
-                return
-            size = min(left.length, SLICE_BYTES)
-            piece = left._replace(length=size)
-            left = left._replace(offset=left.offset + size, length=left.length - size)
-            loop.submit(lambda: export.run(rules, piece), next_slice)
-
-        def go_on() -> None:
-            self._pause(False)
-            next_slice(b"")
-
-        next_slice(b"")
-
-    def _pause(self, pause: bool) -> None:
-        """Take one of our jobs out of the count in flight, or put it back."""
-        self.export.jobs += -1 if pause else 1
-        if pause and not self.export.jobs:
-            self._host.drained(self.export)
+        lane, work = self.export.work_of(rules, request, payload)
+        takes_lock = request.command in (Command.WRITE_ZEROES, Command.TRIM)
+        self._host.jobs.add(self, work, done, lane, must_run=request.command == Command.WRITE, takes_lock=takes_lock)
 
     def _flush_then(self, answer: bytes | bytearray, request: Request) -> None:
         """Send `answer` when everything written so far is durable."""
         rules, export = self._rules, self.export
         self._job_begins()
+        export.jobs += 1
         began = time.perf_counter_ns()
 
         def done(failure: BaseException | None) -> None:
             self._job_ends()
+            export.jobs -= 1
+            if export.held and not export.jobs:
+                self._host.drained(export)
             if request.command == Command.FLUSH:
                 self._host.stats.batch(1, time.perf_counter_ns() - began)
             if failure is not None:
@@ -289,15 +284,15 @@ class Serving:
         self._job_bytes += size_bytes
         self._host.job_bytes += size_bytes
         self.jobs += 1
-        self.export.jobs += 1
 
     def _job_ends(self, size_bytes: int = 0) -> None:
         self._job_bytes -= size_bytes
         self._host.job_bytes -= size_bytes
         self.jobs -= 1
-        self.export.jobs -= 1
-        if self.export.held and not self.export.jobs:
-            self._host.drained(self.export)
+
+    def is_gone(self) -> bool:
+        """True when the client has been disconnected."""
+        return self._channel.is_closed()
 
     def _answer(self, answer: bytes | bytearray) -> None:
         """Send an answer from a job, but never inside the chunk of a long read."""
@@ -325,22 +320,30 @@ class Serving:
                 if size < min(payload.left, _WORTH_WRITING_BYTES):
                     return position
             size = min(size, PIECE_BYTES)
-            self._write_piece(payload, buffer[position : position + size])
+            if not self._write_piece(payload, buffer[position : position + size]):
+                return position
         if not payload.left and not self._waiting:
             self._end_payload(payload)
         return position + size
 
-    def _write_piece(self, payload: _Payload, piece: memoryview) -> None:
+    def _write_piece(self, payload: _Payload, piece: memoryview) -> bool:
+        """Write at once or in a job; False if the piece must be kept until a slice that has the lock ends."""
         export = self.export
         offset = payload.offset
+        problem = None
+        try:
+            is_done = export.disk.try_write_flat(offset, piece)
+        except errors.VhdkitError as error:
+            is_done, problem = True, error
+        if not is_done and export.bulk and not (offset | len(piece)) % export.disk.unit_bytes:
+            self._wait_for_bulk()
+            return False
         payload.offset += len(piece)
         payload.left -= len(piece)
-        try:
-            if export.disk.try_write_flat(offset, piece):
-                return
-        except errors.VhdkitError as problem:
+        if problem is not None:
             self._fail_payload(payload, problem)
-            return
+        if is_done:
+            return True
         data = bytes(piece)
         self._waiting = True
         self._job_begins()
@@ -354,7 +357,12 @@ class Serving:
             self._job_ends()
             self._proceed()
 
-        self._loop.submit(lambda: export.disk.write(offset, data), done)
+        def write() -> bool:
+            export.disk.write(offset, data)
+            return True
+
+        self._host.jobs.add(self, write, done)
+        return True
 
     def _fail_payload(self, payload: _Payload, problem: BaseException) -> None:
         """Drain the rest; the answer is the first error."""
@@ -408,7 +416,10 @@ class Serving:
                 self._channel.send(result)
             self._proceed()
 
-        self._loop.submit(lambda: export.run_read_piece(rules, request, offset, size), done)
+        lane = Lane.PARTS if (offset | size) % SECTOR_SIZE else Lane.WORK
+        self._host.jobs.add(
+            self, lambda: export.run_read_piece(rules, request, offset, size), done, lane, must_run=False
+        )
 
     def _fail_long_read(self, request: Request, problem: BaseException) -> None:
         """Rows 33 and 34: no chunk is cut short, and a simple reply that promised success ends the connection."""

@@ -6,9 +6,11 @@ Decides what is counted. Knows nothing about sockets or disks.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
 _BUCKETS = 40  # of the histogram: bucket n holds times of less than 2**n nanoseconds
+_NEVER = -(1 << 63)
 
 
 @dataclass(slots=True)
@@ -20,6 +22,22 @@ class Stats:
     bytes_received: int = 0
     bytes_sent: int = 0
     latency: list[int] = field(default_factory=lambda: [0] * _BUCKETS)
+    _latest: int = 0  # the client that was served last on the loop
+    _latest_ns: int = _NEVER  # when it was
+    _other_ns: int = _NEVER  # when the last one other than it was
+
+    def served(self, client: object, count: int, began_ns: int) -> None:
+        """Count requests of `client` that were served together on the loop since `began_ns` (`perf_counter_ns`)."""
+        now = time.perf_counter_ns()
+        self.requests += count
+        self.latency[min((now - began_ns).bit_length(), _BUCKETS - 1)] += count
+        if self._latest != id(client):
+            self._latest, self._other_ns = id(client), self._latest_ns
+        self._latest_ns = now
+
+    def others_since(self, client: object, ns: int) -> bool:
+        """Whether clients other than `client` were served on the loop after that time. From any thread."""
+        return (self._other_ns if self._latest == id(client) else self._latest_ns) > ns
 
     def batch(self, count: int, nanoseconds: int) -> None:
         """Count `count` requests served together in that time: each of them waited for all of it."""

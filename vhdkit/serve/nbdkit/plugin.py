@@ -34,7 +34,8 @@ from vhdkit import errors
 from vhdkit.chain.names.options import OpenOptions
 from vhdkit.disk import Disk, open_disk
 from vhdkit.formats.probe import FormatName
-from vhdkit.serve.nbd.export import ALLOCATION, MAX_CACHE_BYTES, PIECE_BYTES, Export, check_text
+from vhdkit.serve.nbd.export import MAX_CACHE_BYTES, PIECE_BYTES, Export, check_text
+from vhdkit.serve.nbd.slices import ALLOCATION
 from vhdkit.serve.nbd.wire import wire_errno
 from vhdkit.serve.opening import described
 from vhdkit.units import MIB, PAGE_SIZE

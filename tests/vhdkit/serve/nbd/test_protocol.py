@@ -343,7 +343,7 @@ def test_chunks_byte_by_byte() -> None:
         header = memoryview(bytearray(64))
         rules.put_read_header(header, 0, 9, 4096, 8192)
         expect(bytes(header[: rules.read_header_size]), True, 1, struct.pack(">Q", 4096), 8200)
-        runs = [(512, 0), (7680, 3)]
+        runs = rules.status_runs([512, 7680], [0, 3])
         body = struct.pack(">I4I", 1, 512, 0, 7680, 3)
         if kind.extended:
             body = struct.pack(">II4Q", 1, 2, 512, 0, 7680, 3)

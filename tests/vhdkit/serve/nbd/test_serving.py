@@ -217,7 +217,7 @@ def test_disconnecting_inside_a_request() -> None:
 
 def test_long_commands_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Row 35: a client that zeros its disk twenty times over does not block the workers for others."""
-    monkeypatch.setattr("vhdkit.serve.nbd.serving.SLICE_BYTES", 256 * KIB)
+    monkeypatch.setattr("vhdkit.serve.nbd.slices._MOST_BYTES", 256 * KIB)
     with serving(export_of(sparse(64 * MIB))) as running, running.client() as other:
         greedy = running.client(extended=True)
         cookies = {greedy.send(ZEROES, 4096, 60 * MIB, flags=nbd.NO_HOLE) for _ in range(20)}
@@ -235,7 +235,7 @@ def test_long_commands_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_hold_begins_inside_a_long_command(monkeypatch: pytest.MonkeyPatch) -> None:
     """A hold begins between two slices of a long command, which then continues and is answered."""
-    monkeypatch.setattr("vhdkit.serve.nbd.serving.SLICE_BYTES", 64 * KIB)
+    monkeypatch.setattr("vhdkit.serve.nbd.slices._MOST_BYTES", 256 * KIB)
     export = export_of(sparse(64 * MIB))
     with serving(export) as running, running.client(extended=True) as client:
         client.send(ZEROES, 0, 60 * MIB, flags=nbd.NO_HOLE)
