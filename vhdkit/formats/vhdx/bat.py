@@ -177,7 +177,7 @@ class Bat:
     def page(self, number: int) -> bytes:
         """The bytes of a page of the table as stored in the file; after the last entry they are zeros."""
         first = number * ENTRIES_PER_PAGE
-        raw = self._entries[first : first + ENTRIES_PER_PAGE].astype("<u8").tobytes()
+        raw = self._entries[first : first + ENTRIES_PER_PAGE].astype("<u8", copy=False).tobytes()
         return raw.ljust(layout.LOG_PAGE_SIZE, b"\0")
 
     def pieces(self) -> Iterator[tuple[int, bytes]]:

@@ -26,6 +26,7 @@ import contextlib
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 
 from vhdkit import errors
 from vhdkit.formats.guard import SyncGuard, WholeWrite
@@ -43,6 +44,18 @@ from vhdkit.units import MIB, round_down, round_up
 
 MAX_DIRTY_PAGES = 2048  # 8 MiB of metadata waiting for a flush; reaching it flushes
 MAX_CACHED_PAGES = 4096  # 16 MiB of clean bitmap pages kept in memory
+
+
+_NO_NOTES = contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _announced(notes: Notes) -> Iterator[None]:
+    notes.change_begins(FLUSH)
+    try:
+        yield
+    finally:
+        notes.change_ended(FLUSH)
 
 
 class _Changing:
@@ -309,17 +322,9 @@ class Commit:
                 if self._notes is not None:
                     self._notes.flush_ended()
 
-    @contextlib.contextmanager
-    def _changing(self) -> Iterator[None]:
-        """Announce to the notes that a flush changes the file."""
-        if self._notes is None:
-            yield
-            return
-        self._notes.change_begins(FLUSH)
-        try:
-            yield
-        finally:
-            self._notes.change_ended(FLUSH)
+    def _changing(self) -> AbstractContextManager[None]:
+        """Announce to the notes, if there are any, that a flush changes the file."""
+        return _NO_NOTES if self._notes is None else _announced(self._notes)
 
     def _goes_on(self) -> None:
         """Announce that a flush changes the file again, after a sync that may have taken long."""

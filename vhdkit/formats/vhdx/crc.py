@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """CRC-32C (Castagnoli), which protects a VHDX's headers, region tables and log entries.
 
-Decides how it is computed: with numpy lookup tables, because a flush computes it over every page that it logs, and
-none of the core's dependencies provides it. Must not know what it protects.
+Decides how it is computed: by `google-crc32c` where that is installed (the extra `crc`), else with numpy lookup
+tables, because a flush computes it over every page that it logs, and none of the core's dependencies provides it. Must
+not know what it protects.
 
-The CRC is linear: the value over a piece of 512 bytes is the exclusive or of one table entry for each byte, chosen by
-its place and its value; appending a piece shifts the value so far by 512 bytes, which four more tables do.
+The tables work because the CRC is linear: the value over a piece of 512 bytes is the exclusive or of one table entry
+for each byte, chosen by its place and its value; appending a piece shifts the value so far by 512 bytes, which four
+more tables do.
 
 Source: RFC 3720, appendix B.4 (polynomial 0x1EDC6F41, reflected 0x82F63B78, initial value and final XOR all ones).
 """
@@ -13,6 +15,7 @@ Source: RFC 3720, appendix B.4 (polynomial 0x1EDC6F41, reflected 0x82F63B78, ini
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,8 +60,28 @@ def _tables() -> tuple[NDArray[np.uint32], NDArray[np.uint32], list[list[int]]]:
     return one, places.reshape(-1), shifts
 
 
+@functools.cache
+def _library() -> Callable[[int, bytes], int] | None:
+    """A compiled function (value, bytes) -> CRC, if the library is installed; it is imported when first needed.
+
+    The tables are about as quick when they lie in the processor's cache. After a sync they do not: an entry of 12 KiB
+    then takes 40 to 70 us, and 2 us by the library.
+    """
+    try:
+        import google_crc32c
+    except ImportError:
+        return None
+    return google_crc32c.extend if google_crc32c.implementation == "c" else None
+
+
 def crc32c(data: bytes | bytearray | memoryview, value: int = 0) -> int:
     """The CRC-32C of `data`; `value` is the CRC of the bytes before it."""
+    library = _library()
+    return by_tables(data, value) if library is None else library(value, bytes(data))
+
+
+def by_tables(data: bytes | bytearray | memoryview, value: int = 0) -> int:
+    """The same, by the tables."""
     one, places, shifts = _tables()
     raw = np.frombuffer(data, dtype=np.uint8)
     state = value ^ _ONES
@@ -80,8 +103,8 @@ def crc32c(data: bytes | bytearray | memoryview, value: int = 0) -> int:
 
 def sealed(raw: bytes, checksum_offset: int) -> bytes:
     """`raw` with the correct checksum in its 4-byte field at this offset."""
-    cleared = raw[:checksum_offset] + bytes(4) + raw[checksum_offset + 4 :]
-    return raw[:checksum_offset] + crc32c(cleared).to_bytes(4, "little") + raw[checksum_offset + 4 :]
+    before, after = raw[:checksum_offset], raw[checksum_offset + 4 :]
+    return b"".join((before, crc32c(after, crc32c(before + bytes(4))).to_bytes(4, "little"), after))
 
 
 def is_sealed(raw: bytes, checksum_offset: int) -> bool:

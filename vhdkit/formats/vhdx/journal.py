@@ -21,6 +21,7 @@ Source: [MS-VHDX] 2.2.2.1, 2.3.
 
 from __future__ import annotations
 
+import functools
 import uuid
 from collections import deque
 from dataclasses import dataclass, replace
@@ -37,6 +38,7 @@ from vhdkit.store import Store
 from vhdkit.units import MIB, round_down, round_up
 
 _SPARE_SECTORS = 2  # one for an empty entry that frees the ring, and one so that the ring is never completely full
+_WRITTEN_AHEAD = MIB  # of a log in a hole; each session begins at the log's start, and our own logs are no longer
 _RANDOM_BITS = 60  # of the first sequence number of a session, as Windows chooses it
 
 
@@ -114,7 +116,7 @@ class Journal:
         header = self._header
         return Moment(header.file_write_guid, header.log_guid, self._sequence)
 
-    @property
+    @functools.cached_property
     def max_pages(self) -> int:
         """The largest number of pages that one entry can hold."""
         sectors = self._log_size // SECTOR - _SPARE_SECTORS - 1
@@ -172,6 +174,11 @@ class Journal:
         for offset, size, is_data in list(self._store.data_runs(self._log_offset, self._log_size)):
             if not is_data:  # so that a flush cannot run out of space
                 self._store.reserve(offset, size)
+                # Space that was only reserved becomes written space when an entry is synced: a file system then
+                # writes its own journal too, which takes longer than the sync of the entry.
+                ahead = min(offset + size, self._log_offset + _WRITTEN_AHEAD) - offset
+                if ahead > 0:
+                    self._store.pwrite(offset, bytes(ahead))
         self.sync()
         log_guid = uuid.uuid4().bytes
         self._sequence = uuid.uuid4().int % (1 << _RANDOM_BITS) + 1

@@ -4,11 +4,18 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
+from collections.abc import Callable
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vhdkit.formats.vhdx.crc import crc32c, is_sealed, sealed
+from tests.support import require_module
+from vhdkit.formats.vhdx.crc import by_tables, crc32c, is_sealed, sealed
+
+WAYS = (crc32c, by_tables)
 
 
 def naive(data: bytes) -> int:
@@ -21,12 +28,13 @@ def naive(data: bytes) -> int:
     return state ^ 0xFFFFFFFF
 
 
-def test_known_values() -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_known_values(way: Callable[[bytes], int]) -> None:
     """The examples of RFC 3720, and the usual check value."""
-    assert crc32c(b"123456789") == 0xE3069283
-    assert crc32c(bytes(32)) == 0x8A9136AA
-    assert crc32c(b"\xff" * 32) == 0x62A8AB43
-    assert crc32c(b"") == 0
+    assert way(b"123456789") == 0xE3069283
+    assert way(bytes(32)) == 0x8A9136AA
+    assert way(b"\xff" * 32) == 0x62A8AB43
+    assert way(b"") == 0
 
 
 @settings(max_examples=40)
@@ -36,7 +44,32 @@ def test_it_agrees_with_a_bitwise_one(size: int, seed: int, cut: int) -> None:
     data = random.Random(seed).randbytes(size)
     if seed % 3 == 0:  # zeros are skipped
         data = data[: size // 3].ljust(size - 1, b"\0") + data[-1:] if size else b""
-    assert crc32c(data) == naive(data) == crc32c(data[cut:], crc32c(data[:cut]))
+    for way in WAYS:
+        assert way(data) == naive(data) == way(data[cut:], way(data[:cut]))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_it_takes_every_kind_of_buffer(way: Callable[[bytes | bytearray | memoryview], int]) -> None:
+    """The bytes count, not how they are held."""
+    raw = random.Random(1).randbytes(700)
+    assert way(raw) == way(bytearray(raw)) == way(memoryview(raw))
+
+
+def test_the_library_is_used_where_it_is_installed() -> None:
+    """The compiled library computes the checksums, so a flush does not wait for the tables."""
+    require_module("google_crc32c")
+    program = "import sys; from vhdkit.formats.vhdx import crc; crc.by_tables = None; print(crc.crc32c(b'123456789'))"
+    assert subprocess.check_output([sys.executable, "-c", program], text=True) == f"{0xE3069283}\n"
+
+
+@pytest.mark.parametrize("broken", ["None", "types.SimpleNamespace(implementation='python')"])
+def test_without_the_library_the_tables_are_used(broken: str) -> None:
+    """If the library is missing, or has only its slow form in Python, the tables compute the same value."""
+    program = (
+        f"import sys, types; sys.modules['google_crc32c'] = {broken}\n"
+        "from vhdkit.formats.vhdx.crc import crc32c; print(crc32c(b'123456789'))"
+    )
+    assert subprocess.check_output([sys.executable, "-c", program], text=True) == f"{0xE3069283}\n"
 
 
 @given(raw=st.binary(min_size=8, max_size=64), place=st.integers(0, 63), bit=st.integers(0, 7))

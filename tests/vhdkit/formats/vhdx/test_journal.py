@@ -335,3 +335,43 @@ def test_an_interrupted_sync_of_a_header_leaves_the_other_slot_alone() -> None:
             break
         assert_equal_headers(store)
     assert at > 5
+
+
+class SpaceStore(MemStore):
+    """A file that notes which space was reserved, and what was written over it, until a header names the log."""
+
+    def __init__(self, store: MemStore) -> None:
+        super().__init__(store.name, sectors=store.copy()._sectors, size_bytes=store.size())
+        self.reserved: list[tuple[int, int]] = []
+        self.zeroed: list[tuple[int, int]] = []
+
+    def reserve(self, offset_bytes: int, size_bytes: int) -> None:
+        """See `Store.reserve`."""
+        self.reserved.append((offset_bytes, size_bytes))
+        super().reserve(offset_bytes, size_bytes)
+
+    def pwrite(self, offset_bytes: int, data: Buffer) -> None:
+        """See `Store.pwrite`."""
+        if not any(data):
+            assert any(start == offset_bytes and len(data) <= size for start, size in self.reserved)
+            self.zeroed.append((offset_bytes, len(data)))
+        super().pwrite(offset_bytes, data)
+
+
+@pytest.mark.parametrize("ahead", [RING // 2, MIB])
+def test_the_space_of_a_log_in_a_hole_is_written_before_the_first_entry(
+    monkeypatch: pytest.MonkeyPatch, ahead: int
+) -> None:
+    """All of a log in a hole is reserved, and what a session uses soon is written, so that the sync of an entry need
+    not wait for the file system's own journal. A part that holds data is left alone."""
+    monkeypatch.setattr(journal_module, "_WRITTEN_AHEAD", ahead)
+    store = SpaceStore(image())
+    old = b"old" * 171
+    store.pwrite(LOG + SECTOR, old)
+    journal = Journal(store, current_header(store.name, read_headers(store)), (LOG, RING), SyncGuard(store))
+    journal.begin(changes_disk=True)
+    assert store.pread(LOG + SECTOR, len(old)) == old
+    holes = [(LOG, SECTOR), (LOG + SECTOR + KIB, RING - SECTOR - KIB)]
+    assert store.reserved == holes
+    end = LOG + min(ahead, RING)
+    assert store.zeroed == [(start, min(size, end - start)) for start, size in holes if start < end]
