@@ -90,8 +90,8 @@ class ServeOptions:
 @click.option("--export", metavar="NAME=IMAGE", multiple=True, help="Serve IMAGE as the export NAME. Repeatable.")
 @click.option("--exports", metavar="FILE", type=PATH,
               help="Serve what FILE lists, a JSON array of objects with name, path and optionally description,"
-                   " read_only, follow_leaf, format, parent_dirs, allow_raw_parent. With --control the array may"
-                   " be empty.")  # fmt: skip
+                   " read_only, follow_leaf, format, parent_dirs, allow_raw_parent, sector_bytes. With --control the"
+                   " array may be empty.")  # fmt: skip
 @click.option("--description", metavar="TEXT",
               help="A description of IMAGE for clients that list the exports, instead of its kind, size and file"
                    " name. For one image.")  # fmt: skip

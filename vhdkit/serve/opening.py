@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from vhdkit import errors
+from vhdkit import errors, formats
 from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.verbs.create import create_child
 from vhdkit.chain.verbs.live import scratch_child
@@ -36,6 +36,7 @@ _ENTRY_KINDS: dict[str, tuple[type, str]] = {
     "parent_dirs": (list, "a list of folders"),
     "known_images": (list, "a list of images"),
     "allow_raw_parent": (bool, "true or false"),
+    "sector_bytes": (int, "512 or 4096"),
 }
 
 
@@ -58,13 +59,15 @@ class OpenMode:
 class ExportRequest:
     """An image to serve: its path, its export name if it differs from the file's, and its own mode if it has one.
 
-    `description`: the text that clients receive for it, instead of the result of `described`.
+    `description`: the text that clients receive for it, instead of the result of `described`. `sector_bytes`: the
+    logical sector size that the clients expect, so that an image with another one is refused; None accepts any.
     """
 
     path: str
     name: str | None = None
     open_mode: OpenMode | None = None
     description: str | None = None
+    sector_bytes: int | None = None
 
     @property
     def export_name(self) -> str:
@@ -141,10 +144,10 @@ def request_of_document(document: object) -> ExportRequest:
     """Parse one entry of an exports file, or the parameters of `ctl add`. Raises InvalidArgument.
 
     {"name", "path", "description": null, "read_only": false, "follow_leaf": false, "format": null,
-     "parent_dirs": [], "allow_raw_parent": false, "known_images": []}
+     "parent_dirs": [], "allow_raw_parent": false, "known_images": [], "sector_bytes": null}
 
     `format`: a `FormatName`, or null to detect it. `known_images`: images, in any folder, that may be children of this
-    one; if one of them is, this one is not written to.
+    one; if one of them is, this one is not written to. `sector_bytes`: see `ExportRequest`.
     """
     if not isinstance(document, dict):
         raise errors.InvalidArgument("an export must be a JSON object")
@@ -176,7 +179,10 @@ def request_of_document(document: object) -> ExportRequest:
     open_mode = OpenMode(
         options, read_only=bool(document.get("read_only")), follow_leaf=bool(document.get("follow_leaf"))
     )
-    return ExportRequest(path, document["name"], open_mode, document.get("description"))
+    sector_bytes = document.get("sector_bytes")
+    if sector_bytes not in (None, *(size for one in formats.FORMATS for size in one.sector_sizes)):
+        raise errors.InvalidArgument("'sector_bytes' of an export must be 512 or 4096")
+    return ExportRequest(path, document["name"], open_mode, document.get("description"), sector_bytes)
 
 
 def requests_of_file(path: str) -> list[ExportRequest]:
@@ -216,11 +222,23 @@ def open_exports(wanted: Sequence[ExportRequest], open_mode: OpenMode) -> list[I
         for one in wanted:
             own = one.open_mode or open_mode
             exports.append(ImageExport(one.export_name, _open(one.path, own), own, one.description))
+            _check_sectors(exports[-1], one.sector_bytes)
     except BaseException:
         for export in exports:
             export.disk.close()
         raise
     return exports
+
+
+def _check_sectors(export: ImageExport, wanted_bytes: int | None) -> None:
+    found_bytes = export.disk.chain.leaf.sector_bytes
+    if wanted_bytes not in (None, found_bytes):
+        raise errors.InvalidArgument(
+            f"has sectors of {found_bytes} bytes, and not of {wanted_bytes} as recorded for it: a guest would not find"
+            " its partitions",
+            path=export.image_path,
+            hint="restore the image that was there; if this is the right one, correct 'sector_bytes' of the export",
+        )
 
 
 def _open(path: str, open_mode: OpenMode) -> Disk:

@@ -132,6 +132,7 @@ _TRUST = "if you trust it, "
 _COMMAND = re.compile(r"\bvhdkit (?!for\b)[a-z]+")  # "vhdkit check FILE --repair"; not "install vhdkit for ..."
 _BARE_VERB = re.compile(r"`(?!vmm )[a-z-]+(?: --[a-z-]+)*`")  # "`status` says how far it is"
 _ON_THE_CHILD = "work on the child instead"  # hint for an image that is the parent of another
+_RECORDED_SECTORS = "'sector_bytes'"  # in the hint for an image whose sector size is not the recorded one
 _SHARED_OPTIONS = ("--shrink",)  # options that vmm has as well
 
 
@@ -161,6 +162,8 @@ def hint_of_vhdkit(hint: str | None) -> str | None:
         return hint
     if _BARE_VERB.search(hint):  # a verb of the program that the user ran, which is vmm
         return None
+    if _RECORDED_SECTORS in hint:
+        return "if this is the right image, take the disk from the machine (vmm disk remove) and add it (vmm disk add)"
     if hint.startswith(_ON_THE_CHILD):
         return "vmm repair MACHINE checks whether that is the newest image of the disk, and then uses it"
     options = re.findall(r"(?<![\w-])--[a-z][a-z-]*", hint)

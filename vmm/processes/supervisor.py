@@ -243,7 +243,12 @@ def exports_of(runtime: RuntimePaths, *, follow_leaf: bool) -> list[dict[str, An
     try:
         with open(runtime.running, "rb") as file:
             definition = json.load(file)
-        return [export_of(disk, follow_leaf=follow_leaf) for disk in definition["disks"] if disk["kind"] == "vhd"]
+        disks = [disk for disk in definition["disks"] if disk["kind"] == "vhd"]
+        # Not in `export_of`: while a machine runs, its server may be of an earlier version, which refuses the word.
+        return [
+            {**export_of(disk, follow_leaf=follow_leaf), "sector_bytes": disk.get("sector_bytes", 512)}
+            for disk in disks
+        ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise VmmError("the machine's definition cannot be read", path=runtime.running) from error
 

@@ -8,13 +8,14 @@ it, so that problems are reported at once. Everything about the images themselve
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import vhdkit
 from vmm.model.errors import InvalidSpec, NotFound, Refused, store_error
 from vmm.model.events import add_event
-from vmm.model.formats import ImageFormat, child_suffix, is_image_format
+from vmm.model.formats import CHILD_SUFFIXES, ImageFormat, child_suffix, is_image_format
 from vmm.model.spec import DiskSpec, PathsSpec, make_disk
 from vmm.store.known_images import known_images
 from vmm.store.media import open_medium
@@ -118,10 +119,23 @@ def look_at(disk: DiskSpec, *, writable: bool = False) -> KnownImage:
         raise NotFound(
             "the image does not exist",
             path=error.path or disk.path,
-            hint=f"create it: vhdkit create {disk.path} --size 10G",
+            hint=_hint_for_missing(disk.path),
         ) from error
     except vhdkit.VhdkitError as error:
         raise store_error(error) from error
+
+
+def _hint_for_missing(path: str) -> str:
+    """How to make an image of this name, if its name says what it would be."""
+    suffix, typed = os.path.splitext(path)[1].lower(), shlex.quote(path)
+    if suffix in CHILD_SUFFIXES:
+        return (
+            "name the newest image of the disk, or make a child of another image:"
+            f" vhdkit create {typed} --parent PARENT"
+        )
+    if is_image_format(suffix[1:]) and suffix != ".raw":
+        return f"create it: vhdkit create {typed} --size 10G"
+    return "name an image that exists"
 
 
 def as_found(disk: DiskSpec) -> DiskSpec:

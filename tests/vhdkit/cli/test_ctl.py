@@ -168,13 +168,27 @@ def test_exports_from_a_file(folder: Path) -> None:
     "text",
     ["", "{", "{}", "[5]", '[{"name": "a"}]', '[{"name": 1, "path": "x"}]', '[{"name": "a", "path": "x", "y": 1}]',
      '[{"name": "a", "path": ""}]', '[{"name": "a", "path": "x", "format": "qcow2"}]',
-     '[{"name": "a", "path": "x", "parent_dirs": [1]}]', "[" * 100000, "[]"],
+     '[{"name": "a", "path": "x", "parent_dirs": [1]}]', '[{"name": "a", "path": "x", "sector_bytes": 520}]',
+     "[" * 100000, "[]"],
 )  # fmt: skip
 def test_bad_lists_of_exports(folder: Path, text: str) -> None:
     """An invalid list is reported in one clear line; so is an empty one if nothing could be added to it."""
     Path("list").write_text(text)
     failure("serve", "--exports", "list", code=2)
     failure("serve", "--exports", "list", "--read-only", code=2)
+
+
+def test_an_export_with_other_sectors_is_refused() -> None:
+    """If the list says which sector size clients expect, an image with another one is not served."""
+    good("create", "disk.vhdx", "--size", "8M", "--sector-size", "4096")
+    for sector_bytes, code in ((4096, 0), (512, 2)):
+        Path("list").write_text(json.dumps([{"name": "a", "path": "disk.vhdx", "sector_bytes": sector_bytes}]))
+        if code:
+            line = failure("serve", "--exports", "list", code=code)
+            assert line.startswith("disk.vhdx: has sectors of 4096 bytes, and not of 512 as recorded")
+        else:
+            with serving("--exports", "list") as server:
+                assert server.ready["exports"][0]["name"] == "a"
 
 
 def test_merging_while_serving(folder: Path) -> None:

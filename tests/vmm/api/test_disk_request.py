@@ -14,7 +14,7 @@ from tests.vmm.kvm.loops import loop_device
 from tests.vmm.small_guests import make_machine, wait_counting
 from vmm.api.disk_request import disk_of
 from vmm.api.manager import DiskRequest, Manager
-from vmm.model.errors import InvalidSpec, StoreFailed
+from vmm.model.errors import InvalidSpec, NotFound, StoreFailed
 from vmm.model.spec import MachineSpec, make_spec
 from vmm.store import registry
 
@@ -132,3 +132,15 @@ def test_trusted_folders_are_recorded(spec: MachineSpec, tmp_path: Path, monkeyp
     assert disk_of(wish, spec).parent_dirs == (str(bases),)
     assert disk_of(DiskRequest(str(bases / "base.vhd"), read_only=True, controller="scsi"),
                    spec).parent_dirs == ()  # fmt: skip
+
+
+def test_what_is_proposed_for_a_missing_image(spec: MachineSpec, tmp_path: Path) -> None:
+    """Only a name that `vhdkit create` makes a disk of is proposed for that; a snapshot's image needs its parent."""
+    for name, hint in {
+        "a b.vhdx": f"create it: vhdkit create '{tmp_path}/a b.vhdx' --size 10G",
+        "a.avhdx": f"or make a child of another image: vhdkit create {tmp_path}/a.avhdx --parent PARENT",
+        "a.qcow2": "name an image that exists",
+    }.items():
+        with pytest.raises(NotFound) as refused:
+            disk_of(DiskRequest(str(tmp_path / name)), spec)
+        assert str(refused.value.hint).endswith(hint)

@@ -10,10 +10,16 @@ from pathlib import Path
 
 import pytest
 
+import vhdkit
+import vmm
+from tests.support import require_tool
+from tests.vmm.snapshots.machines import Machines
 from vmm.host.proc import Lock, python_command, python_environment
+from vmm.kvm import program
 from vmm.model.errors import NoSpace, StoreFailed, VmmError, from_document
 from vmm.model.paths import RuntimePaths
 from vmm.processes.supervisor import last_error_in
+from vmm.store import registry
 
 
 @pytest.mark.parametrize(
@@ -63,3 +69,21 @@ def test_a_lock_in_a_folder_that_was_replaced(tmp_path: Path) -> None:
     (folder / "keeper.lock").touch()
     assert not lock.is_current()
     lock.release()
+
+
+def test_a_machine_does_not_start_on_a_disk_with_other_sectors(machines: Machines) -> None:
+    """An image that was replaced by one with another sector size is refused; adding it again makes it a disk."""
+    require_tool("qemu-system-x86_64")
+    program.find()
+    image = machines.folder / "disk.vhdx"
+    vhdkit.create_image(image, 4 << 20, disk_format="vhdx")
+    manager = vmm.Manager()
+    manager.create("m", disks=[vmm.DiskRequest(str(image), controller="virtio")], firmware="uefi")
+    vhdkit.create_image(image, 4 << 20, disk_format="vhdx", sector_bytes=4096, replace=True)
+    with pytest.raises(vmm.VmmError, match="has sectors of 4096 bytes, and not of 512") as refusal:
+        manager.start("m")
+    assert refusal.value.hint is not None and refusal.value.hint.count("vmm disk ") == 2
+    assert manager.state("m") is vmm.MachineState.OFF
+    manager.remove_disk("m", "disk-0")
+    manager.add_disk("m", vmm.DiskRequest(str(image)))
+    assert registry.load("m").spec.disks[0].sector_bytes == 4096
