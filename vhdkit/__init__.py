@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     from vhdkit.maker import is_maker_dead, maker_word
     from vhdkit.serve.control.client import ControlClient
     from vhdkit.trusted import TrustedFolder, TrustedFolders, trusted_parent_dirs
+    from vhdkit.uncached import CacheMode
     from vhdkit.units import DiskSize, parse_disk_size
 
 __version__ = "0.2.0.dev0"  # pyproject.toml takes it from here
@@ -80,6 +81,7 @@ __all__ = [
     "AddressInUse",
     "AlreadyExists",
     "ByteRange",
+    "CacheMode",
     "Cancelled",
     "CompactResult",
     "Comparison",
@@ -191,6 +193,7 @@ _HOMES = {
     "vhdkit.jsontext": "json_text",
     "vhdkit.maker": "is_maker_dead maker_word",
     "vhdkit.serve.control.client": "ControlClient",
+    "vhdkit.uncached": "CacheMode",
     "vhdkit.units": "DiskSize parse_disk_size",
 }
 _MODULES = ("jsonrpc",)  # public as wholes

@@ -77,6 +77,8 @@ class Disk:
         self._try_read_sectors = chain.try_read_into
         self._write_in_place = chain.write_in_place
         self._flush_is_due = chain.leaf.flush_is_due
+        file = pending.file_of(chain.leaf.store)
+        self._sweeper = None if file is None or file.uncached is None else file.uncached.sweeper
         self._write_lock = _WriteLock()
         self._closed = False
         self._left_by_fork = False
@@ -224,6 +226,8 @@ class Disk:
         if not self.writable or self._closed or offset_bytes < 0 or offset_bytes + size > self.size_bytes:
             self._check_write(offset_bytes, size)
         if (offset_bytes | size) & self._unit_mask:
+            return False
+        if self._sweeper is not None and self._sweeper.is_behind():
             return False
         lock = self._write_lock
         try:

@@ -94,6 +94,14 @@ def is_written(fd: int) -> bool:
         return False
 
 
+def is_held(fd: int) -> bool:
+    """True when another open file of this inode is held at all."""
+    try:
+        return _refused(fd, _HELD_BY_READER[:1]) is not None
+    except OSError:
+        return False
+
+
 def _refused(fd: int, bytes_: Sequence[int]) -> int | None:
     """The first of these bytes that another open file has locked."""
     for byte in bytes_:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """An open file and its name: which file a name leads to, and that a file is held only while its name leads to it.
 
-Decides when two openings are the same file, and when a lock may be taken, changed and released. Must not know what
-is read from the file or written to it (`store`). Which locks keep other programs away is decided in `locks`.
+Decides when two openings are the same file, and when a lock may be taken, changed and released; and answers what the
+file system records beside a file's bytes. Must not know what is read from the file or written to it (`store`). Which
+locks keep other programs away is decided in `locks`.
 
 `INV-NAME-HELD`: a lock counts only on the file to which its name leads *after* the lock was taken, and nothing is
 stacked on a name, or moved or removed by name, unless the name still leads to the open file.
@@ -10,13 +11,17 @@ stacked on a name, or moved or removed by name, unless the name still leads to t
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Callable
 from typing import TypeVar
 
 from vhdkit import errors, locks
-from vhdkit.descriptor import Descriptor, held
+from vhdkit.arguments import AnyPath
+from vhdkit.descriptor import Descriptor, close_owned, held, opened
+from vhdkit.transfer import kept_elsewhere
+from vhdkit.units import SECTOR_SIZE
 from vhdkit.wording import translate, translated
 
 _OPENINGS = 20  # attempts when the name leads to another file each time
@@ -36,6 +41,36 @@ def leads_to(path: str, identity: tuple[int, int]) -> bool:
     except OSError:
         return False
     return (found.st_dev, found.st_ino) == identity
+
+
+def opened_file(path: AnyPath, *, writable: bool, follow_links: bool) -> tuple[list[int], str]:
+    """A new descriptor, in the list that owns it, of an existing regular file or block device; and the path.
+
+    Raises NotFound, AccessDenied, InvalidArgument (a directory, a pipe, a character device).
+    """
+    name = os.fsdecode(path)
+    # O_NONBLOCK: opening a named pipe must fail by its type below, not wait for a writer.
+    flags = os.O_CLOEXEC | os.O_NONBLOCK | (os.O_RDWR if writable else os.O_RDONLY)
+    if not follow_links:
+        flags |= os.O_NOFOLLOW
+    owned: list[int] = []
+    try:
+        owned = opened(name, flags)
+        mode = os.fstat(owned[0]).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            what = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or character device"
+            raise errors.InvalidArgument(f"is {what}, not a disk image", path=name)
+        return owned, name
+    except OSError as error:
+        close_owned(owned)
+        if error.errno == errno.EISDIR:
+            raise errors.InvalidArgument("is a folder, not a disk image", path=name) from error
+        raise translate(error, name, "open for writing" if writable else "open") from error
+    except ValueError as error:
+        raise errors.InvalidArgument("is not a file name: it contains a NUL byte", path=name) from error
+    except BaseException:
+        close_owned(owned)
+        raise
 
 
 def opened_again(once: Callable[[], _T]) -> _T:
@@ -79,6 +114,44 @@ class NamedFile(Descriptor):
     def fileno(self) -> int:
         """The descriptor, for code that passes it to the kernel."""
         return self._fd
+
+    @held
+    def allocated_bytes(self) -> int:
+        """Bytes the file takes on its file system (holes do not count)."""
+        return os.fstat(self._fd).st_blocks * SECTOR_SIZE
+
+    @held
+    def is_remote(self) -> bool:
+        """True for a file kept on a server or by a user-space program, which then decide its modification time."""
+        return kept_elsewhere(self._fd)
+
+    @held
+    def modified_ns(self) -> int:
+        """When the file was last written to, in nanoseconds since 1970."""
+        return os.fstat(self._fd).st_mtime_ns
+
+    @held
+    def label(self, name: str) -> bytes | None:
+        """The value of a label of this file (a user extended attribute); None if there is none or none are supported.
+
+        Copies of the file, and a file that takes over its name, do not inherit the label.
+        """
+        try:
+            return os.getxattr(self._fd, f"user.vhdkit.{name}")
+        except OSError:
+            return None
+
+    @held
+    def set_label(self, name: str, value: bytes | None) -> bool:
+        """Set a label, or remove it with None; False if that is not possible."""
+        try:
+            if value is None:
+                os.removexattr(self._fd, f"user.vhdkit.{name}")
+            else:
+                os.setxattr(self._fd, f"user.vhdkit.{name}", value)
+        except OSError as error:
+            return value is None and error.errno == errno.ENODATA
+        return True
 
     @held
     def still_named(self) -> bool:
@@ -176,3 +249,8 @@ class NamedFile(Descriptor):
     def in_use(self) -> bool:
         """True when another program, or another open disk of this one, holds the file for writing."""
         return locks.is_written(self._fd)
+
+    @held
+    def is_shared(self) -> bool:
+        """True when another program, or another open disk of this one, holds the file, be it only for reading."""
+        return locks.is_held(self._fd)

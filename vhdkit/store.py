@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 from collections.abc import Callable, Hashable, Iterator
 from typing import Protocol, Self, TypeAlias
 
 from vhdkit import errors, page_cache, space
 from vhdkit.arguments import AnyPath
-from vhdkit.descriptor import close_owned, held, opened
-from vhdkit.named import NamedFile, opened_again
-from vhdkit.transfer import Transfer, kept_elsewhere
-from vhdkit.units import MIB, SECTOR_SIZE
+from vhdkit.descriptor import close_owned, held
+from vhdkit.named import NamedFile, opened_again, opened_file
+from vhdkit.transfer import Transfer
+from vhdkit.uncached import PORTION_BYTES, Sweeper, Uncached
+from vhdkit.units import MIB
 from vhdkit.wording import translate as translate
 from vhdkit.wording import translated as translated
 
@@ -139,6 +139,7 @@ class FileStore(NamedFile):
         """Take over the descriptor in the list. Use `FileStore.open` or `NewFile` instead."""
         super().__init__(owned, path, writable=writable)
         self.notes_folder: str | None = None  # where changes of the image are noted (`formats.remember`), if anywhere
+        self.uncached: Uncached | None = None  # if the file is kept out of the page cache
         self._no_wait = os.RWF_NOWAIT
         self._transfer = Transfer(self._fd)
         self._has_lost_pages = False
@@ -149,26 +150,9 @@ class FileStore(NamedFile):
 
         Raises NotFound, AccessDenied, InvalidArgument (a directory, a pipe, a character device).
         """
-        name = os.fsdecode(path)
-        # O_NONBLOCK: opening a named pipe must fail by its type below, not wait for a writer.
-        flags = os.O_CLOEXEC | os.O_NONBLOCK | (os.O_RDWR if writable else os.O_RDONLY)
-        if not follow_links:
-            flags |= os.O_NOFOLLOW
-        owned: list[int] = []
+        owned, name = opened_file(path, writable=writable, follow_links=follow_links)
         try:
-            owned = opened(name, flags)
-            mode = os.fstat(owned[0]).st_mode
-            if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-                what = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or character device"
-                raise errors.InvalidArgument(f"is {what}, not a disk image", path=name)
             return cls(owned, name, writable=writable)
-        except OSError as error:
-            close_owned(owned)
-            if error.errno == errno.EISDIR:
-                raise errors.InvalidArgument("is a folder, not a disk image", path=name) from error
-            raise translate(error, name, "open for writing" if writable else "open") from error
-        except ValueError as error:
-            raise errors.InvalidArgument("is not a file name: it contains a NUL byte", path=name) from error
         except BaseException:
             close_owned(owned)
             raise
@@ -201,44 +185,6 @@ class FileStore(NamedFile):
         except OSError as error:
             raise translate(error, self._path, "find the size") from error
 
-    @held
-    def allocated_bytes(self) -> int:
-        """Bytes the file takes on its file system (holes do not count)."""
-        return os.fstat(self._fd).st_blocks * SECTOR_SIZE
-
-    @held
-    def is_remote(self) -> bool:
-        """True for a file kept on a server or by a user-space program, which then decide its modification time."""
-        return kept_elsewhere(self._fd)
-
-    @held
-    def modified_ns(self) -> int:
-        """When the file was last written to, in nanoseconds since 1970."""
-        return os.fstat(self._fd).st_mtime_ns
-
-    @held
-    def label(self, name: str) -> bytes | None:
-        """The value of a label of this file (a user extended attribute); None if there is none or none are supported.
-
-        Copies of the file, and a file that takes over its name, do not inherit the label.
-        """
-        try:
-            return os.getxattr(self._fd, f"user.vhdkit.{name}")
-        except OSError:
-            return None
-
-    @held
-    def set_label(self, name: str, value: bytes | None) -> bool:
-        """Set a label, or remove it with None; False if that is not possible."""
-        try:
-            if value is None:
-                os.removexattr(self._fd, f"user.vhdkit.{name}")
-            else:
-                os.setxattr(self._fd, f"user.vhdkit.{name}", value)
-        except OSError as error:
-            return value is None and error.errno == errno.ENODATA
-        return True
-
     def pread(self, offset_bytes: int, size_bytes: int) -> bytes:
         """See `ReadStore.pread`."""
         pieces, inside = [], self.inside
@@ -257,7 +203,10 @@ class FileStore(NamedFile):
             inside.pop()
             if self._fd < 0:
                 self.let_go()
-        return b"".join(pieces)
+        data = b"".join(pieces)
+        if self.uncached is not None:
+            self.uncached.was_read(len(data))
+        return data
 
     def pread_into(self, offset_bytes: int, buffer: memoryview) -> None:
         """See `ReadStore.pread_into`."""
@@ -271,7 +220,7 @@ class FileStore(NamedFile):
                 got = os.preadv(self._fd, (rest,), offset_bytes + done)
                 if got == 0:
                     rest[:] = bytes(len(rest))
-                    return
+                    break
                 done += got
         except OSError as error:
             raise self._failed(error, "read", offset_bytes) from error
@@ -279,13 +228,15 @@ class FileStore(NamedFile):
             inside.pop()
             if self._fd < 0:
                 self.let_go()
+        if self.uncached is not None:
+            self.uncached.was_read(wanted)
 
     def try_pread_into(self, offset_bytes: int, buffer: memoryview) -> bool:
         """See `ReadStore.try_pread_into`: the page cache has the data, or the file system never waits for a device."""
         inside = self.inside
         try:
             inside.append(None)
-            return _preadv(self._fd, (buffer,), offset_bytes, self._no_wait) == buffer.nbytes
+            is_there = _preadv(self._fd, (buffer,), offset_bytes, self._no_wait) == buffer.nbytes
         except BlockingIOError:
             return False
         except OSError as error:
@@ -297,14 +248,21 @@ class FileStore(NamedFile):
             inside.pop()
             if self._fd < 0:
                 self.let_go()
+        if self.uncached is not None:
+            self.uncached.was_read(buffer.nbytes)
+        return is_there
 
     @held
     def prefetch(self, offset_bytes: int, size_bytes: int) -> None:
         """See `ReadStore.prefetch`."""
+        if self.uncached is not None:
+            self.uncached.was_asked_for(offset_bytes, size_bytes)
         page_cache.prefetch(self._fd, offset_bytes, size_bytes)
 
     def pwrite(self, offset_bytes: int, data: Buffer) -> None:
         """See `Store.pwrite`."""
+        if self.uncached is not None:
+            self.uncached.sweeper.make_room()
         inside = self.inside
         try:
             inside.append(None)
@@ -319,6 +277,8 @@ class FileStore(NamedFile):
             inside.pop()
             if self._fd < 0:
                 self.let_go()
+        if self.uncached is not None:
+            self.uncached.was_written(done)
 
     @held
     def punch(self, offset_bytes: int, size_bytes: int) -> None:
@@ -362,8 +322,20 @@ class FileStore(NamedFile):
         """See `Store.copy_from`; `transfer` decides how."""
         if not isinstance(source, FileStore):
             copy_bytes(source, source_offset_bytes, self, offset_bytes, size_bytes)
-        elif source._copied_to(self, source_offset_bytes, offset_bytes, size_bytes) < size_bytes:
-            raise _ended(source)
+            return
+        done = 0
+        while done < size_bytes:
+            piece = size_bytes - done
+            if self.uncached is not None:
+                self.uncached.sweeper.make_room()
+                piece = min(piece, PORTION_BYTES)
+            if source._copied_to(self, source_offset_bytes + done, offset_bytes + done, piece) < piece:
+                raise _ended(source)
+            if self.uncached is not None:
+                self.uncached.was_written(piece)
+            if source.uncached is not None:
+                source.uncached.was_read(piece)
+            done += piece
 
     @held
     def _copied_to(self, target: FileStore, own_offset_bytes: int, offset_bytes: int, size_bytes: int) -> int:
@@ -378,6 +350,20 @@ class FileStore(NamedFile):
         """Whether the file system can share this file's space with a new file; tried past its end. Raises IoFailed."""
         with translated(new.name, "share space"):
             return new._transfer.shares_with(self._fd)
+
+    @held
+    def keep_out_of_cache(self, sweeper: Sweeper) -> None:
+        """Have the file swept from now on: it takes little room in the page cache. Raises IoFailed, AccessDenied."""
+        with translated(self._path, "open a second time"):
+            self.uncached = Uncached.open(self._fd, self._path, sweeper, self.is_shared)
+
+    def follow(self, other: FileStore) -> None:
+        """Note changes where `other` does, and keep out of the page cache if it does."""
+        self.notes_folder = other.notes_folder
+        if other.uncached is not None:
+            self.keep_out_of_cache(other.uncached.sweeper)
+            if self.uncached is not None and self.identity == other.identity:
+                self.uncached.is_shared = other.uncached.is_shared  # its lock is held by the other opening
 
     @held
     def truncate(self, size_bytes: int) -> None:
@@ -426,6 +412,8 @@ class FileStore(NamedFile):
         """See `ReadStore.close`."""
         self._transfer.close()
         with translated(self._path, "close"):
+            if self.uncached is not None:
+                self.uncached.close()
             self.close_descriptor()
 
     def __enter__(self) -> Self:

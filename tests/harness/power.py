@@ -207,6 +207,7 @@ class PowerRun:
     steps: int = 22
     second_cuts: bool = True
     script: Callable[[Disk, SectorModel], None] | None = None  # instead of random steps
+    make_store: Callable[[MemStore], CrashStore] = CrashStore
     judged: int = 0
     operations: int = 0
     syncs: int = 0
@@ -215,7 +216,7 @@ class PowerRun:
 
     def run(self) -> None:
         """Open, work, close; raises Violation."""
-        self.store = CrashStore(self.scene.leaf)
+        self.store = self.make_store(self.scene.leaf)
         self.model = SectorModel(self.scene.content)
         self.store.watcher = self._watch
         disk = open_mem(self.store, self.scene.parents, writable=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from vhdkit import FormatName, OpenOptions, Progress
+from vhdkit import CacheMode, FormatName, OpenOptions, Progress
 from vhdkit.cli.common import PATH, Common, VerbGroup, disk_size, epilog, progress_option
 from vhdkit.cli.common import size as parsed_size
 from vhdkit.cli.output import columns, count, print_json, print_text, rounding
@@ -104,6 +104,8 @@ def status_verb(server: _Server, json: bool, quiet: bool) -> None:
         kind = "read-only" if export["read_only"] else "writable"
         if export["overlay"]:
             kind += ", changes are discarded at the end"
+        if export.get("cache") == CacheMode.NONE:
+            kind += ", not cached"
         print_text((f"{printable(export['name'])}", "bold"), f"  {format_size(export['size_bytes'])}, {kind}")
         rows = [
             [str(number), printable(layer["path"]), layer["kind"]] for number, layer in enumerate(export["layers"])
@@ -265,6 +267,11 @@ def read_only_verb(server: _Server, export: str | None, off: bool, json: bool, q
               help="The format of IMAGE; detected by default.")  # fmt: skip
 @click.option("--allow-parent-dir", metavar="DIR", multiple=True, help="Allow parents in DIR as well. Repeatable.")
 @click.option("--allow-raw-parent", is_flag=True, help="Accept a raw parent, which has no id to verify.")
+@click.option(
+    "--cache",
+    type=click.Choice([one.value for one in CacheMode]),
+    help="What the host's page cache may keep of IMAGE; see `vhdkit serve --help`. Default: writeback.",
+)
 @click.option("--description", metavar="TEXT", help="A description for clients that list the exports.")
 def add_verb(
     server: _Server,
@@ -274,6 +281,7 @@ def add_verb(
     image_format: str | None,
     allow_parent_dir: tuple[str, ...],
     allow_raw_parent: bool,
+    cache: str | None,
     description: str | None,
     json: bool,
     quiet: bool,
@@ -286,7 +294,7 @@ def add_verb(
     result = _ask(
         server, "add", as_json=json, name=name, path=os.path.abspath(path), read_only=read_only,
         follow_leaf=follow_leaf, format=image_format, parent_dirs=folders, allow_raw_parent=allow_raw_parent,
-        **({} if description is None else {"description": description}),
+        **{name: value for name, value in (("description", description), ("cache", cache)) if value is not None},
     )  # fmt: skip
     if not json and not quiet:
         print_text(f"{printable(name)}: {printable(result['export']['description'])}")

@@ -23,6 +23,7 @@ from typing import Any
 import click
 
 import vhdkit
+from vhdkit import CacheMode
 from vhdkit.cli.common import PATH, Common, epilog, image_options
 from vhdkit.cli.output import print_json
 from vhdkit.cli.serve_nbdkit import ARGUMENTS, EngineCommand, find_nbdkit, run_nbdkit
@@ -79,6 +80,7 @@ class ServeOptions:
     pid_file: str | None
     stats: bool
     engine: str
+    cache: str | None
 
 
 @click.command(
@@ -90,8 +92,8 @@ class ServeOptions:
 @click.option("--export", metavar="NAME=IMAGE", multiple=True, help="Serve IMAGE as the export NAME. Repeatable.")
 @click.option("--exports", metavar="FILE", type=PATH,
               help="Serve what FILE lists, a JSON array of objects with name, path and optionally description,"
-                   " read_only, follow_leaf, format, parent_dirs, allow_raw_parent, sector_bytes. With --control the"
-                   " array may be empty.")  # fmt: skip
+                   " read_only, follow_leaf, format, parent_dirs, allow_raw_parent, sector_bytes, cache. With"
+                   " --control the array may be empty.")  # fmt: skip
 @click.option("--description", metavar="TEXT",
               help="A description of IMAGE for clients that list the exports, instead of its kind, size and file"
                    " name. For one image.")  # fmt: skip
@@ -146,6 +148,9 @@ class ServeOptions:
               help="The user who may use the unix socket of the clients instead of you (as root).")  # fmt: skip
 @click.option("--exit-last", is_flag=True, help="Exit when the last client has disconnected.")
 @click.option("--pid-file", metavar="FILE", type=PATH, help="Write the server's process id to FILE when it is ready.")
+@click.option("--cache", type=click.Choice([one.value for one in CacheMode]),
+              help="none: keep little of the images in the page cache, for guests, which cache their disks. A flush"
+                   " makes the same durable. Default: writeback.")  # fmt: skip
 @click.option("--stats", is_flag=True, help="Show clients, requests and latencies on the terminal.")
 @click.option("--engine", type=click.Choice(["builtin", "nbdkit"]), default="builtin", show_default=True,
               help="The server: the built-in one, which is faster, or nbdkit with our plugin, for its filters. "
@@ -161,12 +166,14 @@ def serve_command(common: Common, **words: Any) -> None:
     \b
     With --json, when ready: {"pid", "uris": [...],
       "exports": [{"name", "uri", "path", "description", "size_bytes",
-                   "read_only"}], "control",
+                   "read_only", "cache"}], "control",
       "addresses": [URI without an export's name, ...]}
     """
     given = ServeOptions(**words)
     _check(given)
     _log_to_stderr(common)
+    if given.cache is not None:
+        common = replace(common, options=replace(common.options, cache=CacheMode(given.cache)))
     with unmeant_ignored():
         _ENGINES[given.engine](given, common)
 
@@ -175,9 +182,9 @@ def _check(given: ServeOptions) -> None:
     """Raise UsageError for options that exclude each other."""
     if not given.image and not given.export and given.exports is None:
         raise click.UsageError("give an IMAGE to serve")
-    if given.exports is not None and (given.overlay or given.read_only or given.engine != "builtin"):
+    if given.exports is not None and (given.overlay or given.read_only or given.cache or given.engine != "builtin"):
         raise click.UsageError(
-            "--exports states for each image how it is opened: leave out --read-only, --overlay and --engine"
+            "--exports states for each image how it is opened: leave out --read-only, --overlay, --cache and --engine"
         )
     if given.description is not None and (given.exports is not None or len(given.image) + len(given.export) != 1):
         raise click.UsageError('--description is for one image; in a file for --exports each may have a "description"')
@@ -424,6 +431,7 @@ def _print_ready(exports: list[ImageExport], listeners: Listeners, given: ServeO
                 "description": export.description,
                 "size_bytes": export.disk.size_bytes,
                 "read_only": export.read_only,
+                "cache": export.open_mode.options.cache.value,
             }
             for export in exports
         ]

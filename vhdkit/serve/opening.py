@@ -23,6 +23,7 @@ from vhdkit.folder import exists, read_whole, real_path, remove_file
 from vhdkit.formats.probe import FormatName
 from vhdkit.named import opened_again
 from vhdkit.serve.nbd.export import Export, check_text
+from vhdkit.uncached import CacheMode
 from vhdkit.units import MIB, format_size
 
 MAX_EXPORTS_FILE_BYTES = 16 * MIB  # enough for a thousand exports and ten thousand images with long paths
@@ -37,6 +38,7 @@ _ENTRY_KINDS: dict[str, tuple[type, str]] = {
     "known_images": (list, "a list of images"),
     "allow_raw_parent": (bool, "true or false"),
     "sector_bytes": (int, "512 or 4096"),
+    "cache": (str, "a string"),
 }
 
 
@@ -144,10 +146,11 @@ def request_of_document(document: object) -> ExportRequest:
     """Parse one entry of an exports file, or the parameters of `ctl add`. Raises InvalidArgument.
 
     {"name", "path", "description": null, "read_only": false, "follow_leaf": false, "format": null,
-     "parent_dirs": [], "allow_raw_parent": false, "known_images": [], "sector_bytes": null}
+     "parent_dirs": [], "allow_raw_parent": false, "known_images": [], "sector_bytes": null, "cache": null}
 
     `format`: a `FormatName`, or null to detect it. `known_images`: images, in any folder, that may be children of this
     one; if one of them is, this one is not written to. `sector_bytes`: see `ExportRequest`.
+    `cache`: a `CacheMode`, or null for writeback.
     """
     if not isinstance(document, dict):
         raise errors.InvalidArgument("an export must be a JSON object")
@@ -170,11 +173,15 @@ def request_of_document(document: object) -> ExportRequest:
     format_name = document.get("format")
     if format_name not in (None, *FormatName):
         raise errors.InvalidArgument(f"the format of an export must be one of {', '.join(FormatName)}")
+    cache = document.get("cache")
+    if cache not in (None, *CacheMode):
+        raise errors.InvalidArgument(f"the cache of an export must be one of {', '.join(CacheMode)}")
     options = OpenOptions(
         parent_dirs=tuple(folders),
         allow_raw_parent=bool(document.get("allow_raw_parent")),
         format_name=FormatName(format_name) if format_name else None,
         known_images=tuple(known),
+        cache=CacheMode(cache or CacheMode.WRITEBACK),
     )
     open_mode = OpenMode(
         options, read_only=bool(document.get("read_only")), follow_leaf=bool(document.get("follow_leaf"))

@@ -277,6 +277,8 @@ def test_follow_leaf() -> None:
         (["a.vhd", "--pid-file", "a.vhd"], 1, "not a pid file"),
         (["a.vhd", "--pid-file", "b.vhd"], 1, "not a pid file"),
         (["a.vhd", "--engine", "steam"], 2, "steam"),
+        (["a.vhd", "--cache", "some"], 2, "'writeback', 'none'"),
+        (["--exports", "a.vhd", "--cache", "none"], 2, "--cache"),
     ],
 )
 def test_wrong_command_lines(words: list[str], code: int, text: str, folder: Path) -> None:
@@ -286,6 +288,45 @@ def test_wrong_command_lines(words: list[str], code: int, text: str, folder: Pat
     before = names(folder)
     assert text in failure("serve", *words, code=code)
     assert names(folder) == before
+
+
+def openings(pid: int, name: str) -> int:
+    """How many descriptors a process has of a file: a second one if it keeps it out of the page cache."""
+    links = [os.readlink(one) for one in Path(f"/proc/{pid}/fd").iterdir()]
+    return links.count(str(Path(name).absolute()))
+
+
+def test_the_cache_of_an_export() -> None:
+    """`--cache none` and `ctl add --cache none` apply to all files of a chain, also to those made while it is served,
+    and are shown; an export without them is cached as usual.
+    """
+    make_chain()
+    good("create", "a.vhd", "--size", "1M")
+    good("create", "b.vhd", "--size", "1M")
+    Path("list").write_text(
+        json.dumps([{"name": "a", "path": "a.vhd", "cache": "none"}, {"name": "b", "path": "b.vhd"}])
+    )
+    with serving("leaf.avhd", "--cache", "none", "--socket", "s", "--control", "c") as server:
+        assert server.ready["exports"][0]["cache"] == "none"
+        assert "leaf.avhd  8.0 MiB, writable, not cached" in good("ctl", "c", "status")
+        good("ctl", "c", "snapshot", "leaf.avhd=new.avhd")
+        put(server.uri, b"x" * 4096)
+        files = ("new.avhd", "leaf.avhd", "base.vhd")
+        assert [openings(server.process.pid, name) for name in files] == [2, 2, 2]
+        good("ctl", "c", "merge", "leaf.avhd")
+        assert [openings(server.process.pid, name) for name in files] == [0, 2, 2]
+        good("ctl", "c", "add", "a=a.vhd", "--cache", "none")
+        good("ctl", "c", "add", "b=b.vhd")
+        assert [openings(server.process.pid, name) for name in ("a.vhd", "b.vhd")] == [2, 1]
+        found = json.loads(good("ctl", "c", "status", "--json"))["exports"]
+        assert [(one["name"], one["cache"]) for one in found] == [
+            ("leaf.avhd", "none"), ("a", "none"), ("b", "writeback"),
+        ]  # fmt: skip
+        assert copied(server.uri)[:4096] == b"x" * 4096
+    with serving("--exports", "list", "--socket", "s") as server:
+        assert [openings(server.process.pid, name) for name in ("a.vhd", "b.vhd")] == [2, 1]
+    Path("list").write_text(json.dumps([{"name": "a", "path": "a.vhd", "cache": "all"}]))
+    assert "the cache of an export must be one of writeback, none" in failure("serve", "--exports", "list", code=2)
 
 
 def test_change_tracking_beside_an_image() -> None:

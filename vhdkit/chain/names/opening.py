@@ -30,6 +30,7 @@ from vhdkit.image import ImageFacts, Layer
 from vhdkit.local_volume import LOCAL
 from vhdkit.named import opened_again
 from vhdkit.store import FileStore, Store
+from vhdkit.uncached import CacheMode, Sweeper
 from vhdkit.units import MIB
 from vhdkit.volume import Volume, VolumeFile
 
@@ -63,7 +64,7 @@ def _opened_for_reading(leaf: str, options: OpenOptions, volume: Volume) -> list
     layers: list[Layer] = []
     store = volume.open(leaf)
     try:
-        _hold(store, False, options)
+        _hold(store, False, options, Sweeper())
         layers.append(_open_leaf(pending.view(store, volume), False, options))
         _open_parents(layers, store, options, volume)
     except BaseException:
@@ -77,7 +78,7 @@ def _opened_for_writing(leaf: str, options: OpenOptions, danger: str | None, vol
     layers: list[Layer] = []
     store = volume.open_for_writing(leaf)
     try:
-        _hold(store, True, options)
+        _hold(store, True, options, Sweeper())
         if danger is not None:
             refuse_with_children(store, options, danger, tidy=options.lock)
         layers.append(_open_leaf(pending.view(store), False, options))
@@ -119,9 +120,11 @@ def limit_tables(layers: Sequence[Layer]) -> None:
                 left = 0
 
 
-def _hold(store: VolumeFile, writer: bool, options: OpenOptions) -> None:
-    if isinstance(store, FileStore):  # notes are about files of the file system
+def _hold(store: VolumeFile, writer: bool, options: OpenOptions, sweeper: Sweeper) -> None:
+    if isinstance(store, FileStore):  # notes and the page cache are about files of the file system
         store.notes_folder = options.notes_folder
+        if options.cache is CacheMode.NONE:
+            store.keep_out_of_cache(sweeper)
         if options.lock and not writer:
             pending.write_noted(store)  # a writer does this itself when it opens the image
     if options.lock:
@@ -131,6 +134,8 @@ def _hold(store: VolumeFile, writer: bool, options: OpenOptions) -> None:
 def _open_parents(layers: list[Layer], leaf: VolumeFile, options: OpenOptions, volume: Volume) -> None:
     folders = allowed_folders(leaf.name, options.parent_dirs, volume)
     seen = {leaf.identity}
+    own = leaf.uncached if isinstance(leaf, FileStore) else None
+    sweeper = Sweeper() if own is None else own.sweeper  # one for all files of a chain
     while (child := layers[-1].facts).parent is not None:
         if len(layers) >= MAX_CHAIN_DEPTH:
             raise CorruptImage(
@@ -147,7 +152,7 @@ def _open_parents(layers: list[Layer], leaf: VolumeFile, options: OpenOptions, v
                     path=child.path,
                 )
             seen.add(store.identity)
-            _hold(store, False, options)
+            _hold(store, False, options, sweeper)
             layers.append(_open_parent(store, child, options, volume))
             different = other_sectors(child, layers[-1].facts)
             if different is not None:

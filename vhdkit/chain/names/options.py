@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from vhdkit import arguments
 from vhdkit.arguments import AnyPath, Several
 from vhdkit.formats.probe import FormatName
+from vhdkit.uncached import CacheMode
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +32,11 @@ class OpenOptions:
     `notes_folder`, in memory (tmpfs), receives notes of changes that an open image holds only in memory until its next
     flush: the successor of a killed process opens the image with the same folder and loses nothing that was written.
     If a note cannot be written, that is logged.
+    `cache`: "none" keeps little of the images, and of the parents that no other program holds, in the page cache: for
+    a guest, which caches its disk itself. What a flush promises is the same.
 
     Raises InvalidArgument for values of another type, a single path where several are expected, and an empty one.
-    `format_name` may be a plain string such as "raw" or "vhd".
+    `format_name` may be a plain string such as "raw" or "vhd", and so may `cache`.
     """
 
     parent_dirs: tuple[str, ...] = ()
@@ -43,6 +46,7 @@ class OpenOptions:
     lock: bool = True
     known_images: tuple[str, ...] = ()
     notes_folder: str | None = None
+    cache: CacheMode = CacheMode.WRITEBACK
 
     if TYPE_CHECKING:  # the constructor accepts more types than the fields have
 
@@ -55,6 +59,7 @@ class OpenOptions:
             lock: bool = True,
             known_images: Several[AnyPath] = (),
             notes_folder: AnyPath | None = None,
+            cache: CacheMode | str = CacheMode.WRITEBACK,
         ) -> None: ...
 
     def __post_init__(self) -> None:
@@ -64,6 +69,7 @@ class OpenOptions:
             arguments.flag(name, getattr(self, name))
         if self.format_name is not None:
             object.__setattr__(self, "format_name", arguments.choice(FormatName, "format_name", self.format_name))
+        object.__setattr__(self, "cache", arguments.choice(CacheMode, "cache", self.cache))
         if self.notes_folder is not None:
             folder = os.path.abspath(arguments.path("notes_folder", self.notes_folder))
             object.__setattr__(self, "notes_folder", folder)

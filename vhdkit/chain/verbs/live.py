@@ -148,7 +148,7 @@ def _opened_children(plan: FreezePlan, undo: contextlib.ExitStack) -> tuple[Laye
         store = FileStore.open_held(path, writable=True, follow_links=False)
         undo.callback(store.close)
         for file in pending.files_of(chain.layers[:1]):
-            store.notes_folder = file.notes_folder
+            store.follow(file)
         children.append(formats.for_children_of(chain.leaf).open(store, writable=True))
     return tuple(children)
 
@@ -198,6 +198,8 @@ def scratch_child(chain: Chain, directory: str | None) -> Chain:
         child_format.create_child(
             store, chain.size_bytes, _SCRATCH_PARENT, block_size_bytes=block_size, disk=chain.leaf
         )
+        for file in pending.files_of(chain.layers[:1]):
+            store.follow(file)
         child = child_format.open(store, writable=True)
         return stack(chain, child)
     except BaseException:

@@ -193,7 +193,7 @@ def _open_target(plan: LiveMergePlan, held: contextlib.ExitStack) -> tuple[FileS
     """
     file = file_of_layer(plan.chain.layers[plan.target])
     store = held.enter_context(FileStore.open(file.name, writable=True, follow_links=False))
-    store.notes_folder = file.notes_folder
+    store.follow(file)
     if store.identity != file.identity:
         raise errors.Replaced("was replaced while it was opened", path=store.name)
     target = _opened(plan, store)

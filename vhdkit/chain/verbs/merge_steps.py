@@ -120,7 +120,7 @@ def opened_for_relink(file: FileStore) -> Iterator[FileStore]:
         yield file
         return
     with FileStore.open(file.name, writable=True, follow_links=False) as store:
-        store.notes_folder = file.notes_folder
+        store.follow(file)
         if store.identity != file.identity:
             raise errors.Replaced("was replaced while it was opened", path=store.name)
         pending.settle(store)

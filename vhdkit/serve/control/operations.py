@@ -428,6 +428,7 @@ def _export_document(export: ImageExport) -> dict[str, Any]:
         "size_bytes": disk.size_bytes,
         "read_only": export.read_only,
         "overlay": export.is_temporary,
+        "cache": export.open_mode.options.cache.value,
         "jobs": export.jobs,
         "layers": layers,
     }

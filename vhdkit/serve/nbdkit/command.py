@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from vhdkit import errors
 from vhdkit.chain.names.options import OpenOptions
+from vhdkit.uncached import CacheMode
 
 PLUGIN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "plugin.py")
 PACKAGES = "nbdkit and nbdkit-plugin-python"
@@ -85,6 +86,8 @@ def _settings(launch: NbdkitLaunch) -> list[str]:
         settings.append("allow-raw-parent=true")
     if options.ignore_bitmaps:
         settings.append("dynamic-bitmap=ignore")
+    if options.cache is not CacheMode.WRITEBACK:
+        settings.append(f"cache={options.cache.value}")
     if options.format_name is not None:
         settings.append(f"format={options.format_name.value}")
     return settings

@@ -10,7 +10,8 @@
                                 reading at the start, and for writing while there is a client that may write (not with
                                 nbdkit's -r, nor behind its cow filter); if another program has it open, that
                                 client may only read
-    parent-dir=DIR, allow-raw-parent=BOOL, dynamic-bitmap=spec|ignore, format=raw|vhd    as on the command line
+    parent-dir=DIR, allow-raw-parent=BOOL, dynamic-bitmap=spec|ignore, format=raw|vhd,
+    cache=writeback|none    as on the command line
 
 Decides how nbdkit's callbacks become calls of a `Disk`. nbdkit runs this file in its embedded Python and looks for the
 functions below by name; `open` is one of them. Must not know sockets or NBD's wire format.
@@ -38,6 +39,7 @@ from vhdkit.serve.nbd.export import MAX_CACHE_BYTES, PIECE_BYTES, Export, check_
 from vhdkit.serve.nbd.slices import ALLOCATION
 from vhdkit.serve.nbd.wire import wire_errno
 from vhdkit.serve.opening import described
+from vhdkit.uncached import CacheMode
 from vhdkit.units import MIB, PAGE_SIZE
 
 API_VERSION = 2
@@ -62,6 +64,7 @@ class _Settings:
         self.allow_raw_parent = False
         self.ignore_bitmaps = False
         self.format_name: FormatName | None = None
+        self.cache = CacheMode.WRITEBACK
 
     def open(self, path: str, *, writable: bool) -> Disk:
         """Open one of the images."""
@@ -70,6 +73,7 @@ class _Settings:
             allow_raw_parent=self.allow_raw_parent,
             ignore_bitmaps=self.ignore_bitmaps,
             format_name=self.format_name,
+            cache=self.cache,
         )
         return open_disk(path, writable=writable, options=options)
 
@@ -125,8 +129,10 @@ def config(key: str, value: str) -> None:
         _settings.ignore_bitmaps = _one_of(key, value, "spec", "ignore") == "ignore"
     elif key == "format":
         _settings.format_name = FormatName(_one_of(key, value, *(one.value for one in FormatName)))
+    elif key == "cache":
+        _settings.cache = CacheMode(_one_of(key, value, *(one.value for one in CacheMode)))
     else:
-        known = "image, name, description, access, parent-dir, allow-raw-parent, dynamic-bitmap and format"
+        known = "image, name, description, access, parent-dir, allow-raw-parent, dynamic-bitmap, format and cache"
         raise errors.InvalidArgument(f"{key}= is not a known parameter; there are {known}")
 
 

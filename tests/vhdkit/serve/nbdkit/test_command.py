@@ -33,7 +33,7 @@ def test_plain_command() -> None:
 def test_every_option_has_its_argument() -> None:
     """Each option of `serve` reaches nbdkit, its filters and the plugin; what follows is passed on unchanged."""
     options = vhdkit.OpenOptions(
-        parent_dirs=("/p q",), allow_raw_parent=True, ignore_bitmaps=True, format_name=vhdkit.FormatName.VHD
+        parent_dirs=("/p q",), allow_raw_parent=True, ignore_bitmaps=True, format_name="vhd", cache="none"
     )
     exports = (("a=b", "/d/1 2.vhd"), ("", "/d/2.vhd"))
     words = nbdkit_command(
@@ -45,7 +45,7 @@ def test_every_option_has_its_argument() -> None:
     assert words[3:6] == ["--pidfile=/run/pid", "--readonly", "--filter=exitlast"]
     assert words[6:] == [
         "python", PLUGIN, "name=a=b", "image=/d/1 2.vhd", "name=", "image=/d/2.vhd", "access=read", "parent-dir=/p q",
-        "allow-raw-parent=true", "dynamic-bitmap=ignore", "format=vhd", "--filter=log", "x=y",
+        "allow-raw-parent=true", "dynamic-bitmap=ignore", "cache=none", "format=vhd", "--filter=log", "x=y",
     ]  # fmt: skip
 
 

@@ -304,6 +304,7 @@ def test_several_exports(plugin: Any, nbdkit: FakeNbdkit, tmp_path: Path) -> Non
         ([("format", "qcow2")], "format=qcow2"),
         ([("allow-raw-parent", "perhaps")], "allow-raw-parent=perhaps"),
         ([("dynamic-bitmap", "x")], "dynamic-bitmap=x"),
+        ([("cache", "some")], "cache=some is not one of writeback, none"),
     ],
 )
 def test_wrong_settings(plugin: Any, settings: list[tuple[str, str]], sentence: str) -> None:
@@ -327,6 +328,7 @@ def test_opening_options(plugin: Any, tmp_path: Path, monkeypatch: pytest.Monkey
     plugin.config("allow-raw-parent", "yes")
     plugin.config("dynamic-bitmap", "ignore")
     plugin.config("format", "vhd")
+    plugin.config("cache", "none")
     plugin.config("image", os.path.join("leaves", "leaf.avhd"))
     monkeypatch.chdir("/")  # as nbdkit does when it goes to the background
     plugin.get_ready()
