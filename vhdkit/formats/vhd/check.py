@@ -294,7 +294,7 @@ def _promise_findings(store: ReadStore, metadata: Metadata, bat: Bat) -> Iterato
         if metadata.is_differencing:
             message += ": XenServer cannot coalesce it"
         structure = f"bitmap of block {bits.block_index}"
-        yield Finding(severity, "bits-behind-end", message, metadata.path, structure, bits.offset_bytes)
+        yield Finding(severity, "bits-past-end", message, metadata.path, structure, bits.offset_bytes)
     for block in wrong_batmap_bits(store, metadata, bat).tolist():
         start = bat.block_start(block)
         fact = "its bitmap does not" if start >= 0 else "which is not allocated"

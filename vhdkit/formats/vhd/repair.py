@@ -213,7 +213,7 @@ def _clear_promises(draft: DraftStore, metadata: Metadata) -> Iterator[Fix]:
     bits = bits_past_end(draft, metadata, bat)
     if bits is not None:
         draft.pwrite(bits.offset_bytes, bits.cleared)
-        yield Fix("bits-behind-end", f"cleared {bits.count} bits past the end of the disk")
+        yield Fix("bits-past-end", f"cleared {bits.count} bits past the end of the disk")
     blocks = wrong_batmap_bits(draft, metadata, bat)
     if len(blocks) and batmap_lies_apart(metadata, bat) and batmap.clear_bits(draft, metadata, blocks):
         yield Fix("batmap", f"the batmap no longer marks {len(blocks)} blocks as full that are not")

@@ -156,7 +156,7 @@ def _stray_bits(metadata: Metadata, bat: Bat, progress: Callable[[int, int], Non
         structure = f"sector bitmap of chunk {one.chunk_index}"
         if one.past_end:  # Windows sets those of the whole page in which the disk ends
             message = f"{_bits(one.count)} set past the end of the disk, where programs ignore them"
-            severity, code = Severity.NOTE, "bits-behind-end"
+            severity, code = Severity.NOTE, "bits-past-end"
         else:
             message = f"{_bits(one.count)} set for blocks that are not present; some programs read these as data"
             severity, code = Severity.WARNING, "bits-absent"

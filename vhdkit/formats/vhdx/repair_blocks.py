@@ -110,7 +110,7 @@ class _Mending:
         if stray.any() and any(True for _ in faults(self._metadata, self._bat)):
             self._set(stray, 0)
             count = int(np.count_nonzero(stray))
-            yield Fix("bat-behind-end", f"cleared {count} BAT entries of blocks past the end of the disk")
+            yield Fix("bat-past-end", f"cleared {count} BAT entries of blocks past the end of the disk")
         if self._metadata.items.has_parent:
             return
         bitmaps = self._is_bitmap & (self._entries != 0)

@@ -74,7 +74,7 @@ IMAGES: dict[str, Vhd] = {
     "batmap": leaf(batmap=b"\xc0", blocks={0: Block(b"x", bits_of({0}, BLOCK))}, **XEN),
     "hidden-data": dynamic(blocks={0: Block(pattern(BLOCK), bits_of({0}, BLOCK))}),
     "behind-blocks": moved_names(),
-    "bits-behind-end": leaf(size=3 * MIB, chs=(90, 4, 17)),
+    "bits-past-end": leaf(size=3 * MIB, chs=(90, 4, 17)),
     "chain-size": leaf(size=2 * MIB, chs=(60, 4, 17), blocks={0: Block(b"x")}),
 }
 

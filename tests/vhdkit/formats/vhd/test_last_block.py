@@ -114,11 +114,11 @@ def test_bits_behind_the_end_are_reported_and_cleared() -> None:
     """The warning names the programs that fail; a repair clears those bits and changes nothing else."""
     store = damaged()
     (found,) = check_vhd(store)
-    assert (found.code, found.severity) == ("bits-behind-end", Severity.WARNING)
+    assert (found.code, found.severity) == ("bits-past-end", Severity.WARNING)
     assert found.structure == f"bitmap of block {LAST}" and "XenServer cannot coalesce" in found.message
     draft = DraftStore(store)
     fixes = repair_vhd(draft, Consent())
-    assert [(fix.code, fix.needs) for fix in fixes] == [("bits-behind-end", None)]
+    assert [(fix.code, fix.needs) for fix in fixes] == [("bits-past-end", None)]
     for offset, raw in draft.diff():
         store.pwrite(offset, raw)
     assert set_sectors(store) == list(range(INSIDE)) and check_vhd(store) == [] and faults_in(store) == []
@@ -128,7 +128,7 @@ def test_bits_behind_the_end_of_a_dynamic_disk_are_a_note() -> None:
     """A disk without a parent is not coalesced, and QEMU sets all bits: this is not a fault."""
     image = Vhd(size=DISK_SIZE, block_size=BLOCK_SIZE, chs=(45, 4, 17), blocks={LAST: Block(pattern(512))})
     (found,) = check_vhd(image.build().store())
-    assert (found.code, found.severity) == ("bits-behind-end", Severity.NOTE)
+    assert (found.code, found.severity) == ("bits-past-end", Severity.NOTE)
 
 
 def test_a_batmap_that_claims_too_much_is_cleared() -> None:

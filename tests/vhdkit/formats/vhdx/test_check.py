@@ -54,7 +54,7 @@ NOTES: dict[str, Change] = {
     "headers-differ": HARMLESS["headers differ"][1],
     "log-not-replayed": dirty,
     "space-unused": lambda store: store.truncate(store.size() + 2 * MIB),
-    "bits-behind-end": set_bits(BLOCKS),
+    "bits-past-end": set_bits(BLOCKS),
     "block-hidden": lambda store: set_entry(store, 1, 0, 64 * MIB),
 }
 # What a repair leaves, and why: docs/formats-vhdx.md.
@@ -90,7 +90,7 @@ def test_a_bitmap_without_a_parent_is_warned_of() -> None:
 @pytest.mark.parametrize("code", NOTES)
 def test_notes_are_no_faults(code: str) -> None:
     """Notes are about files that are read correctly."""
-    store = child() if code == "bits-behind-end" else base()
+    store = child() if code == "bits-past-end" else base()
     NOTES[code](store)
     assert [(one.code, one.severity) for one in VHDX.check(store)] == [(code, Severity.NOTE)]
 

@@ -69,7 +69,7 @@ def test_inv_compact_preserves_the_disk(kind: str, seed: int) -> None:
     assert content_of(scene.store, scene.parents) == scene.content
     assert VHDX.linkage_id(scene.store) == linkage_id
     assert scene.store.size() == min(before, plan.file_end_bytes)
-    assert {one.code for one in VHDX.check(scene.store)} <= {"space-unused", "block-cut", "bits-behind-end"}
+    assert {one.code for one in VHDX.check(scene.store)} <= {"space-unused", "block-cut", "bits-past-end"}
     assert_equal_headers(scene.store)
     after = scene.store.contents()
     again = compact(scene)

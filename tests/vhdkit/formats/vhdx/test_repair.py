@@ -229,7 +229,7 @@ def test_stray_bits_are_cleared() -> None:
     assert faults(store) == ["bits-absent"] and content(store) == expected
     made, fixes = repaired(store)
     assert [fix.message for fix in fixes] == ["cleared 9 bits of blocks that are not present"]
-    assert [one.code for one in VHDX.check(made)] == ["bits-behind-end"] and content(made) == expected
+    assert [one.code for one in VHDX.check(made)] == ["bits-past-end"] and content(made) == expected
 
 
 def test_headers_that_are_lost_keep_an_id_on_which_they_agree() -> None:
