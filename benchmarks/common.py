@@ -1,28 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every benchmark needs: rows, medians, a table and JSON, and where the files go.
+"""What every benchmark needs: rows, medians, a table and JSON, where the files go, and how servers are started.
 
 Decides how numbers are shown and how runs are interleaved: every round runs all contestants, so that a
-machine whose speed drifts treats them alike.
+machine whose speed drifts treats them alike. Also decides that nothing outlives a benchmark: SIGTERM, as `timeout`
+sends it, ends the program in order, and what `start_beside` started dies with it even if it is killed.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import platform
 import shutil
+import signal
 import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 @dataclass(slots=True)
@@ -40,12 +47,33 @@ class Row:
 
 
 def arguments(description: str, *, rounds: int = 5) -> argparse.ArgumentParser:
-    """The options every benchmark has."""
+    """The options every benchmark has. From now on SIGTERM ends the program as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, _end)
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--rounds", type=int, default=rounds, help="counted rounds (at least 3)")
     parser.add_argument("--dir", type=Path, help="folder for the test files (default: a temporary one)")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     return parser
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_IGN)  # a second one would end the cleaning up
+    raise SystemExit(128 + number)
+
+
+def start_beside(command: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
+    """Start a program that runs beside the benchmark, such as a server; `options` are those of `Popen`.
+
+    The kernel kills it if the benchmark dies. Call this from the main thread, whose death is what counts.
+    """
+    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
+
+    def die_with_parent() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:  # it died before the kernel knew
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return subprocess.Popen(command, preexec_fn=die_with_parent, **options)  # noqa: PLW1509  # no other threads yet
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.common import Row, arguments, has, report, workplace
+from benchmarks.common import Row, arguments, has, report, start_beside, workplace
 from benchmarks.nbd import copy_raw, fill, middle_ratio
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -140,11 +140,11 @@ def nbdfuse(folder: Path, server: list[str]) -> Iterator[Path]:
     socket_path.unlink(missing_ok=True)
     with ExitStack() as stack:
         command = [word.format(socket=socket_path) for word in server]
-        process = stack.enter_context(ended(subprocess.Popen(command, start_new_session=True)))
+        process = stack.enter_context(ended(start_beside(command, start_new_session=True)))
         wait_for(socket_path, process)
         stack.enter_context(unmounted(mountpoint))
         command = ["nbdfuse", str(mountpoint), f"nbd+unix:///?socket={socket_path}"]
-        client = subprocess.Popen(command, start_new_session=True)
+        client = start_beside(command, start_new_session=True)
         stack.callback(client.wait, WAIT_SECONDS)
         stack.enter_context(unmounted(mountpoint))
         wait_for(mountpoint / "nbd", client)

@@ -17,9 +17,7 @@ import argparse
 import os
 import random
 import shutil
-import signal
 import statistics
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -410,7 +408,6 @@ def main() -> None:
         raise SystemExit("fio is not installed; run script/setup")
     if missing := peers.missing():
         print(f"not compared, as not installed: {', '.join(missing)}", flush=True)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # ends servers and removes files
     plan = Plan(max(options.rounds, 1), options.seconds, options.size * MIB, options.scan_size * MIB)
     with places(options.dir, options.setting) as found:
         results = measure_all(found, parts, plan)

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.common import has
+from benchmarks.common import has, start_beside
 
 ROOT = Path(__file__).resolve().parent.parent
 START_SECONDS = 20.0
@@ -113,7 +113,7 @@ def running(server: Server, image: Path) -> Iterator[Running]:
     command = [word.format(image=image, socket=socket_path) for word in server.command]
     log = image.parent / "server.log"
     with log.open("wb") as said:
-        process = subprocess.Popen(
+        process = start_beside(
             command, env=_environment(), stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True
         )
     try:
@@ -210,7 +210,7 @@ def beside(target: Running, load: Load, seconds: float, *, size: int, offset: in
     """A client at work while the block runs; the list gets its requests a second when it has ended."""
     command = fio_command(target, load, seconds, size=size, offset=offset)
     folder = target.socket_path.parent
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder)
+    process = start_beside(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder)
     result: list[float] = []
     try:
         yield result

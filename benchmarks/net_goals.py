@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import net_stations
+from benchmarks.common import start_beside
 from tests.vmm.net.machines import MachineLab
 from tests.vmm.net.packets import ethernet, mac
 from vmm.model.spec import DEFAULT_STORM_FRAMES
@@ -293,7 +293,7 @@ def bandwidth_bridge() -> float:
     try:
         bridge.enforce(GuestPort("vt0", ANY, RATE), GuestPort("vt1", ANY))
         time.sleep(1)
-        flood = subprocess.Popen(["ip", "netns", "exec", bridge.one, sys.executable, "-c", _FLOOD])
+        flood = start_beside(["ip", "netns", "exec", bridge.one, sys.executable, "-c", _FLOOD])
         try:
             before = received.size_bytes()
             while received.size_bytes() == before:

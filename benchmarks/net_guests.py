@@ -27,6 +27,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.common import start_beside
 from tests.vmm.guests.shell import GuestShell
 from tests.vmm.net.machines import address
 from tests.vmm.net.test_bridge_guests import BridgeLab
@@ -142,7 +143,7 @@ def plain_guests(
                 f"{devices.format(serial)}-netdev tap,id=n0,ifname={tap},script=no,downscript=no "
                 f"-device virtio-net-pci,netdev=n0,mac=02:00:00:00:00:0{number + 1} -append"
             )
-            started.append(subprocess.Popen([*command.split(), guest.append]))
+            started.append(start_beside([*command.split(), guest.append]))
             shells.append(_shell(serial))
             address(shells[-1], f"10.5.0.{number + 1}/24")
         shells[1].check(f"dd if=/dev/zero of=/tmp/file bs=1M count={FILE_MIB} 2>/dev/null; httpd -p 5000 -h /tmp")

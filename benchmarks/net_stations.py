@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from benchmarks.common import start_beside
 from vmm.net.batch import BATCH_FRAMES, Batch
 from vmm.net.ports import PortSetup
 from vmm.net.switch_process import SwitchProcess
@@ -81,7 +82,7 @@ def user_switch(folder: Path, *, as_qemu: bool = False) -> Iterator[Plug]:
 @contextmanager
 def _process(*command: str) -> Iterator[None]:
     # vde_switch ends at the end of its input.
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start_beside(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         yield
     finally:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import vhdkit
-from benchmarks.common import Row, arguments, has, report, workplace
+from benchmarks.common import Row, arguments, has, report, start_beside, workplace
 from tests.servers import serving
 from tests.vmm.guests import boot_sector, launch, linux
 from tests.vmm.guests.shell import GuestShell
@@ -141,7 +141,7 @@ def make_disks(folder: Path) -> tuple[Path, Path]:
 @contextmanager
 def served_by_qemu(image: Path, socket: Path) -> Iterator[None]:
     """qemu-nbd with QEMU's own driver for VHD, and the cache that vhdkit has (the host's)."""
-    process = subprocess.Popen(
+    process = start_beside(
         ["qemu-nbd", "--format=vpc", "--read-only", "--persistent", "--shared=4", "--cache=writeback",
          "--export-name=disk", f"--socket={socket}", str(image)]
     )  # fmt: skip
