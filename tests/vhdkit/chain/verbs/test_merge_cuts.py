@@ -23,10 +23,12 @@ from vhdkit import formats
 from vhdkit.chain.engine.chain import Chain
 from vhdkit.chain.records.intent import Named
 from vhdkit.chain.verbs.live_merge import live_merge
+from vhdkit.formats.vhdx import layout
 from vhdkit.formats.vhdx.blocks import VhdxImage
+from vhdkit.formats.vhdx.metadata import read_metadata
 from vhdkit.image import Layer
 from vhdkit.store import FileStore
-from vhdkit.units import MIB, SECTOR_SIZE
+from vhdkit.units import KIB, MIB, SECTOR_SIZE
 
 SIZE = 2 * MIB
 _WHOLE = pytest.mark.nightly
@@ -37,10 +39,21 @@ def names_in(family: Family) -> list[str]:
     return [family.child("leaf"), family.child("middle"), family.base]
 
 
-def write_chain(folder: Path, family: Family, *, relink: bool) -> list[str]:
-    """Make a chain of three, leaf first, each with its own data and zeros; with `relink` the leaf has two children."""
+def make_smaller(path: Path, size_bytes: int) -> None:
+    """Give a VHDX another size without a change of anything else, as a program that resizes only leaves would."""
+    with FileStore.open(path, writable=True) as store:
+        (item,) = (one for one in read_metadata(store).items.all if one.entry.item_id == layout.ITEM_VIRTUAL_DISK_SIZE)
+        store.pwrite(item.offset_bytes, size_bytes.to_bytes(8, "little"))
+
+
+def write_chain(folder: Path, family: Family, *, relink: bool, leaf_bytes: int | None = None) -> list[str]:
+    """Make a chain of three, leaf first, each with its own data and zeros; with `relink` the leaf has two children.
+
+    If `leaf_bytes` is given, the leaf has that size, and those below it are larger and have data in what it lacks.
+    """
     names = names_in(family)
-    vhdkit.create_image(folder / names[-1], SIZE, disk_format=family.kind, block_size_bytes=family.block_size_bytes)
+    size = SIZE if leaf_bytes is None else 2 * SIZE
+    vhdkit.create_image(folder / names[-1], size, disk_format=family.kind, block_size_bytes=family.block_size_bytes)
     for number in reversed(range(len(names))):
         if number < len(names) - 1:
             vhdkit.create_child(folder / names[number], folder / names[number + 1])
@@ -49,6 +62,11 @@ def write_chain(folder: Path, family: Family, *, relink: bool) -> list[str]:
             disk.write((number % 2) * MIB + 70_000, bytes([97 + number]) * 5000)
             if number == 0:
                 disk.write_zeroes(70_000, 700)
+            elif leaf_bytes is not None:
+                disk.write(leaf_bytes - 5000, b"past the end" * 2000)
+                disk.write(size - 5000, b"lost" * 1000)
+    if leaf_bytes is not None:
+        make_smaller(folder / names[0], leaf_bytes)
     if relink:
         for number in range(2):
             vhdkit.create_child(folder / family.child(f"other{number}"), folder / names[0])
@@ -62,12 +80,14 @@ def links_hold(folder: Path, names: list[str], into: int, expected: bytes) -> No
         assert content(path) == expected, path
 
 
-def cut_everywhere(place: Path, family: Family, into: int, relink: bool, *, every: int) -> tuple[int, int]:
+def cut_everywhere(
+    place: Path, family: Family, into: int, relink: bool, *, every: int, leaf_bytes: int | None = None
+) -> tuple[int, int]:
     """Cut the power inside a merge and inside its resumption; returns how many cuts of each were judged."""
     work, found, again = (place / name for name in ("work", "found", "again"))
     work.mkdir()
     with repeatable("made"):
-        names = write_chain(work, family, relink=relink)
+        names = write_chain(work, family, relink=relink, leaf_bytes=leaf_bytes)
     expected, counts = content(work / names[0]), [0, 0]
 
     def resume(folder: Path) -> None:
@@ -114,6 +134,24 @@ def test_every_cut_of_a_merge_leaves_valid_links(name: str, into: int, relink: b
     its parent and reads as before; the merge is then resumed, cut again, and resumed to its end."""
     first, second = cut_everywhere(tmp_path, FAMILIES[name], into, relink, every=daily_or_nightly(19, 1))
     assert first > daily_or_nightly(4, 20) and second >= daily_or_nightly(0, 5)
+
+
+@pytest.mark.parametrize(
+    ("into", "relink"), [(2, False), pytest.param(2, True, marks=_WHOLE), pytest.param(1, True, marks=_WHOLE)]
+)
+def test_every_cut_of_a_merge_that_shrinks_its_target(into: int, relink: bool, tmp_path: Path) -> None:
+    """INV-MERGE-PRESERVES, INV-RESIZE-WHOLE: a VHDX that takes in a smaller leaf gets its size, and nothing past it.
+
+    When the disk grows again, none of the data that lay there comes back.
+    """
+    size, family = MIB + 40 * KIB, FAMILIES["vhdx"]
+    first, second = cut_everywhere(tmp_path, family, into, relink, every=daily_or_nightly(7, 1), leaf_bytes=size)
+    assert first > daily_or_nightly(4, 20) and second >= daily_or_nightly(0, 5)
+    target = tmp_path / "work" / names_in(family)[into]
+    assert {one.code for one in vhdkit.check(target)} == (set() if into == 2 else {"chain-size"})
+    if not relink:
+        vhdkit.resize(target, 4 * MIB)
+        assert content(target)[size:] == bytes(4 * MIB - size)
 
 
 def target_first(child: FileStore, target: Layer, named: Named) -> None:
