@@ -13,40 +13,48 @@ A violated promise raises `Violation`.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from tests.harness.model import ParsedVhd
-from tests.harness.power import BLOCK_SIZE, DISK_SIZE, Violation
+from tests.harness.power import BLOCK_SIZE, DISK_SIZE, Violation, faults_of
 from tests.harness.stores import CrashStore, MemStore, PowerCut
-from vhdkit import errors
+from vhdkit import errors, formats
 from vhdkit.chain.engine.chain import Chain
 from vhdkit.chain.records.intent import Intent, Named, Phase
-from vhdkit.chain.verbs.merge_plan import plan_merge
+from vhdkit.chain.verbs.merge_plan import MergePlan, plan_merge
 from vhdkit.chain.verbs.merge_steps import carry_out, drop_earlier_try, fill_target, is_complete, remove_sources
+from vhdkit.formats.format import Format
 from vhdkit.formats.probe import FormatName, open_layer
 from vhdkit.formats.raw import create_raw
-from vhdkit.formats.vhd.create import ParentLink, create_differencing, create_dynamic, create_fixed
-from vhdkit.formats.vhd.metadata import read_metadata
-from vhdkit.formats.vhd.opening import open_dynamic
-from vhdkit.formats.vhd.relink import relink
-from vhdkit.image import Layer
-from vhdkit.units import SECTOR_SIZE, sectors_to_bytes, whole_sectors
+from vhdkit.formats.vhd.create import create_dynamic, create_fixed
+from vhdkit.formats.vhdx.create import create as create_vhdx
+from vhdkit.formats.vhdx.create import new_disk
+from vhdkit.image import Layer, ParentRef
+from vhdkit.units import MIB, SECTOR_SIZE, sectors_to_bytes, whole_sectors
 
 Runs = Sequence[tuple[int, int]]  # (first sector, sectors; below zero: written zeros)
 
 
+def format_of(store: MemStore) -> Format:
+    """The format, by the file's name."""
+    for suffix, name in ((".vhd", FormatName.VHD), (".avhd", FormatName.VHD), (".img", FormatName.RAW)):
+        if store.name.endswith(suffix):
+            return formats.named(name)
+    return formats.named(FormatName.VHDX)
+
+
 def identity(store: MemStore) -> bytes:
-    """The unique id of an image, all zeros for a raw one."""
-    return read_metadata(store).footer.unique_id if store.name.endswith("vhd") else bytes(16)
+    """The id by which children know an image, all zeros for a raw one."""
+    return format_of(store).linkage_id(store) or bytes(16)
 
 
 def layer_of(store: MemStore, *, writable: bool = False) -> Layer:
     """The open image."""
-    name = FormatName.VHD if store.name.endswith("vhd") else FormatName.RAW
-    return open_layer(store, format_name=name, writable=writable)
+    return open_layer(store, format_name=FormatName(format_of(store).name), writable=writable)
 
 
 def content_of(stores: Sequence[MemStore]) -> bytearray:
@@ -69,18 +77,33 @@ def write_runs(store: MemStore, runs: Runs, rng: random.Random) -> MemStore:
     return store
 
 
-def child_of(parent: MemStore, name: str, runs: Runs, rng: random.Random, *, size: int = DISK_SIZE) -> MemStore:
+def link_to(ids: tuple[bytes, ...], name: str) -> ParentRef:
+    """A reference to a parent in the same folder."""
+    link = ParentRef.of_paths(ids[0], 0, relative=f".\\{name}", absolute=f"\\{name}", name=name)
+    return replace(link, linkage_ids=ids) if any(ids[0]) else link
+
+
+def child_of(parent: MemStore, name: str, runs: Runs, rng: random.Random, *, size: int | None = None) -> MemStore:
     """A differencing image on `parent` that owns the runs."""
-    store = MemStore(name)
-    link = ParentLink(identity(parent), 0, parent.name, f".\\{parent.name}", f"\\{parent.name}")
-    create_differencing(store, size, link, block_size_bytes=BLOCK_SIZE)
+    store, below = MemStore(name), layer_of(parent)
+    made_by, link = formats.for_children_of(below), link_to((identity(parent),), parent.name)
+    disk = below if made_by.name == below.format_name else None
+    size = size or (below.size_bytes if name.endswith("vhdx") else DISK_SIZE)
+    made_by.create_child(store, size, link, block_size_bytes=block_size_of(name), disk=disk)
     return write_runs(store, runs, rng)
 
 
+def block_size_of(name: str) -> int:
+    """The size of the blocks in these tests; a VHDX has none smaller than this."""
+    return MIB if name.endswith("vhdx") else BLOCK_SIZE
+
+
 def base_image(kind: str, runs: Runs, rng: random.Random, *, size: int = DISK_SIZE) -> MemStore:
-    """A raw, fixed or dynamic image."""
-    store = MemStore("base.img" if kind == "raw" else "base.vhd")
-    if kind == "dynamic":
+    """A raw, fixed or dynamic image, or a VHDX (`vhdx`, `vhdx-fixed`)."""
+    store = MemStore({"raw": "base.img", "vhdx": "base.vhdx", "vhdx-fixed": "base.vhdx"}.get(kind, "base.vhd"))
+    if store.name.endswith("vhdx"):
+        create_vhdx(store, new_disk(size), MIB, fixed=kind == "vhdx-fixed")
+    elif kind == "dynamic":
         create_dynamic(store, size, block_size_bytes=BLOCK_SIZE)
     else:
         (create_raw if kind == "raw" else create_fixed)(store, size)
@@ -142,10 +165,16 @@ class World:
         self.watcher: Callable[[], None] | None = None
         self.cut_at: int | None = None
         self.operation_count = 0
+        self.changes_names = False  # the operation is one on the record or on a name
         self._records: list[Intent | None] = [record]  # those that a cut may leave
         self._gone: list[str] = []  # being removed
         for store in self.files.values():
             store.watcher = self._operation
+
+    def _name_operation(self) -> None:
+        self.changes_names = True
+        self._operation()
+        self.changes_names = False
 
     def _operation(self) -> None:
         self.operation_count += 1
@@ -169,21 +198,21 @@ class World:
     def write(self, intent: Intent) -> None:
         """See `Names.write`."""
         self._records = [self.record, intent]
-        self._operation()
+        self._name_operation()
         self.record, self._records = intent, [intent]
 
     def remove_record(self) -> None:
         """See `Names.remove_record`."""
         assert self.record is not None
         self._records = [self.record, None]
-        self._operation()
+        self._name_operation()
         self.record, self._records = None, [None]
 
     def remove(self, path: str) -> None:
         """See `Names.remove`."""
         if path in self.files:
             self._gone.append(path)
-        self._operation()
+        self._name_operation()
         for name in self._gone:
             del self.files[name]
         self._gone.clear()
@@ -199,26 +228,33 @@ class World:
         stores = self.chain()
         layers = [layer_of(store) for store in stores]
         index = self.index
-        below = layers[index + 1].size_bytes if layers[index + 1 :] else 0
-        plan = plan_merge(layers[:index], layers[index], below_bytes=below)
+        plan = self._plan(layers)
         target = layer_of(stores[index], writable=True) if intent.phase is Phase.COPY else layers[index]
+        if intent.phase is Phase.COPY and intent.target.renewed_id is None:
+            intent = replace(intent, target=replace(intent.target, renewed_id=formats.of(target).renewed_id(target)))
+
+        def accepted(layer: Layer) -> Layer:
+            if intent.target.renewed_id is not None:
+                accept_renewed_id(stores[index - 1], layer, intent.target)
+            return layer
 
         def fill() -> tuple[int, int]:
-            return fill_target(plan, target, partial(layer_of, stores[index], writable=True))
+            return fill_target(plan, accepted(target), lambda: accepted(layer_of(stores[index], writable=True)))
 
         carry_out(intent, self, fill, [partial(self._repoint, name, intent) for name in self._children()])
+
+    def _plan(self, layers: list[Layer]) -> MergePlan:
+        below = layers[self.index + 1].size_bytes if layers[self.index + 1 :] else 0
+        return plan_merge(layers[: self.index], layers[self.index], below_bytes=below)
 
     def _children(self) -> list[str]:
         return [name for name in self.files if name not in self.order]
 
     def _repoint(self, name: str, intent: Intent) -> None:
         store = self.files[name]
-        header = read_metadata(store).header
-        assert header is not None
-        if header.parent_unique_id == intent.leaf.unique_id:
+        if intent.leaf.unique_id in parents_of(store):
             path = intent.target.path
-            link = ParentLink(intent.target.unique_id, 0, path, f".\\{path}", f"\\{path}")
-            relink(open_dynamic(store, writable=True), link)
+            format_of(store).relink(store, link_to((identity(self.files[path]),), path))
 
     def recover(self) -> None:
         """The same as `resume_merge`."""
@@ -226,7 +262,7 @@ class World:
             return
         if self.record.leaf.path in self.files:
             layers = [layer_of(store) for store in self.chain()]
-            plan = plan_merge(layers[: self.index], layers[self.index], below_bytes=DISK_SIZE)
+            plan = self._plan(layers)
             if self.record.phase is not Phase.COPY:
                 whole = is_complete(plan, Chain(layers), Chain(layers[self.index :]))
                 assert whole, "INV-MERGE-PRESERVES: the record says complete, and it is not"
@@ -238,12 +274,29 @@ class World:
             remove_sources(self.record, self)
 
 
+def accept_renewed_id(child: MemStore, target: Layer, named: Named) -> None:
+    """As in `chain.verbs.merge_steps`, without marks beside the files."""
+    assert named.renewed_id is not None
+    formats.of(target).set_renewed_id(target, named.renewed_id)
+    format_of(child).relink(child, link_to((named.renewed_id, named.unique_id), named.path))
+
+
+def parents_of(store: MemStore) -> tuple[bytes, ...]:
+    """The ids that an image records of its parent."""
+    parent = format_of(store).facts(store).parent
+    return () if parent is None else parent.linkage_ids
+
+
 @dataclass
 class MergeRun:
-    """One merge, cut inside every operation; `cuts` folders are judged there, and every third is recovered."""
+    """One merge, cut inside every operation; `cuts` folders are judged there, and every third is recovered.
+
+    With `every` n only each n-th operation on the images is cut.
+    """
 
     scene: Scene
     cuts: int = 3
+    every: int = 1
     judged: int = 0
     operations: int = 0
     seen: set[str] = field(default_factory=set)  # which states were found after a cut
@@ -263,7 +316,9 @@ class MergeRun:
         self._judge_finished(world.after_cut(random.Random(0)), "the end")
 
     def _watch(self, world: World) -> None:
-        for cut in range(self.cuts):
+        if world.operation_count % self.every and not world.changes_names:
+            return
+        for cut in range(self.cuts * (3 if world.changes_names else 1)):
             seed = f"operation {world.operation_count}, cut {cut}"
             rng = random.Random(seed)
             found = world.after_cut(rng)
@@ -293,13 +348,18 @@ class MergeRun:
         leaf, target = self.order[0], self.order[self.scene.index]
         self.seen.add(f"{found.record.phase if found.record else None}, {'leaf' if leaf in found.files else 'gone'}")
         start = 0 if leaf in found.files else self.scene.index
+        ids = {name: identity(store) for name, store in found.files.items()}
+        known = {name: parents_of(store) for name, store in found.files.items()}
         self._compare(found, self.order[start:], self.before, f"{seed}: {self.order[start]}")
+        chains = [self.order[start:]]
         for name, content in self.child_content.items():
-            header = read_metadata(found.files[name]).header
-            assert header is not None
-            moved = header.parent_unique_id == identity(found.files[target])
-            names = self.order[self.scene.index if moved else 0 :]
-            self._compare(found, [name, *names], content, f"{seed}: {name}")
+            moved = ids[target] in known[name]
+            chains.append([name, *self.order[self.scene.index if moved else 0 :]])
+            self._compare(found, chains[-1], content, f"{seed}: {name}")
+        for names in chains:
+            for upper, lower in itertools.pairwise(names):
+                if any(ids[lower]) and ids[lower] not in known[upper]:
+                    raise Violation(f"INV-PARENT-ID: {upper} does not know its parent {lower} ({seed})")
 
     def _compare(self, found: Found, names: list[str], expected: bytearray, seed: str) -> None:
         missing = [name for name in names if name not in found.files]
@@ -308,7 +368,7 @@ class MergeRun:
         for writable in (False, True):
             stores = [found.files[name].copy() for name in names]
             try:
-                if writable and stores[0].name.endswith("vhd"):
+                if writable and not stores[0].name.endswith(".img"):
                     layer_of(stores[0], writable=True).close()
                 observed = content_of(stores)
             except errors.VhdkitError as error:
@@ -326,8 +386,8 @@ class MergeRun:
         if sorted(found.files) != sorted(kept) or found.record is not None:
             raise Violation(f"INV-MERGE-PRESERVES: {sorted(found.files)} left, record {found.record} ({seed})")
         target = found.files[self.order[self.scene.index]]
-        if target.name.endswith(".avhd") or (target.name == "base.vhd" and target.pread(0, 8) == b"conectix"):
+        if layer_of(target).block_size_bytes:
             layer_of(target, writable=True).close()
-            faults = ParsedVhd.parse(target).overlaps()
+            faults = faults_of(target)
             if faults:
                 raise Violation(f"INV-BLOCKS-DISJOINT: {faults} ({seed})")

@@ -187,7 +187,7 @@ def test_every_failing_call_is_a_clean_error(
     start = made(kind, 41, blocks=3)
     size = MIB if not larger else 2 * len(start.content) if kind == "fixed" else LONG
     states = resized(start, size)
-    for at in range(1, 300, daily_or_nightly(2, 1)):
+    for at in range(1, 500, daily_or_nightly(2, 1)):
         store = FaultyStore(start.store)
         layers = start.over(store)
         store.faults.append(Fault(operation, make_error, at=at, partly=operation == "write"))
