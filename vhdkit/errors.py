@@ -14,6 +14,8 @@ import shlex
 from enum import StrEnum
 from typing import Any
 
+CUT_SHORT_HINT = "if the file is a copy, it may be incomplete: copy it again"  # for what lies past a file's end
+
 
 class CorruptReason(StrEnum):
     """One member per way an image can be wrong; `CorruptImage.reason` and `check` findings carry it."""

@@ -47,7 +47,7 @@ def left_by_repair(message: str, why: str) -> str:
 
 def finding_of(error: CorruptImage, path: str) -> Finding:
     """The finding that reports the same as `error`."""
-    message = error.problem + difference(error.expected, error.found)
+    message = error.problem + difference(error.expected, error.found) + (f"; {error.hint}" if error.hint else "")
     return Finding(
         Severity.ERROR, error.reason.value, message, error.path or path, error.structure, error.offset_bytes
     )

@@ -44,7 +44,7 @@ def identify(store: ReadStore, *, by_name: bool = True) -> Format:
     CorruptImage for a `.vhd` or `.avhd` without a footer, InvalidArgument for an empty file.
     """
     if store.size() == 0:
-        raise errors.InvalidArgument("is empty: not a disk image", path=store.name)
+        raise errors.InvalidArgument("is empty: not a disk image", path=store.name, hint=errors.CUT_SHORT_HINT)
     recognised = [one for one in formats.FORMATS if not one.is_plain and one.probe(store)]
     if len(recognised) > 1:
         titles = " and a ".join(one.title for one in recognised)

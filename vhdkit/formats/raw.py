@@ -36,7 +36,7 @@ def raw_facts(store: ReadStore) -> ImageFacts:
     """A partial last sector counts as a whole one that ends in zeros. Raises InvalidArgument for an empty file."""
     size = store.size()
     if size == 0:
-        raise errors.InvalidArgument("is empty: not a disk image", path=store.name)
+        raise errors.InvalidArgument("is empty: not a disk image", path=store.name, hint=errors.CUT_SHORT_HINT)
     disk_size = round_up(size, SECTOR_SIZE)
     return ImageFacts(store.name, FORMAT_NAME, FORMAT_NAME, "raw disk", disk_size, disk_size)
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
+
 import vhdkit
 from tests.vhdkit.cli.running import MIB, document, good, make_chain, run
 
@@ -85,3 +87,16 @@ def test_lost_bytes_of_a_truncated_file_are_counted_correctly() -> None:
     lost = [line for line in said.splitlines() if " lack" in line]
     assert len(lost) == 1 and "3 blocks lack " in lost[0]
     assert 5 * MIB - 3 * 4096 <= int(lost[0].split(" lack ")[1].split()[0]) <= 5 * MIB
+
+
+@pytest.mark.parametrize("size", [0, 300_000, 1_500_000, 3_500_000, 4_500_000])
+def test_an_incomplete_copy_is_called_that(size: int) -> None:
+    """Whatever the file ends before, the message says that the copy may be incomplete, in `check` and elsewhere."""
+    good("create", "whole.vhdx", "--size", "8M")
+    with vhdkit.open_disk("whole.vhdx", writable=True) as disk:
+        disk.write(0, b"data")
+    Path("copy.vhdx").write_bytes(Path("whole.vhdx").read_bytes()[:size])
+    for words in (["check"], ["map"]):
+        result = run(*words, "copy.vhdx")
+        assert result.exit_code == (3 if size else 2)
+        assert "if the file is a copy, it may be incomplete: copy it again" in result.output

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vhdkit.errors import CorruptImage, CorruptReason
+from vhdkit.errors import CUT_SHORT_HINT, CorruptImage, CorruptReason
 from vhdkit.formats.spans import covered, touches
 from vhdkit.formats.vhdx import layout
 from vhdkit.formats.vhdx.bat import Bat, BlockState, Shape
@@ -137,6 +137,7 @@ def _place_faults(
             CorruptReason.BLOCK_OVER_METADATA if low else CorruptReason.BLOCK_OUTSIDE_FILE,
             "lies over the headers" if low else "does not lie inside the file",
             found=f"byte {int(entries[stored][place] & _OFFSET):#x} of {metadata.view.size()}",
+            hint=None if low else CUT_SHORT_HINT,
         )
 
 

@@ -16,7 +16,7 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
-from vhdkit.errors import CorruptImage, CorruptReason
+from vhdkit.errors import CUT_SHORT_HINT, CorruptImage, CorruptReason
 from vhdkit.finding import Finding, Severity
 from vhdkit.formats.vhdx import layout
 from vhdkit.formats.vhdx.crc import is_sealed, sealed
@@ -158,6 +158,7 @@ def _check_place(store: ReadStore, one: RegionEntry, where: dict[str, Any]) -> N
             CorruptReason.REGION_OUTSIDE_FILE,
             f"{name_of(one)} reaches past the end of the file",
             found=f"{one.length} bytes at byte {one.file_offset:#x} of a file of {store.size()} bytes",
+            hint=CUT_SHORT_HINT,
             **where,
         )
 

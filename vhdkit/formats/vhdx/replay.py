@@ -16,7 +16,7 @@ from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Any
 
-from vhdkit.errors import CorruptImage, CorruptReason
+from vhdkit.errors import CUT_SHORT_HINT, CorruptImage, CorruptReason
 from vhdkit.formats.patched import PatchedStore, Patches
 from vhdkit.formats.vhdx import layout, log
 from vhdkit.formats.vhdx.header import HeaderPlace, is_dirty
@@ -53,7 +53,17 @@ def log_place(store: ReadStore, place: HeaderPlace) -> tuple[int, int]:
     if size == 0 and not is_dirty(header):
         return layout.HEADER_SECTION_SIZE, 0
     possible = offset % MIB == 0 and offset >= layout.HEADER_SECTION_SIZE and size % MIB == 0
-    if not (possible and 0 < size <= layout.MAX_LOG_BYTES and offset + size <= store.size()):
+    possible = possible and 0 < size <= layout.MAX_LOG_BYTES
+    if possible and offset + size > store.size():
+        raise CorruptImage(
+            CorruptReason.LOG_PLACE,
+            "the file ends before its log does",
+            expected=f"at least {offset + size} bytes",
+            found=f"{store.size()} bytes",
+            hint=CUT_SHORT_HINT,
+            **where,
+        )
+    if not possible:
         raise CorruptImage(
             CorruptReason.LOG_PLACE,
             "the log has an impossible place",
@@ -91,6 +101,7 @@ def read_log(store: ReadStore, place: HeaderPlace, *, cut: bool = False) -> Repl
             "the file is shorter than its log says: it was cut short",
             expected=f"at least {newest.flushed_file_offset} bytes",
             found=f"{store.size()} bytes",
+            hint=CUT_SHORT_HINT,
             **where,
         )
     end = newest.last_file_offset
