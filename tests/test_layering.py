@@ -19,8 +19,9 @@ from tests.sources import nodes_of
 from tests.support import ROOT, python_files
 
 FILES_AND_IMAGES = """
-    likeness wording locks descriptor transfer space page_cache uncached named store maker unfinished folder
-    folder_lock shared_words sockets volume beneath local_volume guarded trusted attributes xattrs image
+    likeness wording locks descriptor write_behind space transfer page_cache uncached named store unnamed maker
+    unfinished folder folder_lock shared_words sockets volume beneath local_volume guarded trusted attributes xattrs
+    image
 """
 # Lowest first. A module may import from its own row and the rows above it in this table.
 LAYERS: tuple[tuple[str, ...], ...] = (
@@ -102,6 +103,7 @@ FILE_ROOMS = (
     "vhdkit/guarded.py",
     "vhdkit/transfer.py",
     "vhdkit/uncached.py",
+    "vhdkit/write_behind.py",
     "vhdkit/locks.py",
     "vhdkit/descriptor.py",
     "vhdkit/attributes.py",

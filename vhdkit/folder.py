@@ -22,25 +22,12 @@ from vhdkit.attributes import check_folder
 from vhdkit.descriptor import close_owned, opened
 from vhdkit.named import opened_again
 from vhdkit.store import FileStore, translated
+from vhdkit.unnamed import UnnamedStore
 
 _NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _MAX_PATH_BYTES = 4096  # PATH_MAX of Linux
 _MAX_NAME_BYTES = 255  # NAME_MAX of Linux
 _KEPT_BYTES = 8  # of chance in the name of what is put aside
-
-
-class _UnnamedStore(FileStore):
-    """A file that cannot be found under its name yet: its writes need no order, so only a commit syncs.
-
-    Messages use the name that it will have; until then it lies under a temporary one.
-    """
-
-    def __init__(self, owned: list[int], path: str, place: str) -> None:
-        super().__init__(owned, path, writable=True)
-        self._place = place
-
-    def sync(self) -> None:
-        """Do nothing: `NewFile.commit` syncs."""
 
 
 class NewFile:
@@ -79,7 +66,7 @@ class NewFile:
         else:
             likeness.set_mode(self.store.fileno(), mode)
 
-    def _begun(self) -> FileStore:
+    def _begun(self) -> UnnamedStore:
         """Create the file under a temporary name, which stays within the 255 bytes that a name may have.
 
         First removes the files that processes left there when they died.
@@ -89,7 +76,7 @@ class NewFile:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         with translated(self.path, "create"):
             owned = opened(self._temporary, flags, likeness.PRIVATE)
-        store = _UnnamedStore(owned, self.path, self._temporary)
+        store = UnnamedStore(owned, self.path, self._temporary)
         try:
             store.lock(writer=True)  # shows that the process that makes this file is alive: see `unfinished`
         except errors.Replaced:  # another process cleared the file away before it was locked
@@ -140,6 +127,10 @@ class NewFile:
                 hint="to write to a device, write to standard output and pipe it to dd",
             )
         return status
+
+    def start_early(self) -> None:
+        """Let the device write while more is written, so that a commit with `sync` waits less."""
+        self.store.starts_early = True
 
     def commit(self, *, sync: bool = True) -> None:
         """Give the file its name. With `sync`, bytes and name are on the device when this returns."""
@@ -231,7 +222,7 @@ def scratch_store(directory: str | None) -> FileStore:
             name = os.path.join(directory, unfinished.part_name())
             owned = opened(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             os.unlink(name)
-    return _UnnamedStore(owned, os.path.join(directory, "(temporary file)"), f"/proc/self/fd/{owned[0]}")
+    return UnnamedStore(owned, os.path.join(directory, "(temporary file)"), f"/proc/self/fd/{owned[0]}")
 
 
 def sync_directory(directory: str) -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How bytes are moved from one file to another: shared, copied by a file server, or copied through memory.
 
-Decides which of the three ways a range takes, and that the device starts writing while more is copied. Must not know
-what the bytes mean. Errors leave this module as OSError; `store` translates them.
+Decides which of the three ways a range takes. Must not know what the bytes mean. Errors leave this module as OSError;
+`store` translates them.
 
     pages at the same place within a page  --> FICLONERANGE      where the file system can share: no data moves
     files on a server                      --> copy_file_range   the server copies: no data travels
@@ -14,20 +14,18 @@ buffer (ext4, tmpfs; Linux 6.18). Small ranges are not shared: cloning them cost
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import errno
 import fcntl
 import mmap
 import os
 import struct
-import threading
 
+from vhdkit.space import file_system
 from vhdkit.units import KIB, MIB, PAGE_SIZE, round_down, round_up
+from vhdkit.write_behind import WriteBehind
 
 BUFFER_BYTES = MIB // 2
 MIN_SHARED_BYTES = 64 * KIB
-_WRITE_BEHIND_BYTES = 16 * MIB  # copied before the device is asked to start writing
 _FICLONERANGE = 0x4020940D
 _CLONE_RANGE = struct.Struct("=qQQQ")  # struct file_clone_range: source, its offset, length, offset here
 _CANNOT_SHARE = {errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.EXDEV, errno.EBADF, errno.ETXTBSY, errno.EPERM}
@@ -36,11 +34,6 @@ _NO_KERNEL_COPY = {*_CANNOT_SHARE, errno.EINVAL}
 _KEPT_ELSEWHERE = {0x6969, 0xFE534D42, 0xFF534D42, 0x00C36400, 0x65735546}
 # And for those that can share space between files: XFS, Btrfs, OCFS2, bcachefs, ZFS.
 _SHARING = {0x58465342, 0x9123683E, 0x7461636F, 0xCA451A4E, 0x2FC12FC1}
-_SYNC_FILE_RANGE_WRITE = 2
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
-_libc.fstatfs.argtypes = [ctypes.c_int, ctypes.c_void_p]
 
 
 class Transfer:
@@ -51,8 +44,7 @@ class Transfer:
         self._kept_elsewhere: bool | None = None  # not yet known
         self._not_shared: set[int] = set()  # devices of sources that cannot share space with this file
         self._buffer: memoryview | None = None
-        self._behind_bytes = 0
-        self._writing: threading.Thread | None = None
+        self.behind = WriteBehind(fd)  # the device starts writing while more is copied
 
     def copy(self, source_fd: int, source_offset_bytes: int, offset_bytes: int, size_bytes: int) -> int:
         """Copy a range that does not overlap its source; returns how many bytes of it existed. Raises OSError."""
@@ -119,9 +111,7 @@ class Transfer:
             while written < got:
                 written += os.pwrite(self._fd, piece[written:got], offset + done + written)
             done += got
-            self._behind_bytes += got
-        if self._behind_bytes >= _WRITE_BEHIND_BYTES:
-            self._begin_writing()
+            self.behind.wrote(got)
         return done
 
     def _copy_there(self, source_fd: int, source_offset: int, offset: int, size: int) -> int:
@@ -144,41 +134,16 @@ class Transfer:
             self._buffer = memoryview(mmap.mmap(-1, BUFFER_BYTES))  # on a page boundary
         return self._buffer
 
-    # -- the device ---------------------------------------------------------------------------------------------
-
-    def _begin_writing(self) -> None:
-        """Start writing the copied data to the device while more is copied, so that the final sync waits less.
-
-        Only a hint that orders nothing; the sync reports write failures.
-        """
-        if self._writing is not None and self._writing.is_alive():
-            return
-        self._behind_bytes = 0
-        self._writing = threading.Thread(
-            target=_libc.sync_file_range,
-            args=(self._fd, 0, 0, _SYNC_FILE_RANGE_WRITE),
-            name="write-behind",
-            daemon=True,
-        )
-        with contextlib.suppress(RuntimeError):  # no thread available: the sync writes it later
-            self._writing.start()
-
     def close(self) -> None:
         """Wait for pending work; call this before closing the descriptor."""
-        if self._writing is not None and self._writing.is_alive():
-            self._writing.join()
+        self.behind.close()
 
 
 def kept_elsewhere(fd: int) -> bool:
     """True for a file on a server or of a user-space program, which may be able to copy by itself."""
-    return _file_system(fd) in _KEPT_ELSEWHERE
+    return file_system(fd) in _KEPT_ELSEWHERE
 
 
 def may_share(fd: int) -> bool:
     """True for a file on a file system that can share space between files, unless it was made without that."""
-    return _file_system(fd) in _SHARING
-
-
-def _file_system(fd: int) -> int | None:
-    raw = ctypes.create_string_buffer(256)  # struct statfs begins with the type of the file system
-    return struct.unpack_from("l", raw)[0] & 0xFFFFFFFF if _libc.fstatfs(fd, raw) == 0 else None
+    return file_system(fd) in _SHARING

@@ -125,18 +125,15 @@ def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     _copied(tmp_path, 7, 9, MIB)
 
 
-def test_the_device_begins_early_and_close_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After enough was copied the kernel is asked to write, and no thread outlives the descriptor."""
-    monkeypatch.setattr(transfer, "_WRITE_BEHIND_BYTES", 2 * MIB)
+def test_the_device_begins_while_more_is_copied(tmp_path: Path) -> None:
+    """What was copied counts for the file's `WriteBehind`, which starts the device."""
     with _files(tmp_path) as (source, here):
         copying = Transfer(here)
         copying.copy(source, 1, 0, MIB)
-        assert copying._writing is None
-        copying.copy(source, 1, 2 * MIB, MIB)
-        writing = copying._writing
-        assert writing is not None
+        assert copying.behind._behind_bytes == MIB
+        copying.copy(source, 1, 2 * MIB, _SIZE)
+        assert copying.behind._behind_bytes == MIB + _SIZE - 1
         copying.close()
-        assert not writing.is_alive()
 
 
 @pytest.mark.interop

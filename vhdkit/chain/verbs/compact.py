@@ -27,9 +27,8 @@ from vhdkit.chain.names.lineage import same_content
 from vhdkit.chain.names.opening import open_layers
 from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.records import pending
-from vhdkit.chain.verbs.convert import data_ranges
 from vhdkit.chain.verbs.report import Report
-from vhdkit.chain.verbs.zeros import first_data_in_store, is_zero_in_disk
+from vhdkit.chain.verbs.zeros import data_ranges, first_data_in_store, is_zero_in_disk
 from vhdkit.formats.format import Compactable, CompactPlan
 from vhdkit.image import ExtentKind, Layer
 from vhdkit.store import FileStore

@@ -13,8 +13,9 @@ from collections.abc import Callable
 from vhdkit import errors, formats
 from vhdkit.arguments import AnyPath
 from vhdkit.chain.engine.chain import Chain, Progress
-from vhdkit.chain.verbs.convert import convert_chain, converted_sectors, converted_size, data_ranges
+from vhdkit.chain.verbs.convert import convert_chain, converted_sectors, converted_size
 from vhdkit.chain.verbs.create import DiskFormat, check_block_size, replacing
+from vhdkit.chain.verbs.zeros import data_ranges
 from vhdkit.folder import NewFile, scratch_store
 from vhdkit.formats.format import DEFAULT_BLOCK_SIZE
 from vhdkit.formats.probe import FormatName, format_of, identify

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds zeros in a disk or a file.
+"""Finds zeros in a disk, a file or a buffer.
 
-Decides how zeros are found: holes are never read, the rest is read in pieces until the first nonzero byte.
+Decides how zeros are found: holes are never read, the rest is read in pieces until the first nonzero byte; and which
+zeros in memory are worth a hole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+
+import numpy as np
 
 from vhdkit.chain.engine.chain import Chain
 from vhdkit.image import ExtentKind
@@ -15,6 +18,8 @@ from vhdkit.units import KIB, PAGE_SIZE, sectors_to_bytes, whole_sectors
 
 _PIECE_BYTES = 256 * KIB  # stays in the cache
 _ZEROS = bytes(_PIECE_BYTES)
+_MIN_HOLE_PAGES = 4  # a shorter run of zero pages counts as data: such a small hole costs more than it saves
+_WORDS_PER_PAGE = PAGE_SIZE // 8
 
 
 def first_data_in_store(store: ReadStore, offset_bytes: int, size_bytes: int) -> int | None:
@@ -69,3 +74,31 @@ def is_zero_in_disk(chain: Chain, offset_bytes: int, size_bytes: int) -> bool:
     """True if the disk holds only zeros there; space past its end counts as zeros. Raises IoFailed."""
     inside = max(0, min(size_bytes, chain.size_bytes - offset_bytes))
     return inside == 0 or next(data_of_disk(chain, offset_bytes, inside), None) is None
+
+
+def data_ranges(view: memoryview) -> list[tuple[int, int]]:
+    """The byte ranges of `view` (whole sectors) that are not zeros, on pages from its start."""
+    size = len(view)
+    page_count = size // PAGE_SIZE
+    words = np.frombuffer(view, dtype=np.uint64, count=page_count * _WORDS_PER_PAGE).reshape(
+        page_count, _WORDS_PER_PAGE
+    )
+    # Most pages with data have some in their first word; only if some have not, all are examined completely.
+    has_data = words[:, 0] != 0
+    known = np.count_nonzero(has_data)
+    if known < page_count and (known or words.max()):  # else all data, or all zeros
+        has_data = np.bitwise_or.reduce(words, axis=1) != 0
+    pages = np.flatnonzero(has_data)
+    ranges: list[tuple[int, int]] = []
+    if len(pages):
+        breaks = np.flatnonzero(pages[1:] - pages[:-1] > _MIN_HOLE_PAGES)
+        starts = [pages[0], *pages[breaks + 1]]
+        stops = [*pages[breaks], pages[-1]]
+        ranges = [(int(a) * PAGE_SIZE, (int(b) + 1) * PAGE_SIZE) for a, b in zip(starts, stops, strict=True)]
+    tail = page_count * PAGE_SIZE
+    if tail < size and any(view[tail:]):
+        if ranges and ranges[-1][1] == tail:
+            ranges[-1] = (ranges[-1][0], size)
+        else:
+            ranges.append((tail, size))
+    return ranges

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import vhdkit
 from vhdkit import DiskFormat, errors
-from vhdkit.chain.verbs.convert import data_ranges
+from vhdkit.chain.verbs.zeros import data_ranges
 from vhdkit.units import KIB, MIB, PAGE_SIZE, SECTOR_SIZE, round_up
 
 SIZE = 9 * MIB + 5 * SECTOR_SIZE
@@ -147,14 +147,14 @@ def test_an_interruption_leaves_no_file(chain: tuple[Path, bytes], tmp_path: Pat
 
 
 def test_a_failing_source_fails_the_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A read error in a worker reaches the caller, and no file is left."""
+    """A read error reaches the caller, and no file is left."""
     source = tmp_path / "source.raw"
     source.write_bytes(b"x" * MIB)
 
     def fail(*args: object) -> None:
         raise errors.IoFailed("simulated")
 
-    monkeypatch.setattr("vhdkit.chain.engine.chain.Chain.read_into", fail)
+    monkeypatch.setattr("vhdkit.chain.engine.ahead.Ahead.read_into", fail)
     with pytest.raises(errors.IoFailed):
         vhdkit.convert(source, tmp_path / "out", DiskFormat.DYNAMIC)
     assert list(tmp_path.iterdir()) == [source]
