@@ -2,11 +2,13 @@
 """The NBD server compared with qemu-nbd and nbdkit: fio over a unix socket, with goals.
 
 Every measurement is a fresh server and one run of fio; all contestants follow one another in each round, and ratios
-are taken round by round, so that a machine whose speed drifts treats all alike. Two settings: files in memory (tmpfs,
-without the device; the goals are for this one) and on the disk with a warm cache.
+are taken round by round, so that a machine whose speed drifts treats all alike. Three settings: files in memory
+(tmpfs, without the device; the goals are for this one), on the disk with a warm cache, and on the disk with a cold one
+(`nbd_cold`, with goals of its own; `--dir` says on which disk).
 
     script/bench nbd -- --rounds 5 --seconds 3            all of it
     script/bench nbd -- --only peers,chain --seconds 1    some of it: peers, chain, many, deaf, scan, memory
+    script/bench nbd -- --setting cold --only peers       cold: peers, chain, scan
 
 nbdkit's own plugin for files serves the same content as a raw file, as it reads no VHD.
 """
@@ -24,6 +26,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TypeVar
 
 import vhdkit
 from benchmarks import nbd_peers as peers
@@ -31,6 +34,7 @@ from benchmarks.common import Row, arguments, has, report
 from benchmarks.nbd_peers import Load, Server
 from benchmarks.open import allocate_all
 
+T = TypeVar("T")
 MIB = 1 << 20
 GIB = 1 << 30
 BLOCK_BYTES = 2 * MIB
@@ -50,7 +54,8 @@ LOADS = {
     "1M sequential read": Load("read", MIB, 4),
     "1M sequential write": Load("write", MIB, 4),
 }
-BUSY = LOADS["4K random read, depth 16"]
+BUSY_NAME = "4K random read, depth 16"
+BUSY = LOADS[BUSY_NAME]
 # How many times as fast as that server vhdkit should be.
 GOALS = {
     ("4K random read, depth 16", "qemu-nbd"): 2.5,
@@ -201,7 +206,7 @@ def against_peers(setting: str, folder: Path, plan: Plan) -> Iterator[Result]:
             yield Result(setting, what, row.name, row.median, "/s", ratio, goal, met, cpu_us)
 
 
-def rotated(servers: list[Server], number: int) -> list[Server]:
+def rotated(servers: list[T], number: int) -> list[T]:
     """Each round begins with another one, so that no contestant always follows the same other."""
     number %= len(servers)
     return servers[number:] + servers[:number]
@@ -351,7 +356,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--size", type=int, default=1024, metavar="MIB", help="of the disk")
     options.add_argument("--scan-size", type=int, default=10240, metavar="MIB", help="of the disk that is scanned")
     options.add_argument("--only", default=",".join(PARTS), help=f"parts, with commas: {', '.join(PARTS)}")
-    options.add_argument("--setting", choices=["both", "tmpfs", "disk"], default="both")
+    options.add_argument("--setting", choices=["both", "tmpfs", "disk", "cold"], default="both")
     return options
 
 
@@ -376,6 +381,15 @@ def has_room(setting: str, part: str, folder: Path, plan: Plan) -> bool:
     return False
 
 
+def shown(results: Iterator[Result]) -> list[Result]:
+    """The results, each printed as soon as it is there."""
+    kept = []
+    for result in results:
+        print("  ".join(cell for cell in result.cells() if cell), flush=True)
+        kept.append(result)
+    return kept
+
+
 def measure_all(found: dict[str, Path], parts: list[str], plan: Plan) -> list[Result]:
     """Part by part, each in the settings where it is meaningful."""
     results: list[Result] = []
@@ -385,9 +399,7 @@ def measure_all(found: dict[str, Path], parts: list[str], plan: Plan) -> list[Re
             if (part in other and len(found) > 1) or not has_room(setting, part, folder, plan):
                 continue
             try:
-                for result in PART_RUNNERS[part](setting, folder, plan):
-                    print("  ".join(cell for cell in result.cells() if cell), flush=True)
-                    results.append(result)
+                results += shown(PART_RUNNERS[part](setting, folder, plan))
             except peers.Failed as error:
                 print(f"{setting}: {part} failed: {error}", flush=True)
                 results.append(Result(setting, f"{part}: failed", "", 0, "", met=False))
@@ -409,8 +421,14 @@ def main() -> None:
     if missing := peers.missing():
         print(f"not compared, as not installed: {', '.join(missing)}", flush=True)
     plan = Plan(max(options.rounds, 1), options.seconds, options.size * MIB, options.scan_size * MIB)
-    with places(options.dir, options.setting) as found:
-        results = measure_all(found, parts, plan)
+    if options.setting == "cold":
+        from benchmarks import nbd_cold  # it uses what is defined here
+
+        with TemporaryDirectory(prefix="vhdkit-nbd-", dir=options.dir) as folder:
+            results = shown(nbd_cold.measure_all(Path(folder), parts, plan))
+    else:
+        with places(options.dir, options.setting) as found:
+            results = measure_all(found, parts, plan)
     short = sum(result.met is False for result in results)
     columns = ["files", "what", "server", "rate", "CPU us", "ratio", "goal", ""]
     title = (

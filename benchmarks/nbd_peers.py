@@ -196,7 +196,7 @@ def measured(target: Running, load: Load, seconds: float, *, size: int, offset: 
         command, check=False, capture_output=True, text=True, timeout=seconds + 60, cwd=target.socket_path.parent
     )
     used = target.cpu_seconds() - before
-    per_second = _rate_in(done.returncode, done.stdout, done.stderr, load)
+    per_second = rate_in(done.returncode, done.stdout, done.stderr, load)
     return Rate(per_second, 1e6 * used / (per_second * seconds * (1 + RAMP)))
 
 
@@ -217,10 +217,10 @@ def beside(target: Running, load: Load, seconds: float, *, size: int, offset: in
     finally:
         process.send_signal(signal.SIGINT)  # it then reports what it has
         output, said = process.communicate(timeout=60)
-    result.append(_rate_in(0, output, said, load))
+    result.append(rate_in(0, output, said, load))
 
 
-def _rate_in(code: int, output: str, said: str, load: Load) -> float:
+def rate_in(code: int, output: str, said: str, load: Load) -> float:
     start = output.find("{")
     if code != 0 or start < 0:
         raise Failed(f"fio: {said.strip()[-500:] or output[:500]}")

@@ -30,6 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "vhdkit.errors",
         "vhdkit.arguments",
         "vhdkit.buffers",
+        "vhdkit.readahead",
         "vhdkit.finding",
         "vhdkit.jsonrpc",
         "vhdkit.jsontext",
@@ -60,6 +61,7 @@ VMM_LAYERS: tuple[tuple[str, ...], ...] = (
 # These see only the listed parts of vhdkit, and none of these modules of Python.
 SANS_IO: dict[str, set[str]] = {
     "vhdkit.jsonrpc": set(),
+    "vhdkit.readahead": {"vhdkit.units"},
     "vhdkit.serve.nbd.wire": {"vhdkit.units", "vhdkit.errors"},
     "vhdkit.serve.nbd.options": {"vhdkit.units", "vhdkit.errors", "vhdkit.serve", "vhdkit.serve.nbd.wire"},
     "vhdkit.serve.nbd.protocol": {

@@ -127,14 +127,14 @@ class Disk:
         if offset_bytes < 0 or offset_bytes + size > self.size_bytes or self._closed:
             self._check_range(offset_bytes, size)
         if (offset_bytes | size) & SECTOR_MASK:
-            self._read_unaligned(offset_bytes, view)
+            self._read_unaligned(offset_bytes, view, self._read_sectors)
         elif size:
             self._read_sectors(offset_bytes // SECTOR_SIZE, view)
 
     def try_read_into(self, offset_bytes: int, buffer: memoryview) -> bool:
         """Like `read_into`, if it need not wait for a device; otherwise returns False and leaves `buffer` undefined.
 
-        Whole sectors only: anything else is left to `read_into`. Raises OutOfRange, IoFailed, InvalidArgument.
+        Raises OutOfRange, IoFailed, InvalidArgument.
         """
         return self.try_read_flat(offset_bytes, flat(buffer, writable=True))
 
@@ -144,39 +144,40 @@ class Disk:
         if offset_bytes < 0 or offset_bytes + size > self.size_bytes or self._closed:
             self._check_range(offset_bytes, size)
         if (offset_bytes | size) & SECTOR_MASK:
-            return False
+            return self._read_unaligned(offset_bytes, buffer, self._try_read_sectors)
         return self._try_read_sectors(offset_bytes // SECTOR_SIZE, buffer)
 
-    def prefetch(self, offset_bytes: Size, size_bytes: Size) -> bool:
-        """Ask for a range to be read ahead; never waits for a device. Raises OutOfRange, IoFailed.
+    def is_settled(self, offset_bytes: int, size_bytes: int) -> bool:
+        """True if it is known which files hold the range, which lies inside the disk; reads nothing."""
+        first = offset_bytes // SECTOR_SIZE
+        return self.chain.is_settled(first, covering_sectors(offset_bytes + size_bytes) - first)
 
-        False if it is not yet known which files hold all of it: call `settle`, then this again.
-        """
-        first, count = self._sectors_over(offset_bytes, size_bytes)
-        return not count or self.chain.prefetch(first, count)
+    def prefetch(self, offset_bytes: Size, size_bytes: Size) -> bool:
+        """Ask for a range to be read ahead, without waiting. False: `settle`, then call it again. Raises as `read`."""
+        return self.chain.prefetch(*self._sectors_over(offset_bytes, size_bytes))
 
     def settle(self, offset_bytes: Size, size_bytes: Size) -> None:
         """Find out which files hold a range, as its first read would; may wait. Raises OutOfRange, IoFailed."""
-        first, count = self._sectors_over(offset_bytes, size_bytes)
-        if count:
-            self.chain.settle(first, count)
+        self.chain.settle(*self._sectors_over(offset_bytes, size_bytes))
 
     def _sectors_over(self, offset_bytes: Size, size_bytes: Size) -> tuple[int, int]:
         offset_bytes, size_bytes = byte_size("offset_bytes", offset_bytes), byte_size("size_bytes", size_bytes)
         self._check_range(offset_bytes, size_bytes)
         first = offset_bytes // SECTOR_SIZE
-        return first, (covering_sectors(offset_bytes + size_bytes) - first if size_bytes else 0)
+        return first, covering_sectors(offset_bytes + size_bytes) - first
 
-    def _read_unaligned(self, offset: int, view: memoryview) -> None:
-        """Read whole sectors directly into the caller's buffer, and the edges through a one-sector buffer."""
-        end = offset + len(view)
-        inner_start, inner_end = round_up(offset, SECTOR_SIZE), round_down(end, SECTOR_SIZE)
-        if inner_end > inner_start:
-            inner = view[inner_start - offset : inner_end - offset]
-            self._read_sectors(whole_sectors(inner_start), inner)
+    def _read_unaligned(self, offset: int, view: memoryview, read: Callable[[int, memoryview], bool | None]) -> bool:
+        """`read` whole sectors into the caller's buffer, the edges through one of a sector; False as soon as it is."""
+        end, sector = offset + len(view), memoryview(bytearray(SECTOR_SIZE))
+        start, stop = round_up(offset, SECTOR_SIZE), round_down(end, SECTOR_SIZE)
+        if stop > start and read(start // SECTOR_SIZE, view[start - offset : stop - offset]) is False:
+            return False
         for first, last in edges(offset, end, SECTOR_SIZE):
-            sector, skip = self._unit(first, SECTOR_SIZE), first % SECTOR_SIZE
+            if read(first // SECTOR_SIZE, sector) is False:
+                return False
+            skip = first % SECTOR_SIZE
             view[first - offset : last - offset] = sector[skip : skip + last - first]
+        return True
 
     def _unit(self, offset: int, unit: int) -> bytearray:
         """The whole unit in which a byte lies."""

@@ -337,7 +337,7 @@ def test_reading_during_the_first_write_of_each_block() -> None:
 
 
 def test_try_read_and_try_write_do_nothing_that_may_wait(tmp_path: Path) -> None:
-    """What is not known yet, not whole sectors or locked by another writer is refused; the rest is done."""
+    """What is not known yet or locked by another writer is refused, as are writes of parts of sectors."""
     path = tmp_path / "d.vhd"
     create_image(path, 8 * MIB)
     with open_disk(path, writable=True) as disk:
@@ -349,7 +349,11 @@ def test_try_read_and_try_write_do_nothing_that_may_wait(tmp_path: Path) -> None
         assert disk.read(4096, 8192) == data
         assert disk.try_read_into(4096, buffer) and bytes(buffer) == data
         assert disk.try_read_into(4096, memoryview(bytearray())), "an empty buffer is filled at once"
-        assert not disk.try_write(1, memoryview(data)) and not disk.try_read_into(1, buffer)
+        assert not disk.try_write(1, memoryview(data))
+        for offset, size in ((1, 8192), (4095, 2), (5000, 511), (4608, 1), (12287, 513)):
+            part = memoryview(bytearray(size))
+            assert disk.try_read_into(offset, part) and part == disk.read(offset, size)
+        assert not disk.try_read_into(2 * MIB - 1, memoryview(bytearray(3))) or disk.is_settled(2 * MIB - 1, 3)
         assert disk.known_holes(100, 4 * MIB) == [(100, 2 * MIB - 100, False), (2 * MIB, 2 * MIB + 100, True)]
         with ThreadPoolExecutor(1) as other:
             other.submit(disk._write_lock.acquire).result()

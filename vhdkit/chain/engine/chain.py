@@ -195,11 +195,21 @@ class Chain:
             if layer.block_size_bytes and start < visible_bytes:
                 layer.prefetch_ownership(start // layer.block_size_bytes)
 
+    def is_settled(self, sector_index: int, sector_count: int) -> bool:
+        """True if it is known where the range lies, so that `prefetch` would return True."""
+        offset, size = sectors_to_bytes(sector_index), sectors_to_bytes(sector_count)
+        if (offset & self._fine_mask) + size <= self._fine_bytes and self._fine[offset >> self._fine_shift]:
+            return True
+        for grain in range(offset >> self._grain_shift, -(-(offset + size) >> self._grain_shift)):
+            entry = self._entries[grain]
+            if entry == UNKNOWN or (entry == MIXED and grain not in self.map.known):
+                return False
+        return True
+
     def settle(self, sector_index: int, sector_count: int) -> None:
         """Find out where the range lies, so that `prefetch` can ask for it. May wait. Raises IoFailed."""
-        first = sectors_to_bytes(sector_index) >> self._grain_shift
-        last = (sectors_to_bytes(sector_index + sector_count) - 1) >> self._grain_shift
-        for grain in range(first, last + 1):
+        first, end = sectors_to_bytes(sector_index), sectors_to_bytes(sector_index + sector_count)
+        for grain in range(first >> self._grain_shift, -(-end >> self._grain_shift)):
             entry = self._entries[grain]
             if entry == UNKNOWN:
                 self.map.settle(grain)

@@ -77,7 +77,7 @@ class Connection:
         if self._channel.is_closed():
             self.close()
         elif not self._securing:
-            if self._is_done() and not self._channel.unsent and not (self._serving and self._serving.jobs):
+            if self._is_done() and not self._channel.unsent and not self._in_progress():
                 self.close()
             else:
                 self._channel.watch(reading=not self._blocked())
@@ -94,6 +94,10 @@ class Connection:
 
     def _is_done(self) -> bool:
         return self._ending or (self._serving is not None and self._serving.ended)
+
+    def _in_progress(self) -> int:
+        """How many requests are not answered yet."""
+        return self._serving.jobs + self._serving.misses.count if self._serving is not None else 0
 
     def _blocked(self) -> bool:
         """True while nothing more is accepted from this client."""
@@ -201,6 +205,8 @@ class Connection:
         """Close the connection. Results of jobs that are still running are dropped."""
         self._channel.close()
         self._kept = b""
+        if self._serving is not None:
+            self._serving.misses.drop()
         left, self._left = self._left, _forgotten
         left(self)
 

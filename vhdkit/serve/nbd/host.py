@@ -6,6 +6,7 @@ from __future__ import annotations
 import ssl
 from typing import Protocol
 
+from vhdkit.readahead import Budget
 from vhdkit.serve.nbd.export import Export
 from vhdkit.serve.nbd.jobs import Jobs
 from vhdkit.serve.nbd.loop import Loop
@@ -24,6 +25,7 @@ class Host(Protocol):
     tls_context: ssl.SSLContext | None
     buffer: memoryview  # received and not yet served; shared by all connections, which are served one at a time
     replies: memoryview  # the answers of one batch
+    read_ahead: Budget  # of all clients
 
     def catalog(self) -> list[ExportInfo]:
         """The current exports."""

@@ -19,12 +19,14 @@ import time
 from collections import deque
 from collections.abc import Callable
 from enum import Enum
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 T = TypeVar("T")
 READABLE, WRITABLE, HANGUP = select.EPOLLIN, select.EPOLLOUT, select.EPOLLHUP | select.EPOLLERR
 _SWITCH_SECONDS = 0.0005  # how long a worker that runs Python code may keep the loop waiting
 _SPINS = 300  # polls before sleeping, half a microsecond each
+_LOOK_SPINS = 5  # polls that a look at a waiter takes as long as
+_BUSY_ROUNDS = 8  # rounds full of events after which waiters are treated as before a sleep
 _MAX_SPIN_CREDIT, _SPIN_LOSS = 8, 2  # polling continues while two of three attempts find something
 
 
@@ -36,6 +38,38 @@ class Lane(Enum):
     LISTING = 1  # mostly Python code: more threads would only slow down the loop
     PARTS = 2  # requests for parts of sectors
     BULK = 3  # long commands; the number differs from the others', as Enum makes equal values one member
+
+
+class Waiter(Protocol):
+    """Has work that becomes ready without an event."""
+
+    def look(self) -> bool:
+        """Look at a little of it; True if something was ready."""
+        ...
+
+    def before_sleep(self) -> None:
+        """The loop may sleep now: start a job, whose end wakes it."""
+        ...
+
+
+class Waiters:
+    """All of them, on the loop's thread."""
+
+    def __init__(self) -> None:
+        self.present: dict[Waiter, None] = {}
+
+    def look(self) -> bool:
+        """Let one of them look, each time another; True if something was ready."""
+        one = next(iter(self.present))
+        if len(self.present) > 1:
+            del self.present[one]
+            self.present[one] = None
+        return one.look()
+
+    def before_sleep(self) -> None:
+        """Let each start a job."""
+        for one in list(self.present):
+            one.before_sleep()
 
 
 class Loop:
@@ -51,6 +85,8 @@ class Loop:
         self._wake_reader.setblocking(False)
         self._wake_writer.setblocking(False)
         self._running = False
+        self.waiters = Waiters()
+        self._rounds = 0  # without sleep
         self._spin_credit = _MAX_SPIN_CREDIT
         self._lanes: dict[Lane, queue.SimpleQueue[Callable[[], None] | None]] = {}
         self._workers: list[threading.Thread] = []
@@ -126,28 +162,46 @@ class Loop:
         try:
             while self._running:
                 timeout = self._run_timers()
-                for fd, events in self._spin() or self._epoll.poll(timeout):
+                found = self._spin()
+                self._attend_to_waiters(found)
+                for fd, events in found if found is not None else self._epoll.poll(timeout):
                     callback = self._callbacks.get(fd)
                     if callback is not None:  # an earlier callback of this round may have unwatched it
                         callback(events)
         finally:
             sys.setswitchinterval(before)
 
-    def _spin(self) -> list[tuple[int, int]]:
+    def _attend_to_waiters(self, events: list[tuple[int, int]] | None) -> None:
+        """Before sleeping (`events` None), and now and then while events keep the loop busy."""
+        if not self.waiters.present:
+            return
+        self._rounds += 1
+        if events is None or self._rounds >= _BUSY_ROUNDS:
+            self._rounds = 0
+            self.waiters.before_sleep()
+        elif events:
+            self.waiters.look()
+
+    def _spin(self) -> list[tuple[int, int]] | None:
         """Poll a few times without sleeping: a client that waits for each answer asks again within microseconds.
 
-        Sleeping and being woken would take longer than serving it. Polling stops soon where it does not pay.
+        Sleeping and being woken would take longer than serving it. Polling stops soon where it does not pay. Returns
+        the events; None if the loop should sleep until there are any.
         """
         if self._spin_credit <= 0:
             self._spin_credit += 1
-            return []
-        for _ in range(_SPINS):
+            return None
+        waiters, spins = self.waiters, _SPINS
+        while spins > 0:
+            spins -= 1
             events = self._epoll.poll(0)
-            if events:
+            if events or (waiters.present and waiters.look()):
                 self._spin_credit = min(self._spin_credit + 1, _MAX_SPIN_CREDIT)
                 return events
+            if waiters.present:
+                spins -= _LOOK_SPINS
         self._spin_credit -= _SPIN_LOSS
-        return []
+        return None
 
     def _run_timers(self) -> float | None:
         """Run the timers that are due; returns the seconds until the next one, or None."""

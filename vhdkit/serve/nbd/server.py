@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from vhdkit import errors
+from vhdkit.readahead import Budget
 from vhdkit.serve.nbd.connection import Connection
 from vhdkit.serve.nbd.export import PIECE_BYTES, Export
 from vhdkit.serve.nbd.jobs import Jobs
@@ -70,6 +71,7 @@ class NbdServer:
         self.stats = Stats()
         self.jobs = Jobs(self.loop, self.stats, self.drained)
         self.job_bytes = 0
+        self.read_ahead = Budget()
         self.buffer = memoryview(
             bytearray(BUFFER_BYTES)
         )  # both buffers are shared by all connections, which are served one at a time

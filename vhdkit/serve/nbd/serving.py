@@ -15,13 +15,17 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 from vhdkit import errors
+from vhdkit.disk import Disk
 from vhdkit.serve.nbd.channel import Channel
 from vhdkit.serve.nbd.export import HOLE_WORTH_BYTES, PIECE_BYTES, Export, error_number, error_reply
 from vhdkit.serve.nbd.host import Host
 from vhdkit.serve.nbd.jobs import Job
 from vhdkit.serve.nbd.loop import Lane
+from vhdkit.serve.nbd.misses import LARGE_BYTES, Misses, read_if_there
+from vhdkit.serve.nbd.pieces import LongRead, Payload
 from vhdkit.serve.nbd.protocol import Request, Transmission
 from vhdkit.serve.nbd.wire import Command, CommandFlag
 from vhdkit.units import KIB, MIB, SECTOR_SIZE, round_down
@@ -36,33 +40,6 @@ _CHANGING = frozenset({Command.WRITE, Command.WRITE_ZEROES, Command.TRIM})
 _SLOW = frozenset({Command.BLOCK_STATUS, Command.CACHE})
 _READ, _WRITE = int(Command.READ), int(Command.WRITE)
 _log = logging.getLogger(__name__)
-
-
-class _Payload:
-    """The outstanding part of a payload that did not arrive as a whole."""
-
-    __slots__ = ("began", "left", "offset", "request")
-
-    def __init__(self, request: Request) -> None:
-        self.request = request
-        self.began = time.perf_counter_ns()
-        self.offset = request.offset
-        self.left = request.payload_bytes
-
-
-class _LongRead:
-    """A read that is sent in pieces: separate chunks, or the single body of a simple reply."""
-
-    __slots__ = ("began", "offset", "request")
-
-    def __init__(self, request: Request) -> None:
-        self.request = request
-        self.began = time.perf_counter_ns()
-        self.offset = request.offset
-
-    @property
-    def end(self) -> int:
-        return self.request.offset + self.request.length
 
 
 class Serving:
@@ -91,14 +68,16 @@ class Serving:
         self._peer = peer
         self._proceed = proceed
         self._late: list[bytes | bytearray] = []  # answers that wait for the end of a long read
-        self._payload: _Payload | None = None
-        self._long_read: _LongRead | None = None
+        self._payload: Payload | None = None
+        self._long_read: LongRead | None = None
+        self.misses = Misses(self, host, channel, rules, proceed)
         self._waiting = False  # for a job that must finish before anything more can be served
 
     def blocked(self) -> bool:
         """True while no further requests are accepted."""
         return bool(
             self._channel.unsent
+            or self.misses.is_full()
             or self._waiting
             or self.ended
             or self.jobs >= MAX_JOBS
@@ -107,6 +86,10 @@ class Serving:
             or self._long_read is not None
             or self.export.held
         )
+
+    def may_answer(self) -> bool:
+        """See `misses.Reader`."""
+        return not (self._channel.unsent or self.export.held or self._long_read or self._channel.is_closed())
 
     def step(self) -> bool:
         """Continue a long read; False if there is none, or it cannot continue now."""
@@ -122,7 +105,7 @@ class Serving:
             position = self._take_payload(buffer, 0, end)
         while not self._must_wait():
             position = self._serve_usual(buffer, position, end)
-            if self._channel.unsent:
+            if self._channel.unsent or self.misses.is_full():
                 break
             request = self._rules.next_request(buffer, position, end)
             if request is None:
@@ -135,6 +118,7 @@ class Serving:
             position = self._begin(request, buffer, position + self._rules.request_size, end)
             if self._payload is not None:
                 position = self._take_payload(buffer, position, end)
+        self.misses.serve()
         return position
 
     def _serve_usual(self, buffer: memoryview, position: int, end: int) -> int:
@@ -145,6 +129,7 @@ class Serving:
         put_read_header, put_done, write_flags = rules.put_read_header, rules.put_done, rules.write_flags
         header_size, hole_worth = rules.read_header_size, HOLE_WORTH_BYTES if rules.structured else PIECE_BYTES + 1
         replies, room = self._host.replies, len(self._host.replies) - _LAST_HEADER_BYTES
+        misses, marks, try_large = self.misses, self.misses.marks, partial(read_if_there, disk)
         began, filled, served = time.perf_counter_ns(), 0, 0
         try:
             while end - position >= request_size:
@@ -160,10 +145,16 @@ class Serving:
                         if self._channel.unsent:
                             break
                         continue
-                    if (length >= hole_worth and has_holes(offset, length)) or not try_read(
-                        offset, replies[start:stop]
-                    ):
+                    if offset in marks:
+                        misses.read_ahead(offset, length)
+                    if length >= hole_worth and has_holes(offset, length):
                         break
+                    if not (try_read if length <= LARGE_BYTES else try_large)(offset, replies[start:stop]):
+                        if misses.is_full():
+                            break
+                        misses.add(disk, cookie, offset, length, began)
+                        position += request_size
+                        continue
                     put_read_header(replies, filled, cookie, offset, length)
                     filled = stop
                     position += request_size
@@ -219,24 +210,24 @@ class Serving:
             return end
         stop = start + request.payload_bytes
         if request.payload_bytes > _KEPT_BYTES:
-            self._payload = _Payload(request)
+            self._payload = Payload(request)
             return start
         if request.error:
             self._channel.send(rules.error(request, request.error))
         elif request.command == Command.READ and request.length > PIECE_BYTES:
-            self._long_read = _LongRead(request)
+            self._long_read = LongRead(request)
             if not rules.structured:
                 self._channel.send(rules.begin_simple_read(request))
         elif request.command == Command.FLUSH:
             self._flush_then(rules.done(request), request)
         else:
-            self._submit(request, bytes(buffer[start:stop]) if request.payload_bytes else None)
+            self.submit(request, bytes(buffer[start:stop]) if request.payload_bytes else None)
         return stop
 
     # -- jobs ---------------------------------------------------------------------------------------------------
 
-    def _submit(self, request: Request, payload: bytes | None) -> None:
-        """Let a worker execute it, and answer when it is done; with FUA, when it is durable (row 31)."""
+    def submit(self, request: Request, payload: bytes | None, after: Callable[[], None] | None = None) -> None:
+        """Let a worker execute it, then answer; with FUA, when it is durable (row 31). `after` precedes the answer."""
         rules = self._rules
         size = request.length if request.command in (Command.READ, Command.WRITE) else 0
         if request.command in _SLOW:
@@ -254,11 +245,24 @@ class Serving:
                 self._job_ends(size)
                 return
             self._job_ends(size)
+            if after is not None:
+                after()
             self._answer(answer)
 
         lane, work = self.export.work_of(rules, request, payload)
         takes_lock = request.command in (Command.WRITE_ZEROES, Command.TRIM)
         self._host.jobs.add(self, work, done, lane, must_run=request.command == Command.WRITE, takes_lock=takes_lock)
+
+    def run_beside(self, work: Callable[[Disk], object], done: Callable[[], None]) -> None:
+        """See `misses.Reader`."""
+        self._job_begins()
+
+        def ended(result: object) -> None:
+            self._job_ends()
+            done()
+            self._proceed()
+
+        self._host.jobs.add(self, lambda: (work(self.export.disk), True), ended, must_run=False)
 
     def _flush_then(self, answer: bytes | bytearray, request: Request) -> None:
         """Send `answer` when everything written so far is durable."""
@@ -326,7 +330,7 @@ class Serving:
             self._end_payload(payload)
         return position + size
 
-    def _write_piece(self, payload: _Payload, piece: memoryview) -> bool:
+    def _write_piece(self, payload: Payload, piece: memoryview) -> bool:
         """Write at once or in a job; False if the piece must be kept until a slice that has the lock ends."""
         export = self.export
         offset = payload.offset
@@ -364,12 +368,12 @@ class Serving:
         self._host.jobs.add(self, write, done)
         return True
 
-    def _fail_payload(self, payload: _Payload, problem: BaseException) -> None:
+    def _fail_payload(self, payload: Payload, problem: BaseException) -> None:
         """Drain the rest; the answer is the first error."""
         self._log_failure(payload.request, problem)
         payload.request = payload.request._replace(error=error_number(problem))
 
-    def _end_payload(self, payload: _Payload) -> None:
+    def _end_payload(self, payload: Payload) -> None:
         rules, request = self._rules, payload.request
         self._payload = None
         if self._channel.is_closed():
@@ -384,7 +388,7 @@ class Serving:
 
     # -- long reads ---------------------------------------------------------------------------------------------
 
-    def _continue_long_read(self, reading: _LongRead) -> None:
+    def _continue_long_read(self, reading: LongRead) -> None:
         """Send the next piece: at once if that needs no waiting, otherwise when a worker has read it."""
         rules, export = self._rules, self.export
         request, offset = reading.request, reading.offset
@@ -392,6 +396,7 @@ class Serving:
             self._end_long_read(rules.done(request) if rules.structured else b"")
             return
         size = min(reading.end - offset, PIECE_BYTES)
+        self.misses.read_ahead(offset, size)
         reading.offset += size
         head = rules.data_chunk(request, offset, size) if rules.structured else b""
         reply = self._host.replies[: len(head) + size]

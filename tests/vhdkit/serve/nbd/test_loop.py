@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 
 import pytest
 
-from vhdkit.serve.nbd.loop import Lane, Loop
+from vhdkit.serve.nbd.loop import READABLE, Lane, Loop
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -94,3 +95,61 @@ def test_posts_from_many_threads() -> None:
     assert len(seen) == 2000
     loop.close()
     loop.post(lambda: None)
+
+
+class Eventless:
+    """Work that becomes ready without an event, at a certain look."""
+
+    def __init__(self, loop: Loop, ready_at: int) -> None:
+        self.looks = self.sleeps = 0
+        self._loop = loop
+        self._ready_at = ready_at
+        loop.waiters.present[self] = None
+
+    def look(self) -> bool:
+        """Ready at last: then the loop may end."""
+        self.looks += 1
+        if self.looks < self._ready_at:
+            return False
+        self._loop.waiters.present.clear()
+        self._loop.stop()
+        return True
+
+    def before_sleep(self) -> None:
+        """As a job would, end the sleep."""
+        self.sleeps += 1
+        self._loop.post(lambda: None)
+
+
+@pytest.mark.parametrize("ready_at", [1, 5, 2000])
+def test_waiters_are_looked_at_before_sleeping(ready_at: int) -> None:
+    """The loop looks a limited number of times between polls, and before it sleeps lets jobs be started."""
+    loop = Loop()
+    work = Eventless(loop, ready_at)
+    loop.run()
+    loop.close()
+    assert work.looks == ready_at and (work.sleeps > 0) == (ready_at > 1000)
+
+
+def test_waiters_are_looked_at_beside_events() -> None:
+    """While events keep the loop from sleeping, it looks in each round, and after some rounds lets jobs be started."""
+    loop = Loop()
+    work = Eventless(loop, 40)
+    reader, writer = socket.socketpair()
+    writer.send(b"x")  # never read, so there is always an event
+    loop.watch(reader.fileno(), READABLE, lambda events: None)
+    loop.run()
+    loop.close()
+    reader.close()
+    writer.close()
+    assert work.looks == 40 and work.sleeps >= 4
+
+
+def test_waiters_take_turns() -> None:
+    """Each look is another waiter's."""
+    loop = Loop()
+    works = [Eventless(loop, 10) for _ in range(3)]
+    for _ in range(9):
+        assert not loop.waiters.look()
+    assert [work.looks for work in works] == [3, 3, 3]
+    loop.close()

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads that wait for a device: what is not in memory is asked for, and served when it is there.
+
+Decides when a waiting read is tried again, and when a thread has to wait for one. Must not know how requests arrive
+(`serving`) or what lies in which file.
+
+A thread for each read would cost more than the read: the device answers in less time than two switches of threads
+take. So the kernel is asked to begin, and the loop goes on with what is ready. Between polls for events it looks at
+the oldest reads (`look`). Before it sleeps with reads still waiting, the oldest becomes a job
+(`before_sleep`), whose end wakes the loop to look at the others.
+
+    added ──► unsettled ── a job reads the bitmaps ──► waiting ── ready at a look ──► answered
+                                                          └── the loop would sleep, or it failed ──► job
+
+`INV-MISS-USES-THE-PRESENT-DISK`: a waiting read takes `export.disk` when it is tried, never before, and is not tried
+while the export is held. So a hold need not wait for it, and afterwards it reads from the new chain.
+
+`INV-MISS-ENDS`: every read that was added is answered, becomes a job, or its client is gone: whenever the loop is
+about to sleep, each client with waiting reads has a job in progress, unless it is held or does not read its answers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from vhdkit import errors
+from vhdkit.disk import Disk
+from vhdkit.readahead import ReadAhead
+from vhdkit.serve.nbd.channel import Channel
+from vhdkit.serve.nbd.export import PIECE_BYTES, Export
+from vhdkit.serve.nbd.host import Host
+from vhdkit.serve.nbd.protocol import Request, Transmission
+from vhdkit.serve.nbd.wire import Command
+from vhdkit.units import KIB, PAGE_SIZE
+
+MAX_MISSES = 128  # of one client
+MAX_MISS_BYTES = 8 * PIECE_BYTES  # of one client; none of it is our memory, but the kernel reads it
+MAX_WAITERS = 8  # jobs that wait for one client's reads at once
+_TRIES = 4  # reads in a row that are not there: later ones will hardly be
+LARGE_BYTES = 128 * KIB  # of such a read the last page is tried first: a part of it would be copied in vain
+
+
+class Miss:
+    """A read that waits."""
+
+    __slots__ = ("asked", "began", "cookie", "length", "offset")
+
+    def __init__(self, cookie: int, offset: int, length: int, began: int) -> None:
+        self.cookie = cookie
+        self.offset = offset
+        self.length = length
+        self.began = began
+        self.asked = False  # the kernel was asked to read it
+
+
+class Reader(Protocol):
+    """What `Misses` needs of the client whose reads wait (`serving.Serving`)."""
+
+    export: Export
+
+    def may_answer(self) -> bool:
+        """False while nothing may be read or sent for it."""
+        ...
+
+    def submit(self, request: Request, payload: bytes | None, after: Callable[[], None] | None = None) -> None:
+        """Let a job execute and answer it; `after` is called before the answer is sent."""
+        ...
+
+    def run_beside(self, work: Callable[[Disk], object], done: Callable[[], None]) -> None:
+        """Let a job do something with the disk that answers no request, then call `done`; a failure is ignored."""
+        ...
+
+
+class Misses:
+    """One client's waiting reads. All methods run on the loop's thread."""
+
+    def __init__(
+        self, reader: Reader, host: Host, channel: Channel, rules: Transmission, proceed: Callable[[], None]
+    ) -> None:
+        """`proceed` is called when more can be served, or the connection can end."""
+        self.count = 0
+        self._bytes = 0
+        self._reader = reader
+        self._host = host
+        self._channel = channel
+        self._rules = rules
+        self._proceed = proceed
+        self._ahead = ReadAhead(rules.size_bytes, host.read_ahead)
+        self.marks = self._ahead.marks
+        self._ready: list[Miss] = []  # waiting for data, the oldest first
+        self._unsettled: list[Miss] = []  # waiting for a job that finds out where they lie
+        self._settling: list[Miss] | None = None  # in such a job
+        self._waiters = 0
+        self._allowed = 1
+
+    def is_full(self) -> bool:
+        """True if no more may be added."""
+        return self.count >= MAX_MISSES or self._bytes >= MAX_MISS_BYTES
+
+    def add(self, disk: Disk, cookie: int, offset: int, length: int, began: int) -> None:
+        """Let a read wait that was just tried in vain; it lies inside the disk. Raises IoFailed."""
+        miss = Miss(cookie, offset, length, began)
+        if not disk.is_settled(offset, length):
+            disk.prefetch(offset, length)
+            self._unsettled.append(miss)
+        else:
+            if length > LARGE_BYTES:  # the attempt may have begun only a part of it
+                self._ask(disk, miss)
+            self._ready.append(miss)
+        self.count += 1
+        self._bytes += length
+        self._host.loop.waiters.present[self] = None
+        self.read_ahead(offset, length)
+
+    def read_ahead(self, offset: int, length: int) -> None:
+        """Note a read that had to wait or is among the `marks`: prefetch what its stream will need, if it has one."""
+        found = self._ahead.note(offset, length)
+        if found is not None:
+            self._reader.run_beside(lambda disk: fetch(disk, *found), _nothing)
+
+    def _ask(self, disk: Disk, miss: Miss) -> None:
+        miss.asked = True
+        disk.prefetch(miss.offset, miss.length)
+
+    def look(self, tries: int = 1) -> bool:
+        """See `loop.Waiter`: the oldest, and if it is ready the next ones, until one is not."""
+        before = self.count
+        if self._ready and self._reader.may_answer():
+            self._look(tries)
+            if self.count < before:
+                self._proceed()
+        return self.count < before
+
+    def serve(self) -> None:
+        """`look`, and find out where new reads lie; `proceed` is not called."""
+        if self._ready and self._reader.may_answer():
+            self._look(_TRIES)
+        if self._unsettled and self._settling is None and self._reader.may_answer():
+            self._settle()
+
+    def _look(self, tries: int) -> None:
+        left, failed = self._answer(tries)
+        if len(left) != len(self._ready):
+            self._ready = left
+            self._recount()
+        for miss in failed:  # the job reports the error
+            self._submit(miss)
+
+    def _answer(self, tries: int) -> tuple[list[Miss], list[Miss]]:
+        """Answer those that are ready; returns (not ready, failed). Ends after so many in a row that are not ready."""
+        rules, disk, channel, ready = self._rules, self._reader.export.disk, self._channel, self._ready
+        replies, header = self._host.replies, rules.read_header_size
+        left: list[Miss] = []
+        failed: list[Miss] = []
+        filled, missing, now = 0, 0, time.perf_counter_ns()
+        for number, miss in enumerate(ready):
+            if filled + header + miss.length > len(replies):
+                channel.send(replies[:filled])
+                filled = 0
+                if channel.unsent:
+                    left += ready[number:]
+                    break
+            start = filled + header
+            try:
+                is_there = read_if_there(disk, miss.offset, replies[start : start + miss.length])
+            except errors.VhdkitError:
+                failed.append(miss)
+                continue
+            if is_there:
+                rules.put_read_header(replies, filled, miss.cookie, miss.offset, miss.length)
+                filled = start + miss.length
+                missing = 0
+                self._host.stats.batch(1, now - miss.began)
+                continue
+            left.append(miss)
+            missing += 1
+            if missing == tries:
+                left += ready[number + 1 :]
+                break
+        if filled:
+            channel.send(replies[:filled])
+        return left, failed
+
+    def _recount(self) -> None:
+        waiting = (*self._ready, *self._unsettled, *(self._settling or ()))
+        self.count = len(waiting)
+        self._bytes = sum([miss.length for miss in waiting])
+        if not waiting:
+            self._host.loop.waiters.present.pop(self, None)
+
+    # -- jobs ---------------------------------------------------------------------------------------------------
+
+    def before_sleep(self) -> None:
+        """See `loop.Waiter`: look once more, then let jobs wait for the oldest reads."""
+        self.look(_TRIES)
+        if not self._reader.may_answer():
+            return
+        if self._unsettled and self._settling is None:
+            self._settle()
+        was_full = self.is_full()
+        while self._ready and self._waiters < self._allowed:
+            if not self._waiters:
+                self._ask_all()
+            miss = self._ready.pop(0)
+            self._recount()
+            self._waiters += 1
+            self._submit(miss, self._waited)
+        if was_full and not self.is_full():
+            self._proceed()
+
+    def _submit(self, miss: Miss, after: Callable[[], None] | None = None) -> None:
+        request = Request(0, int(Command.READ), 0, miss.cookie, miss.offset, miss.length, 0)
+        self._reader.submit(request, None, after)
+
+    def _ask_all(self) -> None:
+        """Ask for what the attempts may not have begun: on older kernels they begin nothing."""
+        disk = self._reader.export.disk
+        for miss in self._ready:
+            if not miss.asked:
+                try:
+                    self._ask(disk, miss)
+                except errors.VhdkitError:
+                    return  # the read itself reports it
+
+    def _waited(self) -> None:
+        """A job has answered the oldest: usually others are there by now. If not, more jobs may wait next time.
+
+        Some stores never serve a read at once; their reads wait side by side.
+        """
+        self._waiters -= 1
+        before = self.count
+        if self._ready and self._reader.may_answer():
+            self._look(_TRIES)
+        self._allowed = 1 if self.count < before or not self._ready else min(2 * self._allowed, MAX_WAITERS)
+
+    def _settle(self) -> None:
+        self._settling, self._unsettled = self._unsettled, []
+        places = [(miss.offset, miss.length) for miss in self._settling]
+
+        def settle(disk: Disk) -> None:
+            for offset, length in places:
+                disk.settle(offset, length)
+
+        self._reader.run_beside(settle, self._settled)
+
+    def _settled(self) -> None:
+        """It is known where they lie, or what went wrong will be reported by the read."""
+        found, self._settling = self._settling or [], None
+        self._ready = found + self._ready
+        self._recount()
+        if self._reader.may_answer():
+            self._ask_all()
+            self._look(_TRIES)
+
+    def drop(self) -> None:
+        """The client is gone."""
+        self._ready, self._unsettled, self._settling = [], [], None
+        self._recount()
+        self._ahead.forget()
+
+
+def _nothing() -> None:
+    """Nothing follows."""
+
+
+def fetch(disk: Disk, offset: int, size: int) -> None:
+    """Prefetch a range, and first find out where it lies; may wait. Raises IoFailed, OutOfRange."""
+    if not disk.prefetch(offset, size):
+        disk.settle(offset, size)
+        disk.prefetch(offset, size)
+
+
+def read_if_there(disk: Disk, offset: int, room: memoryview) -> bool:
+    """Fill `room` without waiting; False if that is not possible. Raises IoFailed, OutOfRange."""
+    if len(room) > LARGE_BYTES:
+        last = len(room) - PAGE_SIZE
+        if not disk.try_read_flat(offset + last, room[last:]):
+            return False
+    return disk.try_read_flat(offset, room)
