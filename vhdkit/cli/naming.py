@@ -73,8 +73,8 @@ def refuse_other_name(path: str) -> None:
     if called is _RAW:
         raise click.UsageError(f"{name} has the name of a raw disk: add --format raw, or --format dynamic for a VHD")
     raise click.UsageError(
-        f"{name} has the name of a {called}, which vhdkit does not make: name it .vhd, or add --format dynamic"
-        " for a VHD under this name"
+        f"{name} has the name of a {called}, which vhdkit does not make: name it .vhdx or .vhd, or add"
+        " --format vhdx or --format dynamic to make it under this name"
     )
 
 

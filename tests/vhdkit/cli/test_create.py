@@ -230,3 +230,11 @@ def test_a_child_that_is_larger_than_its_parent(base: str, named: str) -> None:
     assert result.exit_code == 0 and result.stderr.startswith("vhdkit: note: ") and named in result.stderr
     assert result.stderr.count("\n") == 1
     assert document("info", "larger")["virtual_size_bytes"] == 5 * MIB
+
+
+def test_a_disk_that_is_too_large_for_a_vhd() -> None:
+    """The message names the format that holds it, before a file is made."""
+    assert failure("create", "x.vhd", "--size", "3T", code=2).endswith("; a VHDX holds up to 64 TiB")
+    good("create", "x.vhdx", "--size", "3T")
+    assert failure("convert", "x.vhdx", "x.vhd", code=2).endswith("; a VHDX holds up to 64 TiB")
+    assert not Path("x.vhd").exists()

@@ -57,7 +57,8 @@ def check_size(size_bytes: int, *, fixed: bool = False) -> None:
     if size_bytes > geometry.MAX_CREATE_BYTES:
         kind = "fixed" if fixed else "dynamic"
         raise errors.InvalidArgument(
-            f"a {kind} VHD holds at most {geometry.MAX_CREATE_BYTES // GIB} GiB, not {format_size(size_bytes)}"
+            f"a {kind} VHD holds at most {geometry.MAX_CREATE_BYTES // GIB} GiB, not {format_size(size_bytes)}",
+            hint="a VHDX holds up to 64 TiB",
         )
 
 
