@@ -65,6 +65,15 @@ def test_help_does_not_load_verbs(name: str, word: str, tmp_path: Path) -> None:
     assert found(modules, *(f"vhdkit.{room}" for room in ("chain", "disk", "formats", "serve", "store"))) == []
 
 
+def test_convert_loads_no_bar_where_none_is_shown(tmp_path: Path) -> None:
+    """In scripts, where standard error is not a terminal, nothing is imported for a bar."""
+    image = tmp_path / "a.vhd"
+    vhdkit.create_image(image, 1 << 20)
+    words = ("convert", str(image), str(tmp_path / "b.raw"), "--no-sync")
+    modules = loaded("vhdkit", *words, home=tmp_path)
+    assert found(modules, "rich", "pydantic", "asyncio", "concurrent", "ssl", "vhdkit.serve") == []
+
+
 def test_info_does_not_load_rich_or_servers(tmp_path: Path) -> None:
     """`info` reads an image and its parents with numpy and the layout's construct, but without bars, sockets or
     servers."""
