@@ -159,18 +159,26 @@ def _wanted_file_system(request: MountRequest, model: Model) -> FileSystem:
         partition = model.partition(request.partition)
         found, file = partition.file_system, f"{PARTITIONS}/{partition.file_name}"
     elif model.table is not None and model.partitions:
-        numbers = ", ".join(str(one.partition.number) for one in model.partitions)
         raise errors.InvalidArgument(
-            "has partitions, and --fs mounts one of them", path=path, hint=f"choose one with --partition {numbers}"
+            "has partitions, and --fs mounts one of them",
+            path=path,
+            hint=f"choose one with --partition N: {_partitions_of(model)}",
         )
     else:
         found, file = model.whole, DISK_NAME
     if found is not None and any(drivers.attempts(found, writable=False, is_root=host.is_root())):
         return found
     what = "no file system that vhdkit recognises" if found is None else f"{found.kind}, which cannot be mounted here"
-    raise errors.UnsupportedFormat(
-        f"{file} holds {what}", path=path, hint=drivers.advice(found, is_root=host.is_root(), file=file)
-    )
+    hint = drivers.advice(found, is_root=host.is_root(), file=file)
+    if found is None and any(one.file_system is not None for one in model.partitions):
+        hint += f"; the partitions are {_partitions_of(model)}"
+    raise errors.UnsupportedFormat(f"{file} holds {what}", path=path, hint=hint)
+
+
+def _partitions_of(model: Model) -> str:
+    """The numbers of the partitions, each with its file system."""
+    kinds = [(one.partition.number, one.file_system) for one in model.partitions]
+    return ", ".join(f"{number} ({found.kind if found else 'no known file system'})" for number, found in kinds)
 
 
 def _plan(request: MountRequest, found: FileSystem, writable: bool) -> list[drivers.Attempt]:

@@ -24,6 +24,7 @@ from tests.mounting import (
 )
 from tests.mounting import vhdkit as command
 from tests.support import require_tool, run
+from tests.vhdkit.formats.test_partitions import mbr
 from tests.waiting import wait_until
 from vhdkit import OpenOptions
 from vhdkit.formats.filesystems import FileSystem
@@ -88,6 +89,18 @@ def test_invalid_mount_points(image: Path, tmp_path: Path) -> None:
     assert "no file system that vhdkit recognises" in failure(1, "mount", _empty(tmp_path), empty, "--fs")
     assert "has no partition 3; it is not partitioned" in failure(2, "mount", image, empty, "--fs", "--partition=3")
     assert not is_mounted(empty)
+
+
+def test_a_disk_with_several_partitions(image: Path, tmp_path: Path) -> None:
+    """--fs without a partition, or with one that holds no file system, lists what the partitions hold."""
+    with vhdkit.open_disk(image) as disk:
+        content = disk.read(0, disk.size_bytes)
+    raw, empty = tmp_path / "parts.raw", tmp_path / "empty"
+    raw.write_bytes(mbr((0x83, 64, 64), (0x83, 2048, 16 * MIB // 512)).ljust(MIB, b"\0") + content)
+    empty.mkdir()
+    kinds = "1 (no known file system), 2 (ext4)"
+    assert failure(2, "mount", raw, empty, "--fs").endswith(f"choose one with --partition N: {kinds}")
+    assert failure(1, "mount", raw, empty, "--fs", "--partition=1").endswith(f"; the partitions are {kinds}")
 
 
 def _empty(folder: Path) -> Path:
