@@ -1,45 +1,71 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Converting 2 GiB of mixed data: raw to dynamic, dynamic to raw, a chain to a fixed disk.
+"""Converting mixed data: raw to dynamic and VHDX and back, a chain to a fixed disk.
 
 The data is one third random bytes, one third written zeros, one third holes, in runs of 64 KiB to 8 MiB. Every round
 each contestant writes a new file on the same file system; all leave the last bytes to the page cache, as `qemu-img
-convert` and `cp` do (`--no-sync` for vhdkit); the durable rows add a flush for all. Peers: `qemu-img convert` where
-it can (it reads no differencing VHD), and `cp --sparse=auto` on the raw file, which only has to copy the same
-bytes. vhdkit is measured twice: as a library, in a running process, and as a command, where starting Python and
-loading numpy is a good part of a conversion that takes a quarter of a second. Every result is compared with the source
-before anything is timed, and every source is read into the page cache before each run.
+convert` and `cp` do (`--no-sync` for vhdkit). In the durable rows vhdkit syncs by itself; for the others `sync` runs
+on the new file. Peers: `qemu-img convert` where it can (it reads no differencing VHD), and `cp --sparse=auto` on the
+raw file, which only has to copy the same bytes. vhdkit is measured twice: as a library, in a running process, and as
+a command, where starting Python and loading numpy is a good part of a conversion that takes a quarter of a second.
+The command finds compiled modules, as an installed one does. Every result is compared with the source before anything
+is timed, and every source is read into the page cache before each run.
 """
 
 from __future__ import annotations
 
+import os
 import random
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import vhdkit
 from benchmarks.common import Row, arguments, has, interleaved, report, timed, workplace
 
-DISK_BYTES = 2 << 30
 LIBRARY = "vhdkit, library"
 COMMAND = "vhdkit convert"
+QEMU = "qemu-img convert"
+# Goals for the command: (a part of the row's name, peer) -> how many times as fast as the peer.
+GOALS = {("to", QEMU): 1.0, ("chain of 3 to fixed, durable", "cp --sparse=auto"): 0.8}
+VHDX_GOAL = 0.97  # of the speed of the same row for a VHD
 
 
-def mixed_raw(path: Path) -> None:
+@dataclass(frozen=True, slots=True)
+class Made:
+    """The sources of all conversions, in one folder."""
+
+    folder: Path
+    raw: Path
+    dynamic: Path
+    vhdx: Path
+    leaf: Path
+
+
+def mixed_raw(path: Path, disk_bytes: int) -> None:
     """The raw file: random runs, runs of zeros that were written, and holes."""
     rng = random.Random(7)
     with path.open("wb") as file:
-        file.truncate(DISK_BYTES)
+        file.truncate(disk_bytes)
         position = 0
-        while position < DISK_BYTES:
-            size = min(rng.choice((64 << 10, 512 << 10, 2 << 20, 8 << 20)), DISK_BYTES - position)
+        while position < disk_bytes:
+            size = min(rng.choice((64 << 10, 512 << 10, 2 << 20, 8 << 20)), disk_bytes - position)
             kind = rng.randrange(3)
             if kind < 2:
                 file.seek(position)
                 file.write(rng.randbytes(size) if kind else bytes(size))
             position += size
+
+
+def make(folder: Path, disk_bytes: int) -> Made:
+    """Every source."""
+    raw, dynamic, vhdx = (folder / f"source.{ending}" for ending in ("raw", "vhd", "vhdx"))
+    mixed_raw(raw, disk_bytes)
+    vhdkit.convert(raw, dynamic, vhdkit.DiskFormat.DYNAMIC)
+    vhdkit.convert(raw, vhdx, vhdkit.DiskFormat.VHDX)
+    return Made(folder, raw, dynamic, vhdx, build_chain(folder, raw))
 
 
 def build_chain(folder: Path, raw: Path) -> Path:
@@ -53,14 +79,15 @@ def build_chain(folder: Path, raw: Path) -> Path:
         with vhdkit.open_disk(child, writable=True) as disk:
             for _ in range(1000):
                 size = rng.choice((4, 16, 64)) << 10
-                disk.write(rng.randrange((DISK_BYTES - size) >> 12) << 12, rng.randbytes(size))
+                disk.write(rng.randrange((disk.size_bytes - size) >> 12) << 12, rng.randbytes(size))
         path = child
     return path
 
 
 def prepare(fresh: Path) -> None:
     """Remove what the last run made, wait until the disk is idle, and have every source in the page cache."""
-    fresh.unlink(missing_ok=True)
+    for old in ("out", "copy.raw"):
+        (fresh.parent / old).unlink(missing_ok=True)
     subprocess.run(["sync"], check=True)
     for source in (*fresh.parent.glob("source.*"), *fresh.parent.glob("chain*.vhd")):
         with source.open("rb", buffering=0) as file:
@@ -95,55 +122,52 @@ def library(source: Path, to: str, out: Path, durable: bool) -> Callable[[], flo
     return run
 
 
-def jobs(
-    folder: Path, raw: Path, dynamic: Path, leaf: Path, durable: bool
-) -> dict[str, dict[str, Callable[[], float]]]:
+def jobs(made: Made, durable: bool) -> dict[str, dict[str, Callable[[], float]]]:
     """For each kind of conversion its contestants: name -> run."""
-    ours = [sys.executable, "-m", "vhdkit", "convert", "--quiet", "--no-progress", "--no-sync"]
-    out, copy = folder / "out", folder / "copy.raw"
+    ours = [sys.executable, "-m", "vhdkit", "convert", "--quiet", "--no-progress"]
+    ours += [] if durable else ["--no-sync"]
+    out, copy = made.folder / "out", made.folder / "copy.raw"
     qemu = has("qemu-img")
 
-    def cp() -> Callable[[], float]:
-        return command("cp", "--sparse=auto", raw, copy, fresh=copy, durable=durable)
+    def cp() -> dict[str, Callable[[], float]]:
+        return {"cp --sparse=auto": command("cp", "--sparse=auto", made.raw, copy, fresh=copy, durable=durable)}
 
     def mine(source: Path, to: str) -> dict[str, Callable[[], float]]:
         return {
             LIBRARY: library(source, to, out, durable),
-            COMMAND: command(*ours, source, out, "--to", to, fresh=out, durable=durable),
+            COMMAND: command(*ours, source, out, "--to", to, fresh=out),
         }
 
     def theirs(source_format: str, target_format: str, source: Path) -> dict[str, Callable[[], float]]:
         words = ("qemu-img", "convert", "-f", source_format, "-O", target_format, source, out)
-        return {"qemu-img convert": command(*words, fresh=out, durable=durable)} if qemu else {}
+        return {QEMU: command(*words, fresh=out, durable=durable)} if qemu else {}
 
     return {
-        "raw to dynamic": {
-            **mine(raw, "dynamic"),
-            **theirs("raw", "vpc", raw),
-            "cp --sparse=auto": cp(),
-        },
-        "dynamic to raw": {
-            **mine(dynamic, "raw"),
-            **theirs("vpc", "raw", dynamic),
-            "cp --sparse=auto": cp(),
-        },
-        "chain of 3 to fixed": {**mine(leaf, "fixed"), "cp --sparse=auto": cp()},
+        "raw to dynamic": {**mine(made.raw, "dynamic"), **theirs("raw", "vpc", made.raw), **cp()},
+        "raw to VHDX": {**mine(made.raw, "vhdx"), **theirs("raw", "vhdx", made.raw)},
+        "dynamic to raw": {**mine(made.dynamic, "raw"), **theirs("vpc", "raw", made.dynamic), **cp()},
+        "VHDX to raw": {**mine(made.vhdx, "raw"), **theirs("vhdx", "raw", made.vhdx)},
+        "chain of 3 to fixed": {**mine(made.leaf, "fixed"), **cp()},
     }
 
 
-def prove(folder: Path, raw: Path, dynamic: Path, leaf: Path) -> None:
+def prove(made: Made) -> None:
     """Check that every conversion gives the content of its source."""
-    for number, (source, kind) in enumerate(((raw, "dynamic"), (dynamic, "raw"), (leaf, "fixed"))):
-        out = folder / f"proof{number}"
+    cases = (
+        (made.raw, "dynamic"),
+        (made.raw, "vhdx"),
+        (made.dynamic, "raw"),
+        (made.vhdx, "raw"),
+        (made.leaf, "fixed"),
+    )
+    for number, (source, kind) in enumerate(cases):
+        out = made.folder / f"proof{number}"
         vhdkit.convert(source, out, vhdkit.DiskFormat(kind), sync=False)
         assert vhdkit.compare(source, out).same_content, (source, kind)
         if has("qemu-img") and kind != "fixed":
-            theirs = "vpc" if kind == "dynamic" else "raw"
-            subprocess.run(
-                ["qemu-img", "compare", "-f", "raw", "-F", theirs, str(raw), str(out)],
-                check=True,
-                stdout=subprocess.DEVNULL,
-            )
+            theirs = {"dynamic": "vpc"}.get(kind, kind)
+            words = ["qemu-img", "compare", "-f", "raw", "-F", theirs, str(made.raw), str(out)]
+            subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
         out.unlink()
 
 
@@ -152,31 +176,54 @@ def ratio(ours: Row, theirs: Row) -> float:
     return statistics.median(b / a for a, b in zip(ours.values, theirs.values, strict=True))
 
 
+def goal_of(label: str, peer: str) -> float | None:
+    """What the command should reach against this peer, or None."""
+    return next((goal for (part, name), goal in GOALS.items() if name == peer and part in label), None)
+
+
+def with_bytecode(folder: Path) -> None:
+    """Let the commands find compiled modules, as an installed vhdkit does, whatever the environment says."""
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    os.environ["PYTHONPYCACHEPREFIX"] = str(folder / "bytecode")
+
+
 def main() -> None:
     """Build, prove, measure, print."""
-    options = arguments(__doc__ or "").parse_args()
-    table, data = [], {}
+    parser = arguments(__doc__ or "", rounds=9)
+    parser.add_argument("--gib", type=int, default=2, help="size of the disk (the goals are for 2 and 8)")
+    parser.add_argument("--only", default="", help="only the conversions with this in their name")
+    options = parser.parse_args()
+    disk_bytes, table, data, commands = options.gib << 30, [], {}, {}
     with workplace(options.dir) as folder:
-        raw, dynamic = folder / "source.raw", folder / "source.vhd"
-        mixed_raw(raw)
-        vhdkit.convert(raw, dynamic, vhdkit.DiskFormat.DYNAMIC)
-        leaf = build_chain(folder, raw)
-        prove(folder, raw, dynamic, leaf)
+        with_bytecode(folder)
+        made = make(folder, disk_bytes)
+        prove(made)
         for durable in (False, True):
-            for job, contestants in jobs(folder, raw, dynamic, leaf, durable).items():
-                rows = interleaved(contestants, options.rounds)
+            for job, contestants in jobs(made, durable).items():
                 label = job + (", durable" if durable else "")
+                if options.only not in label:
+                    continue
+                rows = interleaved(contestants, options.rounds)
+                commands[label] = rows[COMMAND].median
                 for name, row in rows.items():
                     against = [ratio(rows[one], row) for one in (LIBRARY, COMMAND)]
-                    rate = DISK_BYTES / row.median / (1 << 20)
+                    goal = goal_of(label, name)
+                    rate = disk_bytes / row.median / (1 << 20)
                     cells = ["" if name in (LIBRARY, COMMAND) else f"{value:.2f}" for value in against]
-                    table.append([label, name, f"{row.median:.2f}", f"{rate:,.0f}", *cells])
+                    goals = "" if goal is None else f"{goal:.2f}"
+                    table.append([label, name, f"{row.median:.2f}", f"{rate:,.0f}", *cells, goals])
                     data[f"{label}: {name}"] = {
                         "seconds": row.median,
                         "library_speed_against_it": against[0],
                         "command_speed_against_it": against[1],
+                        "goal": goal,
                     }
-    columns = ["conversion of 2 GiB", "by", "seconds", "MiB of disk/s", "library against it", "command against it"]
+    for label, seconds in commands.items():
+        if "VHDX" in label and (vhd := commands.get(label.replace("VHDX", "dynamic"))) is not None:
+            table.append([label, "the same with a VHD", f"{vhd:.2f}", "", "", f"{vhd / seconds:.2f}", f"{VHDX_GOAL}"])
+            data[f"{label}: VHD"] = {"seconds": vhd, "command_speed_against_it": vhd / seconds, "goal": VHDX_GOAL}
+    title = f"conversion of {options.gib} GiB"
+    columns = [title, "by", "seconds", "MiB of disk/s", "library against it", "command against it", "goal"]
     report("convert", columns, table, {"results": data}, options.json)
 
 

@@ -83,12 +83,14 @@ class BlockMap:
         per_grain = self.grain_bytes // self.fine_bytes
         step = self.fine_bytes << LAYER_BITS if per_grain > 1 else 0  # a lone raw file may claim exabytes
         self._fine_steps = np.arange(per_grain, dtype=np.int64) * step
+        self._is_walked_once = False
         if not block_sizes:
             self._refine_whole(0, LEAF_NUMBER)
 
     def walked_once(self) -> None:
-        """Cache few owner bytes, because no grain will be read twice."""
+        """Cache few owner bytes and fill in no fine entries, because no grain will be read twice."""
         self._known_limit = max(1, WALK_MIXED_BYTES // self.grain_sectors)
+        self._is_walked_once = True
 
     def _fold(self) -> NDArray[np.int64]:
         """UNKNOWN where a sparse layer has a block, the base's offset where it is linear, else ZERO.
@@ -134,7 +136,8 @@ class BlockMap:
                 entry = self._entry_for(grain, owners, offsets)
                 if entry == MIXED:
                     self._remember(grain, MixedGrain(owners, offsets))
-                self._refine(grain, owners, offsets, 0, self.grain_sectors)
+                if not self._is_walked_once:
+                    self._refine(grain, owners, offsets, 0, self.grain_sectors)
             self.entries[grain] = entry
             return entry
 

@@ -45,6 +45,7 @@ def copy_content(chain: Chain, target: Layer, *, progress: Progress | None = Non
     `progress` is called in this thread with what is written. Raises IoFailed, NoSpace.
     """
     assert PAGE_SIZE % target.sector_bytes == 0  # pieces are divided at pages
+    chain.map.walked_once()
     ahead = Ahead(chain)
 
     def announce(job: _Run | Piece) -> None:
