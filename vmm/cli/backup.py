@@ -28,4 +28,5 @@ def backup_command(name: str, folder: str, as_json: bool, quiet: bool) -> None:
         print_json(asdict(result))
     elif not quiet:
         how = "with flushed file systems" if result.consistent else "as after a power cut"
-        print_line(f"{name}: {len(result.disks)} disks in {result.folder}, {how}")
+        number = len(result.disks)
+        print_line(f"{name}: {number} {'disk' if number == 1 else 'disks'} in {result.folder}, {how}")

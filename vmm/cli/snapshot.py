@@ -329,7 +329,7 @@ def limit_command(machine: str, number: int, as_json: bool, quiet: bool) -> None
     if as_json:
         print_json({"name": machine, "limit": number})
     elif not quiet:
-        print_line(f"{machine} may have {number} snapshots")
+        print_line(f"{machine} may have {number} {'snapshot' if number == 1 else 'snapshots'}")
 
 
 @snapshot_command.command("forget-memory", epilog=epilog("vmm snapshot forget-memory web old"))

@@ -89,6 +89,7 @@ def test_names_and_limit(web: Machines) -> None:
     assert vmm_json("snapshot", "rename", "web", "better", "--notes", "m")["notes"] == "m"
     assert "give a new name, --notes, or both" in vmm("snapshot", "rename", "web", "better", code=2)
     vmm("snapshot", "rename", "web", "better", "a", code=1)
+    assert vmm("snapshot", "limit", "web", "1") == "web may have 1 snapshot\n"
     assert vmm("snapshot", "limit", "web", "2") == "web may have 2 snapshots\n"
     assert "its limit is 2" in vmm("snapshot", "create", "web", code=6)
     vmm("snapshot", "limit", "web", "0", code=2)
