@@ -44,7 +44,7 @@ _STATUS = {
 @click.option("--repair", "wanted", is_flag=True, help="Repair what can be repaired in IMAGE, then check it again.")
 @click.option("--undo", metavar="FILE", type=PATH, help="With --repair: back up every byte that changes to FILE.")
 @click.option("--accept-data-loss", is_flag=True,
-              help="With --repair: clear impossible BAT entries; the content of their blocks is lost.")  # fmt: skip
+              help="With --repair: also repair what may lose content, such as impossible BAT entries.")  # fmt: skip
 @click.option("--report", metavar="FILE", type=PATH,
               help="The list of lost ranges; IMAGE.lost.json by default.")  # fmt: skip
 @click.option("--writer-is-dead", is_flag=True,

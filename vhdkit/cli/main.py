@@ -62,7 +62,7 @@ _VERBS = {
     "chain": ("describe", "Show an image, its parents and what each owns."),
     "check": ("check", "Check an image and its parents, or repair it."),
     "map": ("map", "Show which layer owns which part of the disk."),
-    "convert": ("convert", "Convert an image or chain to raw, fixed or dynamic."),
+    "convert": ("convert", "Convert an image or chain to raw, VHD or VHDX."),
     "compare": ("compare", "Compare the content of two images."),
     "snapshot": ("snapshot", "Freeze a leaf; later writes go to a new child."),
     "clone": ("snapshot", "Create linked clones: children of one base."),
