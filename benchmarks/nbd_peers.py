@@ -51,9 +51,9 @@ class Server:
     wants_raw: bool = False  # it reads no VHD: it gets the same content as a raw file
 
 
-def ours() -> Server:
+def ours(*options: str, name: str = "vhdkit") -> Server:
     """`vhdkit serve`."""
-    return Server("vhdkit", (sys.executable, "-m", "vhdkit", "serve", "{image}", "--socket", "{socket}"))
+    return Server(name, (sys.executable, "-m", "vhdkit", "serve", "{image}", "--socket", "{socket}", *options))
 
 
 def qemu(flags: Sequence[str]) -> Server:
@@ -187,9 +187,11 @@ class Rate:
     cpu_us: float  # of the server, for each request: much less affected by a busy machine than the rate
 
 
-def measured(target: Running, load: Load, seconds: float, *, size: int, offset: int = 0) -> Rate:
-    """One run of fio."""
-    command = fio_command(target, load, seconds, size=size, offset=offset)
+def measured(
+    target: Running, load: Load, seconds: float, *, size: int, offset: int = 0, extra: Sequence[str] = ()
+) -> Rate:
+    """One run of fio, with further options."""
+    command = [*fio_command(target, load, seconds, size=size, offset=offset), *extra]
     before = target.cpu_seconds()
     # The socket's folder is where it leaves its files.
     done = subprocess.run(

@@ -17,7 +17,7 @@ from vmm.model.errors import InvalidSpec
 from vmm.model.formats import ImageFormat
 from vmm.model.paths import default_folders
 from vmm.model.serials import kept_serial, serial_of_device
-from vmm.model.spec import Controller, DiskSpec, MachineSpec, make_disk
+from vmm.model.spec import CacheMode, Controller, DiskSpec, MachineSpec, make_disk
 from vmm.store.images import as_found, find_image, refuse_frozen
 from vmm.store.media import open_medium
 
@@ -28,7 +28,7 @@ class DiskRequest:
 
     A disk that IDE cannot have (read-only, or with sectors of 4096 bytes) goes on SCSI, as the first one on virtio.
     `path` None is an empty drive, only with kind "iso". `format` is the image's format if it is not to be detected:
-    "raw" also for a file that holds an ISO image and is meant as a hard disk.
+    "raw" also for a file that holds an ISO image and is meant as a hard disk. `cache` applies to images.
     """
 
     path: str | None
@@ -41,6 +41,7 @@ class DiskRequest:
     parent_dirs: tuple[str, ...] = ()
     allow_raw_parent: bool = False
     format: ImageFormat | None = None
+    cache: CacheMode = "writeback"
 
     @property
     def is_image(self) -> bool:
@@ -78,7 +79,7 @@ def disk_of(request: DiskRequest, spec: MachineSpec) -> DiskSpec:
         folders += _trusted_folders(path, folders)
     settings |= {"id": spec.free_disk_id(), "kind": request.kind, "path": path, "parent_dirs": folders,
                  "read_only": request.read_only or request.kind == "iso", "format": request.format,
-                 "allow_raw_parent": request.allow_raw_parent}  # fmt: skip
+                 "allow_raw_parent": request.allow_raw_parent, "cache": request.cache}  # fmt: skip
     if request.kind == "iso" and path is not None:
         os.close(open_medium(path))
     sector_bytes = 512

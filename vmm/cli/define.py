@@ -132,7 +132,7 @@ def _service(word: str) -> tuple[str, bool]:
 @click.argument("name")
 @click.option("--disk", "disks", metavar="IMAGE[,OPTION=VALUE...]", multiple=True,
               help="A disk; options: controller=ide|scsi|virtio, index=N, unit=N, serial=TEXT, read-only,"
-                   " format=vhd|vhdx|raw, parent-dir=DIR, allow-raw-parent."
+                   " format=vhd|vhdx|raw, parent-dir=DIR, allow-raw-parent, cache=writeback|none."
                    " Repeatable; the first is on IDE.")  # fmt: skip
 @click.option("--pass-through", "devices", metavar="DEVICE|iscsi://...", multiple=True,
               help="A whole block device or iSCSI LUN as a disk (on SCSI, or as ,controller= says).")  # fmt: skip

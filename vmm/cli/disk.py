@@ -8,7 +8,7 @@ text after one is an option only if it looks like one.
 from __future__ import annotations
 
 import os
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import click
 
@@ -25,12 +25,13 @@ from vmm.cli.common import (
     print_table,
 )
 from vmm.model.formats import IMAGE_FORMATS
-from vmm.model.spec import UNITS
+from vmm.model.spec import UNITS, CacheMode
 
-_VALUED = ("controller", "index", "unit", "serial", "format", "parent-dir")
+_VALUED = ("controller", "index", "unit", "serial", "format", "parent-dir", "cache")
 _FLAGS = ("read-only", "allow-raw-parent")
 _FORMATS = IMAGE_FORMATS
-_ONLY_FOR_IMAGES = ("format", "parent-dir", "allow-raw-parent")
+_CACHE_MODES = get_args(CacheMode)
+_ONLY_FOR_IMAGES = ("format", "parent-dir", "allow-raw-parent", "cache")
 
 
 def parse_disk(word: str, *, kind: Literal["vhd", "pass-through", "iso"] = "vhd") -> DiskRequest:
@@ -59,7 +60,7 @@ def parse_disk(word: str, *, kind: Literal["vhd", "pass-through", "iso"] = "vhd"
             settings["controller_index" if name == "index" else "unit"] = int(value)
         else:
             settings[name] = value
-    for name, known in (("controller", tuple(UNITS)), ("format", _FORMATS)):
+    for name, known in (("controller", tuple(UNITS)), ("format", _FORMATS), ("cache", _CACHE_MODES)):
         if settings.get(name) not in (None, *known):
             raise click.BadParameter(f"{settings[name]!r} is not a {name}; known are {', '.join(known)}")
     if kind != "vhd":
@@ -91,8 +92,9 @@ def add_command(name: str, disk: str | None, pass_through: bool, cdrom: bool, as
     """Add a disk to the machine NAME. A running machine gets it at once, on SCSI.
 
     Options: controller=ide|scsi|virtio, index=N, unit=N, serial=TEXT, read-only, format=vhd|vhdx|raw,
-    parent-dir=DIR, allow-raw-parent. Without controller=, the disk is on IDE while there is room; a read-only disk, or
-    one with sectors of 4096 bytes, is on SCSI or virtio.
+    parent-dir=DIR, allow-raw-parent, cache=writeback|none. Without controller=, the disk is on IDE while there is
+    room; a read-only disk, or one with sectors of 4096 bytes, is on SCSI or virtio. With cache=none the host keeps
+    little of the image in its page cache, for a guest with enough memory to cache the disk itself.
     """
     if pass_through and cdrom:
         raise click.UsageError("--pass-through and --cdrom are mutually exclusive")

@@ -38,6 +38,7 @@ MAX_SERIAL_CHARACTERS = 20  # limit of IDE and virtio disks
 
 DiskKind = Literal["vhd", "pass-through", "iso"]
 Controller = Literal["ide", "scsi", "virtio"]
+CacheMode = Literal["writeback", "none"]
 BootDevice = Literal["disk", "cdrom", "network"]
 UNITS: dict[Controller, tuple[int, int]] = {
     "ide": (IDE_CONTROLLERS, IDE_UNITS),
@@ -63,7 +64,8 @@ class DiskSpec(_Settings):
     """A disk, or a drive for ISO images.
 
     `path`: an image (the leaf of its chain), a block device or `iscsi://` URL, or an ISO image (None: no medium).
-    The guest identifies the disk by `serial`. `parent_dirs` are further folders to search for parents.
+    The guest identifies the disk by `serial`. `parent_dirs` are further folders to search for parents. `cache`: what
+    the host's page cache keeps of an image, as `vhdkit.OpenOptions` says.
     """
 
     id: DeviceId
@@ -81,6 +83,7 @@ class DiskSpec(_Settings):
     physical_sector_bytes: Literal[512, 4096] = 512
     parent_dirs: tuple[str, ...] = ()
     allow_raw_parent: bool = False
+    cache: CacheMode = "writeback"  # by measurement: docs/vmm.md
     identity: str | None = None  # of a pass-through device: WWN or similar, checked at every open
 
     @model_validator(mode="after")
@@ -110,8 +113,8 @@ class DiskSpec(_Settings):
 
     @property
     def kind_word(self) -> str:
-        """What the disk is, as lists show it: the format of an image, else its kind."""
-        return self.format or self.kind
+        """What the disk is, as lists show it: the format of an image, else its kind; and that it is not cached."""
+        return (self.format or self.kind) + (", not cached" if self.cache == "none" else "")
 
     @property
     def is_image(self) -> bool:

@@ -255,7 +255,7 @@ def exports_of(runtime: RuntimePaths, *, follow_leaf: bool) -> list[dict[str, An
 
 def export_of(disk: dict[str, Any], *, follow_leaf: bool) -> dict[str, Any]:
     """A disk of a definition as an entry of the server's list of exports."""
-    return {
+    entry = {
         "name": disk["id"],
         "path": os.path.realpath(disk["path"]),
         "read_only": disk["read_only"],
@@ -264,6 +264,9 @@ def export_of(disk: dict[str, Any], *, follow_leaf: bool) -> dict[str, Any]:
         "parent_dirs": disk["parent_dirs"],
         "allow_raw_parent": disk["allow_raw_parent"],
     }
+    if disk.get("cache", "writeback") != "writeback":  # a server of an earlier version would refuse the word
+        entry["cache"] = disk["cache"]
+    return entry
 
 
 def last_error_in(log_path: str, status: int | None) -> dict[str, Any]:

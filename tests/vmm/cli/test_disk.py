@@ -13,6 +13,7 @@ from tests.vmm.cli.running import document, failure, good
 from tests.vmm.small_guests import make_machine
 from vmm.api.manager import DiskRequest, Manager
 from vmm.cli.disk import parse_disk
+from vmm.processes.worker_connection import MachineRef
 
 MIB = 1 << 20
 
@@ -25,6 +26,7 @@ MIB = 1 << 20
         ("a.vhd,read-only", DiskRequest("a.vhd", read_only=True)),
         ("a,b.vhd,controller=scsi,index=1,unit=7", DiskRequest("a,b.vhd", "scsi", 1, 7)),
         ("x=y.vhd,serial=S", DiskRequest("x=y.vhd", serial="S")),
+        ("a.vhd,cache=none", DiskRequest("a.vhd", cache="none")),
         (
             "a.vhd,parent-dir=/p,parent-dir=/q,allow-raw-parent",
             DiskRequest("a.vhd", parent_dirs=("/p", "/q"), allow_raw_parent=True),
@@ -50,11 +52,13 @@ def test_a_drive_in_one_argument() -> None:
     assert parse_disk("x,y.iso,controller=scsi", kind="iso") == DiskRequest("x,y.iso", "scsi", kind="iso")
     assert parse_disk("", kind="iso") == DiskRequest(None, kind="iso")
     assert parse_disk("x.iso,format=raw") == DiskRequest("x.iso", format="raw")
-    for word in ("x.iso,format=raw", "x.iso,parent-dir=/p", "x.iso,allow-raw-parent"):
+    for word in ("x.iso,format=raw", "x.iso,parent-dir=/p", "x.iso,allow-raw-parent", "x.iso,cache=none"):
         with pytest.raises(click.BadParameter, match="hard disks"):
             parse_disk(word, kind="iso")
     with pytest.raises(click.BadParameter, match="not a format"):
         parse_disk("x.vhd,format=qcow2")
+    with pytest.raises(click.BadParameter, match="is not a cache; known are writeback, none"):
+        parse_disk("x.vhd,cache=directsync")
 
 
 @pytest.mark.kvm
@@ -74,6 +78,33 @@ def test_disks_of_a_running_machine(manager: Manager, tmp_path: Path) -> None:
     assert "is not a size" in failure("disk", "resize", "small", "disk-0", "big", code=2)
     assert "mutually exclusive" in failure("disk", "add", "small", "x", "--cdrom", "--pass-through", code=2)
     assert "name an IMAGE" in failure("disk", "add", "small", code=2)
+
+
+@pytest.mark.kvm
+def test_the_cache_mode_of_a_disk(manager: Manager, tmp_path: Path) -> None:
+    """A disk with cache=none is served so, whether the machine starts with it or gets it while it runs; it keeps the
+    mode when it gets a new leaf; `show` and `disk list` show it.
+    """
+    make_machine(manager, tmp_path)
+    vhdkit.create_image(tmp_path / "a.vhd", 8 * MIB)
+    vhdkit.create_image(tmp_path / "b.vhd", 8 * MIB)
+    good("disk", "add", "small", f"{tmp_path / 'a.vhd'},cache=none,controller=scsi")
+
+    def modes() -> dict[str, str]:
+        with vhdkit.ControlClient(MachineRef.of("small").runtime.nbd_control) as client:
+            return {one["name"]: one["cache"] for one in client.call("status")["exports"]}
+
+    good("start", "small")
+    assert modes() == {"disk-0": "writeback", "disk-1": "none"}
+    good("disk", "add", "small", f"{tmp_path / 'b.vhd'},cache=none")
+    good("snapshot", "create", "small")
+    assert modes() == {"disk-0": "writeback", "disk-1": "none", "disk-2": "none"}
+    assert [row["cache"] for row in document("disk", "list", "small")] == ["writeback", "none", "none"]
+    for text in (good("disk", "list", "small"), good("show", "small")):
+        assert text.count("not cached") == 2
+    good("stop", "small")
+    good("start", "small")
+    assert modes() == {"disk-0": "writeback", "disk-1": "none", "disk-2": "none"}
 
 
 def test_a_size_is_rounded_up_to_whole_sectors(manager: Manager, tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ DECISIONS: dict[type[BaseModel], dict[str, Decision]] = {
         "controller_index": "allowed", "unit": "allowed", "read_only": "allowed", "serial": "allowed",
         "format": "allowed", "sector_bytes": "allowed", "physical_sector_bytes": "allowed",
         "parent_dirs": "dropped", "allow_raw_parent": "allowed", "identity": "dropped",
+        "cache": "allowed",
     },
     AdapterSpec: {
         "id": "allowed", "switch": "confined", "kind": "allowed", "mac": "allowed", "vlan": "allowed",
