@@ -19,6 +19,7 @@ from vhdkit.chain.names.lineage import same_content
 from vhdkit.chain.names.marks import mark_child
 from vhdkit.chain.records import pending
 from vhdkit.chain.records.intent import KIND, Intent, Named, Phase, intent_of
+from vhdkit.chain.verbs.merge_ahead import read_ahead
 from vhdkit.chain.verbs.merge_plan import MergePlan
 from vhdkit.folder import exists, remove_file, sidecar_path, write_whole
 from vhdkit.image import Layer, Piece
@@ -134,20 +135,21 @@ def fold(plan: MergePlan, target: Layer, progress: Progress | None = None) -> tu
     """
     data = zeros = unsynced = done = 0
     total = plan.touched_bytes
-    for pieces in plan.blocks():
-        done += plan.unit_bytes
-        if not pieces:
-            continue
-        target.copy_in(pieces)
-        moved = sum(piece.size_bytes for piece in pieces if piece.source is not None)
-        data += moved
-        zeros += sum(piece.size_bytes for piece in pieces) - moved
-        unsynced += moved
-        if unsynced >= _FLUSH_BYTES:
-            target.flush()
-            unsynced = 0
-        if progress is not None:
-            progress(done, total)
+    with contextlib.closing(read_ahead(plan, target)) as blocks:
+        for pieces in blocks:
+            done += plan.unit_bytes
+            if not pieces:
+                continue
+            target.copy_in(pieces)
+            moved = sum(piece.size_bytes for piece in pieces if piece.source is not None)
+            data += moved
+            zeros += sum(piece.size_bytes for piece in pieces) - moved
+            unsynced += moved
+            if unsynced >= _FLUSH_BYTES:
+                target.flush()
+                unsynced = 0
+            if progress is not None:
+                progress(done, total)
     return data, zeros
 
 
