@@ -14,7 +14,6 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Collection, Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from vhdkit.chain.verbs.merge_plan import MergePlan
 from vhdkit.image import Layer, Piece
@@ -28,6 +27,8 @@ _UNITS = 32  # whose bitmaps are asked for before their data
 
 def read_ahead(plan: MergePlan, target: Layer) -> Generator[list[Piece], None, None]:
     """The pieces of each block of the plan, as `MergePlan.blocks` gives them; close it. Raises IoFailed."""
+    from concurrent.futures import ThreadPoolExecutor  # a slow import that only merges need
+
     units = iter(plan.units.tolist())
     layers = [layer for layer in (*plan.sources, target) if layer.block_size_bytes]
     for unit in itertools.islice(units, _UNITS):
