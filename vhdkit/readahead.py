@@ -92,6 +92,11 @@ class ReadAhead:
         del ends[offset_bytes]
         return self._begin(end, size_bytes)
 
+    def covers(self, offset_bytes: int, size_bytes: int) -> bool:
+        """Whether the range lies in what was to be prefetched."""
+        end = offset_bytes + size_bytes
+        return any(one.position - one.window <= offset_bytes and end <= one.end for one in self._streams)
+
     def forget(self) -> None:
         """Forget every stream."""
         for stream in list(self._streams):

@@ -39,6 +39,7 @@ MAX_MISSES = 128  # of one client
 MAX_MISS_BYTES = 8 * PIECE_BYTES  # of one client; none of it is our memory, but the kernel reads it
 MAX_WAITERS = 8  # jobs that wait for one client's reads at once
 _TRIES = 4  # reads in a row that are not there: later ones will hardly be
+_BATCHES = 4  # in which the waiting reads are answered, as the device delivers them
 LARGE_BYTES = 128 * KIB  # of such a read the last page is tried first: a part of it would be copied in vain
 
 
@@ -106,8 +107,8 @@ class Misses:
             disk.prefetch(offset, length)
             self._unsettled.append(miss)
         else:
-            if length > LARGE_BYTES:  # the attempt may have begun only a part of it
-                self._ask(disk, miss)
+            if length > LARGE_BYTES and not self._ahead.covers(offset, length):
+                self._ask(disk, miss)  # the attempt may have begun only a part of it
             self._ready.append(miss)
         self.count += 1
         self._bytes += length
@@ -124,29 +125,41 @@ class Misses:
         miss.asked = True
         disk.prefetch(miss.offset, miss.length)
 
-    def look(self, tries: int = 1) -> bool:
-        """See `loop.Waiter`: the oldest, and if it is ready the next ones, until one is not."""
-        before = self.count
-        if self._ready and self._reader.may_answer():
-            self._look(tries)
-            if self.count < before:
-                self._proceed()
-        return self.count < before
+    def look(self) -> bool:
+        """See `loop.Waiter`: if one of the oldest is there, answer it and all others that are.
+
+        Not the very oldest of many, so that those before it are answered by the same `send`.
+        """
+        ready = self._ready
+        if not ready or not self._reader.may_answer():
+            return False
+        miss = ready[len(ready) // _BATCHES]
+        page = min(miss.length, PAGE_SIZE)
+        try:
+            end = miss.offset + miss.length
+            if not self._reader.export.disk.try_read_flat(end - page, self._host.replies[:page]):
+                return False
+        except errors.VhdkitError:
+            pass  # found again, and reported, below
+        return self._look()
 
     def serve(self) -> None:
-        """`look`, and find out where new reads lie; `proceed` is not called."""
-        if self._ready and self._reader.may_answer():
-            self._look(_TRIES)
+        """After a batch of requests: let a job find out where new reads lie."""
         if self._unsettled and self._settling is None and self._reader.may_answer():
             self._settle()
 
-    def _look(self, tries: int) -> None:
-        left, failed = self._answer(tries)
-        if len(left) != len(self._ready):
-            self._ready = left
-            self._recount()
+    def _look(self) -> bool:
+        """Answer what is ready; True if there was anything."""
+        was_full, before = self.is_full(), self.count
+        self._ready, failed = self._answer(_TRIES)
         for miss in failed:  # the job reports the error
+            self._forget(miss)
             self._submit(miss)
+        if self.count == before:
+            return False
+        if was_full or not self.count or self._channel.unsent or self._channel.is_closed():
+            self._proceed()
+        return True
 
     def _answer(self, tries: int) -> tuple[list[Miss], list[Miss]]:
         """Answer those that are ready; returns (not ready, failed). Ends after so many in a row that are not ready."""
@@ -172,6 +185,7 @@ class Misses:
                 rules.put_read_header(replies, filled, miss.cookie, miss.offset, miss.length)
                 filled = start + miss.length
                 missing = 0
+                self._forget(miss)
                 self._host.stats.batch(1, now - miss.began)
                 continue
             left.append(miss)
@@ -183,19 +197,20 @@ class Misses:
             channel.send(replies[:filled])
         return left, failed
 
-    def _recount(self) -> None:
-        waiting = (*self._ready, *self._unsettled, *(self._settling or ()))
-        self.count = len(waiting)
-        self._bytes = sum([miss.length for miss in waiting])
-        if not waiting:
+    def _forget(self, miss: Miss) -> None:
+        """It does not wait any more."""
+        self.count -= 1
+        self._bytes -= miss.length
+        if not self.count:
             self._host.loop.waiters.present.pop(self, None)
 
     # -- jobs ---------------------------------------------------------------------------------------------------
 
     def before_sleep(self) -> None:
         """See `loop.Waiter`: look once more, then let jobs wait for the oldest reads."""
-        self.look(_TRIES)
         if not self._reader.may_answer():
+            return
+        if self._ready and self._look() and not self._reader.may_answer():
             return
         if self._unsettled and self._settling is None:
             self._settle()
@@ -204,7 +219,7 @@ class Misses:
             if not self._waiters:
                 self._ask_all()
             miss = self._ready.pop(0)
-            self._recount()
+            self._forget(miss)
             self._waiters += 1
             self._submit(miss, self._waited)
         if was_full and not self.is_full():
@@ -230,10 +245,8 @@ class Misses:
         Some stores never serve a read at once; their reads wait side by side.
         """
         self._waiters -= 1
-        before = self.count
-        if self._ready and self._reader.may_answer():
-            self._look(_TRIES)
-        self._allowed = 1 if self.count < before or not self._ready else min(2 * self._allowed, MAX_WAITERS)
+        found = bool(self._ready) and self._reader.may_answer() and self._look()
+        self._allowed = 1 if found or not self._ready else min(2 * self._allowed, MAX_WAITERS)
 
     def _settle(self) -> None:
         self._settling, self._unsettled = self._unsettled, []
@@ -249,15 +262,15 @@ class Misses:
         """It is known where they lie, or what went wrong will be reported by the read."""
         found, self._settling = self._settling or [], None
         self._ready = found + self._ready
-        self._recount()
-        if self._reader.may_answer():
+        if found and self._reader.may_answer():
             self._ask_all()
-            self._look(_TRIES)
+            self._look()
 
     def drop(self) -> None:
         """The client is gone."""
+        for miss in (*self._ready, *self._unsettled, *(self._settling or ())):
+            self._forget(miss)
         self._ready, self._unsettled, self._settling = [], [], None
-        self._recount()
         self._ahead.forget()
 
 
