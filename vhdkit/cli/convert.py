@@ -14,8 +14,8 @@ from typing import Any
 
 import click
 
-import vhdkit
 from vhdkit import DiskFormat, InvalidArgument, formats
+from vhdkit.chain.engine.chain import Chain
 from vhdkit.chain.records.pending import file_of
 from vhdkit.chain.verbs.convert import convert_chain
 from vhdkit.chain.verbs.stream import export_stream, import_stream, pass_stream
@@ -109,45 +109,45 @@ def _run(job: _Conversion, common: Common, wanted: bool | None) -> int:
     """Convert; returns the virtual size of the result."""
     if job.source == STREAM:
         return _from_pipe(job, common, wanted)
-    with vhdkit.open_disk(job.source, options=common.options) as disk:
-        odd = disk.chain.leaf.store.size() if not disk.chain.leaf.block_size_bytes else 0
-        if odd % SECTOR_SIZE and odd < disk.size_bytes:
+    with Chain.open(job.source, options=common.options) as chain:
+        odd = chain.leaf.store.size() if not chain.leaf.block_size_bytes else 0
+        if odd % SECTOR_SIZE and odd < chain.size_bytes:
             note(
-                common, f"rounded {odd} bytes up to {disk.size_bytes}: a disk is whole sectors of {SECTOR_SIZE} bytes"
+                common, f"rounded {odd} bytes up to {chain.size_bytes}: a disk is whole sectors of {SECTOR_SIZE} bytes"
             )
         with progress_shown(common, wanted, "converting") as show:
             if job.destination == STREAM:
                 output = _standard_output()
-                _refuse_layers(output, disk)
+                _refuse_layers(output, chain)
                 made = export_stream(
-                    disk.chain, output.write, job.kind, azure=job.azure,
+                    chain, output.write, job.kind, azure=job.azure,
                     accept_sector_size=job.accept_sector_size, progress=show,
                 )  # fmt: skip
                 output.flush()
             else:
                 made = convert_chain(
-                    disk.chain, job.destination, job.kind, block_size_bytes=job.block_size_bytes,
+                    chain, job.destination, job.kind, block_size_bytes=job.block_size_bytes,
                     azure=job.azure, accept_sector_size=job.accept_sector_size, replace=job.replace, sync=job.sync,
                     options=common.options, progress=show,
                 )  # fmt: skip
-        sectors = disk.chain.leaf.sector_bytes
+        sectors = chain.leaf.sector_bytes
         if sectors not in formats.making(job.kind).sector_sizes:
             note(common, f"the disk has sectors of {sectors} bytes: attach the result with that sector size")
-        if made != disk.size_bytes:
+        if made != chain.size_bytes:
             note(
                 common,
-                f"rounded {disk.size_bytes} bytes up to {made} ({format_size(made)}): Azure requires whole MiB",
+                f"rounded {chain.size_bytes} bytes up to {made} ({format_size(made)}): Azure requires whole MiB",
             )
     return made
 
 
-def _refuse_layers(output: Any, disk: vhdkit.Disk) -> None:
+def _refuse_layers(output: Any, chain: Chain) -> None:
     """Refuse a standard output that was redirected into a file of the source."""
     try:
         identity = identity_of(output.fileno())
     except (OSError, ValueError):
         return  # not a file
-    for layer in disk.chain.layers:
+    for layer in chain.layers:
         file = file_of(layer.store)
         if file is not None and file.identity == identity:
             raise InvalidArgument("standard output is this file, which is part of the source", path=file.name)

@@ -18,6 +18,7 @@ from vhdkit.chain.engine.chain import Chain
 from vhdkit.units import MIB, sectors_to_bytes
 
 AHEAD_BYTES = 16 * MIB
+_AHEAD_ITEMS = 1024  # so that small pieces take little memory
 
 _T = TypeVar("_T")
 
@@ -49,14 +50,17 @@ class Ahead:
 
 
 def announced(items: Iterable[_T], sectors_of: Callable[[_T], int], announce: Callable[[_T], None]) -> Iterator[_T]:
-    """The same items, each announced when those before it that were not returned yet are at most `AHEAD_BYTES`."""
+    """The same items, each announced when those before it that were not returned yet are at most `AHEAD_BYTES`.
+
+    Of items without sectors, which are not read, only a few are announced ahead, too.
+    """
     waiting: deque[_T] = deque()
     ahead_bytes = 0
     for item in items:
         announce(item)
         waiting.append(item)
         ahead_bytes += sectors_to_bytes(sectors_of(item))
-        while ahead_bytes > AHEAD_BYTES:
+        while ahead_bytes > AHEAD_BYTES or len(waiting) > _AHEAD_ITEMS:
             ahead_bytes -= sectors_to_bytes(sectors_of(waiting[0]))
             yield waiting.popleft()
     yield from waiting

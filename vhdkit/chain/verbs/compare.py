@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain as joined
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vhdkit.arguments import AnyPath, checked
+from vhdkit.chain.engine.ahead import Ahead, announced
 from vhdkit.chain.engine.chain import Chain, Progress
 from vhdkit.chain.names.options import OpenOptions
 from vhdkit.image import Extent, ExtentKind
@@ -23,6 +25,8 @@ from vhdkit.units import MIB, SECTOR_SIZE, sectors_to_bytes, whole_sectors
 
 _PIECE_SECTORS = whole_sectors(MIB)
 _WORDS_PER_SECTOR = SECTOR_SIZE // 8
+
+_Piece: TypeAlias = tuple[int, int, bool]  # first sector, count, known to be equal
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +63,21 @@ def compare_chains(one: Chain, other: Chain, progress: Progress | None = None) -
     first_difference, different = None, 0
     for chain in (one, other):
         chain.map.walked_once()
+    readers = Ahead(one), Ahead(other)
+
+    def announce(piece: _Piece) -> None:
+        for chain, reader in zip((one, other), readers, strict=True):
+            inside = _inside(chain, piece)
+            if inside:
+                reader.expect(piece[0], inside)
+
     buffers = [memoryview(bytearray(sectors_to_bytes(_PIECE_SECTORS))) for _ in range(2)]
-    for position, count, alike in _pieces(one, other):
+    for piece in announced(_pieces(one, other), lambda piece: 0 if piece[2] else piece[1], announce):
+        position, count, alike = piece
         if not alike:
             views = [
-                _read(chain, position, buffer[: sectors_to_bytes(count)])
-                for chain, buffer in zip((one, other), buffers, strict=True)
+                _read(reader, piece, _inside(chain, piece), buffer)
+                for chain, reader, buffer in zip((one, other), readers, buffers, strict=True)
             ]
             bad = np.flatnonzero((views[0] != views[1]).any(axis=1))
             if len(bad):
@@ -78,17 +91,23 @@ def compare_chains(one: Chain, other: Chain, progress: Progress | None = None) -
     return Comparison(one.size_bytes, other.size_bytes, first_difference, different)
 
 
-def _read(chain: Chain, position: int, view: memoryview) -> NDArray[np.uint64]:
-    """Sectors as rows of words; zeros past the end of the disk."""
-    inside = min(max(chain.size_bytes - sectors_to_bytes(position), 0), len(view))
+def _inside(chain: Chain, piece: _Piece) -> int:
+    """How many sectors of the piece are to be read from this chain, whose disk may end before it."""
+    position, count, alike = piece
+    return 0 if alike else min(max(whole_sectors(chain.size_bytes) - position, 0), count)
+
+
+def _read(reader: Ahead, piece: _Piece, inside: int, buffer: memoryview) -> NDArray[np.uint64]:
+    """Sectors as rows of words; zeros past those inside the disk."""
+    view, end = buffer[: sectors_to_bytes(piece[1])], sectors_to_bytes(inside)
     if inside:
-        chain.read_into(position, view[:inside])
-    view[inside:] = bytes(len(view) - inside)
+        reader.read_into(piece[0], view[:end])
+    view[end:] = bytes(len(view) - end)
     return np.frombuffer(view, dtype=np.uint64).reshape(-1, _WORDS_PER_SECTOR)
 
 
-def _pieces(one: Chain, other: Chain) -> Iterator[tuple[int, int, bool]]:
-    """The longer disk as (first sector, count, known to be equal); pieces that may differ have a bounded size."""
+def _pieces(one: Chain, other: Chain) -> Iterator[_Piece]:
+    """The longer disk; pieces that may differ have a bounded size."""
     end = whole_sectors(max(one.size_bytes, other.size_bytes))
     runs, others = _runs(one, end), _runs(other, end)
     a, b = next(runs), next(others)

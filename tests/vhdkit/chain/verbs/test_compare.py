@@ -10,6 +10,7 @@ import pytest
 import vhdkit
 from vhdkit import DiskFormat
 from vhdkit.chain.engine import blockmap
+from vhdkit.chain.engine.ahead import Ahead
 from vhdkit.chain.engine.chain import Chain
 from vhdkit.chain.verbs.compare import compare_chains
 from vhdkit.units import MIB, SECTOR_SIZE
@@ -65,13 +66,13 @@ def test_shared_layers_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with vhdkit.open_disk(child, writable=True) as disk:
         disk.write(MIB, b"b" * SECTOR_SIZE)
     reads: list[int] = []
-    read = Chain.read_into
+    read = Ahead.read_into
 
-    def counted(self: Chain, sector_index: int, buffer: memoryview) -> None:
+    def counted(self: Ahead, sector_index: int, buffer: memoryview) -> None:
         reads.append(len(buffer))
         read(self, sector_index, buffer)
 
-    monkeypatch.setattr(Chain, "read_into", counted)
+    monkeypatch.setattr(Ahead, "read_into", counted)
     result = vhdkit.compare(base, child)
     assert (result.first_difference_bytes, result.different_sector_count) == (MIB, 1)
     assert sum(reads) == 2 * SECTOR_SIZE
