@@ -12,12 +12,12 @@ import click
 
 import vhdkit
 from vhdkit import DiskFormat, OpenOptions, formats
+from vhdkit.chain.names.parents import refuse_child_name
 from vhdkit.cli.common import BLOCK_SIZE_HELP, PATH, Common, disk_size, epilog, image_options
 from vhdkit.cli.common import size as parsed_size
 from vhdkit.cli.naming import (
     format_by_name,
     note_other_name,
-    refuse_child_name,
     refuse_contradiction,
     refuse_other_name,
 )

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Names of new images, and the format that they suggest.
 
-Decides which file name extension stands for which format, and when a name that contradicts the format, or that of a
-child its parent's format, is refused. An
+Decides which file name extension stands for which format, and when a name that contradicts the format is refused. An
 image opens under any name, but people expect `disk.qcow2` to be QCOW2, and programs that go by names (another
 hypervisor, for example) fail later.
 """
@@ -13,14 +12,11 @@ import os
 
 import click
 
-from vhdkit import DiskFormat, errors, formats
-from vhdkit.chain.names.parents import converted_name, unidentified
-from vhdkit.chain.records import pending
+from vhdkit import DiskFormat, formats
 from vhdkit.cli.common import Common
 from vhdkit.cli.output import note
-from vhdkit.errors import printable, quoted
+from vhdkit.errors import printable
 from vhdkit.formats.format import Format
-from vhdkit.store import FileStore
 
 _RAW = "raw disk"
 _FORMATS = {
@@ -91,30 +87,6 @@ def refuse_contradiction(path: str, kind: DiskFormat, option: str) -> None:
     raise click.UsageError(
         f"{printable(path)} has the name of a {named.title}, and a {kind.label} was asked for: say {option} {other},"
         f" or call it {made.suffixes[0]}"
-    )
-
-
-def refuse_child_name(path: str, parent: str) -> None:
-    """Raise InvalidArgument for a child with the name of another format than its parent requires.
-
-    In a chain whose parent has a wrong name as well, the child may have the same wrong name, which is noted.
-    Raises NotFound, AccessDenied and IoFailed for the parent.
-    """
-    named = formats.by_suffix(path)
-    if named is None or named is formats.by_suffix(parent):
-        return
-    with FileStore.open(parent) as store:
-        view = pending.view(store)
-        found = formats.probed(view)
-        if found.child_format == named.name or (found.is_plain and unidentified(view) is not None):
-            return  # opening a parent that cannot be identified says why
-    made, new = formats.named(found.child_format), converted_name(parent, named)
-    raise errors.InvalidArgument(
-        f"has the name of a {named.title}, but its parent {printable(parent)} is a {found.title}, whose children are"
-        f" {made.title}s",
-        path=path,
-        hint=f"name the child {made.suffixes[-1]}; for a {named.title} convert the parent:"
-        f" vhdkit convert {quoted(parent)} {quoted(new)}, and make the child on the result",
     )
 
 

@@ -12,9 +12,10 @@ import click
 
 import vhdkit
 from vhdkit import formats
+from vhdkit.chain.names.parents import refuse_child_name
 from vhdkit.cli.common import PATH, Common, dry_run_option, epilog, image_options
 from vhdkit.cli.create import needed_to_open
-from vhdkit.cli.naming import note_other_name, refuse_child_name
+from vhdkit.cli.naming import note_other_name
 from vhdkit.cli.output import note, print_json, print_text
 from vhdkit.errors import printable
 from vhdkit.folder import exists

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from vhdkit import errors, formats
 from vhdkit.chain.names.options import OpenOptions
+from vhdkit.chain.names.parents import refuse_child_name
 from vhdkit.chain.verbs.create import create_child
 from vhdkit.chain.verbs.live import scratch_child
 from vhdkit.chain.verbs.newest import newest_leaf
@@ -284,6 +285,7 @@ def _open_this(path: str, open_mode: OpenMode) -> Disk:
 
 def _open_kept(path: str, child: str, options: OpenOptions) -> Disk:
     """Create a new child of the image and open it for writing; remove it again if it cannot be opened."""
+    refuse_child_name(child, path)
     try:
         create_child(child, path, options=options)
     except errors.AlreadyExists as error:

@@ -269,6 +269,7 @@ def test_follow_leaf() -> None:
         (["a.vhd", "--keep-overlay", "x.avhd"], 2, "--overlay"),
         (["a.vhd", "b.vhd", "--overlay", "--keep-overlay", "x.avhd"], 2, "one image"),
         (["a.vhd", "--overlay", "--keep-overlay", "b.vhd"], 1, "already exists"),
+        (["a.vhd", "--overlay", "--keep-overlay", "x.avhdx"], 2, "whose children are VHDs"),
         (["a.vhd", "--remember", "no/where"], 1, "no such folder"),
         (["a.vhd", "--tls-required"], 2, "--tls-certs"),
         (["a.vhd", "--tls-certs", "nowhere"], 1, "server-cert.pem"),

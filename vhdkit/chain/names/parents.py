@@ -2,7 +2,8 @@
 """Where the parent of an image is searched, and which file is accepted.
 
 Decides how the text of a parent's name becomes a path on this machine, which places are searched in which order, and
-what an untrusted image may point at. Must not know blocks or bitmaps.
+what an untrusted image may point at. Also decides which names a new child cannot have because of its parent's format.
+Must not know blocks or bitmaps.
 
 - `INV-PARENT-ID`: a file is a parent only if its linkage id is one that the child recorded. A child that recorded
   none has a raw parent, which is opened only if the caller allows it.
@@ -26,7 +27,7 @@ from vhdkit.formats.format import Format
 from vhdkit.formats.probe import identify
 from vhdkit.image import NULL_ID, ImageFacts, NameDialect, ParentRef
 from vhdkit.local_volume import LOCAL
-from vhdkit.store import ReadStore
+from vhdkit.store import FileStore, ReadStore
 from vhdkit.volume import Outcome, Volume, VolumeFile
 
 _MAX_PLACES_SHOWN = 32  # in one message: more than two folders with every kind of locator
@@ -83,6 +84,34 @@ def converted_name(path: str, made: Format) -> str:
     """The name that messages propose for the image at `path` once it is converted to this format."""
     stem, suffix = os.path.splitext(path)
     return stem + made.suffixes[0] if suffix != made.suffixes[0] else f"{stem}-converted{suffix}"
+
+
+def refuse_child_name(path: str, parent_path: str) -> None:
+    """Raise InvalidArgument for a new child with the name of another format than the one its parent requires.
+
+    In a chain whose parent has a wrong name as well, the child may have the same wrong name.
+    Raises NotFound, AccessDenied and IoFailed for the parent.
+    """
+    named = formats.by_suffix(path)
+    if named is None or named is formats.by_suffix(parent_path):
+        return
+    with FileStore.open(parent_path) as store:
+        view = pending.view(store)
+        found = formats.probed(view)
+        if found.child_format == named.name or (found.is_plain and unidentified(view) is not None):
+            return  # opening a parent that cannot be identified says why
+    made, parent, new = (
+        formats.named(found.child_format),
+        errors.quoted(parent_path),
+        converted_name(parent_path, named),
+    )
+    raise errors.InvalidArgument(
+        f"has the name of a {named.title}, but its parent {errors.printable(parent_path)} is a {found.title}, whose"
+        f" children are {made.title}s",
+        path=path,
+        hint=f"name the child {made.suffixes[-1]}; for a {named.title} convert the parent:"
+        f" vhdkit convert {parent} {errors.quoted(new)}, and make the child on the result",
+    )
 
 
 def unidentified(store: ReadStore) -> errors.VhdkitError | None:
