@@ -88,6 +88,8 @@ class Loop:
         self.waiters = Waiters()
         self._rounds = 0  # without sleep
         self._spin_credit = _MAX_SPIN_CREDIT
+        self.relaxed = False  # set by a callback whose client does not wait for one answer at a time
+        self._is_relaxed = False  # so were all callbacks of the last round: polling would only find less at once
         self._lanes: dict[Lane, queue.SimpleQueue[Callable[[], None] | None]] = {}
         self._workers: list[threading.Thread] = []
         self.watch(self._wake_reader.fileno(), READABLE, self._woken)
@@ -162,12 +164,17 @@ class Loop:
         try:
             while self._running:
                 timeout = self._run_timers()
-                found = self._spin()
+                found = self._spin() if self.waiters.present or not self._is_relaxed else None
                 self._attend_to_waiters(found)
-                for fd, events in found if found is not None else self._epoll.poll(timeout):
+                if found is None and not (found := self._epoll.poll(timeout)):
+                    continue  # a timer is due
+                self._is_relaxed = bool(found)
+                for fd, events in found:
                     callback = self._callbacks.get(fd)
                     if callback is not None:  # an earlier callback of this round may have unwatched it
+                        self.relaxed = False
                         callback(events)
+                        self._is_relaxed &= self.relaxed
         finally:
             sys.setswitchinterval(before)
 

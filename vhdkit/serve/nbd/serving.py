@@ -170,10 +170,10 @@ class Serving:
                 served += 1
         except errors.VhdkitError as problem:  # the request is repeated as a job, which reports the error
             _log.debug("%s: %s", self._peer, problem)
-        if filled:
-            self._channel.send(replies[:filled])
+        self._channel.send(replies[:filled])
         if served:
             self._host.stats.served(self, served, began)
+            self._loop.relaxed = served > 1 or filled > _KEPT_BYTES
         return position
 
     def _is_common_write(self, request: Request) -> bool:
@@ -188,8 +188,7 @@ class Serving:
     def _wait_for_bulk(self) -> None:
         """Let our input wait for the end of a slice that has the disk's lock, which takes about a millisecond.
 
-        As a job, a write would wait longer: its worker would need the interpreter, and would in turn have the lock
-        when the next write arrives.
+        As a job, a write would wait longer: for the interpreter, and it would then have the lock in turn.
         """
         self._waiting = True
         self.export.after_bulk.append(self._bulk_ended)
@@ -347,6 +346,7 @@ class Serving:
         if problem is not None:
             self._fail_payload(payload, problem)
         if is_done:
+            self._loop.relaxed = True
             return True
         data = bytes(piece)
         self._waiting = True

@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 import threading
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 
+from vhdkit.serve.nbd import loop as loop_module
 from vhdkit.serve.nbd.loop import READABLE, Lane, Loop
 
 pytestmark = pytest.mark.timeout(60)
@@ -153,3 +157,48 @@ def test_waiters_take_turns() -> None:
         assert not loop.waiters.look()
     assert [work.looks for work in works] == [3, 3, 3]
     loop.close()
+
+
+class Polls:
+    """An epoll that records how long each call may wait, and has clients ask when the loop sleeps."""
+
+    def __init__(self, loop: Loop, ask: Callable[[], None]) -> None:
+        self._epoll, self._ask = loop._epoll, ask
+        self.waits: list[float | None] = []
+        loop._epoll = self  # type: ignore[assignment]  # the loop uses only these of its methods
+        self.register, self.unregister, self.close = self._epoll.register, self._epoll.unregister, self._epoll.close
+
+    def poll(self, timeout: float | None = None) -> list[tuple[int, int]]:
+        """As epoll's."""
+        self.waits.append(timeout)
+        if timeout is None:
+            self._ask()
+        return self._epoll.poll(timeout)
+
+
+@pytest.mark.parametrize("relaxed", list(itertools.product([False, True], repeat=2)))
+def test_it_sleeps_at_once_after_a_round_of_relaxed_clients(relaxed: tuple[bool, bool]) -> None:
+    """The loop polls before it sleeps, unless no client of the last round waits for one answer at a time."""
+    pairs = [socket.socketpair() for _ in relaxed]
+    rounds: list[int] = []
+
+    def ask() -> None:
+        for _, writer in pairs:
+            writer.send(b"x")
+
+    def answer(reader: socket.socket, is_relaxed: bool, events: int) -> None:
+        assert reader.recv(1) and events == READABLE
+        rounds.append(len(polls.waits))
+        loop.relaxed = is_relaxed
+        if len(rounds) == 4:
+            loop.stop()
+
+    loop = Loop()
+    polls = Polls(loop, ask)
+    for (reader, _), is_relaxed in zip(pairs, relaxed, strict=True):
+        loop.watch(reader.fileno(), READABLE, partial(answer, reader, is_relaxed))
+    loop.run()
+    assert polls.waits[rounds[1] : rounds[2]] == [*([] if all(relaxed) else [0] * loop_module._SPINS), None]
+    loop.close()
+    for sock in itertools.chain(*pairs):
+        sock.close()
