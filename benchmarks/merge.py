@@ -67,7 +67,9 @@ const handler = {
 """
 
 
-def build(folder: Path, total_bytes: int, *, whole_blocks_only: bool = False, suffix: str = "vhd") -> list[Path]:
+def build(
+    folder: Path, total_bytes: int, *, whole_blocks_only: bool = False, suffix: str = "vhd", disk_bytes: int = 8 * GIB
+) -> list[Path]:
     """The chain, leaf first. Every block is changed by one layer; half of those in part, in runs of 4 to 128 KiB.
 
     The base has a page in each block: vhd-lib stops at a partly owned block that its parent lacks. With
@@ -75,12 +77,12 @@ def build(folder: Path, total_bytes: int, *, whole_blocks_only: bool = False, su
     """
     rng = random.Random(8)
     paths = [folder / f"{LAYERS - 1 - number}.{suffix}" for number in range(LAYERS)]
-    vhdkit.create_image(paths[-1], 8 * GIB, disk_format="vhdx" if suffix == "vhdx" else "dynamic")
-    blocks = list(range(8 * GIB // BLOCK))
+    vhdkit.create_image(paths[-1], disk_bytes, disk_format="vhdx" if suffix == "vhdx" else "dynamic")
+    blocks = list(range(disk_bytes // BLOCK))
     rng.shuffle(blocks)
     piece = memoryview(rng.randbytes(BLOCK))
     with vhdkit.open_disk(paths[-1], writable=True) as disk:
-        for block in () if whole_blocks_only else range(8 * GIB // BLOCK):
+        for block in () if whole_blocks_only else range(disk_bytes // BLOCK):
             disk.write(block * BLOCK, piece[:4096])
     for number in reversed(range(LAYERS - 1)):
         vhdkit.create_child(paths[number], paths[number + 1])

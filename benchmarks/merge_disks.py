@@ -2,7 +2,7 @@
 """Merging and converting where the disk decides: file systems that share space, and a cold page cache; with goals.
 
 Part `shared`: on XFS and Btrfs (loop devices, for root) our images are merged and converted to fixed images, against
-`cp` of as many bytes and a flush there. Also counted: the bytes that reach the loop device.
+`cp` of the chain's files and a flush there. Also counted: the bytes that reach the loop device.
 
 Part `cold`: a chain of 8 layers, none of it in the page cache, is merged in place, against `cp` of as many bytes from
 a cold file and a flush. A merge also removes its sources. That is counted in one row, and left out of the other: there
@@ -15,8 +15,9 @@ the files are held open, so that their space is freed later.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from benchmarks.nbd_cold import make_cold
 
 MIB, GIB = 1 << 20, 1 << 30
 PARTS = ("shared", "cold")
+KINDS = ("xfs", "btrfs")
 GOAL_SECONDS, GOAL_WRITTEN, GOAL_COLD, GOAL_VHDX = 0.1, 0.01, 0.7, 0.97
 LINE = 512  # bytes of a sector in /sys/block/*/stat
 
@@ -73,17 +75,17 @@ def measured(folder: Path, work: Callable[[], object]) -> tuple[float, int]:
     return seconds, written_bytes(folder) - before
 
 
-def copied(source: Path, copy: Path) -> None:
-    """`cp`, and a flush."""
-    subprocess.run(["cp", "--sparse=never", "--reflink=never", source, copy], check=True)
-    subprocess.run(["sync", copy], check=True)
+def copied(sources: list[Path], folder: Path) -> None:
+    """`cp` into a folder, and a flush."""
+    subprocess.run(["cp", "--sparse=never", "--reflink=never", *sources, folder], check=True)
+    subprocess.run(["sync", *folder.iterdir()], check=True)
 
 
-def shared(place: Path, gib: int) -> Iterator[Line]:
+def shared(place: Path, gib: int, kinds: Sequence[str]) -> Iterator[Line]:
     """Merges and conversions on each file system, of chains of both formats with so much data in whole blocks."""
-    for kind in ("xfs", "btrfs"):
+    for kind in kinds:
         for suffix in ("vhd", "vhdx"):
-            with file_system(place, kind, (3 * gib + 2) * GIB) as folder:
+            with file_system(place, kind, (2 * gib + 2) * GIB) as folder:
                 if folder is None:
                     yield [f"shared: {kind}", suffix, "", "", "", "", "not possible here"]
                     break
@@ -93,15 +95,12 @@ def shared(place: Path, gib: int) -> Iterator[Line]:
 
 def on_one(folder: Path, kind: str, suffix: str, gib: int) -> Iterator[Line]:
     """On one file system, with images of one format."""
-    chain = build(folder, gib * GIB, whole_blocks_only=True, suffix=suffix)
+    chain = build(folder, gib * GIB, whole_blocks_only=True, suffix=suffix, disk_bytes=(gib + 1) * GIB)
     data = vhdkit.merge(chain[0], into=chain[-1], dry_run=True).data_bytes
-    source, copy = folder / "bytes", folder / "copy"
-    with source.open("wb") as file:
-        for _ in range(0, data, MIB):
-            file.write(os.urandom(MIB))
-    copying, _ = measured(folder, partial(copied, source, copy))
-    copy.unlink()
-    source.unlink()
+    copy = folder / "copy"
+    copy.mkdir()
+    copying, _ = measured(folder, partial(copied, chain, copy))
+    shutil.rmtree(copy)
     works: dict[str, Callable[[], object]] = {
         "convert to fixed": partial(vhdkit.convert, chain[0], folder / "fixed.vhd", "fixed"),
         "merge to a new file": partial(vhdkit.merge, chain[0], into=chain[-1], to=folder / f"new.{suffix}"),
@@ -138,10 +137,11 @@ def cold(place: Path, megabytes: int, rounds: int) -> Iterator[Line]:
     for _ in range(max(rounds, 1)):
         for suffix, removes in names:
             rows[suffix, removes].values.append(cold_merge(grounds[suffix], removes=removes))
-        (place / "copy").unlink(missing_ok=True)
+        (place / "copy").mkdir()
         subprocess.run(["sync"], check=True)
         make_cold(source)
-        copying.values.append(timed(partial(copied, source, place / "copy")))
+        copying.values.append(timed(partial(copied, [source], place / "copy")))
+        shutil.rmtree(place / "copy")
     for (suffix, removes), row in rows.items():
         ratio = middle_ratio(copying, row)
         yield [
@@ -168,14 +168,15 @@ def main() -> None:
     """Measure, print."""
     options = arguments((__doc__ or "").splitlines()[0], rounds=3)
     options.add_argument("--only", choices=PARTS, help="one part")
+    options.add_argument("--kind", choices=KINDS, action="append", help="one file system that shares")
     options.add_argument("--gib", type=int, default=8, help="of data that is shared")
     options.add_argument("--megabytes", type=int, default=2048, help="of data in the cold chain")
     wanted = options.parse_args()
     lines: list[Line] = []
     for part in PARTS if wanted.only is None else (wanted.only,):
         with workplace(wanted.dir or Path("/var/tmp")) as place:
-            found = shared(place, wanted.gib) if part == "shared" else cold(place, wanted.megabytes, wanted.rounds)
-            for line in found:
+            sharing = shared(place, wanted.gib, wanted.kind or KINDS)
+            for line in sharing if part == "shared" else cold(place, wanted.megabytes, wanted.rounds):
                 print("  ".join(cell for cell in line if cell), flush=True)
                 lines.append(line)
     columns = ["what", "format", "seconds", "against", "ratio", "written", ""]

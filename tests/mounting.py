@@ -52,14 +52,19 @@ SHARING = ("xfs", "btrfs")  # the file systems that share space between files
 
 
 @contextlib.contextmanager
-def file_system(folder: Path, kind: str) -> Iterator[Path]:
-    """A new file system of that kind, mounted inside `folder` until the block ends. Needs root."""
+def file_system(folder: Path, kind: str, image: Path | None = None) -> Iterator[Path]:
+    """A file system of that kind, a new one or that of an image, mounted inside `folder` until the block ends.
+
+    Needs root. A new one lies in `folder`, in KIND.img; the image is removed at the end.
+    """
     require_loop()
-    image, mountpoint = folder / f"{kind}.img", folder / kind
-    mountpoint.mkdir()
-    with image.open("wb") as file:
-        file.truncate(512 << 20)
-    run([require_tool(f"mkfs.{kind}"), "-q", image])
+    mountpoint = folder / kind
+    mountpoint.mkdir(exist_ok=True)
+    if image is None:
+        image = folder / f"{kind}.img"
+        with image.open("wb") as file:
+            file.truncate(512 << 20)
+        run([require_tool(f"mkfs.{kind}"), "-q", image])
     done = subprocess.run(["mount", "-o", "loop", image, mountpoint], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         not_available(f"cannot mount a file system of the kind {kind}: {done.stderr.strip()}")
