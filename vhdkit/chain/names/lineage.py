@@ -9,23 +9,27 @@ Decides what is recorded about a parent's state, and what follows from it. Notes
 A child is fine if its parent is in the state that it recorded, or if the parent's note says that its present state is
 still the child's generation: a vhdkit command that changes a parent without changing what its children read
 (`same_content`) notes the new state under the old generation. During such a command, and after it was killed, there is
-no state to compare with. If a note is missing, as after most ways of copying, or the parent is now a different
-file, nothing is concluded. Nothing is written to the images themselves. The notes detect accidents; they do not
-protect against malicious changes.
+no state to compare with. While a merge into the parent is unfinished, the images that it merges read as before: they
+are fine, images of which it knows nothing are not. If a note is missing, as after most ways of copying, or the parent
+is now a different file, nothing is concluded. Nothing is written to the images themselves. The notes detect accidents;
+they do not protect against malicious changes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from vhdkit import errors, formats
 from vhdkit.chain.names.parents import parent_format, parent_of
+from vhdkit.chain.records.intent import intent_of
 from vhdkit.chain.records.pending import file_of, view
 from vhdkit.errors import printable, quoted
 from vhdkit.finding import Finding, Severity, left_by_repair
+from vhdkit.folder import real_path
 from vhdkit.image import ID_BYTES, ImageFacts, ParentRef
 from vhdkit.local_volume import LOCAL
 from vhdkit.store import FileStore, Store
@@ -124,12 +128,18 @@ def was_written_since(child: Store, parent: Store, recorded: ParentRef) -> bool:
         return False
     if generation != _NO_GENERATION and _generation_of(base) in ((generation, state), (generation, _CHANGING)):
         return False
-    return not _is_half_changed(base)
+    return not _is_half_changed(base) and not _is_merged_into(base, image)
 
 
 def _is_half_changed(store: FileStore) -> bool:
     """True if one of our changes is unfinished: the image reads as before it, and will again once it is undone."""
     return view(store) is not store
+
+
+def _is_merged_into(parent: FileStore, child: FileStore) -> bool:
+    """True if a merge of the child into its parent is unfinished: the child hides what was copied."""
+    intent = intent_of(parent.name, (os.sep,))  # only its names are compared
+    return intent is not None and real_path(child.name) in [one.path for one in intent.sources]
 
 
 @contextlib.contextmanager

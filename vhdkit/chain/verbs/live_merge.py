@@ -196,9 +196,10 @@ def _open_target(plan: LiveMergePlan, held: contextlib.ExitStack) -> tuple[FileS
     store.follow(file)
     if store.identity != file.identity:
         raise errors.Replaced("was replaced while it was opened", path=store.name)
-    target = _opened(plan, store)
-    take_over_disk(target, plan.sources[0], dry_run=True)
-    drop_earlier_try(target)
+    with same_content(file.name):  # no record says yet that a merge changes it
+        target = _opened(plan, store)
+        take_over_disk(target, plan.sources[0], dry_run=True)
+        drop_earlier_try(target)
     return store, named_target(target)
 
 

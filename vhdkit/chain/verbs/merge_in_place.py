@@ -193,7 +193,8 @@ def prepare(
         # The lock stays with the descriptor that holds it.
         store = held.enter_context(FileStore.open(plan.names[-1].path, writable=True, follow_links=False))
         store.notes_folder = options.notes_folder
-        filling = _settled_target(plan, store, phase)
+        with same_content(store.name):  # no record says yet that a merge changes it
+            filling = _settled_target(plan, store, phase)
         _check_disk(plan, filling)
         for layer in plan.sources:
             remember.disown(file_of_layer(layer))  # a source is removed without ever being opened for writing

@@ -7,16 +7,19 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import vhdkit
 from tests.harness.killing import killings
+from tests.support import daily_or_nightly
 from vhdkit import DiskFormat, OpenOptions, Severity
 from vhdkit.chain.engine.chain import Chain
 from vhdkit.chain.names import lineage
 from vhdkit.chain.verbs.live import freezing
+from vhdkit.chain.verbs.live_merge import live_merge
 from vhdkit.units import MIB
 
 RAW = OpenOptions(allow_raw_parent=True)
@@ -194,6 +197,74 @@ def test_our_interrupted_change_raises_no_warning(folder: Path) -> None:
         touch(base)
         raise KeyboardInterrupt
     assert codes(child) == set() and digest(child) == before
+
+
+def chain_over_a_killed_writer(home: Path, disk_format: DiskFormat) -> list[Path]:
+    """A chain of three, leaf first, whose base was flushed by a process that was killed, and not opened since."""
+    suffix = "x" if disk_format is DiskFormat.VHDX else ""
+    leaf, middle, base = (home / f"{name}vhd{suffix}" for name in ("leaf.a", "middle.a", "base."))
+    shutil.rmtree(home, ignore_errors=True)
+    home.mkdir()
+    vhdkit.create_image(base, 4 * MIB, disk_format=disk_format)
+    if (writer := os.fork()) == 0:
+        disk = vhdkit.open_disk(base, writable=True)
+        disk.write(MIB, b"flushed")
+        disk.flush()
+        os._exit(0)
+    os.waitpid(writer, 0)
+    if disk_format is DiskFormat.DYNAMIC:
+        with base.open("ab") as file:
+            file.write(bytes(4096))  # a block that it had begun
+    for child, parent in ((middle, base), (leaf, middle)):
+        vhdkit.create_child(child, parent)
+        write(child, 8192)
+    return [leaf, middle, base]
+
+
+def merge_live(leaf: Path) -> None:
+    """Merge the middle of a chain of three into its base, as a server does."""
+    chain = Chain.open(leaf, writable=True)
+    with live_merge(chain, 1, 2) as merging:
+        merging.copy()
+        chain, problem = merging.exchange()
+        assert problem is None
+        merging.done()
+    chain.close()
+
+
+@pytest.mark.parametrize("disk_format", [DiskFormat.DYNAMIC, DiskFormat.VHDX])
+@pytest.mark.parametrize("merge", [vhdkit.merge, merge_live], ids=["merge", "live"])
+def test_a_killed_merge_raises_no_warning(
+    folder: Path, disk_format: DiskFormat, merge: Callable[[Path], object]
+) -> None:
+    """Wherever a merge is killed, also before it has a record, no image that remains warns about the parent that the
+    merge changes; afterwards, changes by other programs are noticed."""
+    images = chain_over_a_killed_writer(folder / "home", disk_format)
+    for number in killings(partial(merge, images[0]), step=daily_or_nightly(13, 1)):
+        for image in images:
+            if image.exists() and images[-1].exists():
+                assert "parent-written" not in {one.code for one in vhdkit.check(image)}, (number, image)
+        if number > 0:
+            chain_over_a_killed_writer(folder / "home", disk_format)
+    if merge is merge_live:
+        touch(images[-1])
+        assert codes(images[0]) == {"parent-written"}
+
+
+def test_an_image_that_a_merge_does_not_know_is_warned(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """While a merge into a parent is unfinished, a child of that parent that the merge does not know is warned."""
+    images = chain_over_a_killed_writer(folder / "home", DiskFormat.DYNAMIC)
+    other, hidden = folder / "home" / "other.avhd", tmp_path_factory.mktemp("away") / "other.avhd"
+    vhdkit.create_child(other, images[-1])
+    os.rename(other, hidden)  # so that the merge does not find it
+    chain = Chain.open(images[0], writable=True)
+    with live_merge(chain, 1, 2) as merging:
+        merging.copy()
+    chain.close()
+    os.rename(hidden, other)
+    found = [{one.code for one in vhdkit.check(image)} for image in (images[1], other)]
+    assert ["parent-written" in one for one in found] == [False, True]
+    assert all("merge-unfinished" in one for one in found)
 
 
 def test_a_live_snapshot_records_the_frozen_leaf(folder: Path) -> None:
