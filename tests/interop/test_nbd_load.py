@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import socket
 import subprocess
@@ -48,6 +49,32 @@ def test_fio_verifies(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
     with served(tmp_path, kind) as (server, _):
         checks = ("--bsrange=512-128k", "--bs_unaligned=0", "--iodepth=16", "--fsync=16")
         client(*fio(server.uri, *checks, "--verify=crc32c", "--verify_fatal=1", "--randrepeat=1"))
+        assert server.stop() == (0, "")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cold_disk_is_copied_and_verified(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of the image is in the page cache: nbdcopy gets all of it, and fio writes and verifies parts of it."""
+    monkeypatch.chdir(tmp_path)
+    image = make_image(tmp_path, kind)
+
+    def drop() -> None:
+        for path in tmp_path.glob("*.vhd"):
+            fd = os.open(path, os.O_RDONLY)
+            os.fsync(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(fd)
+
+    drop()
+    with serving(image.path, "--socket", tmp_path / "sock") as server:
+        client("nbdcopy", server.uri, tmp_path / "copy.raw")
+        assert (tmp_path / "copy.raw").read_bytes() == image.content
+        client(*fio(server.uri, "--bs=4k", "--iodepth=16", "--verify=crc32c", "--do_verify=0", "--randrepeat=1"))
+        assert server.stop() == (0, "")
+    drop()
+    with serving(image.path, "--socket", tmp_path / "sock") as server:
+        words = ("--bs=4k", "--iodepth=16", "--verify=crc32c", "--verify_only=1", "--verify_fatal=1", "--randrepeat=1")
+        client(*fio(server.uri, *words))
         assert server.stop() == (0, "")
 
 

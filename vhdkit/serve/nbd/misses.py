@@ -39,6 +39,7 @@ MAX_MISSES = 128  # of one client
 MAX_MISS_BYTES = 8 * PIECE_BYTES  # of one client; none of it is our memory, but the kernel reads it
 MAX_WAITERS = 8  # jobs that wait for one client's reads at once
 _TRIES = 4  # reads in a row that are not there: later ones will hardly be
+_COLD_READS = 64  # for which a large one that waited is remembered
 _BATCHES = 4  # in which the waiting reads are answered, as the device delivers them
 LARGE_BYTES = 128 * KIB  # of such a read the last page is tried first: a part of it would be copied in vain
 
@@ -82,6 +83,7 @@ class Misses:
     ) -> None:
         """`proceed` is called when more can be served, or the connection can end."""
         self.count = 0
+        self.cold = 0  # large reads left that will likely have to wait, as one of the last did
         self._bytes = 0
         self._reader = reader
         self._host = host
@@ -107,8 +109,10 @@ class Misses:
             disk.prefetch(offset, length)
             self._unsettled.append(miss)
         else:
-            if length > LARGE_BYTES and not self._ahead.covers(offset, length):
-                self._ask(disk, miss)  # the attempt may have begun only a part of it
+            if length > LARGE_BYTES:
+                self.cold = _COLD_READS
+                if not self._ahead.covers(offset, length):
+                    self._ask(disk, miss)  # the attempt may have begun only a part of it
             self._ready.append(miss)
         self.count += 1
         self._bytes += length
@@ -120,6 +124,11 @@ class Misses:
         found = self._ahead.note(offset, length)
         if found is not None:
             self._reader.run_beside(lambda disk: fetch(disk, *found), _nothing)
+
+    def try_large(self, offset: int, room: memoryview) -> bool:
+        """As `Disk.try_read_flat`, without copying a part in vain. Raises IoFailed, OutOfRange."""
+        self.cold -= 1
+        return read_if_there(self._reader.export.disk, offset, room)
 
     def _ask(self, disk: Disk, miss: Miss) -> None:
         miss.asked = True

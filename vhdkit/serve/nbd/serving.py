@@ -15,7 +15,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from functools import partial
 
 from vhdkit import errors
 from vhdkit.disk import Disk
@@ -24,7 +23,7 @@ from vhdkit.serve.nbd.export import HOLE_WORTH_BYTES, PIECE_BYTES, Export, error
 from vhdkit.serve.nbd.host import Host
 from vhdkit.serve.nbd.jobs import Job
 from vhdkit.serve.nbd.loop import Lane
-from vhdkit.serve.nbd.misses import LARGE_BYTES, Misses, read_if_there
+from vhdkit.serve.nbd.misses import LARGE_BYTES, Misses
 from vhdkit.serve.nbd.pieces import LongRead, Payload
 from vhdkit.serve.nbd.protocol import Request, Transmission
 from vhdkit.serve.nbd.wire import Command, CommandFlag
@@ -129,7 +128,7 @@ class Serving:
         put_read_header, put_done, write_flags = rules.put_read_header, rules.put_done, rules.write_flags
         header_size, hole_worth = rules.read_header_size, HOLE_WORTH_BYTES if rules.structured else PIECE_BYTES + 1
         replies, room = self._host.replies, len(self._host.replies) - _LAST_HEADER_BYTES
-        misses, marks, try_large = self.misses, self.misses.marks, partial(read_if_there, disk)
+        misses, marks, try_large = self.misses, self.misses.marks, self.misses.try_large
         began, filled, served = time.perf_counter_ns(), 0, 0
         try:
             while end - position >= request_size:
@@ -149,7 +148,9 @@ class Serving:
                         misses.read_ahead(offset, length)
                     if length >= hole_worth and has_holes(offset, length):
                         break
-                    if not (try_read if length <= LARGE_BYTES else try_large)(offset, replies[start:stop]):
+                    if not (try_large if length > LARGE_BYTES and misses.cold else try_read)(
+                        offset, replies[start:stop]
+                    ):
                         if misses.is_full():
                             break
                         misses.add(disk, cookie, offset, length, began)
@@ -227,8 +228,7 @@ class Serving:
 
     def submit(self, request: Request, payload: bytes | None, after: Callable[[], None] | None = None) -> None:
         """Let a worker execute it, then answer; with FUA, when it is durable (row 31). `after` precedes the answer."""
-        rules = self._rules
-        size = request.length if request.command in (Command.READ, Command.WRITE) else 0
+        rules, size = self._rules, request.length if request.command in (Command.READ, Command.WRITE) else 0
         if request.command in _SLOW:
             size = MAX_JOB_BYTES // 2  # so that each client has at most two of them at once
         self._job_begins(size)
