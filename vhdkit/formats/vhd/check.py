@@ -32,6 +32,7 @@ _MAX_LISTED = 16  # findings of one kind, before the rest are only counted
 LEAK_BYTES = 64 * KIB  # a smaller gap is alignment
 MAX_FREED_BYTES = 16 * MIB  # of data in unreferenced space: a backup of more would be unreasonably large
 _TOO_MUCH = f"they hold more data than the {format_size(MAX_FREED_BYTES)} that a backup should hold"
+_BITMAPS_AHEAD = 64  # asked for at once, because each is small and waits for a device by itself
 _PROGRESS_EVERY = 256  # blocks between two reports of progress
 _READ_SECTORS = whole_sectors(256 * KIB)
 
@@ -332,7 +333,11 @@ def _bitmap_findings(
     assert metadata.header is not None
     block_size = metadata.header.block_size
     size, sector_count = bitmap.bitmap_size(block_size), whole_sectors(block_size)
-    for number, block in enumerate(np.flatnonzero(bat.allocated()).tolist()):
+    blocks = np.flatnonzero(bat.allocated()).tolist()
+    for number, block in enumerate(blocks):
+        if number % _BITMAPS_AHEAD == 0:
+            for coming in blocks[number : number + _BITMAPS_AHEAD]:
+                store.prefetch(bat.block_start(coming), size)
         if progress is not None and number % _PROGRESS_EVERY == 0:
             progress(block * block_size, metadata.size_bytes)
         start = bat.block_start(block)

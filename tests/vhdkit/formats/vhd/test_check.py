@@ -7,6 +7,7 @@ import pytest
 
 from tests.harness.vhd_builder import FIXED, FREE, Block, Vhd, bits_of, child, pattern
 from vhdkit.finding import Finding, Severity
+from vhdkit.formats.vhd import check
 from vhdkit.formats.vhd.check import check_vhd
 from vhdkit.units import MIB
 
@@ -132,3 +133,22 @@ def test_progress_covers_the_disk_in_order() -> None:
     check_vhd(image.build().store(frozen=True), progress=lambda done, total: calls.append((done, total)))
     assert [total for _, total in calls] == [size] * len(calls)
     assert [done for done, _ in calls] == [0, 256 * BLOCK, 512 * BLOCK]
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 64])
+def test_bitmaps_are_asked_for_before_they_are_read(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each bitmap is prefetched once, before it is read: on a cold disk they would wait for the device one by one."""
+    monkeypatch.setattr(check, "_BITMAPS_AHEAD", at_once)
+    store = sound().build().store(frozen=True)
+    asked: list[int] = []
+    known: list[bool] = []
+    read = store.pread
+
+    def pread(offset_bytes: int, size_bytes: int) -> bytes:
+        known.append(offset_bytes in asked)
+        return read(offset_bytes, size_bytes)
+
+    monkeypatch.setattr(store, "prefetch", lambda offset, size: asked.append(offset))
+    monkeypatch.setattr(store, "pread", pread)
+    assert check_vhd(store) == []
+    assert len(set(asked)) == len(asked) == 2 == known.count(True)
