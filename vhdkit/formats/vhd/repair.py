@@ -45,7 +45,7 @@ from vhdkit.formats.vhd.move import batmap_lies_apart
 from vhdkit.formats.vhd.places import end_of_structures, nominal_end
 from vhdkit.formats.vhd.repair_footers import DEAD, is_sound, mend_footers
 from vhdkit.formats.vhd.untangle import Tangle
-from vhdkit.units import SECTOR_SIZE, format_size, round_down, round_up
+from vhdkit.units import SECTOR_SIZE, format_size, round_down, round_up, sectors_to_bytes
 
 LOSS = "--accept-data-loss"
 CONVERT = "vhdkit convert"  # it reads the image as it is, and writes one where nothing overlaps
@@ -170,6 +170,10 @@ def _mend_table(draft: DraftStore, metadata: Metadata, consent: Consent) -> Iter
     if plan.too_much:
         yield Fix("blocks-overlap", "too many blocks overlap to be separated in place", CONVERT)
     if not lost and not plan.moved:
+        return
+    end = tangle.end_of(plan, max(nominal_end(metadata, bat), draft.size()))
+    if plan.moved and end > sectors_to_bytes(BAT_UNALLOCATED):
+        yield Fix("blocks-overlap", "blocks overlap, and cannot be moved past the 2 TiB that a VHD may have", CONVERT)
         return
     if plan.moved:
         _clear_the_end(draft, metadata, bat)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from vhdkit.errors import CorruptImage
+from vhdkit.errors import CorruptImage, CorruptReason
 from vhdkit.formats.draft import DraftStore
 from vhdkit.formats.format import Consent, Fix
 from vhdkit.formats.vhd import geometry, layout
@@ -54,7 +54,7 @@ def _align_copy(draft: DraftStore, tail: FooterPlace, copy: FooterPlace) -> Iter
     whole = tail.raw.ljust(FOOTER_SIZE, b"\0")
     if copy.raw == whole:
         return
-    if copy.state.usable and copy.footer.unique_id == tail.footer.unique_id and not is_sound(draft):
+    if copy.state.usable and copy.footer.unique_id == tail.footer.unique_id and not _is_readable(draft):
         trial = DraftStore(draft)
         trial.pwrite(tail.offset_bytes, copy.raw[: len(tail.raw)])
         if is_sound(trial):
@@ -69,14 +69,24 @@ def _align_copy(draft: DraftStore, tail: FooterPlace, copy: FooterPlace) -> Iter
 
 def is_sound(store: ReadStore) -> bool:
     """True when the image can be read: its header, and a table without contradictions."""
+    return not _faults(store)
+
+
+def _is_readable(store: ReadStore) -> bool:
+    """True when the image can be read; one whose blocks overlap can be, and what it reads as must stay."""
+    return _faults(store) <= {CorruptReason.BLOCKS_OVERLAP}
+
+
+def _faults(store: ReadStore) -> set[CorruptReason]:
+    """What is wrong with the header or with entries of the table."""
     try:
         metadata = read_metadata(store)
-    except CorruptImage:
-        return False
+    except CorruptImage as error:
+        return {error.reason}
     if metadata.header is None:
-        return True
+        return set()
     bat = Bat.load(store, metadata.header.table_offset, metadata.block_count)
-    return not any(len(blocks) for _, blocks in bad_entries(metadata, bat))
+    return {reason for reason, blocks in bad_entries(metadata, bat) if len(blocks)}
 
 
 def _take_off_poison(draft: DraftStore, tail: FooterPlace, copy: FooterPlace) -> Iterator[Fix]:

@@ -173,6 +173,10 @@ class Tangle:
         bits[whole_sectors(self._size_of(block)) :] = False
         return bitmap.packed(bits, self._bitmap_size)
 
+    def end_of(self, plan: Untangling, end_bytes: int) -> int:
+        """Where the blocks of the plan end at most if they are moved after `end_bytes`."""
+        return end_bytes + len(plan.moved) * (self._bitmap_size + self._block_size + PAGE_SIZE)
+
     def apply(self, draft: DraftStore, plan: Untangling, end_bytes: int) -> int:
         """Move the blocks of the plan after `end_bytes`, entries in the BAT included; returns where they end.
 
