@@ -26,19 +26,23 @@ from vhdkit.store import FileStore
 from vhdkit.units import MIB
 
 
-def make_chain(home: Path, *, bases: Path | None = None) -> tuple[Path, bytes]:
+def make_chain(home: Path, *, bases: Path | None = None, suffix: str = ".vhd") -> tuple[Path, bytes]:
     """base <- middle <- leaf, each with data; the base may be in another folder. Returns leaf and content."""
     home.mkdir(exist_ok=True)
-    base = (bases or home) / "base.vhd"
+    base, middle, leaf = (
+        (bases or home) / f"base{suffix}",
+        home / f"middle.a{suffix[1:]}",
+        home / f"leaf.a{suffix[1:]}",
+    )
     base.parent.mkdir(exist_ok=True)
     options = OpenOptions(parent_dirs=(str(base.parent),))
-    vhdkit.create_image(base, 3 * MIB)
+    vhdkit.create_image(base, 3 * MIB, disk_format="vhdx" if suffix == ".vhdx" else "dynamic")
     write(base, 0, b"base", options)
-    vhdkit.create_child(home / "middle.avhd", base)
-    write(home / "middle.avhd", MIB, b"middle", options)
-    vhdkit.create_child(home / "leaf.avhd", home / "middle.avhd", options=options)
-    write(home / "leaf.avhd", 2 * MIB, b"leaf", options)
-    return home / "leaf.avhd", read(home / "leaf.avhd", options)
+    vhdkit.create_child(middle, base)
+    write(middle, MIB, b"middle", options)
+    vhdkit.create_child(leaf, middle, options=options)
+    write(leaf, 2 * MIB, b"leaf", options)
+    return leaf, read(leaf, options)
 
 
 def write(path: Path, offset: int, data: bytes, options: OpenOptions) -> None:
@@ -97,27 +101,28 @@ def test_a_chain_moves_completely(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert vhdkit.relocate(new / "leaf.avhd", new) and read(new / "leaf.avhd") == content
 
 
+@pytest.mark.parametrize("suffix", [".vhd", pytest.param(".vhdx", marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("copied", [False, True])
 @pytest.mark.parametrize("apart", [False, True])
 def test_killed_at_any_call_it_opens_somewhere(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copied: bool, apart: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copied: bool, apart: bool, suffix: str
 ) -> None:
     """INV-CHAIN-SOMEWHERE: killed at any call, the chain opens in its old folder or the new one."""
     kept = tmp_path / "kept"
     kept.mkdir()
-    make_chain(kept / "old", bases=kept / "bases" if apart else None)
+    make_chain(kept / "old", bases=kept / "bases" if apart else None, suffix=suffix)
     (kept / "new").mkdir()
     work = tmp_path / "work"
     kept.rename(work)  # so that the locators match the place
     shutil.rmtree(work)
-    leaf, content = make_chain_in(work, apart)
+    leaf, content = make_chain_in(work, apart, suffix)
     shutil.copytree(work, kept)
     options = OpenOptions(parent_dirs=(str(work / "bases"),)) if apart else None
     if copied:
         by_copy(monkeypatch)
     seen = set()
     for _ in killings(lambda: vhdkit.relocate(leaf, work / "new", options=options), step=daily_or_nightly(3, 1)):
-        found = opens(leaf, options, content), opens(work / "new" / "leaf.avhd", None, content)
+        found = opens(leaf, options, content), opens(work / "new" / leaf.name, None, content)
         assert any(found)
         seen.add(found)
         shutil.rmtree(work)
@@ -125,11 +130,11 @@ def test_killed_at_any_call_it_opens_somewhere(
     assert {(True, False), (False, True)} <= seen
 
 
-def make_chain_in(work: Path, apart: bool) -> tuple[Path, bytes]:
+def make_chain_in(work: Path, apart: bool, suffix: str = ".vhd") -> tuple[Path, bytes]:
     """Make the folders of a move, and the chain in the old one."""
     work.mkdir()
     (work / "new").mkdir()
-    return make_chain(work / "old", bases=work / "bases" if apart else None)
+    return make_chain(work / "old", bases=work / "bases" if apart else None, suffix=suffix)
 
 
 @pytest.mark.parametrize("copied", [False, True])
