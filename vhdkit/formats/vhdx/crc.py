@@ -101,10 +101,11 @@ def by_tables(data: bytes | bytearray | memoryview, value: int = 0) -> int:
     return state ^ _ONES
 
 
-def sealed(raw: bytes, checksum_offset: int) -> bytes:
-    """`raw` with the correct checksum in its 4-byte field at this offset."""
+def sealed(raw: bytes, checksum_offset: int, rest: bytes = b"") -> bytes:
+    """`raw` and `rest` as one, with the correct checksum in the 4-byte field of `raw` at this offset."""
     before, after = raw[:checksum_offset], raw[checksum_offset + 4 :]
-    return b"".join((before, crc32c(after, crc32c(before + bytes(4))).to_bytes(4, "little"), after))
+    checksum = crc32c(rest, crc32c(after, crc32c(before + bytes(4))))
+    return b"".join((before, checksum.to_bytes(4, "little"), after, rest))
 
 
 def is_sealed(raw: bytes, checksum_offset: int) -> bool:

@@ -11,6 +11,7 @@ Source: [MS-VHDX] "Virtual Hard Disk v2 (VHDX) File Format", v20240423, except w
 
 from __future__ import annotations
 
+import functools
 import struct
 import uuid
 from dataclasses import dataclass
@@ -74,6 +75,7 @@ def guid(text: str) -> bytes:
     return uuid.UUID(text).bytes
 
 
+@functools.lru_cache(16)
 def stored_guid(value: bytes) -> bytes:
     """The 16 bytes by which the file stores an id."""
     return uuid.UUID(bytes=value).bytes_le

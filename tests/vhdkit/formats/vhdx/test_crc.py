@@ -76,6 +76,7 @@ def test_without_the_library_the_tables_are_used(broken: str) -> None:
 def test_a_seal_is_broken_by_any_bit(raw: bytes, place: int, bit: int) -> None:
     """A sealed structure is valid, and invalid once any bit has changed."""
     good = bytearray(sealed(raw, 4))
+    assert all(sealed(raw[:cut], 4, raw[cut:]) == good for cut in (8, len(raw)))
     assert is_sealed(bytes(good), 4)
     good[place % len(good)] ^= 1 << bit
     assert not is_sealed(bytes(good), 4)
