@@ -8,8 +8,9 @@ bytes and returns ranges, which the caller prefetches (`Disk.prefetch`).
        was read   │position │  prefetched      │ end of the window
                             ▲ mark: a read from here on extends the window
 
-A read that begins where an earlier one ended begins a stream. Its window starts small and doubles with each extension.
-A stream that is read no further is not extended, so reading ahead stops at a seek with at most one window too much.
+A read that begins where an earlier one ended begins a stream; each of the last ends is a mark, too. The window starts
+small and doubles with each extension. A stream that is read no further is not extended, so reading ahead stops at a
+seek with at most one window too much.
 
 `INV-READ-AHEAD-BOUNDED`: of all streams that share a `Budget`, no more bytes than its limit are prefetched and not yet
 read; no byte of one stream is prefetched twice.
@@ -24,7 +25,7 @@ BUDGET_BYTES = 64 * MIB  # of all windows in a process that shares one budget
 MAX_STREAMS = 4  # of one reader
 _FIRST_WINDOW_BYTES = 256 * KIB
 _FIRST_WINDOW_READS = 2  # of a reader's own size, if that is more
-_REMEMBERED_ENDS = 16  # of reads that did not belong to a stream
+REMEMBERED_ENDS = 16  # of reads that did not belong to a stream
 _FORGOTTEN_AFTER = 64  # reads noted elsewhere
 
 
@@ -84,13 +85,18 @@ class ReadAhead:
             if self._streams[0].turn + _FORGOTTEN_AFTER < self._turn:
                 self._drop(self._streams[0])
         ends, end = self._ends, offset_bytes + size_bytes
-        if offset_bytes not in ends:
-            ends[end] = None
-            if len(ends) > _REMEMBERED_ENDS:
-                del ends[next(iter(ends))]
-            return None
-        del ends[offset_bytes]
-        return self._begin(end, size_bytes)
+        if offset_bytes in ends:
+            self._forget_end(offset_bytes)
+            return self._begin(end, size_bytes)
+        ends[end] = None
+        self.marks.add(end)
+        if len(ends) > REMEMBERED_ENDS:
+            self._forget_end(next(iter(ends)))
+        return None
+
+    def _forget_end(self, offset: int) -> None:
+        del self._ends[offset]
+        self.marks.discard(offset)
 
     def covers(self, offset_bytes: int, size_bytes: int) -> bool:
         """Whether the range lies in what was to be prefetched."""
@@ -102,13 +108,13 @@ class ReadAhead:
         for stream in list(self._streams):
             self._drop(stream)
         self._ends.clear()
+        self.marks.clear()
 
     def _begin(self, position: int, size: int) -> tuple[int, int] | None:
         window = min(max(_FIRST_WINDOW_BYTES, _FIRST_WINDOW_READS * size), self._max_window)
         if len(self._streams) == MAX_STREAMS:
             self._drop(self._streams[0])
         if not self._budget.take(window):
-            self._ends[position] = None
             return None
         stream = _Stream(position, window, self._turn)
         self._streams.append(stream)
