@@ -318,8 +318,8 @@ class Serving:
         if request.error:  # row 25: drained
             payload.left -= size
         else:
-            if size < payload.left:  # cut at the end of a sector, so that no sector is written in two parts
-                size = round_down(payload.offset + size, SECTOR_SIZE) - payload.offset
+            if size < payload.left:  # in whole pages: one written in two parts is read first, or waits for the device
+                size = round_down(payload.offset + size, _KEPT_BYTES) - payload.offset
                 if size < min(payload.left, _WORTH_WRITING_BYTES):
                     return position
             size = min(size, PIECE_BYTES)

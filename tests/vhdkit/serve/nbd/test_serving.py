@@ -82,6 +82,28 @@ def test_writes_of_every_shape(mode: Mode) -> None:
         assert client.read(0, SIZE) == model
 
 
+def test_pieces_of_a_payload_end_at_whole_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However a long payload arrives, no page is written in two parts, which would make the kernel read it first."""
+    export, ends = export_of(empty()), []
+    write = export.disk.try_write_flat
+
+    def noted(offset: int, piece: memoryview) -> bool:
+        ends.append(offset + len(piece))
+        return write(offset, piece)
+
+    monkeypatch.setattr(export.disk, "try_write_flat", noted)
+    start, data = 5 * 512, random.Random(4).randbytes(700_000 // 512 * 512)
+    with serving(export) as running, connect(running, {}) as client:
+        raw = nbd.request(WRITE, start, len(data), cookie=5) + data
+        client._asked[5] = (WRITE, start, len(data))
+        for place in range(0, len(raw), 10_007):
+            client.send_bytes(raw[place : place + 10_007])
+        assert client.answer().error == 0
+        assert client.read(start, len(data)) == data
+    assert len(ends) > 1 and ends[-1] == start + len(data)
+    assert not any(end % (64 * KIB) for end in ends[:-1])
+
+
 @MODES
 def test_dribbled_bytes(mode: Mode) -> None:
     """A client that sends byte by byte is answered like any other."""
