@@ -159,6 +159,9 @@ class _Mending:
             end = overlaps.apply(plan, end)
         elif self._is_cut:
             self._draft.reserve(end - 1, 1)
+            if not lost:  # a bitmap, in whose chunk no block is partially present
+                message = "the file ended inside a sector bitmap of which no bit counts: extended it with zeros"
+                yield Fix("block-cut", message)
         if plan.moved:
             message = f"separated {len(plan.moved)} blocks that overlapped others or structures"
             rest = () if len(missing) else tuple(doubtful)

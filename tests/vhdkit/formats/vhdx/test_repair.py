@@ -371,3 +371,16 @@ def test_faults_while_planning_and_writing(operation: str) -> None:
         else:
             break
     assert at > 1
+
+
+def test_a_cut_bitmap_that_nothing_needs_is_reported() -> None:
+    """A file that ends inside a sector bitmap without partially present blocks is extended, and the repair says so."""
+    store = child()
+    expected = content(store)
+    state(3, BlockState.ZERO)(store)
+    bitmap = int.from_bytes(store.pread(BAT + 8 * 4096, 8), "little") & ~0xFFFFF
+    store.pwrite(BAT + 8 * 4096, (store.size() | BlockState.FULLY_PRESENT).to_bytes(8, "little"))
+    store.pwrite(store.size(), store.pread(bitmap, MIB)[: MIB // 2].ljust(MIB // 2, b"\0"))
+    made, fixes = repaired(store)
+    assert [(fix.code, fix.needs, fix.lost) for fix in fixes] == [("block-cut", None, ())]
+    assert made.size() % MIB == 0 and content(made)[: 3 * MIB] == expected[: 3 * MIB]
