@@ -366,10 +366,14 @@ class Running:
         self._thread.join(PATIENCE_SECONDS)
         assert not self._thread.is_alive(), "the server does not end"
 
-    def close(self) -> None:
-        """Disconnect all clients, then stop."""
+    def drop_all(self) -> None:
+        """Disconnect all clients."""
         for sock in self._clients:
             sock.close()
+
+    def close(self) -> None:
+        """Disconnect all clients, then stop."""
+        self.drop_all()
         self.end()
 
 

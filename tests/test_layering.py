@@ -113,7 +113,10 @@ FILE_ROOMS = (
 # In addition, files of the kernel, not bytes of a disk: its tables of mounts, its switches.
 KERNEL_ROOMS = ("vhdkit/serve/mount/host.py",)
 FILE_MODULES = {"ctypes", "fcntl", "fileinput", "glob", "mmap", "shutil", "tempfile"}
-MODULES_OF_ROOM = {"vhdkit/serve/mount/fuse.py": {"ctypes"}}  # libfuse's buffers, not files
+MODULES_OF_ROOM = {  # libfuse's buffers and the heap, not files
+    "vhdkit/serve/mount/fuse.py": {"ctypes"},
+    "vhdkit/serve/nbd/heap.py": {"ctypes"},
+}
 FILE_METHODS = {"fromfile", "memmap", "tofile"}  # numpy's own ways to access files
 OS_EVERYWHERE = {
     "PathLike",

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from vhdkit.serve.nbd.loop import HANGUP, READABLE, WRITABLE, Loop
 from vhdkit.serve.nbd.stats import Stats
+from vhdkit.units import SECTOR_SIZE, round_up
 
 _WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
@@ -32,6 +33,8 @@ class Channel:
         self._ready = ready
         self._events = READABLE
         self.unsent: list[memoryview] = []
+        self.unsent_bytes = 0
+        self.late_bytes = 0  # sent of what the socket had not accepted at once
         self._closed = False
         loop.watch(self._fd, READABLE, ready)
 
@@ -77,6 +80,32 @@ class Channel:
             if sent == len(data):
                 return
         self.unsent.append(memoryview(bytes(memoryview(data)[sent:])))
+        self.unsent_bytes += len(data) - sent
+
+    def offer(self, data: memoryview, least: int) -> int:
+        """Send what the socket accepts now of data that can be had again; returns how much of it is taken care of.
+
+        Of the rest only what is needed to reach `least` bytes is kept, or a multiple of sectors after that. At least
+        one sector is kept if the socket accepts nothing. With TLS all of the rest is kept: what was encrypted once
+        must be sent.
+        """
+        if self._closed or self.unsent or self.is_secure:
+            self.send(data)
+            return len(data)
+        sent = 0
+        try:
+            sent = self._sock.send(data)
+        except _WOULD_BLOCK:
+            pass
+        except OSError:
+            self.close()
+            return len(data)
+        self._stats.bytes_sent += sent
+        end = min(max(least + round_up(max(sent - least, 0), SECTOR_SIZE), SECTOR_SIZE), len(data))
+        if sent < end:
+            self.unsent.append(memoryview(bytes(data[sent:end])))
+            self.unsent_bytes += end - sent
+        return end
 
     def send_unsent(self) -> None:
         """Send as much of the kept output as the socket accepts."""
@@ -87,6 +116,8 @@ class Channel:
             except _WOULD_BLOCK:
                 return
             self._stats.bytes_sent += sent
+            self.unsent_bytes -= sent
+            self.late_bytes += sent
             if sent < len(data):
                 self.unsent[0] = data[sent:]
             else:
@@ -115,6 +146,11 @@ class Channel:
         else:
             self._loop.change(self._fd, events)
         self._events = events
+
+    def enlarge(self, size_bytes: int) -> None:
+        """Let the kernel keep that much of what the client has not received yet."""
+        with contextlib.suppress(OSError):  # gone already
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size_bytes)
 
     def start_tls(self, context: ssl.SSLContext) -> None:
         """Start encryption, as the server; call `shake_hands` until it is done. No output may be unsent."""
@@ -146,6 +182,7 @@ class Channel:
             return
         self._closed = True
         self.unsent.clear()
+        self.unsent_bytes = 0
         self._loop.unwatch(self._fd)
         if isinstance(self._sock, ssl.SSLSocket):
             with contextlib.suppress(OSError, ValueError):  # send close_notify if that is still possible

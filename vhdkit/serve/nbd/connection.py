@@ -11,16 +11,18 @@ from __future__ import annotations
 import logging
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 from vhdkit.serve.nbd.channel import Channel
 from vhdkit.serve.nbd.export import Export
 from vhdkit.serve.nbd.host import Host
 from vhdkit.serve.nbd.loop import READABLE, WRITABLE
+from vhdkit.serve.nbd.memory import SOCKET_BYTES
 from vhdkit.serve.nbd.options import Handshake, HandshakeState
 from vhdkit.serve.nbd.protocol import BrokenClient, Transmission
 from vhdkit.serve.nbd.serving import Serving
 
+_STEPS = 4  # of a client's turn: each serves the input that was kept, or sends one piece of a long read
 _log = logging.getLogger(__name__)
 
 
@@ -31,8 +33,10 @@ class Connection:
         """Take over a connected, non-blocking socket; `left` is called once the connection is closed."""
         self.peer = peer
         self.number = 0  # of this client, unique in this server
+        self.peer_key: Hashable = None  # see `admission`
+        self.used = False
         self.opened = time.time()
-        self._began = time.monotonic()
+        self._began = self._active = time.monotonic()
         self._host = host
         self._left = left
         self._channel = Channel(host.loop, sock, self.proceed, host.stats)
@@ -40,6 +44,9 @@ class Connection:
         self._serving: Serving | None = None  # set when transmission begins
         self._securing = False
         self._kept = b""  # received, but not served yet
+        self._held_bytes = 0  # what this client makes the server keep, as `Host.memory` knows it
+        self._has_large_socket = False
+        self._goes_on = False  # `proceed` is posted
         self._ending = False  # the connection is closed when the requests in flight are finished
         self._send_handshake()
 
@@ -57,14 +64,28 @@ class Connection:
         """True if it has been connected longer than that without choosing an export."""
         return self._serving is None and time.monotonic() - self._began >= seconds
 
+    def is_idle(self) -> bool:
+        """True if nothing is in flight: no job, no answer that was not collected, no part of a request."""
+        return not (self._held_bytes or self._kept or self._channel.unsent or self._serving is None) and (
+            self._serving.is_idle()
+        )
+
+    def silent_seconds(self) -> float:
+        """How long ago the client last sent or accepted something."""
+        return time.monotonic() - self._active
+
     # -- moving on ----------------------------------------------------------------------------------------------
 
     def proceed(self, events: int = 0) -> None:
         """Continue as far as possible, then wait for what is needed next. `events`: what the socket is ready for."""
         try:
             self._react(events)
+            steps = 1
             while self._step():
-                pass
+                if steps == _STEPS:  # others have their turn
+                    self._go_on_later()
+                    break
+                steps += 1
         except BrokenClient as problem:
             _log.info("%s: %s", self.peer, problem)
             self.close()
@@ -81,6 +102,27 @@ class Connection:
                 self.close()
             else:
                 self._channel.watch(reading=not self._blocked())
+        if self._held_bytes or self._kept or self._channel.unsent or self._serving is None or self._serving.jobs:
+            self._report_memory()
+
+    def _report_memory(self) -> None:
+        held = len(self._kept) + self._channel.unsent_bytes
+        if not self._channel.is_closed():
+            held += self._handshake.kept_bytes
+        if self._serving is not None:
+            held += self._serving.kept_bytes
+        if held != self._held_bytes:
+            self._host.memory.change(held - self._held_bytes)
+            self._held_bytes = held
+
+    def _go_on_later(self) -> None:
+        if not self._goes_on:
+            self._goes_on = True
+            self._host.loop.post(self._go_on)
+
+    def _go_on(self) -> None:
+        self._goes_on = False
+        self.proceed()
 
     def _react(self, events: int) -> None:
         if self._channel.is_closed():
@@ -89,6 +131,14 @@ class Connection:
             self._secure()
             return
         self._channel.ready_to_send(events)
+        if (
+            self._channel.late_bytes
+            and not self._has_large_socket
+            and self._host.memory.gets_large_socket(self._channel.late_bytes)
+        ):
+            self._has_large_socket = True
+            self._channel.enlarge(SOCKET_BYTES)
+        self._active = time.monotonic()
         if events & ~WRITABLE and not self._blocked():
             self._receive()
 
@@ -131,7 +181,7 @@ class Connection:
 
     def _receive(self) -> None:
         buffer, kept = self._host.buffer, len(self._kept)
-        received = self._channel.receive_into(buffer[kept:])
+        received = self._channel.receive_into(buffer[kept : kept + self._host.memory.limits.input_bytes])
         if received is None:
             return
         if not received:
@@ -145,9 +195,11 @@ class Connection:
         """Process what is in the host's buffer, and keep what cannot be served yet."""
         buffer = self._host.buffer
         if self._serving is None:
+            self._handshake.max_output_bytes = self._host.memory.limits.option_bytes
             self._handshake.receive(buffer[:size])
             self._send_handshake()
             return
+        self.used = True
         position = self._serving.serve(buffer, size)
         if position < size:
             self._kept = bytes(buffer[position:size])
@@ -206,7 +258,11 @@ class Connection:
         self._channel.close()
         self._kept = b""
         if self._serving is not None:
-            self._serving.misses.drop()
+            self._serving.drop()
+        if self._has_large_socket:
+            self._has_large_socket = False
+            self._host.memory.large_sockets -= 1
+        self._report_memory()
         left, self._left = self._left, _forgotten
         left(self)
 

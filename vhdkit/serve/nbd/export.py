@@ -134,7 +134,7 @@ class Export:
             return rules.done(request)
         may_split = rules.structured and request.length >= HOLE_WORTH_BYTES and not request.flags & CommandFlag.DF
         if may_split and self.disk.has_known_holes(request.offset, request.length):
-            chunks = self.run_read_piece(rules, request, request.offset, request.length)
+            chunks = self.run_read_piece(rules, request, request.offset, request.length, in_chunks=True)
             return chunks + rules.done(request)
         size = rules.read_header_size
         reply = bytearray(size + request.length)
@@ -142,9 +142,11 @@ class Export:
         self.disk.read_into(request.offset, memoryview(reply)[size:])
         return reply
 
-    def run_read_piece(self, rules: Transmission, request: Request, offset: int, length: int) -> bytes:
+    def run_read_piece(
+        self, rules: Transmission, request: Request, offset: int, length: int, *, in_chunks: bool
+    ) -> bytes:
         """A part of a read: bytes, or content chunks, which do not transmit sectors that no layer owns."""
-        if not rules.structured:
+        if not in_chunks:
             return self.disk.read(offset, length)
         pieces = []
         for start, size, is_hole in self.disk.known_holes(offset, length):

@@ -10,6 +10,7 @@ from vhdkit.readahead import Budget
 from vhdkit.serve.nbd.export import Export
 from vhdkit.serve.nbd.jobs import Jobs
 from vhdkit.serve.nbd.loop import Loop
+from vhdkit.serve.nbd.memory import ClientMemory
 from vhdkit.serve.nbd.options import ExportInfo, Session, TlsMode
 from vhdkit.serve.nbd.stats import Stats
 
@@ -20,7 +21,7 @@ class Host(Protocol):
     loop: Loop
     stats: Stats
     jobs: Jobs
-    job_bytes: int  # data in the jobs of all connections
+    memory: ClientMemory  # what all connections make the server keep
     tls_mode: TlsMode
     tls_context: ssl.SSLContext | None
     buffer: memoryview  # received and not yet served; shared by all connections, which are served one at a time

@@ -36,6 +36,7 @@ Slice: TypeAlias = Callable[[], Any]
 Done: TypeAlias = Callable[[Any], None]
 
 _REST = {Lane.LISTING: 6, Lane.PARTS: 16, Lane.BULK: 15}  # times the slice: five times, for each thread of the lane
+_LOOP_NS = 100_000  # that a slice costs the loop, added to its own time
 _MAX_REST_SECONDS = 0.02  # a slice that waited for a device took none of the others' time
 _RECENT_NS = 5_000_000  # others count as being served this long after their last request
 _RESTED = object()
@@ -149,7 +150,8 @@ class Jobs:
                 raise result
             return result
         self._loop.post(partial(self._settle_early, client, lane, job, result))
-        time.sleep(min(factor * (now - began) / 1e9, _MAX_REST_SECONDS))  # the rest, which leaves time to others
+        rest = factor * (now - began + _LOOP_NS) / 1e9
+        time.sleep(min(rest, _MAX_REST_SECONDS))  # which leaves the time to others
         return _RESTED
 
     def _ended(self, client: Client, lane: Lane, job: Job, result: Any) -> None:

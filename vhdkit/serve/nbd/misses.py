@@ -21,7 +21,6 @@ about to sleep, each client with waiting reads has a job in progress, unless it 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -176,9 +175,9 @@ class Misses:
         replies, header = self._host.replies, rules.read_header_size
         left: list[Miss] = []
         failed: list[Miss] = []
-        filled, missing, now = 0, 0, time.perf_counter_ns()
+        filled, missing, room = 0, 0, self._host.memory.limits.reply_bytes
         for number, miss in enumerate(ready):
-            if filled + header + miss.length > len(replies):
+            if filled and filled + header + miss.length > room:
                 channel.send(replies[:filled])
                 filled = 0
                 if channel.unsent:
@@ -195,7 +194,7 @@ class Misses:
                 filled = start + miss.length
                 missing = 0
                 self._forget(miss)
-                self._host.stats.batch(1, now - miss.began)
+                self._host.stats.served(self._reader, 1, miss.began)
                 continue
             left.append(miss)
             missing += 1

@@ -3,7 +3,7 @@
 
 Decides the answer to each option and when the connection starts transmission, is upgraded to TLS or ends. Sans-IO:
 knows no sockets, no disks and no clock; a function lists the exports. Every length is checked against
-its limit before anything is stored. While `MAX_OUTPUT_BYTES` of answers are unsent, no option is processed, so a
+its limit before anything is stored. While `max_output_bytes` of answers are unsent, no option is processed, so a
 client cannot make the server hold more than that, one more answer, and the input of one call.
 
     receive(bytes) --> output (bytes to send), state
@@ -92,6 +92,7 @@ class Handshake:
         self._shutting_down = False
         self._client_flags: HandshakeFlag | None = None
         self._input = bytearray()
+        self.max_output_bytes = MAX_OUTPUT_BYTES  # the server lowers it when its memory is scarce
         self._skip = 0  # bytes still to come of an option too long to store
         self._options_left = MAX_OPTIONS
         self.is_held_back = False  # options may wait: take the output, then `receive(b"")`, before receiving more
@@ -111,9 +112,14 @@ class Handshake:
         self._input += data
         self.is_held_back = False
         while self.state is HandshakeState.OPTIONS and self._step():
-            if len(self.output) >= MAX_OUTPUT_BYTES:
+            if len(self.output) >= self.max_output_bytes:
                 self.is_held_back = True
                 break
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of input and output."""
+        return len(self._input) + len(self.output)
 
     def take_output(self) -> bytes:
         """The bytes to send now."""

@@ -21,14 +21,16 @@ class Payload:
 
 
 class LongRead:
-    """A read that is sent in pieces: separate chunks, or the single body of a simple reply."""
+    """A read that is sent in pieces: separate chunks, or the single body of a simple reply or a chunk."""
 
-    __slots__ = ("began", "offset", "request")
+    __slots__ = ("began", "chunk_end", "in_chunks", "offset", "request")
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, *, in_chunks: bool) -> None:
         self.request = request
+        self.in_chunks = in_chunks
         self.began = time.perf_counter_ns()
-        self.offset = request.offset
+        self.offset = request.offset  # of what was neither sent nor kept for sending
+        self.chunk_end = request.offset if in_chunks else self.end  # of the data that the last header announced
 
     @property
     def end(self) -> int:

@@ -199,9 +199,11 @@ class Transmission:
         wire.SIMPLE_REPLY.pack_into(buffer, position, wire.SIMPLE_REPLY_MAGIC, 0, cookie)
         return wire.SIMPLE_REPLY.size
 
-    def begin_simple_read(self, request: Request) -> bytes:
-        """The header of a simple reply whose data follows in pieces."""
-        return wire.SIMPLE_REPLY.pack(wire.SIMPLE_REPLY_MAGIC, 0, request.cookie)
+    def begin_whole_read(self, request: Request) -> bytes:
+        """The header of a simple reply, or of a reply in one chunk, whose data follows in pieces."""
+        header = bytearray(self.read_header_size)
+        self.put_read_header(memoryview(header), 0, request.cookie, request.offset, request.length)
+        return bytes(header)
 
     def data_chunk(self, request: Request, offset: int, length: int) -> bytes:
         """The header of one of several data chunks of a read."""

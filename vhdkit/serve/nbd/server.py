@@ -8,31 +8,36 @@ answered, and the disks flushed and closed. Must not know the protocol (`connect
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import itertools
 import logging
 import socket
 import ssl
+import struct
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 from vhdkit import errors
 from vhdkit.readahead import Budget
+from vhdkit.serve.nbd.admission import makes_room
 from vhdkit.serve.nbd.connection import Connection
-from vhdkit.serve.nbd.export import PIECE_BYTES, Export
+from vhdkit.serve.nbd.export import Export
+from vhdkit.serve.nbd.heap import trim
 from vhdkit.serve.nbd.jobs import Jobs
-from vhdkit.serve.nbd.loop import READABLE, Loop
+from vhdkit.serve.nbd.loop import READABLE, Lane, Loop
+from vhdkit.serve.nbd.memory import AMPLE, ClientMemory
 from vhdkit.serve.nbd.options import ExportInfo, Session, TlsMode
 from vhdkit.serve.nbd.stats import Stats
-from vhdkit.units import KIB, MIB
+from vhdkit.units import KIB
 
-BUFFER_BYTES = MIB // 2  # received at once, and the most that is kept of one client's input
-_REPLY_ROOM_BYTES = PIECE_BYTES + 64 * KIB
-SOCKET_BUFFER_BYTES = 2 * MIB
+BUFFER_BYTES = AMPLE.input_bytes + AMPLE.kept_bytes + 64 * KIB  # a request that is incomplete, and more input
 MAX_CONNECTIONS = 1024
 HANDSHAKE_SECONDS = 600.0  # for a client to choose an export; a person may be typing options
 GRACE_SECONDS = 10.0  # for clients to receive their last answers
 HANG_UP_SECONDS = 2.0
+_CREDENTIALS = struct.Struct("iII")  # unix(7), SO_PEERCRED: process, user, group
+_TRIM_SECONDS = 0.5  # after a client has left: usually others leave with it
 _ACCEPT_AGAIN_SECONDS = 0.2  # out of descriptors: a moment later some may be free
 _LOOK_SECONDS = 0.2  # an event ends the wait; this is between checks whether the server has ended
 _log = logging.getLogger(__name__)
@@ -70,12 +75,12 @@ class NbdServer:
         self.loop = Loop()
         self.stats = Stats()
         self.jobs = Jobs(self.loop, self.stats, self.drained)
-        self.job_bytes = 0
+        self.memory = ClientMemory()
         self.read_ahead = Budget()
         self.buffer = memoryview(
             bytearray(BUFFER_BYTES)
         )  # both buffers are shared by all connections, which are served one at a time
-        self.replies = memoryview(bytearray(_REPLY_ROOM_BYTES))
+        self.replies = memoryview(bytearray(AMPLE.reply_bytes))
         self.connections: list[Connection] = []
         self._on_leaving: list[Callable[[], None]] = []  # called when a client leaves
         self._exit_last = exit_last
@@ -89,6 +94,7 @@ class NbdServer:
         self._users = 0  # threads that use disks of exports outside of requests
         self._left_alone = threading.Condition()
         self._judging = False  # a check for undecided clients is scheduled
+        self._trimming = False  # a look at the heap is scheduled
 
     def catalog(self) -> list[ExportInfo]:
         """The current exports."""
@@ -109,45 +115,45 @@ class NbdServer:
         except (BlockingIOError, ConnectionAbortedError):
             return
         except OSError as error:  # out of descriptors: disconnect some clients before the next attempt
-            self._make_room()
+            self._make_room(None)
             _log.error("cannot accept a connection: %s", error)
             self.loop.unwatch(listener.fileno())
             self.loop.call_later(_ACCEPT_AGAIN_SECONDS, lambda: self._watch_again(listener))
             return
-        if len(self.connections) >= MAX_CONNECTIONS and not self._make_room():
-            _log.warning("more than %d clients: one is disconnected", MAX_CONNECTIONS)
+        if len(self.connections) >= MAX_CONNECTIONS and not self._make_room(_peer_key(sock, address)):
+            _log.warning("more than %d clients: a new one is turned away", MAX_CONNECTIONS)
             sock.close()
             return
-        self.adopt(sock, _peer_name(sock, address))
+        self.adopt(sock, _peer_name(sock, address), _peer_key(sock, address))
 
     def _watch_again(self, listener: socket.socket) -> None:
         if not self._ending:
             self.loop.watch(listener.fileno(), READABLE, lambda events: self._accept(listener))
 
-    def adopt(self, sock: socket.socket, peer: str) -> None:
+    def adopt(self, sock: socket.socket, peer: str, peer_key: Hashable = None) -> None:
         """Serve a connected socket."""
         sock.setblocking(False)
         try:
             if sock.family != socket.AF_UNIX:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # row 42
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER_BYTES)
         except OSError as error:  # gone already
             _log.debug("%s: %s", peer, error)
             sock.close()
             return
         connection = Connection(self, sock, peer, self._left)
-        connection.number = next(self._numbers)
+        connection.number, connection.peer_key = next(self._numbers), peer_key
         self.connections.append(connection)
         self._judge_later()
         connection.proceed()  # the client may have hung up before the greeting
 
-    def _make_room(self) -> bool:
-        """Disconnect the oldest client that has not chosen an export: idle connections must not exhaust the limit."""
-        undecided = next((one for one in self.connections if one.is_undecided(0)), None)
-        if undecided is not None:
-            _log.warning("more than %d clients: one that has not chosen an export is disconnected", MAX_CONNECTIONS)
-            undecided.close()
-        return undecided is not None
+    def _make_room(self, newcomer: Hashable) -> bool:
+        """Disconnect a client for a new one of that peer, if there is one that may be; see `admission`."""
+        found = makes_room(self.connections, newcomer, MAX_CONNECTIONS)
+        if found is not None:
+            state = "has chosen no export" if found.export is None else f"was idle for {found.silent_seconds():.0f} s"
+            _log.warning("more than %d clients: %s, which %s, is disconnected", MAX_CONNECTIONS, found.peer, state)
+            found.close()
+        return found is not None
 
     def _judge_later(self) -> None:
         if not self._judging:
@@ -266,8 +272,16 @@ class NbdServer:
             self.connections.remove(connection)
         for look in list(self._on_leaving):
             look()
+        if not self._trimming:
+            self._trimming = True
+            self.loop.call_later(_TRIM_SECONDS, self._trim)
         if not self.connections and (self._ending or (self._exit_last and connection.export is not None)):
             self.loop.stop()
+
+    def _trim(self) -> None:
+        self._trimming = False
+        if not self._ending and self.memory.should_trim():
+            self.loop.submit(trim, lambda result: None, Lane.BULK)
 
     # -- holding still ------------------------------------------------------------------------------------------
 
@@ -386,3 +400,16 @@ def _peer_name(sock: socket.socket, address: object) -> str:
     if isinstance(address, tuple):
         return f"{address[0]}:{address[1]}"
     return f"unix client {sock.fileno()}"
+
+
+def _peer_key(sock: socket.socket, address: object) -> Hashable:
+    """What connections of one peer have in common: see `admission`."""
+    if isinstance(address, tuple):
+        found = ipaddress.ip_address(str(address[0]).partition("%")[0])
+        if isinstance(found, ipaddress.IPv6Address):
+            return found.ipv4_mapped or found.packed[:8]
+        return found
+    with contextlib.suppress(OSError):
+        raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        return int(_CREDENTIALS.unpack(raw)[0])
+    return None

@@ -6,7 +6,7 @@ directly from and into shared buffers, and answers with one `send`. Must not kno
 or how they are encoded (`nbd.protocol`).
 
 Payloads reach the disk in pieces as they arrive, and long reads are sent in pieces, so no memory allocation depends on
-a size that a client chooses. A client has at most `MAX_JOBS` small jobs and one batch of answers that it has not read.
+a size that a client chooses. How large pieces are, and how much a client may have in jobs, is decided in `memory`.
 """
 
 from __future__ import annotations
@@ -18,30 +18,31 @@ from collections.abc import Callable
 
 from vhdkit import errors
 from vhdkit.disk import Disk
+from vhdkit.serve.nbd.answering import Answering
 from vhdkit.serve.nbd.channel import Channel
 from vhdkit.serve.nbd.export import HOLE_WORTH_BYTES, PIECE_BYTES, Export, error_number, error_reply
 from vhdkit.serve.nbd.host import Host
 from vhdkit.serve.nbd.jobs import Job
 from vhdkit.serve.nbd.loop import Lane
+from vhdkit.serve.nbd.memory import MISS_BYTES
 from vhdkit.serve.nbd.misses import LARGE_BYTES, Misses
 from vhdkit.serve.nbd.pieces import LongRead, Payload
 from vhdkit.serve.nbd.protocol import Request, Transmission
+from vhdkit.serve.nbd.slices import STATUS_RUNS
 from vhdkit.serve.nbd.wire import Command, CommandFlag
-from vhdkit.units import KIB, MIB, SECTOR_SIZE, round_down
+from vhdkit.units import KIB, SECTOR_SIZE, round_down
 
 MAX_JOBS = 64  # of one client at once
-MAX_JOB_BYTES = 4 * MIB  # of data in one client's jobs
-MAX_ALL_JOB_BYTES = 64 * MIB  # in all clients' jobs; beyond that, each client has one job at a time
 _LAST_HEADER_BYTES = 64  # the longest header before data
-_KEPT_BYTES = 64 * KIB  # payloads up to this size are processed when they are complete
+_RELAXING_BYTES = 64 * KIB  # of answers in a batch: its client does not wait for one small answer at a time
 _WORTH_WRITING_BYTES = 16 * KIB  # a longer payload is collected up to this size before each write
 _CHANGING = frozenset({Command.WRITE, Command.WRITE_ZEROES, Command.TRIM})
-_SLOW = frozenset({Command.BLOCK_STATUS, Command.CACHE})
+_STATUS_BYTES = 16  # of a descriptor, in the answer and while it is collected
 _READ, _WRITE = int(Command.READ), int(Command.WRITE)
 _log = logging.getLogger(__name__)
 
 
-class Serving:
+class Serving(Answering):
     """One client's requests. All methods run on the loop's thread."""
 
     def __init__(
@@ -55,22 +56,28 @@ class Serving:
         proceed: Callable[[], None],
     ) -> None:
         """`proceed` is called when a job is done: more can be served, or the connection can end."""
-        self.export = export
+        super().__init__(host, channel, rules, export, peer=peer, proceed=proceed)
         self.ended = False  # the client sent DISC
-        self.jobs = 0
         self.queues: dict[Lane, deque[Job]] = {}
-        self._job_bytes = 0
-        self._host = host
         self._loop = host.loop
-        self._channel = channel
-        self._rules = rules
-        self._peer = peer
-        self._proceed = proceed
-        self._late: list[bytes | bytearray] = []  # answers that wait for the end of a long read
+        self._memory = host.memory
         self._payload: Payload | None = None
-        self._long_read: LongRead | None = None
         self.misses = Misses(self, host, channel, rules, proceed)
         self._waiting = False  # for a job that must finish before anything more can be served
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of jobs, of reads that wait for a device, and of answers that wait."""
+        return self._job_bytes + self._late_bytes + self.misses.count * MISS_BYTES
+
+    def is_idle(self) -> bool:
+        """True if no request is in progress."""
+        return not (self.jobs or self.misses.count or self._payload or self._long_read or self._waiting)
+
+    def drop(self) -> None:
+        """The client is gone: forget what it was to get."""
+        self._forget_late()
+        self.misses.drop()
 
     def blocked(self) -> bool:
         """True while no further requests are accepted."""
@@ -80,8 +87,7 @@ class Serving:
             or self._waiting
             or self.ended
             or self.jobs >= MAX_JOBS
-            or self._job_bytes >= MAX_JOB_BYTES
-            or (self.jobs and self._host.job_bytes >= MAX_ALL_JOB_BYTES)
+            or self._job_bytes >= self._memory.limits.jobs_bytes
             or self._long_read is not None
             or self.export.held
         )
@@ -109,7 +115,7 @@ class Serving:
             request = self._rules.next_request(buffer, position, end)
             if request is None:
                 break
-            if position + self._rules.request_size + min(request.payload_bytes, _KEPT_BYTES) > end:
+            if position + self._rules.request_size + min(request.payload_bytes, self._memory.limits.kept_bytes) > end:
                 break  # keep it until it is complete, or until there is enough of it to write in pieces
             if self.export.bulk and self._is_common_write(request):
                 self._wait_for_bulk()
@@ -127,13 +133,14 @@ class Serving:
         try_read, try_write, has_holes = disk.try_read_flat, disk.try_write_flat, disk.has_known_holes
         put_read_header, put_done, write_flags = rules.put_read_header, rules.put_done, rules.write_flags
         header_size, hole_worth = rules.read_header_size, HOLE_WORTH_BYTES if rules.structured else PIECE_BYTES + 1
-        replies, room = self._host.replies, len(self._host.replies) - _LAST_HEADER_BYTES
+        limits, replies = self._memory.limits, self._host.replies
+        room, longest = limits.reply_bytes - _LAST_HEADER_BYTES, limits.piece_bytes
         misses, marks, try_large = self.misses, self.misses.marks, self.misses.try_large
         began, filled, served = time.perf_counter_ns(), 0, 0
         try:
             while end - position >= request_size:
                 found, flags, command, cookie, offset, length = unpack(buffer, position)
-                if found != magic or not 0 < length <= PIECE_BYTES or offset + length > size_bytes:
+                if found != magic or not 0 < length <= longest or offset + length > size_bytes:
                     break
                 if command == _READ and flags == 0:
                     start = filled + header_size
@@ -174,7 +181,7 @@ class Serving:
         self._channel.send(replies[:filled])
         if served:
             self._host.stats.served(self, served, began)
-            self._loop.relaxed = served > 1 or filled > _KEPT_BYTES
+            self._loop.relaxed = served > 1 or filled > _RELAXING_BYTES
         return position
 
     def _is_common_write(self, request: Request) -> bool:
@@ -182,7 +189,7 @@ class Serving:
         return (
             request.command == Command.WRITE
             and not request.error
-            and request.payload_bytes <= _KEPT_BYTES
+            and request.payload_bytes <= self._memory.limits.kept_bytes
             and not (request.offset | request.length) % self.export.disk.unit_bytes
         )
 
@@ -204,20 +211,20 @@ class Serving:
 
     def _begin(self, request: Request, buffer: memoryview, start: int, end: int) -> int:
         """Start a request that is not served at once; returns where the next one begins."""
-        rules = self._rules
+        rules, limits = self._rules, self._memory.limits
         if request.command == Command.DISC:  # row 31
             self.ended = True
             return end
         stop = start + request.payload_bytes
-        if request.payload_bytes > _KEPT_BYTES:
+        if request.payload_bytes > limits.kept_bytes or stop > end:
             self._payload = Payload(request)
             return start
         if request.error:
             self._channel.send(rules.error(request, request.error))
-        elif request.command == Command.READ and request.length > PIECE_BYTES:
-            self._long_read = LongRead(request)
-            if not rules.structured:
-                self._channel.send(rules.begin_simple_read(request))
+        elif request.command == Command.READ and request.length > limits.piece_bytes:
+            self._long_read = LongRead(request, in_chunks=rules.structured and not request.flags & CommandFlag.DF)
+            if not self._long_read.in_chunks:
+                self._channel.send(rules.begin_whole_read(request))
         elif request.command == Command.FLUSH:
             self._flush_then(rules.done(request), request)
         else:
@@ -228,9 +235,11 @@ class Serving:
 
     def submit(self, request: Request, payload: bytes | None, after: Callable[[], None] | None = None) -> None:
         """Let a worker execute it, then answer; with FUA, when it is durable (row 31). `after` precedes the answer."""
-        rules, size = self._rules, request.length if request.command in (Command.READ, Command.WRITE) else 0
-        if request.command in _SLOW:
-            size = MAX_JOB_BYTES // 2  # so that each client has at most two of them at once
+        rules = self._rules
+        descriptors = self._memory.limits.descriptors
+        size = request.length if request.command in (Command.READ, Command.WRITE) else 0
+        if request.command == Command.BLOCK_STATUS:
+            size = _STATUS_BYTES * min(descriptors, STATUS_RUNS * len(rules.session.contexts))
         self._job_begins(size)
         began = time.perf_counter_ns()
 
@@ -248,7 +257,7 @@ class Serving:
                 after()
             self._answer(answer)
 
-        lane, work = self.export.work_of(rules, request, payload)
+        lane, work = self.export.work_of(rules, request, payload, descriptors=descriptors)
         takes_lock = request.command in (Command.WRITE_ZEROES, Command.TRIM)
         self._host.jobs.add(self, work, done, lane, must_run=request.command == Command.WRITE, takes_lock=takes_lock)
 
@@ -263,50 +272,6 @@ class Serving:
 
         self._host.jobs.add(self, lambda: (work(self.export.disk), True), ended, must_run=False)
 
-    def _flush_then(self, answer: bytes | bytearray, request: Request) -> None:
-        """Send `answer` when everything written so far is durable."""
-        rules, export = self._rules, self.export
-        self._job_begins()
-        export.jobs += 1
-        began = time.perf_counter_ns()
-
-        def done(failure: BaseException | None) -> None:
-            self._job_ends()
-            export.jobs -= 1
-            if export.held and not export.jobs:
-                self._host.drained(export)
-            if request.command == Command.FLUSH:
-                self._host.stats.batch(1, time.perf_counter_ns() - began)
-            if failure is not None:
-                self._log_failure(request, failure)
-            self._answer(answer if failure is None else error_reply(rules, request, failure))
-
-        export.flush(self._loop, done)
-
-    def _job_begins(self, size_bytes: int = 0) -> None:
-        self._job_bytes += size_bytes
-        self._host.job_bytes += size_bytes
-        self.jobs += 1
-
-    def _job_ends(self, size_bytes: int = 0) -> None:
-        self._job_bytes -= size_bytes
-        self._host.job_bytes -= size_bytes
-        self.jobs -= 1
-
-    def is_gone(self) -> bool:
-        """True when the client has been disconnected."""
-        return self._channel.is_closed()
-
-    def _answer(self, answer: bytes | bytearray) -> None:
-        """Send an answer from a job, but never inside the chunk of a long read."""
-        if self._channel.is_closed():
-            return
-        if self._long_read is not None:
-            self._late.append(answer)
-        else:
-            self._channel.send(answer)
-        self._proceed()
-
     # -- payloads that arrive in pieces -------------------------------------------------------------------------
 
     def _take_payload(self, buffer: memoryview, position: int, end: int) -> int:
@@ -319,18 +284,17 @@ class Serving:
             payload.left -= size
         else:
             if size < payload.left:  # in whole pages: one written in two parts is read first, or waits for the device
-                size = round_down(payload.offset + size, _KEPT_BYTES) - payload.offset
+                size = round_down(payload.offset + size, self._memory.limits.kept_bytes) - payload.offset
                 if size < min(payload.left, _WORTH_WRITING_BYTES):
                     return position
             size = min(size, PIECE_BYTES)
-            if not self._write_piece(payload, buffer[position : position + size]):
-                return position
+            size = self._write_piece(payload, buffer[position : position + size])
         if not payload.left and not self._waiting:
             self._end_payload(payload)
         return position + size
 
-    def _write_piece(self, payload: Payload, piece: memoryview) -> bool:
-        """Write at once or in a job; False if the piece must be kept until a slice that has the lock ends."""
+    def _write_piece(self, payload: Payload, piece: memoryview) -> int:
+        """Write at once or in a job; returns how much of the piece that was, nothing while a slice has the lock."""
         export = self.export
         offset = payload.offset
         problem = None
@@ -340,17 +304,20 @@ class Serving:
             is_done, problem = True, error
         if not is_done and export.bulk and not (offset | len(piece)) % export.disk.unit_bytes:
             self._wait_for_bulk()
-            return False
+            return 0
+        if not is_done and len(piece) > self._memory.limits.piece_bytes:  # the rest is kept as input
+            piece = piece[: round_down(offset + self._memory.limits.piece_bytes, SECTOR_SIZE) - offset]
         payload.offset += len(piece)
         payload.left -= len(piece)
         if problem is not None:
             self._fail_payload(payload, problem)
         if is_done:
             self._loop.relaxed = True
-            return True
+            self._host.stats.served(self, 0, payload.began)
+            return len(piece)
         data = bytes(piece)
         self._waiting = True
-        self._job_begins()
+        self._job_begins(len(data))
 
         def done(result: object) -> None:
             self._waiting = False
@@ -358,7 +325,7 @@ class Serving:
                 self._fail_payload(payload, result)
             if not payload.left:
                 self._end_payload(payload)
-            self._job_ends()
+            self._job_ends(len(data))
             self._proceed()
 
         def write() -> bool:
@@ -366,7 +333,7 @@ class Serving:
             return True
 
         self._host.jobs.add(self, write, done)
-        return True
+        return len(data)
 
     def _fail_payload(self, payload: Payload, problem: BaseException) -> None:
         """Drain the rest; the answer is the first error."""
@@ -390,47 +357,64 @@ class Serving:
 
     def _continue_long_read(self, reading: LongRead) -> None:
         """Send the next piece: at once if that needs no waiting, otherwise when a worker has read it."""
-        rules, export = self._rules, self.export
+        rules, export, limits = self._rules, self.export, self._memory.limits
         request, offset = reading.request, reading.offset
         if offset == reading.end:
-            self._end_long_read(rules.done(request) if rules.structured else b"")
+            self._end_long_read(rules.done(request) if reading.in_chunks else b"")
             return
-        size = min(reading.end - offset, PIECE_BYTES)
-        self.misses.read_ahead(offset, size)
-        reading.offset += size
-        head = rules.data_chunk(request, offset, size) if rules.structured else b""
+        is_new = offset == reading.chunk_end  # else the rest of a chunk is due, without a header
+        end = reading.end if is_new else reading.chunk_end
+        size = min(end - offset, limits.piece_bytes if self._channel.is_secure else limits.offer_bytes)
+        head = rules.data_chunk(request, offset, size) if is_new else b""
         reply = self._host.replies[: len(head) + size]
         try:
-            has_holes = rules.structured and export.disk.has_known_holes(offset, size)
+            has_holes = is_new and export.disk.has_known_holes(offset, size)
             if not has_holes and export.disk.try_read_flat(offset, reply[len(head) :]):
                 reply[: len(head)] = head
-                self._channel.send(reply)
+                reading.chunk_end = max(reading.chunk_end, offset + size)
+                to_sector = min(-offset % SECTOR_SIZE, size)  # so that no sector is read in two parts
+                reading.offset = offset + self._channel.offer(reply, len(head) + to_sector) - len(head)
+                self.misses.read_ahead(offset, max(reading.offset - offset, 1))
+                self._host.stats.served(self, 0, reading.began)
                 return
         except errors.VhdkitError as problem:
-            self._fail_long_read(request, problem)
+            self._fail_long_read(reading, problem)
             return
+        self._read_in_job(reading, is_new, min(size, limits.piece_bytes))
+
+    def _read_in_job(self, reading: LongRead, is_new: bool, size: int) -> None:
+        """Let a worker read the next piece: chunks of their own, or the rest of one."""
+        rules, export = self._rules, self.export
+        request, offset = reading.request, reading.offset
+        self.misses.read_ahead(offset, size)
         self._waiting = True
-        self._job_begins()
+        self._job_begins(size)
 
         def done(result: bytes | BaseException) -> None:
-            self._job_ends()
+            self._job_ends(size)
             self._waiting = False
             if isinstance(result, BaseException):
-                self._fail_long_read(request, result)
+                self._fail_long_read(reading, result)
             else:
+                reading.offset = offset + size
+                reading.chunk_end = max(reading.chunk_end, reading.offset)
                 self._channel.send(result)
             self._proceed()
 
         lane = Lane.PARTS if (offset | size) % SECTOR_SIZE else Lane.WORK
         self._host.jobs.add(
-            self, lambda: export.run_read_piece(rules, request, offset, size), done, lane, must_run=False
+            self,
+            lambda: export.run_read_piece(rules, request, offset, size, in_chunks=is_new),
+            done,
+            lane,
+            must_run=False,
         )
 
-    def _fail_long_read(self, request: Request, problem: BaseException) -> None:
-        """Rows 33 and 34: no chunk is cut short, and a simple reply that promised success ends the connection."""
-        rules = self._rules
+    def _fail_long_read(self, reading: LongRead, problem: BaseException) -> None:
+        """Rows 33 and 34: no chunk is cut short; after a header that promised the data the connection ends."""
+        rules, request = self._rules, reading.request
         self._log_failure(request, problem)
-        if rules.structured:
+        if reading.offset == reading.chunk_end:
             self._end_long_read(error_reply(rules, request, problem))
         else:
             self._channel.close()
@@ -440,11 +424,4 @@ class Serving:
             self._host.stats.batch(1, time.perf_counter_ns() - self._long_read.began)
         self._long_read = None
         self._channel.send(last)
-        late, self._late = self._late, []
-        for answer in late:
-            self._channel.send(answer)
-
-    def _log_failure(self, request: Request, problem: BaseException) -> None:
-        self._host.stats.errors += 1
-        name = Command(request.command).name if request.command in list(Command) else str(request.command)
-        _log.warning("%s: %s of %d bytes at byte %d: %s", self._peer, name, request.length, request.offset, problem)
+        self._send_late()

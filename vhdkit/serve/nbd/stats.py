@@ -27,7 +27,10 @@ class Stats:
     _other_ns: int = _NEVER  # when the last one other than it was
 
     def served(self, client: object, count: int, began_ns: int) -> None:
-        """Count requests of `client` that were served together on the loop since `began_ns` (`perf_counter_ns`)."""
+        """Count requests of `client` that were served together on the loop since `began_ns` (`perf_counter_ns`).
+
+        None, if a part of a request was served.
+        """
         now = time.perf_counter_ns()
         self.requests += count
         self.latency[min((now - began_ns).bit_length(), _BUCKETS - 1)] += count

@@ -81,6 +81,24 @@ def test_idle_connections_do_not_exhaust_the_limit(tmp_path: Path, monkeypatch: 
         assert all(len(client.read(0, 512)) == 512 for client in working)
 
 
+def test_a_greedy_peer_makes_room_for_new_clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the limit, a peer with more than its share loses what it never used, then what has been idle longest."""
+    monkeypatch.setattr(nbd_server, "MAX_CONNECTIONS", 5)
+    monkeypatch.setattr("vhdkit.serve.nbd.admission.LEAST_SHARE", 2)
+    with serving(export_of(child())) as running:
+        path = listening(running, tmp_path / "socket")
+        guest = running.client()  # of another peer
+        greedy = [running.dial(path).start().go() for _ in range(4)]
+        for client in (greedy[1], greedy[0], greedy[3]):
+            assert len(client.read(0, 512)) == 512
+        newcomer = running.dial(path).start().go()
+        assert greedy[2].is_hung_up() and len(newcomer.read(0, 512)) == 512
+        another = running.dial(path).start().go()
+        assert greedy[1].is_hung_up(), "it was idle for longest"
+        for client in (guest, greedy[0], greedy[3], newcomer, another):
+            assert len(client.read(0, 512)) == 512
+
+
 def test_clients_that_do_not_finish_negotiation_are_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that never selects an export is disconnected after a while; one that has may be silent."""
     monkeypatch.setattr(nbd_server, "HANDSHAKE_SECONDS", 0.2)
@@ -167,7 +185,9 @@ def test_client_death_with_requests_in_flight() -> None:
             client.sock.close()
         assert len(good.read(0, SIZE)) == SIZE
         wait_until(lambda: len(running.server.connections) == 1, "the others have gone")
-        wait_until(lambda: running.server.job_bytes == 0 and running.server.exports[0].jobs == 0, "its jobs are done")
+        wait_until(
+            lambda: running.server.memory.used_bytes == 0 and running.server.exports[0].jobs == 0, "its jobs are done"
+        )
 
 
 class SlowReads(MemStore):
@@ -230,6 +250,24 @@ def test_hold() -> None:
             for client, count in zip(clients, asked, strict=True):
                 assert not any(answer.error for answer in client.answers(count).values())
         assert all(client.read(4096 * number, 4000) == b"\6" * 4000 for number, client in enumerate(clients))
+
+
+def test_a_hold_beside_many_listings() -> None:
+    """A hold begins although most of the listings of many clients have not begun; afterwards all are answered."""
+    export = export_of(child())
+    with serving(export) as running:
+        clients = [running.client(contexts=["base:allocation"]) for _ in range(50)]
+        for client in clients:
+            for _ in range(8):
+                client.send(STATUS, 0, SIZE)
+        running.on_loop()
+        with running.server.hold([export]) as hold:
+            assert not export.jobs and not hold.seconds
+            waiting = sum(one._serving.jobs for one in running.server.connections if one._serving is not None)
+        assert waiting, "all was answered before the hold: the test could not fail"
+        assert hold.seconds > 0
+        for client in clients:
+            assert not any(answer.error for answer in client.answers(8).values())
 
 
 def test_holds_take_turns_and_end_with_the_server() -> None:
