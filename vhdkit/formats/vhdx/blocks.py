@@ -283,12 +283,11 @@ class VhdxImage:
             commit.prepare_bits(bitmap_offset + within, self._bytes_of_bits)
 
         def fill_both(start: int) -> None:
-            if before:
-                commit.prepare_bits(start + within, self._bytes_of_bits)
+            commit.prepare_bits(start + within, self._bytes_of_bits)
             if fill is not None:
                 fill(start + before)
 
-        start = commit.place(before + size, fill_both)
+        start = commit.place(before + size, fill_both if before else fill)
         with commit.changing:
             if before:
                 commit.point_bitmap(chunk, start)

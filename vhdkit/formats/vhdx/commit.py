@@ -189,7 +189,8 @@ class Commit:
     def set_entry(self, entry_index: int, state: BlockState, offset_bytes: int = 0) -> None:
         """As `point`, for any entry of the BAT (in `changing`)."""
         number = entry_index // ENTRIES_PER_PAGE
-        self._reserved.ensure(self._bat.offset_bytes + number * SECTOR)
+        if number not in self._dirty_bat:  # a dirty page has space
+            self._reserved.ensure(self._bat.offset_bytes + number * SECTOR)
         if self._notes is not None:
             before, after = (
                 one.to_bytes(layout.BAT_ENTRY_SIZE, "little")
@@ -208,15 +209,18 @@ class Commit:
 
     def prepare_entry(self, entry_index: int) -> None:
         """Do what could make `set_entry` fail. Raises NoSpace, IoFailed."""
-        with self.lock:
-            self._reserved.ensure(self._bat.offset_bytes + entry_index // ENTRIES_PER_PAGE * SECTOR)
+        number = entry_index // ENTRIES_PER_PAGE
+        if number not in self._dirty_bat:
+            with self.lock:
+                self._reserved.ensure(self._bat.offset_bytes + number * SECTOR)
 
     def prepare_bits(self, offset_bytes: int, size_bytes: int) -> None:
         """Do what could make `put_bits` fail for these bytes. Raises NoSpace, IoFailed."""
-        with self.lock:
-            for page in range(round_down(offset_bytes, SECTOR), offset_bytes + size_bytes, SECTOR):
-                self._reserved.ensure(page)
-                self._page_to_change(page)
+        for page in range(offset_bytes // SECTOR * SECTOR, offset_bytes + size_bytes, SECTOR):
+            if page not in self._dirty_bits:
+                with self.lock:
+                    self._reserved.ensure(page)
+                    self._page_to_change(page)
 
     def point_bitmap(self, chunk_index: int, offset_bytes: int) -> None:
         """Give a chunk a sector bitmap of zeros at this place, which no flush may show before (in `changing`)."""
@@ -252,7 +256,8 @@ class Commit:
         before = kept[within : within + len(raw)]
         if before == raw:
             return
-        self._reserved.ensure(page)
+        if page not in self._dirty_bits:
+            self._reserved.ensure(page)
         if self._notes is not None:
             self._changed.append(NotedBytes(offset_bytes, bytes(before), bytes(raw)))
         kept[within : within + len(raw)] = raw
