@@ -57,7 +57,8 @@ def fragmented(folder: Path) -> Path:
 @contextmanager
 def attacked(target: Running, kind: str, clients: int) -> Iterator[None]:
     """While the block runs, the server is attacked."""
-    command = [sys.executable, "-m", "benchmarks.hostile_clients", str(target.socket_path), kind, str(clients)]
+    program = "from benchmarks.hostile_clients import main; main()"
+    command = [sys.executable, "-c", program, str(target.socket_path), kind, str(clients)]
     process = subprocess.Popen(command, cwd=peers.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

@@ -4,7 +4,7 @@
 Decides what an attack sends. Only the unix socket of a benchmark's own server is attacked, for as long as the process
 runs; it prints "ready" when all its clients have sent their first requests.
 
-    python -m benchmarks.hostile_clients SOCKET KIND CLIENTS
+    python -c 'from benchmarks.hostile_clients import main; main()' SOCKET KIND CLIENTS
 """
 
 from __future__ import annotations
@@ -191,7 +191,3 @@ def main() -> None:
             for key, _ in selector.select():
                 if not key.data.collect():
                     selector.unregister(key.fileobj)
-
-
-if __name__ == "__main__":
-    main()
