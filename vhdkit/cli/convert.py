@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import click
 
@@ -23,6 +22,7 @@ from vhdkit.cli.common import BLOCK_SIZE_HELP, PATH, STREAM, Common, epilog, ima
 from vhdkit.cli.common import size as parsed_size
 from vhdkit.cli.naming import format_by_name, note_other_name, refuse_contradiction
 from vhdkit.cli.output import exact_size, note, print_json
+from vhdkit.cli.pipes import PipeReader, PipeWriter
 from vhdkit.cli.progress import progress_shown
 from vhdkit.errors import printable
 from vhdkit.formats.format import DEFAULT_BLOCK_SIZE
@@ -141,7 +141,7 @@ def _run(job: _Conversion, common: Common, wanted: bool | None) -> int:
     return made
 
 
-def _refuse_layers(output: Any, chain: Chain) -> None:
+def _refuse_layers(output: PipeWriter, chain: Chain) -> None:
     """Refuse a standard output that was redirected into a file of the source."""
     try:
         identity = identity_of(output.fileno())
@@ -172,7 +172,7 @@ def _from_pipe(job: _Conversion, common: Common, wanted: bool | None) -> int:
 def _standard_input() -> Callable[[int], bytes]:
     if sys.stdin is None or sys.stdin.isatty():
         raise InvalidArgument("standard input is a terminal or closed, not a disk image")
-    stream = sys.stdin.buffer
+    stream = PipeReader(sys.stdin.buffer)
 
     def read(size_bytes: int) -> bytes:
         with translated("standard input", "read"):
@@ -181,13 +181,13 @@ def _standard_input() -> Callable[[int], bytes]:
     return read
 
 
-def _standard_output() -> Any:
+def _standard_output() -> PipeWriter:
     stream = getattr(sys.stdout, "buffer", None)
     if stream is None or sys.stdout.isatty():
         raise InvalidArgument(
             "standard output is a terminal or closed: a disk cannot go there", hint="name a file, or use a pipe"
         )
-    return stream
+    return PipeWriter(stream)
 
 
 def _print_result(job: _Conversion, size_bytes: int, seconds: float, common: Common) -> None:
