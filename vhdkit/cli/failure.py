@@ -39,6 +39,7 @@ _WORDS_OF_NUMBERS = {
     r"is not in the range (\S+)<=x<=(\S+)": r"must be from \1 to \2",
 }
 _STOPPING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_DROPPED_SECONDS = 0.01  # until a signal comes again: longer than the finalizer that dropped it usually needs
 
 
 class Interrupted(BaseException):
@@ -74,6 +75,8 @@ def stopped_by_signals() -> Iterator[None]:
     """Turn the first Ctrl-C, SIGTERM or SIGHUP into `Interrupted`, so that half-made files are removed.
 
     Further signals are ignored until then: the removal is short, and an interrupted one would leave files behind.
+    Where Python drops exceptions (in a finalizer or a callback of a weak reference, as imports have), the signal comes
+    again a moment later.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -84,13 +87,29 @@ def stopped_by_signals() -> Iterator[None]:
             signal.signal(one, signal.SIG_IGN)
         raise Interrupted(number)
 
+    def dropped(report: sys.UnraisableHookArgs) -> None:
+        if not isinstance(report.exc_value, Interrupted):
+            usual(report)
+            return
+        for one in before:
+            signal.signal(one, stop)
+        again = threading.Timer(_DROPPED_SECONDS, signal.pthread_kill, (main, report.exc_value.number))
+        again.daemon = True
+        late.append(again)
+        again.start()
+
+    main, usual, late = threading.get_ident(), sys.unraisablehook, list[threading.Timer]()
     # A signal that was ignored when we were started (nohup) stays ignored.
     before = {one: signal.getsignal(one) for one in _STOPPING_SIGNALS if signal.getsignal(one) != signal.SIG_IGN}
     for one in before:
         signal.signal(one, stop)
+    sys.unraisablehook = dropped
     try:
         yield
     finally:
+        sys.unraisablehook = usual
+        for again in late:
+            again.cancel()
         for one, handler in before.items():
             signal.signal(one, handler)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import wait_until
 from vhdkit import CorruptImage, CorruptReason
 from vhdkit.cli import failure
 from vhdkit.cli.failure import Interrupted, report, stopped_by_signals
@@ -29,6 +30,21 @@ def test_a_signal_becomes_an_exception(number: signal.Signals, code: int) -> Non
             signal.raise_signal(number)  # ignored: a second Ctrl-C must not stop the cleanup
     assert caught.value.exit_code == code
     assert signal.getsignal(number) == before
+
+
+def test_a_signal_that_python_drops_comes_again() -> None:
+    """A signal that strikes in a finalizer, whose exceptions Python drops, stops the command all the same."""
+
+    class Finalized:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    usual = sys.unraisablehook
+    with pytest.raises(Interrupted) as caught, stopped_by_signals():
+        Finalized()
+        wait_until(lambda: False, "a signal", 10)
+    assert caught.value.number == signal.SIGTERM
+    assert sys.unraisablehook is usual
 
 
 def test_an_ignored_signal_stays_ignored() -> None:
