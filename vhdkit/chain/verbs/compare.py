@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from vhdkit.arguments import AnyPath, checked
 from vhdkit.chain.engine.ahead import Ahead, announced
 from vhdkit.chain.engine.chain import Chain, Progress
+from vhdkit.chain.engine.steady import steady
 from vhdkit.chain.names.options import OpenOptions
 from vhdkit.image import Extent, ExtentKind
 from vhdkit.store import FileStore
@@ -58,7 +59,12 @@ def compare(
 
 
 def compare_chains(one: Chain, other: Chain, progress: Progress | None = None) -> Comparison:
-    """Compare two open chains."""
+    """Compare two open chains. Raises IoFailed."""
+    with steady(one), steady(other):
+        return _compare(one, other, progress)
+
+
+def _compare(one: Chain, other: Chain, progress: Progress | None) -> Comparison:
     size = max(one.size_bytes, other.size_bytes)
     first_difference, different = None, 0
     for chain in (one, other):

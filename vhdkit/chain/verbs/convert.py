@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from vhdkit import errors, formats
 from vhdkit.arguments import AnyPath, Size, byte_size, checked
 from vhdkit.chain.engine.chain import Chain, Progress
+from vhdkit.chain.engine.steady import steady
 from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.records import pending
 from vhdkit.chain.verbs.copying import copy_content
@@ -84,7 +85,8 @@ def convert_chain(
     with _prepare(chain, os.fsdecode(destination), request, replace=replace, options=options) as (new, target):
         if sync:
             new.start_early()
-        copy_content(chain, target, progress=progress)
+        with steady(chain):
+            copy_content(chain, target, progress=progress)
         target.seal()
         new.commit(sync=sync)
     return size

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from vhdkit import errors, formats
 from vhdkit.arguments import AnyPath
 from vhdkit.chain.engine.chain import Chain, Progress
+from vhdkit.chain.engine.steady import steady
 from vhdkit.chain.verbs.convert import convert_chain, converted_sectors, converted_size
 from vhdkit.chain.verbs.create import DiskFormat, check_block_size, replacing
 from vhdkit.chain.verbs.zeros import data_ranges
@@ -49,6 +50,17 @@ def export_stream(
         )
     converted_sectors(chain, disk_format, accept=accept_sector_size)
     size = converted_size(chain.size_bytes, disk_format, azure=azure)
+    with steady(chain):
+        _write_disk(chain, write, progress)
+    for position in range(chain.size_bytes, size, _PIECE_BYTES):
+        write(memoryview(_ZEROS)[: min(_PIECE_BYTES, size - position)])
+    end = made.stream_end(disk_format, size)
+    if end:
+        write(memoryview(end))
+    return size
+
+
+def _write_disk(chain: Chain, write: Callable[[memoryview], object], progress: Progress | None) -> None:
     buffer, zeros = memoryview(bytearray(_PIECE_BYTES)), memoryview(_ZEROS)
     for extent in chain.extents(0, whole_sectors(chain.size_bytes), find_holes=True):
         step = whole_sectors(_PIECE_BYTES)
@@ -61,12 +73,6 @@ def export_stream(
                 write(zeros[:piece_bytes])
             if progress is not None:
                 progress(sectors_to_bytes(position) + piece_bytes, chain.size_bytes)
-    for position in range(chain.size_bytes, size, _PIECE_BYTES):
-        write(zeros[: min(_PIECE_BYTES, size - position)])
-    end = made.stream_end(disk_format, size)
-    if end:
-        write(memoryview(end))
-    return size
 
 
 def import_stream(

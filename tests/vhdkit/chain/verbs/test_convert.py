@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 
 import vhdkit
 from vhdkit import DiskFormat, errors
+from vhdkit.chain.engine.chain import Chain
+from vhdkit.chain.verbs.stream import export_stream
 from vhdkit.chain.verbs.zeros import data_ranges
 from vhdkit.units import KIB, MIB, PAGE_SIZE, SECTOR_SIZE, round_up
 
@@ -228,3 +231,25 @@ def test_a_raw_base_is_not_replaced_under_its_child(chain: tuple[Path, bytes], t
     other = tmp_path / "other.raw"
     other.write_bytes(b"o" * MIB)
     vhdkit.open_disk(other, writable=True).close()
+
+
+@pytest.mark.parametrize("to", ["raw", "vhdx", "pipe", "compare"])
+def test_a_source_that_becomes_smaller_is_refused(tmp_path: Path, to: str) -> None:
+    """A program that knows no locks cuts the source off: what is missing is not taken for zeros."""
+    source, out = tmp_path / "source.raw", tmp_path / "out"
+    source.write_bytes(bytes(range(1, 251)) * (KIB * 32 // 250 * 1024))
+
+    def cut(done: int, total: int) -> None:
+        if done:
+            os.truncate(source, MIB)
+
+    with pytest.raises(errors.IoFailed, match="became smaller while it was read"):
+        if to == "compare":
+            (tmp_path / "other.raw").write_bytes(source.read_bytes())
+            vhdkit.compare(source, tmp_path / "other.raw", progress=cut)
+        elif to == "pipe":
+            with Chain.open(source) as opened:
+                export_stream(opened, len, DiskFormat.RAW, progress=cut)
+        else:
+            vhdkit.convert(source, out, to, progress=cut)
+    assert not out.exists()
