@@ -149,9 +149,18 @@ def close_all(stores: Iterable[Closable]) -> None:
     synchronously, and that is slow on a device mounted with `discard`."""
     from concurrent.futures import ThreadPoolExecutor  # a slow import that few callers need
 
+    closings, left = [], []
     with ThreadPoolExecutor(_CLOSERS, thread_name_prefix="vhdkit-close") as pool:
-        for closing in [pool.submit(store.close) for store in stores]:
-            closing.result()
+        for store in stores:
+            try:
+                closings.append(pool.submit(store.close))
+            except RuntimeError:  # the system allows no more threads
+                left.append(store)
+    with contextlib.ExitStack() as here:  # a thread that did start may have closed them, too
+        for store in left:
+            here.callback(store.close)
+    for closing in closings:
+        closing.result()
 
 
 @contextlib.contextmanager

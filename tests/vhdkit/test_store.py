@@ -435,3 +435,15 @@ def test_closing_several_closes_all_and_reports_failures(tmp_path: Path) -> None
         close_all([broken, *stores])
     FileStore.close(broken)
     assert all(store.fileno() == -1 for store in stores)
+
+
+def test_closing_several_where_no_thread_can_be_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calling thread closes them: a merge that is done does not fail at its end."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    stores = [_new(tmp_path / str(number), b"x") for number in range(3)]
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    close_all(stores)
+    assert all(store.fileno() == -1 for store in stores)

@@ -38,6 +38,7 @@ _WORDS_OF_NUMBERS = {
     r"is not in the range x>(\S+)": r"must be more than \1",
     r"is not in the range (\S+)<=x<=(\S+)": r"must be from \1 to \2",
 }
+_NO_THREAD = "can't start new thread"  # Python's words; it has no class for this
 _STOPPING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _DROPPED_SECONDS = 0.01  # until a signal comes again: longer than the finalizer that dropped it usually needs
 
@@ -124,6 +125,8 @@ def report(error: BaseException, *, as_json: bool, verbose: bool) -> int:
         facts = _facts("Interrupted", error.exit_code, "interrupted")
     elif isinstance(error, MemoryError):
         facts = _facts("InternalError", EXIT_FAILED, "not enough memory")
+    elif isinstance(error, RuntimeError) and _NO_THREAD in str(error):
+        facts = _facts("InternalError", EXIT_FAILED, "the system allows no more threads (see `ulimit -u`)")
     else:
         what = printable(f"{type(error).__name__}: {error}")
         facts = _facts(

@@ -74,6 +74,24 @@ def test_other_threads_do_not_touch_signals() -> None:
     assert problems == []
 
 
+def test_a_system_without_threads_is_no_bug(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Where no thread can be started, the message says that, and nothing is left."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    source = tmp_path / "x.raw"
+    source.write_bytes(b"x" * 4096)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(SystemExit) as ended:
+        main(["convert", str(source), str(tmp_path / "out.vhd")])
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "vhdkit: the system allows no more threads (see `ulimit -u`)\n"
+    assert list(tmp_path.iterdir()) == [source]
+
+
 def test_a_library_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     """The line contains path, structure, offset, values and hint, and the exit code is the error's."""
     error = CorruptImage(

@@ -35,15 +35,18 @@ def read_ahead(plan: MergePlan, target: Layer) -> Generator[list[Piece], None, N
         _ask_for_ownership(layers, unit * plan.unit_bytes, plan.unit_bytes)
     sharing = _sharing(plan.sources, target.store)
     waiting: deque[tuple[int, list[Piece]]] = deque()
-    asked_bytes = 0
+    asked_bytes, can_ask = 0, True
     with ThreadPoolExecutor(1, thread_name_prefix="vhdkit-ahead") as asking:
         try:
             for pieces in plan.blocks():
                 for unit in itertools.islice(units, 1):
                     _ask_for_ownership(layers, unit * plan.unit_bytes, plan.unit_bytes)
                 wanted = _wanted(pieces, sharing)
-                if wanted:
-                    asking.submit(_ask_for_data, wanted)
+                if wanted and can_ask:
+                    try:
+                        asking.submit(_ask_for_data, wanted)
+                    except RuntimeError:  # the system allows no more threads
+                        can_ask = False
                 size = sum(size for _, _, size in wanted)
                 waiting.append((size, pieces))
                 asked_bytes += size

@@ -113,3 +113,15 @@ def test_what_the_file_system_will_share_is_not_read(monkeypatch: pytest.MonkeyP
     store.asked.clear()
     assert len(list(read_ahead(plan_of(layer, target), target))) == 8
     assert {size for _, size in store.asked} == {SECTOR_SIZE}
+
+
+def test_without_threads_nothing_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the system allows no more threads, the pieces still come."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    _, layer = made({0, 1, 5})
+    plan = plan_of(layer, empty())
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert list(read_ahead(plan, empty())) == list(plan.blocks())
