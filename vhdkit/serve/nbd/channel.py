@@ -16,6 +16,7 @@ from vhdkit.serve.nbd.loop import HANGUP, READABLE, WRITABLE, Loop
 from vhdkit.serve.nbd.stats import Stats
 from vhdkit.units import SECTOR_SIZE, round_up
 
+_UNWATCHED = -1
 _WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
@@ -32,6 +33,7 @@ class Channel:
         self._fd = sock.fileno()
         self._ready = ready
         self._events = READABLE
+        self.hung_up = False  # the client has closed both directions: nothing reaches it
         self.unsent: list[memoryview] = []
         self.unsent_bytes = 0
         self.late_bytes = 0  # sent of what the socket had not accepted at once
@@ -129,19 +131,23 @@ class Channel:
         If the client hung up, sending fails and the connection is closed; otherwise the loop would report the hangup
         forever.
         """
+        if events & HANGUP:
+            self.hung_up = True
         if self.unsent and events & (WRITABLE | HANGUP):
             self.send_unsent()
             if self.unsent and events & HANGUP:
                 self.close()
 
     def watch(self, *, reading: bool) -> None:
-        """Wait for input when `reading`, and for room when output is unsent."""
+        """Wait for input when `reading`, for room when output is unsent, and always for the client to hang up."""
         events = (READABLE if reading else 0) | (WRITABLE if self.unsent else 0)
+        if not events and self.hung_up:  # else the loop would report it over and over
+            events = _UNWATCHED
         if events == self._events:
             return
-        if not events:  # even then, the loop would report a hangup over and over
+        if events == _UNWATCHED:
             self._loop.unwatch(self._fd)
-        elif not self._events:
+        elif self._events == _UNWATCHED:
             self._loop.watch(self._fd, events, self._ready)
         else:
             self._loop.change(self._fd, events)

@@ -95,7 +95,7 @@ class Connection:
         except Exception:  # a bug in our code must not end the other connections
             _log.exception("%s: disconnecting", self.peer)
             self.close()
-        if self._channel.is_closed():
+        if self._channel.is_closed() or self._is_left_behind():
             self.close()
         elif not self._securing:
             if self._is_done() and not self._channel.unsent and not self._in_progress():
@@ -142,12 +142,16 @@ class Connection:
         if events & ~WRITABLE and not self._blocked():
             self._receive()
 
+    def _is_left_behind(self) -> bool:
+        """True if the client hung up while its jobs are many: the first answer would end the connection anyway."""
+        return self._channel.hung_up and self._serving is not None and self._serving.has_enough_jobs()
+
     def _is_done(self) -> bool:
         return self._ending or (self._serving is not None and self._serving.ended)
 
     def _in_progress(self) -> int:
         """How many requests are not answered yet."""
-        return self._serving.jobs + self._serving.misses.count if self._serving is not None else 0
+        return self._serving.in_progress() if self._serving is not None else 0
 
     def _blocked(self) -> bool:
         """True while nothing more is accepted from this client."""

@@ -70,14 +70,22 @@ class Serving(Answering):
         """Of jobs, of reads that wait for a device, and of answers that wait."""
         return self._job_bytes + self._late_bytes + self.misses.count * MISS_BYTES
 
+    def in_progress(self) -> int:
+        """How many jobs and reads are not done."""
+        return self.jobs + self.misses.count + (self._long_read is not None)
+
     def is_idle(self) -> bool:
         """True if no request is in progress."""
-        return not (self.jobs or self.misses.count or self._payload or self._long_read or self._waiting)
+        return not (self.in_progress() or self._payload or self._waiting)
 
     def drop(self) -> None:
         """The client is gone: forget what it was to get."""
         self._forget_late()
         self.misses.drop()
+
+    def has_enough_jobs(self) -> bool:
+        """True while no further requests are accepted because of the jobs in progress."""
+        return self.jobs >= MAX_JOBS or self._job_bytes >= self._memory.limits.jobs_bytes
 
     def blocked(self) -> bool:
         """True while no further requests are accepted."""
@@ -86,8 +94,7 @@ class Serving(Answering):
             or self.misses.is_full()
             or self._waiting
             or self.ended
-            or self.jobs >= MAX_JOBS
-            or self._job_bytes >= self._memory.limits.jobs_bytes
+            or self.has_enough_jobs()
             or self._long_read is not None
             or self.export.held
         )
@@ -364,7 +371,7 @@ class Serving(Answering):
             return
         is_new = offset == reading.chunk_end  # else the rest of a chunk is due, without a header
         end = reading.end if is_new else reading.chunk_end
-        size = min(end - offset, limits.piece_bytes if self._channel.is_secure else limits.offer_bytes)
+        size = _whole_part(offset, end, limits.piece_bytes if self._channel.is_secure else limits.offer_bytes)
         head = rules.data_chunk(request, offset, size) if is_new else b""
         reply = self._host.replies[: len(head) + size]
         try:
@@ -380,7 +387,7 @@ class Serving(Answering):
         except errors.VhdkitError as problem:
             self._fail_long_read(reading, problem)
             return
-        self._read_in_job(reading, is_new, min(size, limits.piece_bytes))
+        self._read_in_job(reading, is_new, _whole_part(offset, offset + size, limits.piece_bytes))
 
     def _read_in_job(self, reading: LongRead, is_new: bool, size: int) -> None:
         """Let a worker read the next piece: chunks of their own, or the rest of one."""
@@ -425,3 +432,8 @@ class Serving(Answering):
         self._long_read = None
         self._channel.send(last)
         self._send_late()
+
+
+def _whole_part(offset: int, end: int, most: int) -> int:
+    """The size of the next part of a range: at most `most`, and no sector lies in two parts."""
+    return end - offset if end - offset <= most else round_down(offset + most, SECTOR_SIZE) - offset

@@ -4,13 +4,21 @@
 from __future__ import annotations
 
 import socket
+import threading
+import time
+from dataclasses import replace
 
 import pytest
 
 from tests import nbd_client as nbd
-from tests.nbd_client import READ, Client, serving
-from tests.vhdkit.serve.disks import SIZE, child, export_of
+from tests.nbd_client import READ, WRITE, ZEROES, Client, serving
+from tests.vhdkit.serve.disks import SIZE, child, export_of, sparse
+from tests.waiting import wait_until
+from vhdkit.arguments import Size
 from vhdkit.disk import Disk
+from vhdkit.serve.nbd import memory
+from vhdkit.serve.nbd.serving import MAX_JOBS
+from vhdkit.units import KIB, MIB, SECTOR_SIZE
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -80,3 +88,64 @@ def test_a_bug_ends_only_one_connection(monkeypatch: pytest.MonkeyPatch) -> None
             client.send(READ, 0, 512)
             assert client.is_hung_up()
         assert len(other.read(0, 512)) == 512
+
+
+def test_hanging_up_ends_what_nobody_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that hangs up while the server reads nothing from it is noticed: its long commands are cut short."""
+    export = export_of(sparse(256 * MIB))
+    began, go_on, slices = threading.Event(), threading.Event(), 0
+
+    def zero(offset: int, size: int) -> None:
+        nonlocal slices
+        slices += 1
+        began.set()
+        assert go_on.wait(60)
+        time.sleep(0.01)  # so that the next slice is not longer
+
+    monkeypatch.setattr(export.disk, "write_zeroes", zero)
+    with serving(export) as running:
+        client = running.client()
+        client.send_bytes(b"".join(nbd.request(ZEROES, 0, 256 * MIB, cookie=number) for number in range(MAX_JOBS)))
+        assert began.wait(60)
+        wait_until(lambda: running.server.connections[0]._in_progress() == MAX_JOBS, "all to be in jobs")
+        client.sock.close()
+        wait_until(lambda: not running.server.connections, "the connection to be closed")
+        go_on.set()
+        wait_until(lambda: not export.jobs, "the job to end")
+        assert slices == 1
+
+
+def test_the_end_waits_for_a_long_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that ends answers a long read in full, also one whose socket accepts more than it sends in a turn."""
+    monkeypatch.setattr(memory, "AMPLE", replace(memory.AMPLE, offer_bytes=4 * KIB))
+    with serving(export_of(sparse(4 * MIB))) as running, running.client() as client:
+        client.call(WRITE, 0, 4 * MIB, payload=b"x" * (4 * MIB))
+        cookie = client.send(READ, 0, 4 * MIB)
+        head = client.sock.recv(16)
+        running.server.stop()
+        assert head and client.take(4 * MIB) == b"x" * (4 * MIB)
+        assert cookie and client.is_hung_up()
+
+
+@pytest.mark.parametrize("warm", [True, False], ids=["at once", "in jobs"])
+def test_parts_of_a_long_read_share_no_sector(monkeypatch: pytest.MonkeyPatch, *, warm: bool) -> None:
+    """An unaligned long read is cut between sectors: otherwise a sector could be half old and half new."""
+    monkeypatch.setattr(memory, "AMPLE", replace(memory.AMPLE, offer_bytes=10_000, piece_bytes=10_000))
+    export = export_of(sparse(4 * MIB))
+    parts: list[int] = []
+    read_at_once, read_in_job = Disk.try_read_flat, Disk.read
+
+    def at_once(disk: Disk, offset: int, room: memoryview) -> bool:
+        parts.append(offset)
+        return warm and read_at_once(disk, offset, room)
+
+    def in_job(disk: Disk, offset: Size, size: Size) -> bytes:
+        parts.append(int(offset))
+        return read_in_job(disk, offset, size)
+
+    with serving(export) as running, running.client() as client:
+        client.call(WRITE, 0, 4 * MIB, payload=b"x" * (4 * MIB))
+        monkeypatch.setattr(Disk, "try_read_flat", at_once)
+        monkeypatch.setattr(Disk, "read", in_job)
+        assert client.read(100, 100_000) == b"x" * 100_000
+        assert len(set(parts)) > 9 and {one % SECTOR_SIZE for one in parts if one != 100} == {0}
