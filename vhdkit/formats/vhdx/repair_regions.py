@@ -207,9 +207,10 @@ def _places(draft: DraftStore) -> list[int] | None:
         if not may_hold_data:
             continue
         first = offset - offset % MIB
-        places += range(first + MIB if places and places[-1] == first else first, offset + size, MIB)
-        if len(places) > _MAX_PLACES:
+        more = range(first + MIB if places and places[-1] == first else first, offset + size, MIB)
+        if len(places) + len(more) > _MAX_PLACES:  # before they are listed: some file systems know no holes
             return None
+        places += more
     return places
 
 
