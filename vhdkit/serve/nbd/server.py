@@ -115,13 +115,14 @@ class NbdServer:
         except (BlockingIOError, ConnectionAbortedError):
             return
         except OSError as error:  # out of descriptors: disconnect some clients before the next attempt
-            self._make_room(None)
+            self._make_room(None, "no descriptors are left")
             _log.error("cannot accept a connection: %s", error)
             self.loop.unwatch(listener.fileno())
             self.loop.call_later(_ACCEPT_AGAIN_SECONDS, lambda: self._watch_again(listener))
             return
-        if len(self.connections) >= MAX_CONNECTIONS and not self._make_room(_peer_key(sock, address)):
-            _log.warning("more than %d clients: a new one is turned away", MAX_CONNECTIONS)
+        full = f"more than {MAX_CONNECTIONS} clients"
+        if len(self.connections) >= MAX_CONNECTIONS and not self._make_room(_peer_key(sock, address), full):
+            _log.warning("%s: a new one is turned away", full)
             sock.close()
             return
         self.adopt(sock, _peer_name(sock, address), _peer_key(sock, address))
@@ -146,12 +147,14 @@ class NbdServer:
         self._judge_later()
         connection.proceed()  # the client may have hung up before the greeting
 
-    def _make_room(self, newcomer: Hashable) -> bool:
+    def _make_room(self, newcomer: Hashable, reason: str) -> bool:
         """Disconnect a client for a new one of that peer, if there is one that may be; see `admission`."""
         found = makes_room(self.connections, newcomer, MAX_CONNECTIONS)
         if found is not None:
-            state = "has chosen no export" if found.export is None else f"was idle for {found.silent_seconds():.0f} s"
-            _log.warning("more than %d clients: %s, which %s, is disconnected", MAX_CONNECTIONS, found.peer, state)
+            state = (
+                "has chosen no export" if found.export is None else f"was silent for {found.silent_seconds():.0f} s"
+            )
+            _log.warning("%s: %s, which %s, is disconnected", reason, found.peer, state)
             found.close()
         return found is not None
 

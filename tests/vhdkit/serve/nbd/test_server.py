@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import threading
 import time
 import tracemalloc
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -79,6 +81,23 @@ def test_idle_connections_do_not_exhaust_the_limit(tmp_path: Path, monkeypatch: 
         with running.dial(path) as refused:
             assert refused.is_hung_up()
         assert all(len(client.read(0, 512)) == 512 for client in working)
+
+
+def test_messages_say_why_a_client_makes_room(caplog: pytest.LogCaptureFixture) -> None:
+    """A client that is disconnected because descriptors are used up is not said to be one of too many."""
+
+    class Exhausted(socket.socket):
+        def accept(self) -> NoReturn:
+            """As with no descriptor left."""
+            raise OSError(errno.EMFILE, "Too many open files")
+
+    with serving(export_of(child())) as running, running.connect() as idle, Exhausted() as listener:
+        idle.greet()
+        running.server.loop.post(lambda: running.server._accept(listener))
+        assert idle.is_hung_up()
+        running.on_loop()
+        assert "no descriptors are left: test, which has chosen no export, is disconnected" in caplog.text
+        assert "more than" not in caplog.text
 
 
 def test_a_greedy_peer_makes_room_for_new_clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
