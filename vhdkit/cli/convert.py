@@ -66,7 +66,11 @@ class _Conversion:
     is_flag=True,
     help="Replace an existing file, unless it is in use, a parent, or in SRC's chain.",
 )
-@click.option("--no-sync", is_flag=True, help="Do not wait until the result is flushed to the device.")
+@click.option(
+    "--no-sync",
+    is_flag=True,
+    help="Do not wait until the result is flushed to the device: a power cut soon after may leave DST damaged.",
+)
 @image_options()
 @progress_option
 def convert_command(
