@@ -43,6 +43,7 @@ class Connection:
         self._handshake = Handshake(host.catalog, tls=host.tls_mode)
         self._serving: Serving | None = None  # set when transmission begins
         self._securing = False
+        self._is_plain = True  # no TLS, which may keep input that the loop cannot see
         self._kept = b""  # received, but not served yet
         self._held_bytes = 0  # what this client makes the server keep, as `Host.memory` knows it
         self._has_large_socket = False
@@ -80,6 +81,11 @@ class Connection:
         """Continue as far as possible, then wait for what is needed next. `events`: what the socket is ready for."""
         try:
             self._react(events)
+            if self._rests():
+                if self._held_bytes:
+                    self._report_memory()
+                self._channel.watch(reading=True)
+                return
             steps = 1
             while self._step():
                 if steps == _STEPS:  # others have their turn
@@ -104,6 +110,21 @@ class Connection:
                 self._channel.watch(reading=not self._blocked())
         if self._held_bytes or self._kept or self._channel.unsent or self._serving is None or self._serving.jobs:
             self._report_memory()
+
+    def _rests(self) -> bool:
+        """True if all was answered, and only new input can change that: after nearly every event, so asked first."""
+        serving, channel = self._serving, self._channel
+        return not (
+            serving is None
+            or self._kept
+            or channel.unsent
+            or serving.ended
+            or serving.export.held
+            or not self._is_plain
+            or self._ending
+            or channel.is_closed()
+            or not serving.is_idle()
+        )
 
     def _report_memory(self) -> None:
         held = len(self._kept) + self._channel.unsent_bytes
@@ -231,6 +252,7 @@ class Connection:
         assert context is not None
         if self._channel.unsent:  # the plaintext answer, twenty bytes, must be sent first
             raise BrokenClient("the client does not read the answer to STARTTLS")
+        self._is_plain = False
         self._channel.start_tls(context)
         self._securing = True
         self._secure()

@@ -161,11 +161,13 @@ class Loop:
         self._running = True
         before = sys.getswitchinterval()
         sys.setswitchinterval(_SWITCH_SECONDS)
+        waiting = self.waiters.present
         try:
             while self._running:
-                timeout = self._run_timers()
-                found = self._spin() if self.waiters.present or not self._is_relaxed else None
-                self._attend_to_waiters(found)
+                timeout = self._run_timers() if self._timers else None
+                found = self._spin() if waiting or not self._is_relaxed else None
+                if waiting:
+                    self._attend_to_waiters(found)
                 if found is None and not (found := self._epoll.poll(timeout)):
                     continue  # a timer is due
                 self._is_relaxed = bool(found)
@@ -180,8 +182,6 @@ class Loop:
 
     def _attend_to_waiters(self, events: list[tuple[int, int]] | None) -> None:
         """Before sleeping (`events` None), and now and then while events keep the loop busy."""
-        if not self.waiters.present:
-            return
         self._rounds += 1
         if events is None or self._rounds >= _BUSY_ROUNDS:
             self._rounds = 0

@@ -64,6 +64,12 @@ class Serving(Answering):
         self._payload: Payload | None = None
         self.misses = Misses(self, host, channel, rules, proceed)
         self._waiting = False  # for a job that must finish before anything more can be served
+        self._replies, self._served = host.replies, host.stats.served
+        self._usual = (  # what each batch needs
+            *(rules.unpack, rules.magic, rules.request_size, rules.size_bytes),
+            *(rules.put_read_header, rules.put_done, rules.write_flags, rules.read_header_size),
+            HOLE_WORTH_BYTES if rules.structured else PIECE_BYTES + 1,
+        )
 
     @property
     def kept_bytes(self) -> int:
@@ -76,7 +82,7 @@ class Serving(Answering):
 
     def is_idle(self) -> bool:
         """True if no request is in progress."""
-        return not (self.in_progress() or self._payload or self._waiting)
+        return not (self.jobs or self.misses.count or self._long_read or self._payload or self._waiting)
 
     def drop(self) -> None:
         """The client is gone: forget what it was to get."""
@@ -91,10 +97,10 @@ class Serving(Answering):
         """True while no further requests are accepted."""
         return bool(
             self._channel.unsent
-            or self.misses.is_full()
+            or (self.misses.count and self.misses.is_full())
             or self._waiting
             or self.ended
-            or self.has_enough_jobs()
+            or (self.jobs and self.has_enough_jobs())
             or self._long_read is not None
             or self.export.held
         )
@@ -117,7 +123,7 @@ class Serving(Answering):
             position = self._take_payload(buffer, 0, end)
         while not self._must_wait():
             position = self._serve_usual(buffer, position, end)
-            if self._channel.unsent or self.misses.is_full():
+            if position == end or self._channel.unsent or (self.misses.count and self.misses.is_full()):
                 break
             request = self._rules.next_request(buffer, position, end)
             if request is None:
@@ -130,19 +136,18 @@ class Serving(Answering):
             position = self._begin(request, buffer, position + self._rules.request_size, end)
             if self._payload is not None:
                 position = self._take_payload(buffer, position, end)
-        self.misses.serve()
+        if self.misses.count:
+            self.misses.serve()
         return position
 
     def _serve_usual(self, buffer: memoryview, position: int, end: int) -> int:
         """The hot path: plain reads and writes that need no waiting. Returns where the first other request begins."""
-        rules, disk = self._rules, self.export.disk
-        unpack, magic, request_size, size_bytes = rules.unpack, rules.magic, rules.request_size, rules.size_bytes
-        try_read, try_write, has_holes = disk.try_read_flat, disk.try_write_flat, disk.has_known_holes
-        put_read_header, put_done, write_flags = rules.put_read_header, rules.put_done, rules.write_flags
-        header_size, hole_worth = rules.read_header_size, HOLE_WORTH_BYTES if rules.structured else PIECE_BYTES + 1
-        limits, replies = self._memory.limits, self._host.replies
-        room, longest = limits.reply_bytes - _LAST_HEADER_BYTES, limits.piece_bytes
-        misses, marks, try_large = self.misses, self.misses.marks, self.misses.try_large
+        unpack, magic, request_size, size_bytes, put_read_header, put_done, write_flags, header_size, hole_worth = (
+            self._usual
+        )
+        disk, limits, replies, misses = self.export.disk, self._memory.limits, self._replies, self.misses
+        try_read, try_write = disk.try_read_flat, disk.try_write_flat
+        room, longest, marks = limits.reply_bytes - _LAST_HEADER_BYTES, limits.piece_bytes, misses.marks
         began, filled, served = time.perf_counter_ns(), 0, 0
         try:
             while end - position >= request_size:
@@ -160,9 +165,9 @@ class Serving(Answering):
                         continue
                     if offset in marks:
                         misses.read_ahead(offset, length)
-                    if length >= hole_worth and has_holes(offset, length):
+                    if length >= hole_worth and disk.has_known_holes(offset, length):
                         break
-                    if not (try_large if length > LARGE_BYTES and misses.cold else try_read)(
+                    if not (misses.try_large if length > LARGE_BYTES and misses.cold else try_read)(
                         offset, replies[start:stop]
                     ):
                         if misses.is_full():
@@ -187,7 +192,7 @@ class Serving(Answering):
             _log.debug("%s: %s", self._peer, problem)
         self._channel.send(replies[:filled])
         if served:
-            self._host.stats.served(self, served, began)
+            self._served(self, served, began)
             self._loop.relaxed = served > 1 or filled > _RELAXING_BYTES
         return position
 

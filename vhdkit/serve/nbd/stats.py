@@ -33,9 +33,11 @@ class Stats:
         """
         now = time.perf_counter_ns()
         self.requests += count
-        self.latency[min((now - began_ns).bit_length(), _BUCKETS - 1)] += count
-        if self._latest != id(client):
-            self._latest, self._other_ns = id(client), self._latest_ns
+        bits = (now - began_ns).bit_length()
+        self.latency[bits if bits < _BUCKETS else _BUCKETS - 1] += count
+        number = id(client)
+        if self._latest != number:
+            self._latest, self._other_ns = number, self._latest_ns
         self._latest_ns = now
 
     def others_since(self, client: object, ns: int) -> bool:
