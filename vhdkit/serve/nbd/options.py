@@ -112,7 +112,7 @@ class Handshake:
         self._input += data
         self.is_held_back = False
         while self.state is HandshakeState.OPTIONS and self._step():
-            if len(self.output) >= self.max_output_bytes:
+            if len(self.output) >= self.max_output_bytes and self.state is HandshakeState.OPTIONS:
                 self.is_held_back = True
                 break
 

@@ -38,6 +38,20 @@ def test_handshake_byte_by_byte_with_requests_behind() -> None:
         assert client.answer().data == [(512, scene.content[512:1024])]
 
 
+def test_requests_behind_a_handshake_with_much_output() -> None:
+    """Requests right behind GO are answered also if GO's answer reaches the limit of output."""
+    scene = child()
+    with serving(export_of(scene)) as running, running.connect() as client:
+        running.server.memory.limits = replace(memory.AMPLE, option_bytes=1)
+        client._asked[3] = (READ, 512, 512)
+        go = nbd.option(nbd.GO, nbd.go_data("", ()))
+        client.send_bytes(b"\0\0\0\3" + go + nbd.request(READ, 512, 512, cookie=3))
+        assert len(client.take(18)) == 18
+        assert client.option_replies(nbd.GO)[-1] == (nbd.ACK, b"")
+        client.sock.settimeout(10)
+        assert client.answer().data == [(512, scene.content[512:1024])]
+
+
 def test_abort_without_waiting() -> None:
     """Row 7: a client that sends ABORT and disconnects causes no error."""
     with serving(export_of(child())) as running, running.client() as good:
