@@ -123,7 +123,8 @@ class Loop:
     def _woken(self, events: int) -> None:
         with contextlib.suppress(BlockingIOError):
             self._wake_reader.recv(4096)
-        self._run_posted()
+        for _ in range(len(self._posted)):  # what these post is for the next round: descriptors have their turn
+            self._posted.popleft()()
 
     def _run_posted(self) -> None:
         while self._posted:

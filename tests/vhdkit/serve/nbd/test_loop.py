@@ -202,3 +202,26 @@ def test_it_sleeps_at_once_after_a_round_of_relaxed_clients(relaxed: tuple[bool,
     loop.close()
     for sock in itertools.chain(*pairs):
         sock.close()
+
+
+def test_posts_that_post_again_leave_descriptors_their_turn() -> None:
+    """A callback that posts itself again and again does not keep the loop from ready descriptors."""
+    loop = Loop()
+    ours, theirs = socket.socketpair()
+    rounds = 0
+
+    def again() -> None:
+        nonlocal rounds
+        rounds += 1
+        if rounds < 1000:
+            loop.post(again)
+        else:
+            loop.stop()
+
+    with ours, theirs:
+        loop.watch(ours.fileno(), READABLE, lambda events: loop.stop())
+        theirs.send(b"x")
+        loop.post(again)
+        loop.run()
+        assert rounds < 10
+        loop.close()
