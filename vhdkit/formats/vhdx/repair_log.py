@@ -213,11 +213,18 @@ def _mark(
 
 def _mark_entries(draft: DraftStore, metadata: Metadata, change: LogChange, blocks: NDArray[np.bool_]) -> None:
     """Mark the blocks whose entries the change alters; for the entry of a bitmap, all blocks of its chunk."""
-    shape = metadata.shape
-    first = (change.file_offset_bytes - metadata.regions.bat.file_offset) // layout.BAT_ENTRY_SIZE
-    size = min(change.size_bytes, max(shape.entry_count - first, 0) * layout.BAT_ENTRY_SIZE)
-    old = draft.pread(change.file_offset_bytes, size).ljust(size, b"\0")
-    new = bytes(size) if change.data is None else change.data[:size]
+    shape, entry_size, table = metadata.shape, layout.BAT_ENTRY_SIZE, metadata.regions.bat.file_offset
+    # The log is damaged, so a change need not begin or end between two entries.
+    first = (change.file_offset_bytes - table) // entry_size
+    last = min(-(-(change.end_bytes - table) // entry_size), shape.entry_count)
+    if last <= first:
+        return
+    start, size = table + first * entry_size, (last - first) * entry_size
+    old = draft.pread(start, size).ljust(size, b"\0")
+    before = change.file_offset_bytes - start
+    inside = min(change.size_bytes, size - before)
+    set_to = bytes(inside) if change.data is None else change.data[:inside]
+    new = old[:before] + set_to + old[before + inside :]
     numbers = np.flatnonzero(np.frombuffer(old, dtype="<u8") != np.frombuffer(new, dtype="<u8")) + first
     chunks, within = np.divmod(numbers, shape.ratio + 1)
     found = (chunks * shape.ratio + within)[within < shape.ratio]
