@@ -72,7 +72,7 @@ def make_cold(*paths: Path) -> None:
 
 
 def run_once(target: peers.Running, load: Load, bytes_read: int, *, size: int, offset: int = 0) -> peers.Rate:
-    """fio reads so many bytes, no block twice."""
+    """fio reads this many bytes, and no block twice."""
     command = peers.fio_command(target, load, 1, size=size, offset=offset)
     command = [
         word for word in command if not word.startswith(("--time_based", "--runtime", "--ramp", "--norandommap"))

@@ -30,7 +30,7 @@ class WriteBehind:
         self._writing: threading.Thread | None = None
 
     def wrote(self, size_bytes: int) -> None:
-        """So many bytes were written to the file, anywhere. Never waits for the device."""
+        """Note that this many bytes were written somewhere in the file. Never waits for the device."""
         self._behind_bytes += size_bytes
         if self._behind_bytes < BEHIND_BYTES:
             return

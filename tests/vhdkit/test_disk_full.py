@@ -169,7 +169,7 @@ def small_tmpfs(tmp_path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def small_file_system(tmp_path: Path, mebibytes: int) -> Iterator[Path]:
-    """A file system of so many MiB."""
+    """A file system of the given size in MiB."""
     if os.geteuid() != 0:
         not_available("needs root to mount a small file system")
     mount, folder = require_tool("mount"), tmp_path / "small"

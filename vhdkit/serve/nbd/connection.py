@@ -164,7 +164,7 @@ class Connection:
             self._receive()
 
     def _is_left_behind(self) -> bool:
-        """True if the client hung up while its jobs are many: the first answer would end the connection anyway."""
+        """True if the client hung up with all the jobs it may have: the first answer would end the connection."""
         return self._channel.hung_up and self._serving is not None and self._serving.has_enough_jobs()
 
     def _is_done(self) -> bool:

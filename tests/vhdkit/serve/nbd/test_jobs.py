@@ -174,7 +174,7 @@ def test_one_slice_has_the_disks_lock(export: Export) -> None:
 
 
 def test_workers_rest_while_others_are_served(export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The result is delivered before the rest, and the worker is not free before its end; alone there is no rest."""
+    """A worker posts its result, then rests, and takes no job meanwhile; it rests only beside other clients."""
     scene, owner = Scene(), Owner(export)
     rests = list[int]()
     monkeypatch.setattr("vhdkit.serve.nbd.jobs.time.sleep", lambda seconds: rests.append(len(scene.loop.posted)))
