@@ -65,7 +65,10 @@ def file_system(folder: Path, kind: str, image: Path | None = None) -> Iterator[
         with image.open("wb") as file:
             file.truncate(512 << 20)
         run([require_tool(f"mkfs.{kind}"), "-q", image])
-    done = subprocess.run(["mount", "-o", "loop", image, mountpoint], capture_output=True, text=True, check=False)
+    # XFS refuses a second file system with one UUID, and the first stays mounted as long as any process has a
+    # mount namespace made while it was: another test's, for instance. Btrfs copes with that itself.
+    options = "loop,nouuid" if kind == "xfs" else "loop"
+    done = subprocess.run(["mount", "-o", options, image, mountpoint], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         not_available(f"cannot mount a file system of the kind {kind}: {done.stderr.strip()}")
     try:
@@ -73,6 +76,20 @@ def file_system(folder: Path, kind: str, image: Path | None = None) -> Iterator[
     finally:
         run(["umount", mountpoint])
         image.unlink()
+
+
+def copy_as_after_power_cut(image: Path, target: Path) -> None:
+    """Copy the image of a mounted file system as a power cut at one moment would leave it.
+
+    The kernel writes back in the background while the file is copied; a copy that mixes two moments is one that no
+    power cut leaves. So it is made again until the image is still the same after it.
+    """
+
+    def is_of_one_moment() -> bool:
+        run(["cp", "--sparse=always", image, target])
+        return subprocess.run(["cmp", "-s", image, target], check=False).returncode == 0
+
+    wait_until(is_of_one_moment, f"{image} stays the same while it is copied", SECONDS)
 
 
 def vhdkit(*words: str | Path, code: int = 0, **options: Any) -> subprocess.CompletedProcess[str]:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import vhdkit
 from tests.clones import FICLONERANGE, FakeClone
-from tests.mounting import SHARING, file_system
+from tests.mounting import SHARING, copy_as_after_power_cut, file_system
 from tests.support import require_tool, run
 from vhdkit import errors
 from vhdkit.chain.engine.chain import Chain
@@ -198,7 +198,7 @@ def test_a_shared_image_survives_a_power_cut(kind: str, tmp_path: Path) -> None:
         leaf, content = make_chain(folder, "vhd", [(0, 0, 4096, True), (1, 4096, 4096, True), (2, 100, 8, True)])
         vhdkit.convert(leaf, folder / "out.vhd", "fixed")
         vhdkit.merge(leaf, into=folder / "base.vhd", to=folder / "new.vhd")
-        run(["cp", "--sparse=always", tmp_path / f"{kind}.img", cut])
+        copy_as_after_power_cut(tmp_path / f"{kind}.img", cut)
     with file_system(tmp_path, kind, cut) as folder:
         for name in ("out.vhd", "new.vhd"):
             assert content_of(folder / name) == content
