@@ -20,8 +20,8 @@ from tests.support import ROOT, python_files
 
 FILES_AND_IMAGES = """
     likeness wording locks descriptor write_behind space transfer page_cache uncached named store unnamed maker
-    unfinished folder folder_lock shared_words sockets volume beneath local_volume guarded trusted attributes xattrs
-    image
+    unfinished folder folder_lock held_folder shared_words sockets volume beneath local_volume guarded trusted
+    attributes xattrs image
 """
 # Lowest first. A module may import from its own row and the rows above it in this table.
 LAYERS: tuple[tuple[str, ...], ...] = (
@@ -43,6 +43,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("vhdkit.chain.engine",),
     ("vhdkit.chain", "vhdkit.chain.verbs"),
     ("vhdkit.disk",),
+    ("vhdkit.backup",),
     ("vhdkit.serve.nbd", "vhdkit.serve.notify"),
     ("vhdkit.serve.opening",),
     ("vhdkit.serve", "vhdkit.serve.control", "vhdkit.serve.mount", "vhdkit.serve.nbdkit"),
@@ -95,6 +96,7 @@ FILE_ROOMS = (
     "vhdkit/page_cache.py",
     "vhdkit/folder.py",
     "vhdkit/folder_lock.py",
+    "vhdkit/held_folder.py",
     "vhdkit/shared_words.py",
     "vhdkit/sockets.py",
     "vhdkit/maker.py",
@@ -144,6 +146,7 @@ OS_PATH_EVERYWHERE = {
 }
 OS_OF_ROOM = {
     "vhdkit/trusted.py": {"environ", "pathsep"},
+    "vhdkit/backup/": {"fstat", "getpid", "urandom"},
     "vhdkit/cli/": {"devnull", "environ", "get_terminal_size", "getpid", "isatty", "kill"},
     "vhdkit/cli/background.py": {
         "O_CLOEXEC",
@@ -162,14 +165,7 @@ OS_OF_ROOM = {
         "write",
     },
     "vhdkit/cli/serve_nbdkit.py": {
-        "POSIX_SPAWN_DUP2",
-        "WNOHANG",
-        "close",
-        "defpath",
-        "dup",
-        "pathsep",
-        "posix_spawn",
-        "waitpid",
+        *("POSIX_SPAWN_DUP2", "WNOHANG", "close", "defpath", "dup", "pathsep", "posix_spawn", "waitpid"),
         "waitstatus_to_exitcode",
     },
     "vhdkit/serve/mount/fuse.py": {"O_DSYNC", "O_RDWR", "O_WRONLY"},
