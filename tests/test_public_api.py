@@ -20,13 +20,13 @@ from tests.vhdkit.cli.running import good
 
 PUBLIC = """
 AccessDenied AddressInUse AlreadyExists ByteRange CacheMode Cancelled CompactResult Comparison ControlClient
-CorruptImage CorruptReason Disk DiskClosed DiskFormat DiskSize Extent ExtentKind Finding Fix FormatName GarbageItem
-GarbageKind HasChildren ImageInUse InvalidArgument IoFailed KnownRun Merge Move NoSpace NotFound OpenOptions
-OutOfRange ParentError ParentMismatch ParentMissing ParentRefused Progress ReadOnly Repair Replaced ResizeResult
-Severity SyncFailed TrustedFolder TrustedFolders Unprotected UnsupportedFormat VhdkitError __version__ chain_held
-chain_paths check clone collect_garbage compact compare convert create_child create_image find_children image_id
-is_maker_dead json_text jsonrpc maker_word mark_parents merge merge_under_way open_disk parse_disk_size rebase
-relocate repair resize restore resume_merge snapshot snapshot_many trusted_parent_dirs
+CopiedLayers CorruptImage CorruptReason Disk DiskClosed DiskFormat DiskSize Extent ExtentKind Finding Fix FormatName
+GarbageItem GarbageKind HasChildren ImageInUse InvalidArgument IoFailed KnownRun Merge Move NoSpace NotFound
+OpenOptions OutOfRange ParentError ParentMismatch ParentMissing ParentRefused Progress ReadOnly Repair Replaced
+ResizeResult Severity SyncFailed TrustedFolder TrustedFolders Unprotected UnsupportedFormat VhdkitError __version__
+chain_held chain_paths check clone collect_garbage compact compare convert copy_layers create_child create_image
+find_children image_id is_maker_dead json_text jsonrpc maker_word mark_parents merge merge_under_way open_disk
+parse_disk_size rebase relocate repair resize restore resume_merge snapshot snapshot_many trusted_parent_dirs
 """
 MACHINES = """
 AccessDenied AdapterSpec AgentUnavailable AlreadyExists Applied AutomaticSpec BackupResult ConsoleConnection Deleted

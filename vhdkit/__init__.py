@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from vhdkit.chain.verbs.compact import CompactResult, compact
     from vhdkit.chain.verbs.compare import Comparison, compare
     from vhdkit.chain.verbs.convert import convert
+    from vhdkit.chain.verbs.copy_layers import CopiedLayers, copy_layers
     from vhdkit.chain.verbs.create import DiskFormat, create_child, create_image
     from vhdkit.chain.verbs.garbage import GarbageItem, GarbageKind, collect_garbage
     from vhdkit.chain.verbs.merge import merge
@@ -86,6 +87,7 @@ __all__ = [
     "CompactResult",
     "Comparison",
     "ControlClient",
+    "CopiedLayers",
     "CorruptImage",
     "CorruptReason",
     "Disk",
@@ -135,6 +137,7 @@ __all__ = [
     "compact",
     "compare",
     "convert",
+    "copy_layers",
     "create_child",
     "create_image",
     "find_children",
@@ -166,6 +169,7 @@ _HOMES = {
     "vhdkit.chain.verbs.compact": "CompactResult compact",
     "vhdkit.chain.verbs.compare": "Comparison compare",
     "vhdkit.chain.verbs.convert": "convert",
+    "vhdkit.chain.verbs.copy_layers": "CopiedLayers copy_layers",
     "vhdkit.chain.verbs.create": "DiskFormat create_child create_image",
     "vhdkit.chain.names.family": "chain_held chain_paths find_children image_id mark_parents",
     "vhdkit.chain.verbs.garbage": "GarbageItem GarbageKind collect_garbage",

@@ -105,6 +105,19 @@ def test_a_chain_rebased_to_a_moved_parent_reads_the_same_in_7zip(tmp_path: Path
     assert _seven_zip(tmp_path / "2.vhd") == contents[2]
 
 
+def test_copied_layers_read_the_same_in_7zip(tmp_path: Path) -> None:
+    """Layers that were copied to a child of a converted base read as in their chain, with that chain gone."""
+    source, copies = tmp_path / "source", tmp_path / "copies"
+    source.mkdir()
+    copies.mkdir()
+    contents = grow_chain(source, BASES[1], 3)
+    vhdkit.convert(source / "1.vhd", copies / "full.vhd", DiskFormat.DYNAMIC)
+    vhdkit.copy_layers(source / "3.vhd", copies / "new.avhd", above=source / "1.vhd", parent=copies / "full.vhd")
+    shutil.rmtree(source)
+    assert _seven_zip(copies / "new.avhd") == contents[3]
+    run([require_tool("7zz"), "t", "-tVHD", str(copies / "new.avhd")])
+
+
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_hand_made_chains_read_the_same_in_both(tmp_path: Path, depth: int) -> None:
     """Random bitmaps, blocks in any order and of any size, in files that vhdkit did not write: both readers agree."""

@@ -24,7 +24,7 @@ from vhdkit.chain.names.parents import (
     require_parent,
 )
 from vhdkit.chain.records import pending, tracking
-from vhdkit.errors import CorruptImage, CorruptReason
+from vhdkit.errors import CorruptImage, CorruptReason, InvalidArgument
 from vhdkit.formats.probe import open_layer
 from vhdkit.image import ImageFacts, Layer
 from vhdkit.local_volume import LOCAL
@@ -104,6 +104,16 @@ def _close_all(leaf: VolumeFile, layers: Sequence[Layer]) -> None:
 
 def _open_leaf(store: Store, writable: bool, options: OpenOptions) -> Layer:
     return open_layer(store, format_name=options.format_name, writable=writable, ignore_bitmaps=options.ignore_bitmaps)
+
+
+def refuse_more_layers(count: int, path: str) -> None:
+    """Raise InvalidArgument if a chain of `count` layers, with the leaf `path`, could not be opened."""
+    if count > MAX_CHAIN_DEPTH:
+        raise InvalidArgument(
+            f"would be the leaf of {count} layers, and a chain of more than {MAX_CHAIN_DEPTH} layers cannot be opened",
+            path=path,
+            hint="merge some of them first: vhdkit merge",
+        )
 
 
 def limit_tables(layers: Sequence[Layer]) -> None:

@@ -18,7 +18,7 @@ from vhdkit.arguments import AnyPath, NewSize, Size, byte_size, checked
 from vhdkit.chain.names.children import refuse_with_children
 from vhdkit.chain.names.lineage import record_parent
 from vhdkit.chain.names.marks import marked
-from vhdkit.chain.names.opening import open_layers
+from vhdkit.chain.names.opening import open_layers, refuse_more_layers
 from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.records import pending
 from vhdkit.folder import NewFile, is_regular, real_path
@@ -184,6 +184,7 @@ def create_child(
         layers = open_layers(parent_path, options=options)
         for layer in layers:
             stack.callback(layer.close)
+        refuse_more_layers(len(layers) + 1, child)
         new_size = child_size(child, layers[0], None if size_bytes is None else byte_size("size_bytes", size_bytes))
         old = stack.enter_context(replacing(child, layers, replace=replace, options=options))
         like = pending.files_of(layers[:1])

@@ -19,11 +19,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from vhdkit import errors, formats
-from vhdkit.chain.engine.blockmap import MAX_LAYERS
 from vhdkit.chain.engine.chain import Chain
 from vhdkit.chain.names.children import drop_stale_marks
 from vhdkit.chain.names.lineage import forget_parent, record_parent
 from vhdkit.chain.names.marks import marked
+from vhdkit.chain.names.opening import refuse_more_layers
 from vhdkit.chain.records import pending
 from vhdkit.chain.verbs.create import child_size, require_names, write_child
 from vhdkit.chain.verbs.snapshot import check_names, default_child
@@ -42,12 +42,7 @@ def stack(chain: Chain, child: Layer) -> Chain:
     `chain` must not be written to any more: its files belong to the new one. On an error it is as before.
     Raises SyncFailed, NoSpace, IoFailed, and what a damaged leaf raises.
     """
-    if len(chain.layers) >= MAX_LAYERS:
-        raise errors.InvalidArgument(
-            f"the chain has {len(chain.layers)} layers, and cannot have more than {MAX_LAYERS}",
-            path=chain.leaf.store.name,
-            hint="merge some of them first",
-        )
+    refuse_more_layers(len(chain.layers) + 1, child.store.name)
     chain.leaf.seal()
     return Chain([child, as_parent(chain.leaf), *chain.layers[1:]])
 
@@ -86,8 +81,9 @@ def plan_freeze(pairs: Sequence[tuple[Chain, str | None]]) -> FreezePlan:
         if not chain.writable:
             raise errors.ReadOnly("is opened read-only, so it needs no snapshot", path=chain.leaf.store.name)
     paths = tuple(default_child(chain.leaf) if new is None else new for chain, new in pairs)
-    for path in paths:
+    for (chain, _), path in zip(pairs, paths, strict=True):
         NewFile.check(path)
+        refuse_more_layers(len(chain.layers) + 1, path)
     plan = FreezePlan(tuple(chain for chain, _ in pairs), paths)
     check_names(plan.leaves, paths)
     _require_names(plan)

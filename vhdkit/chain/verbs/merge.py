@@ -15,10 +15,9 @@ from vhdkit.arguments import AnyPath, checked
 from vhdkit.chain.engine.chain import Progress
 from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.verbs.merge_in_place import Merge, described, plan_in_place, prepare, run
-from vhdkit.chain.verbs.merge_parts import file_of_layer, opened
+from vhdkit.chain.verbs.merge_parts import index_of_layer, opened
 from vhdkit.chain.verbs.merge_to import merge_to
 from vhdkit.image import Layer
-from vhdkit.store import FileStore
 
 
 @checked
@@ -60,10 +59,4 @@ def _index_of(layers: Sequence[Layer], into: AnyPath | None) -> int:
         raise errors.InvalidArgument("has no parent: there is nothing to merge it into", path=leaf)
     if into is None:
         return 1
-    with FileStore.open(into) as store:
-        for index, layer in enumerate(layers):
-            if file_of_layer(layer).identity == store.identity:
-                if index == 0:
-                    raise errors.InvalidArgument("cannot be merged into itself", path=leaf)
-                return index
-    raise errors.InvalidArgument(f"is not an ancestor of {errors.printable(leaf)}", path=os.fsdecode(into))
+    return index_of_layer(layers, into, itself="cannot be merged into itself")

@@ -42,6 +42,21 @@ def file_of_layer(layer: Layer) -> FileStore:
     return file
 
 
+def index_of_layer(layers: Sequence[Layer], path: AnyPath, *, itself: str) -> int:
+    """The index of the ancestor at `path` in an open chain. Raises InvalidArgument for another file.
+
+    For the leaf the error says `itself`. Raises NotFound, AccessDenied.
+    """
+    leaf = layers[0].store.name
+    with FileStore.open(path) as store:
+        for index, layer in enumerate(layers):
+            if file_of_layer(layer).identity == store.identity:
+                if index == 0:
+                    raise errors.InvalidArgument(itself, path=leaf)
+                return index
+    raise errors.InvalidArgument(f"is not an ancestor of {errors.printable(leaf)}", path=os.fsdecode(path))
+
+
 def named(layer: Layer) -> Named:
     """A layer as named in the record of a merge: by the id that it has now. A raw disk has none.
 

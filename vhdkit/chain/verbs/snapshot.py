@@ -26,7 +26,7 @@ from vhdkit import errors, formats
 from vhdkit.arguments import AnyPath, Several, checked
 from vhdkit.chain.names.children import refuse_with_children
 from vhdkit.chain.names.marks import marked
-from vhdkit.chain.names.opening import open_layers
+from vhdkit.chain.names.opening import open_layers, refuse_more_layers
 from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.names.parents import allowed_folders
 from vhdkit.chain.records import pending
@@ -277,7 +277,9 @@ def _is_left_over(one: _NewChild) -> bool:
 
 
 def _run(children: Sequence[_NewChild], *, dry_run: bool) -> None:
-    """Create the children, all or none."""
+    """Create the children, all or none. Raises InvalidArgument for a chain that would become too deep to be opened."""
+    for one in children:
+        refuse_more_layers(len(one.layers) + 1, one.path)
     with contextlib.ExitStack() as stack:
         files = []
         for one in children:
