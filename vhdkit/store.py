@@ -376,10 +376,18 @@ class FileStore(NamedFile):
     @held
     def sync(self) -> None:
         """See `Store.sync`. Once it has failed, it always fails: the kernel forgets the pages it could not write."""
+        self._sync_by(os.fdatasync)
+
+    @held
+    def sync_times(self) -> None:
+        """Like `sync`; the modification time is on the device, too. The file may be open for reading only."""
+        self._sync_by(os.fsync)
+
+    def _sync_by(self, sync: Callable[[int], None]) -> None:
         try:
             if self._has_lost_pages:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
-            os.fdatasync(self._fd)
+            sync(self._fd)
         except OSError as error:
             self._has_lost_pages = True  # set first: an exception from a signal handler may come next
             raise errors.SyncFailed(

@@ -201,6 +201,9 @@ class World:
         self._name_operation()
         self.record, self._records = intent, [intent]
 
+    def hand_on(self, intent: Intent) -> None:
+        """See `Names.hand_on`: these images have no marks."""
+
     def remove_record(self) -> None:
         """See `Names.remove_record`."""
         assert self.record is not None

@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 from vhdkit import errors, formats
 from vhdkit.chain.names.parents import parent_format, parent_of
+from vhdkit.chain.records import references
 from vhdkit.chain.records.intent import intent_of
 from vhdkit.chain.records.pending import file_of, view
 from vhdkit.errors import printable, quoted
@@ -146,7 +147,8 @@ def _is_merged_into(parent: FileStore, child: FileStore) -> bool:
 def same_content(path: str) -> Iterator[None]:
     """The block changes the file at `path`, but not what its children read, so they need no warning.
 
-    This is noted before the file changes, so it holds even if the block is interrupted or killed.
+    This is noted before the file changes, so it holds even if the block is interrupted or killed. Marks of nights that
+    are not removed in the block stay valid.
     """
     generation = None
     with contextlib.suppress(errors.VhdkitError), FileStore.open(path) as store:
@@ -154,7 +156,8 @@ def same_content(path: str) -> Iterator[None]:
         if known is not None and (known[1] in (_state_of(store), _CHANGING) or _is_half_changed(store)):
             generation = known[0] if _note_generation(store, known[0], _CHANGING) else None
     try:
-        yield
+        with references.content_stays(path):
+            yield
     finally:
         if generation is not None:
             with contextlib.suppress(errors.VhdkitError), FileStore.open(path) as store:

@@ -23,6 +23,7 @@ from typing import Any
 
 from vhdkit import errors, formats
 from vhdkit.chain.records.pending import id_of, view
+from vhdkit.chain.records.references import KIND as NIGHTS
 from vhdkit.errors import printable
 from vhdkit.folder import (
     NewFile,
@@ -242,7 +243,7 @@ def keep_only(parent_path: str, wanted: Sequence[Mark]) -> None:
 
 def other_records(image_path: str) -> list[str]:
     """The records of unfinished work beside an image."""
-    return [path for path in sidecars_of(image_path) if not path.endswith(f".vhdkit-{KIND}")]
+    return [path for path in sidecars_of(image_path) if not path.endswith((f".vhdkit-{KIND}", f".vhdkit-{NIGHTS}"))]
 
 
 def marked_images(directory: str) -> list[str]:

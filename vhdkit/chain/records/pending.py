@@ -20,7 +20,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from vhdkit import errors, formats
-from vhdkit.chain.records import tracking
+from vhdkit.chain.records import references, tracking
 from vhdkit.chain.records.intent import merge_findings
 from vhdkit.errors import printable
 from vhdkit.finding import Finding, Severity, left_by_repair
@@ -100,11 +100,16 @@ def view(store: VolumeFile, volume: Volume = LOCAL) -> Store:
     return look(store, volume).store
 
 
-def settle(store: FileStore) -> None:
+def settle(store: FileStore, *, content_stays: bool = False) -> None:
     """Undo an unfinished change to the image. The caller holds the writer's lock and is about to write.
+
+    Marks of nights beside it are removed, unless the content stays: then each write is in a block of
+    `references.content_stays`, as in one of `lineage.same_content`.
 
     Raises NoSpace, IoFailed, SyncFailed, AccessDenied; the log then remains, and the next open tries again.
     """
+    if not content_stays:
+        references.remove(store)
     remember.disown(store)
     tracking.warn(store)
     log, _ = _find(store, LOCAL)

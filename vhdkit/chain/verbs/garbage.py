@@ -29,7 +29,7 @@ from vhdkit.chain.names import marks
 from vhdkit.chain.names.children import Dependent, children_of, drop_stale_marks
 from vhdkit.chain.names.opening import open_layers
 from vhdkit.chain.names.options import OpenOptions
-from vhdkit.chain.records import pending
+from vhdkit.chain.records import pending, references
 from vhdkit.chain.records.intent import KIND, intents_about, read_intent
 from vhdkit.errors import CorruptImage, CorruptReason, printable
 from vhdkit.folder import (
@@ -53,7 +53,7 @@ class GarbageKind(StrEnum):
 
     IMAGE = "image"
     PART = "part"  # a file under construction whose maker died
-    RECORD = "record"  # of a merge, or of children, all of whose files are gone
+    RECORD = "record"  # of a merge, of children or of backups, all of whose files are gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,6 +298,7 @@ def _removed(scan: _Scan, node: _Node, doomed: Sequence[_Node]) -> str | None:
                 store.require_name()
                 unlink(node.path)
                 marks.forget(node.path)
+                references.forget(node.path)
             return reason
     except errors.VhdkitError as error:
         return error.problem
@@ -342,6 +343,7 @@ def _orphaned_records(directory: str) -> Iterator[str]:
             if intent is not None and not any(exists(one.path) for one in (intent.target, *intent.sources)):
                 yield path
     yield from marks.orphans(directory)
+    yield from references.orphans(directory)
 
 
 def _record(path: str, *, delete: bool) -> GarbageItem:

@@ -36,6 +36,7 @@ from vhdkit.chain.names.lineage import record_parents, same_content
 from vhdkit.chain.names.marks import mark_child
 from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.names.parents import linkage_id_of
+from vhdkit.chain.records import references
 from vhdkit.chain.records.intent import Intent, Named, Phase
 from vhdkit.chain.verbs.create import link_of, linkage_of, require_names
 from vhdkit.chain.verbs.merge_parts import (
@@ -196,6 +197,7 @@ def _open_target(plan: LiveMergePlan, held: contextlib.ExitStack) -> tuple[FileS
     store.follow(file)
     if store.identity != file.identity:
         raise errors.Replaced("was replaced while it was opened", path=store.name)
+    references.remove(file)
     with same_content(file.name):  # no record says yet that a merge changes it
         target = _opened(plan, store)
         take_over_disk(target, plan.sources[0], dry_run=True)
@@ -334,6 +336,7 @@ class LiveMerge:
         plan, target_path = self.plan, self.plan.intent.target.path
         if not plan.with_leaf:
             self.names.write(plan.intent.in_phase(Phase.REMOVE))
+            self.names.hand_on(plan.intent)
             remove_sources(plan.intent, self.names)
             drop_stale_marks(target_path)
             child = file_of_layer(plan.chain.layers[plan.first - 1])

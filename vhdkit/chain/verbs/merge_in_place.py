@@ -279,7 +279,7 @@ def _held_child(path: str, notes_folder: str | None) -> Iterator[FileStore]:
     """A child that will be repointed, held as a writer."""
     with FileStore.open_held(path, writable=True, follow_links=False) as store:
         store.notes_folder = notes_folder
-        pending.settle(store)
+        pending.settle(store, content_stays=True)
         yield store
 
 

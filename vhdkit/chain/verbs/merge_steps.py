@@ -17,7 +17,7 @@ from vhdkit.chain.engine.chain import Chain, Progress
 from vhdkit.chain.names import marks
 from vhdkit.chain.names.lineage import same_content
 from vhdkit.chain.names.marks import mark_child
-from vhdkit.chain.records import pending
+from vhdkit.chain.records import pending, references
 from vhdkit.chain.records.intent import KIND, Intent, Named, Phase, intent_of
 from vhdkit.chain.verbs.merge_ahead import read_ahead
 from vhdkit.chain.verbs.merge_plan import MergePlan
@@ -35,6 +35,10 @@ class Names(Protocol):
 
     def write(self, intent: Intent) -> None:
         """Make this the merge's record, replacing an earlier one."""
+        ...
+
+    def hand_on(self, intent: Intent) -> None:
+        """The target is complete and reads as the leaf, which still exists: it gets its marks of nights."""
         ...
 
     def remove_record(self) -> None:
@@ -60,6 +64,10 @@ class RealNames:
         with FileStore.open(self._target) as target:  # users who may read the image may read its record
             write_whole(self._record, intent.encode(), like=target)
 
+    def hand_on(self, intent: Intent) -> None:
+        """See `Names.hand_on`. If that fails, it is logged."""
+        references.hand_on(intent.leaf.path, intent.target.path)
+
     def remove_record(self) -> None:
         """See `Names.remove_record`. Raises AccessDenied, IoFailed."""
         remove_file(self._record)
@@ -72,6 +80,7 @@ class RealNames:
             self._held[path].require_name()
         remove_file(path)
         marks.forget(path)
+        references.forget(path)
         if exists(pending.undo_path(path)):
             remove_file(pending.undo_path(path))
         earlier = intent_of(path)
@@ -115,7 +124,8 @@ def accept_renewed_id(child: FileStore, target: Layer, named: Named) -> None:
 def opened_for_relink(file: FileStore) -> Iterator[FileStore]:
     """A file that is held as a writer, open for writing: itself if it is, else another opening, which has no lock.
 
-    An unfinished change to it is undone. Raises `Replaced` if the name leads to another file, NoSpace, IoFailed.
+    An unfinished change to it is undone; what it reads as stays the same. Raises `Replaced` if the name leads to
+    another file, NoSpace, IoFailed.
     """
     if file.writable:
         yield file
@@ -124,7 +134,7 @@ def opened_for_relink(file: FileStore) -> Iterator[FileStore]:
         store.follow(file)
         if store.identity != file.identity:
             raise errors.Replaced("was replaced while it was opened", path=store.name)
-        pending.settle(store)
+        pending.settle(store, content_stays=True)
         yield store
 
 
@@ -270,6 +280,7 @@ def carry_out(
         for step in repoint:
             step()
     names.write(intent.in_phase(Phase.REMOVE))
+    names.hand_on(intent)
     remove_sources(intent, names)
     return done
 

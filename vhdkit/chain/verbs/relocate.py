@@ -30,7 +30,7 @@ from vhdkit.chain.names.marks import forget, other_records
 from vhdkit.chain.names.opening import open_layers
 from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.names.parents import bare_names, parent_of
-from vhdkit.chain.records import pending
+from vhdkit.chain.records import pending, references
 from vhdkit.chain.records.intent import intents_about
 from vhdkit.chain.verbs.create import names_of
 from vhdkit.errors import printable
@@ -88,14 +88,14 @@ def relocate(
         ]
         for store in stores:
             if not dry_run:
-                pending.settle(store)
+                pending.settle(store, content_stays=True)
         if _paths_of(paths[0], replace(options, lock=False)) != paths:
             raise errors.ImageInUse("the chain changed while it was about to move", path=paths[0])
         moves = [Move(path, os.path.join(place, os.path.basename(path))) for path in paths]
         _check(moves, stores, options)
         if dry_run or all(move.old_path == move.new_path for move in moves):
             return moves
-        fine = _unwritten(stores)
+        fine, nights = _unwritten(stores), [references.marks_of(store) for store in stores]
         by_name = _is_found_by_name(moves, stores)
         staying = [index for index, move in enumerate(moves) if move.old_path == move.new_path]
         if staying and not by_name:
@@ -113,6 +113,8 @@ def relocate(
             _rewrite_names(moves, stores, [index for index in staying if index + 1 < len(moves)])
         for index in staying:
             drop_stale_marks(moves[index].new_path)
+        for move, marks in zip(moves, nights, strict=True):
+            references.put_back(move.new_path, marks)
         for index, parent_id in fine:
             record_parents(moves[index].new_path, moves[index + 1].new_path, parent_id)
     return moves
@@ -232,6 +234,7 @@ def _take_away(moves: Sequence[Move], stores: Sequence[FileStore]) -> None:
             store.require_name()
             unlink(move.old_path)
             forget(move.old_path)
+            references.forget(move.old_path)
     for folder in dict.fromkeys(os.path.dirname(move.old_path) for move in moves):
         sync_directory(folder)
 
