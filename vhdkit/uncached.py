@@ -25,7 +25,6 @@ descriptor, so that a later sync of the same one would not report it.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import threading
 from collections import deque
@@ -35,16 +34,13 @@ from enum import StrEnum
 from vhdkit import errors
 from vhdkit.descriptor import Descriptor, held, opened
 from vhdkit.units import KIB, MIB, PAGE_SIZE
+from vhdkit.write_behind import WAIT_BEFORE, WRITE, sync_file_range
 
 PORTION_BYTES = 8 * MIB
 _BEHIND_BYTES = 2 * PORTION_BYTES
 _TOO_MANY_BYTES = 4 * PORTION_BYTES
 _MIN_KEPT_BYTES = 64 * KIB  # smaller ranges are read at once, or cheap to ask for again
 _KEPT_BYTES = 16 * MIB  # of ranges that were asked for
-_WAIT_BEFORE, _WRITE = 1, 2  # flags of sync_file_range(2)
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
 
 
 class CacheMode(StrEnum):
@@ -184,7 +180,7 @@ class Uncached(Descriptor):
             return False
         if self._is_written or self._is_being_written:
             self._is_being_written, self._is_written = self._is_written, False
-            if _libc.sync_file_range(self._fd, 0, 0, _WAIT_BEFORE | _WRITE):
+            if not sync_file_range(self._fd, WAIT_BEFORE | WRITE):
                 self._has_failed = True
                 return False
         return True

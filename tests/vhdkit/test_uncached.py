@@ -175,24 +175,24 @@ def test_ranges_that_were_asked_for_stay(folder: Path, monkeypatch: pytest.Monke
 
 
 class _SlowDevice:
-    """In place of the C library: `sync_file_range` waits until the device is let go, or fails."""
+    """In place of the kernel: `sync_file_range` waits until the device is let go, or fails."""
 
     def __init__(self) -> None:
         self.goes_on = threading.Event()
         self.is_entered = threading.Event()
         self.answer = 0
 
-    def sync_file_range(self, *arguments: int) -> int:
+    def sync_file_range(self, *arguments: int) -> bool:
         self.is_entered.set()
         assert self.goes_on.wait(PATIENCE)
-        return self.answer
+        return not self.answer
 
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[_SlowDevice]:
     """A device that writes nothing until it is let go."""
     slow = _SlowDevice()
-    monkeypatch.setattr(uncached, "_libc", slow)
+    monkeypatch.setattr(uncached, "sync_file_range", slow.sync_file_range)
     yield slow
     slow.goes_on.set()
 
