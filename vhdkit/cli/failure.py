@@ -59,8 +59,8 @@ class Interrupted(BaseException):
 class WarningLines(logging.Handler):
     """Prints what the library logs on standard error, in the process that made the handler, but in no fork of it."""
 
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
+    def __init__(self, level: int = logging.WARNING) -> None:
+        super().__init__(level)
         self._pid = os.getpid()
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -69,6 +69,13 @@ class WarningLines(logging.Handler):
             word = "warning: " if record.levelno == logging.WARNING else ""
             with contextlib.suppress(OSError, ValueError):
                 click.echo(printable(f"vhdkit: {word}{record.getMessage()}"), err=True)
+
+
+def show_log(level: int, *, in_full: bool = False) -> None:
+    """Print on standard error what is logged from this level on; `in_full` with the time, level and room of each."""
+    form = "%(asctime)s level=%(levelname)s room=%(name)s %(message)s"
+    handler = logging.StreamHandler(sys.stderr) if in_full else WarningLines(level)
+    logging.basicConfig(level=level, format=form, handlers=[handler], force=True)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ import click
 import vhdkit
 from vhdkit.cli.background import start
 from vhdkit.cli.common import PATH, Common, epilog, image_options
-from vhdkit.cli.failure import Interrupted, WarningLines
+from vhdkit.cli.failure import Interrupted, WarningLines, show_log
 from vhdkit.cli.output import columns, note, print_json, print_text
 from vhdkit.cli.unmeant import unmeant_ignored
 from vhdkit.errors import printable, quoted
@@ -166,10 +166,8 @@ def _log(common: Common, *, foreground: bool) -> None:
     What the command itself finds before the server is detached is shown on standard error, too.
     """
     if foreground:
-        logging.basicConfig(
-            level=logging.INFO if common.verbose else logging.WARNING, format="vhdkit: %(message)s",
-            stream=sys.stderr, force=True,
-        )  # fmt: skip
+        level = logging.INFO if common.verbose else logging.WARNING
+        show_log(level)
     elif exists(_SYSTEM_LOG):
         with contextlib.suppress(OSError):
             handler = logging.handlers.SysLogHandler(_SYSTEM_LOG, logging.handlers.SysLogHandler.LOG_DAEMON)

@@ -25,6 +25,7 @@ import click
 import vhdkit
 from vhdkit import CacheMode
 from vhdkit.cli.common import PATH, Common, epilog, image_options
+from vhdkit.cli.failure import show_log
 from vhdkit.cli.output import print_json
 from vhdkit.cli.serve_nbdkit import ARGUMENTS, EngineCommand, find_nbdkit, run_nbdkit
 from vhdkit.cli.unmeant import unmeant_ignored
@@ -209,8 +210,7 @@ def _check(given: ServeOptions) -> None:
 def _log_to_stderr(common: Common) -> None:
     """Warnings always; with -v what every client does."""
     level = logging.ERROR if common.quiet else logging.INFO if common.verbose else logging.WARNING
-    form = "%(asctime)s level=%(levelname)s room=%(name)s %(message)s" if common.verbose else "vhdkit: %(message)s"
-    logging.basicConfig(level=level, format=form, stream=sys.stderr, force=True)
+    show_log(level, in_full=common.verbose)
 
 
 def _wanted(given: ServeOptions, common: Common) -> list[ExportRequest]:
