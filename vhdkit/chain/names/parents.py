@@ -92,14 +92,21 @@ def refuse_child_name(path: str, parent_path: str) -> None:
     In a chain whose parent has a wrong name as well, the child may have the same wrong name.
     Raises NotFound, AccessDenied and IoFailed for the parent.
     """
-    named = formats.by_suffix(path)
-    if named is None or named is formats.by_suffix(parent_path):
+    if formats.by_suffix(path) in (None, formats.by_suffix(parent_path)):
         return
     with FileStore.open(parent_path) as store:
         view = pending.view(store)
         found = formats.probed(view)
-        if found.child_format == named.name or (found.is_plain and unidentified(view) is not None):
+        if found.is_plain and unidentified(view) is not None:
             return  # opening a parent that cannot be identified says why
+    refuse_name_of_child(path, parent_path, found)
+
+
+def refuse_name_of_child(path: str, parent_path: str, found: Format) -> None:
+    """The same for a parent whose format is known."""
+    named = formats.by_suffix(path)
+    if named is None or named is formats.by_suffix(parent_path) or found.child_format == named.name:
+        return
     made, parent, new = (
         formats.named(found.child_format),
         errors.quoted(parent_path),

@@ -16,8 +16,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from vhdkit import errors
-from vhdkit.chain.names.parents import allowed_folders, format_id
+from vhdkit import errors, formats
+from vhdkit.chain.names.parents import allowed_folders, format_id, refuse_name_of_child
 from vhdkit.chain.verbs.live import Freezing, freezing
 from vhdkit.chain.verbs.resize import resize_open
 from vhdkit.disk import Disk
@@ -397,7 +397,10 @@ def _confined_image(confined: Confinement, wanted: ExportRequest) -> ExportReque
 
 
 def _check_place(export: ImageExport, path: str | None) -> None:
-    """Refuse a new leaf where an open of the frozen image would not find it: writes would then corrupt the leaf."""
+    """Refuse a new leaf where an open of the frozen image would not find it: writes would then corrupt the leaf.
+
+    Refuses the name of another format, too.
+    """
     folders = allowed_folders(export.image_path, export.open_mode.options.parent_dirs)
     if path is not None and os.path.dirname(real_path(path)) not in folders:
         raise errors.InvalidArgument(
@@ -405,6 +408,8 @@ def _check_place(export: ImageExport, path: str | None) -> None:
             path=export.image_path,
             hint="put it into the same folder, or start the server with --allow-parent-dir and that folder",
         )
+    if path is not None:
+        refuse_name_of_child(path, export.disk.path, formats.of(export.disk.chain.leaf))
 
 
 def _export_document(export: ImageExport) -> dict[str, Any]:

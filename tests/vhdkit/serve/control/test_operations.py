@@ -467,6 +467,14 @@ def test_a_new_leaf_must_be_where_it_will_be_found(bench: Bench, tmp_path_factor
     assert bench.files() == ["a.vhd", "b.vhd"] and not list(elsewhere.iterdir())
 
 
+def test_a_new_leaf_has_a_name_of_its_format(bench: Bench) -> None:
+    """A name of another format is refused in the words of `vhdkit snapshot`, and nothing is made."""
+    with pytest.raises(errors.InvalidArgument, match=r"has the name of a VHDX, but its parent .* is a VHD") as caught:
+        bench.do("snapshot", exports={"a": str(bench.folder / "new.avhdx")})
+    assert "name the child .avhd;" in str(caught.value)
+    assert bench.files() == ["a.vhd", "b.vhd"]
+
+
 def test_an_export_in_use_stays(bench: Bench) -> None:
     """An export with a client is not removed; after the client has gone, what it wrote is in the file."""
     with bench.running.client("b") as client:
