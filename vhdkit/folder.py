@@ -133,12 +133,20 @@ class NewFile:
         self.store.starts_early = True
 
     def commit(self, *, sync: bool = True) -> None:
-        """Give the file its name. With `sync`, bytes and name are on the device when this returns."""
+        """Give the file its name. With `sync`, bytes and name are on the device when this returns.
+
+        If the name cannot be flushed, the file keeps it: its content is on the device, and may have taken hours.
+        """
         if sync:
             FileStore.sync(self.store)
         self._give_name()
         if sync:
-            sync_directory(self._directory)
+            try:
+                sync_directory(self._directory)
+            except errors.VhdkitError as error:
+                error.problem = f"is complete, but its name may not survive a power cut: {error.problem}"
+                error.path, error.hint = self.path, "the system's log says what is wrong with the device"
+                raise
 
     def _give_name(self) -> None:
         """Keep the file locked until it has its name, so that no other process clears it away first."""

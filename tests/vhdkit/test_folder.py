@@ -53,12 +53,14 @@ def test_leaving_without_a_commit_leaves_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("call", ["link", "fsync", "fdatasync"])
 def test_a_failing_commit_gives_a_typed_error(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A failing commit raises; before the name is given no file is left."""
-    with pytest.raises(errors.VhdkitError), NewFile(tmp_path / "new.vhd") as new:
+    """A failing commit raises. Before the name is given no file is left; if only the name cannot be flushed, the
+    complete file stays, and the error says so."""
+    with pytest.raises(errors.IoFailed) as caught, NewFile(tmp_path / "new.vhd") as new:
         new.store.pwrite(0, b"x")
         monkeypatch.setattr(os, call, _refusing(errno.EIO))
         new.commit()
     assert [one.name for one in tmp_path.iterdir()] == (["new.vhd"] if call == "fsync" else [])
+    assert ("new.vhd: is complete, but its name may not survive a power cut" in str(caught.value)) == (call == "fsync")
 
 
 def test_an_existing_file_is_not_overwritten(tmp_path: Path) -> None:
