@@ -20,11 +20,11 @@ from vhdkit import errors, likeness, unfinished
 from vhdkit.arguments import AnyPath
 from vhdkit.attributes import check_folder
 from vhdkit.descriptor import close_owned, opened
+from vhdkit.hard_links import NO_HARD_LINKS
 from vhdkit.named import opened_again
 from vhdkit.store import FileStore, translated
 from vhdkit.unnamed import UnnamedStore
 
-_NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _MAX_PATH_BYTES = 4096  # PATH_MAX of Linux
 _MAX_NAME_BYTES = 255  # NAME_MAX of Linux
 _KEPT_BYTES = 8  # of chance in the name of what is put aside
@@ -166,7 +166,7 @@ class NewFile:
             try:
                 os.link(self._temporary, self.path)
             except OSError as error:
-                if error.errno not in {*_NO_HARD_LINKS, errno.EXDEV}:
+                if error.errno not in {*NO_HARD_LINKS, errno.EXDEV}:
                     raise
                 if os.path.lexists(self.path):  # a file system without hard links: a check is the best available
                     raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from error
@@ -365,18 +365,6 @@ def unlink(path: str) -> None:
     """Remove a name without syncing its folder."""
     with translated(path, "remove"):
         os.unlink(path)
-
-
-def hard_link(path: str, new_path: str) -> bool:
-    """Give a file a second name, which must be free; False if the file system cannot. The folder is not synced."""
-    with translated(new_path, "name the file"):
-        try:
-            os.link(path, new_path, follow_symlinks=False)
-        except OSError as error:
-            if error.errno in {*_NO_HARD_LINKS, errno.EXDEV}:
-                return False
-            raise
-    return True
 
 
 def is_regular(path: str) -> bool:

@@ -10,6 +10,9 @@ by the format.
     several            copies under temporary names, with new locators, synced -> named, base first -> folder synced
                        -> the new chain opened and compared by its ids -> old names away, leaf first -> synced
 
+A move within one file system that was killed is finished by the same command: a new name that leads to the file itself
+is there already, and if the leaf's old name is gone, the other old names follow.
+
 All layers are locked against readers and writers meanwhile, and no image outside the chain may depend on any of them.
 """
 
@@ -18,7 +21,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from vhdkit import errors, formats
@@ -29,7 +32,7 @@ from vhdkit.chain.names.lineage import record_parents, was_written_since
 from vhdkit.chain.names.marks import forget, other_records
 from vhdkit.chain.names.opening import open_layers
 from vhdkit.chain.names.options import OpenOptions
-from vhdkit.chain.names.parents import bare_names, parent_of
+from vhdkit.chain.names.parents import allowed_folders, bare_names, candidates, parent_of
 from vhdkit.chain.records import pending, references
 from vhdkit.chain.records.intent import intents_about
 from vhdkit.chain.verbs.create import names_of
@@ -38,12 +41,13 @@ from vhdkit.folder import (
     NewFile,
     commit_all,
     exists,
-    hard_link,
     is_folder,
+    is_within,
     real_path,
     sync_directory,
     unlink,
 )
+from vhdkit.hard_links import are_two_names, hard_link
 from vhdkit.image import NULL_ID, ImageFacts
 from vhdkit.local_volume import LOCAL
 from vhdkit.store import FileStore, Store
@@ -81,16 +85,12 @@ def relocate(
     if not is_folder(place):
         problem = "is not a folder" if exists(place) else "no such folder"
         raise errors.NotFound(problem, path=os.fsdecode(directory))
-    with contextlib.ExitStack() as stack:
-        paths = _paths_of(os.fsdecode(leaf), options)
-        stores = [
-            stack.enter_context(FileStore.open_held(path, writable=not dry_run, follow_links=False)) for path in paths
-        ]
-        for store in stores:
-            if not dry_run:
-                pending.settle(store, content_stays=True)
-        if _paths_of(paths[0], replace(options, lock=False)) != paths:
-            raise errors.ImageInUse("the chain changed while it was about to move", path=paths[0])
+    path = os.fsdecode(leaf)
+    try:
+        paths = _paths_of(path, options)
+    except errors.NotFound as error:
+        return _continued(path, place, options, error, dry_run=dry_run)
+    with _held(paths, options, dry_run=dry_run) as stores:
         moves = [Move(path, os.path.join(place, os.path.basename(path))) for path in paths]
         _check(moves, stores, options)
         if dry_run or all(move.old_path == move.new_path for move in moves):
@@ -111,13 +111,76 @@ def relocate(
             _copy(moves, stores, options, progress)
             _take_away(moves, stores)
             _rewrite_names(moves, stores, [index for index in staying if index + 1 < len(moves)])
-        for index in staying:
-            drop_stale_marks(moves[index].new_path)
-        for move, marks in zip(moves, nights, strict=True):
-            references.put_back(move.new_path, marks)
-        for index, parent_id in fine:
-            record_parents(moves[index].new_path, moves[index + 1].new_path, parent_id)
+        _settle_records(moves, staying, fine, nights)
     return moves
+
+
+@contextlib.contextmanager
+def _held(paths: Sequence[str], options: OpenOptions, *, dry_run: bool) -> Iterator[list[FileStore]]:
+    """The files of the chain, held exclusively, with unfinished changes undone."""
+    with contextlib.ExitStack() as stack:
+        stores = [
+            stack.enter_context(FileStore.open_held(path, writable=not dry_run, follow_links=False)) for path in paths
+        ]
+        for store in stores:
+            if not dry_run:
+                pending.settle(store, content_stays=True)
+        if _paths_of(paths[0], replace(options, lock=False)) != paths:
+            raise errors.ImageInUse("the chain changed while it was about to move", path=paths[0])
+        yield stores
+
+
+def _settle_records(
+    moves: Sequence[Move],
+    staying: Iterable[int],
+    fine: Iterable[tuple[int, bytes]],
+    nights: Iterable[tuple[references.NightMark, ...]],
+) -> None:
+    """Renew what lies beside the images, and what children note of the state of their parents."""
+    for index in staying:
+        drop_stale_marks(moves[index].new_path)
+    for move, marks in zip(moves, nights, strict=True):
+        references.put_back(move.new_path, marks)
+    for index, parent_id in fine:
+        record_parents(moves[index].new_path, moves[index + 1].new_path, parent_id)
+
+
+def _continued(leaf: str, place: str, options: OpenOptions, missing: errors.NotFound, *, dry_run: bool) -> list[Move]:
+    """Finish a move that was interrupted while the old names were removed, the leaf's first.
+
+    Raises `missing` unless the chain is in its new place and an old name of one of its files still exists.
+    """
+    new_leaf = os.path.join(place, os.path.basename(leaf))
+    if exists(real_path(leaf)) or not exists(new_leaf):
+        raise missing
+    inside = replace(options, parent_dirs=())  # a parent's old name may still be found
+    paths = _paths_of(new_leaf, inside)
+    with _held(paths, inside, dry_run=dry_run) as stores:
+        moves = [Move(old, new) for old, new in zip(_old_names(leaf, paths, stores, options), paths, strict=True)]
+        if all(move.old_path == move.new_path for move in moves):
+            missing.hint = f"{printable(new_leaf)} exists: it may have been moved there already (`vhdkit check`)"
+            raise missing
+        _check(moves, stores, options)
+        if not dry_run:
+            fine, nights = _unwritten(stores), [references.marks_at(move.old_path) for move in moves]
+            _take_away(moves, stores)
+            _rewrite_names(moves, stores, range(len(moves) - 1))
+            _settle_records(moves, range(len(moves)), fine, nights)
+    return moves
+
+
+def _old_names(leaf: str, paths: Sequence[str], stores: Sequence[FileStore], options: OpenOptions) -> list[str]:
+    """For each file of a chain that was moved: its old name, if it still has it, else the present one."""
+    found = []
+    folders = allowed_folders(leaf, options.parent_dirs)
+    for index, path in enumerate(paths):
+        names = [os.path.join(folders[0], os.path.basename(path))]
+        if index:
+            names += candidates(_facts_of(stores[index - 1]), folders)
+        real = [real_path(one) for one in names]
+        old = [one for one in real if is_within(one, folders) and are_two_names(one, path)]
+        found.append(old[0] if old else path)
+    return found
 
 
 def _paths_of(leaf: str, options: OpenOptions) -> list[str]:
@@ -141,7 +204,8 @@ def _check(moves: Sequence[Move], stores: Sequence[FileStore], options: OpenOpti
             name = printable(os.path.basename(move.new_path))
             raise errors.InvalidArgument(f"two layers of the chain are named {name}; rename one", path=move.old_path)
         seen.add(move.new_path)
-        if move.old_path != move.new_path and exists(move.new_path):
+        is_free = move.old_path == move.new_path or not exists(move.new_path)
+        if not is_free and not are_two_names(move.old_path, move.new_path):
             raise errors.AlreadyExists(
                 "already exists", path=move.new_path, hint="move it away, or choose another folder"
             )
@@ -194,7 +258,7 @@ def _second_names(moves: Sequence[Move], stores: Sequence[FileStore], options: O
     made: list[str] = []
     try:
         for move in reversed(moves):
-            if move.old_path != move.new_path:
+            if move.old_path != move.new_path and not are_two_names(move.old_path, move.new_path):
                 if not hard_link(move.old_path, move.new_path):
                     _forget(made)
                     return False

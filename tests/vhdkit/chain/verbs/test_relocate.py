@@ -130,6 +130,56 @@ def test_killed_at_any_call_it_opens_somewhere(
     assert {(True, False), (False, True)} <= seen
 
 
+def names_in(folders: list[Path]) -> list[str]:
+    """The names of images in these folders. A record of children whose image is gone may be left (`vhdkit gc`)."""
+    return [name for one in folders for name in os.listdir(one) if not name.startswith(".")]
+
+
+@pytest.mark.parametrize("suffix", [".vhd", pytest.param(".vhdx", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("apart", [False, pytest.param(True, marks=pytest.mark.nightly)])
+def test_the_same_command_finishes_a_killed_one(tmp_path: Path, apart: bool, suffix: str) -> None:
+    """INV-CHAIN-SOMEWHERE: killed at any call within one file system, the move is completed by the same command. Once
+    the last old name is gone, it says that the chain is in its new place."""
+    work, kept = tmp_path / "work", tmp_path / "kept"
+    leaf, content = make_chain_in(work, apart, suffix)
+    shutil.copytree(work, kept)
+    options = OpenOptions(parent_dirs=(str(work / "bases"),)) if apart else None
+    new, old = work / "new", [leaf.parent, *([work / "bases"] if apart else [])]
+    seen = set()
+    for number in killings(lambda: vhdkit.relocate(leaf, new, options=options), step=daily_or_nightly(2, 1)):
+        there = names_in(old)
+        seen.add((leaf.exists(), (new / leaf.name).exists()))
+        if there:
+            planned = vhdkit.relocate(leaf, new, options=options, dry_run=True)
+            assert vhdkit.relocate(leaf, new, options=options) == planned and len(planned) == 3
+        elif number > 0:
+            with pytest.raises(errors.NotFound, match="moved there already"):
+                vhdkit.relocate(leaf, new, options=options)
+            for name in os.listdir(new):
+                vhdkit.repair(new / name)
+        assert names_in(old) == [] and len(os.listdir(new)) == 3
+        assert read(new / leaf.name) == content
+        assert number < 0 or not [one for one in vhdkit.check(new / leaf.name) if one.severity > Severity.NOTE]
+        if not there and daily_or_nightly(1, 0):
+            break  # what follows changes only what the images record
+        shutil.rmtree(work)
+        shutil.copytree(kept, work)
+    assert seen == {(True, False), (True, True), (False, True)}
+
+
+def test_a_continued_move_respects_other_children(tmp_path: Path) -> None:
+    """If the parent that still has its old name got another child there, the name stays."""
+    leaf, _ = make_chain_in(tmp_path / "work", False)
+    new = tmp_path / "work" / "new"
+    for name in ("base.vhd", "middle.avhd", "leaf.avhd"):
+        os.link(leaf.parent / name, new / name)
+    leaf.unlink()
+    vhdkit.create_child(leaf.parent / "other.avhd", leaf.parent / "base.vhd")
+    with pytest.raises(errors.HasChildren, match=r"other\.avhd"):
+        vhdkit.relocate(leaf, new)
+    assert sorted(os.listdir(leaf.parent)) == ["base.vhd", "middle.avhd", "other.avhd"]
+
+
 def make_chain_in(work: Path, apart: bool, suffix: str = ".vhd") -> tuple[Path, bytes]:
     """Make the folders of a move, and the chain in the old one."""
     work.mkdir()
