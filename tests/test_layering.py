@@ -30,6 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "vhdkit.errors",
         "vhdkit.arguments",
         "vhdkit.buffers",
+        "vhdkit.parts",
         "vhdkit.readahead",
         "vhdkit.finding",
         "vhdkit.jsonrpc",

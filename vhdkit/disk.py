@@ -38,6 +38,7 @@ from vhdkit.chain.verbs.merge_recovery import open_settled
 from vhdkit.descriptor import when_forked
 from vhdkit.finding import Finding
 from vhdkit.image import Extent, KnownRun
+from vhdkit.parts import ReadSectors, read_parts, units_at_edges, write_parts
 from vhdkit.store import Buffer
 from vhdkit.units import KIB, SECTOR_MASK, SECTOR_SIZE, covering_sectors, edges, round_down, round_up, whole_sectors
 
@@ -127,7 +128,7 @@ class Disk:
         if offset_bytes < 0 or offset_bytes + size > self.size_bytes or self._closed:
             self._check_range(offset_bytes, size)
         if (offset_bytes | size) & SECTOR_MASK:
-            self._read_unaligned(offset_bytes, view, self._read_sectors)
+            read_parts(self._read_sectors, offset_bytes, view)
         elif size:
             self._read_sectors(offset_bytes // SECTOR_SIZE, view)
 
@@ -140,11 +141,18 @@ class Disk:
 
     def try_read_flat(self, offset_bytes: int, buffer: memoryview) -> bool:
         """`try_read_into` for performance-critical callers that pass a contiguous byte buffer."""
+        if not (offset_bytes | len(buffer)) & SECTOR_MASK:
+            return self.try_read_whole(offset_bytes, buffer)
+        self._check_range(offset_bytes, len(buffer))
+        return read_parts(self._try_read_sectors, offset_bytes, buffer)
+
+    def try_read_whole(self, offset_bytes: int, buffer: memoryview) -> bool:
+        """As `try_read_flat`, but False also where a part of a sector would be read, which costs more."""
         size = len(buffer)
         if offset_bytes < 0 or offset_bytes + size > self.size_bytes or self._closed:
             self._check_range(offset_bytes, size)
         if (offset_bytes | size) & SECTOR_MASK:
-            return self._read_unaligned(offset_bytes, buffer, self._try_read_sectors)
+            return False
         return self._try_read_sectors(offset_bytes // SECTOR_SIZE, buffer)
 
     def is_settled(self, offset_bytes: int, size_bytes: int) -> bool:
@@ -165,25 +173,6 @@ class Disk:
         self._check_range(offset_bytes, size_bytes)
         first = offset_bytes // SECTOR_SIZE
         return first, covering_sectors(offset_bytes + size_bytes) - first
-
-    def _read_unaligned(self, offset: int, view: memoryview, read: Callable[[int, memoryview], bool | None]) -> bool:
-        """`read` whole sectors into the caller's buffer, the edges through one of a sector; False as soon as it is."""
-        end, sector = offset + len(view), memoryview(bytearray(SECTOR_SIZE))
-        start, stop = round_up(offset, SECTOR_SIZE), round_down(end, SECTOR_SIZE)
-        if stop > start and read(start // SECTOR_SIZE, view[start - offset : stop - offset]) is False:
-            return False
-        for first, last in edges(offset, end, SECTOR_SIZE):
-            if read(first // SECTOR_SIZE, sector) is False:
-                return False
-            skip = first % SECTOR_SIZE
-            view[first - offset : last - offset] = sector[skip : skip + last - first]
-        return True
-
-    def _unit(self, offset: int, unit: int) -> bytearray:
-        """The whole unit in which a byte lies."""
-        data = bytearray(unit)
-        self._read_sectors(whole_sectors(round_down(offset, unit)), memoryview(data))
-        return data
 
     def write(self, offset_bytes: Size, data: Buffer, *, fua: bool = False) -> None:
         """Write `data` at `offset_bytes`; with `fua` it is on the device when this returns.
@@ -208,7 +197,7 @@ class Disk:
             self._refuse_reentry()
         with lock.lock:
             if (offset_bytes | size) & self._unit_mask:
-                self._write_unaligned(offset_bytes, view)
+                self._write_parts(offset_bytes, view, self._read_sectors)
             elif size and not self._write_in_place(offset_bytes // SECTOR_SIZE, view):
                 self.chain.write(offset_bytes // SECTOR_SIZE, view)
         if fua:
@@ -243,15 +232,26 @@ class Disk:
                 lock.release()
         return True
 
-    def _write_unaligned(self, offset: int, view: memoryview) -> None:
-        end, unit = offset + len(view), self.unit_bytes
-        for first, last in edges(offset, end, unit):
-            whole, skip = self._unit(first, unit), first % unit
-            whole[skip : skip + last - first] = view[first - offset : last - offset]
-            self.chain.write(whole_sectors(first - skip), memoryview(whole))
-        inner_start, inner_end = round_up(offset, unit), round_down(end, unit)
-        if inner_end > inner_start:
-            self.chain.write(whole_sectors(inner_start), view[inner_start - offset : inner_end - offset])
+    def try_write_parts(self, offset_bytes: int, data: memoryview) -> bool:
+        """`try_write_flat` of any bytes: also False, having done nothing, if the rest of a sector is not in memory."""
+        self._check_write(offset_bytes, len(data))
+        if self._sweeper is not None and self._sweeper.is_behind():
+            return False
+        lock = self._write_lock
+        try:
+            if not lock.acquire(False) or self._flush_is_due():
+                return False
+            return self._write_parts(offset_bytes, data, self._try_read_sectors)
+        finally:
+            if lock.is_mine():
+                lock.release()
+
+    def _write_parts(self, offset: int, view: memoryview, read: ReadSectors) -> bool:
+        units = units_at_edges(read, offset, offset + len(view), self.unit_bytes)
+        if units is None:
+            return False
+        write_parts(self.chain.write, offset, view, units, self.unit_bytes)
+        return True
 
     def write_zeroes(self, offset_bytes: Size, size_bytes: Size, *, fua: bool = False) -> None:
         """Make a range read as zeros, without writing them where possible. Raises as `write` does."""
@@ -261,7 +261,7 @@ class Disk:
         end, unit = offset_bytes + size_bytes, self.unit_bytes
         with self._write_lock.lock:
             for first, last in edges(offset_bytes, end, unit):
-                self._write_unaligned(first, memoryview(bytes(last - first)))
+                self._write_parts(first, memoryview(bytes(last - first)), self._read_sectors)
             inner_start, inner_end = round_up(offset_bytes, unit), round_down(end, unit)
             if inner_end > inner_start:
                 self.chain.write_zeroes(whole_sectors(inner_start), whole_sectors(inner_end - inner_start))
@@ -425,8 +425,8 @@ class Disk:
 
 
 _CHANGING = {
-    method.__code__
-    for method in (Disk.write, Disk.write_zeroes, Disk.trim, Disk.try_write_flat, Disk.flush, Disk.close)
+    getattr(Disk, name).__code__
+    for name in ("write", "write_zeroes", "trim", "try_write_flat", "try_write_parts", "flush", "close")
 }
 
 

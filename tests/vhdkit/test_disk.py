@@ -350,6 +350,8 @@ def test_try_read_and_try_write_do_nothing_that_may_wait(tmp_path: Path) -> None
         assert disk.try_read_into(4096, buffer) and bytes(buffer) == data
         assert disk.try_read_into(4096, memoryview(bytearray())), "an empty buffer is filled at once"
         assert not disk.try_write(1, memoryview(data))
+        assert disk.try_write_parts(4097, memoryview(data)[:700])
+        assert disk.read(4096, 8192) == data[:1] + data[:700] + data[701:]
         for offset, size in ((1, 8192), (4095, 2), (5000, 511), (4608, 1), (12287, 513)):
             part = memoryview(bytearray(size))
             assert disk.try_read_into(offset, part) and part == disk.read(offset, size)
@@ -357,7 +359,7 @@ def test_try_read_and_try_write_do_nothing_that_may_wait(tmp_path: Path) -> None
         assert disk.known_holes(100, 4 * MIB) == [(100, 2 * MIB - 100, False), (2 * MIB, 2 * MIB + 100, True)]
         with ThreadPoolExecutor(1) as other:
             other.submit(disk._write_lock.acquire).result()
-            assert not disk.try_write(0, memoryview(data))
+            assert not disk.try_write(0, memoryview(data)) and not disk.try_write_parts(1, memoryview(data))
             other.submit(disk._write_lock.release).result()
         with pytest.raises(errors.OutOfRange):
             disk.try_write(8 * MIB - SECTOR_SIZE, memoryview(data))

@@ -145,7 +145,10 @@ class DiskMachine(RuleBasedStateMachine):
         offset, size = self._within(drawn)
         data = random.Random(seed).randbytes(size)
         self.model.write(offset, data)
-        if fua or not self.opened.try_write(offset, memoryview(data)):  # as a server does first
+        at_once = not fua and (  # as a server does first
+            self.opened.try_write(offset, memoryview(data)) or self.opened.try_write_parts(offset, memoryview(data))
+        )
+        if not at_once:
             self.opened.write(offset, data, fua=fua)
         if fua:
             self.model.flushed_range(offset, size)

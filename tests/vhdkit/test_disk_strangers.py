@@ -135,6 +135,7 @@ CALLS: dict[str, Callable[[vhdkit.Disk], object]] = {
     "try_read_into": lambda disk: disk.try_read_into(0, memoryview(bytearray(512))),
     "write": lambda disk: disk.write(0, b"1"),
     "try_write": lambda disk: disk.try_write(0, memoryview(bytes(512))),
+    "try_write_parts": lambda disk: disk.try_write_parts(1, memoryview(bytes(512))),
     "write_zeroes": lambda disk: disk.write_zeroes(0, 512),
     "trim": lambda disk: disk.trim(0, 512),
     "flush": lambda disk: disk.flush(),

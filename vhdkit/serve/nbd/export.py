@@ -129,6 +129,27 @@ class Export:
 
         return lane, write
 
+    def attempt_of(
+        self, rules: Transmission, request: Request, payload: bytes | None
+    ) -> Callable[[], bytes | bytearray | None] | None:
+        """What the loop does for a request for parts of sectors if that needs no waiting; None for other requests.
+
+        The function returns the answer, or None and has done nothing. It raises VhdkitError.
+        """
+        offset, length = request.offset, request.length
+        if request.command == Command.WRITE and (offset | length) % self.disk.unit_bytes and payload:
+            data = memoryview(payload)
+            return lambda: rules.done(request) if self.disk.try_write_parts(offset, data) else None
+        if request.command == Command.READ and (offset | length) % SECTOR_SIZE:
+            return lambda: self._try_read(rules, request)
+        return None
+
+    def _try_read(self, rules: Transmission, request: Request) -> bytearray | None:
+        size = rules.read_header_size
+        reply = bytearray(size + request.length)
+        rules.put_read_header(memoryview(reply), 0, request.cookie, request.offset, request.length)
+        return reply if self.disk.try_read_flat(request.offset, memoryview(reply)[size:]) else None
+
     def _run_read(self, rules: Transmission, request: Request) -> bytes | bytearray:
         if not request.length:
             return rules.done(request)

@@ -32,7 +32,7 @@ from vhdkit.serve.nbd.export import PIECE_BYTES, Export
 from vhdkit.serve.nbd.host import Host
 from vhdkit.serve.nbd.protocol import Request, Transmission
 from vhdkit.serve.nbd.wire import Command
-from vhdkit.units import KIB, PAGE_SIZE
+from vhdkit.units import KIB, PAGE_SIZE, SECTOR_MASK
 
 MAX_MISSES = 128  # of one client
 MAX_MISS_BYTES = 8 * PIECE_BYTES  # of one client; none of it is our memory, but the kernel reads it
@@ -40,6 +40,7 @@ MAX_WAITERS = 8  # jobs that wait for one client's reads at once
 _TRIES = 4  # reads in a row that are not there: later ones will hardly be
 _COLD_READS = 64  # for which a large one that waited is remembered
 _BATCHES = 4  # in which the waiting reads are answered, as the device delivers them
+WAITS = b"waits"  # in place of an answer
 LARGE_BYTES = 128 * KIB  # of such a read the last page is tried first: a part of it would be copied in vain
 
 
@@ -66,7 +67,7 @@ class Reader(Protocol):
         ...
 
     def submit(self, request: Request, payload: bytes | None, after: Callable[[], None] | None = None) -> None:
-        """Let a job execute and answer it; `after` is called before the answer is sent."""
+        """Let a job execute and answer it; `after` is called before the answer is sent, if this read has waited."""
         ...
 
     def run_beside(self, work: Callable[[Disk], object], done: Callable[[], None]) -> None:
@@ -125,9 +126,25 @@ class Misses:
             self._reader.run_beside(lambda disk: fetch(disk, *found), _nothing)
 
     def try_large(self, offset: int, room: memoryview) -> bool:
-        """As `Disk.try_read_flat`, without copying a part in vain. Raises IoFailed, OutOfRange."""
+        """As `Disk.try_read_whole`, without copying a part in vain. Raises IoFailed, OutOfRange."""
         self.cold -= 1
+        if (offset | len(room)) & SECTOR_MASK:
+            return False
         return read_if_there(self._reader.export.disk, offset, room)
+
+    def or_wait(
+        self, attempt: Callable[[], bytes | bytearray | None], request: Request, began: int
+    ) -> Callable[[], bytes | bytearray | None]:
+        """`attempt`, a read; if it was in vain, the read waits, and the answer is `WAITS`."""
+
+        def attempt_or_wait() -> bytes | bytearray | None:
+            answer = attempt()
+            if answer is not None or self.is_full() or self._channel.is_closed():
+                return answer
+            self.add(self._reader.export.disk, request.cookie, request.offset, request.length, began)
+            return WAITS
+
+        return attempt_or_wait
 
     def _ask(self, disk: Disk, miss: Miss) -> None:
         miss.asked = True
@@ -162,7 +179,7 @@ class Misses:
         self._ready, failed = self._answer(_TRIES)
         for miss in failed:  # the job reports the error
             self._forget(miss)
-            self._submit(miss)
+            self._submit(miss, _nothing)
         if self.count == before:
             return False
         if was_full or not self.count or self._channel.unsent or self._channel.is_closed():
@@ -233,7 +250,7 @@ class Misses:
         if was_full and not self.is_full():
             self._proceed()
 
-    def _submit(self, miss: Miss, after: Callable[[], None] | None = None) -> None:
+    def _submit(self, miss: Miss, after: Callable[[], None]) -> None:
         request = Request(0, int(Command.READ), 0, miss.cookie, miss.offset, miss.length, 0)
         self._reader.submit(request, None, after)
 

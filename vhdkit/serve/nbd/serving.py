@@ -25,12 +25,12 @@ from vhdkit.serve.nbd.host import Host
 from vhdkit.serve.nbd.jobs import Job
 from vhdkit.serve.nbd.loop import Lane
 from vhdkit.serve.nbd.memory import MISS_BYTES
-from vhdkit.serve.nbd.misses import LARGE_BYTES, Misses
+from vhdkit.serve.nbd.misses import LARGE_BYTES, WAITS, Misses
 from vhdkit.serve.nbd.pieces import LongRead, Payload
 from vhdkit.serve.nbd.protocol import Request, Transmission
 from vhdkit.serve.nbd.slices import STATUS_RUNS
 from vhdkit.serve.nbd.wire import Command, CommandFlag
-from vhdkit.units import KIB, SECTOR_SIZE, round_down
+from vhdkit.units import KIB, SECTOR_MASK, SECTOR_SIZE, round_down
 
 MAX_JOBS = 64  # of one client at once
 _LAST_HEADER_BYTES = 64  # the longest header before data
@@ -46,15 +46,9 @@ class Serving(Answering):
     """One client's requests. All methods run on the loop's thread."""
 
     def __init__(
-        self,
-        host: Host,
-        channel: Channel,
-        rules: Transmission,
-        export: Export,
-        *,
-        peer: str,
-        proceed: Callable[[], None],
-    ) -> None:
+        self, host: Host, channel: Channel, rules: Transmission, export: Export,
+        *, peer: str, proceed: Callable[[], None],
+    ) -> None:  # fmt: skip
         """`proceed` is called when a job is done: more can be served, or the connection can end."""
         super().__init__(host, channel, rules, export, peer=peer, proceed=proceed)
         self.ended = False  # the client sent DISC
@@ -146,7 +140,7 @@ class Serving(Answering):
             self._usual
         )
         disk, limits, replies, misses = self.export.disk, self._memory.limits, self._replies, self.misses
-        try_read, try_write = disk.try_read_flat, disk.try_write_flat
+        try_read, try_write = disk.try_read_whole, disk.try_write_flat
         room, longest, marks = limits.reply_bytes - _LAST_HEADER_BYTES, limits.piece_bytes, misses.marks
         began, filled, served = time.perf_counter_ns(), 0, 0
         try:
@@ -170,7 +164,7 @@ class Serving(Answering):
                     if not (misses.try_large if length > LARGE_BYTES and misses.cold else try_read)(
                         offset, replies[start:stop]
                     ):
-                        if misses.is_full():
+                        if misses.is_full() or (offset | length) & SECTOR_MASK:
                             break
                         misses.add(disk, cookie, offset, length, began)
                         position += request_size
@@ -246,7 +240,7 @@ class Serving(Answering):
     # -- jobs ---------------------------------------------------------------------------------------------------
 
     def submit(self, request: Request, payload: bytes | None, after: Callable[[], None] | None = None) -> None:
-        """Let a worker execute it, then answer; with FUA, when it is durable (row 31). `after` precedes the answer."""
+        """Let a worker execute it, then answer; with FUA, when it is durable (row 31). `after`: see `Reader`."""
         rules = self._rules
         descriptors = self._memory.limits.descriptors
         size = request.length if request.command in (Command.READ, Command.WRITE) else 0
@@ -256,6 +250,10 @@ class Serving(Answering):
         began = time.perf_counter_ns()
 
         def done(answer: bytes | bytearray | BaseException) -> None:
+            if answer is WAITS:
+                self._job_ends(size)
+                self._proceed()
+                return
             self._host.stats.batch(1, time.perf_counter_ns() - began)
             if isinstance(answer, BaseException):
                 self._log_failure(request, answer)
@@ -271,7 +269,11 @@ class Serving(Answering):
 
         lane, work = self.export.work_of(rules, request, payload, descriptors=descriptors)
         takes_lock = request.command in (Command.WRITE_ZEROES, Command.TRIM)
-        self._host.jobs.add(self, work, done, lane, must_run=request.command == Command.WRITE, takes_lock=takes_lock)
+        attempt = None if after is not None else self.export.attempt_of(rules, request, payload)
+        if attempt is not None and request.command == Command.READ:
+            attempt = self.misses.or_wait(attempt, request, began)
+        must_run = request.command == Command.WRITE
+        self._host.jobs.add(self, work, done, lane, must_run=must_run, takes_lock=takes_lock, attempt=attempt)
 
     def run_beside(self, work: Callable[[Disk], object], done: Callable[[], None]) -> None:
         """See `misses.Reader`."""

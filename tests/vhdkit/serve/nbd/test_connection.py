@@ -98,7 +98,7 @@ def test_a_bug_ends_only_one_connection(monkeypatch: pytest.MonkeyPatch) -> None
             raise ZeroDivisionError
 
         with monkeypatch.context() as patch:
-            patch.setattr(Disk, "try_read_flat", broken)
+            patch.setattr(Disk, "try_read_whole", broken)
             client.send(READ, 0, 512)
             assert client.is_hung_up()
         assert len(other.read(0, 512)) == 512

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The order of jobs: turns, slices, holds, locks, rests."""
+"""The order of jobs: turns, slices, holds, locks, shares of the time."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tests.vhdkit.serve.disks import empty, export_of
 from vhdkit.serve.nbd.export import Export
 from vhdkit.serve.nbd.jobs import Job, Jobs
 from vhdkit.serve.nbd.loop import Lane, Loop
+from vhdkit.serve.nbd.share import REST
 from vhdkit.serve.nbd.stats import Stats
 
 
@@ -22,6 +23,7 @@ class ByHand:
     def __init__(self) -> None:
         self.submitted: deque[tuple[Lane, Callable[[], Any], Callable[[Any], None]]] = deque()
         self.posted: list[Callable[[], None]] = []
+        self.timers: list[tuple[float, Callable[[], None]]] = []
 
     def submit(self, work: Callable[[], Any], done: Callable[[Any], None], lane: Lane) -> None:
         """A worker has taken it."""
@@ -30,6 +32,10 @@ class ByHand:
     def post(self, callback: Callable[[], None]) -> None:
         """For the loop."""
         self.posted.append(callback)
+
+    def call_later(self, seconds: float, callback: Callable[[], None]) -> None:
+        """When the test says so."""
+        self.timers.append((seconds, callback))
 
     def step(self) -> None:
         """The worker that has waited longest runs its slice, and reports."""
@@ -67,7 +73,7 @@ class Scene:
         self.loop, self.stats, self.ran, self.drained = ByHand(), Stats(), list[str](), list[Export]()
         self.jobs = Jobs(cast(Loop, self.loop), self.stats, self.drained.append)
 
-    def add(self, owner: Owner, name: str, lane: Lane = Lane.LISTING, *, slices: int = 1, **how: bool) -> None:
+    def add(self, owner: Owner, name: str, lane: Lane = Lane.LISTING, *, slices: int = 1, **how: Any) -> None:
         """A job of that many slices, each of which is recorded, and so is its end."""
         left = [slices]
 
@@ -173,27 +179,125 @@ def test_one_slice_has_the_disks_lock(export: Export) -> None:
     assert scene.ran.count("zero") == 4 and scene.ran.count("zero -> 'zero'") == 2 and not export.bulk
 
 
-def test_workers_rest_while_others_are_served(export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker posts its result, then rests, and takes no job meanwhile; it rests only beside other clients."""
-    scene, owner = Scene(), Owner(export)
-    rests = list[int]()
-    monkeypatch.setattr("vhdkit.serve.nbd.jobs.time.sleep", lambda seconds: rests.append(len(scene.loop.posted)))
-    monkeypatch.setattr("vhdkit.serve.nbd.jobs._RECENT_NS", 10**15)
-    scene.stats.served(owner, 1, 0)
-    scene.add(owner, "alone")
+class Others:
+    """Decides whether others are being served, and what time it is."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.present = 1, True
+        monkeypatch.setattr(Stats, "others_since", lambda stats, client, ns: self.present)
+        monkeypatch.setattr("vhdkit.serve.nbd.jobs.time", self)
+
+    def perf_counter_ns(self) -> int:
+        """As `time`'s."""
+        return self.now
+
+    def thread_time_ns(self) -> int:
+        """As `time`'s."""
+        return self.now
+
+
+UNCOMMON = [Lane.LISTING, Lane.PARTS, Lane.BULK]
+
+
+@pytest.mark.parametrize("clients", [1, 7])
+def test_uncommon_work_has_a_share_of_the_time(export: Export, monkeypatch: pytest.MonkeyPatch, clients: int) -> None:
+    """While others are served, one uncommon slice runs at a time, of whichever lane and client, and all of them
+    together take no more than their share; common work does not wait for them."""
+    scene = Scene()
+    others = Others(monkeypatch)
+    for _ in range(clients):
+        owner = Owner(export)
+        for lane in UNCOMMON:
+            scene.add(owner, lane.name, lane, slices=5)
+    spent = 0
+    while scene.loop.submitted or scene.loop.timers:
+        if not scene.loop.submitted:
+            seconds, callback = scene.loop.timers.pop()
+            others.now += round(seconds * 1e9) + 1
+            callback()
+        (_, work, done) = scene.loop.submitted.popleft()
+        assert not scene.loop.submitted, "one at a time"
+        result = work()
+        others.now += 10**6
+        spent += 10**6
+        done((result[0], 10**6))
+    assert len([name for name in scene.ran if "->" not in name]) == 15 * clients
+    assert spent * (REST + 1) <= others.now + REST * 10**6
+    assert scene.ran[:3] == [lane.name for lane in UNCOMMON], "the lanes take turns"
+
+
+def test_a_client_that_is_alone_has_all_the_time(export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no others are served, every lane runs as many slices as it has threads, and no slice is charged."""
+    scene = Scene()
+    others = Others(monkeypatch)
+    others.present = False
+    owner = Owner(export)
+    for lane in UNCOMMON:
+        for _ in range(5):
+            scene.add(owner, lane.name, lane, slices=2)
+    assert len(scene.loop.submitted) == sum(lane.value for lane in UNCOMMON)
     scene.loop.run()
-    assert rests == [] and scene.ran.pop() == "alone -> 'alone'"
-    scene.stats.served(object(), 1, 0)
-    scene.add(owner, "first")
-    scene.add(owner, "second")
-    scene.add(owner, "work", Lane.WORK)
-    _, work, done = scene.loop.submitted.popleft()
-    result = work()
-    assert rests == [1], "the result was posted before the rest"
-    scene.loop.posted.pop()()
-    assert scene.ran[-1] == "first -> 'first'" and [lane for lane, *_ in scene.loop.submitted] == [Lane.WORK]
-    done(result)
-    assert [lane for lane, *_ in scene.loop.submitted] == [Lane.WORK, Lane.LISTING]
+    others.present = True
+    scene.add(owner, "next")
+    assert len(scene.loop.submitted) == 1 and not scene.loop.timers
+
+
+def test_work_that_needs_no_waiting_is_done_on_the_loop(export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attempt that succeeds takes no worker, but its turn and its share; one that does not is left to a worker."""
+    scene = Scene()
+    others = Others(monkeypatch)
+    owner = Owner(export)
+
+    def add(name: str, answer: str | None) -> None:
+        def attempt() -> str | None:
+            others.now += 10**6
+            scene.ran.append(f"try {name}")
+            return answer
+
+        def work() -> str:
+            scene.ran.append(f"work {name}")
+            return name
+
+        scene.jobs.add(owner, work, scene.ran.append, Lane.PARTS, attempt=attempt)
+
+    add("a", "A")
+    assert scene.ran == ["try a", "A"]
+    add("b", None)
+    add("c", "C")
+    assert scene.ran == ["try a", "A"] and len(scene.loop.timers) == 1, "its share is used up"
+    seconds, callback = scene.loop.timers.pop()
+    assert seconds >= REST * 1e-3
+    others.now += round(seconds * 1e9) + 1
+    callback()
+    assert scene.ran == ["try a", "A", "try b"] and len(scene.loop.submitted) == 1
+    others.present = False
+    scene.loop.run()
+    assert scene.ran[3:] == ["work b", "b", "try c", "C"]
+
+
+def test_attempts_leave_descriptors_their_turn(export: Export) -> None:
+    """A queue of attempts is not worked off without a look at anything else, nor inside one another."""
+    scene, owner, depth, deepest = Scene(), Owner(export), 0, 0
+    left = 5000
+
+    def attempt() -> str:
+        nonlocal depth, deepest
+        depth += 1
+        deepest = max(deepest, depth)
+        return "done"
+
+    def done(result: object) -> None:
+        nonlocal depth, left
+        left -= 1
+        if left > 0:
+            scene.jobs.add(owner, bool, done, Lane.PARTS, attempt=attempt)
+        depth -= 1
+
+    scene.jobs.add(owner, bool, done, Lane.PARTS, attempt=attempt)
+    assert left > 0 and deepest == 1 and len(scene.loop.posted) == 1
+    while scene.loop.posted:
+        scene.loop.posted.pop()()
+    assert left == 0
 
 
 def test_failures_are_results(export: Export) -> None:
