@@ -150,6 +150,22 @@ def rebase(world: World) -> None:
     vhdkit.rebase(chain[0], chain[1])
 
 
+def pull(world: World) -> None:
+    """Make the leaf independent of its parents."""
+    leaf = world.place(MAIN)
+    if len(vhdkit.chain_paths(leaf)) < 2:
+        raise Unfit
+    vhdkit.pull(leaf, independent=True)
+
+
+def pull_middle(world: World) -> None:
+    """Fill the layer below the leaf from its parent, and leave that one out."""
+    chain = vhdkit.chain_paths(world.place(MAIN))
+    if len(chain) < 3:
+        raise Unfit
+    vhdkit.pull(chain[1], to=chain[2], relink=True)
+
+
 def relocate(world: World) -> None:
     """Move the chain to the other folder."""
     leaf = Path(world.place(MAIN))
@@ -181,8 +197,8 @@ def convert(world: World) -> None:
 VERBS: dict[str, Callable[[World], None]] = {
     verb.__name__.replace("_", "-"): verb
     for verb in (
-        write, snapshot, clone, merge, merge_all, merge_middle, compact, compact_base, resize, rebase, relocate,
-        repair, collect_garbage, convert,
+        write, snapshot, clone, merge, merge_all, merge_middle, compact, compact_base, resize, rebase, pull,
+        pull_middle, relocate, repair, collect_garbage, convert,
     )
 }  # fmt: skip
 CHANGES_CONTENT = {"write", "resize"}

@@ -122,6 +122,13 @@ merge leaf.avhd --resume --into base.vhd
 merge leaf.avhd --to base.vhd
 merge leaf.avhd --to new.vhd --relink
 merge orphan.avhd
+pull base.vhd
+pull leaf.avhd --to alone.vhd
+pull leaf.avhd --to leaf.avhd
+pull mid.avhd --to leaf.avhd
+pull leaf.avhd --relink
+pull leaf.avhd --independent --to base.vhd
+pull orphan.avhd --independent
 rebase leaf.avhd
 rebase alone.vhd --parent base.vhd
 rebase leaf.avhd --parent alone.vhd

@@ -19,6 +19,7 @@ IMAGES = {"DynamicImage", "FixedImage", "LinearImage"}
 OF_EVERY_FORMAT = {
     "vhdkit.formats",
     "vhdkit.formats.azure",
+    "vhdkit.formats.bits",
     "vhdkit.formats.draft",
     "vhdkit.formats.filesystems",
     "vhdkit.formats.format",

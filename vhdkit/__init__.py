@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from vhdkit.chain.verbs.merge import merge
     from vhdkit.chain.verbs.merge_in_place import Merge
     from vhdkit.chain.verbs.merge_recovery import merge_under_way, resume_merge
+    from vhdkit.chain.verbs.pull import Pull, pull
     from vhdkit.chain.verbs.rebase import rebase
     from vhdkit.chain.verbs.relocate import Move, relocate
     from vhdkit.chain.verbs.repair import Repair, repair, restore
@@ -117,6 +118,7 @@ __all__ = [
     "ParentMissing",
     "ParentRefused",
     "Progress",
+    "Pull",
     "ReadOnly",
     "Repair",
     "Replaced",
@@ -151,6 +153,7 @@ __all__ = [
     "merge_under_way",
     "open_disk",
     "parse_disk_size",
+    "pull",
     "rebase",
     "relocate",
     "repair",
@@ -176,6 +179,7 @@ _HOMES = {
     "vhdkit.chain.verbs.merge": "merge",
     "vhdkit.chain.verbs.merge_in_place": "Merge",
     "vhdkit.chain.verbs.merge_recovery": "merge_under_way resume_merge",
+    "vhdkit.chain.verbs.pull": "Pull pull",
     "vhdkit.chain.verbs.rebase": "rebase",
     "vhdkit.chain.verbs.relocate": "Move relocate",
     "vhdkit.chain.verbs.repair": "Repair repair restore",

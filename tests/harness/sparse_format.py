@@ -29,15 +29,7 @@ from vhdkit import errors
 from vhdkit.errors import CorruptImage, CorruptReason
 from vhdkit.finding import Finding, Severity
 from vhdkit.formats.draft import DraftStore
-from vhdkit.formats.format import (
-    Compactable,
-    Consent,
-    CreateRequest,
-    Fix,
-    ImageDetails,
-    Resizable,
-    StructureDump,
-)
+from vhdkit.formats.format import Compactable, Consent, CreateRequest, Fix, ImageDetails, Resizable, StructureDump
 from vhdkit.formats.guard import SyncGuard
 from vhdkit.image import (
     Extent,
@@ -401,6 +393,11 @@ class SparseFormat:
     def relink(self, store: Store, parent: ParentRef) -> None:
         """See `Format`: the inactive slot is written."""
         _switch(store, parent=_parent_document(parent))
+        store.sync()
+
+    def detach(self, store: Store) -> None:
+        """See `Format`: every block is a whole sector."""
+        _switch(store, parent=b"")
         store.sync()
 
     def check(

@@ -26,6 +26,7 @@ from tests.interop.disks import (
     grow_chain,
     unpack_tar,
 )
+from tests.interop.qemu import qemu_content
 from tests.support import require_tool, run, sample
 from vhdkit import DiskFormat
 from vhdkit.chain.verbs.describe import describe_image
@@ -103,6 +104,21 @@ def test_a_chain_rebased_to_a_moved_parent_reads_the_same_in_7zip(tmp_path: Path
     vhdkit.rebase(tmp_path / "2.vhd", tmp_path / "Zwischenstück ä 2.avhd")
     assert content_of(tmp_path / "2.vhd") == contents[2]
     assert _seven_zip(tmp_path / "2.vhd") == contents[2]
+
+
+@pytest.mark.parametrize("relink", [False, True])
+def test_images_that_do_without_their_parents_read_the_same_in_7zip_and_qemu(tmp_path: Path, relink: bool) -> None:
+    """A clone that was made independent reads the same in both, with its parents gone; one that was relinked in 7-Zip,
+    which follows its new name."""
+    contents = grow_chain(tmp_path, BASES[0], 4)
+    leaf = tmp_path / "4.vhd"
+    vhdkit.pull(leaf, to=tmp_path / "2.vhd" if relink else None, relink=relink, independent=not relink)
+    for number in (2, 3) if relink else range(4):
+        (tmp_path / f"{number}.vhd").unlink()
+    assert content_of(leaf) == contents[4] == _seven_zip(leaf)
+    run([require_tool("7zz"), "t", "-tVHD", str(leaf)])
+    if not relink:
+        assert qemu_content(leaf, tmp_path)[: len(contents[4])] == contents[4]
 
 
 def test_copied_layers_read_the_same_in_7zip(tmp_path: Path) -> None:

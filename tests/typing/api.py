@@ -36,6 +36,11 @@ def change(path: Path) -> None:
         disk.read_into(0, memoryview(buffer)[:512])
     smaller: vhdkit.CompactResult = vhdkit.compact(child, dry_run=True)
     assert smaller.file_size_after_bytes <= smaller.file_size_before_bytes
+    pulled: vhdkit.Pull = vhdkit.pull(child, to=path, relink=True)
+    copied: vhdkit.CopiedLayers = vhdkit.copy_layers(
+        child, path, above=path, parent=pulled.path, block_size_bytes="2M"
+    )
+    assert copied.data_bytes >= 0
     vhdkit.rebase(child, path, unsafe_new_id=True, dry_run=False)
     larger: vhdkit.ResizeResult = vhdkit.resize(child, 1 << 31, dry_run=True)
     assert larger.virtual_size_after_bytes == 1 << 31

@@ -67,6 +67,7 @@ _VERBS = {
     "snapshot": ("snapshot", "Freeze a leaf; later writes go to a new child."),
     "clone": ("snapshot", "Create linked clones: children of one base."),
     "merge": ("merge", "Merge layers of a chain into one."),
+    "pull": ("pull", "Fill an image from its parents; make it independent."),
     "rebase": ("rebase", "Point an image to its moved parent."),
     "relocate": ("relocate", "Move a whole chain into another folder."),
     "compact": ("compact", "Make an image's file smaller."),

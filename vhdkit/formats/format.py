@@ -369,6 +369,14 @@ class Format(Protocol):
         """
         ...
 
+    def detach(self, store: Store) -> None:
+        """Make the child in `store`, which is held for writing, an image without a parent; its ids stay.
+
+        What it does not own is zeros from then on. No block is owned in part: other programs may ignore bitmaps.
+        Raises InvalidArgument if one is, NoSpace, IoFailed, SyncFailed; the image then has its parent, or none.
+        """
+        ...
+
     # -- maintenance --------------------------------------------------------------------------------------------------
 
     def check(

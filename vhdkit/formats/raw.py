@@ -197,6 +197,10 @@ class RawFormat:
         """See `Format.relink`: a raw disk records no parent."""
         raise errors.InvalidArgument("a raw disk cannot have a parent", path=store.name)
 
+    def detach(self, store: Store) -> None:
+        """See `Format.detach`: a raw disk has no parent."""
+        raise errors.InvalidArgument("a raw disk cannot have a parent", path=store.name)
+
     def check(
         self, store: ReadStore, *, ignore_bitmaps: bool = False, progress: Callable[[int, int], None] | None = None
     ) -> list[Finding]:

@@ -19,8 +19,8 @@ from vhdkit.cli.main import main
 
 MIB = 1 << 20
 VERBS = (
-    "create", "info", "chain", "check", "map", "convert", "compare", "snapshot", "clone", "merge", "rebase",
-    "relocate", "compact", "resize", "gc", "serve", "mount", "umount", "mounts", "dump",
+    "create", "info", "chain", "check", "map", "convert", "compare", "snapshot", "clone", "merge", "pull",
+    "rebase", "relocate", "compact", "resize", "gc", "serve", "mount", "umount", "mounts", "dump",
 )  # fmt: skip
 # What `make_chain` makes: format, sector size. The files are named like VHDs: names decide nothing.
 CHAINS = {"vhd": ("dynamic", 512), "vhdx": ("vhdx", 512), "vhdx-4096": ("vhdx", 4096)}

@@ -15,7 +15,7 @@ import itertools
 from collections import deque
 from collections.abc import Collection, Generator, Sequence
 
-from vhdkit.chain.verbs.merge_plan import MergePlan
+from vhdkit.chain.verbs.merge_plan import Moves
 from vhdkit.image import Layer, Piece
 from vhdkit.store import FileStore, ReadStore
 from vhdkit.transfer import MIN_SHARED_BYTES, may_share
@@ -25,7 +25,7 @@ DATA_BYTES = 32 * MIB  # asked for and not yet copied: keeps a device busy, and 
 _UNITS = 32  # whose bitmaps are asked for before their data
 
 
-def read_ahead(plan: MergePlan, target: Layer) -> Generator[list[Piece], None, None]:
+def read_ahead(plan: Moves, target: Layer) -> Generator[list[Piece], None, None]:
     """The pieces of each block of the plan, as `MergePlan.blocks` gives them; close it. Raises IoFailed."""
     from concurrent.futures import ThreadPoolExecutor  # a slow import that only merges need
 

@@ -18,7 +18,7 @@ from vhdkit.chain.names.opening import open_layers
 from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.records import pending
 from vhdkit.chain.records.intent import Named, intent_of
-from vhdkit.chain.verbs.merge_plan import MergePlan
+from vhdkit.chain.verbs.merge_plan import Moves
 from vhdkit.descriptor import close_all
 from vhdkit.folder import real_path
 from vhdkit.image import NULL_ID, Layer
@@ -101,7 +101,7 @@ def seen_through(layers: Sequence[Layer]) -> int:
     return layers[0].size_bytes if layers else 0
 
 
-def amount(plan: MergePlan) -> tuple[int, int]:
+def amount(plan: Moves) -> tuple[int, int]:
     """(bytes of data, bytes of zeros) that a plan moves."""
     data = zeros = 0
     for pieces in plan.blocks():

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,34 @@ from vhdkit.units import MIB, SECTOR_SIZE, covering_sectors, sectors_to_bytes, w
 
 _LINEAR_GRAIN_BYTES = 2 * MIB  # where no layer has blocks
 _KEEP, _ZERO = 255, 254  # owner bytes besides the indexes of the sources: keep the target's own, and zeros
+
+
+class Moves(Protocol):
+    """What a copy into a target moves, block by block. Sizes in bytes; `units` are the indexes of the blocks."""
+
+    @property
+    def sources(self) -> tuple[Layer, ...]:
+        """The layers from which data comes."""
+        ...
+
+    @property
+    def unit_bytes(self) -> int:
+        """The size of a block."""
+        ...
+
+    @property
+    def units(self) -> NDArray[np.int64]:
+        """The blocks that are examined, in order."""
+        ...
+
+    @property
+    def touched_bytes(self) -> int:
+        """Bytes of all these blocks: the total for progress."""
+        ...
+
+    def blocks(self) -> Iterator[list[Piece]]:
+        """The pieces of each of them, block after block. Raises IoFailed."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,13 +80,16 @@ class MergePlan:
 
     def blocks(self) -> Iterator[list[Piece]]:
         """The pieces of each block of the target that changes, block after block. Raises IoFailed."""
+        return map(self.pieces_of, self.units.tolist())
+
+    def pieces_of(self, unit: int) -> list[Piece]:
+        """The pieces of one block of the target, in order; none where no source has anything. Raises IoFailed."""
         step, end = whole_sectors(self._grain_bytes), whole_sectors(self.size_bytes)
         per_unit = whole_sectors(self.unit_bytes)
-        for unit in self.units.tolist():
-            pieces: list[Piece] = []
-            for first in range(unit * per_unit, min((unit + 1) * per_unit, end), step):
-                pieces += self._grain_pieces(first, min(step, end - first))
-            yield pieces
+        pieces: list[Piece] = []
+        for first in range(unit * per_unit, min((unit + 1) * per_unit, end), step):
+            pieces += self._grain_pieces(first, min(step, end - first))
+        return pieces
 
     def _grain_pieces(self, first: int, count: int) -> list[Piece]:
         """The pieces of one grain: from its first owner alone if that owns all of it, the usual case."""
@@ -114,18 +146,26 @@ class MergePlan:
                 yield Piece(first + start, stop - start, layer.store, place, short)
 
 
-def plan_merge(sources: Sequence[Layer], target: Layer, *, below_bytes: int = 0, fresh: bool = False) -> MergePlan:
+def plan_merge(
+    sources: Sequence[Layer],
+    target: Layer,
+    *,
+    below_bytes: int = 0,
+    fresh: bool = False,
+    seen_bytes: int | None = None,
+) -> MergePlan:
     """The plan for merging `sources`, leaf first, into `target`. Reads tables and looks for holes.
 
     `below_bytes` is how much of the disk can be seen through the target's parents. A `fresh` target is an empty image
-    that reads as zeros wherever it is not written.
+    that reads as zeros wherever it is not written. `seen_bytes` is given if the sources are seen through the target,
+    a disk of this size, instead: see `pull_plan`.
     Raises CorruptImage for a source that can be read but not written to, since its blocks overlap: a merge
-    would remove it. Into a `fresh` target, which leaves the sources alone, it is copied as it reads.
+    would remove it. Where the sources stay, with `fresh` and with `seen_bytes`, it is copied as it reads.
     """
-    for layer in sources if not fresh else ():
+    for layer in sources if not fresh and seen_bytes is None else ():
         if layer.damage is not None:
             raise layer.damage
-    size = sources[0].size_bytes
+    size = sources[0].size_bytes if seen_bytes is None else seen_bytes
     blocks = [layer.block_size_bytes for layer in sources if layer.block_size_bytes]
     grain = min(blocks, default=_LINEAR_GRAIN_BYTES)
     grain = min(grain, target.block_size_bytes or grain)

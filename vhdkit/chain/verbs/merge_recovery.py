@@ -86,6 +86,17 @@ def merge_under_way(path: AnyPath, *, options: OpenOptions | None = None) -> str
     return found.target.path if found is not None else None
 
 
+def refuse_during_merge(path: AnyPath, options: OpenOptions) -> None:
+    """Raise ImageInUse if the image at `path`, whose parent is about to change, belongs to an interrupted merge."""
+    found = _found(path, options)
+    if found is not None:
+        raise errors.ImageInUse(
+            f"a merge of {printable(found.leaf.path)} into {printable(found.target.path)} was interrupted",
+            path=os.fsdecode(path),
+            hint=f"finish it first: {resume_command(found, os.fsdecode(path))}",
+        )
+
+
 def _found(path: AnyPath, options: OpenOptions) -> Intent | None:
     """The merge to which this image belongs; its record may lie in a folder below, beside a layer of its chain."""
     folders = allowed_folders(os.fsdecode(path), options.parent_dirs)
@@ -238,11 +249,12 @@ def settle_merge_of(layers: Sequence[Layer], options: OpenOptions) -> bool:
 
 
 def open_settled(
-    path: AnyPath, options: OpenOptions, danger: str = "writing to it would corrupt that image"
+    path: AnyPath, options: OpenOptions, danger: str | None = "writing to it would corrupt that image"
 ) -> list[Layer]:
-    """Open a chain whose leaf's content is about to change, leaf first, with every merge of its layers finished first.
+    """Open a chain whose leaf is about to change, leaf first, with every merge of its layers finished first.
 
-    A change to the leaf after its merge was recorded as complete would make that record wrong. Raises what
+    A change to the leaf after its merge was recorded as complete would make that record wrong. `danger` is as for
+    `open_layers`. Raises what
     `open_layers`, `settle_merge_into` and `settle_merge_of` raise; nothing stays open then.
     """
     settle_merge_into(path, options)

@@ -20,7 +20,7 @@ from vhdkit.chain.names.marks import mark_child
 from vhdkit.chain.records import pending, references
 from vhdkit.chain.records.intent import KIND, Intent, Named, Phase, intent_of
 from vhdkit.chain.verbs.merge_ahead import read_ahead
-from vhdkit.chain.verbs.merge_plan import MergePlan
+from vhdkit.chain.verbs.merge_plan import MergePlan, Moves
 from vhdkit.folder import exists, remove_file, sidecar_path, write_whole
 from vhdkit.image import Layer, Piece
 from vhdkit.store import FileStore
@@ -138,7 +138,7 @@ def opened_for_relink(file: FileStore) -> Iterator[FileStore]:
         yield store
 
 
-def fold(plan: MergePlan, target: Layer, progress: Progress | None = None) -> tuple[int, int]:
+def fold(plan: Moves, target: Layer, progress: Progress | None = None) -> tuple[int, int]:
     """Move everything in the plan to the open target; returns the bytes of data and of zeros.
 
     The moved data is on the device once the target is closed. Raises NoSpace, IoFailed, SyncFailed.

@@ -160,6 +160,17 @@ def _create_sparse(store: Store, footer: Footer, block_size_bytes: int, link: Pa
     return footer
 
 
+def without_parent(header: DynamicHeader) -> DynamicHeader:
+    """`header` as that of an image that has no parent, and no name of one."""
+    return replace(
+        header,
+        parent_unique_id=bytes(layout.UUID_SIZE),
+        parent_timestamp=0,
+        parent_unicode_name=bytes(layout.PARENT_NAME_SIZE),
+        parent_locators=(LocatorEntry(locator.NO_PLATFORM, 0, 0, 0, 0),) * layout.LOCATOR_COUNT,
+    )
+
+
 def linked_header(
     header: DynamicHeader, link: ParentLink, offset: int
 ) -> tuple[DynamicHeader, list[tuple[int, bytes]], int]:

@@ -191,6 +191,12 @@ class VhdFormat:
 
         relink(open_dynamic(store, writable=True), _link_of(parent))
 
+    def detach(self, store: Store) -> None:
+        """See `Format.detach`: the image becomes a dynamic one."""
+        from vhdkit.formats.vhd.detach import detach
+
+        detach(open_dynamic(store, writable=True))
+
     # -- maintenance --------------------------------------------------------------------------------------------------
 
     def check(

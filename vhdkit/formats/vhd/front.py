@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from vhdkit.formats.vhd import layout
 from vhdkit.formats.vhd.bat import Bat
 from vhdkit.formats.vhd.dynamic import NO_END, DynamicImage
-from vhdkit.formats.vhd.layout import DynamicHeader
+from vhdkit.formats.vhd.layout import DynamicHeader, Footer
 from vhdkit.formats.vhd.locator import MAX_LOCATOR_BYTES, Locator
 from vhdkit.formats.vhd.metadata import Metadata
 from vhdkit.formats.vhd.move import (
@@ -85,8 +85,10 @@ def settle_front(image: DynamicImage) -> bool:
     return True
 
 
-def write_front(image: DynamicImage, header: DynamicHeader, texts: Sequence[tuple[int, bytes]]) -> None:
-    """Write this header and its names into an image opened for writing, before the first block.
+def write_front(
+    image: DynamicImage, header: DynamicHeader, texts: Sequence[tuple[int, bytes]], *, footer: Footer | None = None
+) -> None:
+    """Write this header and its names into an image opened for writing, before the first block; and `footer` if given.
 
     `texts` are (slot of the locator, bytes), whole sectors; the offsets in their entries are ignored.
     Raises NoSpace, IoFailed, SyncFailed; the image then has its old header and names or the new ones. Close it.
@@ -101,7 +103,8 @@ def write_front(image: DynamicImage, header: DynamicHeader, texts: Sequence[tupl
         entries[slot] = replace(entries[slot], data_offset=offset)
     placed = [(offset, raw) for offset, (_, raw) in zip(front.offsets, texts, strict=True)]
     end = _end_without_old_names(image)
-    switch_header(image, replace(header, parent_locators=tuple(entries)), texts=placed, home_bytes=front.header_offset)
+    header = replace(header, parent_locators=tuple(entries))
+    switch_header(image, header, footer=footer, texts=placed, home_bytes=front.header_offset)
     if vacated or end is not None:
         settled = open_dynamic(image.store, writable=True)
         punch_free(settled, vacated)

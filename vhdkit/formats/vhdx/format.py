@@ -204,6 +204,13 @@ class VhdxFormat:
 
         relink(open_vhdx(store, writable=True), parent)
 
+    def detach(self, store: Store) -> None:
+        """See `Format.detach`."""
+        from vhdkit.formats.vhdx.detach import detach
+        from vhdkit.formats.vhdx.opening import open_vhdx
+
+        detach(open_vhdx(store, writable=True))
+
     # -- looking after ------------------------------------------------------------------------------------------------
 
     def check(
