@@ -166,6 +166,7 @@ class HeldFolder(Descriptor):
             owned = opened(part, _NEW, _FILE_MODE, dir_fd=self._number())
         named = False
         store = UnnamedStore(owned, path, f"/proc/self/fd/{self._number()}/{part}")
+        store.starts_early = True
         try:
             with contextlib.suppress(errors.Unprotected, errors.IoFailed):
                 store.lock(writer=True)  # shows that this process is alive: see `unfinished`

@@ -342,6 +342,9 @@ class MachineFolder:
         newest = max(known, default=0)
         named = {place for one in nights if one.manifest is not None for place in places_of(one.manifest)}
         removed = []
+        self.folder.sweep()
+        with contextlib.suppress(errors.NotFound), self.folder.folder(NIGHTS) as folder:
+            folder.sweep()
         for disk_id in self.disk_ids():
             with self.images(disk_id) as folder:
                 folder.sweep()

@@ -28,6 +28,7 @@ _PIECE_SECTORS = whole_sectors(MIB)
 _WORDS_PER_SECTOR = SECTOR_SIZE // 8
 
 _Piece: TypeAlias = tuple[int, int, bool]  # first sector, count, known to be equal
+Sectors: TypeAlias = NDArray[np.uint64]  # a row of words for each
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +66,30 @@ def compare_chains(one: Chain, other: Chain, progress: Progress | None = None) -
 
 
 def _compare(one: Chain, other: Chain, progress: Progress | None) -> Comparison:
-    size = max(one.size_bytes, other.size_bytes)
     first_difference, different = None, 0
+    for position, mine, theirs in _different_pieces(one, other, progress):
+        bad = np.flatnonzero((mine != theirs).any(axis=1))
+        different += len(bad)
+        if first_difference is None:
+            sector = int(bad[0])
+            within = np.flatnonzero(mine[sector].view(np.uint8) != theirs[sector].view(np.uint8))
+            first_difference = sectors_to_bytes(position + sector) + int(within[0])
+    return Comparison(one.size_bytes, other.size_bytes, first_difference, different)
+
+
+def different_pieces(
+    one: Chain, other: Chain, progress: Progress | None = None
+) -> Iterator[tuple[int, Sectors, Sectors]]:
+    """Every piece of at most 1 MiB, as (first sector, sectors of the one, of the other), that is not the same in both.
+
+    The arrays are valid until the next piece is taken. Raises IoFailed.
+    """
+    with steady(one), steady(other):
+        yield from _different_pieces(one, other, progress)
+
+
+def _different_pieces(one: Chain, other: Chain, progress: Progress | None) -> Iterator[tuple[int, Sectors, Sectors]]:
+    size = max(one.size_bytes, other.size_bytes)
     for chain in (one, other):
         chain.map.walked_once()
     readers = Ahead(one), Ahead(other)
@@ -81,20 +104,14 @@ def _compare(one: Chain, other: Chain, progress: Progress | None) -> Comparison:
     for piece in announced(_pieces(one, other), lambda piece: 0 if piece[2] else piece[1], announce):
         position, count, alike = piece
         if not alike:
-            views = [
+            mine, theirs = [
                 _read(reader, piece, _inside(chain, piece), buffer)
                 for chain, reader, buffer in zip((one, other), readers, buffers, strict=True)
             ]
-            bad = np.flatnonzero((views[0] != views[1]).any(axis=1))
-            if len(bad):
-                different += len(bad)
-                if first_difference is None:
-                    sector = int(bad[0])
-                    within = np.flatnonzero(views[0][sector].view(np.uint8) != views[1][sector].view(np.uint8))
-                    first_difference = sectors_to_bytes(position + sector) + int(within[0])
+            if not np.array_equal(mine, theirs):
+                yield position, mine, theirs
         if progress is not None:
             progress(sectors_to_bytes(position + count), size)
-    return Comparison(one.size_bytes, other.size_bytes, first_difference, different)
 
 
 def _inside(chain: Chain, piece: _Piece) -> int:
@@ -103,7 +120,7 @@ def _inside(chain: Chain, piece: _Piece) -> int:
     return 0 if alike else min(max(whole_sectors(chain.size_bytes) - position, 0), count)
 
 
-def _read(reader: Ahead, piece: _Piece, inside: int, buffer: memoryview) -> NDArray[np.uint64]:
+def _read(reader: Ahead, piece: _Piece, inside: int, buffer: memoryview) -> Sectors:
     """Sectors as rows of words; zeros past those inside the disk."""
     view, end = buffer[: sectors_to_bytes(piece[1])], sectors_to_bytes(inside)
     if inside:

@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes a night: the disks of a machine as they were at one moment, as images in a repository.
+
+Decides the order in which files appear, and what is removed when a night fails. Must not know how a machine, or a
+served disk, is frozen: the caller does that between `writing` and `save`, and merges afterwards.
+
+    1  the machine's folder is locked, what unfinished nights left is removed, free space is checked     `writing`
+    2                                        the caller freezes all disks at one moment
+    3  each frozen layer gets its mark, which names this night's id and means nothing until step 6        `save`
+    4  each disk: the table of sums, then the image, each durable before it has its name
+    5  other files, durable
+    6  the manifest: only now does the night exist
+    7                                        the caller merges what it froze
+
+A frozen layer must read the same after step 5 as before; otherwise there is no night. Anything raised before step 6,
+Ctrl-C and a full disk included, removes what was written (`INV-NIGHT-WHOLE`); what a killed process leaves is removed
+by step 1 of the next night. No file that belongs to a night is ever changed here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from typing import Any, Protocol
+
+from vhdkit import errors, formats
+from vhdkit.backup import sums
+from vhdkit.backup.basis import MAX_DEPTH, Basis, differing_sample, find_basis, newest_basis
+from vhdkit.backup.contents import kind_of_full, write_differences, write_full, write_layers
+from vhdkit.backup.documents import DamagedRepository
+from vhdkit.backup.graph import ImageRecord, Images
+from vhdkit.backup.layers import link_to, opened_layers
+from vhdkit.backup.manifest import Consistency, DiskRecord, FileRecord, Frozen, How, Manifest
+from vhdkit.backup.names import ImagePlace, new_unique_id, night_of_file, night_word
+from vhdkit.backup.repository import MAX_FILES, META, MachineFolder, Night, Repository, remove_whole
+from vhdkit.chain.engine.chain import Chain, Progress
+from vhdkit.chain.records import references
+from vhdkit.chain.verbs.merge_parts import file_of_layer
+from vhdkit.errors import printable
+from vhdkit.held_folder import HeldFolder
+from vhdkit.image import NULL_ID, Layer
+from vhdkit.store import FileStore
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FrozenDisk:
+    """A disk to save: an open chain, held, whose files nothing writes to until `save` returns.
+
+    With `keeps_layer` its leaf stays as a layer when writes go on in a child of it, so it gets a mark.
+    """
+
+    disk_id: str
+    chain: Chain
+    slot: str = ""
+    serial: str = ""
+    keeps_layer: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What the user asks of a night: to compare every disk whole, to begin a new chain after so many images."""
+
+    compare: bool = False
+    full_every: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Circumstances:
+    """What the manifest says about the moment: when it was, how clocks showed it there, what it is worth."""
+
+    taken: datetime
+    zone: str
+    utc_offset: timedelta
+    tool: str
+    consistency: Consistency
+    snapshots: tuple[dict[str, Any], ...] = ()
+    others: dict[str, Any] = field(default_factory=dict)
+
+
+class Stages(Protocol):
+    """Where progress is shown: `stage` begins a piece of work with this name, whose progress goes to the result."""
+
+    def __call__(self, doing: str) -> Progress | None: ...
+
+
+@contextlib.contextmanager
+def writing(repository: Repository, machine_id: str, name: str, wishes: Wishes) -> Iterator[Writing]:
+    """A night of a machine: its folder is locked, and free of what unfinished nights left, while the block runs.
+
+    Raises ImageInUse while another process changes the machine's nights, DamagedRepository, AccessDenied, NoSpace.
+    """
+    with repository.made_machine(machine_id, name) as machine, machine.held("a backup"):
+        nights = machine.nights()
+        machine.remove_leftovers(nights)
+        yield Writing(machine, tuple(nights), wishes, machine.next_number(nights), new_unique_id())
+
+
+@dataclass(slots=True, eq=False)
+class Writing:
+    """A night that can be written; see `writing`. `warnings` are what the manifest will say about it."""
+
+    machine: MachineFolder
+    nights: tuple[Night, ...]
+    wishes: Wishes
+    number: int
+    id: str
+    warnings: list[str] = field(default_factory=list)
+
+    def save(
+        self,
+        disks: Sequence[FrozenDisk],
+        facts: Circumstances,
+        files: Mapping[str, bytes] | None = None,
+        stage: Stages = lambda doing: None,
+    ) -> Manifest:
+        """Write the night; it exists when this returns. `files` are other files of it, by name.
+
+        Raises NoSpace, IoFailed, SyncFailed, CorruptImage for a disk that cannot be read, Replaced for one that was
+        written to meanwhile; then no file of the night is left.
+        """
+        states = {one.disk_id: self._marked(one) for one in disks}
+        try:
+            records = [self._saved(one, states[one.disk_id], stage) for one in disks]
+            meta = [self._write_file(name, raw) for name, raw in (files or {}).items()]
+            for one in disks:
+                if references.state_of(file_of_layer(one.chain.leaf)) != states[one.disk_id]:
+                    raise errors.Replaced("was written to while it was saved", path=one.chain.leaf.store.name)
+            manifest = self._manifest(facts, records, meta)
+            self.machine.write_manifest(manifest)
+        except BaseException:  # Ctrl-C too
+            self._drop(disks)
+            raise
+        return manifest
+
+    def _marked(self, disk: FrozenDisk) -> references.FileState:
+        """Mark the frozen layer as this night, if it stays; the state in which it is."""
+        file = file_of_layer(disk.chain.leaf)
+        if disk.keeps_layer:
+            night = references.SavedNight(
+                self.machine.repository.id, self.machine.id, disk.disk_id, self.number, self.id
+            )
+            state = references.mark(file, night)
+            if state is not None:
+                return state
+        return references.state_of(file)
+
+    def _manifest(self, facts: Circumstances, disks: Sequence[DiskRecord], files: Sequence[FileRecord]) -> Manifest:
+        previous = max((one.number for one in self.nights), default=None)
+        return Manifest(
+            repository=self.machine.repository.id,
+            machine_id=self.machine.id,
+            machine_name=self.machine.name,
+            night=self.number,
+            id=self.id,
+            previous=previous,
+            taken=facts.taken,
+            zone=facts.zone,
+            utc_offset=facts.utc_offset,
+            finished=datetime.now(UTC),
+            tool=facts.tool,
+            consistency=facts.consistency,
+            disks=tuple(disks),
+            files=tuple(files),
+            snapshots=facts.snapshots,
+            warnings=tuple(self.warnings),
+            others=facts.others,
+        )
+
+    # -- disks ----------------------------------------------------------------------------------------------------
+
+    def _saved(self, disk: FrozenDisk, state: references.FileState, stage: Stages) -> DiskRecord:
+        """Write the image of a disk, if it has changed; returns its record."""
+        tried: list[Basis] = []
+        record = None
+        for basis in self._bases_for(disk):
+            if record is None and basis not in tried:
+                tried.append(basis)
+                record = self._on_night(disk, basis, stage)
+        if record is None:
+            record = self._written(disk, Basis(How.FULL), (), (), stage)
+        return replace(record, frozen=Frozen(state.image_id.hex(), state.size_bytes, state.modified_ns))
+
+    def _bases_for(self, disk: FrozenDisk) -> Iterator[Basis]:
+        """What the disk may be saved against, the best first."""
+        if not self.wishes.compare:
+            yield find_basis(disk.chain, self._mine(disk), self.nights)
+        yield newest_basis(disk.disk_id, self.nights)
+
+    def _mine(self, disk: FrozenDisk) -> tuple[str, str, str]:
+        """How marks call the disk."""
+        return self.machine.repository.id, self.machine.id, disk.disk_id
+
+    def _on_night(self, disk: FrozenDisk, basis: Basis, stage: Stages) -> DiskRecord | None:
+        """The record of a disk that is saved against an earlier night; None if there is none, or it cannot be used."""
+        if basis.night is None:
+            return None
+        earlier = basis.night.disk(disk.disk_id)
+        assert earlier is not None
+        if disk.chain.size_bytes < earlier.virtual_size_bytes:
+            return None  # other programs refuse a child that is smaller than its parent
+        images = Images(one.manifest for one in self.nights if one.manifest is not None)
+        with contextlib.ExitStack() as opened:
+            try:
+                chain = images.chain(earlier.image)
+                if len(chain) >= min(MAX_DEPTH, self.wishes.full_every or MAX_DEPTH):
+                    return None
+                below = opened.enter_context(opened_layers(self.machine, chain))
+            except (DamagedRepository, errors.CorruptImage, errors.NotFound) as error:
+                self._warn(disk, f"the image of night {basis.night.night} cannot be read, so all was saved: {error}")
+                return None
+            if basis.index is not None and not self._is_right(disk, basis.night.night, basis.index, below):
+                return None
+            return self._written(disk, basis, chain, below, stage)
+
+    def _is_right(self, disk: FrozenDisk, night: int, index: int, below: Sequence[Layer]) -> bool:
+        """Whether the marked layer reads like the night at some places; the mark is removed if not."""
+        marked = disk.chain.layers[index:]
+        wrong = differing_sample(Chain(marked), Chain(below))
+        if wrong is not None:
+            file = file_of_layer(marked[0])
+            self._warn(
+                disk,
+                f"{printable(file.name)} does not read as in night {night}, as the mark beside it says (byte"
+                f" {wrong:#x} of the disk differs), so the whole disk was compared: another program has written to it",
+            )
+            with contextlib.suppress(errors.VhdkitError):
+                references.unmark(file, *self._mine(disk))
+        return wrong is None
+
+    def _written(
+        self, disk: FrozenDisk, basis: Basis, chain: Sequence[ImageRecord], below: Sequence[Layer], stage: Stages
+    ) -> DiskRecord:
+        """Write the image in the file that the repository will have, and its sums; the record that describes it."""
+        made = formats.for_children_of(below[0]) if below else formats.making(kind_of_full(disk.chain))
+        suffix = made.child_suffix if below else made.suffixes[0]
+        place = ImagePlace(disk.disk_id, f"{night_word(self.number)}{suffix}")
+        with self.machine.images(disk.disk_id, make=True) as folder:
+            try:
+                with folder.new_file(place.name) as store:
+                    self._fill(store, disk, basis, chain, below, stage)
+                    with folder.new_file(place.sums_name) as table:
+                        root = sums.make_table(store, table, stage(f"sums of {disk.disk_id}"))
+                    return DiskRecord(
+                        disk_id=disk.disk_id,
+                        image=place,
+                        image_id=(formats.linkage_id(store) or NULL_ID).hex(),
+                        parent_image=chain[0].place if chain else None,
+                        virtual_size_bytes=disk.chain.size_bytes,
+                        file_size_bytes=store.size(),
+                        data_bytes=store.allocated_bytes(),
+                        sums_root=root,
+                        how=basis.how,
+                        slot=disk.slot,
+                        serial=disk.serial,
+                        reference_night=None if basis.night is None else basis.night.night,
+                    )
+            except _Unchanged:
+                assert basis.night is not None
+                earlier = basis.night.disk(disk.disk_id)
+                assert earlier is not None
+                night = basis.night.night
+                return replace(earlier, how=How.SAME, reference_night=night, slot=disk.slot, serial=disk.serial)
+
+    def _fill(
+        self,
+        store: FileStore,
+        disk: FrozenDisk,
+        basis: Basis,
+        chain: Sequence[ImageRecord],
+        below: Sequence[Layer],
+        stage: Stages,
+    ) -> None:
+        """Write the content of the image. Raises `_Unchanged` if the disk reads as its parent."""
+        show = stage(f"saving {disk.disk_id}")
+        if basis.how is How.FULL:
+            write_full(store, disk.chain, show)
+            return
+        link = link_to(below[0], chain[0].place)
+        if basis.index is None:
+            has_changed = write_differences(store, link, disk.chain, below, show)
+        else:
+            sources = disk.chain.layers[: basis.index]
+            has_changed = bool(sources) and write_layers(store, link, sources, below, show)
+        if not has_changed:
+            raise _Unchanged
+
+    def _warn(self, disk: FrozenDisk, text: str) -> None:
+        self.warnings.append(f"{disk.disk_id}: {text}")
+        _log.warning("%s: %s", printable(disk.disk_id), text)
+
+    # -- files ----------------------------------------------------------------------------------------------------
+
+    def _write_file(self, name: str, raw: bytes) -> FileRecord:
+        with self.machine.meta(self.number, make=True) as folder:
+            folder.write(name, raw)
+        return FileRecord(name, len(raw), hashlib.sha256(raw).hexdigest())
+
+    def _drop(self, disks: Sequence[FrozenDisk]) -> None:
+        """Remove what was written of a night that failed; what cannot be removed is left to the next one.
+
+        The manifest goes first: it may have its name already, and no night may lack its images.
+        """
+        with contextlib.suppress(errors.VhdkitError):
+            if self.machine.night(self.number) is not None:
+                self.machine.remove_manifest(self.number)
+            for disk in disks:
+                with contextlib.suppress(errors.NotFound), self.machine.images(disk.disk_id) as folder:
+                    self._remove_images(folder)
+            with contextlib.suppress(errors.NotFound), self.machine.folder.folder(META) as meta:
+                remove_whole(meta, night_word(self.number))
+
+    def _remove_images(self, folder: HeldFolder) -> None:
+        """Remove this night's files in the folder of a disk."""
+        removed = [folder.remove(one) for one in folder.names(MAX_FILES) if night_of_file(one) == self.number]
+        if any(removed):
+            folder.sync()
+
+
+class _Unchanged(Exception):
+    """The disk reads as in the night that it is compared with."""
