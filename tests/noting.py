@@ -9,8 +9,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from vhdkit.chain.names.marks import mark_child
 from vhdkit.chain.names.options import OpenOptions
+from vhdkit.chain.verbs.create import write_child
+from vhdkit.formats import probed
 from vhdkit.store import FileStore
+from vhdkit.units import SECTOR_SIZE
 
 _folder: list[str] = []
 
@@ -35,3 +39,20 @@ def opened_file(path: str | Path, *, writable: bool = False) -> FileStore:
     store = FileStore.open(path, writable=writable)
     store.notes_folder = folder_in_use()
     return store
+
+
+def foreign_child(path: Path, *, first_sector: int | None = None, folder: Path | None = None) -> Path:
+    """A child that another program makes of the image, whatever a server has noted; it may write a sector to it."""
+    suffix = path.suffix if path.suffix.startswith(".a") else f".a{path.suffix[1:]}"
+    child = (folder or path.parent) / f"foreign{suffix}"
+    child.touch()
+    with FileStore.open(path) as store, FileStore.open(child, writable=True) as made:
+        parent = probed(store).open(store)
+        write_child(made, str(child), parent, parent.size_bytes)
+        if folder is not None:
+            mark_child(str(child), made, str(path))
+        if first_sector is not None:
+            layer = probed(made).open(made, writable=True)
+            layer.write(first_sector, memoryview(b"c" * SECTOR_SIZE))
+            layer.seal()
+    return child

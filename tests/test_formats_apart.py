@@ -25,6 +25,7 @@ OF_EVERY_FORMAT = {
     "vhdkit.formats.format",
     "vhdkit.formats.partitions",
     "vhdkit.formats.probe",
+    "vhdkit.formats.recall",
     "vhdkit.formats.remember",
     "vhdkit.formats.undo",
 }

@@ -22,11 +22,12 @@ PUBLIC = """
 AccessDenied AddressInUse AlreadyExists ByteRange CacheMode Cancelled CompactResult Comparison ControlClient
 CopiedLayers CorruptImage CorruptReason Disk DiskClosed DiskFormat DiskSize Extent ExtentKind Finding Fix FormatName
 GarbageItem GarbageKind HasChildren ImageInUse InvalidArgument IoFailed KnownRun Merge Move NoSpace NotFound
-OpenOptions OutOfRange ParentError ParentMismatch ParentMissing ParentRefused Progress Pull ReadOnly Repair Replaced
-ResizeResult Severity SyncFailed TrustedFolder TrustedFolders Unprotected UnsupportedFormat VhdkitError __version__
-chain_held chain_paths check clone collect_garbage compact compare convert copy_layers create_child create_image
-find_children image_id is_maker_dead json_text jsonrpc maker_word mark_parents merge merge_under_way open_disk
-parse_disk_size pull rebase relocate repair resize restore resume_merge snapshot snapshot_many trusted_parent_dirs
+NotesUnwritten OpenOptions OutOfRange ParentError ParentMismatch ParentMissing ParentRefused Progress Pull ReadOnly
+Repair Replaced ResizeResult Severity SyncFailed TrustedFolder TrustedFolders Unprotected UnsupportedFormat
+VhdkitError __version__ chain_held chain_paths check clone collect_garbage compact compare convert copy_layers
+create_child create_image find_children image_id is_maker_dead json_text jsonrpc maker_word mark_parents merge
+merge_under_way open_disk parse_disk_size pull rebase relocate repair resize restore resume_merge snapshot
+snapshot_many trusted_parent_dirs
 """
 MACHINES = """
 AccessDenied AdapterSpec AgentUnavailable AlreadyExists Applied AutomaticSpec BackupResult ConsoleConnection Deleted

@@ -103,15 +103,18 @@ def changing() -> None:
 
 
 def noted() -> None:
-    """A killed server's notes, and another program that wrote to the image before the server was started again."""
-    image()
+    """The notes of a killed server about two images; one was written to before the server was started again."""
     Path("notes").mkdir()
-    with FileStore.open("disk.vhd", writable=True) as store:
-        store.notes_folder = str(Path("notes").absolute())
-        open_dynamic(store, writable=True).write(3 * BLOCK // 512, memoryview(bytes(512)))
-    vhdkit.open_disk("disk.vhd", writable=True).close()
-    vhdkit.open_disk("disk.vhd", writable=True, options=vhdkit.OpenOptions(notes_folder="notes")).close()
-    vhdkit.compact("disk.vhd")
+    for name in ("other.vhd", "disk.vhd"):
+        image()
+        if name != "disk.vhd":
+            Path("disk.vhd").rename(name)
+        with FileStore.open(name, writable=True) as store:
+            store.notes_folder = str(Path("notes").absolute())
+            open_dynamic(store, writable=True).write(3 * BLOCK // 512, memoryview(bytes(512)))
+    vhdkit.repair("other.vhd", accept_data_loss=True)
+    vhdkit.open_disk("other.vhd", writable=True, options=vhdkit.OpenOptions(notes_folder="notes")).close()
+    vhdkit.compact("other.vhd")
 
 
 def freezing() -> None:

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
         InvalidArgument,
         IoFailed,
         NoSpace,
+        NotesUnwritten,
         NotFound,
         OutOfRange,
         ParentError,
@@ -111,6 +112,7 @@ __all__ = [
     "Move",
     "NoSpace",
     "NotFound",
+    "NotesUnwritten",
     "OpenOptions",
     "OutOfRange",
     "ParentError",
@@ -190,8 +192,8 @@ _HOMES = {
     "vhdkit.disk": "Disk open_disk",
     "vhdkit.errors": (
         "AccessDenied AddressInUse AlreadyExists Cancelled CorruptImage CorruptReason DiskClosed HasChildren "
-        "ImageInUse InvalidArgument IoFailed NoSpace NotFound OutOfRange ParentError ParentMismatch ParentMissing "
-        "ParentRefused ReadOnly Replaced SyncFailed Unprotected UnsupportedFormat "
+        "ImageInUse InvalidArgument IoFailed NoSpace NotesUnwritten NotFound OutOfRange ParentError ParentMismatch "
+        "ParentMissing ParentRefused ReadOnly Replaced SyncFailed Unprotected UnsupportedFormat "
         "VhdkitError"
     ),
     "vhdkit.finding": "Finding Severity",

@@ -260,6 +260,13 @@ class Replaced(ImageInUse):
     """The name of an open image now leads to another file, or to none."""
 
 
+class NotesUnwritten(VhdkitError):
+    """Writes that a killed server had acknowledged are only in its notes, in a folder that the caller did not give."""
+
+    errno = errnos.EBUSY
+    exit_code = 5
+
+
 class Unprotected(VhdkitError):
     """The file system has no locks: nothing would keep other programs away from an image that is written to."""
 

@@ -345,6 +345,17 @@ def is_folder(path: str) -> bool:
     return os.path.isdir(path)
 
 
+def may_hold(directory: str, endings: tuple[str, ...]) -> bool:
+    """False if a folder has no names with these endings, or does not exist; True also if it cannot be examined."""
+    try:
+        with os.scandir(directory) as entries:
+            return any(entry.name.endswith(endings) for entry in entries)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
+    except OSError:
+        return True
+
+
 def subfolders(directory: str) -> list[str]:
     """The folders directly in `directory`, sorted, without links. An unreadable folder has none."""
     try:

@@ -38,6 +38,7 @@ TABLE: dict[type[VhdkitError], tuple[int, int]] = {
     errors.ImageInUse: (errno.EBUSY, 5),
     errors.Replaced: (errno.EBUSY, 5),
     errors.HasChildren: (errno.EBUSY, 5),
+    errors.NotesUnwritten: (errno.EBUSY, 5),
     errors.ParentError: (errno.ENOENT, 6),
     errors.ParentMissing: (errno.ENOENT, 6),
     errors.ParentMismatch: (errno.ENOENT, 6),

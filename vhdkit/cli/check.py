@@ -7,6 +7,7 @@ Decides the order in which findings are shown, and the exit code.
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -44,11 +45,14 @@ _STATUS = {
 @click.option("--repair", "wanted", is_flag=True, help="Repair what can be repaired in IMAGE, then check it again.")
 @click.option("--undo", metavar="FILE", type=PATH, help="With --repair: back up every byte that changes to FILE.")
 @click.option("--accept-data-loss", is_flag=True,
-              help="With --repair: also repair what may lose content, such as impossible BAT entries.")  # fmt: skip
+              help="With --repair: also repair what may lose content, such as impossible BAT entries; give up what a"
+                   " killed server had noted elsewhere.")  # fmt: skip
 @click.option("--report", metavar="FILE", type=PATH,
               help="The list of lost ranges; IMAGE.lost.json by default.")  # fmt: skip
 @click.option("--writer-is-dead", is_flag=True,
               help="With --repair: remove the in-use mark (0xC7, v_poison) of a program that has died.")  # fmt: skip
+@click.option("--remember", metavar="DIR", type=PATH,
+              help="With --repair: first write what a killed `serve --remember DIR` had noted of IMAGE.")  # fmt: skip
 @click.option("--restore", "undo_to_apply", metavar="FILE", type=PATH, help="Undo a repair with its backup.")
 @dry_run_option
 @image_options()
@@ -56,7 +60,8 @@ _STATUS = {
 @click.pass_context
 def check_command(
     context: click.Context, image: str, wanted: bool, undo: str | None, accept_data_loss: bool, report: str | None,
-    writer_is_dead: bool, undo_to_apply: str | None, dry_run: bool, common: Common, progress: bool | None,
+    writer_is_dead: bool, remember: str | None, undo_to_apply: str | None, dry_run: bool, common: Common,
+    progress: bool | None,
 ) -> None:  # fmt: skip
     """Check an image and its parents; without --repair or --restore nothing is changed.
 
@@ -80,7 +85,8 @@ def check_command(
       with --restore also "restored_bytes"}
     """
     given = [name for name, value in (("--undo", undo), ("--accept-data-loss", accept_data_loss), ("--report", report),
-             ("--writer-is-dead", writer_is_dead), ("--dry-run", dry_run)) if value]  # fmt: skip
+             ("--writer-is-dead", writer_is_dead), ("--remember", remember), ("--dry-run", dry_run))
+             if value]  # fmt: skip
     if not wanted and given:
         raise click.UsageError(f"{given[0]} requires --repair")
     if wanted and undo_to_apply:
@@ -90,7 +96,7 @@ def check_command(
         with progress_shown(common, progress, "checking") as show:
             done = vhdkit.repair(
                 image, accept_data_loss=accept_data_loss, writer_is_dead=writer_is_dead, undo=undo, report=report,
-                options=common.options, dry_run=dry_run, progress=show,
+                options=replace(common.options, notes_folder=remember), dry_run=dry_run, progress=show,
             )  # fmt: skip
         findings = list(done.findings)
         more["repair"] = repair_document(done, dry_run=dry_run)

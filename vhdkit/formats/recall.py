@@ -78,7 +78,8 @@ def recalled(store: Store, unique_id: bytes | None) -> list[Note]:
     """The notes of this image, oldest first, unless anything about the files shows that it is in another state.
 
     Then they are set aside permanently and the result is empty, as it is without notes. The caller holds the image's
-    writer's lock, if locks are used. Raises AccessDenied, IoFailed.
+    writer's lock, if locks are used. Raises NotesUnwritten if a later process took notes in another folder,
+    AccessDenied, IoFailed.
     """
     place = _folder_of(store)
     if place is None or unique_id is None:
@@ -87,8 +88,11 @@ def recalled(store: Store, unique_id: bytes | None) -> list[Note]:
     files = _read(file, unique_id, folder)
     notes = [note for one in files for note in one.notes]
     label = file.label(remember.LABEL)
+    is_of_others = label is not None and remember.token_in(label) not in [one.token for one in files]
+    if is_of_others:
+        remember.refuse_unwritten(file)
     if not notes:
-        _forget_empty(file, unique_id, folder, label, files)
+        _forget_empty(file, unique_id, folder, is_of_others)
         return []
     problem = _another_state(file, unique_id, folder, files[-1], label)
     size = file.size()
@@ -100,17 +104,17 @@ def recalled(store: Store, unique_id: bytes | None) -> list[Note]:
     return notes
 
 
-def _forget_empty(store: FileStore, unique_id: bytes, folder: str, label: bytes | None, files: list[_File]) -> None:
-    """Nothing has to be written: remove what is left of notes, and warn of notes in the folder of another label.
+def _forget_empty(store: FileStore, unique_id: bytes, folder: str, is_of_others: bool) -> None:
+    """Nothing has to be written: remove what is left of notes, and warn of notes that another folder no longer has.
 
     Of notes in this folder nothing was lost: their process died while it began or removed them.
     """
-    is_elsewhere = label is not None and remember.place_in(label) != folder and remember.is_of_this_boot(label)
-    if label is not None and is_elsewhere and remember.token_in(label) not in [one.token for one in files]:
-        _log.warning("%s: %s: they will not be used", errors.printable(store.name), remember.described(label))
     for path in remember.note_paths(store, unique_id, folder):
         if is_regular(path):
             remove_file(path)
+    label = store.label(remember.LABEL)
+    if label is not None and is_of_others and remember.place_in(label) != folder:
+        remember.renounce(store, "nothing is there any more")
     store.set_label(remember.LABEL, None)
 
 

@@ -10,8 +10,9 @@ server, in the same boot, first writes what was noted (`formats.recall`), and th
 Notes are valid for one state of one file: the one in which the dead process left it. Two things distinguish that state
 from every other one.
 
-    the label    a random token, an extended attribute of the image from the first note on until there are none. Every
-                 writer of ours removes it (`disown`), so its writes are never mistaken for the dead process's.
+    the label    a random token, an extended attribute of the image from the first note on until there are none, with
+                 the folder of the notes. A writer of ours without that folder refuses while notes may be there, and
+                 else removes the label (`disown`), so its writes are never mistaken for the dead process's.
     the witness  when the file was last written to, according to its file system, kept beside the notes in shared
                  memory after every change as long as there are notes. Programs that do not know labels, and a backup
                  that is restored in place, change that time; so does a copy that preserves times, since it brings
@@ -44,7 +45,7 @@ from collections.abc import Iterator
 
 from vhdkit import errors
 from vhdkit.finding import Finding, Severity
-from vhdkit.folder import is_regular, read_whole, remove_file, write_whole
+from vhdkit.folder import is_file_name, is_regular, may_hold, read_whole, real_path, remove_file, write_whole
 from vhdkit.shared_words import SharedWords
 from vhdkit.store import FileStore, Store
 from vhdkit.units import MIB
@@ -219,22 +220,47 @@ def begin(store: Store, unique_id: bytes | None) -> Notes | None:
     return Notes(store, unique_id, store.notes_folder, boot_id())
 
 
-def disown(store: Store) -> None:
-    """Mark the image's notes as void before a caller without a folder of notes changes the image.
+def refuse_unwritten(store: Store) -> None:
+    """Raise NotesUnwritten if there may be notes of this image that the caller cannot write: see `are_elsewhere`.
 
-    They describe a state that this change ends. A log message warns that acknowledged writes which only the notes hold
-    are lost, as in a power cut. The caller holds the image's writer's lock.
+    For a caller that is about to change the image, or to give it a child: either would make the notes void.
     """
-    if isinstance(store, FileStore) and store.notes_folder is None:
-        value = store.label(LABEL)
-        if value is not None and are_elsewhere(store):
-            _log.warning(
-                "%s: %s: the image is now written to without these notes, so they will not be used",
-                errors.printable(store.name),
-                described(value),
-            )
-        if value is not None:
-            store.set_label(LABEL, None)
+    if not are_elsewhere(store):
+        return
+    assert isinstance(store, FileStore)
+    place, image = errors.quoted(place_in(store.label(LABEL) or b"")), errors.quoted(store.name)
+    raise errors.NotesUnwritten(
+        f"writes that a killed server had acknowledged are noted in {place}, which was not given, and are not in the"
+        " image yet",
+        path=store.name,
+        hint=f"start its server again with --remember {place}, or write them now: vhdkit check {image} --repair"
+        f" --remember {place}; to give them up: vhdkit check {image} --repair --accept-data-loss",
+    )
+
+
+def disown(store: Store) -> None:
+    """Remove the label of notes that are gone before a caller without a folder of notes changes the image.
+
+    Raises NotesUnwritten if they may still exist. The caller holds the image's writer's lock.
+    """
+    if not isinstance(store, FileStore) or store.notes_folder is not None:
+        return
+    refuse_unwritten(store)
+    if store.label(LABEL) is not None:
+        renounce(store, "nothing is there any more")
+
+
+def renounce(store: FileStore, why: str) -> None:
+    """Make the notes void that the image's label names, wherever they are: they will never be written.
+
+    The caller holds the image's writer's lock. A log message warns that acknowledged writes which only the notes held
+    are lost, as in a power cut.
+    """
+    value = store.label(LABEL)
+    if value is not None and is_of_this_boot(value):
+        _log.warning("%s: %s: %s, so they are lost", errors.printable(store.name), described(value), why)
+    if value is not None:
+        store.set_label(LABEL, None)
 
 
 def forget(store: FileStore, unique_id: bytes, folder: str) -> None:
@@ -283,13 +309,21 @@ def has_notes(store: Store, unique_id: bytes) -> bool:
 def are_elsewhere(store: Store) -> bool:
     """True when a label names notes in another folder than the caller's, which therefore cannot write them.
 
-    They stay valid as long as the image is not changed.
+    They stay valid as long as the image is not changed. False if they are known to be gone: that folder is, or holds
+    none of this file. A folder that cannot be examined may hold them.
     """
     value = store.label(LABEL) if isinstance(store, FileStore) else None
     if value is None or not is_of_this_boot(value):
         return False
     assert isinstance(store, FileStore)
-    return store.notes_folder is None or place_in(value) != store.notes_folder
+    place = place_in(value)
+    if not is_file_name(place) or (store.notes_folder is not None and _is_same(place, store.notes_folder)):
+        return False
+    return len(value) >= _MAX_LABEL_BYTES or may_hold(place, _endings_of(store)[:2])
+
+
+def _is_same(one: str, other: str) -> bool:
+    return one == other or real_path(one) == real_path(other)
 
 
 def are_gone(store: FileStore) -> bool:
@@ -312,7 +346,8 @@ def findings(store: FileStore) -> tuple[Finding, ...]:
     if label is not None and is_of_this_boot(label) and not store.in_use():
         message = (
             f"{described(label)}: serve the image again with --remember and that folder, the same way as before, to"
-            " write them; any other change to the image, also by `check --repair`, loses them"
+            " write them, or repair it with that --remember; nothing else changes the image until then, unless the"
+            " notes are given up: --repair --accept-data-loss"
         )
         found.append(Finding(Severity.WARNING, "notes-unwritten", message, store.name))
     if kept is not None:
@@ -327,9 +362,14 @@ def findings(store: FileStore) -> tuple[Finding, ...]:
 
 def note_paths(store: FileStore, unique_id: bytes, folder: str) -> list[str]:
     """The paths of an image's notes: two files that take turns, and their witness."""
+    stem = os.path.join(folder, unique_id.hex())
+    return [stem + ending for ending in _endings_of(store)]
+
+
+def _endings_of(store: FileStore) -> tuple[str, ...]:
+    """The ends of those paths, after the image's id."""
     device, inode = store.identity
-    stem = os.path.join(folder, f"{unique_id.hex()}-{device:x}-{inode:x}")
-    return [f"{stem}.0", f"{stem}.1", f"{stem}.time"]
+    return tuple(f"-{device:x}-{inode:x}.{kind}" for kind in ("0", "1", "time"))
 
 
 def boot_id() -> bytes:

@@ -66,7 +66,7 @@ def plan_delete(machine: Machine, *, with_disks: bool, with_snapshots: bool) -> 
             kept.append((disk.path, f"it is also a disk of the machine {other}"))
         else:
             try:
-                look_at(disk, writable=True)
+                look_at(disk, writable=True, notes_folder=machine.runtime.notes_left)
             except VmmError as error:
                 kept.append((disk.path, error.problem))
                 continue

@@ -26,7 +26,7 @@ from vmm.model.events import add_event
 from vmm.model.formats import ImageFormat, child_format
 from vmm.model.spec import DiskSpec
 from vmm.snapshots.recovery import is_pending, settle, settle_journal
-from vmm.snapshots.steps import child_path, options_of_all, relocated, store_problem
+from vmm.snapshots.steps import child_path, options_to_change, relocated, store_problem
 from vmm.store import registry
 from vmm.store.backup_note import has_note, is_child_name, remove_note
 from vmm.store.registry import Changing, Machine
@@ -153,7 +153,7 @@ def _take_on(held: Held, step: RepairStep) -> Changing:
     above = child_format(kind)
     try:
         if not os.path.exists(chain[-1]):
-            options = options_of_all(registry.load_for_change(held).spec)
+            options = options_to_change(registry.load_for_change(held))
             below = vhdkit.FormatName(kind if len(chain) == 2 else above)
             vhdkit.create_child(chain[-1], chain[-2], options=replace(options, format_name=below))
         for parent, child in pairwise(chain):

@@ -110,7 +110,7 @@ class StoppedMachine(LocalMachine):
     def _apply_size(self, disk: DiskSpec, size_bytes: int, *, shrink: bool) -> int:
         from vmm.store.images import resize_image
 
-        return resize_image(disk, size_bytes, shrink=shrink)
+        return resize_image(disk, size_bytes, shrink=shrink, notes_folder=self.opened.runtime.notes_left)
 
     def _apply_adapter_added(self, adapter: AdapterSpec, after: MachineSpec) -> None:
         registry.save(self.opened, after)

@@ -143,6 +143,11 @@ class RuntimePaths:
         return self._in("notes")
 
     @property
+    def notes_left(self) -> str | None:
+        """The same folder if it exists while the machine is off: then its disk server was killed."""
+        return self.notes if os.path.isdir(self.notes) else None
+
+    @property
     def leaving(self) -> str:
         """A marker: the host is stopping, and the machine must carry out its automatic stop action."""
         return self._in("leaving")

@@ -19,7 +19,7 @@ from vmm.snapshots.recovery import settle, taken_back
 from vmm.snapshots.steps import (
     Tidied,
     commit,
-    options_of_all,
+    options_to_change,
     pivoted,
     tidy,
 )
@@ -54,7 +54,7 @@ def apply(machine: Changing, word: str) -> Applied:
         spec = pivoted(frozen, pivots)
         held.begin(Apply(tuple(pivots)))
         with taken_back(held, "apply the snapshot"):
-            options = options_of_all(frozen)
+            options = options_to_change(replace(machine, spec=frozen))
             for one in pivots:
                 kind = vhdkit.FormatName(one.format)  # as recorded in the tree; the guest may have written anything
                 vhdkit.create_child(one.child, one.frozen, options=replace(options, format_name=kind))

@@ -26,7 +26,7 @@ from vmm.model.paths import MachinePaths, RuntimePaths
 from vmm.model.waiting import looks
 from vmm.snapshots.dependents import judge
 from vmm.snapshots.recovery import is_pending, settle
-from vmm.snapshots.steps import begin_merge, finish_merge, options_of_all, store_problem, tidy
+from vmm.snapshots.steps import begin_merge, finish_merge, options_to_change, store_problem, tidy
 from vmm.store import registry, saved
 from vmm.store.copies import refuse_copy
 from vmm.store.images import guarded
@@ -150,7 +150,7 @@ def merge_files(
     `locked` is held while the machine's definition is changed.
     """
     begin_merge(held, MergeOff(merge.target, merge.layers))
-    options = guarded(options_of_all(registry.load_for_change(held).spec))
+    options = guarded(options_to_change(registry.load_for_change(held)))
     try:
         vhdkit.merge(merge.layers[0], into=merge.target, relink_children=True, options=options, progress=progress)
     except vhdkit.Cancelled:

@@ -78,7 +78,7 @@ def look_before_discarding(machine: Machine) -> None:
     program.find()
     for disk in machine.spec.disks:
         if disk.is_image and disk.path is not None:
-            look_at(disk, writable=not disk.read_only)
+            look_at(disk, writable=not disk.read_only, notes_folder=machine.runtime.notes_left)
     look_at_files(machine.spec)
 
 

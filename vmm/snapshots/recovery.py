@@ -35,6 +35,7 @@ from vmm.snapshots.steps import (
     commit,
     finish_merge,
     options_of_all,
+    options_to_change,
     pivoted,
     relocated,
     store_problem,
@@ -278,7 +279,7 @@ def _finish_complete(machine: Machine, target: str) -> None:
 
     Raises VhdkitError; the journal or note then stays.
     """
-    options = guarded(options_of_all(machine.spec))
+    options = guarded(options_to_change(machine))
     if vhdkit.merge_under_way(target, options=options) is not None:
         with contextlib.suppress(vhdkit.InvalidArgument):
             vhdkit.resume_merge(target, options=options, only_complete=True)

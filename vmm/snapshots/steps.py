@@ -25,7 +25,7 @@ from vmm.model.spec import DiskSpec, MachineSpec
 from vmm.snapshots.dependents import judge, parent_folders
 from vmm.store import registry
 from vmm.store.known_images import refuse_used_elsewhere
-from vmm.store.registry import Changing
+from vmm.store.registry import Changing, Machine
 from vmm.store.removal import remove_image
 from vmm.store.snapshots.journal import NO_VARIABLES, MergeLive, MergeOff, Pivot, PutInPlace
 from vmm.store.snapshots.memory import adapt_saved, drop_saved, put_saved
@@ -56,6 +56,14 @@ def options_of_all(spec: MachineSpec) -> vhdkit.OpenOptions:
     """Options for opening any chain of the machine: with all folders that any of its disks allows."""
     raw = any(disk.allow_raw_parent or disk.format == "raw" for disk in spec.disks)
     return vhdkit.OpenOptions(parent_dirs=parent_folders(spec), allow_raw_parent=raw)
+
+
+def options_to_change(machine: Machine) -> vhdkit.OpenOptions:
+    """The same for changing the images of a machine that is off, or giving them children.
+
+    What a killed disk server had noted is written to them first, if its notes still exist.
+    """
+    return replace(options_of_all(machine.spec), notes_folder=machine.runtime.notes_left)
 
 
 def pivots_for(spec: MachineSpec, tree: Tree, frozen: Mapping[str, str]) -> list[Pivot]:

@@ -94,16 +94,16 @@ def settings_with_real_paths(settings: Mapping[str, object]) -> dict[str, object
     return found
 
 
-def look_at(disk: DiskSpec, *, writable: bool = False) -> KnownImage:
+def look_at(disk: DiskSpec, *, writable: bool = False, notes_folder: str | None = None) -> KnownImage:
     """Open the image of a disk as the machine would, and close it again.
 
-    `writable`: also check that no other program uses it and that no image stands on it. Raises NotFound, StoreFailed,
-    InUse.
+    `writable`: also check that no other program uses it and that no image stands on it; what a killed disk server had
+    noted in the machine's `notes_folder` is written. Raises NotFound, StoreFailed, InUse.
     """
     assert disk.path is not None
     kind = None if disk.format is None else vhdkit.FormatName(disk.format)
     try:
-        with _open(disk, kind, lock=writable, writable=writable) as opened:
+        with _open(disk, kind, lock=writable, writable=writable, notes_folder=notes_folder) as opened:
             if opened.size_bytes < MIN_DISK_BYTES:
                 raise InvalidSpec(f"is too small for a disk: it has {opened.size_bytes} bytes", path=disk.path)
             leaf = opened.chain.leaf
@@ -168,18 +168,33 @@ def refuse_frozen(disk: DiskSpec) -> None:
         )  # fmt: skip
 
 
-def _open(disk: DiskSpec, kind: vhdkit.FormatName | None, *, lock: bool, writable: bool = False) -> vhdkit.Disk:
+def _open(
+    disk: DiskSpec,
+    kind: vhdkit.FormatName | None,
+    *,
+    lock: bool,
+    writable: bool = False,
+    notes_folder: str | None = None,
+) -> vhdkit.Disk:
     options = vhdkit.OpenOptions(
-        parent_dirs=disk.parent_dirs, allow_raw_parent=disk.allow_raw_parent, format_name=kind, lock=lock
-    )
+        parent_dirs=disk.parent_dirs, allow_raw_parent=disk.allow_raw_parent, format_name=kind, lock=lock,
+        notes_folder=notes_folder,
+    )  # fmt: skip
     assert disk.path is not None
     return vhdkit.open_disk(disk.path, writable=writable, options=guarded(options) if writable else options)
 
 
-def resize_image(disk: DiskSpec, size_bytes: int, *, shrink: bool) -> int:
-    """Change the size of a disk's image that is not in use; returns the new size. Raises StoreFailed."""
+def resize_image(disk: DiskSpec, size_bytes: int, *, shrink: bool, notes_folder: str | None) -> int:
+    """Change the size of a disk's image that is not in use; returns the new size. Raises StoreFailed.
+
+    What a killed disk server had noted in the machine's `notes_folder` is written first.
+    """
     assert disk.path is not None
-    options = guarded(vhdkit.OpenOptions(parent_dirs=disk.parent_dirs, allow_raw_parent=disk.allow_raw_parent))
+    options = guarded(
+        vhdkit.OpenOptions(
+            parent_dirs=disk.parent_dirs, allow_raw_parent=disk.allow_raw_parent, notes_folder=notes_folder
+        )
+    )
     try:
         return vhdkit.resize(disk.path, size_bytes, options=options, shrink=shrink).virtual_size_after_bytes
     except vhdkit.VhdkitError as error:

@@ -29,11 +29,10 @@ from tests.vhdkit.formats.test_remember import (
     opened,
 )
 from vhdkit.chain.verbs.check import check
-from vhdkit.chain.verbs.create import create_child
 from vhdkit.chain.verbs.live import freezing
 from vhdkit.chain.verbs.repair import repair
 from vhdkit.disk import open_disk
-from vhdkit.errors import ImageInUse
+from vhdkit.errors import ImageInUse, NotesUnwritten
 from vhdkit.formats import probed, remember
 from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.formats.vhdx.blocks import VhdxImage
@@ -118,20 +117,22 @@ def cut_and_back(path: Path, backup: bytes, status: os.stat_result) -> None:
 
 
 def opened_for_writing(path: Path, backup: bytes, status: os.stat_result) -> None:
-    """A session of vhdkit without the notes that writes nothing."""
+    """A session of vhdkit that writes nothing, once the notes are given up."""
+    repair(path, accept_data_loss=True)
     open_disk(path, writable=True, options=noting.options()).close()
 
 
 def written_by_us(path: Path, backup: bytes, status: os.stat_result) -> None:
-    """A session of vhdkit without the notes that writes at once, over owned and other sectors."""
+    """A session of vhdkit that writes at once, over owned and other sectors, once the notes are given up."""
+    repair(path, accept_data_loss=True)
     with open_disk(path, writable=True, options=noting.options()) as disk:
         disk.write(0, b"z" * SECTOR_SIZE)
         disk.write(3 * MIB, b"z" * MIB)
 
 
 def repaired(path: Path, backup: bytes, status: os.stat_result) -> None:
-    """A repair, even if none is needed."""
-    repair(path)
+    """A repair that gives the notes up, even if none is needed."""
+    repair(path, accept_data_loss=True)
 
 
 CHANGES = (
@@ -200,17 +201,17 @@ def test_notes_are_applied_exactly_or_left_out(
 
 
 def test_check_reports_unwritten_notes(notes: Path, image: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """While notes wait for their server `check` names their folder; a writer without them gets a warning, too."""
+    """While notes wait for their server `check` names their folder; so does what refuses to write without them."""
     one = opened(image)
     write(one, bytearray(SIZE), 5, b"x" * SECTOR_SIZE)
     killed(one)
     with without_notes():
         [finding] = [one for one in check(image) if one.code == "notes-unwritten"]
         assert str(notes) in finding.message and "--remember" in finding.message
-        assert not caplog.records
-        open_disk(image, writable=True, options=noting.options()).close()
-        assert [one for one in check(image) if one.code == "notes-unwritten"] == []
-    assert ["will not be used" in record.message for record in caplog.records] == [True]
+        with pytest.raises(NotesUnwritten, match=str(notes)):
+            open_disk(image, writable=True, options=noting.options())
+        assert [one.code for one in check(image) if one.code.startswith("notes")] == ["notes-unwritten"]
+    assert not caplog.records
 
 
 def test_a_repair_writes_the_notes_of_its_folder_first(notes: Path, image: Path) -> None:
@@ -219,8 +220,10 @@ def test_a_repair_writes_the_notes_of_its_folder_first(notes: Path, image: Path)
     for first in (5, 2000, 6000):
         write(one, model, first, b"x" * SECTOR_SIZE)
     killed(one)
-    with without_notes():
-        repair(image, options=noting.options(), dry_run=True)
+    for dry_run in (True, False):
+        with without_notes(), pytest.raises(NotesUnwritten):
+            repair(image, options=noting.options(), dry_run=dry_run)
+    repair(image, options=noting.options(), dry_run=True)
     assert list(notes.iterdir())
     repair(image, options=noting.options())
     assert list(notes.iterdir()) == []
@@ -286,9 +289,8 @@ def test_image_with_notes_is_in_use(notes: Path, image: Path) -> None:
     one = opened(image)
     write(one, bytearray(SIZE), 5, b"x" * SECTOR_SIZE)
     killed(one)
-    child = image.with_name(f"new{image.suffix}")
     with without_notes():
-        create_child(child, image)
+        child = noting.foreign_child(image)
         with open_disk(image, options=noting.options()), pytest.raises(ImageInUse):
             noting.use_folder(str(notes))
             open_disk(child, writable=True, options=noting.options())
@@ -343,6 +345,10 @@ def test_a_foreign_label_makes_the_notes_invalid(notes: Path, image: Path, value
         findings = [one for one in check(image) if one.code == "notes-unwritten"]
         assert len(findings) == (b"ours" in value)
         assert all(len(one.message) < 4000 and one.message.isprintable() for one in findings)
+        if findings:  # the folder that it names is cut off, so it may hold notes
+            with pytest.raises(NotesUnwritten):
+                open_disk(image, writable=True)
+            repair(image, accept_data_loss=True)
     assert found_in(image) == bytes(SIZE)
 
 

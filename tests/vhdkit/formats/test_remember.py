@@ -16,6 +16,7 @@ from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.verbs.check import check
 from vhdkit.chain.verbs.compact import compact
 from vhdkit.chain.verbs.create import create_child, create_image
+from vhdkit.chain.verbs.repair import repair
 from vhdkit.disk import open_disk
 from vhdkit.formats import probed, remember
 from vhdkit.formats.vhd.dynamic import DynamicImage
@@ -259,7 +260,7 @@ def test_sealed_images_hold_nothing(notes: Path, image: Path) -> None:
 
 
 def writes(offset_bytes: int) -> Callable[[Path], object]:
-    """What another program does: write a sector."""
+    """What another program does once the notes are given up: write a sector."""
 
     def change(path: Path) -> None:
         with open_disk(path, writable=True, options=noting.options()) as disk:
@@ -296,6 +297,7 @@ def test_notes_are_left_out_after_a_foreign_change(
     one.write(whole_sectors(MIB) + 5, memoryview(b"x" * SECTOR_SIZE))
     killed(one)
     noting.use_folder(None)
+    repair(image, accept_data_loss=True)
     CHANGES[change](image)
     changed = opened(image)
     left = content(changed)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from vhdkit.arguments import AnyPath
 from vhdkit.chain.names import lineage
 from vhdkit.chain.names.children import refuse_with_children
+from vhdkit.chain.names.noted import refuse_unwritten, settle_noted, write_noted
 from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.names.parents import (
     allowed_folders,
@@ -83,8 +84,10 @@ def _opened_for_writing(leaf: str, options: OpenOptions, danger: str | None, vol
             refuse_with_children(store, options, danger, tidy=options.lock)
         layers.append(_open_leaf(pending.view(store), False, options))
         _open_parents(layers, store, options, volume)
+        refuse_unwritten(layers[1:])
         # Last: only now is the chain known to be complete, and this may repair the file.
         pending.settle(store)
+        settle_noted(store, options)
         findings = layers[0].findings
         layers[0] = _open_leaf(store, True, options)
         layers[0].findings.extend(one for one in findings if one.code == lineage.WRITTEN)
@@ -130,13 +133,15 @@ def limit_tables(layers: Sequence[Layer]) -> None:
                 left = 0
 
 
-def _hold(store: VolumeFile, writer: bool, options: OpenOptions, sweeper: Sweeper) -> None:
+def _hold(
+    store: VolumeFile, writer: bool, options: OpenOptions, sweeper: Sweeper, child_path: str | None = None
+) -> None:
     if isinstance(store, FileStore):  # notes and the page cache are about files of the file system
         store.notes_folder = options.notes_folder
         if options.cache is CacheMode.NONE:
             store.keep_out_of_cache(sweeper)
         if options.lock and not writer:
-            pending.write_noted(store)  # a writer does this itself when it opens the image
+            write_noted(store, options, child_path)  # a writer does this itself when it opens the image
     if options.lock:
         store.lock(writer=writer)
 
@@ -162,7 +167,7 @@ def _open_parents(layers: list[Layer], leaf: VolumeFile, options: OpenOptions, v
                     path=child.path,
                 )
             seen.add(store.identity)
-            _hold(store, False, options, sweeper)
+            _hold(store, False, options, sweeper, child.path)
             layers.append(_open_parent(store, child, options, volume))
             different = other_sectors(child, layers[-1].facts)
             if different is not None:

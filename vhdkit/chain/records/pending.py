@@ -106,11 +106,12 @@ def settle(store: FileStore, *, content_stays: bool = False) -> None:
     Marks of nights beside it are removed, unless the content stays: then each write is in a block of
     `references.content_stays`, as in one of `lineage.same_content`.
 
-    Raises NoSpace, IoFailed, SyncFailed, AccessDenied; the log then remains, and the next open tries again.
+    Raises NotesUnwritten, with nothing changed; NoSpace, IoFailed, SyncFailed, AccessDenied; the log then remains, and
+    the next open tries again.
     """
+    remember.disown(store)
     if not content_stays:
         references.remove(store)
-    remember.disown(store)
     tracking.warn(store)
     log, _ = _find(store, LOCAL)
     if log is not None:
@@ -118,24 +119,6 @@ def settle(store: FileStore, *, content_stays: bool = False) -> None:
         _remove(undo_path(store.name))
     elif not store.is_device and _was_being_removed(undo_path(store.name), LOCAL):
         remove_file(undo_path(store.name))
-
-
-def write_noted(store: FileStore) -> None:
-    """Write to the image, which is not locked yet, the changes that a killed server had noted, before it is read.
-
-    Such a server may have died after giving its leaf a child and before flushing that leaf, which is a parent from
-    then on and never opened for writing again. Does nothing for a file without a folder of notes. Raises ImageInUse
-    while another program holds the image, and what opening it for writing raises.
-    """
-    if not remember.has_notes(store, id_of(view(store))):
-        return
-    with FileStore.open(store.name, writable=True) as own:
-        if own.identity != store.identity:
-            raise errors.Replaced("was replaced while it was opened", path=store.name)
-        own.notes_folder = store.notes_folder
-        own.lock(writer=True)
-        settle(own)
-        formats.probed(own).open(own, writable=True).close()
 
 
 def id_of(store: ReadStore) -> bytes:

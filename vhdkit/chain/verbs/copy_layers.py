@@ -24,6 +24,7 @@ from vhdkit.arguments import AnyPath, Size, byte_size, checked
 from vhdkit.chain.engine.chain import Chain, Progress
 from vhdkit.chain.engine.steady import steady
 from vhdkit.chain.names.marks import marked
+from vhdkit.chain.names.noted import refuse_unwritten
 from vhdkit.chain.names.opening import refuse_more_layers
 from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.records import pending
@@ -126,6 +127,7 @@ def _plan(
     Raises InvalidArgument, ParentMismatch.
     """
     sources, above, parent = tuple(layers[:index]), layers[index], below[0]
+    refuse_unwritten(below)
     refuse_more_layers(len(below) + 1, path)
     parent_path = errors.printable(parent.store.name)
     if parent.size_bytes != above.size_bytes:

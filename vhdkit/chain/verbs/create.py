@@ -18,6 +18,7 @@ from vhdkit.arguments import AnyPath, NewSize, Size, byte_size, checked
 from vhdkit.chain.names.children import refuse_with_children
 from vhdkit.chain.names.lineage import record_parent
 from vhdkit.chain.names.marks import marked
+from vhdkit.chain.names.noted import refuse_unwritten
 from vhdkit.chain.names.opening import open_layers, refuse_more_layers
 from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.records import pending
@@ -175,7 +176,8 @@ def create_child(
 
     The whole chain below must open and is locked while the child is made, so it is not written to meanwhile. The
     child has the parent's size unless a larger one is given, and the parent's block size.
-    Raises what opening the parent raises, and what `create_image` raises.
+    Raises NotesUnwritten if a killed server's notes of an image below are in another folder than that of the options,
+    what opening the parent raises, and what `create_image` raises.
     """
     child = os.fsdecode(path)
     if block_size_bytes is not None:
@@ -184,6 +186,7 @@ def create_child(
         layers = open_layers(parent_path, options=options)
         for layer in layers:
             stack.callback(layer.close)
+        refuse_unwritten(layers)
         refuse_more_layers(len(layers) + 1, child)
         new_size = child_size(child, layers[0], None if size_bytes is None else byte_size("size_bytes", size_bytes))
         old = stack.enter_context(replacing(child, layers, replace=replace, options=options))

@@ -42,6 +42,7 @@ from vhdkit.chain.engine.chain import Chain, Progress
 from vhdkit.chain.names.children import children_of, drop_stale_marks
 from vhdkit.chain.names.lineage import record_parents, same_content
 from vhdkit.chain.names.marks import mark_child
+from vhdkit.chain.names.noted import refuse_unwritten
 from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.names.parents import allowed_folders
 from vhdkit.chain.records import pending
@@ -169,12 +170,13 @@ def prepare(
 
     `phase` is the progress found in a record; if the target does not hold all of the leaf, data is copied again,
     or `if_incomplete` is raised if it is given. With `dry_run` nothing is opened for writing.
-    Raises InvalidArgument, HasChildren, ImageInUse, AccessDenied, `Replaced`, NoSpace, IoFailed.
+    Raises InvalidArgument, HasChildren, ImageInUse, NotesUnwritten, AccessDenied, `Replaced`, NoSpace, IoFailed.
     """
     for layer in plan.changing:
         file_of_layer(layer).lock(writer=True)
         if file_of_layer(layer).is_device:
             raise errors.InvalidArgument("is a device: it cannot be merged", path=file_of_layer(layer).name)
+    refuse_unwritten([*plan.changing, *plan.below])
     for one in plan.names[:-1]:
         check_removable(one.path)
     _refuse_sources_of_another(plan, options)

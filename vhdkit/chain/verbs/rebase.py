@@ -19,6 +19,7 @@ from vhdkit.arguments import AnyPath, Size, checked
 from vhdkit.chain.engine.chain import Chain, Progress
 from vhdkit.chain.names.lineage import record_parents, same_content
 from vhdkit.chain.names.marks import mark_child
+from vhdkit.chain.names.noted import refuse_unwritten
 from vhdkit.chain.names.opening import open_layers, refuse_more_layers
 from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.names.parents import (
@@ -163,6 +164,7 @@ def _plan(
     """Check that the image may become a child of the open chain of the new parent. Changes nothing."""
     store, facts = image.store, image.facts
     _refuse_loop(store, parent_layers)  # first, because no option can override it
+    refuse_unwritten(parent_layers)
     refuse_more_layers(len(parent_layers) + 1, store.name)
     _refuse_other_sectors(facts, parent_layers[0].facts)
     is_recorded = parent_id in (image.parent.linkage_ids or (NULL_ID,))

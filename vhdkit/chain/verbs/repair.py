@@ -23,6 +23,7 @@ from vhdkit.arguments import AnyPath, checked
 from vhdkit.chain.engine.chain import Progress
 from vhdkit.chain.names.lineage import same_content
 from vhdkit.chain.names.marks import mark_child
+from vhdkit.chain.names.noted import write_noted
 from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.names.parents import allowed_folders, find_by_id, find_parent, leads_to
 from vhdkit.chain.records import pending
@@ -73,14 +74,14 @@ def repair(
     are written to `report`, by default beside the image. `writer_is_dead` allows another program's mark to be
     removed. `undo` names a new file for a backup of every byte that changes, for `restore`. `progress` covers the
     examinations before and after. What a killed server noted in the options' `notes_folder` is written to the image
-    before it is repaired.
-    Raises ImageInUse if the image is open anywhere, InvalidArgument for a file that is not a VHD, one on a device, or
-    a repair that is too large, AlreadyExists for a backup or report that exists, NoSpace, IoFailed, and what `check`
-    raises.
+    before it is repaired; `accept_data_loss` gives up what it noted elsewhere.
+    Raises NotesUnwritten for such notes otherwise, ImageInUse if the image is open anywhere, InvalidArgument for a
+    file that is not a VHD, one on a device, or a repair that is too large, AlreadyExists for a backup or report that
+    exists, NoSpace, IoFailed, and what `check` raises.
     """
     options, consent = options or OpenOptions(), Consent(accept_data_loss, writer_is_dead)
     image_path = os.fsdecode(path)
-    with _prepare(image_path, options, dry_run=dry_run) as store:
+    with _prepare(image_path, options, dry_run=dry_run, accept_data_loss=accept_data_loss) as store:
         planned = _plan(store, _format_to_repair(pending.view(store), options), options, consent, progress)
         if dry_run:
             return Repair(image_path, planned.fixes, _size_of(planned.writes), planned.left)
@@ -118,15 +119,16 @@ def _plan(
 
 
 @contextlib.contextmanager
-def _prepare(image_path: str, options: OpenOptions, *, dry_run: bool) -> Iterator[FileStore]:
+def _prepare(image_path: str, options: OpenOptions, *, dry_run: bool, accept_data_loss: bool) -> Iterator[FileStore]:
     """The image, held exclusively; unless `dry_run`, earlier unfinished changes are settled.
 
     What a killed server noted in the folder of the options is written to the image first, if that can be opened for
     writing. Otherwise the notes are void, because they describe the state before the repair; their files are kept.
+    Notes in another folder become void only if the loss is accepted.
     """
     if not dry_run and options.notes_folder is not None:
         with contextlib.suppress(errors.CorruptImage):
-            _write_noted(image_path, options.notes_folder)
+            _write_noted(image_path, options)
     with FileStore.open_held(image_path, writable=not dry_run) as store:
         if store.is_device:
             raise errors.InvalidArgument(
@@ -134,17 +136,22 @@ def _prepare(image_path: str, options: OpenOptions, *, dry_run: bool) -> Iterato
                 path=image_path,
                 hint="copy it to a file, and repair that",
             )
+        store.notes_folder = options.notes_folder
+        if not accept_data_loss:
+            remember.refuse_unwritten(store)
+        store.notes_folder = None  # what was there is in the image by now, or cannot be written to it
         if not dry_run:
+            remember.renounce(store, "the image is repaired without them")
             pending.settle(store)
             remember.acknowledge(store)
         yield store
 
 
-def _write_noted(image_path: str, notes_folder: str) -> None:
+def _write_noted(image_path: str, options: OpenOptions) -> None:
     with FileStore.open(image_path) as store:
-        store.notes_folder = notes_folder
+        store.notes_folder = options.notes_folder
         if not store.is_device:
-            pending.write_noted(store)
+            write_noted(store, options)
 
 
 def _run(

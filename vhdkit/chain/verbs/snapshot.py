@@ -26,6 +26,7 @@ from vhdkit import errors, formats
 from vhdkit.arguments import AnyPath, Several, checked
 from vhdkit.chain.names.children import refuse_with_children
 from vhdkit.chain.names.marks import marked
+from vhdkit.chain.names.noted import refuse_unwritten
 from vhdkit.chain.names.opening import open_layers, refuse_more_layers
 from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.names.parents import allowed_folders
@@ -63,7 +64,8 @@ def snapshot(
 
     Without `new` the child lies beside the leaf under the next free name (`default_name`). The child is on the device
     when this returns. With `dry_run` everything is checked and nothing is created.
-    Raises HasChildren if `leaf` has children, ImageInUse if a program is writing to it, AlreadyExists, NoSpace, and
+    Raises HasChildren if `leaf` has children, ImageInUse if a program is writing to it, NotesUnwritten if a killed
+    server's notes of an image of the chain are in another folder than that of the options, AlreadyExists, NoSpace, and
     what opening the chain raises.
     """
     return snapshot_many([(leaf, new)], options=options, dry_run=dry_run)[0]
@@ -119,8 +121,8 @@ def clone(
 ) -> list[str]:
     """Create several empty children of one base, all or none; returns their paths.
 
-    The base may have children already. Raises ImageInUse if a program is writing to it, AlreadyExists, NoSpace,
-    InvalidArgument, and what opening the chain raises.
+    The base may have children already. Raises ImageInUse if a program is writing to it, NotesUnwritten as `snapshot`
+    does, AlreadyExists, NoSpace, InvalidArgument, and what opening the chain raises.
     """
     options = options or OpenOptions()
     parent, names = os.fsdecode(base), [os.fsdecode(path) for path in paths]
@@ -129,6 +131,7 @@ def clone(
         layers = open_layers(parent, options=options)
         try:
             _refuse_foreign_writer(layers[0])
+            refuse_unwritten(layers)
             _run([_NewChild(parent, name, tuple(layers)) for name in names], dry_run=dry_run)
         finally:
             for layer in layers:
@@ -185,11 +188,11 @@ def _prepare(named: Sequence[tuple[str, str]], options: OpenOptions, *, dry_run:
         for leaf, new in named:
             if not dry_run:
                 _settle(leaf, options)
-            layers = open_layers(leaf, options=options)
+            layers = _opened_to_freeze(leaf, options)
             if not dry_run and _needs_opening(layers[0]):
                 _close_all(layers)
                 _open_once(leaf, options)
-                layers = open_layers(leaf, options=options)
+                layers = _opened_to_freeze(leaf, options)
             stack.callback(_close_all, layers)
             children.append(_NewChild(leaf, new, tuple(layers)))
         yield children
@@ -213,20 +216,24 @@ def _settle(leaf: str, options: OpenOptions) -> None:
         pending.settle(store)
 
 
+def _opened_to_freeze(leaf: str, options: OpenOptions) -> list[Layer]:
+    layers = open_layers(leaf, options=options)
+    try:
+        refuse_unwritten(layers)
+    except BaseException:
+        _close_all(layers)
+        raise
+    return layers
+
+
 def _close_all(layers: Sequence[Layer]) -> None:
     for layer in layers:
         layer.close()
 
 
 def _needs_opening(leaf: Layer) -> bool:
-    """True for an image whose writer died, and left a log with what it flushed last or a label of notes that are gone.
-
-    False while there are notes that the caller cannot write: a change would make them invalid, and the opening for
-    writing that writes them also replays the log.
-    """
+    """True for an image whose writer died, leaving a log with what it flushed last, or a label of notes now gone."""
     file = pending.file_of(leaf.store)
-    if file is not None and remember.are_elsewhere(file):
-        return False
     has_log = any(one.code == _LOG_NOT_REPLAYED for one in leaf.facts.findings)
     return has_log or (file is not None and remember.are_gone(file))
 
