@@ -106,7 +106,7 @@ def fill(folder: Path, files: Files, folders: tuple[str, ...] = ()) -> None:
         (folder / name).mkdir(exist_ok=True)
     for path, content in files.items():
         place = folder / path
-        place.parent.mkdir(exist_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             os.pwrite(descriptor, content, 0)

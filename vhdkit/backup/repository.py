@@ -9,6 +9,7 @@ change them, and what an unfinished night leaves. Must not know how an image is 
                              lock                  held by the process that changes anything below
                              nights/00018.json     a manifest: only with it does the night exist
                              meta/00018/           other files of the night
+                             prune.json            while a prune is under way; verify.json: see `verified`
                              images/DISK-ID/       00018.avhd, 00018.avhd.sums
          bases/IMAGE-ID.vhd                        shared bases
          leases/LEASE-ID.json                      see `leases`
@@ -54,6 +55,7 @@ from vhdkit.held_folder import HeldFolder, make_folder, open_folder
 from vhdkit.units import MIB
 
 REPOSITORY_FILE, MACHINE_FILE, LOCK = "repository.json", "machine.json", "lock"
+PRUNE_FILE = "prune.json"  # the journal of a prune
 MACHINES, NIGHTS, META = "machines", "nights", "meta"
 MAX_MACHINES = 100_000
 MAX_NIGHTS = 32_768  # of one machine: hourly for almost four years
@@ -264,11 +266,9 @@ class MachineFolder:
             raise night.problem
         if night is None or night.manifest is None or night.manifest.dropped:
             raise errors.NotFound(f"has no night {number} of {self.name}", path=self.repository.path)
-        if any(one.manifest is not None and one.manifest.dropped for one in nights):
-            with self.held(
-                "looking for a prune"
-            ):  # a prune that was interrupted changes nothing, and is not in the way
-                pass
+        if self.folder.exists(PRUNE_FILE):
+            with self.held("looking for a prune"):
+                pass  # one that was interrupted changes nothing at present, and is not in the way
         return night.manifest
 
     def next_number(self, nights: Iterable[Night]) -> int:
@@ -289,7 +289,8 @@ class MachineFolder:
     def remove_manifest(self, number: int) -> None:
         """Remove a manifest: the night no longer exists when this returns. Call with the lock held."""
         if number > self.last_night:
-            self.record(last_night=number)
+            with contextlib.suppress(errors.NoSpace):  # a full target: a night is known by its id, not by its number
+                self.record(last_night=number)
         with self.folder.folder(NIGHTS) as folder:
             folder.remove(night_word(number) + _JSON)
             folder.sync()

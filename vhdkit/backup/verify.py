@@ -28,7 +28,7 @@ from vhdkit.backup.documents import DamagedRepository
 from vhdkit.backup.graph import ImageRecord, Images
 from vhdkit.backup.manifest import FileRecord, Manifest
 from vhdkit.backup.names import ImagePlace
-from vhdkit.backup.repository import MachineFolder, Night
+from vhdkit.backup.repository import PRUNE_FILE, MachineFolder, Night
 from vhdkit.backup.verified import Verified, mark_of, read_verified, write_verified
 from vhdkit.chain.engine.chain import Progress
 from vhdkit.chain.names.parents import names_lead_to
@@ -61,7 +61,7 @@ class Verification:
     """The result. `damaged` are problems of files, by path; `busy` are paths of images that another process changes.
 
     `read_bytes` counts what this run has compared, holes included; `went_on` says that it continued an earlier one.
-    `unfinished_prune` are nights that were dropped while their images are still there.
+    `unfinished_prune` are nights that an interrupted prune has dropped.
     """
 
     nights: tuple[NightResult, ...]
@@ -99,6 +99,7 @@ def verify(
     state.finished = None if run.busy else datetime.now(UTC)
     write_verified(machine.folder, state)
     damaged = state.damaged_now(images)
+    dropped = tuple(one.number for one in nights if one.manifest is not None and one.manifest.dropped)
     return Verification(
         nights=tuple(results_of(nights, images, damaged, state)),
         damaged=(
@@ -111,7 +112,7 @@ def verify(
         busy=tuple(run.busy),
         read_bytes=run.read_bytes,
         went_on=went_on,
-        unfinished_prune=tuple(one.number for one in nights if one.manifest is not None and one.manifest.dropped),
+        unfinished_prune=dropped if machine.folder.exists(PRUNE_FILE) else (),
     )
 
 

@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -208,13 +208,22 @@ def described(prepared: PreparedMerge) -> Merge:
     return _result(prepared, amount(prepared.plan.moves))
 
 
-def run(prepared: PreparedMerge, progress: Progress | None) -> Merge:
-    """Carry the merge out, or the rest of it. Raises NoSpace, IoFailed, SyncFailed, AccessDenied, `Replaced`."""
+def run(
+    prepared: PreparedMerge, progress: Progress | None, before_removal: Callable[[InPlacePlan], None] | None = None
+) -> Merge:
+    """Carry the merge out, or the rest of it. Raises NoSpace, IoFailed, SyncFailed, AccessDenied, `Replaced`.
+
+    `before_removal` is called when the target is complete and all children lead to it, while every source still
+    exists; a merge with `relink_children` that is resumed calls it again, as long as no source was removed.
+    """
     plan = prepared.plan
     intent = prepared.intent
     files = {one.path: file_of_layer(layer) for one, layer in zip(plan.names, plan.sources, strict=False)}
     names = RealNames(intent.target.path, files)
-    repoint = [partial(_repoint, plan, child) for child in prepared.held_children]
+    repoint: list[Callable[[], None]] = [partial(_repoint, plan, child) for child in prepared.held_children]
+    if before_removal is not None:
+        assert plan.relink_children
+        repoint.append(partial(before_removal, plan))
     done = carry_out(intent, names, partial(_fill, prepared, intent.target, progress), repoint)
     drop_stale_marks(intent.target.path)
     for child in prepared.held_children:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from vhdkit import errors, formats
@@ -42,7 +42,7 @@ from vhdkit.chain.records.intent import (
     record_of,
     resume_command,
 )
-from vhdkit.chain.verbs.merge_in_place import Merge, plan_in_place, prepare, run
+from vhdkit.chain.verbs.merge_in_place import InPlacePlan, Merge, plan_in_place, prepare, run
 from vhdkit.chain.verbs.merge_parts import file_of_layer, merge_would_break, named, opened
 from vhdkit.chain.verbs.merge_steps import RealNames, remove_sources
 from vhdkit.errors import printable
@@ -150,11 +150,16 @@ def _may_change_id(path: str) -> bool:
 
 
 def finish(
-    intent: Intent, options: OpenOptions, progress: Progress | None = None, *, only_compare: bool = False
+    intent: Intent,
+    options: OpenOptions,
+    progress: Progress | None = None,
+    *,
+    only_compare: bool = False,
+    before_removal: Callable[[InPlacePlan], None] | None = None,
 ) -> Merge:
     """Complete a merge. Copied data is compared, and copied again where it differs.
 
-    With `only_compare`, a difference raises InvalidArgument instead.
+    With `only_compare`, a difference raises InvalidArgument instead. `before_removal` is as for `run`.
     """
     record = printable(record_of(intent.target.path))
     if not _leaf_is_there(intent):
@@ -188,7 +193,7 @@ def finish(
         plan = plan_in_place(layers, index, relink_children=intent.relink)
         if_incomplete = incomplete if only_compare else None
         with prepare(plan, options, intent.phase, if_incomplete=if_incomplete) as prepared:
-            return run(prepared, progress)
+            return run(prepared, progress, before_removal)
 
 
 def _is_chain_of(layers: Sequence[Layer], intent: Intent) -> bool:
