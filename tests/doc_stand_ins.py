@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from datetime import UTC, datetime
 from pathlib import Path
 
 import vhdkit
@@ -22,12 +23,21 @@ from tests.support import (
     require_tool,
     run,
 )
+from tests.vhdkit.backup.repositories import Nights
 from tests.vmm.guests import boot_sector
 from tests.vmm.net.machines import Namespaces
 from vmm.api.manager import DiskRequest, Manager
 
 MIB = 1 << 20
 _PARTITION = (MIB, 16 * MIB)  # its beginning, its size
+
+
+def repository(folder: Path) -> None:
+    """A repository with two nights of a machine, the newest of them taken just now."""
+    if not (folder / "backup").exists():
+        nights = Nights(folder / "backup")
+        for number in range(2):
+            nights.add({"disk-0": {number: b"x"}}, taken=datetime.now(UTC).replace(microsecond=0))
 
 
 def require_all() -> None:

@@ -62,6 +62,9 @@ SCENES: dict[str, Scene] = {
         until={"vhdkit serve disk.vhd --engine nbdkit": "nbd", "vmm console web": "tick"},
         needs=stand_ins.require_all,
     ),
+    "docs/backup.md": Scene(
+        before={"vhdkit backup list backup": stand_ins.repository, "The folder": stand_ins.repository},
+    ),
     "docs/mount.md": Scene(
         before={"vhdkit mount child.avhd mnt": stand_ins.chain_to_mount},
         needs=require_fuse,

@@ -31,7 +31,7 @@ class Removal:
 
 
 @dataclass(frozen=True, slots=True)
-class Merging:
+class ImageMerge:
     """`leaf`, and the images between it and `target`, leaf first, are merged into `target`."""
 
     target: ImagePlace
@@ -55,7 +55,7 @@ class PrunePlan:
     kept: Mapping[int, tuple[str, ...]]
     dropped: tuple[int, ...]
     removals: tuple[Removal, ...]
-    mergings: tuple[Merging, ...]
+    mergings: tuple[ImageMerge, ...]
     hidden: tuple[ImagePlace, ...]
     deferred: tuple[ImagePlace, ...]
     copied_bytes: int
@@ -137,7 +137,7 @@ def _mergings(
     wanted: set[ImagePlace],
     standing: dict[ImagePlace, set[ImagePlace]],
     untouched: set[ImagePlace],
-) -> tuple[list[Merging], list[ImagePlace]]:
+) -> tuple[list[ImageMerge], list[ImagePlace]]:
     """Each run of unwanted images with the image that stands on it, and the unwanted ones that leases protect."""
     found, deferred = [], []
     unwanted = {place for place in own if place not in wanted and len(standing.get(place, ())) == 1}
@@ -155,7 +155,7 @@ def _mergings(
                 break
             run.append(above)
         if len(run) > 1:
-            found.append(Merging(target, tuple(reversed(run[1:-1])), run[-1]))
+            found.append(ImageMerge(target, tuple(reversed(run[1:-1])), run[-1]))
         else:
             deferred.append(target)
     return found, deferred

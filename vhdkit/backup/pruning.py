@@ -33,7 +33,7 @@ from vhdkit.backup.keep import DatedNight, KeepRules, reasons_to_keep
 from vhdkit.backup.leases import drop_dead, leased_nights, leases
 from vhdkit.backup.manifest import Manifest
 from vhdkit.backup.names import SUMS_SUFFIX, ImagePlace, night_word
-from vhdkit.backup.prune import Merging, PrunePlan, plan_prune
+from vhdkit.backup.prune import ImageMerge, PrunePlan, plan_prune
 from vhdkit.backup.renewal import Renewal, sidecars
 from vhdkit.backup.repository import MAX_FILES, META, PRUNE_FILE, MachineFolder, Night, remove_whole
 from vhdkit.backup.verify import known_results
@@ -212,7 +212,7 @@ def _mark(machine: MachineFolder, nights: list[Night], drop: set[int], gone: set
             continue
         needed = [disk for disk in manifest.disks if disk.image not in gone and disk.image not in live]
         if needed:
-            machine.write_manifest(replace(manifest, dropped=True, disks=tuple(needed)), replace=True)
+            machine.write_manifest(replace(manifest, dropped=True, disks=tuple(needed), files=()), replace=True)
         else:
             machine.remove_manifest(manifest.night)
 
@@ -270,7 +270,7 @@ def _finish_step(machine: MachineFolder, journal: _Journal, progress: Progress |
         _remove_tables(folder, merging)
 
 
-def _refuse_if_read(machine: MachineFolder, merging: Merging) -> None:
+def _refuse_if_read(machine: MachineFolder, merging: ImageMerge) -> None:
     """Raise ImageInUse if something reads a night that needs one of these images."""
     manifests = _manifests(machine.nights())
     images, changing = Images(manifests), {merging.target, *merging.gone}
@@ -280,11 +280,11 @@ def _refuse_if_read(machine: MachineFolder, merging: Merging) -> None:
             raise _is_read(machine, number)
 
 
-def _names_leaf(machine: MachineFolder, merging: Merging) -> bool:
+def _names_leaf(machine: MachineFolder, merging: ImageMerge) -> bool:
     return any(disk.image == merging.leaf for one in _manifests(machine.nights()) for disk in one.disks)
 
 
-def _remove_tables(folder: HeldFolder, merging: Merging) -> None:
+def _remove_tables(folder: HeldFolder, merging: ImageMerge) -> None:
     for place in merging.gone:
         folder.remove(place.sums_name)
     folder.sync()
@@ -371,7 +371,7 @@ class _Journal:
 
     nights: tuple[int, ...]
     removals: tuple[ImagePlace, ...]
-    merging: Merging | None
+    merging: ImageMerge | None
 
 
 def _write_journal(machine: MachineFolder, journal: _Journal) -> None:
@@ -401,7 +401,7 @@ def _read_journal(machine: MachineFolder) -> _Journal | None:
     inner = fields.optional_object("merging")
     merging = None
     if inner is not None:
-        merging = Merging(
+        merging = ImageMerge(
             inner.converted("target", ImagePlace.of_text),
             tuple(_places(inner.texts("between", _MAX_STEPS), path)),
             inner.converted("leaf", ImagePlace.of_text),

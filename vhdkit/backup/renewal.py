@@ -26,7 +26,7 @@ from vhdkit.backup.documents import DamagedRepository
 from vhdkit.backup.graph import ImageRecord, Images
 from vhdkit.backup.manifest import DiskRecord, Manifest
 from vhdkit.backup.names import ImagePlace
-from vhdkit.backup.prune import Merging
+from vhdkit.backup.prune import ImageMerge
 from vhdkit.backup.repository import MachineFolder
 from vhdkit.chain.names.parents import linkage_id_of
 from vhdkit.chain.records import pending
@@ -52,7 +52,7 @@ class _Now:
 class Renewal:
     """The work on records around one merge. `folder` is that of the disk's images."""
 
-    def __init__(self, machine: MachineFolder, folder: HeldFolder, merging: Merging) -> None:
+    def __init__(self, machine: MachineFolder, folder: HeldFolder, merging: ImageMerge) -> None:
         self._machine, self._folder, self._merging = machine, folder, merging
 
     def before(self, plan: InPlacePlan) -> None:
@@ -148,7 +148,7 @@ class Renewal:
 
 
 def _renewed_disks(
-    manifest: Manifest, merging: Merging, now: dict[ImagePlace, _Now], on: ImagePlace | None
+    manifest: Manifest, merging: ImageMerge, now: dict[ImagePlace, _Now], on: ImagePlace | None
 ) -> Iterator[DiskRecord]:
     """The records of a manifest's disks after the merge."""
     target = now[merging.target]

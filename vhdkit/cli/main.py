@@ -77,6 +77,7 @@ _VERBS = {
     "mount": ("mount", "Mount an image as files, or the files in it."),
     "umount": ("mount", "Unmount an image."),
     "mounts": ("mount", "List mounted images."),
+    "backup": ("backup", "Work with backup repositories."),
     "gc": ("garbage", "Find unreferenced layers."),
     "dump": ("describe", "Show an image's raw structures, field by field."),
 }

@@ -13,7 +13,7 @@ from tests.vhdkit.backup.repositories import disk_record, manifest
 from vhdkit.backup.graph import Images
 from vhdkit.backup.manifest import Manifest
 from vhdkit.backup.names import ImagePlace
-from vhdkit.backup.prune import Merging, PrunePlan, plan_prune
+from vhdkit.backup.prune import ImageMerge, PrunePlan, plan_prune
 
 
 def place(number: int) -> ImagePlace:
@@ -110,7 +110,7 @@ def test_a_hidden_image_has_several_children(manifests: list[Manifest], data: st
 def test_the_oldest_go_down() -> None:
     """When the oldest nights go, the first kept one and all between are merged into the oldest image."""
     plan = plan_prune(line(4), {1, 2})
-    assert plan.mergings == (Merging(place(1), (place(2),), place(3)),) and not plan.removals
+    assert plan.mergings == (ImageMerge(place(1), (place(2),), place(3)),) and not plan.removals
     assert plan.dropped == (1, 2) and plan.copied_bytes == 200
 
 
@@ -123,7 +123,7 @@ def test_the_newest_are_removed() -> None:
 
 def test_the_middle_is_merged() -> None:
     """A night in the middle is merged with the one above it, wherever in the chain that is."""
-    assert plan_prune(line(5), {3}).mergings == (Merging(place(3), (), place(4)),)
+    assert plan_prune(line(5), {3}).mergings == (ImageMerge(place(3), (), place(4)),)
 
 
 def test_unchanged_nights_share_an_image() -> None:
@@ -140,7 +140,7 @@ def test_a_branch_keeps_its_image() -> None:
     later = [replace(nights[0], dropped=True), *nights[1:]]
     plan = plan_prune(later, {2})
     assert [one.place for one in plan.removals] == [place(2)]
-    assert plan.mergings == (Merging(place(1), (), place(3)),)
+    assert plan.mergings == (ImageMerge(place(1), (), place(3)),)
 
 
 def test_shared_bases_stay() -> None:

@@ -6,14 +6,17 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import vhdkit
+from tests.doc_commands import blocks
 from tests.support import daily_or_nightly
-from tests.vhdkit.backup.repositories import Nights
+from tests.vhdkit.backup.repositories import MACHINE, Nights
 from vhdkit import errors
 from vhdkit.backup import verify as module
 from vhdkit.backup.graph import ImageRecord
@@ -288,3 +291,31 @@ def test_progress(original: Nights) -> None:
     seen: list[tuple[int, int]] = []
     verified(original, again=True, progress=lambda done, total: seen.append((done, total)))
     assert seen == sorted(seen) and seen[-1][0] == seen[-1][1]
+
+
+def test_the_program_in_the_docs_agrees(nights: Nights, tmp_path: Path) -> None:
+    """The program in docs/backup.md, which uses nothing of vhdkit, calls the same nights whole and damaged."""
+    (block,) = [one for one in blocks("docs/backup.md") if one.language == "python"]
+    program = tmp_path / "check.py"
+    program.write_text(block.text)
+    image, table = nights.image(3, "a"), nights.image(4, "a").with_name("00004.avhd.sums")
+    for path, at in (
+        (None, 0),
+        (image, 2000),
+        (nights.path / "machines" / MACHINE / "meta/00005/nvram", 7),
+        (table, 9),
+    ):
+        raw = b"" if path is None else path.read_bytes()
+        if path is not None:
+            path.write_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
+        done = subprocess.run(
+            [sys.executable, "-I", program, nights.path], capture_output=True, text=True, check=False
+        )
+        said = {int(Path(line.split()[0]).stem): line.endswith("whole") for line in done.stdout.splitlines()}
+        expected = [] if path is None or path == table else needing(nights, path)  # it needs no tables
+        assert sorted(said) == [1, 2, 3, 4, 5, 6] and [one for one in said if not said[one]] == expected, done.stderr
+        assert done.returncode == bool(expected)
+        if path is not None and path != table:
+            assert bad(verified(nights, again=True)) == expected
+        if path is not None:
+            path.write_bytes(raw)

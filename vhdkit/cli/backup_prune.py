@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`backup prune`, `delete` and `protect`: which nights go, and which never do.
+
+Decides how a plan is shown before and after it is carried out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import click
+
+from vhdkit import NotFound
+from vhdkit.backup.choosing import Wanted, chosen
+from vhdkit.backup.keep import KeepRules, out_of_order, zone_named
+from vhdkit.backup.leases import release
+from vhdkit.backup.manifest import Manifest
+from vhdkit.backup.pruning import Pruned, dated_nights, delete, prune
+from vhdkit.backup.repository import MachineFolder, Repository, open_repository
+from vhdkit.cli.backup import repository_options
+from vhdkit.cli.common import Common, dry_run_option, epilog, progress_option
+from vhdkit.cli.output import columns, count, note, print_json, print_text
+from vhdkit.cli.progress import progress_shown
+from vhdkit.errors import printable
+from vhdkit.units import format_size
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_RULES = ("last", "hourly", "daily", "weekly", "monthly", "yearly")
+_OF_RULE = {
+    "last": "the last N nights",
+    "hourly": "the newest night of each of the last N hours that have one",
+    "daily": "the same for days",
+    "weekly": "the same for ISO weeks",
+    "monthly": "the same for months",
+    "yearly": "the same for years",
+}
+
+
+def _keep_options(verb: _F) -> _F:
+    for name in reversed(_RULES):
+        verb = click.option(
+            f"--keep-{name}", type=click.IntRange(0), default=0, metavar="N", help=f"Keep {_OF_RULE[name]}."
+        )(verb)
+    return verb
+
+
+_release_option = click.option(
+    "--release", metavar="LEASE", help="First end the lease of a restore that no longer runs."
+)
+
+
+@click.command(
+    "prune",
+    epilog=epilog(
+        "vhdkit backup prune /srv/backup web --keep-daily 7 --keep-weekly 4 --dry-run",
+        "vhdkit backup prune /srv/backup web --keep-daily 7 --zone Europe/Berlin",
+    ),
+)
+@repository_options
+@click.argument("machine")
+@_keep_options
+@click.option("--zone", default="UTC", show_default=True, help="The time zone in which days begin.")
+@_release_option
+@dry_run_option
+@progress_option
+def prune_command(
+    repo: str,
+    machine: str,
+    zone: str,
+    release: str | None,
+    dry_run: bool,
+    progress: bool | None,
+    common: Common,
+    **rules: int,
+) -> None:
+    """Drop the nights of a MACHINE that no rule keeps. Any rule is enough to keep a night.
+
+    Always kept are the newest whole night, protected nights, nights that are being read, and damaged ones, which only
+    `vhdkit backup delete` drops. What a dropped night added is merged into the next one that stays, so this takes time
+    for what changed, not for the size of the disks. A prune that is interrupted is finished by the next one, and until
+    then every night that stays can be read.
+
+    \b
+    With --json: {"machine", "name", "dry_run", "dropped", "finished",
+      "kept": {night: [reason]}, "removed", "merged", "hidden", "deferred",
+      "copied_bytes", "freed_bytes"}
+    """
+    chosen_rules = KeepRules(**{name: rules[f"keep_{name}"] for name in _RULES})
+    with open_repository(repo) as repository, repository.machine(repository.find_machine(machine)) as found:
+        _release(repository, release, dry_run)
+        _note_clocks(found, common)
+        with progress_shown(common, progress, f"pruning {printable(found.name)}") as show:
+            done = prune(found, chosen_rules, zone_named(zone), dry_run=dry_run, progress=show)
+        _print_done(found, done, common)
+
+
+@click.command(
+    "delete",
+    epilog=epilog("vhdkit backup delete /srv/backup web@18 --dry-run", "vhdkit backup delete /srv/backup web@18"),
+)
+@repository_options
+@click.argument("night", metavar="NAME@NIGHT|NAME@TIME")
+@click.option("--newest", is_flag=True, help="Delete it even if it is the newest whole night.")
+@_release_option
+@dry_run_option
+@progress_option
+def delete_command(
+    repo: str,
+    night: str,
+    newest: bool,
+    release: str | None,
+    dry_run: bool,
+    progress: bool | None,
+    common: Common,
+) -> None:
+    """Drop one night. Other nights that stand on it stay, and can be read at every moment.
+
+    A protected night is refused, and one that a restore reads.
+
+    \b
+    With --json: as for `vhdkit backup prune`.
+    """
+    wanted = Wanted.of_word(night)
+    if wanted.at is None:
+        raise click.UsageError("say which night: NAME@NIGHT or NAME@TIME")
+    with open_repository(repo) as repository, repository.machine(repository.find_machine(wanted.machine)) as machine:
+        _release(repository, release, dry_run)
+        number = _night(machine, wanted.at).night
+        with progress_shown(common, progress, f"deleting night {number}") as show:
+            done = delete(machine, number, newest=newest, dry_run=dry_run, progress=show)
+        _print_done(machine, done, common)
+
+
+@click.command(
+    "protect",
+    epilog=epilog("vhdkit backup protect /srv/backup web@18", "vhdkit backup protect /srv/backup web@18 --off"),
+)
+@repository_options
+@click.argument("night", metavar="NAME[@NIGHT|@TIME]")
+@click.option("--off", is_flag=True, help="End the protection.")
+def protect_command(repo: str, night: str, off: bool, common: Common) -> None:
+    """Keep a night, by default the newest, from being pruned or deleted until that is ended with --off.
+
+    \b
+    With --json: {"machine", "night", "protected"}
+    """
+    wanted = Wanted.of_word(night)
+    with open_repository(repo) as repository, repository.machine(repository.find_machine(wanted.machine)) as machine:
+        with machine.held("protect"):
+            manifest = _night(machine, wanted.at)
+            if manifest.protected is off:
+                machine.write_manifest(replace(manifest, protected=not off), replace=True)
+        if common.json:
+            print_json({"machine": machine.id, "night": manifest.night, "protected": not off})
+        elif not common.quiet:
+            state = "no longer protected" if off else "protected"
+            print_text(f"night {manifest.night} of {printable(machine.name)} is {state}")
+
+
+def _night(machine: MachineFolder, at: str | None) -> Manifest:
+    nights = machine.nights()
+    live = [one.manifest for one in nights if one.manifest is not None and not one.manifest.dropped]
+    return chosen(live, at, machine.name)
+
+
+def _release(repository: Repository, lease_id: str | None, dry_run: bool) -> None:
+    if lease_id is not None and not dry_run and not release(repository.root, lease_id):
+        raise NotFound(
+            f"has no lease {printable(lease_id)}", path=repository.path, hint="`vhdkit backup status` lists them"
+        )
+
+
+def _note_clocks(machine: MachineFolder, common: Common) -> None:
+    for late, early in out_of_order(dated_nights(machine, machine.nights(), ())):
+        note(common, f"night {late} has an earlier time than night {early}: a clock was wrong, so days may be double")
+
+
+def _print_done(machine: MachineFolder, done: Pruned, common: Common) -> None:
+    plan = done.plan
+    if common.json:
+        print_json(
+            {
+                "machine": machine.id,
+                "name": machine.name,
+                "dry_run": done.dry_run,
+                "dropped": list(plan.dropped),
+                "kept": {str(number): list(why) for number, why in plan.kept.items()},
+                "finished": list(done.finished),
+                "removed": [one.place.text for one in plan.removals],
+                "merged": [
+                    {"into": one.target.text, "images": [place.text for place in one.gone]} for one in plan.mergings
+                ],
+                "hidden": [one.text for one in plan.hidden],
+                "deferred": [one.text for one in plan.deferred],
+                "copied_bytes": plan.copied_bytes,
+                "freed_bytes": plan.freed_bytes,
+            }
+        )
+        return
+    if common.quiet:
+        return
+    if done.finished:
+        note(common, f"a prune that was interrupted is finished: night {', '.join(map(str, done.finished))} is gone")
+    rows = [("keep", str(number), ", ".join(why)) for number, why in plan.kept.items()]
+    rows += [("drop", str(number), "") for number in plan.dropped]
+    for line in columns(sorted(rows, key=lambda row: int(row[1])), "lrl") if rows else []:
+        print_text(printable(line))
+    if plan.deferred:
+        note(common, f"{count(len(plan.deferred), 'image')} must wait: nights on them are being read or damaged")
+    if not plan.dropped:
+        print_text("nothing to drop")
+        return
+    word = "would drop" if done.dry_run else "dropped"
+    merges = f", copying at most {format_size(plan.copied_bytes)}" if plan.mergings else ""
+    print_text(f"{word} {count(len(plan.dropped), 'night')}{merges}, freeing {format_size(plan.freed_bytes)}")
