@@ -19,7 +19,7 @@ from tests.sources import nodes_of
 from tests.support import ROOT, python_files
 
 FILES_AND_IMAGES = """
-    likeness wording locks descriptor write_behind space transfer page_cache uncached named store unnamed maker
+    likeness wording locks descriptor write_behind space transfer page_cache arrival uncached named store unnamed maker
     unfinished hard_links folder folder_lock held_folder shared_words sockets volume beneath local_volume guarded
     trusted attributes xattrs image
 """
@@ -109,6 +109,7 @@ FILE_ROOMS = (
     "vhdkit/guarded.py",
     "vhdkit/transfer.py",
     "vhdkit/uncached.py",
+    "vhdkit/arrival.py",
     "vhdkit/write_behind.py",
     "vhdkit/locks.py",
     "vhdkit/descriptor.py",

@@ -16,6 +16,7 @@ from typing import Protocol, Self, TypeAlias
 
 from vhdkit import errors, page_cache, space
 from vhdkit.arguments import AnyPath
+from vhdkit.arrival import Arrivals
 from vhdkit.descriptor import close_owned, held
 from vhdkit.named import NamedFile, opened_again, opened_file
 from vhdkit.transfer import Transfer
@@ -251,6 +252,11 @@ class FileStore(NamedFile):
         if self.uncached is not None:
             self.uncached.was_read(buffer.nbytes)
         return is_there
+
+    @held
+    def ask(self, offset_bytes: int, arrivals: Arrivals) -> int | None:
+        """Ask for word when a byte is in the page cache; the number of the question, None if that is not possible."""
+        return arrivals.ask(self._fd, offset_bytes)
 
     @held
     def prefetch(self, offset_bytes: int, size_bytes: int) -> None:

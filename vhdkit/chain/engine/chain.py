@@ -16,6 +16,7 @@ from typing import Self, TypeAlias
 import numpy as np
 
 from vhdkit.arguments import AnyPath
+from vhdkit.arrival import Arrivals
 from vhdkit.chain.engine.blockmap import (
     LAYER_BITS,
     LAYER_MASK,
@@ -31,6 +32,7 @@ from vhdkit.chain.engine.blockmap import (
 from vhdkit.chain.engine.hiding import zeros_to_write
 from vhdkit.chain.names.opening import limit_tables, open_layers
 from vhdkit.chain.names.options import OpenOptions
+from vhdkit.chain.records.pending import file_of
 from vhdkit.image import Extent, ExtentKind, Layer, merged_extents
 from vhdkit.local_volume import LOCAL
 from vhdkit.units import SECTOR_SIZE, covering_sectors, sectors_to_bytes, whole_sectors
@@ -215,6 +217,13 @@ class Chain:
                 self.map.settle(grain)
             elif entry == MIXED:
                 self.map.mixed(grain)
+
+    def ask(self, sector_index: int, arrivals: Arrivals) -> int | None:
+        """Ask for word when a sector can be read without waiting; None where there is none. Raises DiskClosed."""
+        for layer, place, _ in self._places(sectors_to_bytes(sector_index), SECTOR_SIZE):
+            file = file_of(self.layers[layer].store) if layer >= 0 else None
+            return None if file is None else file.ask(place, arrivals)
+        return None
 
     # -- what is known ------------------------------------------------------------------------------------------
 

@@ -17,9 +17,11 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import Enum
 from typing import Protocol, TypeVar
+
+from vhdkit.arrival import Arrivals
 
 T = TypeVar("T")
 READABLE, WRITABLE, HANGUP = select.EPOLLIN, select.EPOLLOUT, select.EPOLLHUP | select.EPOLLERR
@@ -27,6 +29,7 @@ _SWITCH_SECONDS = 0.0005  # how long a worker that runs Python code may keep the
 _SPINS = 300  # polls before sleeping, half a microsecond each
 _LOOK_SPINS = 5  # polls that a look at a waiter takes as long as
 _BUSY_ROUNDS = 8  # rounds full of events after which waiters are treated as before a sleep
+_BUSY_ROUNDS_ASKING = 2  # the same where that starts no job
 _MAX_SPIN_CREDIT, _SPIN_LOSS = 8, 2  # polling continues while two of three attempts find something
 
 
@@ -48,7 +51,7 @@ class Waiter(Protocol):
         ...
 
     def before_sleep(self) -> None:
-        """The loop may sleep now: start a job, whose end wakes it."""
+        """The loop may sleep now: ask for word (`Loop.ask`), or start a job, whose end wakes it."""
         ...
 
 
@@ -86,6 +89,8 @@ class Loop:
         self._wake_writer.setblocking(False)
         self._running = False
         self.waiters = Waiters()
+        self._arrivals: Arrivals | None = None  # while the loop runs, if the system has them
+        self._asked: dict[int, Callable[[], None]] = {}
         self._rounds = 0  # without sleep
         self._spin_credit = _MAX_SPIN_CREDIT
         self.relaxed = False  # set by a callback whose client does not wait for one answer at a time
@@ -130,6 +135,36 @@ class Loop:
         while self._posted:
             self._posted.popleft()()
 
+    # -- word of data -------------------------------------------------------------------------------------------
+
+    def ask(self, ask: Callable[[Arrivals], int | None], told: Callable[[], None]) -> bool:
+        """Call `told` when what `ask` asks about has arrived; False if the system gives no word of it."""
+        number = None if self._arrivals is None else ask(self._arrivals)
+        if number is None:
+            return False
+        self._asked[number] = told
+        return True
+
+    def _told(self, events: int) -> None:
+        if self._arrivals is not None:
+            for number in self._arrivals.take():
+                self._asked.pop(number)()
+
+    @contextlib.contextmanager
+    def _hearing(self) -> Iterator[None]:
+        arrivals = self._arrivals = Arrivals.open()
+        if arrivals is None:
+            yield
+            return
+        self.watch(arrivals.event, READABLE, self._told)
+        try:
+            yield
+        finally:
+            self._arrivals = None
+            self.unwatch(arrivals.event)
+            arrivals.close()
+            self._asked.clear()
+
     # -- jobs ---------------------------------------------------------------------------------------------------
 
     def submit(self, work: Callable[[], T], done: Callable[[T | BaseException], None], lane: Lane = Lane.WORK) -> None:
@@ -162,32 +197,39 @@ class Loop:
         self._running = True
         before = sys.getswitchinterval()
         sys.setswitchinterval(_SWITCH_SECONDS)
-        waiting = self.waiters.present
         try:
-            while self._running:
-                timeout = self._run_timers() if self._timers else None
-                found = self._spin() if waiting or not self._is_relaxed else None
-                if waiting:
-                    self._attend_to_waiters(found)
-                if found is None and not (found := self._epoll.poll(timeout)):
-                    continue  # a timer is due
-                self._is_relaxed = bool(found)
-                for fd, events in found:
-                    callback = self._callbacks.get(fd)
-                    if callback is not None:  # an earlier callback of this round may have unwatched it
-                        self.relaxed = False
-                        callback(events)
-                        self._is_relaxed &= self.relaxed
+            with self._hearing():
+                self._run()
         finally:
             sys.setswitchinterval(before)
+
+    def _run(self) -> None:
+        waiting, poll, can_hear = self.waiters.present, self._epoll.poll, self._arrivals is not None
+        while self._running:
+            timeout = self._run_timers() if self._timers else None
+            if waiting and can_hear:
+                found = poll(0) or None
+            else:
+                found = self._spin() if waiting or not self._is_relaxed else None
+            if waiting:
+                self._attend_to_waiters(found)
+            if found is None and not (found := poll(timeout)):
+                continue  # a timer is due
+            self._is_relaxed = bool(found)
+            for fd, events in found:
+                callback = self._callbacks.get(fd)
+                if callback is not None:  # an earlier callback of this round may have unwatched it
+                    self.relaxed = False
+                    callback(events)
+                    self._is_relaxed &= self.relaxed
 
     def _attend_to_waiters(self, events: list[tuple[int, int]] | None) -> None:
         """Before sleeping (`events` None), and now and then while events keep the loop busy."""
         self._rounds += 1
-        if events is None or self._rounds >= _BUSY_ROUNDS:
+        if events is None or self._rounds >= (_BUSY_ROUNDS if self._arrivals is None else _BUSY_ROUNDS_ASKING):
             self._rounds = 0
             self.waiters.before_sleep()
-        elif events:
+        elif events and self._arrivals is None:
             self.waiters.look()
 
     def _spin(self) -> list[tuple[int, int]] | None:

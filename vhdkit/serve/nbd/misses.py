@@ -5,23 +5,27 @@ Decides when a waiting read is tried again, and when a thread has to wait for on
 (`serving`) or what lies in which file.
 
 A thread for each read would cost more than the read: the device answers in less time than two switches of threads
-take. So the kernel is asked to begin, and the loop goes on with what is ready. Between polls for events it looks at
-the oldest reads (`look`). Before it sleeps with reads still waiting, the oldest becomes a job
-(`before_sleep`), whose end wakes the loop to look at the others.
+take. The attempt to read has the kernel begin, and the loop goes on with what is ready. Before it sleeps with reads
+still waiting, it asks for word of one of the oldest (`Loop.ask`), which wakes it to look at the others, too. Where the
+system gives no word, the loop looks at the oldest between polls for events (`look`), and before it sleeps, the oldest
+becomes a job, whose end wakes the loop.
 
     added ──► unsettled ── a job reads the bitmaps ──► waiting ── ready at a look ──► answered
-                                                          └── the loop would sleep, or it failed ──► job
+                                                          └── no word, word in vain, or it failed ──► job
 
 `INV-MISS-USES-THE-PRESENT-DISK`: a waiting read takes `export.disk` when it is tried, never before, and is not tried
 while the export is held. So a hold need not wait for it, and afterwards it reads from the new chain.
 
 `INV-MISS-ENDS`: every read that was added is answered, becomes a job, or its client is gone: whenever the loop is
-about to sleep, each client with waiting reads has a job in progress, unless it is held or does not read its answers.
+about to sleep, each client with waiting reads waits for word or has a job in progress, unless it is held or does not
+read its answers. A read whose word came in vain becomes a job.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 from vhdkit import errors
@@ -32,12 +36,12 @@ from vhdkit.serve.nbd.export import PIECE_BYTES, Export
 from vhdkit.serve.nbd.host import Host
 from vhdkit.serve.nbd.protocol import Request, Transmission
 from vhdkit.serve.nbd.wire import Command
-from vhdkit.units import KIB, PAGE_SIZE, SECTOR_MASK
+from vhdkit.units import KIB, PAGE_SIZE, SECTOR_MASK, SECTOR_SIZE
 
 MAX_MISSES = 128  # of one client
 MAX_MISS_BYTES = 8 * PIECE_BYTES  # of one client; none of it is our memory, but the kernel reads it
 MAX_WAITERS = 8  # jobs that wait for one client's reads at once
-_TRIES = 4  # reads in a row that are not there: later ones will hardly be
+_TRIES = 2  # reads in a row that are not there: later ones will hardly be
 _COLD_READS = 64  # for which a large one that waited is remembered
 _BATCHES = 4  # in which the waiting reads are answered, as the device delivers them
 WAITS = b"waits"  # in place of an answer
@@ -97,6 +101,8 @@ class Misses:
         self._settling: list[Miss] | None = None  # in such a job
         self._waiters = 0
         self._allowed = 1
+        self._awaited: Miss | None = None  # word of it will come
+        self._is_hopeless = False  # the last word came in vain
 
     def is_full(self) -> bool:
         """True if no more may be added."""
@@ -232,13 +238,15 @@ class Misses:
     # -- jobs ---------------------------------------------------------------------------------------------------
 
     def before_sleep(self) -> None:
-        """See `loop.Waiter`: look once more, then let jobs wait for the oldest reads."""
+        """See `loop.Waiter`: ask for word, or look once more and let jobs wait for the oldest reads."""
         if not self._reader.may_answer():
-            return
-        if self._ready and self._look() and not self._reader.may_answer():
             return
         if self._unsettled and self._settling is None:
             self._settle()
+        if self._awaited is not None or (self._ready and not self._waiters and self._ask_for_word()):
+            return
+        if self._ready and self._look() and not self._reader.may_answer():
+            return
         was_full = self.is_full()
         while self._ready and self._waiters < self._allowed:
             if not self._waiters:
@@ -249,6 +257,29 @@ class Misses:
             self._submit(miss, self._waited)
         if was_full and not self.is_full():
             self._proceed()
+
+    def _ask_for_word(self) -> bool:
+        """Of one of the oldest; see `look`. False if none will come."""
+        if self._is_hopeless:
+            return False
+        miss, export = self._ready[len(self._ready) // _BATCHES], self._reader.export
+        sector = (miss.offset + miss.length - 1) // SECTOR_SIZE
+        with contextlib.suppress(errors.VhdkitError):  # the read itself reports it
+            if self._host.loop.ask(partial(export.disk.chain.ask, sector), partial(self._told, export)):
+                export.jobs += 1  # a hold waits for it, because it holds a file
+                self._awaited = miss
+                return True
+        return False
+
+    def _told(self, export: Export) -> None:
+        """What was asked for is there, or cannot be read."""
+        export.jobs -= 1
+        if export.held and not export.jobs:
+            self._host.drained(export)
+        miss, self._awaited = self._awaited, None
+        if self._ready and self._reader.may_answer():
+            self._look()
+            self._is_hopeless = any(one is miss for one in self._ready)
 
     def _submit(self, miss: Miss, after: Callable[[], None]) -> None:
         request = Request(0, int(Command.READ), 0, miss.cookie, miss.offset, miss.length, 0)
@@ -271,6 +302,7 @@ class Misses:
         """
         self._waiters -= 1
         found = bool(self._ready) and self._reader.may_answer() and self._look()
+        self._is_hopeless &= not found
         self._allowed = 1 if found or not self._ready else min(2 * self._allowed, MAX_WAITERS)
 
     def _settle(self) -> None:

@@ -11,6 +11,7 @@ from functools import partial
 
 import pytest
 
+from vhdkit import arrival
 from vhdkit.serve.nbd import loop as loop_module
 from vhdkit.serve.nbd.loop import READABLE, Lane, Loop
 
@@ -125,6 +126,13 @@ class Eventless:
         self._loop.post(lambda: None)
 
 
+@pytest.fixture
+def no_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system gives no word of data that has arrived."""
+    monkeypatch.setattr(arrival.Arrivals, "open", lambda: None)
+
+
+@pytest.mark.usefixtures("no_word")
 @pytest.mark.parametrize("ready_at", [1, 5, 2000])
 def test_waiters_are_looked_at_before_sleeping(ready_at: int) -> None:
     """The loop looks a limited number of times between polls, and before it sleeps lets jobs be started."""
@@ -135,6 +143,7 @@ def test_waiters_are_looked_at_before_sleeping(ready_at: int) -> None:
     assert work.looks == ready_at and (work.sleeps > 0) == (ready_at > 1000)
 
 
+@pytest.mark.usefixtures("no_word")
 def test_waiters_are_looked_at_beside_events() -> None:
     """While events keep the loop from sleeping, it looks in each round, and after some rounds lets jobs be started."""
     loop = Loop()
@@ -157,6 +166,93 @@ def test_waiters_take_turns() -> None:
         assert not loop.waiters.look()
     assert [work.looks for work in works] == [3, 3, 3]
     loop.close()
+
+
+class Word:
+    """In place of `Arrivals`: the answers come when the test says so."""
+
+    def __init__(self) -> None:
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+        self.event, self.questions, self.is_closed = self._reader.fileno(), 0, False
+
+    def come(self, *numbers: int) -> None:
+        """These questions are answered."""
+        self._writer.send(bytes(numbers))
+
+    def take(self) -> list[int]:
+        """As `Arrivals.take`, with word of nothing at times."""
+        try:
+            return list(self._reader.recv(100))
+        except BlockingIOError:
+            return []
+
+    def close(self) -> None:
+        """As `Arrivals.close`."""
+        self.is_closed = True
+        self._reader.close()
+        self._writer.close()
+
+
+def test_word_of_data_ends_a_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was asked for is called once, when word of it comes; the end of the loop forgets the rest."""
+    word, seen, loop = Word(), list[int](), Loop()
+    monkeypatch.setattr(arrival.Arrivals, "open", lambda: word)
+    assert not loop.ask(lambda arrivals: 1, lambda: None), "it does not run yet"
+
+    def begin() -> None:
+        for number in range(3):
+            assert loop.ask(lambda arrivals, number=number: number, partial(told, number))  # type: ignore[misc]
+        assert not loop.ask(lambda arrivals: None, lambda: None)
+        word.come(2)
+
+    def told(number: int) -> None:
+        seen.append(number)
+        if number == 2:
+            assert loop.ask(lambda arrivals: 2, partial(told, 12))
+            word.come(2, 0)
+        else:
+            assert number == 12 or seen == [2, 12, 0]
+        if number == 0:
+            loop.stop()
+
+    loop.post(begin)
+    loop.run()
+    assert seen == [2, 12, 0] and word.is_closed
+    assert not loop.ask(lambda arrivals: 1, lambda: None)
+    loop.close()
+
+
+class Sleeper:
+    """A waiter that asks for word before a sleep, and expects no look."""
+
+    def __init__(self, loop: Loop, word: Word) -> None:
+        self._loop, self._word, self.sleeps = loop, word, 0
+        loop.waiters.present[self] = None
+
+    def look(self) -> bool:
+        """It would only cost time."""
+        raise AssertionError
+
+    def before_sleep(self) -> None:
+        """Ask, and get word at once."""
+        self.sleeps += 1
+        assert self._loop.ask(lambda arrivals: 1, self._told)
+        self._word.come(1)
+
+    def _told(self) -> None:
+        if self.sleeps == 5:
+            self._loop.stop()
+
+
+def test_waiters_that_get_word_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the system gives word, the loop sleeps until it comes, and neither polls nor looks meanwhile."""
+    word, loop = Word(), Loop()
+    monkeypatch.setattr(arrival.Arrivals, "open", lambda: word)
+    polls, sleeper = Polls(loop, lambda: None), Sleeper(loop, word)
+    loop.run()
+    loop.close()
+    assert sleeper.sleeps == 5 and len(polls.waits) <= 20
 
 
 class Polls:
