@@ -15,7 +15,7 @@ from tests import soak, soak_cut, soak_interrupted, soak_remember, soak_running,
 from tests.harness.plain_reader import read_chain
 from tests.soak import SCENES, Scene, Work
 from tests.support import daily_or_nightly, require_boot_sector_guest
-from vhdkit.chain.records import pending
+from vhdkit.chain.names import opening
 from vmm.api import machine_snapshots as door
 
 
@@ -40,7 +40,7 @@ def test_a_lost_answered_write_is_found(
     if written:
         soak_remember.look(True)
         return
-    monkeypatch.setattr(pending, "write_noted", lambda store: None)
+    monkeypatch.setattr(opening, "write_noted", lambda store, options, child_path: None)
     with pytest.raises(AssertionError, match="sector 8 is lost"):
         soak_remember.look(True)
 
