@@ -395,8 +395,11 @@ class SparseFormat:
         _switch(store, parent=_parent_document(parent))
         store.sync()
 
-    def detach(self, store: Store) -> None:
+    def prepare_detach(self, layer: Layer) -> None:
         """See `Format`: every block is a whole sector."""
+
+    def detach(self, store: Store) -> None:
+        """See `Format`."""
         _switch(store, parent=b"")
         store.sync()
 

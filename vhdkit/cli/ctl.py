@@ -19,6 +19,7 @@ from vhdkit.cli.common import PATH, Common, VerbGroup, disk_size, epilog, progre
 from vhdkit.cli.common import size as parsed_size
 from vhdkit.cli.output import columns, count, print_json, print_text, rounding
 from vhdkit.cli.progress import progress_shown
+from vhdkit.cli.pull import check_pull_options
 from vhdkit.errors import printable
 from vhdkit.serve.control.client import ControlClient
 from vhdkit.units import DiskSize, format_size
@@ -39,6 +40,7 @@ _EXAMPLES = (
     "vhdkit ctl /run/disk.ctl snapshot",
     "vhdkit ctl /run/disk.ctl snapshot system=system-1.avhd data=data-1.avhd",
     "vhdkit ctl /run/disk.ctl merge data --into /srv/data.vhd",
+    "vhdkit ctl /run/disk.ctl pull data --layer /srv/data.vhd --independent",
     "vhdkit ctl /run/disk.ctl cancel data",
     "vhdkit ctl /run/disk.ctl resize data 20G",
     "vhdkit ctl /run/disk.ctl set-read-only",
@@ -173,22 +175,9 @@ def merge_verb(
     clients wait only for a small remainder. Ctrl-C, or `cancel` from elsewhere, stops the merge; the disk then reads
     as before, and merging again continues where it stopped.
     """
-    common = Common(OpenOptions(), json, quiet, verbose=False)
     paths = {"layer": layer and os.path.abspath(layer), "into": into and os.path.abspath(into)}
-    with (
-        ControlClient(server.path, timeout_seconds=None) as client,
-        progress_shown(common, progress, "merging") as show,
-        ThreadPoolExecutor(1) as pool,
-    ):
-        job = pool.submit(client.call, "merge", export=export, max_rate_bytes=max_rate, **paths)
-        try:
-            while not _is_done(job):
-                if show is not None:
-                    _show_merge(server, export, show)
-        except BaseException:
-            _ask(server, "cancel", as_json=False, export=export)
-            raise
-        result = job.result()
+    common = Common(OpenOptions(), json, quiet, verbose=False)
+    result = _long(server, "merge", "merging", common, progress, export=export, max_rate_bytes=max_rate, **paths)
     if json:
         print_json(result)
     elif not quiet:
@@ -204,20 +193,86 @@ def _is_done(job: Future[Any]) -> bool:
     return bool(wait([job], _LOOK_SECONDS).done)
 
 
-def _show_merge(server: _Server, export: str, show: Progress) -> None:
+def _long(
+    server: _Server, method: str, doing: str, common: Common, progress: bool | None, *, export: str, **params: object
+) -> Any:
+    """The result of a method that takes minutes, with its progress; Ctrl-C cancels it on the server."""
+    with (
+        ControlClient(server.path, timeout_seconds=None) as client,
+        progress_shown(common, progress, doing) as show,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        job = pool.submit(client.call, method, export=export, **params)
+        try:
+            while not _is_done(job):
+                if show is not None:
+                    _show_work(server, export, method, show)
+        except BaseException:
+            _ask(server, "cancel", as_json=False, export=export)
+            raise
+        return job.result()
+
+
+def _show_work(server: _Server, export: str, method: str, show: Progress) -> None:
     for one in _ask(server, "status", as_json=False)["exports"]:
-        if one["name"] == export and one["merge"] is not None and one["merge"]["total_bytes"]:
-            show(one["merge"]["done_bytes"], one["merge"]["total_bytes"])
+        work = one.get(method)
+        if one["name"] == export and work is not None and work["total_bytes"]:
+            show(work["done_bytes"], work["total_bytes"])
+
+
+@_verb("pull")
+@click.argument("export")
+@click.option("--layer", metavar="LAYER", type=PATH, help="The layer to fill; default the leaf.")
+@click.option("--to", metavar="ANCESTOR", type=PATH,
+              help="The lowest layer to take data from; default the base.")  # fmt: skip
+@click.option("--relink", is_flag=True, help="With --to: make LAYER a child of the layer below ANCESTOR.")
+@click.option("--independent", is_flag=True, help="Take data from all parents, and need none of them any more.")
+@click.option("--max-rate", metavar="SIZE", type=parsed_size, help="Copy at most this much a second, such as 50M.")
+@progress_option
+def pull_verb(
+    server: _Server,
+    export: str,
+    layer: str | None,
+    to: str | None,
+    relink: bool,
+    independent: bool,
+    max_rate: int | None,
+    progress: bool | None,
+    json: bool,
+    quiet: bool,
+) -> None:
+    """Fill a layer of EXPORT from the layers below it, as `vhdkit pull` does, while clients keep reading and writing.
+
+    The layers below are only read, and stay. To fill the leaf, which clients write to, the server freezes it, fills
+    what was frozen, and merges the new leaf into it. Ctrl-C, or `cancel` from elsewhere, stops the pull; the disk then
+    reads as before, and pulling again continues where it stopped.
+    """
+    check_pull_options(to=to, relink=relink, independent=independent)
+    paths = {"layer": layer and os.path.abspath(layer), "to": to and os.path.abspath(to)}
+    result = _long(
+        server, "pull", "pulling", Common(OpenOptions(), json, quiet, verbose=False), progress, export=export,
+        cut=relink or independent, max_rate_bytes=max_rate, **paths,
+    )  # fmt: skip
+    if json:
+        print_json(result)
+    elif not quiet:
+        below = result["parent"]
+        place = "no parent any more" if below is None else f"the parent {printable(below)}"
+        print_text(
+            f"{printable(result['export'])}: copied {format_size(result['copied_bytes'])} from"
+            f" {count(len(result['pulled']), 'layer')} into {printable(result['layer'])}, which has {place}; clients"
+            f" waited {result['held_seconds'] * 1000:.0f} ms at most"
+        )
 
 
 @_verb("cancel")
 @click.argument("export", required=False)
 def cancel_verb(server: _Server, export: str | None, json: bool, quiet: bool) -> None:
-    """Stop the merge of EXPORT, or of all exports; the next merge reuses what was copied."""
+    """Stop the merge or the pull of EXPORT, or of all exports; the next one reuses what was copied."""
     result = _ask(server, "cancel", as_json=json, export=export)
     if not json and not quiet:
         names = ", ".join(map(printable, result["exports"]))
-        print_text(f"stopping the merge of {names}" if names else "nothing is being merged")
+        print_text(f"stopping the work on {names}" if names else "nothing is being merged or filled")
 
 
 @_verb("resize")

@@ -43,7 +43,7 @@ def pull_command(
 
     The disk reads the same at every moment, and so do the children of IMAGE. With --independent a linked clone becomes
     a disk of its own: a differencing image becomes a dynamic one. With --to and --relink IMAGE no longer needs the
-    layers down to LAYER, which other images may still need.
+    layers down to LAYER, which other images may still need. `vhdkit ctl` fills a layer of a disk that is served.
 
     After Ctrl-C, a full disk or a power cut nothing is lost; the same command continues.
 
@@ -51,10 +51,7 @@ def pull_command(
     With --json: {"path", "pulled", "parent", "virtual_size_bytes",
       "data_bytes", "zero_bytes", "dry_run", "seconds", "bytes_per_second"}
     """
-    if independent and (to or relink):
-        raise click.UsageError("--independent takes everything from all parents: leave out --to and --relink")
-    if relink and not to:
-        raise click.UsageError("--relink requires --to; to need no parent at all, use --independent")
+    check_pull_options(to=to, relink=relink, independent=independent)
     begin = time.monotonic()
     with progress_shown(common, progress, "pulling") as show:
         done = vhdkit.pull(
@@ -71,6 +68,14 @@ def pull_command(
         print_json(_document(done, dry_run, seconds))
     elif not common.quiet or dry_run:
         _print_result(done, dry_run, seconds, is_freed=relink or independent)
+
+
+def check_pull_options(*, to: str | None, relink: bool, independent: bool) -> None:
+    """Raise UsageError for options that contradict each other."""
+    if independent and (to or relink):
+        raise click.UsageError("--independent takes everything from all parents: leave out --to and --relink")
+    if relink and not to:
+        raise click.UsageError("--relink requires --to; to need no parent at all, use --independent")
 
 
 def _document(done: vhdkit.Pull, dry_run: bool, seconds: float) -> dict[str, Any]:

@@ -369,11 +369,19 @@ class Format(Protocol):
         """
         ...
 
-    def detach(self, store: Store) -> None:
-        """Make the child in `store`, which is held for writing, an image without a parent; its ids stay.
+    def prepare_detach(self, layer: Layer) -> None:
+        """Do to the open, writable child what takes long before `detach`, durably; it reads the same, with its parent.
 
-        What it does not own is zeros from then on. No block is owned in part: other programs may ignore bitmaps.
-        Raises InvalidArgument if one is, NoSpace, IoFailed, SyncFailed; the image then has its parent, or none.
+        No block may be owned in part: other programs ignore the bitmaps of an image without a parent.
+        Raises InvalidArgument if one is, NoSpace, IoFailed, SyncFailed.
+        """
+        ...
+
+    def detach(self, store: Store) -> None:
+        """Make the prepared child in `store`, which is held for writing, an image without a parent; its ids stay.
+
+        What it does not own is zeros from then on. Raises NoSpace, IoFailed, SyncFailed; the image then has its parent
+        or none.
         """
         ...
 

@@ -197,6 +197,10 @@ class RawFormat:
         """See `Format.relink`: a raw disk records no parent."""
         raise errors.InvalidArgument("a raw disk cannot have a parent", path=store.name)
 
+    def prepare_detach(self, layer: Layer) -> None:
+        """See `Format.prepare_detach`: a raw disk has no parent."""
+        raise errors.InvalidArgument("a raw disk cannot have a parent", path=layer.store.name)
+
     def detach(self, store: Store) -> None:
         """See `Format.detach`: a raw disk has no parent."""
         raise errors.InvalidArgument("a raw disk cannot have a parent", path=store.name)

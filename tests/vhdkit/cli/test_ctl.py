@@ -203,13 +203,29 @@ def test_merging_while_serving(folder: Path) -> None:
         )
         assert line.startswith("leaf.avhd: merged 1 layer into leaf.avhd, 0 B in 1 pass; clients waited ")
         assert "leaf-1.avhd" not in names(folder)
-        assert good("ctl", "c", "cancel") == "nothing is being merged\n"
+        assert good("ctl", "c", "cancel") == "nothing is being merged or filled\n"
         assert "is not a layer of export" in failure("ctl", "c", "merge", "leaf.avhd", "--into", "other.vhd", code=2)
         done = document("ctl", "c", "merge", "leaf.avhd", "--into", "base.vhd")
         assert done["leaf"].endswith("base.vhd") and len(done["merged"]) == 3 and done["held_seconds"] < 30
         assert [name for name in names(folder) if name.endswith("vhd")] == ["base.vhd"]
         assert "has no parent" in failure("ctl", "c", "merge", "leaf.avhd", code=2)
     assert content("base.vhd") == before
+
+
+def test_filling_while_serving(folder: Path) -> None:
+    """A layer below the leaf, then the leaf, are filled and made independent; text, JSON, refusals."""
+    make_chain()
+    before = content("leaf.avhd")
+    with serving("leaf.avhd", "--socket", "s", "--control", "c"):
+        good("ctl", "c", "snapshot")
+        line = good("ctl", "c", "pull", "leaf.avhd", "--layer", "leaf.avhd", "--to", "middle.avhd", "--relink")
+        assert line.startswith("leaf.avhd: copied ") and " from 1 layer into " in line and "base.vhd; clients" in line
+        done = document("ctl", "c", "pull", "leaf.avhd", "--independent", "--max-rate", "9G")
+        assert done["layer"].endswith("leaf-1.avhd") and done["parent"] is None and len(done["pulled"]) == 2
+        assert "has no parent" in failure("ctl", "c", "pull", "leaf.avhd", code=2)
+    for name in ("leaf.avhd", "middle.avhd", "base.vhd"):
+        Path(name).unlink()
+    assert content("leaf-1.avhd") == before and "dynamic" in good("info", "leaf-1.avhd")
 
 
 def test_a_signal_cancels_a_merge(folder: Path) -> None:

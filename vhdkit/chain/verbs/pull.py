@@ -83,12 +83,17 @@ def pull(
             return _without_parent(layers[0], independent=independent)
         index = len(layers) - 1 if to is None else index_of_layer(layers, to, itself="cannot be filled from itself")
         plan = plan_pull(layers[0], layers[1 : index + 1], layers[index + 1 :])
-        done = amount(plan) if dry_run else fill(plan, progress)
         rest, above = layers[index + 1 :], layers[1:]
+        if dry_run:
+            done = amount(plan)
+        else:
+            keep_id(plan.image)
+            done = fill(plan, progress)
         if relink or independent:
             above = rest
             if not dry_run:
-                cut_off(plan, rest)
+                prepare_cut(plan)
+                cut_off(plan.image, rest)
         return Pull(
             path=real_path(file_of_layer(plan.image).name),
             pulled=tuple(real_path(file_of_layer(layer).name) for layer in plan.sources),
@@ -133,34 +138,40 @@ def _prepare(path: AnyPath, options: OpenOptions, *, relinks: bool, dry_run: boo
 def fill(plan: PullPlan, progress: Progress | None = None) -> tuple[int, int]:
     """Let the image, open for writing, take over what it lacks, durably; returns the bytes of data and of zeros.
 
-    Its linkage id stays, because it reads the same. Raises NoSpace, IoFailed, SyncFailed.
+    Call `keep_id` before. Raises NoSpace, IoFailed, SyncFailed.
     """
     image = plan.image
-    keep_id(image)
     try:
         done = fold(plan, image, progress)
     except errors.VhdkitError:
         with contextlib.suppress(errors.VhdkitError):  # so that the next attempt finds it and need not copy it again
-            image.flush()
+            image.seal()
         raise
     image.seal()
     return done
 
 
 def keep_id(image: Layer) -> None:
-    """Let the writes that follow leave the image's linkage id as it is: they change nothing that a reader sees."""
+    """Let the image keep its linkage id while it is filled: what a reader sees through it does not change."""
     if image.unique_id is not None:
         formats.of(image).set_renewed_id(image, image.unique_id)
 
 
-def cut_off(plan: PullPlan, rest: Sequence[Layer]) -> None:
-    """Make the image, which was filled, a child of `rest[0]`, or without `rest` one without a parent. Durable.
+def prepare_cut(plan: PullPlan) -> None:
+    """Do to the image, which was filled, what takes long before `cut_off`. Raises NoSpace, IoFailed, SyncFailed."""
+    assert plan.is_done()
+    if plan.is_last:
+        formats.of(plan.image).prepare_detach(plan.image)
+        plan.image.seal()
+
+
+def cut_off(image: Layer, rest: Sequence[Layer]) -> None:
+    """Make the image, which was prepared, a child of `rest[0]`, or without `rest` one without a parent. Durable.
 
     Afterwards the open image can only be closed. Raises InvalidArgument, `Replaced`, NoSpace, IoFailed, SyncFailed;
     the image then has its old parent or its new one.
     """
-    image, file = plan.image, file_of_layer(plan.image)
-    assert plan.is_done()
+    file = file_of_layer(image)
     require_names([image, *rest[:1]])
     image.refuse_writing()
     if not rest:

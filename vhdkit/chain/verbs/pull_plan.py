@@ -60,6 +60,12 @@ class PullPlan:
         """The pieces that each block lacks, block after block. Raises IoFailed."""
         return map(self.pieces_of, self.units.tolist())
 
+    def parts(self, size_bytes: int) -> Iterator[PullPlan]:
+        """The same in parts of about that many bytes of the disk, in order."""
+        step = max(size_bytes // self.unit_bytes, 1)
+        for first in range(0, len(self.units), step):
+            yield replace(self, units=self.units[first : first + step])
+
     def pieces_of(self, block: int) -> list[Piece]:
         """What one block lacks, in order. Raises IoFailed."""
         offset = self.image.block_offset(block)

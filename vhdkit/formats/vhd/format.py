@@ -191,6 +191,13 @@ class VhdFormat:
 
         relink(open_dynamic(store, writable=True), _link_of(parent))
 
+    def prepare_detach(self, layer: Layer) -> None:
+        """See `Format.prepare_detach`."""
+        from vhdkit.formats.vhd.detach import check_whole
+
+        assert isinstance(layer, DynamicImage)
+        check_whole(layer)
+
     def detach(self, store: Store) -> None:
         """See `Format.detach`: the image becomes a dynamic one."""
         from vhdkit.formats.vhd.detach import detach

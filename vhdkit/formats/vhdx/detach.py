@@ -25,16 +25,24 @@ from vhdkit.formats.vhdx.blocks import VhdxImage
 from vhdkit.formats.vhdx.layout import MetadataTableHeader
 
 
-def detach(image: VhdxImage) -> None:
-    """Durably make an open child an image without a parent, and close it; its file stays open.
+def prepare_detach(image: VhdxImage) -> None:
+    """Durably make every block of an open, writable child whole, and let it do without sector bitmaps.
 
-    Raises InvalidArgument if a block is owned in part, NoSpace, IoFailed, SyncFailed; the image then has its parent
-    or none.
+    A program that opened the image earlier can go on reading it: nothing moves, and the bitmaps keep their bits.
+    Raises InvalidArgument if a block is owned in part, NoSpace, IoFailed, SyncFailed.
+    """
+    assert image.is_differencing
+    _make_present(image)
+    _drop_bitmaps(image)
+
+
+def detach(image: VhdxImage) -> None:
+    """Durably make an open child that was prepared an image without a parent, and close it; its file stays open.
+
+    Raises NoSpace, IoFailed, SyncFailed; the image then has its parent, or none.
     """
     try:
-        assert image.is_differencing
-        _make_present(image)
-        _drop_bitmaps(image)
+        assert image.is_differencing and not image.bat.in_states(BlockState.PARTIALLY_PRESENT).any()
         image.log_writes([_parameters(image), _table(image)])
     finally:
         image.finish()

@@ -204,6 +204,14 @@ class VhdxFormat:
 
         relink(open_vhdx(store, writable=True), parent)
 
+    def prepare_detach(self, layer: Layer) -> None:
+        """See `Format.prepare_detach`."""
+        from vhdkit.formats.vhdx.blocks import VhdxImage
+        from vhdkit.formats.vhdx.detach import prepare_detach
+
+        assert isinstance(layer, VhdxImage)
+        prepare_detach(layer)
+
     def detach(self, store: Store) -> None:
         """See `Format.detach`."""
         from vhdkit.formats.vhdx.detach import detach

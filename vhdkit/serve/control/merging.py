@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -65,30 +65,39 @@ def plan_served_merge(export: ImageExport, request: MergeRequest) -> ServedMerge
     """
     layers = export.disk.chain.layers
     top = 1 if export.is_temporary else 0
-    first = _index_of(export, request.layer, top) if request.layer is not None else top
-    target = _index_of(export, request.into, top) if request.into is not None else first + 1
+    first = index_of_layer(export, request.layer, top) if request.layer is not None else top
+    target = index_of_layer(export, request.into, top) if request.into is not None else first + 1
     if target >= len(layers):
-        raise errors.InvalidArgument("has no parent: there is nothing to merge it into", path=_path(layers[first]))
+        raise errors.InvalidArgument("has no parent: there is nothing to merge it into", path=path_of(layers[first]))
     if target <= first:
         raise errors.InvalidArgument(
-            f"is not below {errors.printable(_path(layers[first]))}", path=_path(layers[target])
+            f"is not below {errors.printable(path_of(layers[first]))}", path=path_of(layers[target])
         )
     if not export.disk.chain.writable and not export.is_temporary:
         raise errors.ReadOnly("is served read-only; merge its layers with `vhdkit merge`", path=export.image_path)
     if (first == 0 and export.is_temporary) or first < top:
         raise errors.InvalidArgument("is under a temporary overlay", path=export.image_path)
-    merged = tuple(_path(layer) for layer in layers[first:target])
-    return ServedMergePlan(export, merged, _path(layers[target]), first == 0, request.max_rate_bytes)
+    merged = tuple(path_of(layer) for layer in layers[first:target])
+    return ServedMergePlan(export, merged, path_of(layers[target]), first == 0, request.max_rate_bytes)
 
 
-def _index_of(export: ImageExport, path: str, top: int = 0) -> int:
+def index_of_layer(export: ImageExport, path: str, top: int = 0) -> int:
     """Which layer of the export a path means. Raises InvalidArgument."""
     layers = export.disk.chain.layers
     for index, layer in enumerate(layers):
-        if index >= top and real_path(_path(layer)) == real_path(path):
+        if index >= top and real_path(path_of(layer)) == real_path(path):
             return index
-    names = ", ".join(errors.printable(_path(layer)) for layer in layers[top:])
+    names = ", ".join(errors.printable(path_of(layer)) for layer in layers[top:])
     raise errors.InvalidArgument(f"is not a layer of export {export.name!r}; there are {names}", path=path)
+
+
+def freeze_leaf(server: NbdServer, export: ImageExport) -> float:
+    """Give the leaf of an export a child that takes its clients' writes; returns for how many seconds they waited."""
+    with freezing([(export.disk.chain, None)]) as prepared, server.hold([export]) as hold:
+        [chain] = prepared.freeze()
+        export.exchange(Disk(chain))
+        prepared.done()
+    return hold.seconds
 
 
 class ServedMerge:
@@ -131,7 +140,9 @@ class ServedMerge:
                 self._held_seconds = max(self._held_seconds, hold.seconds)
                 merging.done()
         else:
-            self._pass_over(_index_of(self._export, self._plan.merged[0]), _index_of(self._export, self._plan.into))
+            self._pass_over(
+                index_of_layer(self._export, self._plan.merged[0]), index_of_layer(self._export, self._plan.into)
+            )
         return {
             "export": self._export.name,
             "merged": list(self._plan.merged),
@@ -150,7 +161,7 @@ class ServedMerge:
         while True:
             layers = self._export.disk.chain.layers
             size = owned_bytes(layers[0])
-            on_target = _index_of(self._export, self._plan.into) == 1
+            on_target = index_of_layer(self._export, self._plan.into) == 1
             if on_target and size <= LAST_PASS_BYTES:
                 return
             if on_target and before is not None and (self._passes >= MAX_PASSES or size >= before):
@@ -158,24 +169,17 @@ class ServedMerge:
                     return
                 raise errors.ImageInUse(
                     f"grows faster than it can be merged: {format_size(size)} are left after {self._passes} passes",
-                    path=_path(layers[0]),
+                    path=path_of(layers[0]),
                     hint="try again when the disk is less busy, or merge it when it is not in use",
                 )
             before = size
-            self._freeze()
-            self._pass_over(1, _index_of(self._export, self._plan.into))
-
-    def _freeze(self) -> None:
-        with freezing([(self._export.disk.chain, None)]) as prepared, self._server.hold([self._export]) as hold:
-            [chain] = prepared.freeze()
-            self._export.exchange(Disk(chain))
-            prepared.done()
-        self._held_seconds = max(self._held_seconds, hold.seconds)
+            self._held_seconds = max(self._held_seconds, freeze_leaf(self._server, self._export))
+            self._pass_over(1, index_of_layer(self._export, self._plan.into))
 
     def _pass_over(self, first: int, target: int) -> None:
         self._passes += 1
         with live_merge(self._export.disk.chain, first, target, self._export.open_mode.options) as merging:
-            self._copied += sum(merging.copy(_Pace(self)))
+            self._copied += sum(merging.copy(Pace(self)))
             with self._server.hold([self._export]) as hold:
                 self._exchange(merging)
             self._held_seconds = max(self._held_seconds, hold.seconds)
@@ -207,25 +211,42 @@ class ServedMerge:
         return self._plan.max_rate_bytes
 
 
-class _Pace:
+class Paced(Protocol):
+    """Work on a chain under clients."""
+
+    @property
+    def rate(self) -> int | None:
+        """The most bytes per second, or None."""
+        ...
+
+    def note(self, done_bytes: int, total_bytes: int) -> None:
+        """Record the progress."""
+        ...
+
+    def look(self) -> None:
+        """Raise Cancelled if the work is to stop."""
+        ...
+
+
+class Pace:
     """The progress callback of one pass: reports, limits the rate, and stops on request."""
 
-    def __init__(self, merging: ServedMerge) -> None:
-        self._merging = merging
+    def __init__(self, work: Paced) -> None:
+        self._work = work
         self._began = self._resumed = time.monotonic()
 
     def __call__(self, done_bytes: int, total_bytes: int) -> None:
-        self._merging.note(done_bytes, total_bytes)
-        self._merging.look()
-        if self._merging.rate is None:  # half of the time, leave the processors and the device to the clients
+        self._work.note(done_bytes, total_bytes)
+        self._work.look()
+        if self._work.rate is None:  # half of the time, leave the processors and the device to the clients
             time.sleep(min(_REST * (time.monotonic() - self._resumed), _NAP_SECONDS))  # the rest itself
             self._resumed = time.monotonic()
-        while self._merging.rate is not None:
-            ahead = done_bytes / self._merging.rate - (time.monotonic() - self._began)
+        while self._work.rate is not None:
+            ahead = done_bytes / self._work.rate - (time.monotonic() - self._began)
             if ahead <= 0:
                 return
             time.sleep(min(ahead, _NAP_SECONDS))  # keeps to the rate
-            self._merging.look()
+            self._work.look()
 
 
 def owned_bytes(layer: Layer) -> int:
@@ -240,5 +261,6 @@ def owned_bytes(layer: Layer) -> int:
     return sectors_to_bytes(sectors)
 
 
-def _path(layer: Layer) -> str:
+def path_of(layer: Layer) -> str:
+    """The path of the file of a layer."""
     return layer.store.name

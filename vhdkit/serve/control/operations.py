@@ -11,7 +11,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -24,6 +24,8 @@ from vhdkit.disk import Disk
 from vhdkit.folder import real_path
 from vhdkit.serve.control.confinement import Confinement
 from vhdkit.serve.control.merging import MergeRequest, ServedMerge, plan_served_merge
+from vhdkit.serve.control.parameters import flag, only, rate, text
+from vhdkit.serve.control.pulling import PullRequest, ServedPull, plan_served_pull
 from vhdkit.serve.control.server import BadParams, Method, Params
 from vhdkit.serve.nbd.connection import Connection
 from vhdkit.serve.nbd.server import NbdServer
@@ -39,7 +41,7 @@ class Operations:
         self._notes_folder = notes_folder
         self._exports = exports
         self._started = time.time()
-        self._merges: dict[str, ServedMerge] = {}  # in progress, by export
+        self._work: dict[str, ServedMerge | ServedPull] = {}  # in progress, by export
         self._changing = threading.Lock()  # held to change a chain that is not being merged, or to start its merge
         # New leaves made in advance for the next snapshot, and what removes them again.
         self._prepared: tuple[Freezing, contextlib.ExitStack] | None = None
@@ -51,6 +53,7 @@ class Operations:
             "prepare": Method(partial(self._prepare, confined), takes_long=True),
             "snapshot": Method(partial(self._snapshot, confined), takes_long=True),
             "merge": Method(self._merge, takes_minutes=True),
+            "pull": Method(self._pull, takes_minutes=True),
             "cancel": Method(self._cancel),
             "resize": Method(self._resize, takes_long=True),
             "set-read-only": Method(self._set_read_only, takes_long=True),
@@ -71,19 +74,19 @@ class Operations:
 
     def _one_or_all(self, params: Params) -> list[ImageExport]:
         """The export named by the parameter `export`, or all of them."""
-        name = _text(params, "export")
+        name = text(params, "export")
         return list(self._exports) if name is None else [self._find(name)]
 
     # -- looking ------------------------------------------------------------------------------------------------
 
     def _status(self, params: Params) -> object:
         """Exports with their layers, clients, counters. Runs on the loop: it waits for nothing."""
-        _only(params)
+        only(params)
         stats = self._server.stats
         return {
             "pid": os.getpid(),
             "uptime_seconds": round(time.time() - self._started, 3),
-            "exports": [_export_document(export) | self._merge_document(export) for export in self._exports],
+            "exports": [_export_document(export) | self._work_document(export) for export in self._exports],
             "clients": [_client_document(connection) for connection in self._server.connections],
             "requests": stats.requests,
             "errors": stats.errors,
@@ -92,9 +95,12 @@ class Operations:
             "latency_us": [[limit, count] for limit, count in stats.histogram_us().items()],
         }
 
-    def _merge_document(self, export: ImageExport) -> dict[str, Any]:
-        merging = self._merges.get(export.name)
-        return {"merge": None if merging is None else merging.document()}
+    def _work_document(self, export: ImageExport) -> dict[str, Any]:
+        work = self._work.get(export.name)
+        return {
+            "merge": work.document() if isinstance(work, ServedMerge) else None,
+            "pull": work.document() if isinstance(work, ServedPull) else None,
+        }
 
     # -- merging ------------------------------------------------------------------------------------------------
 
@@ -103,41 +109,52 @@ class Operations:
 
         {"export", "layer": path or null (the leaf), "into": path or null (its parent), "max_rate_bytes": or null}
         """
-        _only(params, "export", "layer", "into", "max_rate_bytes")
-        name = _text(params, "export")
-        rate = params.get("max_rate_bytes")
-        if rate is not None and (not isinstance(rate, int) or isinstance(rate, bool) or rate <= 0):
-            raise BadParams('"max_rate_bytes" must be a positive number')
-        request = MergeRequest(_text(params, "layer"), _text(params, "into"), rate)
-        with self._changing:  # a snapshot in progress finishes first, and its chain is merged
+        only(params, "export", "layer", "into", "max_rate_bytes")
+        request = MergeRequest(text(params, "layer"), text(params, "into"), rate(params))
+        return self._work_on(params, lambda export: ServedMerge(self._server, plan_served_merge(export, request)))
+
+    def _pull(self, params: Params) -> object:
+        """Fill a layer of one export from those below it while clients continue.
+
+        {"export", "layer": path or null (the leaf), "to": path or null (the base), "cut": false, "max_rate_bytes": or
+        null}. With `cut` the layer then does without the layers that it was filled from.
+        """
+        only(params, "export", "layer", "to", "cut", "max_rate_bytes")
+        request = PullRequest(text(params, "layer"), text(params, "to"), flag(params, "cut"), rate(params))
+        return self._work_on(params, lambda export: ServedPull(self._server, plan_served_pull(export, request)))
+
+    def _work_on(self, params: Params, make: Callable[[ImageExport], ServedMerge | ServedPull]) -> object:
+        """Do what `make` gives for the export, alone."""
+        name = text(params, "export")
+        with self._changing:  # a snapshot in progress finishes first, and its chain is changed
             export = self._find(name)
             self._forget_prepared()
             self._refuse_merging([export])
-            merging = ServedMerge(self._server, plan_served_merge(export, request))
-            self._merges[export.name] = merging
+            work = self._work[export.name] = make(export)
         try:
             with self._server.using():
-                return merging.run()
+                return work.run()
         finally:
-            del self._merges[export.name]
+            del self._work[export.name]
 
     def _cancel(self, params: Params) -> object:
-        """Cancel the merge of an export, or all merges; copied data is kept. {"export": name or null}"""
-        _only(params, "export")
+        """Cancel the merge or pull of an export, or of all; copied data is kept. {"export": name or null}"""
+        only(params, "export")
         exports = self._one_or_all(params)
-        stopped = [export.name for export in exports if export.name in self._merges]
+        stopped = [export.name for export in exports if export.name in self._work]
         for name in stopped:
-            self._merges[name].cancel()
+            self._work[name].cancel()
         return {"exports": stopped}
 
     def _refuse_merging(self, exports: list[ImageExport]) -> None:
-        """Raise ImageInUse for an export whose layers are being merged: the merge controls its chain."""
+        """Raise ImageInUse for an export whose layers are being merged or filled: that controls its chain."""
         for export in exports:
-            if export.name in self._merges:
+            if export.name in self._work:
+                work = "merge" if isinstance(self._work[export.name], ServedMerge) else "pull"
                 raise errors.ImageInUse(
-                    f"the layers of export {export.name!r} are being merged",
+                    f"the layers of export {export.name!r} are being {'merged' if work == 'merge' else 'filled'}",
                     path=export.image_path,
-                    hint="wait for the merge (`status` shows its progress), or stop it: cancel",
+                    hint=f"wait for the {work} (`status` shows its progress), or stop it: cancel",
                 )
 
     # -- changing -----------------------------------------------------------------------------------------------
@@ -186,7 +203,7 @@ class Operations:
 
     def _pairs(self, confined: Confinement | None, params: Params) -> list[tuple[ImageExport, str | None]]:
         """The exports to freeze, each with the path of its new leaf. Raises BadParams, and errors for refused ones."""
-        _only(params, "exports")
+        only(params, "exports")
         wanted = params.get("exports")
         if wanted is None:
             wanted = {export.name: None for export in self._exports}
@@ -229,9 +246,9 @@ class Operations:
         Connected clients keep the old size; those that connect later see the new one. So a smaller
         size, which requires `shrink`, is refused while clients are connected, unless `under_clients` is true.
         """
-        _only(params, "export", "size_bytes", "shrink", "under_clients")
-        shrink, under_clients = _flag(params, "shrink"), _flag(params, "under_clients")
-        export, size = self._find(_text(params, "export")), params.get("size_bytes")
+        only(params, "export", "size_bytes", "shrink", "under_clients")
+        shrink, under_clients = flag(params, "shrink"), flag(params, "under_clients")
+        export, size = self._find(text(params, "export")), params.get("size_bytes")
         if not isinstance(size, int) or isinstance(size, bool) or size <= 0:
             raise BadParams('"size_bytes" must be a positive number')
         if export.open_mode.overlay:
@@ -267,7 +284,7 @@ class Operations:
 
     def _set_read_only(self, params: Params) -> object:
         """Refuse further writes, with everything written so far on the device; {"export", "read_only": true}."""
-        _only(params, "export", "read_only")
+        only(params, "export", "read_only")
         exports = self._one_or_all(params)
         read_only = params.get("read_only", True)
         if not isinstance(read_only, bool):
@@ -310,8 +327,8 @@ class Operations:
 
         Refused while it has clients, unless `disconnect` first disconnects them; they cannot reconnect to it.
         """
-        _only(params, "export", "disconnect")
-        export, disconnect = self._find(_text(params, "export")), _flag(params, "disconnect")
+        only(params, "export", "disconnect")
+        export, disconnect = self._find(text(params, "export")), flag(params, "disconnect")
         with self._changing, self._server.using():  # the server, when it ends, leaves closing the disk to us
             self._refuse_merging([export])
             self._server.remove_export(export, disconnect=disconnect)
@@ -321,12 +338,12 @@ class Operations:
 
     def _disconnect(self, params: Params) -> object:
         """Disconnect one client, by its number, or all clients of an export; {"client"} or {"export"}."""
-        _only(params, "client", "export")
+        only(params, "client", "export")
         number = params.get("client")
         if ("client" in params) == ("export" in params):
             raise BadParams('give either "client", a number, or "export", a name')
         if "export" in params:
-            export = self._find(_text(params, "export"))
+            export = self._find(text(params, "export"))
             leaving = [one for one in self._server.connections if one.export is export]
         elif isinstance(number, int) and not isinstance(number, bool):
             leaving = [one for one in self._server.connections if one.number == number]
@@ -339,30 +356,9 @@ class Operations:
 
     def _shutdown(self, params: Params) -> object:
         """Shut down as on SIGTERM."""
-        _only(params)
+        only(params)
         self._server.stop()
         return {}
-
-
-def _only(params: Params, *names: str) -> None:
-    """Raise BadParams for a parameter that the method does not know: it may be a typing error."""
-    unknown = [name for name in params if name not in names]
-    if unknown:
-        raise BadParams(f"unknown parameters: {', '.join(unknown)}")
-
-
-def _text(params: Params, name: str) -> str | None:
-    value = params.get(name)
-    if value is not None and not isinstance(value, str):
-        raise BadParams(f'"{name}" must be a string')
-    return value
-
-
-def _flag(params: Params, name: str) -> bool:
-    value = params.get(name, False)
-    if not isinstance(value, bool):
-        raise BadParams(f'"{name}" must be true or false')
-    return value
 
 
 def _new_path(path: object) -> str | None:

@@ -58,6 +58,8 @@ def test_it_reads_the_same_with_and_without_the_pulled_layers(case: tuple[ChainP
     if below:
         assert content_of([filled, *below]) == before
         return
+    formats.of(image).prepare_detach(image)
+    image.seal()
     image.refuse_writing()
     formats.of(image).detach(store)
     alone = open_layer(store)

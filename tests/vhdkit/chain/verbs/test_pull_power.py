@@ -73,8 +73,9 @@ class PullRun:
             image.close()
             return
         plan = plan_pull(image, parents[: self.scene.count], parents[self.scene.count :])
+        pull.keep_id(image)
         pull.fill(plan)
-        assert plan.is_done()
+        pull.prepare_cut(plan)
         image.refuse_writing()
         if rest:
             format_of(store).relink(store, link_to((identity(rest[0]),), rest[0].name))

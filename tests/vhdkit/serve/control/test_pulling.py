@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Filling layers under clients: none of their writes is lost, they wait only for moments, and it can be cancelled."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+import vhdkit
+from tests.vhdkit.serve.control.test_merging import EACH, finished, frozen_often, writers_of
+from tests.vhdkit.serve.control.test_operations import SIZE, Bench, bench_in
+from vhdkit import errors
+from vhdkit.chain.verbs import live_pull
+from vhdkit.disk import open_disk
+from vhdkit.serve.control import merging
+from vhdkit.serve.control.server import BadParams
+from vhdkit.units import MIB
+
+
+def progress(bench: Bench) -> Any:
+    """What `status` says of the pull into the first export."""
+    return cast("Any", bench.do("status"))["exports"][0]["pull"]
+
+
+@EACH
+def test_a_layer_below_the_leaf(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """INV-PULL-PRESERVES: a layer is filled in parts while clients write and compare, and then stands on nothing."""
+    monkeypatch.setattr(live_pull, "PART_BYTES", MIB)
+    with bench_in(tmp_path, suffix) as bench:
+        writers = writers_of(bench)
+        layers = frozen_often(bench, 3, writers)
+        done = bench.do("pull", export="a", layer=layers[1], cut=True)
+        assert (done["pulled"], done["parent"], done["layer"]) == (layers[2:], None, layers[1])
+        finished(bench, writers, layers[0], 2)
+        assert all(Path(path).exists() for path in layers)
+    assert vhdkit.chain_paths(layers[1]) == [layers[1]]
+
+
+@EACH
+def test_the_leaf(tmp_path: Path, suffix: str) -> None:
+    """INV-PULL-PRESERVES: the leaf is filled from some layers, and is the leaf again at the end."""
+    with bench_in(tmp_path, suffix) as bench:
+        writers = writers_of(bench)
+        layers = frozen_often(bench, 3, writers)
+        done = bench.do("pull", export="a", to=layers[2], cut=True)
+        assert done["parent"] == layers[3] and bench.exports[0].image_path == layers[0]
+        finished(bench, writers, layers[0], 2)
+    assert vhdkit.chain_paths(layers[0]) == [layers[0], layers[3]]
+
+
+def test_a_pull_keeps_its_rate_and_can_be_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`status` shows the progress, nothing else may change the chain meanwhile, and `cancel` stops it."""
+    monkeypatch.setattr(merging, "_REST", 0.0)
+    with bench_in(tmp_path) as bench:
+        writers = writers_of(bench)
+        layers = frozen_often(bench, 2, writers)
+        looked, failures = threading.Event(), []
+
+        def pull() -> None:
+            try:
+                bench.do("pull", export="a", layer=layers[1], cut=True, max_rate_bytes=1)
+            except errors.VhdkitError as error:
+                failures.append(error)
+            looked.set()
+
+        thread = threading.Thread(target=pull, daemon=True)
+        thread.start()
+        while not looked.is_set():
+            if (progress(bench) or {}).get("done_bytes"):
+                with pytest.raises(errors.ImageInUse, match="being filled"):
+                    bench.do("merge", export="a")
+                assert bench.do("cancel", export="a") == {"exports": ["a"]}
+                break
+        thread.join(30)
+        assert [type(one) for one in failures] == [errors.Cancelled]
+        assert progress(bench) is None
+        finished(bench, writers, layers[0], 3)
+
+
+def test_refused_pulls(tmp_path: Path) -> None:
+    """Unknown layers, layers in the wrong order, a single image, wrong parameters."""
+    with bench_in(tmp_path) as bench:
+        with pytest.raises(errors.InvalidArgument, match="no parent"):
+            bench.do("pull", export="a")
+        bench.do("snapshot", exports={"a": None})
+        layers = [layer.store.name for layer in bench.exports[0].disk.chain.layers]
+        for params, kind in (
+            ({"export": "nope"}, errors.NotFound),
+            ({"export": "a", "layer": "/nowhere"}, errors.InvalidArgument),
+            ({"export": "a", "layer": layers[1]}, errors.InvalidArgument),
+            ({"export": "a", "to": layers[0]}, errors.InvalidArgument),
+            ({"export": "a", "max_rate_bytes": 0}, BadParams),
+            ({"export": "a", "cut": "yes"}, BadParams),
+            ({"export": "a", "into": layers[1]}, BadParams),
+        ):
+            with pytest.raises(kind):
+                bench.do("pull", **params)
+        done = bench.do("pull", export="a")
+        assert done["parent"] == layers[1]
+        bench.running.end()
+    with open_disk(layers[0]) as disk:
+        assert disk.size_bytes == SIZE and len(disk.chain.layers) == 2

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Filling a layer of an export from the layers below it while clients use it.
+
+Decides which layers a request means, when the served chain is exchanged, and what is done with a leaf, which clients
+write to. The order in which files change is decided in `chain.verbs.live_pull`, how an export is held in `nbd.server`.
+
+    a layer below the leaf    filled in parts; clients wait for an exchange after each
+    the leaf                  freeze it, fill what was frozen, and merge the new leaf into it (`merging`)
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+from vhdkit import errors
+from vhdkit.chain.engine.chain import Chain
+from vhdkit.chain.verbs.live_pull import LivePull, live_pull
+from vhdkit.disk import Disk
+from vhdkit.serve.control.merging import (
+    MergeRequest,
+    Pace,
+    ServedMerge,
+    freeze_leaf,
+    index_of_layer,
+    path_of,
+    plan_served_merge,
+)
+from vhdkit.serve.nbd.server import NbdServer
+from vhdkit.serve.opening import ImageExport
+
+
+@dataclass(frozen=True, slots=True)
+class PullRequest:
+    """`layer` (None: the leaf) is filled from those below it, down to `to` (None: the base).
+
+    With `cuts` it then does without these. Paths are as the user wrote them. `max_rate_bytes`: the most that is copied
+    per second.
+    """
+
+    layer: str | None = None
+    to: str | None = None
+    cuts: bool = False
+    max_rate_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ServedPullPlan:
+    """A pull into the layer `image` of an export from `pulled`, the topmost first; all are paths of layers."""
+
+    export: ImageExport
+    image: str
+    pulled: tuple[str, ...]
+    with_leaf: bool
+    cuts: bool
+    max_rate_bytes: int | None
+
+
+def plan_served_pull(export: ImageExport, request: PullRequest) -> ServedPullPlan:
+    """Which layers a request means.
+
+    Raises InvalidArgument for layers that do not exist, ReadOnly if the leaf is not open for writing here.
+    """
+    layers = export.disk.chain.layers
+    top = 1 if export.is_temporary else 0
+    index = index_of_layer(export, request.layer, top) if request.layer is not None else top
+    last = index_of_layer(export, request.to, top) if request.to is not None else len(layers) - 1
+    image = path_of(layers[index])
+    if index == len(layers) - 1:
+        raise errors.InvalidArgument("has no parent: there is nothing to fill it from", path=image)
+    if last <= index:
+        raise errors.InvalidArgument(f"is not below {errors.printable(image)}", path=path_of(layers[last]))
+    if not export.disk.chain.writable and not export.is_temporary:
+        raise errors.ReadOnly("is served read-only; fill its layers with `vhdkit pull`", path=export.image_path)
+    pulled = tuple(path_of(layer) for layer in layers[index + 1 : last + 1])
+    return ServedPullPlan(export, image, pulled, index == 0, request.cuts, request.max_rate_bytes)
+
+
+class ServedPull:
+    """One pull into a layer of one export, on a thread other than the loop's."""
+
+    def __init__(self, server: NbdServer, plan: ServedPullPlan) -> None:
+        self._server = server
+        self._plan = plan
+        self._export = plan.export
+        self._stop = threading.Event()
+        self._done_bytes = self._total_bytes = 0
+        self._held_seconds = 0.0
+        self._merging: ServedMerge | None = None  # once the leaf is filled
+
+    # -- from the outside ---------------------------------------------------------------------------------------
+
+    def cancel(self) -> None:
+        """Stop soon; the next pull finds what was copied."""
+        self._stop.set()
+        if self._merging is not None:
+            self._merging.cancel()
+
+    def document(self) -> dict[str, Any]:
+        """The progress."""
+        return {
+            "layer": self._plan.image,
+            "to": self._plan.pulled[-1],
+            "done_bytes": self._done_bytes,
+            "total_bytes": self._total_bytes,
+        }
+
+    def run(self) -> dict[str, Any]:
+        """Pull; returns what was done. Raises Cancelled, and what the merge of a new leaf raises."""
+        plan, export = self._plan, self._export
+        if plan.with_leaf:
+            self._held_seconds = freeze_leaf(self._server, export)
+        with self._opened() as pulling:
+            copied = sum(pulling.copy(Pace(self), lambda: self._exchange(pulling)))
+            self._exchange(pulling, is_last=True)
+        if plan.with_leaf:
+            request = MergeRequest(into=plan.image, max_rate_bytes=plan.max_rate_bytes)
+            self._merging = ServedMerge(self._server, plan_served_merge(export, request))
+            self.look()
+            self._held_seconds = max(self._held_seconds, self._merging.run()["held_seconds"])
+        layers = [path_of(layer) for layer in export.disk.chain.layers]
+        below = layers[layers.index(plan.image) + 1 :]
+        return {
+            "export": export.name,
+            "layer": plan.image,
+            "pulled": list(plan.pulled),
+            "parent": below[0] if below else None,
+            "copied_bytes": copied,
+            "held_seconds": round(self._held_seconds, 6),
+        }
+
+    def _opened(self) -> Any:
+        export, plan = self._export, self._plan
+        index, last = index_of_layer(export, plan.image), index_of_layer(export, plan.pulled[-1])
+        return live_pull(export.disk.chain, index, last, cuts=plan.cuts)
+
+    def _exchange(self, pulling: LivePull, *, is_last: bool = False) -> None:
+        problem: errors.VhdkitError | None = None
+        with self._server.hold([self._export]) as hold:
+            chain: Chain
+            if is_last:
+                chain, problem = pulling.exchange()
+            else:
+                chain = pulling.look_again()
+            self._export.exchange(Disk(chain))
+        self._held_seconds = max(self._held_seconds, hold.seconds)
+        if problem is not None:
+            raise problem
+
+    # -- pace ---------------------------------------------------------------------------------------------------
+
+    def look(self) -> None:
+        """Raise Cancelled if the pull was cancelled or the server is ending."""
+        if self._stop.is_set() or self._server.has_ended():
+            raise errors.Cancelled(
+                f"filling {errors.printable(self._plan.image)} was stopped: the disk reads as before",
+                hint="pulling again continues where it stopped",
+            )
+
+    def note(self, done_bytes: int, total_bytes: int) -> None:
+        """Record the progress."""
+        self._done_bytes, self._total_bytes = done_bytes, total_bytes
+
+    @property
+    def rate(self) -> int | None:
+        """The most bytes per second, or None."""
+        return self._plan.max_rate_bytes
