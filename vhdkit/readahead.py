@@ -30,14 +30,15 @@ _FORGOTTEN_AFTER = 64  # reads noted elsewhere
 
 
 class Budget:
-    """What the windows of several readers may take together."""
+    """What the windows of several readers may take together, perhaps within a larger budget."""
 
-    def __init__(self, limit_bytes: int = BUDGET_BYTES) -> None:
+    def __init__(self, limit_bytes: int = BUDGET_BYTES, *, within: Budget | None = None) -> None:
         self.left_bytes = limit_bytes
+        self._within = within
 
     def take(self, size_bytes: int) -> bool:
         """Take that much, if it is left."""
-        if size_bytes > self.left_bytes:
+        if size_bytes > self.left_bytes or (self._within is not None and not self._within.take(size_bytes)):
             return False
         self.left_bytes -= size_bytes
         return True
@@ -45,6 +46,8 @@ class Budget:
     def give_back(self, size_bytes: int) -> None:
         """Return what was taken."""
         self.left_bytes += size_bytes
+        if self._within is not None:
+            self._within.give_back(size_bytes)
 
 
 class _Stream:

@@ -22,6 +22,7 @@ _PUNCH_HOLE = 0x02
 # Magic numbers of statfs(2) for file systems on which a large write is quicker into reserved space: ext4.
 # Measured with 2 MiB at a time, Linux 6.18: ext4 takes 0.64 of the time, XFS 1.07, tmpfs 1.06, Btrfs 1.24.
 _QUICKER_RESERVED = {0xEF53}
+_IN_MEMORY = {0x01021994, 0x858458F6, 0x958458F6}  # likewise: tmpfs, ramfs, hugetlbfs
 
 
 @functools.cache
@@ -54,6 +55,11 @@ def reserve(fd: int, offset_bytes: int, size_bytes: int) -> bool:
 def is_quicker_reserved(fd: int) -> bool:
     """True if a large write to a new range takes less time when its space was reserved just before."""
     return file_system(fd) in _QUICKER_RESERVED
+
+
+def is_in_memory(fd: int) -> bool:
+    """True for an open file of a file system that has no device, so that reading it need not wait for one."""
+    return file_system(fd) in _IN_MEMORY
 
 
 def file_system(fd: int) -> int | None:

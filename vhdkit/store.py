@@ -242,7 +242,9 @@ class FileStore(NamedFile):
             return False
         except OSError as error:
             if error.errno in space.UNSUPPORTED and self._no_wait:
-                self._no_wait = 0  # tmpfs, for example, lacks the flag and never waits
+                if not space.is_in_memory(self._fd):  # FUSE or NFS: there is no way to know
+                    return False
+                self._no_wait = 0
                 return self.try_pread_into(offset_bytes, buffer)
             raise self._failed(error, "read", offset_bytes) from error
         finally:

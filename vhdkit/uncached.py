@@ -40,7 +40,7 @@ PORTION_BYTES = 8 * MIB
 _BEHIND_BYTES = 2 * PORTION_BYTES
 _TOO_MANY_BYTES = 4 * PORTION_BYTES
 _MIN_KEPT_BYTES = 64 * KIB  # smaller ranges are read at once, or cheap to ask for again
-_KEPT_BYTES = 16 * MIB  # of ranges that were asked for
+KEPT_BYTES = 16 * MIB  # of ranges that were asked for
 
 
 class CacheMode(StrEnum):
@@ -91,7 +91,7 @@ class Sweeper:
             self._asked.append((file, offset_bytes, size_bytes))
             self._asked_bytes += size_bytes
             with contextlib.suppress(IndexError):  # another thread took the last one
-                while self._asked_bytes > _KEPT_BYTES:
+                while self._asked_bytes > KEPT_BYTES:
                     self._asked_bytes -= self._asked.popleft()[2]
 
     def make_room(self) -> None:

@@ -97,3 +97,18 @@ def test_a_few_streams_at_once() -> None:
     readahead.note(200 * MIB, MIB)
     assert readahead.note(201 * MIB, MIB) is not None
     assert len(readahead._streams) == MAX_STREAMS and readahead._streams[0].position > 32 * MIB
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 20)), max_size=40))
+def test_budgets_within_a_budget(takes: list[tuple[int, int]]) -> None:
+    """What two budgets give together never passes that in which they lie; a refusal takes nothing."""
+    whole = Budget(40)
+    parts = [Budget(30, within=whole), Budget(25, within=whole), whole]
+    taken = [0, 0, 0]
+    for number, size in takes:
+        fits = size <= 40 - sum(taken) and (number == 2 or size <= (30, 25)[number] - taken[number])
+        assert parts[number].take(size) is fits
+        taken[number] += size if fits else 0
+    for number, size in enumerate(taken):
+        parts[number].give_back(size)
+    assert [one.left_bytes for one in parts] == [30, 25, 40]

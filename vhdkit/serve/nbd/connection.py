@@ -206,7 +206,10 @@ class Connection:
 
     def _receive(self) -> None:
         buffer, kept = self._host.buffer, len(self._kept)
-        received = self._channel.receive_into(buffer[kept : kept + self._host.memory.limits.input_bytes])
+        room = buffer[kept : kept + self._host.memory.limits.input_bytes]
+        if not room:  # what was kept is served first; nothing received here would look like the end of the stream
+            return
+        received = self._channel.receive_into(room)
         if received is None:
             return
         if not received:

@@ -12,7 +12,9 @@ from collections.abc import Callable
 from functools import partial
 
 from vhdkit import errors
+from vhdkit.chain.records.pending import file_of
 from vhdkit.disk import Disk
+from vhdkit.readahead import Budget
 from vhdkit.serve.nbd import wire
 from vhdkit.serve.nbd.loop import Lane, Loop
 from vhdkit.serve.nbd.options import ExportInfo
@@ -28,6 +30,7 @@ from vhdkit.serve.nbd.slices import (
     StatusRuns,
 )
 from vhdkit.serve.nbd.wire import Command, CommandFlag, TransmissionFlag, WireErrno, wire_errno
+from vhdkit.uncached import KEPT_BYTES
 from vhdkit.units import KIB, MIB, SECTOR_SIZE
 
 PIECE_BYTES = MIB  # the most that is read or written at once
@@ -54,6 +57,7 @@ class Export:
         self.after_bulk: list[Callable[[], None]] = []  # called when the next of them ends
         self._flush_waiters: list[Callable[[BaseException | None], None]] = []
         self._flushing = False
+        self._kept: Budget | None = None
 
     def info(self) -> ExportInfo:
         """What clients may learn. All connections share one `Disk`, so a flush covers them all: MULTI_CONN."""
@@ -72,6 +76,18 @@ class Export:
     def least_request_bytes(self) -> int:
         """The smallest request that clients should make: a sector that is larger than 512 bytes, else a byte."""
         return 1 if self.disk.unit_bytes == SECTOR_SIZE else self.disk.unit_bytes
+
+    def read_ahead(self, shared: Budget) -> Budget:
+        """What all readers of this disk may have prefetched, of what those of all disks may.
+
+        Of a disk that is kept out of the page cache no more is left in there until it is read.
+        """
+        file = file_of(self.disk.chain.leaf.store)
+        if file is None or file.uncached is None:
+            return shared
+        if self._kept is None:
+            self._kept = Budget(KEPT_BYTES, within=shared)
+        return self._kept
 
     # -- flushing -----------------------------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ T = TypeVar("T")
 READABLE, WRITABLE, HANGUP = select.EPOLLIN, select.EPOLLOUT, select.EPOLLHUP | select.EPOLLERR
 _SWITCH_SECONDS = 0.0005  # how long a worker that runs Python code may keep the loop waiting
 _SPINS = 300  # polls before sleeping, half a microsecond each
+_SPINS_AFTER_WORD = 60  # the same when a client got what a device had delivered: it gains a tenth at most
 _LOOK_SPINS = 5  # polls that a look at a waiter takes as long as
 _BUSY_ROUNDS = 8  # rounds full of events after which waiters are treated as before a sleep
 _BUSY_ROUNDS_ASKING = 2  # the same where that starts no job
@@ -93,6 +94,7 @@ class Loop:
         self._asked: dict[int, Callable[[], None]] = {}
         self._rounds = 0  # without sleep
         self._spin_credit = _MAX_SPIN_CREDIT
+        self._spins = _SPINS  # the next time
         self.relaxed = False  # set by a callback whose client does not wait for one answer at a time
         self._is_relaxed = False  # so were all callbacks of the last round: polling would only find less at once
         self._lanes: dict[Lane, queue.SimpleQueue[Callable[[], None] | None]] = {}
@@ -146,6 +148,7 @@ class Loop:
         return True
 
     def _told(self, events: int) -> None:
+        self._spins = _SPINS_AFTER_WORD
         if self._arrivals is not None:
             for number in self._arrivals.take():
                 self._asked.pop(number)()
@@ -241,7 +244,7 @@ class Loop:
         if self._spin_credit <= 0:
             self._spin_credit += 1
             return None
-        waiters, spins = self.waiters, _SPINS
+        waiters, spins, self._spins = self.waiters, self._spins, _SPINS
         while spins > 0:
             spins -= 1
             events = self._epoll.poll(0)

@@ -94,7 +94,7 @@ class Misses:
         self._channel = channel
         self._rules = rules
         self._proceed = proceed
-        self._ahead = ReadAhead(rules.size_bytes, host.read_ahead)
+        self._ahead = ReadAhead(rules.size_bytes, reader.export.read_ahead(host.read_ahead))
         self.marks = self._ahead.marks
         self._ready: list[Miss] = []  # waiting for data, the oldest first
         self._unsettled: list[Miss] = []  # waiting for a job that finds out where they lie

@@ -163,3 +163,20 @@ def test_parts_of_a_long_read_share_no_sector(monkeypatch: pytest.MonkeyPatch, *
         monkeypatch.setattr(Disk, "read", in_job)
         assert client.read(100, 100_000) == b"x" * 100_000
         assert len(set(parts)) > 9 and {one % SECTOR_SIZE for one in parts if one != 100} == {0}
+
+
+def test_a_full_buffer_is_no_end_of_the_stream() -> None:
+    """While kept input fills the buffer, nothing is received, and the client stays connected."""
+    with serving(export_of(child())) as running, running.client() as client:
+        connection, size, seen = running.server.connections[0], len(running.server.buffer), []
+
+        def fill() -> None:
+            connection._kept = bytes(size)
+            connection._receive()
+            seen.append((len(connection._kept), connection._ending))
+            connection._kept = b""
+
+        client.read(0, 512)
+        running.server.loop.post(fill)
+        assert len(client.read(0, 512)) == 512
+        assert seen == [(size, False)]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import random
 import struct
+from pathlib import Path
 
 import pytest
 
@@ -28,11 +29,13 @@ from tests.nbd_client import (
     serving,
 )
 from tests.vhdkit.serve.disks import SIZE, child, empty, export_of, sparse
-from vhdkit import errors
+from vhdkit import OpenOptions, create_image, errors, open_disk
 from vhdkit.formats.probe import open_layer
 from vhdkit.formats.vhd.create import create_differencing
 from vhdkit.image import Layer
+from vhdkit.readahead import Budget
 from vhdkit.serve.nbd.export import Export
+from vhdkit.uncached import KEPT_BYTES, CacheMode
 from vhdkit.units import GIB, KIB, MIB, SECTOR_SIZE
 
 pytestmark = pytest.mark.timeout(120)
@@ -272,3 +275,17 @@ def test_names_that_cannot_be_requested(name: str) -> None:
         Export(name, open_mem(empty().leaf))
     with pytest.raises(errors.InvalidArgument):
         Export("fine", open_mem(empty().leaf), description="a\0b")
+
+
+@pytest.mark.parametrize("cache", ["writeback", "none"])
+def test_what_may_be_read_ahead(tmp_path: Path, cache: str) -> None:
+    """Of a disk that is kept out of the page cache no more is prefetched than stays in there until it is read."""
+    create_image(tmp_path / "disk.vhd", 64 * MIB)
+    with open_disk(tmp_path / "disk.vhd", options=OpenOptions(cache=CacheMode(cache))) as disk:
+        export, shared = Export("", disk), Budget()
+        before = shared.left_bytes
+        budget = export.read_ahead(shared)
+        assert export.read_ahead(shared) is budget
+        assert budget.left_bytes == (KEPT_BYTES if cache == "none" else before)
+        assert budget.take(KEPT_BYTES) and shared.left_bytes == before - KEPT_BYTES
+        assert budget.take(1) is (cache == "writeback")
