@@ -25,16 +25,20 @@ from benchmarks.nbd import BUSY, LOADS, MEMORY_FOLDER, MIB, fill
 from benchmarks.nbd_peers import Load, Running
 
 WRITER = LOADS["4K random write, depth 16"]
+STREAM = LOADS["1M sequential write"]
 # name: (attack of `hostile_clients`, connections, the honest client)
 ROWS = {
     "status": ("status", 8, BUSY),
     "unaligned": ("unaligned", 8, BUSY),
     "unaligned-write": ("unaligned-write", 8, WRITER),
     "zeroes": ("zeroes", 1, WRITER),
+    "zeroes-8": ("zeroes", 8, WRITER),
+    "zeroes-1000": ("zeroes", 1000, WRITER),
     "written-zeroes": ("written-zeroes", 1, WRITER),
     "hoard": ("hoard", 1000, BUSY),
     "hoard-large": ("hoard-large", 1000, BUSY),
     "hoard-status": ("hoard-status", 1000, BUSY),
+    "hoard-write": ("hoard", 1000, STREAM),
     "idle": ("idle", 1000, BUSY),
 }
 GOAL_RATIO, GOAL_MIB = 0.8, 200

@@ -17,7 +17,7 @@ from vhdkit.serve.nbd.channel import Channel
 from vhdkit.serve.nbd.export import Export
 from vhdkit.serve.nbd.host import Host
 from vhdkit.serve.nbd.loop import READABLE, WRITABLE
-from vhdkit.serve.nbd.memory import SOCKET_BYTES
+from vhdkit.serve.nbd.memory import SOCKET_BYTES, TIGHT
 from vhdkit.serve.nbd.options import Handshake, HandshakeState
 from vhdkit.serve.nbd.protocol import BrokenClient, Transmission
 from vhdkit.serve.nbd.serving import Serving
@@ -47,6 +47,7 @@ class Connection:
         self._kept = b""  # received, but not served yet
         self._held_bytes = 0  # what this client makes the server keep, as `Host.memory` knows it
         self._has_large_socket = False
+        self._has_large_input = False
         self._goes_on = False  # `proceed` is posted
         self._ending = False  # the connection is closed when the requests in flight are finished
         self._send_handshake()
@@ -132,6 +133,10 @@ class Connection:
             held += self._handshake.kept_bytes
         if self._serving is not None:
             held += self._serving.kept_bytes
+        is_large = len(self._kept) > TIGHT.input_bytes
+        if is_large is not self._has_large_input:
+            self._has_large_input = is_large
+            self._host.memory.large_inputs += 1 if is_large else -1
         if held != self._held_bytes:
             self._host.memory.change(held - self._held_bytes)
             self._held_bytes = held
@@ -206,7 +211,8 @@ class Connection:
 
     def _receive(self) -> None:
         buffer, kept = self._host.buffer, len(self._kept)
-        room = buffer[kept : kept + self._host.memory.limits.input_bytes]
+        is_payload = self._serving is not None and self._serving.is_writing()
+        room = buffer[kept : kept + self._host.memory.input_bytes(is_payload=is_payload)]
         if not room:  # what was kept is served first; nothing received here would look like the end of the stream
             return
         received = self._channel.receive_into(room)

@@ -8,7 +8,7 @@ it keeps. Pure. All methods run on the loop's thread.
 A client has the limits of `AMPLE` as long as all clients together keep less than `TIGHT_BYTES`, and those of `TIGHT`
 beyond that. A client within its limits is always served, however much the others keep, so deaf clients lock nobody
 out: they only make the others' pieces smaller. The most that is kept is thus `TIGHT_BYTES`, what one more client may
-have with `AMPLE`, and for each client what `TIGHT` allows.
+have with `AMPLE`, for each client what `TIGHT` allows, and the input of a few that write (`input_bytes`).
 
 When clients leave, what they made the server keep is free, but in pieces all over the heap, from which the C library
 gives nothing back by itself: `NbdServer` trims the heap when `should_trim` says so.
@@ -26,6 +26,7 @@ _TRIM_BYTES = 8 * MIB  # less than once was kept: worth a few milliseconds
 SOCKET_BYTES = 2 * MIB  # of a large socket buffer; the kernel takes twice that, or less where the system limits it
 _LARGE_SOCKETS = 32  # the others have the system's default
 _PROVEN_BYTES = MIB  # collected after the socket was full: only such clients get one, which deaf ones never are
+_LARGE_INPUTS = 8  # kept, at most, of clients that write one long payload
 JOB_BYTES = 2 * KIB  # of each job, besides its data
 MISS_BYTES = 256  # of each read that waits for a device
 
@@ -55,6 +56,7 @@ class ClientMemory:
         self.limits = AMPLE
         self.used_bytes = 0
         self.large_sockets = 0
+        self.large_inputs = 0  # clients of which more input is kept than `TIGHT` allows
         self._most_bytes = 0  # since the heap was trimmed
 
     def change(self, by_bytes: int) -> None:
@@ -72,6 +74,14 @@ class ClientMemory:
             return False
         self.large_sockets += 1
         return True
+
+    def input_bytes(self, *, is_payload: bool) -> int:
+        """How much of a client's input may be received now. `is_payload`: all of it will be written as it arrives.
+
+        Of that usually nothing is kept, so it is received in large parts also when memory is tight. Only while another
+        writer holds the disk's lock it has to be kept.
+        """
+        return (AMPLE if is_payload and self.large_inputs < _LARGE_INPUTS else self.limits).input_bytes
 
     def should_trim(self) -> bool:
         """Asked after a client has left: whether that is worth it. If so, the heap counts as trimmed."""

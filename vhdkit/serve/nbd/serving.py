@@ -78,6 +78,10 @@ class Serving(Answering):
         """True if no request is in progress."""
         return not (self.jobs or self.misses.count or self._long_read or self._payload or self._waiting)
 
+    def is_writing(self) -> bool:
+        """True in the middle of a payload that is written as it arrives."""
+        return self._payload is not None
+
     def drop(self) -> None:
         """The client is gone: forget what it was to get."""
         self._forget_late()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 import socket
+import threading
 
 import pytest
 
@@ -146,3 +147,62 @@ def test_answers_that_are_never_collected(attack: list[tuple[int, int, int]], mo
         assert budget._most_bytes < MIB + one_client + CLIENTS * each
         running.drop_all()
         wait_until(lambda: budget.used_bytes == 0, "all is freed")
+
+
+def test_payloads_that_cannot_be_written_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Payloads are received in large parts even when memory is scarce; while a slice has the disk's lock, only a few
+    clients keep such parts, and in the end everything is written."""
+    monkeypatch.setattr(memory, "TIGHT_BYTES", -1)
+    count, size = 3 * memory._LARGE_INPUTS, 512 * KIB
+    export = export_of(sparse(64 * MIB))
+    with serving(export) as running:
+        server = running.server
+        server.memory.change(0)
+        clients = [running.client() for _ in range(count)]
+        payloads = [bytes([number + 1]) * size for number in range(count)]
+        for number, client in enumerate(clients):
+            raw = nbd.request(WRITE, number * MIB, size, cookie=number, flags=0)
+            client._asked[number] = (WRITE, number * MIB, size)
+            client.send_bytes(raw + payloads[number][: 64 * KIB])
+        connections = server.connections
+        wait_until(lambda: all(one._serving and one._serving.is_writing() for one in connections), "all have begun")
+        wait_until(lambda: not any(one._kept for one in connections), "what came is written")
+
+        locked, unlock = threading.Event(), threading.Event()
+
+        def lock() -> None:
+            with export.disk._write_lock.lock:
+                locked.set()
+                assert unlock.wait(60)
+
+        holder = threading.Thread(target=lock, daemon=True)
+        holder.start()
+        assert locked.wait(60)
+        export.bulk += 1
+        senders = [
+            threading.Thread(target=client.send_bytes, args=(payloads[number][64 * KIB :],), daemon=True)
+            for number, client in enumerate(clients)
+        ]
+        for sender in senders:
+            sender.start()
+        wait_until(lambda: all(one._kept for one in connections), "all wait")
+        running.on_loop()
+        assert 0 < sum(len(one._kept) > TIGHT.input_bytes for one in connections) <= memory._LARGE_INPUTS
+        assert server.memory.used_bytes <= memory._LARGE_INPUTS * AMPLE.input_bytes + count * 2 * TIGHT.input_bytes
+        unlock.set()
+        holder.join(60)
+
+        def end_of_slice() -> None:
+            export.bulk -= 1
+            waiting, export.after_bulk = export.after_bulk, []
+            for go_on in waiting:
+                go_on()
+
+        server.loop.post(end_of_slice)
+        for number, client in enumerate(clients):
+            assert client.answers(1)[number].error == 0
+            assert client.read(number * MIB, size) == payloads[number]
+        running.on_loop()
+        assert server.memory.large_inputs == 0
+        for client in clients:
+            client.sock.close()
