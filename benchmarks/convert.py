@@ -8,7 +8,7 @@ on the new file. Peers: `qemu-img convert` where it can (it reads no differencin
 raw file, which only has to copy the same bytes. vhdkit is measured twice: as a library, in a running process, and as
 a command, where starting Python and loading numpy is a good part of a conversion that takes a quarter of a second.
 The command finds compiled modules, as an installed one does. Every result is compared with the source before anything
-is timed, and every source is read into the page cache before each run.
+is timed, and what a contestant reads is brought into the page cache before each run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import random
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,22 +84,22 @@ def build_chain(folder: Path, raw: Path) -> Path:
     return path
 
 
-def prepare(fresh: Path) -> None:
-    """Remove what the last run made, wait until the disk is idle, and have every source in the page cache."""
+def prepare(fresh: Path, sources: Sequence[Path]) -> None:
+    """Remove what the last run made, wait until the disk is idle, and have the sources in the page cache."""
     for old in ("out", "copy.raw"):
         (fresh.parent / old).unlink(missing_ok=True)
     subprocess.run(["sync"], check=True)
-    for source in (*fresh.parent.glob("source.*"), *fresh.parent.glob("chain*.vhd")):
+    for source in sources:
         with source.open("rb", buffering=0) as file:
             while file.read(8 << 20):
                 pass
 
 
-def command(*words: str | Path, fresh: Path, durable: bool = False) -> Callable[[], float]:
+def command(*words: str | Path, fresh: Path, sources: Sequence[Path], durable: bool = False) -> Callable[[], float]:
     """A contestant: a command that writes the file `fresh`, which is removed (and the disk quiet) before."""
 
     def run() -> float:
-        prepare(fresh)
+        prepare(fresh, sources)
         line = [str(word) for word in words]
 
         def work() -> None:
@@ -112,11 +112,16 @@ def command(*words: str | Path, fresh: Path, durable: bool = False) -> Callable[
     return run
 
 
+def files_of(source: Path) -> list[Path]:
+    """What is read when this source is converted: itself, or all layers of the chain."""
+    return sorted(source.parent.glob("chain*.vhd")) if source.name.startswith("chain") else [source]
+
+
 def library(source: Path, to: str, out: Path, durable: bool) -> Callable[[], float]:
     """A contestant: the library, in this process."""
 
     def run() -> float:
-        prepare(out)
+        prepare(out, files_of(source))
         return timed(lambda: vhdkit.convert(source, out, vhdkit.DiskFormat(to), sync=durable))
 
     return run
@@ -130,17 +135,21 @@ def jobs(made: Made, durable: bool) -> dict[str, dict[str, Callable[[], float]]]
     qemu = has("qemu-img")
 
     def cp() -> dict[str, Callable[[], float]]:
-        return {"cp --sparse=auto": command("cp", "--sparse=auto", made.raw, copy, fresh=copy, durable=durable)}
+        return {
+            "cp --sparse=auto": command(
+                "cp", "--sparse=auto", made.raw, copy, fresh=copy, sources=[made.raw], durable=durable
+            )
+        }
 
     def mine(source: Path, to: str) -> dict[str, Callable[[], float]]:
         return {
             LIBRARY: library(source, to, out, durable),
-            COMMAND: command(*ours, source, out, "--to", to, fresh=out),
+            COMMAND: command(*ours, source, out, "--to", to, fresh=out, sources=files_of(source)),
         }
 
     def theirs(source_format: str, target_format: str, source: Path) -> dict[str, Callable[[], float]]:
         words = ("qemu-img", "convert", "-f", source_format, "-O", target_format, source, out)
-        return {QEMU: command(*words, fresh=out, durable=durable)} if qemu else {}
+        return {QEMU: command(*words, fresh=out, sources=[source], durable=durable)} if qemu else {}
 
     return {
         "raw to dynamic": {**mine(made.raw, "dynamic"), **theirs("raw", "vpc", made.raw), **cp()},
@@ -212,6 +221,7 @@ def main() -> None:
                     cells = ["" if name in (LIBRARY, COMMAND) else f"{value:.2f}" for value in against]
                     goals = "" if goal is None else f"{goal:.2f}"
                     table.append([label, name, f"{row.median:.2f}", f"{rate:,.0f}", *cells, goals])
+                    print("  ".join(cell for cell in table[-1] if cell), flush=True)  # a large disk takes long
                     data[f"{label}: {name}"] = {
                         "seconds": row.median,
                         "library_speed_against_it": against[0],

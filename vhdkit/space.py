@@ -52,6 +52,11 @@ def reserve(fd: int, offset_bytes: int, size_bytes: int) -> bool:
     return _is_done(fd, 0, offset_bytes, size_bytes)
 
 
+def reserve_inside(fd: int, offset_bytes: int, size_bytes: int) -> bool:
+    """As `reserve`, but the size of the file stays."""
+    return _is_done(fd, _KEEP_SIZE, offset_bytes, size_bytes)
+
+
 def is_quicker_reserved(fd: int) -> bool:
     """True if a large write to a new range takes less time when its space was reserved just before."""
     return file_system(fd) in _QUICKER_RESERVED

@@ -14,17 +14,19 @@ buffer (ext4, tmpfs; Linux 6.18). Small ranges are not shared: cloning them cost
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import mmap
 import os
 import struct
 
-from vhdkit.space import file_system
-from vhdkit.units import KIB, MIB, PAGE_SIZE, round_down, round_up
+from vhdkit.space import file_system, is_quicker_reserved, reserve_inside
+from vhdkit.units import KIB, PAGE_SIZE, round_down, round_up
 from vhdkit.write_behind import WriteBehind
 
-BUFFER_BYTES = MIB // 2
+BUFFER_BYTES = 256 * KIB  # for longer writes Linux looks for contiguous memory: see `unnamed`
+_MIN_RESERVED_BYTES = 256 * KIB  # a range of this size is worth another call to the kernel
 MIN_SHARED_BYTES = 64 * KIB
 _FICLONERANGE = 0x4020940D
 _CLONE_RANGE = struct.Struct("=qQQQ")  # struct file_clone_range: source, its offset, length, offset here
@@ -44,6 +46,7 @@ class Transfer:
         self._kept_elsewhere: bool | None = None  # not yet known
         self._not_shared: set[int] = set()  # devices of sources that cannot share space with this file
         self._buffer: memoryview | None = None
+        self._reserves: bool | None = None  # not yet known whether writing is quicker then
         self.behind = WriteBehind(fd)  # the device starts writing while more is copied
 
     def copy(self, source_fd: int, source_offset_bytes: int, offset_bytes: int, size_bytes: int) -> int:
@@ -102,6 +105,8 @@ class Transfer:
             self._kept_elsewhere = kept_elsewhere(self._fd)
         if self._kept_elsewhere:
             done = self._copy_there(source_fd, source_offset, offset, size)
+        if size - done >= _MIN_RESERVED_BYTES:
+            self._reserve(offset + done, size - done)
         while done < size:
             piece = self._buffered()[: min(size - done, BUFFER_BYTES)]
             got = os.preadv(source_fd, (piece,), source_offset + done)
@@ -113,6 +118,14 @@ class Transfer:
             done += got
             self.behind.wrote(got)
         return done
+
+    def _reserve(self, offset: int, size: int) -> None:
+        """Reserve what is written next, where that is quicker. Only a hint: the write itself reports what is wrong."""
+        if self._reserves is None:
+            self._reserves = is_quicker_reserved(self._fd)
+        if self._reserves:
+            with contextlib.suppress(OSError):
+                self._reserves = reserve_inside(self._fd, offset, size)
 
     def _copy_there(self, source_fd: int, source_offset: int, offset: int, size: int) -> int:
         done = 0

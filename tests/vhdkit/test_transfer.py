@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tests.clones import FakeClone
 from tests.mounting import SHARING, file_system
 from tests.support import run
-from vhdkit import transfer
+from vhdkit import space, transfer
 from vhdkit.transfer import MIN_SHARED_BYTES, Transfer
 from vhdkit.units import KIB, MIB, PAGE_SIZE
 
@@ -123,6 +123,35 @@ def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     real = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: real(fd, memoryview(data)[:100_000], offset))
     _copied(tmp_path, 7, 9, MIB)
+
+
+@pytest.mark.parametrize("outcome", ["reserved", "impossible", "no space"])
+def test_long_ranges_are_reserved_where_that_is_quicker(
+    outcome: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The space of a long range is reserved before it is copied, inside or past the file, whose size follows from what
+    was copied alone. A file system that cannot is asked once; a failure is left to the write."""
+    asked: list[tuple[int, int]] = []
+    reserve = space.reserve_inside
+
+    def reserving(fd: int, offset: int, size: int) -> bool:
+        asked.append((offset, size))
+        if outcome == "no space":
+            raise OSError(errno.ENOSPC, "simulated")
+        return outcome == "reserved" and (reserve(fd, offset, size) or True)
+
+    monkeypatch.setattr(transfer, "is_quicker_reserved", lambda fd: True)
+    monkeypatch.setattr(transfer, "reserve_inside", reserving)
+    with _files(tmp_path) as (source, here):
+        copying = Transfer(here)
+        assert copying.copy(source, 0, 100, MIB) == MIB
+        assert copying.copy(source, 0, 5 * MIB + 3, 255 * KIB) == 255 * KIB
+        assert copying.copy(source, 2 * MIB, 6 * MIB, 2 * MIB) == _SIZE - 2 * MIB  # the source ends
+        copying.close()
+        assert os.fstat(here).st_size == 4 * MIB + _SIZE
+        assert os.pread(here, MIB, 100) == _CONTENT[:MIB]
+        assert os.pread(here, 2 * MIB, 6 * MIB) == _CONTENT[2 * MIB :]
+    assert asked == ([(100, MIB)] if outcome == "impossible" else [(100, MIB), (6 * MIB, 2 * MIB)])
 
 
 def test_the_device_begins_while_more_is_copied(tmp_path: Path) -> None:

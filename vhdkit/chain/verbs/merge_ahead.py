@@ -33,7 +33,7 @@ def read_ahead(plan: Moves, target: Layer) -> Generator[list[Piece], None, None]
     layers = [layer for layer in (*plan.sources, target) if layer.block_size_bytes]
     for unit in itertools.islice(units, _UNITS):
         _ask_for_ownership(layers, unit * plan.unit_bytes, plan.unit_bytes)
-    sharing = _sharing(plan.sources, target.store)
+    sharing = sharing_stores(plan.sources, target.store)
     waiting: deque[tuple[int, list[Piece]]] = deque()
     asked_bytes, can_ask = 0, True
     with ThreadPoolExecutor(1, thread_name_prefix="vhdkit-ahead") as asking:
@@ -71,7 +71,7 @@ def _wanted(pieces: Sequence[Piece], sharing: Collection[ReadStore]) -> list[tup
     """What will be copied, as (file, offset, size), up to the limit. In long pieces the kernel reads ahead further."""
     wanted, left = [], DATA_BYTES
     for piece in pieces:
-        if piece.source is None or (piece.source in sharing and _can_be_shared(piece)):
+        if piece.source is None or not _is_copied(piece, sharing):
             continue
         size = min(piece.size_bytes, left)
         if size:
@@ -85,13 +85,22 @@ def _ask_for_data(wanted: Sequence[tuple[ReadStore, int, int]]) -> None:
         store.prefetch(offset, size)
 
 
+def copied_bytes(pieces: Sequence[Piece], sharing: Collection[ReadStore]) -> int:
+    """How much of the pieces will be copied, and so has to be written, because the file system cannot share it."""
+    return sum(piece.size_bytes for piece in pieces if _is_copied(piece, sharing))
+
+
+def _is_copied(piece: Piece, sharing: Collection[ReadStore]) -> bool:
+    return piece.source is not None and not (piece.source in sharing and _can_be_shared(piece))
+
+
 def _can_be_shared(piece: Piece) -> bool:
     """Whether it is long enough and lies on pages; in the target, blocks are taken to lie on pages."""
     is_long = piece.size_bytes >= MIN_SHARED_BYTES + PAGE_SIZE
     return is_long and (piece.offset_bytes - sectors_to_bytes(piece.sector_index)) % PAGE_SIZE == 0
 
 
-def _sharing(layers: Sequence[Layer], target: ReadStore) -> frozenset[ReadStore]:
+def sharing_stores(layers: Sequence[Layer], target: ReadStore) -> frozenset[ReadStore]:
     """The files of the layers with which the file system can probably share space."""
     if not isinstance(target, FileStore) or not may_share(target.fileno()):
         return frozenset()

@@ -19,7 +19,7 @@ from vhdkit.chain.names.lineage import same_content
 from vhdkit.chain.names.marks import mark_child
 from vhdkit.chain.records import pending, references
 from vhdkit.chain.records.intent import KIND, Intent, Named, Phase, intent_of
-from vhdkit.chain.verbs.merge_ahead import read_ahead
+from vhdkit.chain.verbs.merge_ahead import copied_bytes, read_ahead, sharing_stores
 from vhdkit.chain.verbs.merge_plan import MergePlan, Moves
 from vhdkit.folder import exists, remove_file, sidecar_path, write_whole
 from vhdkit.image import Layer, Piece
@@ -28,6 +28,7 @@ from vhdkit.units import MIB, sectors_to_bytes, whole_sectors
 
 _PIECE_BYTES = MIB
 _FLUSH_BYTES = 256 * MIB  # copied between two flushes: bounds dirty pages and pending metadata
+_SHARED_PER_COPIED = 16  # so many shared bytes count as one: they make no dirty pages, only entries in a journal
 
 
 class Names(Protocol):
@@ -144,7 +145,7 @@ def fold(plan: Moves, target: Layer, progress: Progress | None = None) -> tuple[
     The moved data is on the device once the target is closed. Raises NoSpace, IoFailed, SyncFailed.
     """
     data = zeros = unsynced = done = 0
-    total = plan.touched_bytes
+    total, sharing = plan.touched_bytes, sharing_stores(plan.sources, target.store)
     with contextlib.closing(read_ahead(plan, target)) as blocks:
         for pieces in blocks:
             done += plan.unit_bytes
@@ -154,7 +155,8 @@ def fold(plan: Moves, target: Layer, progress: Progress | None = None) -> tuple[
             moved = sum(piece.size_bytes for piece in pieces if piece.source is not None)
             data += moved
             zeros += sum(piece.size_bytes for piece in pieces) - moved
-            unsynced += moved
+            copied = copied_bytes(pieces, sharing)
+            unsynced += copied + (moved - copied) // _SHARED_PER_COPIED
             if unsynced >= _FLUSH_BYTES:
                 target.flush()
                 unsynced = 0

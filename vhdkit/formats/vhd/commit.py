@@ -83,11 +83,12 @@ class Commit:
         assert not self._bat.is_dirty and not self._dirty
         self._bat = bat
 
-    def place_block(self, fill: Callable[[int], object] | None) -> int:
+    def place_block(self, fill: Callable[[int], object] | None, *, fills_bitmap: bool = False) -> int:
         """Reserve space for a block and have `fill` write its content; returns the offset of its bitmap.
 
-        `fill` gets the offset of the data. Nothing points at the block until `publish`. On failure the file is cut
-        back to what it was. Raises NoSpace, also where a BAT entry could not express the offset.
+        `fill` gets the offset of the data. With `fills_bitmap` it writes the bitmap, too, for which no space is
+        reserved then: on Btrfs that waited for the device. Nothing points at the block until `publish`. On failure the
+        file is cut back to what it was. Raises NoSpace, also where a BAT entry could not express the offset.
         """
         size_before = self._store.size()
         free_bytes = self._free_bytes
@@ -105,7 +106,8 @@ class Commit:
         if self._notes is not None:  # if we are killed before the block is noted, its space must stay unused
             self._notes.prepare()
         try:
-            self._store.reserve(start, self._bitmap_size)
+            if not fills_bitmap:
+                self._store.reserve(start, self._bitmap_size)
             self._store.reserve(end, FOOTER_SIZE)
             if fill is not None:
                 fill(data_offset)

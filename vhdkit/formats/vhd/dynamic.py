@@ -385,7 +385,7 @@ class DynamicImage:
                         self.store.copy_from(self.store, position, offset + position - old, size)
             self.store.pwrite(offset - self._bitmap_size, bitmap.packed(owned, self._bitmap_size))
 
-        start = self._commit.place_block(fill)
+        start = self._commit.place_block(fill, fills_bitmap=True)
         vacated = None
         if old >= 0:
             whole, last = used_sizes(self.metadata)

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.harness.stores import MemStore
-from vhdkit.chain.verbs import merge_ahead
+from vhdkit.chain.verbs import merge_ahead, merge_steps
 from vhdkit.chain.verbs.merge_ahead import read_ahead
 from vhdkit.chain.verbs.merge_plan import MergePlan, plan_merge
+from vhdkit.chain.verbs.merge_steps import fold
 from vhdkit.formats.probe import open_layer
 from vhdkit.formats.vhd.create import create_dynamic
 from vhdkit.image import Layer
@@ -109,10 +110,23 @@ def test_what_the_file_system_will_share_is_not_read(monkeypatch: pytest.MonkeyP
     """Data that will not be copied is not asked for, only the bitmaps."""
     store, layer = made(set(range(8)))
     target = empty()
-    monkeypatch.setattr(merge_ahead, "_sharing", lambda layers, new: frozenset({store}))
+    monkeypatch.setattr(merge_ahead, "sharing_stores", lambda layers, new: frozenset({store}))
     store.asked.clear()
     assert len(list(read_ahead(plan_of(layer, target), target))) == 8
     assert {size for _, size in store.asked} == {SECTOR_SIZE}
+
+
+def test_only_copied_bytes_cause_flushes_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is shared makes no dirty pages, so a merge flushes after sixteen times as many of such bytes."""
+    store, layer = made(set(range(32)))
+    monkeypatch.setattr(merge_steps, "_FLUSH_BYTES", BLOCK)
+    for sharing, expected in (frozenset(), 32), (frozenset({store}), 2):
+        target = empty()
+        flushes: list[None] = []
+        monkeypatch.setattr(merge_steps, "sharing_stores", lambda layers, new, found=sharing: found)
+        monkeypatch.setattr(target, "flush", lambda flushes=flushes: flushes.append(None))
+        fold(plan_of(layer, target), target)
+        assert len(flushes) == expected
 
 
 def test_without_threads_nothing_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

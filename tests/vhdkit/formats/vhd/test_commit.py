@@ -12,7 +12,7 @@ from vhdkit.formats.vhd import commit
 from vhdkit.formats.vhd.create import create_dynamic
 from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.formats.vhd.opening import open_dynamic
-from vhdkit.image import ExtentKind
+from vhdkit.image import ExtentKind, Piece
 from vhdkit.store import Buffer
 
 SMALL = 512 * KIB
@@ -75,6 +75,19 @@ def test_the_order_of_a_first_write_and_its_flush() -> None:
     store.calls.clear()
     layer.close()
     assert store.calls[:1] == [("sync", 0, 0)]
+
+
+def test_a_block_that_is_copied_in_whole_reserves_only_the_place_of_its_footer() -> None:
+    """Its bitmap is written with its data, so space for it is not reserved first."""
+    store, layer = _open()
+    source = MemStore()
+    source.pwrite(0, pattern(SMALL))
+    layer.copy_in([Piece(0, SMALL // 512, source)])
+    start = layer.bat.block_start(0)
+    data, end = start + 512, start + 512 + SMALL
+    assert store.calls == [("reserve", end, 512), ("pwrite", data, SMALL), ("pwrite", start, 512)]
+    layer.flush()
+    assert store.pread(start, 128) == b"\xff" * 128 and store.pread(data, SMALL) == pattern(SMALL)
 
 
 def test_closing_syncs_the_footer_too() -> None:
