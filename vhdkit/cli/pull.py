@@ -101,7 +101,9 @@ def _print_result(done: vhdkit.Pull, dry_run: bool, seconds: float, *, is_freed:
         print_text(f"{path} has no parent: it is independent already")
         return
     layers = count(len(done.pulled), "layer")
-    if dry_run:
+    if not done.data_bytes + done.zero_bytes:
+        print_text(f"{path} has everything that it shows of {layers} already")
+    elif dry_run:
         print_text(f"would copy {moved} from {layers} into {path}")
     else:
         speed = format_size(int(done.data_bytes / max(seconds, 0.001)))

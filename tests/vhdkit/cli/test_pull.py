@@ -46,6 +46,7 @@ def test_json() -> None:
     planned = document("pull", "leaf.avhd", "--dry-run")
     assert (planned["path"], planned["pulled"], planned["parent"]) == (leaf, [middle, base], middle)
     done = document("pull", "leaf.avhd")
+    assert "has everything that it shows of 2 layers already" in good("pull", "leaf.avhd")
     assert done["data_bytes"] == planned["data_bytes"] > 0 and not done["dry_run"]
     assert document("pull", "leaf.avhd", "--independent")["parent"] is None
 

@@ -110,10 +110,10 @@ def _open_leaf(store: Store, writable: bool, options: OpenOptions) -> Layer:
 
 
 def refuse_more_layers(count: int, path: str) -> None:
-    """Raise InvalidArgument if a chain of `count` layers, with the leaf `path`, could not be opened."""
+    """Raise InvalidArgument if a chain of `count` layers, one of them `path`, could not be opened."""
     if count > MAX_CHAIN_DEPTH:
         raise InvalidArgument(
-            f"would be the leaf of {count} layers, and a chain of more than {MAX_CHAIN_DEPTH} layers cannot be opened",
+            f"its chain would have {count} layers, and one of more than {MAX_CHAIN_DEPTH} cannot be opened",
             path=path,
             hint="merge some of them first: vhdkit merge",
         )

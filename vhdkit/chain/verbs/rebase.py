@@ -17,10 +17,11 @@ from dataclasses import dataclass, replace
 from vhdkit import errors, formats
 from vhdkit.arguments import AnyPath, Size, checked
 from vhdkit.chain.engine.chain import Chain, Progress
+from vhdkit.chain.names.children import children_of
 from vhdkit.chain.names.lineage import record_parents, same_content
 from vhdkit.chain.names.marks import mark_child
 from vhdkit.chain.names.noted import refuse_unwritten
-from vhdkit.chain.names.opening import open_layers, refuse_more_layers
+from vhdkit.chain.names.opening import MAX_CHAIN_DEPTH, open_layers, refuse_more_layers
 from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.names.parents import (
     allowed_folders,
@@ -165,7 +166,7 @@ def _plan(
     store, facts = image.store, image.facts
     _refuse_loop(store, parent_layers)  # first, because no option can override it
     refuse_unwritten(parent_layers)
-    refuse_more_layers(len(parent_layers) + 1, store.name)
+    refuse_more_layers(len(parent_layers) + 1 + _layers_above(store, options), store.name)
     _refuse_other_sectors(facts, parent_layers[0].facts)
     is_recorded = parent_id in (image.parent.linkage_ids or (NULL_ID,))
     _check_ids(store.name, wanted, image.parent.linkage_id, parent_id, is_recorded)
@@ -264,6 +265,22 @@ def _refuse_loop(store: FileStore, layers: list[Layer]) -> None:
                 f"would become its own parent: {errors.printable(layers[0].store.name)} is one of its children",
                 path=store.name,
             )
+
+
+def _layers_above(store: FileStore, options: OpenOptions) -> int:
+    """How many layers the longest line of descendants of the image has, as far as they can be found."""
+    images, levels = [(linkage_id_of(store), store.name)], 0
+    while levels < MAX_CHAIN_DEPTH:
+        families = children_of(images, options)
+        children = {child.path for family in families for child in family if child.problem is None}
+        images = []
+        for path in sorted(children):
+            with contextlib.suppress(errors.VhdkitError), FileStore.open(path) as child:
+                images.append((linkage_id_of(child), path))
+        if not images:
+            break
+        levels += 1
+    return levels
 
 
 def _refuse_other_sectors(facts: ImageFacts, parent: ImageFacts) -> None:

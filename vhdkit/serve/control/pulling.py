@@ -112,7 +112,7 @@ class ServedPull:
         if plan.with_leaf:
             self._held_seconds = freeze_leaf(self._server, export)
         with self._opened() as pulling:
-            copied = sum(pulling.copy(Pace(self), lambda: self._exchange(pulling)))
+            copied, zeros = pulling.copy(Pace(self), lambda: self._exchange(pulling))
             self._exchange(pulling, is_last=True)
         if plan.with_leaf:
             request = MergeRequest(into=plan.image, max_rate_bytes=plan.max_rate_bytes)
@@ -127,6 +127,7 @@ class ServedPull:
             "pulled": list(plan.pulled),
             "parent": below[0] if below else None,
             "copied_bytes": copied,
+            "zero_bytes": zeros,
             "held_seconds": round(self._held_seconds, 6),
         }
 

@@ -47,6 +47,23 @@ def rebase(leaf: Path) -> None:
     assert parent.exists()
 
 
+def test_a_rebase_that_would_make_a_descendant_too_deep_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The layers above the rebased image count, too."""
+    paths = make_chain(tmp_path, 3)
+    [deeper, twin] = [tmp_path / name for name in ("deeper.avhd", "twin.vhd")]
+    vhdkit.convert(paths[-1], twin, "dynamic")
+    vhdkit.create_child(deeper, twin)
+    before = paths[1].read_bytes()
+    monkeypatch.setattr(opening, "MAX_CHAIN_DEPTH", 3)
+    with pytest.raises(errors.InvalidArgument, match="its chain would have 4 layers"):
+        vhdkit.rebase(paths[1], deeper, unsafe_new_id=True)
+    assert paths[1].read_bytes() == before
+    vhdkit.rebase(paths[1], twin, unsafe_new_id=True)
+    assert vhdkit.chain_paths(paths[0]) == [str(one) for one in (*paths[:2], twin)]
+
+
 @pytest.mark.parametrize(
     "work",
     [
@@ -70,7 +87,7 @@ def test_one_layer_too_many_is_refused(
     work(make_chain(allowed, LIMIT - 1)[0])
     paths = make_chain(full, LIMIT)
     before = {path: path.read_bytes() for path in paths}
-    with pytest.raises(errors.InvalidArgument, match=f"would be the leaf of {LIMIT + 1} layers"):
+    with pytest.raises(errors.InvalidArgument, match=f"its chain would have {LIMIT + 1} layers"):
         work(paths[0])
     made = {"other0.avhd", "other1.vhd"} if work is rebase else set()
     assert set(os.listdir(full)) - made == {path.name for path in paths}

@@ -151,7 +151,7 @@ def test_a_copy_that_could_not_be_opened_is_refused(tmp_path: Path, monkeypatch:
     vhdkit.create_child(lower, parent, options=OpenOptions(parent_dirs=(parent.parent,)))
     monkeypatch.setattr(opening, "MAX_CHAIN_DEPTH", 2)
     options = OpenOptions(parent_dirs=(parent.parent,))
-    with pytest.raises(errors.InvalidArgument, match="would be the leaf of 3 layers"):
+    with pytest.raises(errors.InvalidArgument, match="its chain would have 3 layers"):
         vhdkit.copy_layers(source[1], new, above=source[2], parent=lower, parent_options=options)
     assert not new.exists()
 
