@@ -169,7 +169,8 @@ def taken_bytes(folder: Path, work: Callable[[], object]) -> int:
 def test_a_real_file_system_copies_nothing(
     kind: str, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On XFS and Btrfs conversions to raw and fixed, and merges, of our images take almost no additional space."""
+    """On XFS and Btrfs conversions to raw and fixed, merges, copied layers and pulls of our images take almost no
+    additional space."""
     monkeypatch.setattr("tests.vhdkit.chain.verbs.test_sharing.SIZE", 32 * MIB)
     writes = [(0, 0, 16 * MIB // SECTOR_SIZE, True), (1, 4 * MIB // SECTOR_SIZE, 8 * MIB // SECTOR_SIZE, True)]
     with file_system(tmp_path, kind) as folder:
@@ -185,6 +186,11 @@ def test_a_real_file_system_copies_nothing(
             assert content_of(folder / name) == content
         assert taken_bytes(folder, lambda: vhdkit.merge(leaf, into=base, to=new)) < 3 * MIB
         assert content_of(new) == content
+        twin, night = folder / f"twin.{suffix}", folder / f"night.a{suffix}"
+        vhdkit.convert(base, twin, "vhdx" if suffix == "vhdx" else "dynamic")
+        assert taken_bytes(folder, lambda: vhdkit.copy_layers(leaf, night, above=base, parent=twin)) < 3 * MIB
+        assert taken_bytes(folder, lambda: vhdkit.pull(night, independent=True)) < 3 * MIB
+        assert content_of(night) == content
         assert taken_bytes(folder, lambda: vhdkit.merge(leaf, into=base)) < 3 * MIB
         assert content_of(base) == content
 
