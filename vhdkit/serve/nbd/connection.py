@@ -211,7 +211,7 @@ class Connection:
 
     def _receive(self) -> None:
         buffer, kept = self._host.buffer, len(self._kept)
-        is_payload = self._serving is not None and self._serving.is_writing()
+        is_payload = self._serving is not None and self._serving.payload is not None
         room = buffer[kept : kept + self._host.memory.input_bytes(is_payload=is_payload)]
         if not room:  # what was kept is served first; nothing received here would look like the end of the stream
             return

@@ -8,6 +8,7 @@ wait for devices and belong on worker threads.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 
@@ -31,7 +32,7 @@ from vhdkit.serve.nbd.slices import (
 )
 from vhdkit.serve.nbd.wire import Command, CommandFlag, TransmissionFlag, WireErrno, wire_errno
 from vhdkit.uncached import KEPT_BYTES
-from vhdkit.units import KIB, MIB, SECTOR_SIZE
+from vhdkit.units import KIB, MIB, SECTOR_SIZE, edges
 
 PIECE_BYTES = MIB  # the most that is read or written at once
 HOLE_WORTH_BYTES = 64 * KIB  # reads of at least this size are checked for holes
@@ -159,6 +160,13 @@ class Export:
         if request.command == Command.READ and (offset | length) % SECTOR_SIZE:
             return lambda: self._try_read(rules, request)
         return None
+
+    def ask(self, loop: Loop, request: Request, told: Callable[[], None]) -> bool:
+        """Call `told` when the last part of a sector in the request's range is in memory; False without that word."""
+        edge = edges(request.offset, request.offset + request.length, self.disk.unit_bytes)[-1][0]
+        with contextlib.suppress(errors.VhdkitError):  # the request itself reports it
+            return loop.ask(partial(self.disk.chain.ask, edge // SECTOR_SIZE), told)
+        return False
 
     def _try_read(self, rules: Transmission, request: Request) -> bytearray | None:
         size = rules.read_header_size

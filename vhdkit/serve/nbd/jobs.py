@@ -18,7 +18,8 @@ begins when their `Share` of the time allows it. The clients on the loop thus ke
 is alone has all of it.
 
 A job may have an `attempt`, which the loop makes when it is the job's turn: work that needs no waiting costs less
-there than the switches to a worker and back.
+there than the switches to a worker and back. If it would have to wait for a device, and word of that can be had
+(`Loop.ask`), the attempt is made once more when word comes.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ Answer: TypeAlias = bytes | bytearray
 # A slice of a job returns the answer, or None if more is left to do. Any other result is for the job's own `done`.
 Slice: TypeAlias = Callable[[], Any]
 Done: TypeAlias = Callable[[Any], None]
+# Have something called when what an attempt lacked is there; False if that is not possible.
+Ask: TypeAlias = Callable[[Callable[[], None]], bool]
 
 _UNCOMMON = (Lane.LISTING, Lane.PARTS, Lane.BULK)
 _LOOP_NS = 100_000  # that a slice on a worker costs the loop, added to its own time
@@ -60,14 +63,17 @@ class Client(Protocol):
 class Job:
     """The rest of one request's work."""
 
-    __slots__ = ("attempt", "done", "must_run", "takes_lock", "work")
+    __slots__ = ("ask", "attempt", "done", "must_run", "takes_lock", "work")
 
-    def __init__(self, work: Slice, done: Done, *, must_run: bool, takes_lock: bool, attempt: Slice | None) -> None:
+    def __init__(
+        self, work: Slice, done: Done, *, must_run: bool, takes_lock: bool, attempt: Slice | None, ask: Ask | None
+    ) -> None:
         """`must_run`: also for a client that has gone, whose other jobs are neither begun nor continued.
 
         `takes_lock`: its slices hold the disk's lock against writers.
         """
         self.attempt = attempt
+        self.ask = ask
         self.work = work
         self.done = done
         self.must_run = must_run
@@ -93,17 +99,18 @@ class Jobs:
     def add(
         self, client: Client, work: Slice, done: Done, lane: Lane = Lane.WORK, *,
         must_run: bool = True, takes_lock: bool = False, attempt: Slice | None = None,
+        ask: Ask | None = None,
     ) -> None:  # fmt: skip
         """Run `work` on a worker, again while it returns None, then `done` with its result or what it raised.
 
         Before that the loop calls `attempt`, which does all of it and returns the result, or does nothing and returns
-        None.
+        None; in the latter case once more if `ask` promises word.
 
         `done` gets b"" if the client has gone before that, unless `must_run`: what a client has written is
         written, also if it did not wait for the answer. While a slice of a job that `takes_lock` runs, the callbacks
         in `Export.after_bulk` wait for its end.
         """
-        job = Job(work, done, must_run=must_run, takes_lock=takes_lock, attempt=attempt)
+        job = Job(work, done, must_run=must_run, takes_lock=takes_lock, attempt=attempt, ask=ask)
         self._put(client, lane, job, first=False)
         self._start(lane)
 
@@ -153,6 +160,8 @@ class Jobs:
                     self._loop.post(partial(self._start, lane))
                     break
                 continue
+            if self._waits_for_word(client, lane, job):
+                continue
             self._running[lane] += 1
             export.jobs += 1
             export.bulk += job.takes_lock
@@ -193,6 +202,21 @@ class Jobs:
         job.done(result)
         now = time.perf_counter_ns()
         self._charge(client, now, now - began + _ATTEMPT_LOOP_NS + _sending_ns(result))
+        return True
+
+    def _waits_for_word(self, client: Client, lane: Lane, job: Job) -> bool:
+        ask, job.ask, export = job.ask, None, client.export
+
+        def told() -> None:
+            export.jobs -= 1
+            if export.held and not export.jobs:
+                self._drained(export)
+            self._put(client, lane, job, first=True)
+            self._start(lane)
+
+        if ask is None or not ask(told):
+            return False
+        export.jobs += 1  # a hold waits for it, because a question holds a file
         return True
 
     def _charge(self, client: Client, now: int, cost: int) -> None:

@@ -15,6 +15,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 from vhdkit import errors
 from vhdkit.disk import Disk
@@ -55,7 +56,7 @@ class Serving(Answering):
         self.queues: dict[Lane, deque[Job]] = {}
         self._loop = host.loop
         self._memory = host.memory
-        self._payload: Payload | None = None
+        self.payload: Payload | None = None  # written as it arrives
         self.misses = Misses(self, host, channel, rules, proceed)
         self._waiting = False  # for a job that must finish before anything more can be served
         self._replies, self._served = host.replies, host.stats.served
@@ -76,11 +77,7 @@ class Serving(Answering):
 
     def is_idle(self) -> bool:
         """True if no request is in progress."""
-        return not (self.jobs or self.misses.count or self._long_read or self._payload or self._waiting)
-
-    def is_writing(self) -> bool:
-        """True in the middle of a payload that is written as it arrives."""
-        return self._payload is not None
+        return not (self.jobs or self.misses.count or self._long_read or self.payload or self._waiting)
 
     def drop(self) -> None:
         """The client is gone: forget what it was to get."""
@@ -117,7 +114,7 @@ class Serving(Answering):
     def serve(self, buffer: memoryview, end: int) -> int:
         """Serve requests before `end`; returns where the unserved input begins."""
         position = 0
-        if self._payload is not None:
+        if self.payload is not None:
             position = self._take_payload(buffer, 0, end)
         while not self._must_wait():
             position = self._serve_usual(buffer, position, end)
@@ -132,7 +129,7 @@ class Serving(Answering):
                 self._wait_for_bulk()
                 break
             position = self._begin(request, buffer, position + self._rules.request_size, end)
-            if self._payload is not None:
+            if self.payload is not None:
                 position = self._take_payload(buffer, position, end)
         if self.misses.count:
             self.misses.serve()
@@ -217,7 +214,7 @@ class Serving(Answering):
 
     def _must_wait(self) -> bool:
         """True if the next request cannot be examined yet."""
-        return self._payload is not None or self.blocked()
+        return self.payload is not None or self.blocked()
 
     def _begin(self, request: Request, buffer: memoryview, start: int, end: int) -> int:
         """Start a request that is not served at once; returns where the next one begins."""
@@ -227,7 +224,7 @@ class Serving(Answering):
             return end
         stop = start + request.payload_bytes
         if request.payload_bytes > limits.kept_bytes or stop > end:
-            self._payload = Payload(request)
+            self.payload = Payload(request)
             return start
         if request.error:
             self._channel.send(rules.error(request, request.error))
@@ -276,8 +273,9 @@ class Serving(Answering):
         attempt = None if after is not None else self.export.attempt_of(rules, request, payload)
         if attempt is not None and request.command == Command.READ:
             attempt = self.misses.or_wait(attempt, request, began)
-        must_run = request.command == Command.WRITE
-        self._host.jobs.add(self, work, done, lane, must_run=must_run, takes_lock=takes_lock, attempt=attempt)
+        is_write = request.command == Command.WRITE
+        ask = partial(self.export.ask, self._loop, request) if attempt is not None and is_write else None
+        self._host.jobs.add(self, work, done, lane, must_run=is_write, takes_lock=takes_lock, attempt=attempt, ask=ask)
 
     def run_beside(self, work: Callable[[Disk], object], done: Callable[[], None]) -> None:
         """See `misses.Reader`."""
@@ -294,7 +292,7 @@ class Serving(Answering):
 
     def _take_payload(self, buffer: memoryview, position: int, end: int) -> int:
         """Process the received part of the payload; returns where the rest begins."""
-        payload = self._payload
+        payload = self.payload
         assert payload is not None
         request = payload.request
         size = min(payload.left, end - position)
@@ -360,7 +358,7 @@ class Serving(Answering):
 
     def _end_payload(self, payload: Payload) -> None:
         rules, request = self._rules, payload.request
-        self._payload = None
+        self.payload = None
         if self._channel.is_closed():
             return
         self._host.stats.batch(1, time.perf_counter_ns() - payload.began)

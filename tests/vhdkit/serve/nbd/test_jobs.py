@@ -275,6 +275,36 @@ def test_work_that_needs_no_waiting_is_done_on_the_loop(export: Export, monkeypa
     assert scene.ran[3:] == ["work b", "b", "try c", "C"]
 
 
+@pytest.mark.parametrize("comes", [True, False])
+@pytest.mark.parametrize("is_there", [True, False])
+def test_an_attempt_is_repeated_when_word_comes(export: Export, comes: bool, is_there: bool) -> None:
+    """What an attempt lacked is waited for once, without a worker, and a hold waits for that; then, or where no word
+    can be had, a worker does it."""
+    scene, owner, told = Scene(), Owner(export), list[Callable[[], None]]()
+    tries = [None, "answer" if is_there else None]
+
+    def ask(callback: Callable[[], None]) -> bool:
+        told.append(callback)
+        return comes
+
+    def work() -> str:
+        scene.ran.append("work")
+        return "answer"
+
+    scene.jobs.add(owner, work, scene.ran.append, Lane.PARTS, attempt=lambda: tries.pop(0), ask=ask)
+    assert len(told) == 1 and export.jobs == 1 and len(scene.loop.submitted) == (not comes)
+    if comes:
+        export.held = True
+        told[0]()
+        assert scene.drained == [export] and export.jobs == 0 and not scene.ran
+        export.held, parked, export.parked = False, export.parked, []
+        for go_on in parked:
+            go_on()
+    scene.loop.run()
+    assert scene.ran == (["answer"] if comes and is_there else ["work", "answer"])
+    assert len(told) == 1 and export.jobs == 0
+
+
 def test_attempts_leave_descriptors_their_turn(export: Export) -> None:
     """A queue of attempts is not worked off without a look at anything else, nor inside one another."""
     scene, owner, depth, deepest = Scene(), Owner(export), 0, 0

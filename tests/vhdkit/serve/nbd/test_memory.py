@@ -165,7 +165,7 @@ def test_payloads_that_cannot_be_written_at_once(monkeypatch: pytest.MonkeyPatch
             client._asked[number] = (WRITE, number * MIB, size)
             client.send_bytes(raw + payloads[number][: 64 * KIB])
         connections = server.connections
-        wait_until(lambda: all(one._serving and one._serving.is_writing() for one in connections), "all have begun")
+        wait_until(lambda: all(one._serving and one._serving.payload for one in connections), "all have begun")
         wait_until(lambda: not any(one._kept for one in connections), "what came is written")
 
         locked, unlock = threading.Event(), threading.Event()
