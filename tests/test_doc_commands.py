@@ -63,7 +63,10 @@ SCENES: dict[str, Scene] = {
         needs=stand_ins.require_all,
     ),
     "docs/backup.md": Scene(
-        before={"vhdkit backup list backup": stand_ins.repository, "The folder": stand_ins.repository},
+        before={
+            "vhdkit backup list backup": stand_ins.repository,
+            "Checking a repository without vhdkit": stand_ins.repository,
+        },
     ),
     "docs/mount.md": Scene(
         before={"vhdkit mount child.avhd mnt": stand_ins.chain_to_mount},

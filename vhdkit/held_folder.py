@@ -103,6 +103,13 @@ class HeldFolder(Descriptor):
         return True
 
     @held
+    def free_bytes(self) -> int:
+        """How much this user can still write to the file system."""
+        with translated(self.path, "find out how much space is free"):
+            found = os.fstatvfs(self._fd)
+        return found.f_bavail * found.f_frsize
+
+    @held
     def sync(self) -> None:
         """Return when the names in the folder are on the device."""
         with translated(self.path, "flush the folder"):

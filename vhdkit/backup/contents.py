@@ -54,7 +54,7 @@ def write_full(store: Store, chain: Chain, progress: Progress | None = None) -> 
     """Make the empty file an image with the whole content of the disk. Raises NoSpace, IoFailed, SyncFailed."""
     made = formats.making(kind := kind_of_full(chain))
     sector_bytes = chain.leaf.sector_bytes if chain.leaf.sector_bytes in made.sector_sizes else SECTOR_SIZE
-    size, block_size = round_up(chain.size_bytes, made.size_unit_bytes), _block_size(chain.layers, made.name)
+    size, block_size = round_up(chain.size_bytes, made.size_unit_bytes), block_size_in(chain.layers, made.name)
     made.create(store, CreateRequest(size, kind, block_size, sector_bytes=sector_bytes))
     target = made.open(store, writable=True)
     with steady(chain):
@@ -99,12 +99,12 @@ def write_differences(
 def _child(store: Store, link: ParentRef, sources: Sequence[Layer], below: Sequence[Layer]) -> Layer:
     """An empty child of `below[0]` in the file, of the size of the first source, open for writing."""
     made = formats.for_children_of(below[0])
-    block_size = _block_size(sources, made.name)
+    block_size = block_size_in(sources, made.name)
     made.create_child(store, sources[0].size_bytes, link, block_size_bytes=block_size, disk=below[0])
     return made.open(store, writable=True)
 
 
-def _block_size(layers: Sequence[Layer], format_name: str) -> int:
+def block_size_in(layers: Sequence[Layer], format_name: str) -> int:
     """The block size of the topmost layer with one that this format can have; or the usual one."""
     made = formats.named(format_name)
     for layer in layers:

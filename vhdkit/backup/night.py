@@ -22,10 +22,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 from vhdkit import errors, formats
 from vhdkit.backup import sums
@@ -44,7 +44,10 @@ from vhdkit.errors import printable
 from vhdkit.held_folder import HeldFolder
 from vhdkit.image import NULL_ID, Layer
 from vhdkit.store import FileStore
+from vhdkit.units import format_size
 
+# Called when a piece of work begins, with its name; returns where its progress goes.
+Stages: TypeAlias = Callable[[str], Progress | None]
 _log = logging.getLogger(__name__)
 
 
@@ -83,10 +86,8 @@ class Circumstances:
     others: dict[str, Any] = field(default_factory=dict)
 
 
-class Stages(Protocol):
-    """Where progress is shown: `stage` begins a piece of work with this name, whose progress goes to the result."""
-
-    def __call__(self, doing: str) -> Progress | None: ...
+def no_stages(doing: str) -> None:
+    """Shows nothing."""
 
 
 @contextlib.contextmanager
@@ -117,7 +118,7 @@ class Writing:
         disks: Sequence[FrozenDisk],
         facts: Circumstances,
         files: Mapping[str, bytes] | None = None,
-        stage: Stages = lambda doing: None,
+        stage: Stages = no_stages,
     ) -> Manifest:
         """Write the night; it exists when this returns. `files` are other files of it, by name.
 
@@ -137,6 +138,29 @@ class Writing:
             self._drop(disks)
             raise
         return manifest
+
+    def require_space(self, disks: Sequence[FrozenDisk], keep_free_bytes: int = 0) -> int:
+        """Raise NoSpace unless the disks, as they are now, will probably fit, with so much space left; the estimate.
+
+        They need not be frozen. What a comparison will find is not known before: then it is the size of the leaf.
+        """
+        estimate = sum(self._estimate(one) for one in disks)
+        free = self.machine.folder.free_bytes()
+        if free < estimate + keep_free_bytes:
+            raise errors.NoSpace(
+                f"has {format_size(free)} free, and the night needs about {format_size(estimate)}"
+                + (f", with {format_size(keep_free_bytes)} to be kept free" if keep_free_bytes else ""),
+                path=self.machine.repository.path,
+                hint="drop old nights: vhdkit backup prune",
+            )
+        return estimate
+
+    def _estimate(self, disk: FrozenDisk) -> int:
+        """About how many bytes the image of a disk will take."""
+        basis = next(self._bases_for(disk))
+        layers = disk.chain.layers[: {How.FULL: None, How.LAYERS: basis.index}.get(basis.how, 1)]
+        used = sum(file_of_layer(one).allocated_bytes() for one in layers)
+        return min(used, disk.chain.size_bytes)
 
     def _marked(self, disk: FrozenDisk) -> references.FileState:
         """Mark the frozen layer as this night, if it stays; the state in which it is."""
@@ -189,12 +213,12 @@ class Writing:
     def _bases_for(self, disk: FrozenDisk) -> Iterator[Basis]:
         """What the disk may be saved against, the best first."""
         if not self.wishes.compare:
-            yield find_basis(disk.chain, self._mine(disk), self.nights)
+            yield find_basis(disk.chain, self.place_of(disk.disk_id), self.nights)
         yield newest_basis(disk.disk_id, self.nights)
 
-    def _mine(self, disk: FrozenDisk) -> tuple[str, str, str]:
-        """How marks call the disk."""
-        return self.machine.repository.id, self.machine.id, disk.disk_id
+    def place_of(self, disk_id: str) -> tuple[str, str, str]:
+        """How marks call a disk of the machine."""
+        return self.machine.repository.id, self.machine.id, disk_id
 
     def _on_night(self, disk: FrozenDisk, basis: Basis, stage: Stages) -> DiskRecord | None:
         """The record of a disk that is saved against an earlier night; None if there is none, or it cannot be used."""
@@ -230,7 +254,7 @@ class Writing:
                 f" {wrong:#x} of the disk differs), so the whole disk was compared: another program has written to it",
             )
             with contextlib.suppress(errors.VhdkitError):
-                references.unmark(file, *self._mine(disk))
+                references.unmark(file, *self.place_of(disk.disk_id))
         return wrong is None
 
     def _written(

@@ -2,7 +2,8 @@
 """`backup`: the commands on a backup repository.
 
 Decides which commands there are and which options they share. A command is the word after `backup`, never a guess: a
-machine may be called `prune`, and an image `list` is named `./list`. A command's module is imported when it is used.
+machine may be called `prune`. The name of a file is an image to save, so an image `list` is named `./list`. A
+command's module is imported when it is used.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import click
 
 from vhdkit import OpenOptions
 from vhdkit.cli.common import PATH, Common, Verb, VerbGroup, epilog
+from vhdkit.folder import exists
 
 # Command -> its module and its purpose.
 _COMMANDS = {
+    "run": ("backup_run", "Save a disk as a new night."),
     "list": ("backup_show", "List machines, or the nights of one."),
     "show": ("backup_show", "Show what a night consists of."),
     "status": ("backup_show", "Say whether there is a recent whole night."),
@@ -35,6 +38,13 @@ class _Commands(VerbGroup):
         """The commands in the order of the table."""
         return list(_COMMANDS)
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """`backup IMAGE REPO` is short for `backup run IMAGE REPO`."""
+        word = args[0] if args and not ctx.resilient_parsing else "-h"
+        if word not in (*_COMMANDS, "-h", "--help") and (word.startswith("-") or exists(word)):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import the command's module."""
         if cmd_name not in _COMMANDS:
@@ -49,6 +59,7 @@ class _Commands(VerbGroup):
     "backup",
     cls=_Commands,
     epilog=epilog(
+        "vhdkit backup web.vhd /srv/backup",
         "vhdkit backup list /srv/backup",
         "vhdkit backup verify /srv/backup web",
         "vhdkit backup prune /srv/backup web --keep-daily 7 --keep-weekly 4",
@@ -56,7 +67,9 @@ class _Commands(VerbGroup):
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 def backup_command() -> None:
-    """Work with a backup repository: a folder of ordinary images, one for each night that changed.
+    """Save disks in a backup repository: a folder of ordinary images, one for each night that changed.
+
+    `backup IMAGE REPO` is short for `backup run IMAGE REPO`.
 
     REPO is the folder. A machine is named by its name or its id, a night as NAME@NIGHT or NAME@TIME, such as web@18,
     web@2026-11-30 or web@2026-11-30T02:30. Any tool can open the images; docs/backup.md describes the folder.

@@ -77,7 +77,8 @@ _VERBS = {
     "mount": ("mount", "Mount an image as files, or the files in it."),
     "umount": ("mount", "Unmount an image."),
     "mounts": ("mount", "List mounted images."),
-    "backup": ("backup", "Work with backup repositories."),
+    "backup": ("backup", "Save disks in a backup repository, and look after it."),
+    "restore": ("restore", "Make new images from a night of a backup."),
     "gc": ("garbage", "Find unreferenced layers."),
     "dump": ("describe", "Show an image's raw structures, field by field."),
 }

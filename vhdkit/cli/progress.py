@@ -50,6 +50,18 @@ def progress_shown(
             yield _by_bar(bar, bar.add_task(doing, total=None), endless)
 
 
+@contextlib.contextmanager
+def stages_shown(common: Common, wanted: bool | None) -> Iterator[Callable[[str], Progress | None]]:
+    """The same for work in several pieces, one after the other: gives the function to call when one begins."""
+    with contextlib.ExitStack() as shown:
+
+        def stage(doing: str) -> Progress | None:
+            shown.close()
+            return shown.enter_context(progress_shown(common, wanted, doing))
+
+        yield stage
+
+
 def _by_bar(bar: FittingBar, task: TaskID, endless: bool) -> Progress:
     show = _now_and_then(_SHOW_EVERY_SECONDS)
 
@@ -68,9 +80,16 @@ def _by_lines(doing: str, endless: bool) -> Progress:
         if show(done_bytes, total_bytes):
             part = "" if endless else f" of {format_size(total_bytes)} ({done_bytes * 100 // max(total_bytes, 1)}%)"
             speed = int(done_bytes / max(time.monotonic() - begin, 0.001))
-            print_aside(f"{doing}: {format_size(done_bytes)}{part}, {format_size(speed)}/s")
+            left = "" if endless or not speed else f", {_seconds_left((total_bytes - done_bytes) // speed)} left"
+            print_aside(f"{doing}: {format_size(done_bytes)}{part}, {format_size(speed)}/s{left}")
 
     return progress
+
+
+def _seconds_left(seconds: int) -> str:
+    """A time as 1:02:03, 2:03 or 0:03."""
+    minutes, hours = seconds // 60 % 60, seconds // 3600
+    return f"{hours}:{minutes:02d}:{seconds % 60:02d}" if hours else f"{minutes}:{seconds % 60:02d}"
 
 
 def _now_and_then(seconds: float) -> Callable[[int, int], bool]:

@@ -31,7 +31,7 @@ def test_lines_on_request(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         assert show is not None
         show(1 << 20, 1 << 20)
     first, second = capsys.readouterr().err.splitlines()
-    assert first.startswith("converting: 1.0 MiB of 4.0 MiB (25%), ") and first.endswith("/s")
+    assert first.startswith("converting: 1.0 MiB of 4.0 MiB (25%), ") and first.endswith(" left")
     assert second.startswith("reading: 1.0 MiB, ")
 
 

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Disks alone in a repository: which image is saved, what it is called, what becomes of frozen layers."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+import vhdkit
+from tests.harness.folder_power import files_of
+from vhdkit import errors
+from vhdkit.backup import single
+from vhdkit.backup.manifest import How
+from vhdkit.backup.night import Wishes, Writing
+from vhdkit.backup.restore import restore
+from vhdkit.backup.single import SavedDisk, SingleWishes, backup_image
+from vhdkit.units import KIB, MIB
+
+SIZE = 4 * MIB
+KEEP = SingleWishes(keep_reference=True)
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def make(path: str = "web.vhd") -> None:
+    """An image with some data."""
+    vhdkit.create_image(path, SIZE, block_size_bytes=512 * KIB)
+    write(path, 0)
+
+
+def write(path: str, offset: int) -> bytes:
+    """Write some bytes; what the image reads then."""
+    with vhdkit.open_disk(path, writable=True) as disk:
+        disk.write(offset, random.Random(f"{path} {offset}").randbytes(9000))
+    return content(path)
+
+
+def content(path: str) -> bytes:
+    """What an image reads."""
+    with vhdkit.open_disk(path) as disk:
+        return disk.read(0, disk.size_bytes)
+
+
+def restored(word: str) -> bytes:
+    """What a night reads when it is restored."""
+    if os.path.exists("restored.vhd"):
+        os.unlink("restored.vhd")
+    restore("repo", word, "restored.vhd")
+    return content("restored.vhd")
+
+
+def how(saved: SavedDisk) -> How:
+    """How the disk was saved."""
+    return saved.manifest.disks[0].how
+
+
+def test_without_a_reference_the_image_keeps_its_name() -> None:
+    """The image is saved as it is, compared each night, and nothing lies beside it."""
+    make()
+    expected = {1: content("web.vhd")}
+    assert how(backup_image("web.vhd", "repo")) is How.FULL
+    expected[2] = write("web.vhd", MIB)
+    assert how(backup_image("web.vhd", "repo")) is How.COMPARED
+    assert how(backup_image("web.vhd", "repo")) is How.SAME
+    assert sorted(one for one in os.listdir() if one != "repo") == ["web.vhd"]
+    assert {number: restored(f"web@{number}") for number in expected} == expected
+    assert restored("web") == expected[2]
+
+
+def test_with_a_reference_the_chain_stays_short() -> None:
+    """Each night freezes the newest image, saves what it owns, and merges what the last night froze."""
+    make()
+    expected, leaf = {}, "web.vhd"
+    for number in range(1, 5):
+        expected[number] = write(leaf, number * 700 * KIB)
+        saved = backup_image("web.vhd", "repo", KEEP)
+        assert how(saved) is (How.FULL if number == 1 else How.LAYERS)
+        assert len(vhdkit.chain_paths(saved.leaf)) == 2 and content("web.vhd") == expected[number]
+        leaf = saved.leaf
+        assert saved.merged_into == (None if number == 1 else os.path.abspath("web.vhd"))
+    assert {number: restored(f"web@{number}") for number in expected} == expected
+
+
+def test_the_old_name_of_a_kept_image_leads_to_the_newest() -> None:
+    """A reader of the old name does not get last night's state from a backup: its newest descendant is saved."""
+    make()
+    saved = backup_image("web.vhd", "repo", KEEP)
+    now = write(saved.leaf, MIB)
+    backup_image("web.vhd", "repo")
+    assert restored("web") == now != content("web.vhd")
+
+
+def test_a_parent_is_not_taken_for_the_disk() -> None:
+    """An image that has children without a backup's mark is refused, unless it is wanted as it is."""
+    make()
+    base = content("web.vhd")
+    vhdkit.create_child("clone.avhd", "web.vhd")
+    write("clone.avhd", MIB)
+    with pytest.raises(errors.HasChildren, match=r"clone\.avhd"):
+        backup_image("web.vhd", "repo")
+    backup_image("web.vhd", "repo", as_it_is=True)
+    assert restored("web") == base
+
+
+def test_layers_that_a_user_froze_stay() -> None:
+    """A snapshot between two nights is saved, and neither merged nor changed; later nights stay short above it."""
+    make()
+    backup_image("web.vhd", "repo", KEEP)
+    user = "web.avhd"
+    frozen = write(user, MIB)
+    leaf = vhdkit.snapshot(user)
+    for number in range(3):
+        write(leaf, number * 600 * KIB)
+        saved = backup_image("web.vhd", "repo", KEEP)
+        leaf = saved.leaf
+        assert how(saved) is How.LAYERS and restored("web") == content(leaf)
+    assert content(user) == frozen and len(vhdkit.chain_paths(leaf)) == 4
+
+
+def test_after_a_failure_the_disk_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A night that fails leaves the chain as it was, and the next one saves everything since the last."""
+    make()
+    saved = backup_image("web.vhd", "repo", KEEP)
+    now = write(saved.leaf, MIB)
+    before = sorted(os.listdir())
+
+    def fail(night: Writing, *args: object, **options: object) -> None:
+        raise errors.NoSpace("the disk is full")
+
+    with monkeypatch.context() as context:
+        context.setattr(Writing, "save", fail)
+        with pytest.raises(errors.NoSpace):
+            backup_image("web.vhd", "repo", KEEP)
+    assert sorted(os.listdir()) == before and content(saved.leaf) == now
+    again = backup_image("web.vhd", "repo", KEEP)
+    assert how(again) is How.LAYERS and restored("web") == now
+
+
+def test_a_kill_between_freezing_and_the_night(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer that a dead backup froze is saved with the next night, and merged with it."""
+    make()
+    backup_image("web.vhd", "repo", KEEP)
+    write("web.avhd", MIB)
+
+    def killed(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(single.ImageLine, "give_back", killed)
+        context.setattr("vhdkit.backup.night.write_layers", killed)
+        with pytest.raises(KeyboardInterrupt):
+            backup_image("web.vhd", "repo", KEEP)
+    now = write("web-1.avhd", 2 * MIB)
+    saved = backup_image("web.vhd", "repo", KEEP)
+    assert how(saved) is How.LAYERS and len(vhdkit.chain_paths(saved.leaf)) == 2
+    assert restored("web") == now == content("web.vhd")
+
+
+def test_two_disks_do_not_share_a_name() -> None:
+    """Another image of the same name is refused, unless the user says what it is called."""
+    make()
+    os.mkdir("other")
+    make("other/web.vhd")
+    backup_image("web.vhd", "repo")
+    with pytest.raises(errors.InvalidArgument, match="under the name web"):
+        backup_image("other/web.vhd", "repo")
+    backup_image("other/web.vhd", "repo", SingleWishes(name="second"))
+    assert restored("second") == content("other/web.vhd") and restored("web") == content("web.vhd")
+    saved = backup_image("other/web.vhd", "repo", SingleWishes(name="web"))
+    assert how(saved) is How.COMPARED and restored("web") == content("other/web.vhd")
+
+
+def test_a_name_that_a_repository_cannot_have() -> None:
+    """A file's name that is no name of a machine is refused before anything is made."""
+    make("ä@.vhd")
+    with pytest.raises(errors.InvalidArgument, match="--as"):
+        backup_image("ä@.vhd", "repo")
+    assert "ä@.avhd" not in os.listdir()
+
+
+def test_space_is_checked_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without enough space nothing is frozen, and nothing is written."""
+    make()
+    backup_image("web.vhd", "repo")
+    before = files_of(Path("repo/machines"))
+    write("web.vhd", MIB)
+    with pytest.raises(errors.NoSpace, match="kept free"):
+        backup_image("web.vhd", "repo", SingleWishes(keep_reference=True, keep_free_bytes=1 << 60))
+    assert files_of(Path("repo/machines")).keys() == before.keys() and not os.path.exists("web.avhd")
+
+
+def test_an_image_in_use_is_refused_with_the_way_out() -> None:
+    """While a program writes to the image, the error says how a served disk is saved."""
+    make()
+    with (
+        vhdkit.open_disk("web.vhd", writable=True),
+        pytest.raises(errors.ImageInUse) as caught,
+    ):
+        backup_image("web.vhd", "repo")
+    assert "--control" in str(caught.value)
+
+
+def test_a_backup_after_a_restore() -> None:
+    """A restored disk is saved again: what differs from its newest night, whichever night it came from."""
+    make()
+    expected = {1: content("web.vhd")}
+    backup_image("web.vhd", "repo")
+    expected[2] = write("web.vhd", MIB)
+    backup_image("web.vhd", "repo")
+    os.unlink("web.vhd")
+    restore("repo", "web@1", "web.vhd")
+    assert how(backup_image("web.vhd", "repo")) is How.COMPARED
+    expected[3] = expected[1]
+    expected[4] = write("web.vhd", 3 * MIB)
+    backup_image("web.vhd", "repo", SingleWishes(night=Wishes(compare=True)))
+    assert {number: restored(f"web@{number}") for number in expected} == expected
