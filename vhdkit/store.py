@@ -18,7 +18,8 @@ from vhdkit import errors, page_cache, space
 from vhdkit.arguments import AnyPath
 from vhdkit.arrival import Arrivals
 from vhdkit.descriptor import close_owned, held
-from vhdkit.named import NamedFile, opened_again, opened_file
+from vhdkit.named import opened_again, opened_file
+from vhdkit.sending import SentFile
 from vhdkit.transfer import Transfer
 from vhdkit.uncached import PORTION_BYTES, Sweeper, Uncached
 from vhdkit.units import MIB
@@ -133,7 +134,7 @@ def _ended(source: ReadStore) -> errors.IoFailed:
     return errors.IoFailed("the file became shorter while it was copied", path=source.name)
 
 
-class FileStore(NamedFile):
+class FileStore(SentFile):
     """A `Store` over a regular file or a block device. After `close` every method raises DiskClosed."""
 
     def __init__(self, owned: list[int], path: str, *, writable: bool) -> None:

@@ -61,3 +61,18 @@ def test_what_was_prefetched_is_read_without_waiting(tmp_path: Path) -> None:
             assert buffer == store.pread(offset, PAGE_SIZE)
     with pytest.raises(errors.DiskClosed):
         store.prefetch(0, 1)
+
+
+def test_which_pages_are_there(tmp_path: Path) -> None:
+    """A range is in the cache if all of its pages are; where the kernel does not say, nothing is."""
+    path = tmp_path / "file"
+    path.write_bytes(bytes(MIB))
+    with path.open("rb") as file:
+        os.fdatasync(file.fileno())
+        file.read()
+        says = page_cache.holds(file.fileno(), 0, MIB)
+        kernel = tuple(int(part) for part in os.uname().release.split(".")[:2])
+        assert says == (kernel >= (6, 5)) or not page_cache._HAS_CACHESTAT
+        assert page_cache.holds(file.fileno(), 100, MIB - 200) == says
+        assert not page_cache.holds(file.fileno(), 0, MIB + 1)  # past the end there are none
+        assert not page_cache.holds(-1, 0, MIB)

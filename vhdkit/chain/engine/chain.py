@@ -35,6 +35,7 @@ from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.records.pending import file_of
 from vhdkit.image import Extent, ExtentKind, Layer, merged_extents
 from vhdkit.local_volume import LOCAL
+from vhdkit.store import FileStore
 from vhdkit.units import SECTOR_SIZE, covering_sectors, sectors_to_bytes, whole_sectors
 from vhdkit.volume import Volume
 
@@ -62,6 +63,8 @@ class Chain:
         self._readers_by_number = (self._readers[0], *self._readers)  # the map numbers layers from 1
         tries = tuple(layer.store.try_pread_into for layer in layers)
         self._tries_by_number = (tries[0], *tries)
+        files = tuple(layer.store if type(layer.store) is FileStore else None for layer in layers)  # else it is a view
+        self._files_by_number = (files[0], *files)
         self._fine = self.map.fine
         self._fine_bytes = self.map.fine_bytes
         self._fine_mask = self.map.fine_bytes - 1
@@ -140,6 +143,16 @@ class Chain:
             elif not self._tries_by_number[owner + 1](known.offsets[owner] + sectors_to_bytes(run_first), piece):
                 return False
         return True
+
+    def file_run(self, sector_index: int, sector_count: int) -> tuple[FileStore, int, int] | None:
+        """(file, offset, size) of what lies together at the beginning of a range; None if that is not known."""
+        offset, size = sectors_to_bytes(sector_index), sectors_to_bytes(sector_count)
+        within = offset & self._grain_mask
+        entry, room = self._entries[offset >> self._grain_shift], self._grain_bytes - within
+        file = self._files_by_number[entry & LAYER_MASK] if entry > 0 else None
+        if file is None or file.uncached is not None:  # what is not to be cached must not be held by sockets, either
+            return None
+        return file, (entry >> LAYER_BITS) + within, min(room, size)
 
     # -- reading ahead ------------------------------------------------------------------------------------------
 

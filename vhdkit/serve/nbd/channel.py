@@ -12,6 +12,7 @@ import socket
 import ssl
 from collections.abc import Callable
 
+from vhdkit.sending import SentFile
 from vhdkit.serve.nbd.loop import HANGUP, READABLE, WRITABLE, Loop
 from vhdkit.serve.nbd.stats import Stats
 from vhdkit.units import SECTOR_SIZE, round_up
@@ -37,12 +38,18 @@ class Channel:
         self.unsent: list[memoryview] = []
         self.unsent_bytes = 0
         self.late_bytes = 0  # sent of what the socket had not accepted at once
+        self._is_full = False  # `send_file` could not send all
         self._closed = False
         loop.watch(self._fd, READABLE, ready)
 
     def is_closed(self) -> bool:
         """True after `close`."""
         return self._closed
+
+    @property
+    def is_local(self) -> bool:
+        """True if the peer is a process on this machine and gets the bytes as they are."""
+        return self._sock.family == socket.AF_UNIX and not self.is_secure
 
     @property
     def is_secure(self) -> bool:
@@ -108,6 +115,24 @@ class Channel:
             self.unsent.append(memoryview(bytes(data[sent:end])))
             self.unsent_bytes += end - sent
         return end
+
+    def send_file(self, file: SentFile, offset_bytes: int, size_bytes: int) -> int:
+        """Send from a range of a file what the socket accepts now; returns how much of it is taken care of.
+
+        Nothing may be unsent. See `SentFile.send` for why it may be less than the socket would accept. Raises
+        DiskClosed.
+        """
+        assert self.is_local and not self.unsent
+        if self._closed:  # the number of the socket may be another file's by now
+            return size_bytes
+        sent = 0
+        while sent < size_bytes and (count := file.send(self._fd, offset_bytes + sent, size_bytes - sent)):
+            sent += count
+        self._stats.bytes_sent += sent
+        if self._is_full:
+            self.late_bytes += sent
+        self._is_full = sent < size_bytes
+        return sent
 
     def send_unsent(self) -> None:
         """Send as much of the kept output as the socket accepts."""

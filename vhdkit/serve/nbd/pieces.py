@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 
 from vhdkit.serve.nbd.protocol import Request
+from vhdkit.units import SECTOR_SIZE, round_down
 
 
 class Payload:
@@ -35,3 +36,8 @@ class LongRead:
     @property
     def end(self) -> int:
         return self.request.offset + self.request.length
+
+
+def whole_part(offset: int, end: int, most: int) -> int:
+    """The size of the next part of a range: at most `most`, and no sector lies in two parts."""
+    return end - offset if end - offset <= most else round_down(offset + most, SECTOR_SIZE) - offset

@@ -199,6 +199,12 @@ class Transmission:
         wire.SIMPLE_REPLY.pack_into(buffer, position, wire.SIMPLE_REPLY_MAGIC, 0, cookie)
         return wire.SIMPLE_REPLY.size
 
+    def put_end(self, buffer: memoryview, position: int, cookie: int, offset: int) -> int:
+        """Write the end of a reply to a read in several chunks; returns its size."""
+        end = self._chunk(ChunkType.NONE, wire.CHUNK_DONE, cookie, offset, 0)
+        buffer[position : position + len(end)] = end
+        return len(end)
+
     def begin_whole_read(self, request: Request) -> bytes:
         """The header of a simple reply, or of a reply in one chunk, whose data follows in pieces."""
         header = bytearray(self.read_header_size)

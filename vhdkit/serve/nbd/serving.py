@@ -13,22 +13,20 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable
 from functools import partial
 
 from vhdkit import errors
 from vhdkit.disk import Disk
-from vhdkit.serve.nbd.answering import Answering
 from vhdkit.serve.nbd.channel import Channel
+from vhdkit.serve.nbd.direct import DIRECT_BYTES
 from vhdkit.serve.nbd.export import HOLE_WORTH_BYTES, PIECE_BYTES, Export, error_number, error_reply
 from vhdkit.serve.nbd.host import Host
-from vhdkit.serve.nbd.jobs import Job
-from vhdkit.serve.nbd.loop import Lane
 from vhdkit.serve.nbd.memory import MISS_BYTES
 from vhdkit.serve.nbd.misses import LARGE_BYTES, WAITS, Misses
 from vhdkit.serve.nbd.pieces import LongRead, Payload
 from vhdkit.serve.nbd.protocol import Request, Transmission
+from vhdkit.serve.nbd.reading import Reading
 from vhdkit.serve.nbd.slices import STATUS_RUNS
 from vhdkit.serve.nbd.wire import Command, CommandFlag
 from vhdkit.units import KIB, SECTOR_MASK, SECTOR_SIZE, round_down
@@ -43,7 +41,7 @@ _READ, _WRITE = int(Command.READ), int(Command.WRITE)
 _log = logging.getLogger(__name__)
 
 
-class Serving(Answering):
+class Serving(Reading):
     """One client's requests. All methods run on the loop's thread."""
 
     def __init__(
@@ -53,17 +51,16 @@ class Serving(Answering):
         """`proceed` is called when a job is done: more can be served, or the connection can end."""
         super().__init__(host, channel, rules, export, peer=peer, proceed=proceed)
         self.ended = False  # the client sent DISC
-        self.queues: dict[Lane, deque[Job]] = {}
-        self._loop = host.loop
-        self._memory = host.memory
         self.payload: Payload | None = None  # written as it arrives
         self.misses = Misses(self, host, channel, rules, proceed)
-        self._waiting = False  # for a job that must finish before anything more can be served
         self._replies, self._served = host.replies, host.stats.served
         self._usual = (  # what each batch needs
             *(rules.unpack, rules.magic, rules.request_size, rules.size_bytes),
             *(rules.put_read_header, rules.put_done, rules.write_flags, rules.read_header_size),
+        )
+        self._worth = (  # the size from which a read is examined for holes, and for being sent without a copy
             HOLE_WORTH_BYTES if rules.structured else PIECE_BYTES + 1,
+            DIRECT_BYTES if self._direct.is_possible else PIECE_BYTES + 1,
         )
 
     @property
@@ -118,7 +115,7 @@ class Serving(Answering):
             position = self._take_payload(buffer, 0, end)
         while not self._must_wait():
             position = self._serve_usual(buffer, position, end)
-            if position == end or self._channel.unsent or (self.misses.count and self.misses.is_full()):
+            if position == end or self._must_wait():
                 break
             request = self._rules.next_request(buffer, position, end)
             if request is None:
@@ -137,9 +134,8 @@ class Serving(Answering):
 
     def _serve_usual(self, buffer: memoryview, position: int, end: int) -> int:
         """The hot path: plain reads and writes that need no waiting. Returns where the first other request begins."""
-        unpack, magic, request_size, size_bytes, put_read_header, put_done, write_flags, header_size, hole_worth = (
-            self._usual
-        )
+        unpack, magic, request_size, size_bytes, put_read_header, put_done, write_flags, header_size = self._usual
+        hole_worth, direct_worth = self._worth
         disk, limits, replies, misses = self.export.disk, self._memory.limits, self._replies, self.misses
         try_read, try_write = disk.try_read_whole, disk.try_write_flat
         room, longest, marks = limits.reply_bytes - _LAST_HEADER_BYTES, limits.piece_bytes, misses.marks
@@ -162,6 +158,13 @@ class Serving(Answering):
                         misses.read_ahead(offset, length)
                     if length >= hole_worth and disk.has_known_holes(offset, length):
                         break
+                    if length >= direct_worth and self._begin_directly(cookie, offset, length, replies[:filled]):
+                        position += request_size
+                        filled = 0
+                        if self._long_read is not None:
+                            break
+                        filled = self._rules.put_end(replies, 0, cookie, offset)
+                        continue
                     if not (misses.try_large if length > LARGE_BYTES and misses.cold else try_read)(
                         offset, replies[start:stop]
                     ):
@@ -368,81 +371,3 @@ class Serving(Answering):
             self._flush_then(rules.done(request), request)
         else:
             self._channel.send(rules.done(request))
-
-    # -- long reads ---------------------------------------------------------------------------------------------
-
-    def _continue_long_read(self, reading: LongRead) -> None:
-        """Send the next piece: at once if that needs no waiting, otherwise when a worker has read it."""
-        rules, export, limits = self._rules, self.export, self._memory.limits
-        request, offset = reading.request, reading.offset
-        if offset == reading.end:
-            self._end_long_read(rules.done(request) if reading.in_chunks else b"")
-            return
-        is_new = offset == reading.chunk_end  # else the rest of a chunk is due, without a header
-        end = reading.end if is_new else reading.chunk_end
-        size = _whole_part(offset, end, limits.piece_bytes if self._channel.is_secure else limits.offer_bytes)
-        head = rules.data_chunk(request, offset, size) if is_new else b""
-        reply = self._host.replies[: len(head) + size]
-        try:
-            has_holes = is_new and export.disk.has_known_holes(offset, size)
-            if not has_holes and export.disk.try_read_flat(offset, reply[len(head) :]):
-                reply[: len(head)] = head
-                reading.chunk_end = max(reading.chunk_end, offset + size)
-                to_sector = min(-offset % SECTOR_SIZE, size)  # so that no sector is read in two parts
-                reading.offset = offset + self._channel.offer(reply, len(head) + to_sector) - len(head)
-                self.misses.read_ahead(offset, max(reading.offset - offset, 1))
-                self._host.stats.served(self, 0, reading.began)
-                return
-        except errors.VhdkitError as problem:
-            self._fail_long_read(reading, problem)
-            return
-        self._read_in_job(reading, is_new, _whole_part(offset, offset + size, limits.piece_bytes))
-
-    def _read_in_job(self, reading: LongRead, is_new: bool, size: int) -> None:
-        """Let a worker read the next piece: chunks of their own, or the rest of one."""
-        rules, export = self._rules, self.export
-        request, offset = reading.request, reading.offset
-        self.misses.read_ahead(offset, size)
-        self._waiting = True
-        self._job_begins(size)
-
-        def done(result: bytes | BaseException) -> None:
-            self._job_ends(size)
-            self._waiting = False
-            if isinstance(result, BaseException):
-                self._fail_long_read(reading, result)
-            else:
-                reading.offset = offset + size
-                reading.chunk_end = max(reading.chunk_end, reading.offset)
-                self._channel.send(result)
-            self._proceed()
-
-        lane = Lane.PARTS if (offset | size) % SECTOR_SIZE else Lane.WORK
-        self._host.jobs.add(
-            self,
-            lambda: export.run_read_piece(rules, request, offset, size, in_chunks=is_new),
-            done,
-            lane,
-            must_run=False,
-        )
-
-    def _fail_long_read(self, reading: LongRead, problem: BaseException) -> None:
-        """Rows 33 and 34: no chunk is cut short; after a header that promised the data the connection ends."""
-        rules, request = self._rules, reading.request
-        self._log_failure(request, problem)
-        if reading.offset == reading.chunk_end:
-            self._end_long_read(error_reply(rules, request, problem))
-        else:
-            self._channel.close()
-
-    def _end_long_read(self, last: bytes) -> None:
-        if self._long_read is not None:
-            self._host.stats.batch(1, time.perf_counter_ns() - self._long_read.began)
-        self._long_read = None
-        self._channel.send(last)
-        self._send_late()
-
-
-def _whole_part(offset: int, end: int, most: int) -> int:
-    """The size of the next part of a range: at most `most`, and no sector lies in two parts."""
-    return end - offset if end - offset <= most else round_down(offset + most, SECTOR_SIZE) - offset
