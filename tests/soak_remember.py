@@ -16,10 +16,14 @@ import random
 import signal
 import threading
 from pathlib import Path
+from unittest import mock
 
 import vhdkit
 from tests.soak_live import pattern
 from vhdkit import errors
+from vhdkit.chain.verbs import live_merge
+from vhdkit.chain.verbs.merge_steps import take_over_disk
+from vhdkit.image import Layer
 from vhdkit.serve.control.operations import Operations
 from vhdkit.serve.nbd.server import NbdServer
 from vhdkit.serve.opening import ExportRequest, ImageExport, OpenMode, open_exports
@@ -88,6 +92,29 @@ def prepare_and_die() -> None:
     exports[0].disk.write(8 * SECTOR_SIZE, pattern(1, 8, 8))
     Path(_LOG).write_text("write 1 8 8\nanswered 1\n")
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def merge_and_die() -> None:
+    """A leaf is merged into its parent, and the server is killed before the copy is flushed: deterministic."""
+    exports = open_exports([ExportRequest(_base(), "disk")], _open_mode())
+    server = NbdServer(exports)
+    threading.Thread(target=server.run, daemon=True).start()
+    operations = Operations(server, exports)
+    lines: list[str] = []
+    for number, first in ((1, 8), (2, 5000)):
+        lines += [f"write {number} {first} 8\n", f"answered {number}\n"]
+        exports[0].disk.write(first * SECTOR_SIZE, pattern(number, first, 8))
+        Path(_LOG).write_text("".join(lines))
+        if number == 1:
+            operations.methods()["snapshot"].work({"exports": {"disk": None}})
+
+    def die(target: Layer, leaf: Layer, *, dry_run: bool = False) -> None:
+        if not dry_run:
+            os.kill(os.getpid(), signal.SIGKILL)
+        take_over_disk(target, leaf, dry_run=dry_run)
+
+    mock.patch.object(live_merge, "take_over_disk", die).start()  # the process does not outlive it
+    operations.methods()["merge"].work({"export": "disk"})
 
 
 def _change(operations: Operations, rng: random.Random) -> None:

@@ -45,6 +45,18 @@ def test_a_lost_answered_write_is_found(
         soak_remember.look(True)
 
 
+@pytest.mark.parametrize("prepare", [soak_remember.prepare, soak_remember.prepare_vhdx])
+def test_notes_of_the_target_of_a_merge_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepare: Callable[[], None]
+) -> None:
+    """INV-ANSWERED-SURVIVES: a child with sectors that is being merged into its parent hides what is noted of it."""
+    monkeypatch.chdir(tmp_path)
+    prepare()
+    assert soak.run_killed(soak_remember.merge_and_die, None)
+    assert list(Path("notes").iterdir()) and len(list(Path().glob("base.a*"))) == 1
+    soak_remember.look(True)
+
+
 @pytest.mark.kvm
 def test_kills_under_a_running_machine() -> None:
     """If the worker, the disk server, QEMU or the command is killed in snapshots of a running machine, all states

@@ -3,8 +3,9 @@
 
 Decides that notes are not written into an image once a child of it owns sectors: that child was made, and written to,
 by a program that did not know what the notes hold, so the noted writes would appear under content that was written
-without them. Such notes are set aside (`INV-ANSWERED-SURVIVES`). A child that a server makes of the leaf it serves
-owns nothing as long as there are notes of that leaf, because the leaf is flushed before the child is written to.
+without them. Such notes are set aside (`INV-ANSWERED-SURVIVES`). None of a server's own notes are: the leaf that it
+serves is flushed before its new child is written to, and so is the target of a merge before its children are
+repointed. The images that are merged into the target own sectors, but they hide what is copied, and go (`intent`).
 
 Also decides that an image with notes in a folder that the caller did not name gets no child, and that nothing is
 written above it. Must not know what a note says, nor which notes belong to the file as it is (both in `formats`).
@@ -12,6 +13,7 @@ written above it. Must not know what a note says, nor which notes belong to the 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -20,6 +22,7 @@ from vhdkit.chain.names.children import children_of, has_children
 from vhdkit.chain.names.options import OpenOptions
 from vhdkit.chain.names.parents import linkage_id_of
 from vhdkit.chain.records import pending
+from vhdkit.chain.records.intent import intent_of
 from vhdkit.formats import recall, remember
 from vhdkit.image import Layer
 from vhdkit.store import FileStore
@@ -61,7 +64,11 @@ def settle_noted(store: FileStore, options: OpenOptions, child_path: str | None 
         return
     known = options.known_images if child_path is None else (*options.known_images, child_path)
     (family,) = children_of([(linkage_id_of(store), store.name)], replace(options, known_images=known))
+    intent = intent_of(store.name, (os.sep,))  # only its names are compared
+    merged = () if intent is None else [one.path for one in intent.sources]
     for child in family:
+        if child.path in merged:
+            continue
         if child.problem is not None:
             danger = "a killed server's notes cannot be written to it unless that image is empty"
             raise has_children(store.name, [child], danger, child.hint)
