@@ -32,6 +32,7 @@ from vhdkit.chain.verbs.compare import compare_chains
 from vhdkit.chain.verbs.create import child_size, require_names, write_child
 from vhdkit.chain.verbs.merge_parts import amount, file_of_layer, index_of_layer, opened, seen_through
 from vhdkit.chain.verbs.merge_plan import MergePlan, plan_merge
+from vhdkit.chain.verbs.merge_recovery import refuse_during_merge, refuse_mixture
 from vhdkit.chain.verbs.merge_steps import fold, take_over_disk
 from vhdkit.folder import NewFile, real_path
 from vhdkit.folder_lock import folders_held
@@ -85,6 +86,8 @@ def copy_layers(
     size = None if block_size_bytes is None else byte_size("block_size_bytes", block_size_bytes)
     parent_options = parent_options or replace(options, format_name=None)
     with opened(leaf, options) as layers, opened(parent, parent_options) as below:
+        refuse_mixture(leaf)
+        refuse_during_merge(parent, parent_options)
         index = index_of_layer(layers, above, itself="has no layers above itself to copy")
         plan = _plan(new_path, layers, index, below, size)
         if not same_parent:

@@ -87,14 +87,25 @@ def merge_under_way(path: AnyPath, *, options: OpenOptions | None = None) -> str
 
 
 def refuse_during_merge(path: AnyPath, options: OpenOptions) -> None:
-    """Raise ImageInUse if the image at `path`, whose parent is about to change, belongs to an interrupted merge."""
+    """Raise ImageInUse if the image at `path` belongs to an interrupted merge, which may still need it as it is."""
     found = _found(path, options)
     if found is not None:
-        raise errors.ImageInUse(
-            f"a merge of {printable(found.leaf.path)} into {printable(found.target.path)} was interrupted",
-            path=os.fsdecode(path),
-            hint=f"finish it first: {resume_command(found, os.fsdecode(path))}",
-        )
+        raise _interrupted(found, os.fsdecode(path))
+
+
+def refuse_mixture(path: AnyPath) -> None:
+    """Raise ImageInUse if a merge into the image at `path` was still copying: alone it is a mixture."""
+    intent = intent_of(os.fsdecode(path), (os.sep,))  # nothing is done because of it
+    if intent is not None and intent.phase is Phase.COPY:
+        raise _interrupted(intent, os.fsdecode(path))
+
+
+def _interrupted(intent: Intent, path: str) -> errors.ImageInUse:
+    return errors.ImageInUse(
+        f"a merge of {printable(intent.leaf.path)} into {printable(intent.target.path)} was interrupted",
+        path=path,
+        hint=f"finish it first: {resume_command(intent, path)}",
+    )
 
 
 def _found(path: AnyPath, options: OpenOptions) -> Intent | None:
@@ -271,11 +282,7 @@ def open_settled(
 
 def _finish_complete(intent: Intent, image: str, options: OpenOptions) -> None:
     if intent.phase is Phase.COPY or not is_there(intent.leaf):
-        raise errors.ImageInUse(
-            f"a merge of {printable(intent.leaf.path)} into {printable(intent.target.path)} was interrupted",
-            path=image,
-            hint=f"finish it first: {resume_command(intent, image)}",
-        )
+        raise _interrupted(intent, image)
     finish(intent, options, only_compare=True)
 
 

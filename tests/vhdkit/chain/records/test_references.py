@@ -23,6 +23,7 @@ from vhdkit.chain.records import references
 from vhdkit.chain.records.references import MAX_MARKS, MAX_RECORD_BYTES, SavedNight
 from vhdkit.chain.verbs.live import freezing
 from vhdkit.chain.verbs.live_merge import live_merge
+from vhdkit.chain.verbs.live_pull import live_pull
 from vhdkit.store import FileStore
 from vhdkit.units import MIB, SECTOR_SIZE
 
@@ -264,7 +265,12 @@ def merge_live_into(line: Line) -> None:
         disk.chain = chain
 
 
-REMOVING = [rewrite, merge_into, resize, compact, repair, rebase, merge_live_into]
+def pull(line: Line) -> None:
+    """Make the marked image independent."""
+    vhdkit.pull(line.frozen, independent=True)
+
+
+REMOVING = [rewrite, merge_into, resize, compact, repair, rebase, merge_live_into, pull]
 
 
 @pytest.mark.parametrize("verb", REMOVING)
@@ -322,11 +328,22 @@ def merge_below(line: Line) -> None:
     vhdkit.merge(middle, relink_children=True)
 
 
+def pull_live(line: Line) -> None:
+    """The marked layer is made independent while the leaf is served."""
+    if len(vhdkit.chain_paths(line.frozen)) == 1:
+        return
+    with vhdkit.open_disk(line.leaf, writable=True) as disk, live_pull(disk.chain, 1, 2, cuts=True) as pulling:
+        pulling.copy()
+        disk.chain, problem = pulling.exchange()
+        assert problem is None
+
+
 KEEPING: list[tuple[Callable[[Line], None], Callable[[Line], Path]]] = [
     (merge_away, lambda line: line.base),
     (merge_away_live, lambda line: line.base),
     (relocate, lambda line: line.folder / "new" / line.frozen.name),
     (merge_below, lambda line: line.frozen),
+    (pull_live, lambda line: line.frozen),
 ]
 
 
@@ -342,7 +359,7 @@ def test_a_mark_goes_where_the_content_goes(
     assert content(next(line.folder.rglob(line.leaf.name))) == leaf
 
 
-CUT = [merge_into, merge_live_into, merge_away, merge_away_live, relocate]
+CUT = [merge_into, merge_live_into, merge_away, merge_away_live, relocate, pull_live]
 # Those that begin by removing the mark, so that there is none whenever something has changed.
 BEGIN_WITH_REMOVAL = [merge_into]
 

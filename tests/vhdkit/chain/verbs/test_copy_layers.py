@@ -156,6 +156,29 @@ def test_a_copy_that_could_not_be_opened_is_refused(tmp_path: Path, monkeypatch:
     assert not new.exists()
 
 
+def test_an_image_whose_merge_was_interrupted_is_refused(tmp_path: Path) -> None:
+    """The target of a merge that was still copying is a mixture, and the images of a merge may be removed."""
+    source, parent = simple(tmp_path, FAMILIES["vhd"])
+    new, other = tmp_path / "new.avhd", tmp_path / "other.avhd"
+
+    def stop(done: int, total: int) -> None:
+        raise errors.Cancelled("enough")
+
+    with pytest.raises(errors.Cancelled):
+        vhdkit.merge(source[0], into=source[1], progress=stop)
+    for leaf, above, below in ((source[1], source[2], parent), (source[0], source[2], source[1])):
+        with pytest.raises(errors.ImageInUse, match="was interrupted"):
+            vhdkit.copy_layers(leaf, new, above=above, parent=below, same_parent=True)
+    vhdkit.copy_layers(source[0], other, above=source[2], parent=parent, options=OpenOptions((parent.parent,)))
+    assert content_of(other, parent.parent) == content(source[0]) and not new.exists()
+
+
+def content_of(path: Path, folder: Path) -> bytes:
+    """The whole disk, whose parent lies in that folder."""
+    with vhdkit.open_disk(path, options=OpenOptions((folder,))) as disk:
+        return disk.read(0, disk.size_bytes)
+
+
 def test_a_layer_with_smaller_sectors_than_the_parent_is_refused(tmp_path: Path) -> None:
     """Sectors of 512 bytes cannot be owned by a child with sectors of 4096."""
     source = make_source(tmp_path / "source", FAMILIES["vhdx"], 2, random.Random(1))

@@ -13,11 +13,13 @@ import pytest
 import vhdkit
 from tests.harness.folder_power import Cut, FolderPower, files_of, fill, repeatable
 from tests.harness.killing import killings
+from tests.harness.sparse_format import SPARSE
 from tests.support import daily_or_nightly
 from tests.vhdkit.chain.verbs.test_copy_layers import formats, make_source, write_some
 from tests.vhdkit.chain.verbs.test_merge import FAMILIES, Family, content
 from tests.vhdkit.test_disk_full import small_tmpfs
 from vhdkit import DiskFormat, OpenOptions, errors
+from vhdkit import formats as all_formats
 from vhdkit.chain.names.marks import record_path
 from vhdkit.units import MIB
 
@@ -279,3 +281,23 @@ def test_children_of_a_format_with_fixed_images(tmp_path: Path) -> None:
     vhdkit.pull(image, independent=True)
     base.unlink()
     assert content(image) == before and sound(image)
+
+
+def test_a_format_that_is_only_in_the_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a format whose images get another id with a write, it stays: the child still finds the image."""
+    monkeypatch.setattr(all_formats, "FORMATS", (SPARSE, *all_formats.FORMATS))
+    base, middle, image, child = paths = [
+        tmp_path / f"{name}.asparse" for name in ("base", "middle", "image", "child")
+    ]
+    vhdkit.create_image(base, 2 * MIB, disk_format="sparse")
+    for number, path in enumerate(paths):
+        if number:
+            vhdkit.create_child(path, paths[number - 1])
+        write_some(path, random.Random(number), 3)
+    before = content(child)
+    vhdkit.pull(image, to=middle, relink=True)
+    assert vhdkit.chain_paths(child) == [str(child), str(image), str(base)]
+    vhdkit.pull(image, independent=True)
+    base.unlink()
+    middle.unlink()
+    assert content(child) == before and vhdkit.chain_paths(child) == [str(child), str(image)]
