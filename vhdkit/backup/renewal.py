@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The records of a machine after images were merged: new sums for what has changed, and manifests with the result.
 
-Decides which parts of a file a merge cannot have changed, and in which order tables and manifests are replaced. Must
-not know why images are merged.
+Decides in which order tables and manifests are replaced. Must not know why images are merged.
 
-A merge changes the blocks that a source owns, and structures; every other block of the target, and every block of the
-children that are pointed to it, has the bytes that it had. So only the rest is read (`changed_ranges`), and before the
-merge the rest is compared with the old sums: damage must not get new sums that call it right.
+Only the parts of a file that the merge can change are read (`changes`): they are compared with the old sums before the
+merge, because damage must not get new sums that call it right, and get new sums after it.
 
 Everything here can be repeated, and is, after an interruption: `after` runs while all sources still exist.
 """
@@ -14,14 +12,12 @@ Everything here can be repeated, and is, after an interruption: `after` runs whi
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-
-import numpy as np
-from numpy.typing import NDArray
 
 from vhdkit import errors
 from vhdkit.backup import sums
+from vhdkit.backup.changes import NOTHING, Touched, changed_ranges, touched_blocks, touched_sectors
 from vhdkit.backup.documents import DamagedRepository
 from vhdkit.backup.graph import ImageRecord, Images
 from vhdkit.backup.manifest import DiskRecord, Manifest
@@ -29,14 +25,9 @@ from vhdkit.backup.names import ImagePlace
 from vhdkit.backup.prune import ImageMerge
 from vhdkit.backup.repository import MachineFolder
 from vhdkit.chain.names.parents import linkage_id_of
-from vhdkit.chain.records import pending
 from vhdkit.chain.verbs.merge_in_place import InPlacePlan
-from vhdkit.formats.probe import open_layer
 from vhdkit.held_folder import HeldFolder
-from vhdkit.image import Layer
 from vhdkit.store import FileStore
-
-_MOST_GAP_BYTES = 64 * 1024  # between two blocks that lie next to each other: a bitmap, and the way to a page
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +45,7 @@ class Renewal:
 
     def __init__(self, machine: MachineFolder, folder: HeldFolder, merging: ImageMerge) -> None:
         self._machine, self._folder, self._merging = machine, folder, merging
+        self._touched: Touched | None = None  # unknown after an interruption
 
     def before(self, plan: InPlacePlan) -> None:
         """Compare what will be merged, or gets new sums, with its sums. Raises DamagedRepository."""
@@ -61,9 +53,10 @@ class Renewal:
         merging = self._merging
         for place in merging.gone:
             self._require_sums(images.records[place], None)
-        self._require_sums(images.records[merging.target], _touched(plan))
+        self._touched = touched_sectors(plan)
+        self._require_sums(images.records[merging.target], self._touched)
         for place in self._children(images):
-            self._require_sums(images.records[place], ())
+            self._require_sums(images.records[place], NOTHING)
 
     def after(self, plan: InPlacePlan | None) -> None:
         """Write new tables and manifests for the target and the children that were pointed to it.
@@ -71,17 +64,16 @@ class Renewal:
         Without a plan, which is unknown when another program has finished the merge, all of the target is read.
         """
         images, merging = self._images(), self._merging
-        target = self._renewed(
-            images.records.get(merging.target), merging.target, None if plan is None else _touched(plan)
-        )
+        touched = self._touched or (None if plan is None else touched_blocks(plan))
+        target = self._renewed(images.records.get(merging.target), merging.target, touched)
         now = {merging.target: target}
         for place in self._children(images):
-            now[place] = self._renewed(images.records[place], place, ())
+            now[place] = self._renewed(images.records[place], place, NOTHING)
         self._write_manifests(images, now)
 
     # -- sums -----------------------------------------------------------------------------------------------------
 
-    def _require_sums(self, record: ImageRecord, touched: Sequence[int] | NDArray[np.int64] | None) -> None:
+    def _require_sums(self, record: ImageRecord, touched: Touched | None) -> None:
         """Compare the file, or with `touched` what is outside the other blocks, with its table."""
         with self._folder.file(record.place.name) as store, self._folder.file(record.place.sums_name) as table:
             sums.require_same_size(store, record.file_size_bytes)
@@ -94,9 +86,7 @@ class Renewal:
                     hint="verify the repository, and delete the nights that the damage reaches",
                 )
 
-    def _renewed(
-        self, record: ImageRecord | None, place: ImagePlace, touched: Sequence[int] | NDArray[np.int64] | None
-    ) -> _Now:
+    def _renewed(self, record: ImageRecord | None, place: ImagePlace, touched: Touched | None) -> _Now:
         with self._folder.file(place.name) as store:
             with self._folder.new_file(place.sums_name, replace=True) as table:
                 root = self._table(record, store, table, touched)
@@ -107,7 +97,7 @@ class Renewal:
         record: ImageRecord | None,
         store: FileStore,
         table: FileStore,
-        touched: Sequence[int] | NDArray[np.int64] | None,
+        touched: Touched | None,
     ) -> str:
         if record is None or touched is None:
             return sums.make_table(store, table)
@@ -174,47 +164,6 @@ def _at(disk: DiskRecord, now: _Now) -> DiskRecord:
         data_bytes=now.data_bytes,
         sums_root=now.sums_root,
     )
-
-
-def _touched(plan: InPlacePlan) -> NDArray[np.int64]:
-    """The blocks of the target in which a source owns anything."""
-    return plan.moves.units
-
-
-def changed_ranges(store: FileStore, touched: Sequence[int] | NDArray[np.int64]) -> list[tuple[int, int]]:
-    """The parts of an image's file that may change while only these blocks, and structures, are written."""
-    layer = open_layer(pending.view(store))
-    size = store.size()
-    if not layer.block_size_bytes:
-        return [(0, size)]
-    changed, at = [], 0
-    for begin, end in _joined_blocks(layer, touched):
-        changed.append((at, begin - at))
-        at = end
-    return sums.joined([*changed, (at, size - at)])
-
-
-def _joined_blocks(layer: Layer, touched: Sequence[int] | NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    """(begin, end) in the file of runs of blocks that stay as they are, with the gaps between neighbours."""
-    stays = layer.allocated_blocks().copy()
-    indexes = np.asarray(touched, dtype=np.int64)
-    changing = np.zeros(len(stays), dtype=np.bool_)
-    changing[indexes[indexes < len(stays)]] = True
-    places = [(layer.block_offset(int(one)), bool(changing[one])) for one in np.flatnonzero(stays)]
-    begin = end = -1
-    for offset, is_changing in sorted(place for place in places if place[0] >= 0):
-        if is_changing:
-            if end > begin:
-                yield begin, end
-            begin = end = -1
-        elif end > begin and 0 <= offset - end <= _MOST_GAP_BYTES:
-            end = offset + layer.block_size_bytes
-        else:
-            if end > begin:
-                yield begin, end
-            begin, end = offset, offset + layer.block_size_bytes
-    if end > begin:
-        yield begin, min(end, layer.store.size())
 
 
 def sidecars(folder: HeldFolder, name: str) -> list[str]:

@@ -46,8 +46,8 @@ _MAGIC = b"vhdkit sums 1\n"
 _PAGES = RANGE_BYTES // PAGE_BYTES
 _WORDS = PAGE_BYTES // 8
 _ZERO_SUM = bytes(SUM_BYTES)
-_PIECE_BYTES = MIB  # read and hashed by one thread at a time: it fits into a core's cache
-_AHEAD = 2  # pieces for each thread, so that none waits for the order of the table
+_PIECE_BYTES = MIB // 2  # read and hashed by one thread at a time: it fits into a core's cache
+_AHEAD = 4  # pieces for each thread, so that none waits for the order of the table
 _MAX_THREADS = 8
 _BATCH_BYTES = 64 * KIB  # of the table, read or written at once
 
@@ -176,19 +176,30 @@ def _wrong(
     store: ReadStore, table: ReadStore, wanted: list[tuple[int, int]], size: int, progress: Progress | None
 ) -> Iterator[tuple[int, int]]:
     """(first range, count) of the wrong sums; ranges in holes must have the sum of zeros."""
-    for begin, length in wanted:
-        at, end = begin // RANGE_BYTES, range_count(begin + length)
-        for first, sums in _sums(store, [(begin, length)], size, progress):
-            yield from _not_zero(table, at, first)
-            count = len(sums) // SUM_BYTES
-            expected = table.pread(HEADER_BYTES + first * SUM_BYTES, len(sums))
-            if expected != sums:
-                for index in range(count):
-                    part = slice(index * SUM_BYTES, (index + 1) * SUM_BYTES)
-                    if expected[part] != sums[part]:
-                        yield first + index, 1
-            at = first + count
-        yield from _not_zero(table, at, end)
+    todo = deque((begin // RANGE_BYTES, range_count(begin + length)) for begin, length in wanted)
+    for first, sums in _sums(store, wanted, size, progress):
+        for hole, end in _up_to(first, todo):
+            yield from _not_zero(table, hole, end)
+        count = len(sums) // SUM_BYTES
+        expected = table.pread(HEADER_BYTES + first * SUM_BYTES, len(sums))
+        if expected != sums:
+            for index in range(count):
+                part = slice(index * SUM_BYTES, (index + 1) * SUM_BYTES)
+                if expected[part] != sums[part]:
+                    yield first + index, 1
+        for _ in _up_to(first + count, todo):
+            pass
+    for hole, end in _up_to(range_count(size), todo):
+        yield from _not_zero(table, hole, end)
+
+
+def _up_to(limit: int, todo: deque[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Take from `todo`, (first, end) in ascending order, what lies before the limit."""
+    while todo and todo[0][0] < limit:
+        first, end = todo.popleft()
+        if end > limit:
+            todo.appendleft((limit, end))
+        yield first, min(end, limit)
 
 
 def _not_zero(table: ReadStore, first: int, end: int) -> Iterator[tuple[int, int]]:
@@ -229,11 +240,12 @@ def renewed_table(
         piece = old.pread(at, min(_BATCH_BYTES, end - at))
         if any(piece):
             table.pwrite(at, piece)
-    for begin, length in _whole(wanted, size):
+    whole = _whole(wanted, size)
+    for begin, length in whole:
         first, last = begin // RANGE_BYTES, range_count(begin + length)
         table.punch(HEADER_BYTES + first * SUM_BYTES, (last - first) * SUM_BYTES)
-        for index, sums in _sums(store, [(begin, length)], size, progress):
-            table.pwrite(HEADER_BYTES + index * SUM_BYTES, sums)
+    for index, sums in _sums(store, whole, size, progress):
+        table.pwrite(HEADER_BYTES + index * SUM_BYTES, sums)
     root = hashlib.sha256()
     for at in range(0, end, MIB):
         root.update(table.pread(at, min(MIB, end - at)))
