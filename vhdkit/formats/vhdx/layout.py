@@ -19,7 +19,7 @@ from typing import Any
 
 from construct import Bytes, Int16ul, Int32ul, Int64ul, Struct
 
-from vhdkit.formats.fields import Field, fields_of
+from vhdkit.formats.fields import Field, Packed, fields_of
 from vhdkit.units import KIB, MIB, TIB
 
 ALIGNMENT = MIB  # of the log, regions and blocks
@@ -281,14 +281,18 @@ class LogEntryHeader:
     last_file_offset: int
 
 
-def _values(container: Any, guids: tuple[str, ...] = ()) -> dict[str, Any]:
-    values = {name: value for name, value in container.items() if not name.startswith("_")}
+_packed = functools.cache(Packed)
+
+
+def _values(structure: Any, raw: bytes, guids: tuple[str, ...] = ()) -> dict[str, Any]:
+    values = _packed(structure).parse(raw)
     return values | {name: read_guid(values[name]) for name in guids}
 
 
 def _built(structure: Any, value: Any, guids: tuple[str, ...] = ()) -> bytes:
-    fields = {part.name: getattr(value, part.name) for part in structure.subcons}
-    return bytes(structure.build(fields | {name: stored_guid(fields[name]) for name in guids}))
+    packed = _packed(structure)
+    fields = {name: getattr(value, name) for name in packed.names}
+    return packed.build(fields | {name: stored_guid(fields[name]) for name in guids})
 
 
 _HEADER_GUIDS = ("file_write_guid", "data_write_guid", "log_guid")
@@ -296,7 +300,7 @@ _HEADER_GUIDS = ("file_write_guid", "data_write_guid", "log_guid")
 
 def parse_header(raw: bytes) -> Header:
     """Cut a header of 4096 bytes. Checks nothing."""
-    return Header(**_values(_HEADER.parse(raw), _HEADER_GUIDS))
+    return Header(**_values(_HEADER, raw, _HEADER_GUIDS))
 
 
 def build_header(header: Header) -> bytes:
@@ -306,7 +310,7 @@ def build_header(header: Header) -> bytes:
 
 def parse_region_table(raw: bytes) -> RegionTableHeader:
     """Cut the head of a region table. Checks nothing."""
-    return RegionTableHeader(**_values(_REGION_TABLE.parse(raw)))
+    return RegionTableHeader(**_values(_REGION_TABLE, raw))
 
 
 def build_region_table(table: RegionTableHeader) -> bytes:
@@ -316,7 +320,7 @@ def build_region_table(table: RegionTableHeader) -> bytes:
 
 def parse_region_entry(raw: bytes) -> RegionEntry:
     """Cut an entry of a region table. Checks nothing."""
-    return RegionEntry(**_values(_REGION_ENTRY.parse(raw), ("guid",)))
+    return RegionEntry(**_values(_REGION_ENTRY, raw, ("guid",)))
 
 
 def build_region_entry(entry: RegionEntry) -> bytes:
@@ -326,7 +330,7 @@ def build_region_entry(entry: RegionEntry) -> bytes:
 
 def parse_metadata_table(raw: bytes) -> MetadataTableHeader:
     """Cut the head of the metadata table. Checks nothing."""
-    return MetadataTableHeader(**_values(_METADATA_TABLE.parse(raw)))
+    return MetadataTableHeader(**_values(_METADATA_TABLE, raw))
 
 
 def build_metadata_table(table: MetadataTableHeader) -> bytes:
@@ -336,7 +340,7 @@ def build_metadata_table(table: MetadataTableHeader) -> bytes:
 
 def parse_metadata_entry(raw: bytes) -> MetadataEntry:
     """Cut an entry of the metadata table. Checks nothing."""
-    return MetadataEntry(**_values(_METADATA_ENTRY.parse(raw), ("item_id",)))
+    return MetadataEntry(**_values(_METADATA_ENTRY, raw, ("item_id",)))
 
 
 def build_metadata_entry(entry: MetadataEntry) -> bytes:
@@ -346,7 +350,7 @@ def build_metadata_entry(entry: MetadataEntry) -> bytes:
 
 def parse_locator_header(raw: bytes) -> LocatorHeader:
     """Cut the head of a parent locator. Checks nothing."""
-    return LocatorHeader(**_values(_LOCATOR_HEADER.parse(raw), ("locator_type",)))
+    return LocatorHeader(**_values(_LOCATOR_HEADER, raw, ("locator_type",)))
 
 
 def build_locator_header(header: LocatorHeader) -> bytes:
@@ -356,7 +360,7 @@ def build_locator_header(header: LocatorHeader) -> bytes:
 
 def parse_locator_entry(raw: bytes) -> LocatorEntry:
     """Cut an entry of a parent locator. Checks nothing."""
-    return LocatorEntry(**_values(_LOCATOR_ENTRY.parse(raw)))
+    return LocatorEntry(**_values(_LOCATOR_ENTRY, raw))
 
 
 def build_locator_entry(entry: LocatorEntry) -> bytes:
