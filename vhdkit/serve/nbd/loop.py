@@ -149,6 +149,8 @@ class Loop:
 
     def _told(self, events: int) -> None:
         self._spins = _SPINS_AFTER_WORD
+        if len(self.waiters.present) == 1:  # usually the one that asked: its client gets the data before all else
+            self.waiters.look()
         if self._arrivals is not None:
             for number in self._arrivals.take():
                 self._asked.pop(number)()

@@ -164,6 +164,8 @@ class Misses:
         ready = self._ready
         if not ready or not self._reader.may_answer():
             return False
+        if len(ready) < _BATCHES:
+            return self._look()
         miss = ready[len(ready) // _BATCHES]
         page = min(miss.length, PAGE_SIZE)
         try:
@@ -277,9 +279,12 @@ class Misses:
         if export.held and not export.jobs:
             self._host.drained(export)
         miss, self._awaited = self._awaited, None
-        if self._ready and self._reader.may_answer():
+        if self._is_waiting(miss) and self._reader.may_answer():
             self._look()
-            self._is_hopeless = any(one is miss for one in self._ready)
+            self._is_hopeless = self._is_waiting(miss)
+
+    def _is_waiting(self, miss: Miss | None) -> bool:
+        return any(one is miss for one in self._ready)
 
     def _submit(self, miss: Miss, after: Callable[[], None]) -> None:
         request = Request(0, int(Command.READ), 0, miss.cookie, miss.offset, miss.length, 0)
