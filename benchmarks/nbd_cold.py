@@ -101,9 +101,18 @@ def contestants() -> list[tuple[Server, str]]:
 
 
 def measure(server: Server, files: list[Path], one: ColdLoad, size: int) -> peers.Rate:
-    """One run on cold files, of which the first is served."""
-    make_cold(*files)
+    """One run on cold files, of which the first is served.
+
+    They are read once and become cold when the server runs already. The memory that is free then has just been used:
+    in a virtual machine, what has been free for a second may have been given back to the host, and is several times as
+    slow at its first use. Servers that take a while to start, or that read into large folios, met more of it.
+    """
     with peers.running(server, files[0]) as target:
+        for path in files:
+            with path.open("rb", buffering=0) as file:
+                while file.read(MIB):
+                    pass
+        make_cold(*files)
         return run_once(target, one.load, min(one.bytes_read, size), size=size)
 
 

@@ -2,7 +2,9 @@
 """Reading ahead of sequential streams: which range to prefetch after which read.
 
 Decides when reads form a stream, how far ahead of it to read, and when to stop. Pure: it takes offsets and sizes in
-bytes and returns ranges, which the caller prefetches (`Disk.prefetch`).
+bytes and returns ranges, which the caller prefetches (`Disk.prefetch`). Where large reads follow one another in a
+file, the kernel reads ahead without being asked, and the file ignores the wish (`streams`). What is left are small
+requests, and disks whose parts lie apart from one another or in several files.
 
     ──────────────┬─────────┬──────────────────┬──────
        was read   │position │  prefetched      │ end of the window
@@ -100,11 +102,6 @@ class ReadAhead:
     def _forget_end(self, offset: int) -> None:
         del self._ends[offset]
         self.marks.discard(offset)
-
-    def covers(self, offset_bytes: int, size_bytes: int) -> bool:
-        """Whether the range lies in what was to be prefetched."""
-        end = offset_bytes + size_bytes
-        return any(one.position - one.window <= offset_bytes and end <= one.end for one in self._streams)
 
     def forget(self) -> None:
         """Forget every stream."""

@@ -17,10 +17,10 @@ import os
 
 from vhdkit import page_cache, space
 from vhdkit.descriptor import held
-from vhdkit.named import NamedFile
+from vhdkit.streams import LARGE_BYTES, StreamedFile
 
 
-class SentFile(NamedFile):
+class SentFile(StreamedFile):
     """A file that can be sent. Every method raises DiskClosed after `close`."""
 
     @held
@@ -45,6 +45,9 @@ class SentFile(NamedFile):
         that sends the rest from memory finds out which of these it is.
         """
         try:
+            stream = self.stream_of(offset_bytes, size_bytes) if size_bytes > LARGE_BYTES else None
+            if stream is not None:
+                return stream.send(socket_fd, offset_bytes, size_bytes)
             return os.sendfile(socket_fd, self._fd, offset_bytes, size_bytes)
         except OSError:
             return 0

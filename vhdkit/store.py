@@ -20,6 +20,7 @@ from vhdkit.arrival import Arrivals
 from vhdkit.descriptor import close_owned, held
 from vhdkit.named import opened_again, opened_file
 from vhdkit.sending import SentFile
+from vhdkit.streams import LARGE_BYTES
 from vhdkit.transfer import Transfer
 from vhdkit.uncached import PORTION_BYTES, Sweeper, Uncached
 from vhdkit.units import MIB
@@ -235,6 +236,8 @@ class FileStore(SentFile):
 
     def try_pread_into(self, offset_bytes: int, buffer: memoryview) -> bool:
         """See `ReadStore.try_pread_into`: the page cache has the data, or the file system never waits for a device."""
+        if buffer.nbytes > LARGE_BYTES and (found := self.try_stream(offset_bytes, buffer)) is not None:
+            return found
         inside = self.inside
         try:
             inside.append(None)
@@ -266,7 +269,8 @@ class FileStore(SentFile):
         """See `ReadStore.prefetch`."""
         if self.uncached is not None:
             self.uncached.was_asked_for(offset_bytes, size_bytes)
-        page_cache.prefetch(self._fd, offset_bytes, size_bytes)
+        if not self.is_streamed_to(offset_bytes):
+            page_cache.prefetch(self._fd, offset_bytes, size_bytes)
 
     def pwrite(self, offset_bytes: int, data: Buffer) -> None:
         """See `Store.pwrite`."""
@@ -319,12 +323,9 @@ class FileStore(SentFile):
             self._write_zeros(offset_bytes, size_bytes)
 
     def _write_zeros(self, offset_bytes: int, size_bytes: int) -> None:
-        zeros = memoryview(_ZEROS)
-        while size_bytes > 0:
-            piece = zeros[: min(size_bytes, len(zeros))]
-            self.pwrite(offset_bytes, piece)
-            offset_bytes += len(piece)
-            size_bytes -= len(piece)
+        end = offset_bytes + size_bytes
+        for start in range(offset_bytes, end, len(_ZEROS)):
+            self.pwrite(start, memoryview(_ZEROS)[: end - start])
 
     @held
     def copy_from(self, source: ReadStore, source_offset_bytes: int, offset_bytes: int, size_bytes: int) -> None:
@@ -363,6 +364,7 @@ class FileStore(SentFile):
     @held
     def keep_out_of_cache(self, sweeper: Sweeper) -> None:
         """Have the file swept from now on: it takes little room in the page cache. Raises IoFailed, AccessDenied."""
+        self.has_streams = False  # what is read ahead of them would be swept out before it is used
         with translated(self._path, "open a second time"):
             self.uncached = Uncached.open(self._fd, self._path, sweeper, self.is_shared)
 

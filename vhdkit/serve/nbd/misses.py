@@ -36,16 +36,14 @@ from vhdkit.serve.nbd.export import PIECE_BYTES, Export
 from vhdkit.serve.nbd.host import Host
 from vhdkit.serve.nbd.protocol import Request, Transmission
 from vhdkit.serve.nbd.wire import Command
-from vhdkit.units import KIB, PAGE_SIZE, SECTOR_MASK, SECTOR_SIZE
+from vhdkit.units import PAGE_SIZE, SECTOR_SIZE
 
 MAX_MISSES = 128  # of one client
 MAX_MISS_BYTES = 8 * PIECE_BYTES  # of one client; none of it is our memory, but the kernel reads it
 MAX_WAITERS = 8  # jobs that wait for one client's reads at once
 _TRIES = 2  # reads in a row that are not there: later ones will hardly be
-_COLD_READS = 64  # for which a large one that waited is remembered
 _BATCHES = 4  # in which the waiting reads are answered, as the device delivers them
 WAITS = b"waits"  # in place of an answer
-LARGE_BYTES = 128 * KIB  # of such a read the last page is tried first: a part of it would be copied in vain
 
 
 class Miss:
@@ -87,7 +85,6 @@ class Misses:
     ) -> None:
         """`proceed` is called when more can be served, or the connection can end."""
         self.count = 0
-        self.cold = 0  # large reads left that will likely have to wait, as one of the last did
         self._bytes = 0
         self._reader = reader
         self._host = host
@@ -115,10 +112,6 @@ class Misses:
             disk.prefetch(offset, length)
             self._unsettled.append(miss)
         else:
-            if length > LARGE_BYTES:
-                self.cold = _COLD_READS
-                if not self._ahead.covers(offset, length):
-                    self._ask(disk, miss)  # the attempt may have begun only a part of it
             self._ready.append(miss)
         self.count += 1
         self._bytes += length
@@ -130,13 +123,6 @@ class Misses:
         found = self._ahead.note(offset, length)
         if found is not None:
             self._reader.run_beside(lambda disk: fetch(disk, *found), _nothing)
-
-    def try_large(self, offset: int, room: memoryview) -> bool:
-        """As `Disk.try_read_whole`, without copying a part in vain. Raises IoFailed, OutOfRange."""
-        self.cold -= 1
-        if (offset | len(room)) & SECTOR_MASK:
-            return False
-        return read_if_there(self._reader.export.disk, offset, room)
 
     def or_wait(
         self, attempt: Callable[[], bytes | bytearray | None], request: Request, began: int
@@ -210,7 +196,7 @@ class Misses:
                     break
             start = filled + header
             try:
-                is_there = read_if_there(disk, miss.offset, replies[start : start + miss.length])
+                is_there = disk.try_read_flat(miss.offset, replies[start : start + miss.length])
             except errors.VhdkitError:
                 failed.append(miss)
                 continue
@@ -345,12 +331,3 @@ def fetch(disk: Disk, offset: int, size: int) -> None:
     if not disk.prefetch(offset, size):
         disk.settle(offset, size)
         disk.prefetch(offset, size)
-
-
-def read_if_there(disk: Disk, offset: int, room: memoryview) -> bool:
-    """Fill `room` without waiting; False if that is not possible. Raises IoFailed, OutOfRange."""
-    if len(room) > LARGE_BYTES:
-        last = len(room) - PAGE_SIZE
-        if not disk.try_read_flat(offset + last, room[last:]):
-            return False
-    return disk.try_read_flat(offset, room)

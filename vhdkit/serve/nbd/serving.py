@@ -23,7 +23,7 @@ from vhdkit.serve.nbd.direct import DIRECT_BYTES
 from vhdkit.serve.nbd.export import HOLE_WORTH_BYTES, PIECE_BYTES, Export, error_number, error_reply
 from vhdkit.serve.nbd.host import Host
 from vhdkit.serve.nbd.memory import MISS_BYTES
-from vhdkit.serve.nbd.misses import LARGE_BYTES, WAITS, Misses
+from vhdkit.serve.nbd.misses import WAITS, Misses
 from vhdkit.serve.nbd.pieces import LongRead, Payload
 from vhdkit.serve.nbd.protocol import Request, Transmission
 from vhdkit.serve.nbd.reading import Reading
@@ -165,9 +165,7 @@ class Serving(Reading):
                             break
                         filled = self._rules.put_end(replies, 0, cookie, offset)
                         continue
-                    if not (misses.try_large if length > LARGE_BYTES and misses.cold else try_read)(
-                        offset, replies[start:stop]
-                    ):
+                    if not try_read(offset, replies[start:stop]):
                         if misses.is_full() or (offset | length) & SECTOR_MASK:
                             break
                         misses.add(disk, cookie, offset, length, began)
