@@ -28,6 +28,7 @@ from vhdkit.serve.nbd.pieces import LongRead
 from vhdkit.serve.nbd.protocol import Transmission
 from vhdkit.units import MIB, SECTOR_SIZE, whole_sectors
 
+_MAX_REFUSALS = 4  # times that nothing is sent of a file although the socket has room: its file system cannot do it
 DIRECT_BYTES = MIB // 2  # smaller parts: at 256 KiB it saves no processor time, and a busy machine serves fewer
 
 
@@ -39,41 +40,49 @@ class Direct:
         self._channel = channel
         self._rules = rules
         self.is_possible = rules.structured and channel.is_local
+        self._refusals = 0  # in a row
 
     def send(self, disk: Disk, reading: LongRead, before: memoryview | bytes = b"") -> bool:
         """Send `before`, then the next part of a read or the rest of a chunk. Nothing may be unsent.
 
-        False, and nothing is done, if it must be copied.
-
-        If the socket does not accept all, the rest is for the next call, and something is unsent.
+        False, and nothing is done, if it must be copied. If the socket does not accept all, the rest is for the next
+        call, and something is unsent.
         """
         is_new = reading.offset == reading.chunk_end
         end = min(reading.end if is_new else reading.chunk_end, reading.offset + PIECE_BYTES)
-        if not reading.in_chunks or (reading.offset | end) % SECTOR_SIZE:
+        if not (self.is_possible and reading.in_chunks) or (reading.offset | end) % SECTOR_SIZE:
             return False
         try:
             run = disk.chain.file_run(whole_sectors(reading.offset), whole_sectors(end - reading.offset))
             if run is None or (is_new and run[2] < DIRECT_BYTES) or not run[0].can_send(run[1], run[2]):
                 return False
-            file, place, size = run
-            if is_new:
-                self._channel.send(b"".join((before, self._rules.data_chunk(reading.request, reading.offset, size))))
-                reading.chunk_end += size
-                if self._channel.unsent:
-                    return True
-            sent = self._channel.send_file(file, place, size)
         except errors.VhdkitError:  # the disk is closed
             return False
+        file, place, size = run
+        if is_new:
+            self._channel.send(b"".join((before, self._rules.data_chunk(reading.request, reading.offset, size))))
+            reading.chunk_end += size
+            if self._channel.unsent:
+                return True
+        sent = 0
+        with contextlib.suppress(errors.VhdkitError):  # found again, and reported, when the rest is copied
+            sent = self._channel.send_file(file, place, size)
         reading.offset += sent
-        if sent < size:
-            self._keep(disk, reading)
-        return True
+        is_kept = sent < size and self._keep(disk, reading)
+        self._refusals = 0 if sent or self._channel.unsent else self._refusals + 1
+        if self._refusals == _MAX_REFUSALS:
+            self.is_possible = False
+        return is_new or sent > 0 or is_kept
 
-    def _keep(self, disk: Disk, reading: LongRead) -> None:
-        """Copy a sector that the socket does not accept: the loop waits until it does. If it failed, it shows here."""
+    def _keep(self, disk: Disk, reading: LongRead) -> bool:
+        """Copy a sector that the socket does not accept, so that the loop waits until it does; False if that fails."""
         size = min(-reading.offset % SECTOR_SIZE + SECTOR_SIZE, reading.chunk_end - reading.offset)
         room = self._host.replies[:size]
-        with contextlib.suppress(errors.VhdkitError):  # found again, and reported, when the rest is copied
-            if disk.try_read_flat(reading.offset, room):
-                self._channel.send(room)
-                reading.offset += size
+        try:
+            if not disk.try_read_flat(reading.offset, room):
+                return False
+        except errors.VhdkitError:  # found again, and reported, when the rest is copied
+            return False
+        self._channel.send(room)
+        reading.offset += size
+        return True

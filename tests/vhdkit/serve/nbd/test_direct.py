@@ -41,7 +41,7 @@ class Sent:
     """What was sent directly; `limit` is how much more may be, after which `then` runs once."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.bytes = 0
+        self.bytes = self.calls = 0
         self.limit = 1 << 62
         self.then: Callable[[], None] = lambda: None
         self._send: Callable[[SentFile, int, int, int], int] = SentFile.send
@@ -54,6 +54,7 @@ class Sent:
 
     def send(self, file: SentFile, socket_fd: int, offset: int, size: int) -> int:
         """As `SentFile.send`, within the limit."""
+        self.calls += 1
         if not self.limit:
             then, self.then = self.then, lambda: None
             then()
@@ -210,7 +211,8 @@ def test_a_file_that_is_cut_off_meanwhile(tmp_path: Path, sent: Sent, extended: 
 
 
 @FRAMINGS
-def test_a_device_that_fails_in_the_middle(tmp_path: Path, sent: Sent, extended: bool) -> None:
+@pytest.mark.parametrize("sent_bytes", [0, 100 * KIB, 100 * KIB + 7])
+def test_a_device_that_fails_in_the_middle(tmp_path: Path, sent: Sent, sent_bytes: int, extended: bool) -> None:
     """Row 34: the chunk is padded, an error follows it, and the session goes on."""
     content = random.Random(5).randbytes(SIZE)
     with served(image(tmp_path, "vhd", content), extended=extended) as (running, client):
@@ -222,10 +224,10 @@ def test_a_device_that_fails_in_the_middle(tmp_path: Path, sent: Sent, extended:
             for name in names:
                 setattr(chain, name, (_io_failed,) * 2)
 
-        sent.limit, sent.then = 100 * KIB + 7, fail
+        sent.limit, sent.then = sent_bytes, fail
         answer = client.call(READ, 0, MIB)
         assert answer.error == EIO
-        assert b"".join(raw for _, raw in answer.data)[: 100 * KIB] == content[: 100 * KIB]
+        assert b"".join(raw for _, raw in answer.data)[:sent_bytes] == content[:sent_bytes]
         for name in names:
             setattr(chain, name, before[name])
         assert client.read(0, 4096) == content[:4096]
@@ -235,6 +237,16 @@ def test_a_device_that_fails_in_the_middle(tmp_path: Path, sent: Sent, extended:
 
 def _io_failed(*_: object) -> None:
     raise errors.IoFailed("the device failed", path="test")
+
+
+def test_a_file_system_that_cannot_do_it(tmp_path: Path, sent: Sent) -> None:
+    """Where the kernel sends nothing of a file although the socket has room, a client gets copies from then on."""
+    content = random.Random(9).randbytes(SIZE)
+    with served(image(tmp_path, "raw", content)) as (_, client):
+        sent.limit = 0
+        for offset in (0, 2 * MIB, MIB):
+            assert client.read(offset, MIB) == content[offset : offset + MIB]
+    assert 0 < sent.calls < 200  # it is full now and then, too
 
 
 def test_a_hold_in_the_middle(tmp_path: Path, sent: Sent) -> None:
