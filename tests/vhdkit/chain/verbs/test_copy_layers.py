@@ -59,7 +59,7 @@ def make_twin(folder: Path, path: Path, kind: DiskFormat | str = DiskFormat.DYNA
     return twin
 
 
-@pytest.mark.parametrize("growing", [False, True])
+@pytest.mark.parametrize("growing", [pytest.param(False, marks=pytest.mark.nightly), True])
 @formats
 def test_a_chain_of_copies_reads_like_its_source(family: Family, growing: bool, tmp_path: Path) -> None:
     """Night after night the layers above the last night's are copied to a child of that night's image: each reads as
@@ -207,7 +207,7 @@ def test_killed_at_every_call(family: Family, tmp_path: Path) -> None:
     new, before = parent.with_name(family.child("new")), files_of(tmp_path)
     expected, seen = content(source[0]), set()
     for _ in killings(
-        lambda: vhdkit.copy_layers(source[0], new, above=source[2], parent=parent), step=daily_or_nightly(5, 1)
+        lambda: vhdkit.copy_layers(source[0], new, above=source[2], parent=parent), step=daily_or_nightly(23, 1)
     ):
         seen.add(new.exists())
         if new.exists():
@@ -220,11 +220,11 @@ def test_killed_at_every_call(family: Family, tmp_path: Path) -> None:
     assert seen == {False, True}
 
 
-@formats
-def test_every_power_cut(family: Family, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["vhd", pytest.param("vhdx", marks=pytest.mark.nightly)])
+def test_every_power_cut(name: str, tmp_path: Path) -> None:
     """INV-MERGE-PRESERVES: after a power cut the source and the parent are as before, and the copy, if it has its
     name, is complete."""
-    work, found = tmp_path / "work", tmp_path / "found"
+    family, work, found = FAMILIES[name], tmp_path / "work", tmp_path / "found"
     work.mkdir()
     with repeatable("copy"):
         source, parent = simple(work, family)

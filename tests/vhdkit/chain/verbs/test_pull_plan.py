@@ -6,12 +6,13 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.harness.chains import ChainPlan, LayerPlan, build, chain_plans, interesting_sectors, make_store
 from tests.harness.model import walk_read
 from tests.harness.stores import MemStore
+from tests.support import daily_or_nightly
 from vhdkit import formats
 from vhdkit.chain.engine.chain import Chain
 from vhdkit.chain.verbs.merge_steps import fold
@@ -35,6 +36,7 @@ cases = chain_plans(min_children=1, max_children=4).flatmap(
 
 
 @given(cases, st.randoms(use_true_random=False))
+@settings(max_examples=daily_or_nightly(30, 200), deadline=None)
 def test_it_reads_the_same_with_and_without_the_pulled_layers(case: tuple[ChainPlan, int], rng: random.Random) -> None:
     """INV-PULL-PRESERVES: at every step the image reads the same on its parents; filled, it reads the same on what is
     below the pulled layers, or, if that is nothing, without a parent, even for a reader that ignores bitmaps."""
