@@ -31,6 +31,7 @@ _SPINS_AFTER_WORD = 60  # the same when a client got what a device had delivered
 _LOOK_SPINS = 5  # polls that a look at a waiter takes as long as
 _BUSY_ROUNDS = 8  # rounds full of events after which waiters are treated as before a sleep
 _BUSY_ROUNDS_ASKING = 2  # the same where that starts no job
+_BRIEF_LOOKS = 8  # at a read that waits alone, before word of it is asked for
 _MAX_SPIN_CREDIT, _SPIN_LOSS = 8, 2  # polling continues while two of three attempts find something
 
 
@@ -46,6 +47,10 @@ class Lane(Enum):
 
 class Waiter(Protocol):
     """Has work that becomes ready without an event."""
+
+    def is_small(self) -> bool:
+        """Whether so little waits that it may be there before word of it could come."""
+        ...
 
     def look(self) -> bool:
         """Look at a little of it; True if something was ready."""
@@ -95,6 +100,7 @@ class Loop:
         self._rounds = 0  # without sleep
         self._spin_credit = _MAX_SPIN_CREDIT
         self._spins = _SPINS  # the next time
+        self._look_credit = _MAX_SPIN_CREDIT
         self.relaxed = False  # set by a callback whose client does not wait for one answer at a time
         self._is_relaxed = False  # so were all callbacks of the last round: polling would only find less at once
         self._lanes: dict[Lane, queue.SimpleQueue[Callable[[], None] | None]] = {}
@@ -213,7 +219,7 @@ class Loop:
         while self._running:
             timeout = self._run_timers() if self._timers else None
             if waiting and can_hear:
-                found = poll(0) or None
+                found = self._look_briefly()
             else:
                 found = self._spin() if waiting or not self._is_relaxed else None
             if waiting:
@@ -227,6 +233,27 @@ class Loop:
                     self.relaxed = False
                     callback(events)
                     self._is_relaxed &= self.relaxed
+
+    def _look_briefly(self) -> list[tuple[int, int]] | None:
+        """Poll, and look some times at a read that waits alone: it may be there before word of it could come.
+
+        Returns the events, or an empty list if something was ready; None if word should be asked for.
+        """
+        waiters, poll = self.waiters.present, self._epoll.poll
+        events = poll(0)
+        if events or len(waiters) > 1 or not next(iter(waiters)).is_small():
+            return events or None
+        if self._look_credit <= 0:
+            self._look_credit += 1
+            return None
+        for _ in range(_BRIEF_LOOKS):
+            if self.waiters.look():
+                self._look_credit = min(self._look_credit + 1, _MAX_SPIN_CREDIT)
+                return events
+            if events := poll(0):
+                return events
+        self._look_credit -= _SPIN_LOSS
+        return None
 
     def _attend_to_waiters(self, events: list[tuple[int, int]] | None) -> None:
         """Before sleeping (`events` None), and now and then while events keep the loop busy."""

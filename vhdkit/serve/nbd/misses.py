@@ -6,15 +6,17 @@ Decides when a waiting read is tried again, and when a thread has to wait for on
 
 A thread for each read would cost more than the read: the device answers in less time than two switches of threads
 take. The attempt to read has the kernel begin, and the loop goes on with what is ready. Before it sleeps with reads
-still waiting, it asks for word of one of the oldest (`Loop.ask`), which wakes it to look at the others, too. Where the
-system gives no word, the loop looks at the oldest between polls for events (`look`), and before it sleeps, the oldest
-becomes a job, whose end wakes the loop.
+still waiting, it asks for word of one of the oldest (`Loop.ask`), which wakes it to look at the others, too. A small
+read that waits alone is looked at some times before, as a fast device takes no longer than word. Where the system
+gives no word, the loop looks at the oldest between polls for events (`look`), and before it sleeps, the oldest becomes
+a job, whose end wakes the loop.
 
     added ──► unsettled ── a job reads the bitmaps ──► waiting ── ready at a look ──► answered
                                                           └── no word, word in vain, or it failed ──► job
 
 `INV-MISS-USES-THE-PRESENT-DISK`: a waiting read takes `export.disk` when it is tried, never before, and is not tried
-while the export is held. So a hold need not wait for it, and afterwards it reads from the new chain.
+while the export is held. So a hold waits for word that was asked for, but not for the reads, and afterwards they
+read from the new chain.
 
 `INV-MISS-ENDS`: every read that was added is answered, becomes a job, or its client is gone: whenever the loop is
 about to sleep, each client with waiting reads waits for word or has a job in progress, unless it is held or does not
@@ -42,6 +44,7 @@ MAX_MISSES = 128  # of one client
 MAX_MISS_BYTES = 8 * PIECE_BYTES  # of one client; none of it is our memory, but the kernel reads it
 MAX_WAITERS = 8  # jobs that wait for one client's reads at once
 _TRIES = 2  # reads in a row that are not there: later ones will hardly be
+_SMALL_BYTES = 16 * PAGE_SIZE  # of a read that may be there before word of it could come
 _BATCHES = 4  # in which the waiting reads are answered, as the device delivers them
 WAITS = b"waits"  # in place of an answer
 
@@ -141,6 +144,10 @@ class Misses:
     def _ask(self, disk: Disk, miss: Miss) -> None:
         miss.asked = True
         disk.prefetch(miss.offset, miss.length)
+
+    def is_small(self) -> bool:
+        """See `loop.Waiter`."""
+        return len(self._ready) == self.count == 1 and self._bytes <= _SMALL_BYTES and not self._is_hopeless
 
     def look(self) -> bool:
         """See `loop.Waiter`: if one of the oldest is there, answer it and all others that are.

@@ -111,6 +111,10 @@ class Eventless:
         self._ready_at = ready_at
         loop.waiters.present[self] = None
 
+    def is_small(self) -> bool:
+        """Many reads wait."""
+        return False
+
     def look(self) -> bool:
         """Ready at last: then the loop may end."""
         self.looks += 1
@@ -224,16 +228,24 @@ def test_word_of_data_ends_a_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Sleeper:
-    """A waiter that asks for word before a sleep."""
+    """A waiter that asks for word before a sleep, and is ready at a certain look, if at all."""
 
-    def __init__(self, loop: Loop, word: Word) -> None:
-        self._loop, self._word, self.sleeps, self.looks = loop, word, 0, 0
+    def __init__(self, loop: Loop, word: Word, ready_at: int = 0) -> None:
+        self._loop, self._word, self.sleeps, self.looks, self._ready_at = loop, word, 0, 0, ready_at
         loop.waiters.present[self] = None
 
+    def is_small(self) -> bool:
+        """A single read waits, if it can be ready at all."""
+        return self._ready_at > 0
+
     def look(self) -> bool:
-        """Nothing is ready before the word of it was taken."""
+        """See `ready_at`; then the loop may end."""
         self.looks += 1
-        return False
+        if self.looks != self._ready_at:
+            return False
+        self._loop.waiters.present.clear()
+        self._loop.stop()
+        return True
 
     def before_sleep(self) -> None:
         """Ask, and get word at once."""
@@ -254,6 +266,20 @@ def test_waiters_that_get_word_are_not_looked_at_before(monkeypatch: pytest.Monk
     loop.run()
     loop.close()
     assert sleeper.looks == sleeper.sleeps == 5 and len(polls.waits) <= 20
+
+
+@pytest.mark.parametrize("ready_at", [1, loop_module._BRIEF_LOOKS, loop_module._BRIEF_LOOKS + 1, 1000])
+def test_a_read_that_waits_alone_is_looked_at_briefly(monkeypatch: pytest.MonkeyPatch, ready_at: int) -> None:
+    """It may be there before word of it could come. Where it never is, the loop soon asks at once nearly always."""
+    word, loop = Word(), Loop()
+    monkeypatch.setattr(arrival.Arrivals, "open", lambda: word)
+    sleeper = Sleeper(loop, word, ready_at)
+    loop.run()
+    loop.close()
+    if ready_at <= loop_module._BRIEF_LOOKS + 1:  # the last one when word comes
+        assert sleeper.looks == ready_at and sleeper.sleeps == (ready_at > loop_module._BRIEF_LOOKS)
+    else:
+        assert sleeper.sleeps == 5 and sleeper.looks <= 4 * (loop_module._BRIEF_LOOKS + 1) + 1
 
 
 class Polls:
