@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixtures for every test, and how long Hypothesis searches.
 
-`HYPOTHESIS_PROFILE` chooses a profile: `default` tries other examples in every run; `ci` (chosen by `CI=true`) tries
-the same few in every run, so that a failed run can be repeated; `random` tries a few others, given by a seed
-(`script/properties`); `long` searches for minutes.
+`HYPOTHESIS_PROFILE` chooses a profile: `default` tries other examples in every run, and four times as many with
+`--nightly`; `ci` (chosen by `CI=true`) tries the same few in every run, so that a failed run can be repeated;
+`random` tries a few others, given by a seed (`script/properties`); `long` searches for minutes.
 """
 
 from __future__ import annotations
@@ -41,11 +41,13 @@ sys.dont_write_bytecode = False
 # No deadline: the first example pays for imports, and the time for file access depends on how busy the disk is.
 # Explicit: if CI is set, Hypothesis derandomizes by itself.
 settings.register_profile(
-    "default", deadline=None, derandomize=False, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
-)
+    "default", deadline=None, derandomize=False, print_blob=True, suppress_health_check=[HealthCheck.too_slow],
+    max_examples=50,
+)  # fmt: skip
 settings.register_profile(
     "ci", parent=settings.get_profile("default"), derandomize=True, database=None, max_examples=40
 )
+settings.register_profile("nightly", parent=settings.get_profile("default"), max_examples=200)
 settings.register_profile("long", parent=settings.get_profile("default"), max_examples=5000)
 settings.register_profile("random", parent=settings.get_profile("default"), database=None, max_examples=50)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if in_ci() else "default"))
@@ -64,6 +66,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     if config.getoption("--nightly"):
         os.environ["VHDKIT_NIGHTLY"] = "1"
+        if not in_ci() and "HYPOTHESIS_PROFILE" not in os.environ:
+            settings.load_profile("nightly")
     if not hasattr(config, "workerinput") and not config.option.collectonly:
         config.stash[_RUN] = Run()
 
@@ -87,6 +91,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             terminalreporter.write_line(line)
 
 
+def pytest_collection() -> None:
+    """What is made now stays: looking for garbage meanwhile finds nothing."""
+    gc.disable()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave the full matrices out of an everyday run, and everything but properties out of a properties run.
 
@@ -106,6 +115,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_collection_finish() -> None:
     """Objects made while collecting stay to the end: the garbage collector need not examine them again and again."""
+    gc.enable()
     gc.collect()
     gc.freeze()
 

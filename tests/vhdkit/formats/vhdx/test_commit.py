@@ -38,10 +38,10 @@ def test_flushes_of_several_entries_survive_cuts(monkeypatch: pytest.MonkeyPatch
     PowerRun(vhdx_child_scene(2), 2, cuts=2, steps=10).run()
 
 
-def caught(scene: Callable[[int], Scene]) -> None:
-    """At least one of a few workloads detects a wrong order."""
+def caught(scene: Callable[[int], Scene], *, known: int = 0) -> None:
+    """At least one of a few workloads detects a wrong order, the first time it was the one with the seed `known`."""
     with pytest.raises(AssertionError):
-        for seed in range(6):
+        for seed in (known, *range(6)):
             PowerRun(scene(seed), seed, cuts=6, steps=16, second_cuts=False).run()
 
 
@@ -57,7 +57,7 @@ def test_a_header_that_names_its_log_too_early_is_caught(monkeypatch: pytest.Mon
             self._guard = guard
 
     monkeypatch.setattr(Journal, "_put_empty", unsynced)
-    caught(vhdx_scene)
+    caught(vhdx_scene, known=1)
 
 
 class _NoSync:
