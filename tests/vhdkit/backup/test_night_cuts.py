@@ -145,7 +145,7 @@ def test_every_cut_leaves_whole_nights(kind: str, wished: str, tmp_path: Path) -
     with repeatable("night"):
         power = FolderPower(work, "night", judge=judge, every=daily_or_nightly(3, 1))
         power.run(lambda: source.save(work / "repository", frozen=frozen, compare=wished == "compared"))
-    assert judged[0] > daily_or_nightly(8, 30)
+    assert judged[0] > daily_or_nightly(8, 15)
 
 
 @pytest.mark.parametrize("kind", ["vhd", pytest.param("vhdx", marks=_WHOLE)])

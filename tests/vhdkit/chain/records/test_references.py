@@ -107,12 +107,15 @@ def claims(folder: Path, expected: bytes) -> int:
     count = 0
     for record in folder.rglob(".*.vhdkit-nights"):
         image = record.with_name(record.name[1 : -len(".vhdkit-nights")])
-        raw = record.read_bytes()
-        if not raw or not image.exists():
+        try:
+            marks = json.loads(record.read_bytes())["marks"]
+        except ValueError:  # half of a record says nothing: see `test_a_damaged_record_has_no_marks`
+            continue
+        if not image.exists():
             continue
         with FileStore.open(image) as store:
             found = references.state_of(store).image_id.hex()
-        for one in json.loads(raw)["marks"]:
+        for one in marks:
             if one["id"] == found:
                 assert content(image) == expected, f"{image} does not read as in night {one['night']}"
                 count += 1
