@@ -63,7 +63,8 @@ class Stream(Descriptor):
 
     @held
     def send(self, socket_fd: int, offset_bytes: int, size_bytes: int) -> int:
-        """See `sending.SentFile.send`. Raises OSError, DiskClosed."""
+        """See `sending.SentFile.send`; the data are there. Raises OSError, DiskClosed."""
+        self._late = max(self._late - 1, 0)
         return os.sendfile(socket_fd, self._fd, offset_bytes, size_bytes)
 
     def is_late(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import random
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -136,6 +137,16 @@ def test_what_the_kernel_reads_ahead_is_not_asked_for(store: FileStore, monkeypa
         while stream.is_late():
             assert stream.try_read(0, memoryview(bytearray(MIB)))
     assert not asked(store, MIB)
+    with monkeypatch.context() as patch:
+        patch.setattr(streams, "_preadv", waits)
+        assert not stream.try_read(0, memoryview(bytearray(MIB)))
+    assert asked(store, MIB)
+    one, other = socket.socketpair()
+    with one, other:
+        one.setblocking(False)
+        for _ in range(2):
+            assert store.send(one.fileno(), 256 * KIB, 80 * KIB) > 0
+    assert not asked(store, MIB), "what is sent without a copy was there, too"
 
 
 def test_without_a_second_description_the_first_serves(store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
