@@ -89,7 +89,7 @@ def test_inv_compact_preserves_the_disk(kind: str, seed: int) -> None:
 def test_inv_compact_preserves_the_disk_at_every_cut(kind: str, seed: int, like_qemu: bool) -> None:
     """INV-COMPACT-PRESERVES: two cuts, inside any write or sync, leave the same disk, and compacting completes."""
     scene = made(kind, moving_seed(kind, seed), blocks=5)
-    cuts, chance = daily_or_nightly(1, 3), 0.3 if NIGHTLY else 0.03
+    cuts, chance = daily_or_nightly(1, 3), 0.3 if NIGHTLY else 0.012  # every day one second run is cut
     with qemu_replays() if like_qemu else contextlib.nullcontext():
         cut_everywhere(scene, compacted, (scene.content,), seed=seed, cuts=cuts, chance=chance)
 
