@@ -309,8 +309,10 @@ def _forget(machine: MachineFolder, nights: list[Night]) -> None:
             elif len(needed) < len(manifest.disks):
                 machine.write_manifest(manifest.with_disks(needed), replace=True)
     _remove_other_files(machine)
+    machine.sweep()
     for disk_id in machine.disk_ids():
         with machine.images(disk_id) as folder:
+            folder.sweep()
             names = set(folder.names(MAX_FILES))
             for name in names:
                 if name.endswith(SUMS_SUFFIX) and name.removesuffix(SUMS_SUFFIX) not in names:

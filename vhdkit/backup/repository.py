@@ -343,9 +343,7 @@ class MachineFolder:
         newest = max(known, default=0)
         named = {place for one in nights if one.manifest is not None for place in places_of(one.manifest)}
         removed = []
-        self.folder.sweep()
-        with contextlib.suppress(errors.NotFound), self.folder.folder(NIGHTS) as folder:
-            folder.sweep()
+        self.sweep()
         for disk_id in self.disk_ids():
             with self.images(disk_id) as folder:
                 folder.sweep()
@@ -356,6 +354,12 @@ class MachineFolder:
                         removed.append(os.path.join(folder.path, name))
                 folder.sync()
         return [*removed, *self._unfinished_meta(newest)]
+
+    def sweep(self) -> None:
+        """Remove the documents under construction that dead processes left."""
+        self.folder.sweep()
+        with contextlib.suppress(errors.NotFound), self.folder.folder(NIGHTS) as nights:
+            nights.sweep()
 
     def _unfinished_meta(self, newest: int) -> list[str]:
         try:
