@@ -214,4 +214,5 @@ def _print_done(machine: MachineFolder, done: Pruned, common: Common) -> None:
         return
     word = "would drop" if done.dry_run else "dropped"
     merges = f", copying at most {format_size(plan.copied_bytes)}" if plan.mergings else ""
-    print_text(f"{word} {count(len(plan.dropped), 'night')}{merges}, freeing {format_size(plan.freed_bytes)}")
+    freed = f", freeing {format_size(plan.freed_bytes)}" if plan.freed_bytes else ""
+    print_text(f"{word} {count(len(plan.dropped), 'night')}{merges}{freed}")
