@@ -378,6 +378,7 @@ def remove_whole(above: HeldFolder, name: str) -> list[str]:
             folder.sweep()
             for one in folder.names(MAX_FILES):
                 folder.remove(one)
+            folder.sync()
     except errors.NotFound:
         return []
     removed = above.remove_folder(name)
