@@ -89,6 +89,17 @@ def merging() -> None:
             return
 
 
+def pulling() -> None:
+    """A child that was killed while it was filled from its parent: it has the parent's data, and is still a child."""
+    chain()
+    for number in range(1, 40):
+        assert killed_at(number, lambda: vhdkit.pull("leaf.avhd", independent=True)), "the pull ran to its end"
+        with vhdkit.open_disk("leaf.avhd") as disk:
+            if next(iter(disk.chain.leaf.allocated_blocks())):
+                assert len(disk.chain.layers) == 2
+                return
+
+
 def changing() -> None:
     image(tail=b"")
     whole = Path("disk.vhd").read_bytes()
@@ -173,6 +184,7 @@ SCENES: dict[str, Callable[[], None]] = {
     "The chain of virtual hard disks is corrupted": renewed,
     "Two equal headers of a VHDX": lambda: vhdx("headers equal"),
     "An interrupted merge": merging,
+    "An interrupted pull": pulling,
     "Notes of a killed server": noted,
     "An interrupted resize, compact or repair": changing,
     "An interrupted snapshot of several disks": freezing,

@@ -181,7 +181,8 @@ def _check(machine: MachineFolder, chain: Sequence[ImageRecord], stage: Stages) 
                     "was changed or damaged since it was written: its sums differ",
                     path=store.name,
                     offset_bytes=wrong.offset_bytes,
-                    hint="`vhdkit backup verify` names the nights that are whole; --no-check restores it as it is",
+                    hint="`vhdkit backup verify` names the nights that are whole;"
+                    " `vhdkit restore --no-check` restores it as it is",
                 )
 
 

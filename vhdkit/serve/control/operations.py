@@ -41,7 +41,6 @@ class Operations:
         self._notes_folder = notes_folder
         self._exports = exports
         self._started = time.time()
-        self._folder = real_path(os.curdir)  # where relative paths of layers begin
         self._work: dict[str, ServedMerge | ServedPull] = {}  # in progress, by export
         self._changing = threading.Lock()  # held to change a chain that is not being merged, or to start its merge
         # New leaves made in advance for the next snapshot, and what removes them again.
@@ -86,7 +85,7 @@ class Operations:
         stats = self._server.stats
         return {
             "pid": os.getpid(),
-            "folder": self._folder,
+            "folder": real_path(os.curdir),  # where relative paths of layers begin
             "uptime_seconds": round(time.time() - self._started, 3),
             "exports": [_export_document(export) | self._work_document(export) for export in self._exports],
             "clients": [_client_document(connection) for connection in self._server.connections],
