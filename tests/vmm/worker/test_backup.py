@@ -326,7 +326,8 @@ def test_a_merge_that_is_refused_is_made_later(manager: Manager, writing: Path) 
     """While an image of others stands on the frozen one, nothing is merged into it; the next verb after that does."""
     before = files_of(writing.parent)
     stranger = writing.parent / "child.avhd"
-    vhdkit.create_child(stranger, writing, options=vhdkit.OpenOptions(lock=False))
+    notes = MachineRef.of("small").runtime.notes
+    vhdkit.create_child(stranger, writing, options=vhdkit.OpenOptions(lock=False, notes_folder=notes))
     with pytest.raises(VmmError, match=r"child\.avhd"):
         manager.backup("small", str(writing.parent / "copy"))
     assert isinstance(journal(), Backup) and r"child.avhd" in events(manager, "backup-failed")[0]["problem"]

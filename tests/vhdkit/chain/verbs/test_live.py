@@ -160,7 +160,7 @@ def test_failing_flush_leaves_the_old_leaf() -> None:
 def test_depth_is_limited() -> None:
     """A chain that already has the maximum number of layers refuses another one, and stays in use."""
     layers: list[Layer] = [open_layer(empty_child(SIZE), format_name=FormatName.VHD) for _ in range(254)]
-    with pytest.raises(errors.InvalidArgument, match="254 layers"):
+    with pytest.raises(errors.InvalidArgument, match="would have 255 layers"):
         stack(Chain(layers), open_layer(empty_child(SIZE), format_name=FormatName.VHD, writable=True))
 
 

@@ -394,6 +394,8 @@ def test_remove_completes_while_clients_reconnect(bench: Bench) -> None:
     try:
         assert bench.do("remove", export="b", disconnect=True) == {"export": "b"}
         assert client.is_hung_up()
+        for thread in threads:  # each ends when it is refused
+            thread.join(60)
     finally:
         stopped.set()
         for thread in threads:

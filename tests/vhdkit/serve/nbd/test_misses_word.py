@@ -68,11 +68,11 @@ def test_word_that_comes_in_vain() -> None:
         place = owned_places(running.server.exports[0], 512)[0]
         for is_broken, error in ((False, 0), (True, EIO)):
             store.gate.set()
+            store.is_broken = is_broken
             cookie = client.send(READ, place, 512)
             if not is_broken:
                 wait_until(lambda: len(words.told) == 1, "it asks for word")
                 words.come()
-            store.is_broken = is_broken
             assert client.answers(1)[cookie].error == error
         assert store.waits == 1
 
