@@ -79,7 +79,15 @@ class Connection:
     # -- moving on ----------------------------------------------------------------------------------------------
 
     def proceed(self, events: int = 0) -> None:
-        """Continue as far as possible, then wait for what is needed next. `events`: what the socket is ready for."""
+        """Continue as far as possible, then wait for what is needed next. `events`: what the socket is ready for.
+
+        Not at once while a request is being served, which may end the jobs of any client: what is in the host's
+        buffer is still needed.
+        """
+        if self._host.served is not None:
+            if self._host.served is not self:  # else it goes on anyway
+                self._go_on_later()
+            return
         try:
             self._react(events)
             if self._rests():
@@ -227,7 +235,13 @@ class Connection:
 
     def _process(self, size: int) -> None:
         """Process what is in the host's buffer, and keep what cannot be served yet."""
-        buffer = self._host.buffer
+        self._host.served = self
+        try:
+            self._process_buffer(self._host.buffer, size)
+        finally:
+            self._host.served = None
+
+    def _process_buffer(self, buffer: memoryview, size: int) -> None:
         if self._serving is None:
             self._handshake.max_output_bytes = self._host.memory.limits.option_bytes
             self._handshake.receive(buffer[:size])

@@ -25,6 +25,7 @@ class Host(Protocol):
     tls_mode: TlsMode
     tls_context: ssl.SSLContext | None
     buffer: memoryview  # received and not yet served; shared by all connections, which are served one at a time
+    served: object | None  # the connection whose input is in there at the moment
     replies: memoryview  # the answers of one batch
     read_ahead: Budget  # of all clients
 

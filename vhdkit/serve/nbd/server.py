@@ -80,6 +80,7 @@ class NbdServer:
         self.buffer = memoryview(
             bytearray(BUFFER_BYTES)
         )  # both buffers are shared by all connections, which are served one at a time
+        self.served: object | None = None
         self.replies = memoryview(bytearray(AMPLE.reply_bytes))
         self.connections: list[Connection] = []
         self._on_leaving: list[Callable[[], None]] = []  # called when a client leaves

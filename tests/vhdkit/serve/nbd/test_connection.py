@@ -180,3 +180,28 @@ def test_a_full_buffer_is_no_end_of_the_stream() -> None:
         running.server.loop.post(fill)
         assert len(client.read(0, 512)) == 512
         assert seen == [(size, False)]
+
+
+def test_jobs_of_others_that_end_while_a_request_is_served() -> None:
+    """A request may end a job of another client, whose next input is then due: the input of the first stays whole."""
+    content = bytearray(MIB)
+
+    def send_writes(client: Client, count: int, begin: int, step: int, first_size: int, size: int) -> None:
+        raw = []
+        for number in range(1, count + 1):
+            place, data = begin + number * step, bytes([number]) * (first_size if number == 1 else size)
+            client._asked[number] = (WRITE, place, 0)
+            raw.append(nbd.request(WRITE, place, len(data), cookie=number) + data)
+            content[place : place + len(data)] = data
+        client.send_bytes(b"".join(raw))
+
+    with serving(export_of(sparse(MIB))) as running, running.client() as first, running.client() as other:
+        jobs = running.server.jobs
+        may_begin, jobs._may_begin = jobs._may_begin, lambda client: False  # type: ignore[method-assign]
+        send_writes(other, 2 * MAX_JOBS, MIB // 2, 1, 1, 1)  # half of them wait as input
+        wait_until(lambda: sum(bool(one._kept) for one in running.server.connections) == 1, "its jobs wait")
+        jobs._may_begin = may_begin  # type: ignore[method-assign]
+        send_writes(first, 8, 0, 4 * KIB, 700, 512)
+        assert not any(answer.error for answer in first.answers(8).values())
+        assert not any(answer.error for answer in other.answers(2 * MAX_JOBS).values())
+        assert first.read(0, MIB) == content
