@@ -75,10 +75,12 @@ class Waiters:
             self.present[one] = None
         return one.look()
 
-    def before_sleep(self) -> None:
-        """Let each start a job."""
-        for one in list(self.present):
+    def before_sleep(self) -> bool:
+        """Let each start a job; False if meanwhile others began to wait, so that the loop must not sleep yet."""
+        present = list(self.present)
+        for one in present:
             one.before_sleep()
+        return list(self.present) == present
 
 
 class Loop:
@@ -158,8 +160,9 @@ class Loop:
         if len(self.waiters.present) == 1:  # usually the one that asked: its client gets the data before all else
             self.waiters.look()
         if self._arrivals is not None:
-            for number in self._arrivals.take():
-                self._asked.pop(number)()
+            # All at once: what one of them asks may get the number of another that was answered with it.
+            for told in [self._asked.pop(number) for number in self._arrivals.take()]:
+                told()
 
     @contextlib.contextmanager
     def _hearing(self) -> Iterator[None]:
@@ -217,14 +220,14 @@ class Loop:
     def _run(self) -> None:
         waiting, poll, can_hear = self.waiters.present, self._epoll.poll, self._arrivals is not None
         while self._running:
-            timeout = self._run_timers() if self._timers else None
+            if self._timers:
+                self._run_timers()
             if waiting and can_hear:
                 found = self._look_briefly()
             else:
                 found = self._spin() if waiting or not self._is_relaxed else None
-            if waiting:
-                self._attend_to_waiters(found)
-            if found is None and not (found := poll(timeout)):
+            may_sleep = not waiting or self._attend_to_waiters(found)
+            if found is None and not (found := poll(self._until_timer() if may_sleep else 0)):
                 continue  # a timer is due
             self._is_relaxed = bool(found)
             for fd, events in found:
@@ -255,14 +258,18 @@ class Loop:
         self._look_credit -= _SPIN_LOSS
         return None
 
-    def _attend_to_waiters(self, events: list[tuple[int, int]] | None) -> None:
-        """Before sleeping (`events` None), and now and then while events keep the loop busy."""
+    def _attend_to_waiters(self, events: list[tuple[int, int]] | None) -> bool:
+        """Before sleeping (`events` None), and now and then while events keep the loop busy.
+
+        False if the loop must not sleep yet. A timer may have been set.
+        """
         self._rounds += 1
         if events is None or self._rounds >= (_BUSY_ROUNDS if self._arrivals is None else _BUSY_ROUNDS_ASKING):
             self._rounds = 0
-            self.waiters.before_sleep()
-        elif events and self._arrivals is None:
+            return self.waiters.before_sleep()
+        if events and self._arrivals is None:
             self.waiters.look()
+        return True
 
     def _spin(self) -> list[tuple[int, int]] | None:
         """Poll a few times without sleeping: a client that waits for each answer asks again within microseconds.
@@ -285,14 +292,14 @@ class Loop:
         self._spin_credit -= _SPIN_LOSS
         return None
 
-    def _run_timers(self) -> float | None:
-        """Run the timers that are due; returns the seconds until the next one, or None."""
-        while self._timers:
-            left = self._timers[0][0] - time.monotonic()
-            if left > 0:
-                return left
+    def _run_timers(self) -> None:
+        """Run the timers that are due."""
+        while self._timers and self._timers[0][0] <= time.monotonic():
             heapq.heappop(self._timers)[2]()
-        return None
+
+    def _until_timer(self) -> float | None:
+        """The seconds until the next timer is due; None if none is set."""
+        return max(self._timers[0][0] - time.monotonic(), 0) if self._timers else None
 
     def stop(self) -> None:
         """End `run` after the current round."""

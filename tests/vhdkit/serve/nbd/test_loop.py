@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import socket
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 
@@ -225,6 +226,89 @@ def test_word_of_data_ends_a_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == [2, 12, 0] and word.is_closed
     assert not loop.ask(lambda arrivals: 1, lambda: None)
     loop.close()
+
+
+def test_word_of_several_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A question asked when word comes may have the number of one that was answered with it: each gets its own."""
+    word, seen, loop = Word(), list[str](), Loop()
+    monkeypatch.setattr(arrival.Arrivals, "open", lambda: word)
+
+    def ask(number: int, told: Callable[[], None]) -> None:
+        assert loop.ask(lambda arrivals: number, told)
+
+    def first() -> None:
+        seen.append("first")
+        ask(1, third)
+
+    def second() -> None:
+        seen.append("second")
+        word.come(1)
+
+    def third() -> None:
+        seen.append("third")
+        loop.stop()
+
+    def begin() -> None:
+        ask(0, first)
+        ask(1, second)
+        word.come(0, 1)
+
+    loop.post(begin)
+    loop.call_later(20, loop.stop)
+    loop.run()
+    loop.close()
+    assert seen == ["first", "second", "third"]
+
+
+class Patient:
+    """A waiter that can go on only after a while, and sets a timer for that when the loop would sleep."""
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
+        loop.waiters.present[self] = None
+
+    def is_small(self) -> bool:
+        """Many reads wait."""
+        return False
+
+    def look(self) -> bool:
+        """Never ready."""
+        return False
+
+    def before_sleep(self) -> None:
+        """Once."""
+        self._loop.waiters.present.clear()
+        self._loop.call_later(0.01, self._loop.stop)
+
+
+class Adding(Patient):
+    """A waiter whose job has another client's read wait, too."""
+
+    def before_sleep(self) -> None:
+        """The other one can go on after a while."""
+        self._loop.waiters.present.clear()
+        Patient(self._loop)
+
+
+@pytest.mark.parametrize("has_word", [False, True])
+@pytest.mark.parametrize("kind", [Patient, Adding])
+def test_what_waiters_begin_before_a_sleep(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Patient], has_word: bool
+) -> None:
+    """Their jobs may have to wait for their share of the time, and others' reads may begin to wait: the loop sleeps
+    neither past the timer of the former, nor before the latter have asked for word."""
+    word, loop = Word(), Loop()
+    monkeypatch.setattr(arrival.Arrivals, "open", lambda: word if has_word else None)
+    kind(loop)
+    loop.call_later(3600, lambda: None)
+    waker, began = threading.Timer(20, loop.stop), time.monotonic()
+    waker.daemon = True
+    waker.start()
+    loop.run()
+    waker.cancel()
+    loop.close()
+    word.close()
+    assert time.monotonic() - began < 15
 
 
 class Sleeper:
