@@ -35,7 +35,8 @@ class SentFile(StreamedFile):
         try:
             return os.preadv(self._fd, (bytearray(1),), last, os.RWF_NOWAIT) == 1
         except OSError as error:  # file systems without this flag, such as tmpfs, never wait for what is in the cache
-            return error.errno in space.UNSUPPORTED and last < os.lseek(self._fd, 0, os.SEEK_END)
+            is_not_known = error.errno in space.UNSUPPORTED
+            return is_not_known and self.is_in_memory() and last < os.lseek(self._fd, 0, os.SEEK_END)
 
     @held
     def send(self, socket_fd: int, offset_bytes: int, size_bytes: int) -> int:

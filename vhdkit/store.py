@@ -246,7 +246,7 @@ class FileStore(SentFile):
             return False
         except OSError as error:
             if error.errno in space.UNSUPPORTED and self._no_wait:
-                if not space.is_in_memory(self._fd):  # FUSE or NFS: there is no way to know
+                if not self.is_in_memory():  # FUSE or NFS: there is no way to know
                     return False
                 self._no_wait = 0
                 return self.try_pread_into(offset_bytes, buffer)

@@ -22,6 +22,7 @@ from __future__ import annotations
 import os
 import threading
 
+from vhdkit import space
 from vhdkit.descriptor import Descriptor, held, opened
 from vhdkit.named import NamedFile
 from vhdkit.units import KIB, MIB
@@ -82,6 +83,17 @@ class StreamedFile(NamedFile):
         self._ends: dict[int, None] = {}  # of reads outside streams
         self._streams_lock = threading.Lock()
         self.has_streams = True
+        self._is_in_memory: bool | None = None  # not known yet
+
+    @held
+    def is_in_memory(self) -> bool:
+        """Called where the system cannot read without waiting: whether the file system never waits. If not, it has no
+        streams, as even opening the file may wait there. Asked once, because FUSE answers by itself, or never.
+        """
+        if self._is_in_memory is None:
+            self._is_in_memory = space.is_in_memory(self._fd)
+            self.has_streams &= self._is_in_memory
+        return self._is_in_memory
 
     def try_stream(self, offset_bytes: int, buffer: memoryview) -> bool | None:
         """Try a large read through its stream; None if it has to be tried otherwise. Raises DiskClosed."""
