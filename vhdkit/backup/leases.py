@@ -94,9 +94,13 @@ def release(root: HeldFolder, lease_id: str) -> bool:
 
 
 @contextlib.contextmanager
-def leased(root: HeldFolder, machine_id: str, night: int, purpose: str) -> Iterator[NightLease]:
-    """A lease for as long as the block runs."""
-    lease = add_lease(root, machine_id, night, purpose, lasting=False)
+def leased(root: HeldFolder, machine_id: str, night: int, purpose: str) -> Iterator[NightLease | None]:
+    """A lease for as long as the block runs; None where nothing can be written: what is read is held all the same."""
+    try:
+        lease = add_lease(root, machine_id, night, purpose, lasting=False)
+    except (errors.ReadOnly, errors.AccessDenied):
+        yield None
+        return
     try:
         yield lease
     finally:

@@ -36,6 +36,7 @@ from vhdkit.backup.graph import ImageRecord, Images
 from vhdkit.backup.layers import link_to, opened_layers
 from vhdkit.backup.manifest import Consistency, DiskRecord, FileRecord, Frozen, How, Manifest
 from vhdkit.backup.names import ImagePlace, new_unique_id, night_of_file, night_word
+from vhdkit.backup.pruning import finish_interrupted
 from vhdkit.backup.repository import MAX_FILES, META, MachineFolder, Night, Repository, remove_whole
 from vhdkit.chain.engine.chain import Chain, Progress
 from vhdkit.chain.records import references
@@ -97,6 +98,7 @@ def writing(repository: Repository, machine_id: str, name: str, wishes: Wishes) 
     Raises ImageInUse while another process changes the machine's nights, DamagedRepository, AccessDenied, NoSpace.
     """
     with repository.made_machine(machine_id, name) as machine, machine.held("a backup"):
+        finish_interrupted(machine, is_held=True)
         nights = machine.nights()
         machine.remove_leftovers(nights)
         yield Writing(machine, tuple(nights), wishes, machine.next_number(nights), new_unique_id())

@@ -21,14 +21,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from datetime import tzinfo
 from typing import TypeAlias
 
 from vhdkit import errors
-from vhdkit.backup.documents import MAX_DOCUMENT_BYTES, DamagedRepository, encoded, parsed
+from vhdkit.backup.documents import DamagedRepository
 from vhdkit.backup.graph import Images
+from vhdkit.backup.journal import PruneJournal, read_journal, remove_journal, write_journal
 from vhdkit.backup.keep import DatedNight, KeepRules, reasons_to_keep
 from vhdkit.backup.leases import drop_dead, leased_nights, leases
 from vhdkit.backup.manifest import Manifest
@@ -46,7 +47,6 @@ from vhdkit.chain.verbs.merge_recovery import finish as finish_merge
 from vhdkit.held_folder import HeldFolder
 
 _Choose: TypeAlias = Callable[[list[Night], Collection[int]], tuple[set[int], dict[int, tuple[str, ...]]]]
-_MAX_STEPS = 2 * 32_768
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,10 @@ def delete(
             raise errors.NotFound(f"has no night {number} of {machine.name}", path=machine.repository.path)
         if found.is_protected:
             raise errors.InvalidArgument(
-                f"night {number} is protected", path=machine.path, hint="end that first: vhdkit backup protect --off"
+                f"night {number} is protected",
+                path=machine.path,
+                hint=f"end that first: vhdkit backup protect {errors.quoted(machine.repository.path)}"
+                f" {errors.quoted(f'{machine.name}@{number}')} --off",
             )
         if found.is_leased:
             raise _is_read(machine, number)
@@ -121,21 +124,36 @@ def finish(machine: MachineFolder, progress: Progress | None = None) -> tuple[in
 
     Raises as `prune`.
     """
-    journal = _read_journal(machine)
+    journal = read_journal(machine)
     nights = machine.nights()
     marked = [one.number for one in nights if one.manifest is not None and one.manifest.dropped]
     untouched = _untouched(machine, nights, _leased(machine))
     if journal is None and plan_prune(_manifests(nights), (), untouched=untouched).is_empty:
         return ()
+    _refuse_unread(nights)
     begun = () if journal is None else journal.nights
     if journal is not None:
         _finish_step(machine, journal, progress)
         nights = machine.nights()
-        drop = {one.number for one in nights if one.manifest is not None} & set(begun)
+        drop = {one.night for one in _manifests(nights) if one.dropped or not one.protected} & set(begun)
+        begun = tuple(number for number in begun if number in drop or all(one.number != number for one in nights))
         _carry_out(machine, nights, drop, untouched - drop, progress, also=journal.removals)
     else:
         _carry_out(machine, nights, set(), untouched, progress)
     return tuple(sorted({*begun, *marked}))
+
+
+def finish_interrupted(machine: MachineFolder, *, is_held: bool = False) -> None:
+    """Finish an interrupted prune as far as that is possible; what is in the way is left to the next prune.
+
+    For what reads nights or adds one; `is_held` says that the caller has the machine's lock.
+    """
+    if machine.folder.exists(PRUNE_FILE):
+        with (
+            contextlib.suppress(errors.VhdkitError),
+            contextlib.nullcontext() if is_held else machine.held("the rest of a prune"),
+        ):
+            finish(machine)
 
 
 def dated_nights(machine: MachineFolder, nights: list[Night], leased: Collection[int]) -> list[DatedNight]:
@@ -159,18 +177,24 @@ def _changed(
         nights, leased = machine.nights(), _leased(machine)
         drop, kept = choose(nights, leased)
         untouched = _untouched(machine, nights, leased) - drop
-        unread = [one for one in nights if one.manifest is None]
-        if drop and unread:
-            assert unread[0].problem is not None
-            raise DamagedRepository(
-                f"the manifest of night {unread[0].number} cannot be read, so it is unknown which images it needs:"
-                f" {unread[0].problem.problem}",
-                path=unread[0].problem.path,
-                hint="restore that file from a copy of the repository, or remove it if the night is lost",
-            )
+        if drop:
+            _refuse_unread(nights)
         if dry_run:
             return Pruned(plan_prune(_manifests(nights), drop, kept=kept, untouched=untouched), finished, True)
         return Pruned(_carry_out(machine, nights, drop, untouched, progress, kept=kept), finished, False)
+
+
+def _refuse_unread(nights: list[Night]) -> None:
+    """Raise DamagedRepository if a manifest cannot be read: it is unknown which images its night needs."""
+    problem = next((one.problem for one in nights if one.problem is not None), None)
+    if problem is not None:
+        number = next(one.number for one in nights if one.problem is problem)
+        raise DamagedRepository(
+            f"the manifest of night {number} cannot be read, so it is unknown which images it needs:"
+            f" {problem.problem}",
+            path=problem.path,
+            hint="restore that file from a copy of the repository, or remove it if the night is lost",
+        )
 
 
 def _carry_out(
@@ -184,23 +208,26 @@ def _carry_out(
     also: tuple[ImagePlace, ...] = (),
 ) -> PrunePlan:
     plan = plan_prune(_manifests(nights), drop, kept=kept, untouched=untouched)
+    stay = [one for one in _manifests(nights) if one.night in untouched or not (one.dropped or one.night in drop)]
+    needed = _needed(_manifests(nights), stay)
+    also = tuple(place for place in also if place not in needed)
     removals = tuple(dict.fromkeys([*(one.place for one in plan.removals), *also]))
     if plan.is_empty and not also:
         _forget(machine, nights)
-        _remove_journal(machine)
+        remove_journal(machine)
         return plan
-    journal = _Journal(tuple(sorted(drop)), removals, None)
+    journal = PruneJournal(tuple(sorted(drop)), removals, None)
     with contextlib.suppress(*(() if plan.mergings else (errors.NoSpace,))):
-        _write_journal(machine, journal)
+        write_journal(machine, journal)
     for number in sorted(_leased(machine).keys() - set(untouched)):
-        _remove_journal(machine)
+        remove_journal(machine)
         raise _is_read(machine, number)
     _mark(machine, nights, drop, set(removals))
     _remove_images(machine, removals)
     for merging in plan.mergings:
         _merge(machine, replace(journal, merging=merging), progress)
     _forget(machine, machine.nights())
-    _remove_journal(machine)
+    remove_journal(machine)
     return plan
 
 
@@ -217,11 +244,20 @@ def _mark(machine: MachineFolder, nights: list[Night], drop: set[int], gone: set
             machine.remove_manifest(manifest.night)
 
 
+def _needed(manifests: list[Manifest], nights: list[Manifest]) -> set[ImagePlace]:
+    """The images that these nights, among all manifests, stand on; a night can be younger than the journal."""
+    found: set[ImagePlace] = set()
+    for one in Images(manifests).needed(nights):
+        found |= {one.place} if one.parent is None else {one.place, one.parent}
+    return found
+
+
 def _remove_images(machine: MachineFolder, places: tuple[ImagePlace, ...]) -> None:
-    """Remove images and what belongs to them, unless a night that is not dropped names them."""
-    named = {disk.image for one in _manifests(machine.nights()) if not one.dropped for disk in one.disks}
+    """Remove images and what belongs to them, unless a night that is not dropped needs them."""
+    manifests = _manifests(machine.nights())
+    needed = _needed(manifests, [one for one in manifests if not one.dropped])
     for place in places:
-        if place in named or place.disk_id is None:
+        if place in needed or place.disk_id is None:
             continue
         with contextlib.suppress(errors.NotFound), machine.images(place.disk_id) as folder:
             for name in (place.name, place.sums_name, *sidecars(folder, place.name)):
@@ -229,11 +265,11 @@ def _remove_images(machine: MachineFolder, places: tuple[ImagePlace, ...]) -> No
             folder.sync()
 
 
-def _merge(machine: MachineFolder, journal: _Journal, progress: Progress | None) -> None:
+def _merge(machine: MachineFolder, journal: PruneJournal, progress: Progress | None) -> None:
     """Merge, with the journal naming it first."""
     merging = journal.merging
     assert merging is not None and merging.target.disk_id is not None
-    _write_journal(machine, journal)
+    write_journal(machine, journal)
     with machine.images(merging.target.disk_id) as folder:
         renewal = Renewal(machine, folder, merging)
         leaf, options = os.path.join(folder.path, merging.leaf.name), _options(machine, folder)
@@ -250,7 +286,7 @@ def _merge(machine: MachineFolder, journal: _Journal, progress: Progress | None)
         _remove_tables(folder, merging)
 
 
-def _finish_step(machine: MachineFolder, journal: _Journal, progress: Progress | None) -> None:
+def _finish_step(machine: MachineFolder, journal: PruneJournal, progress: Progress | None) -> None:
     """Finish the merging that the journal names, if it had begun; it is planned anew if it had not."""
     merging = journal.merging
     if merging is None or merging.target.disk_id is None:
@@ -362,70 +398,3 @@ def _is_read(machine: MachineFolder, number: int) -> errors.ImageInUse:
     if lease is not None:
         hint += f"; if it no longer runs, release the night: --release {lease.id}"
     return errors.ImageInUse(f"night {number} is read by {what}", path=machine.path, hint=hint)
-
-
-# -- the journal ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Journal:
-    """What is under way: the nights that go, images that are removed, and the merging that has begun."""
-
-    nights: tuple[int, ...]
-    removals: tuple[ImagePlace, ...]
-    merging: ImageMerge | None
-
-
-def _write_journal(machine: MachineFolder, journal: _Journal) -> None:
-    merging = journal.merging
-    document = {
-        "format": 1,
-        "nights": [night_word(one) for one in journal.nights],
-        "removals": [one.text for one in journal.removals],
-        "merging": None
-        if merging is None
-        else {
-            "target": merging.target.text,
-            "between": [one.text for one in merging.between],
-            "leaf": merging.leaf.text,
-        },
-    }
-    machine.folder.write(PRUNE_FILE, encoded(document), replace=True)
-
-
-def _read_journal(machine: MachineFolder) -> _Journal | None:
-    """The journal; None without one. Raises DamagedRepository: what it was about must not be guessed."""
-    path = os.path.join(machine.path, PRUNE_FILE)
-    try:
-        fields = parsed(machine.folder.read(PRUNE_FILE, MAX_DOCUMENT_BYTES), path)
-    except errors.NotFound:
-        return None
-    inner = fields.optional_object("merging")
-    merging = None
-    if inner is not None:
-        merging = ImageMerge(
-            inner.converted("target", ImagePlace.of_text),
-            tuple(_places(inner.texts("between", _MAX_STEPS), path)),
-            inner.converted("leaf", ImagePlace.of_text),
-        )
-        if len({one.disk_id for one in (merging.target, *merging.gone)}) != 1:
-            raise inner.damaged("target", "is an image of another disk")
-    nights = fields.texts("nights", _MAX_STEPS)
-    if not all(one.isdecimal() and one.isascii() and len(one) < 10 for one in nights):
-        raise fields.damaged("nights")
-    return _Journal(
-        tuple(int(one) for one in nights), tuple(_places(fields.texts("removals", _MAX_STEPS), path)), merging
-    )
-
-
-def _places(texts: tuple[str, ...], path: str) -> Iterator[ImagePlace]:
-    for text in texts:
-        place = ImagePlace.of_text(text)
-        if place is None or place.disk_id is None:
-            raise DamagedRepository(f"names {errors.printable(text)}, which is not an image of the machine", path=path)
-        yield place
-
-
-def _remove_journal(machine: MachineFolder) -> None:
-    if machine.folder.remove(PRUNE_FILE):
-        machine.folder.sync()

@@ -267,7 +267,7 @@ class MachineFolder:
         if night is None or night.manifest is None or night.manifest.dropped:
             raise errors.NotFound(f"has no night {number} of {self.name}", path=self.repository.path)
         if self.folder.exists(PRUNE_FILE):
-            with self.held("looking for a prune"):
+            with contextlib.suppress(errors.ReadOnly, errors.AccessDenied), self.held("looking for a prune"):
                 pass  # one that was interrupted changes nothing at present, and is not in the way
         return night.manifest
 

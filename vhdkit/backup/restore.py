@@ -5,6 +5,7 @@ Decides what is checked before anything is written, what the new files are calle
 The night is leased meanwhile, so no prune takes what is read. Must not know machines: a definition is a file like
 others here.
 
+    a prune that was interrupted is finished, if it can be
     lease, manifest, chains opened   ->   every sum of every file that is read      unless the user leaves it out
                                      ->   each disk a new image, each other file    removed again if one fails
 """
@@ -27,6 +28,7 @@ from vhdkit.backup.graph import ImageRecord, Images
 from vhdkit.backup.layers import opened_layers
 from vhdkit.backup.manifest import DiskRecord, FileRecord, Manifest
 from vhdkit.backup.night import Stages, no_stages
+from vhdkit.backup.pruning import finish_interrupted
 from vhdkit.backup.repository import MachineFolder, open_repository
 from vhdkit.chain.engine.chain import Chain
 from vhdkit.chain.verbs.convert import convert_chain
@@ -65,6 +67,8 @@ def restore(
     """
     stage, wanted, place = stage or no_stages, Wanted.of_word(word), os.fsdecode(destination)
     with open_repository(repository) as opened, opened.machine(opened.find_machine(wanted.machine)) as machine:
+        if not dry_run:
+            finish_interrupted(machine)
         live = [one.manifest for one in machine.nights() if one.manifest is not None and not one.manifest.dropped]
         number = chosen(live, wanted.at, machine.name).night
         with machine.reading(number, "a restore") as manifest:

@@ -19,6 +19,7 @@ not the disk's present state. Layers that a user froze are never merged: only th
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -29,7 +30,7 @@ from vhdkit import errors
 from vhdkit.arguments import AnyPath, checked
 from vhdkit.backup.clock import zone_here
 from vhdkit.backup.manifest import Consistency, Manifest
-from vhdkit.backup.names import is_machine_name, new_unique_id
+from vhdkit.backup.names import is_machine_name
 from vhdkit.backup.night import Circumstances, FrozenDisk, Stages, Wishes, Writing, no_stages, writing
 from vhdkit.backup.repository import Night, Repository, create_repository
 from vhdkit.chain.engine.chain import Chain
@@ -244,11 +245,11 @@ def _mergeable(chain: Chain, night: Writing) -> str | None:
 
 
 def _machine_id(repository: Repository, name: str) -> str:
-    """The machine of this name, or the id of a new one."""
+    """The machine of this name, or the id of a new one: two first nights at the same time get the same."""
     try:
         return repository.find_machine(name)
     except errors.NotFound:
-        return new_unique_id()
+        return hashlib.sha256(f"{repository.id} {name}".encode()).hexdigest()[:32]
 
 
 def _refuse_other_source(nights: Sequence[Night], source: str, name: str) -> None:

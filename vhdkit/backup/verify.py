@@ -26,6 +26,7 @@ from vhdkit import errors, formats
 from vhdkit.backup import sums
 from vhdkit.backup.documents import DamagedRepository
 from vhdkit.backup.graph import ImageRecord, Images
+from vhdkit.backup.journal import images_in_merge
 from vhdkit.backup.manifest import FileRecord, Manifest
 from vhdkit.backup.names import ImagePlace
 from vhdkit.backup.repository import PRUNE_FILE, MachineFolder, Night
@@ -96,6 +97,7 @@ def verify(
         run.check_files(manifest)
     for record in run.records:
         run.check_image(record)
+    run.leave_changing()
     state.finished = None if run.busy else datetime.now(UTC)
     write_verified(machine.folder, state)
     damaged = state.damaged_now(images)
@@ -138,11 +140,13 @@ def known_results(machine: MachineFolder, nights: list[Night]) -> list[NightResu
     state = read_verified(machine.folder)
     damaged = {} if state is None else state.damaged_now(images)
     live = [one.manifest for one in nights if one.manifest is not None and not one.manifest.dropped]
+    changing = images_in_merge(machine)
     for record in images.needed(live):
         if record.place not in damaged:
             try:
                 with machine.folder_of(record.place) as folder, folder.file(record.place.name) as store:
-                    sums.require_same_size(store, record.file_size_bytes)
+                    if record.place not in changing:
+                        sums.require_same_size(store, record.file_size_bytes)
             except errors.VhdkitError as error:
                 damaged[record.place] = error.problem
     return list(results_of(nights, images, damaged, state))
@@ -199,6 +203,23 @@ class _Run:
                 self._recorded = time.monotonic()
         self._before += record.file_size_bytes
         self._did(0)
+
+    def leave_changing(self) -> None:
+        """Take back what was found wrong with images that a prune is changing, or has changed since the nights were
+        read: they count as in use.
+        """
+        ours = {(one.place.text, one.sums_root): one for one in self.records}
+        if not self.state.files and not ours.keys() & self.state.damaged.keys():
+            return
+        nights, merging = self.machine.nights(), images_in_merge(self.machine)
+        now = Images(one.manifest for one in nights if one.manifest is not None).records
+        for key in ours.keys() & self.state.damaged.keys():
+            record = ours[key]
+            if now.get(record.place) != record or not merging.isdisjoint({record.place, record.parent}):
+                del self.state.damaged[key]
+                self.busy.append(os.path.join(self.machine.path, record.place.text))
+        there = {one.number for one in nights}
+        self.state.files = {key: one for key, one in self.state.files.items() if key[0] in there}
 
     def check_files(self, manifest: Manifest) -> None:
         """The other files of a night."""

@@ -19,7 +19,7 @@ from vhdkit.cli.common import PATH, Common, epilog, image_options, progress_opti
 from vhdkit.cli.common import size as parsed_size
 from vhdkit.cli.output import note, print_json, print_text
 from vhdkit.cli.progress import stages_shown
-from vhdkit.errors import printable
+from vhdkit.errors import printable, quoted
 from vhdkit.units import format_size
 
 _HOW = {
@@ -124,9 +124,10 @@ def _print_result(saved: SavedDisk, keeps: bool, seconds: float, common: Common)
     if common.quiet:
         return
     what = _HOW[disk.how].format(disk.reference_night)
+    night = quoted(f"{saved.machine}@{manifest.night}")
     print_text(
         f"{printable(saved.machine)}@{manifest.night}: {what}, {format_size(added)} in {seconds:.1f} s;"
-        f" restore it with `vhdkit restore {printable(saved.repository)} {printable(saved.machine)}@{manifest.night}`"
+        f" restore it with `vhdkit restore {quoted(saved.repository)} {night} NEW`"
     )
     if saved.merged_into is not None:
         note(common, f"what the last night had frozen is now part of {printable(saved.merged_into)}")

@@ -31,6 +31,7 @@ from vhdkit.units import format_size
 _AGE = re.compile(r"(\d{1,6})(m|h|d|w)")
 _UNIT_SECONDS = {"m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
 _EXIT_DAMAGED = 3
+_CLOCKS_DIFFER = timedelta(minutes=5)  # of two hosts; a night that is more in the future says nothing about its age
 
 
 @click.command("list", epilog=epilog("vhdkit backup list /srv/backup", "vhdkit backup list /srv/backup web"))
@@ -280,7 +281,7 @@ def _status_document(machine: MachineFolder, limit: timedelta) -> dict[str, Any]
     return {
         "id": machine.id,
         "name": machine.name,
-        "is_good": age is not None and age <= limit,
+        "is_good": age is not None and -_CLOCKS_DIFFER <= age <= limit,
         "newest_whole": None if newest is None else newest.number,
         "taken": None if newest is None or newest.taken is None else time_word(newest.taken),
         "age_seconds": None if age is None else int(age.total_seconds()),
@@ -300,10 +301,11 @@ def _print_status(one: dict[str, Any]) -> None:
     if one["newest_whole"] is None:
         text = "no whole night"
     else:
-        hours = one["age_seconds"] / 3600
-        text = f"newest whole night {one['newest_whole']}, {hours:.0f} h old" if hours >= 1 else (
-            f"newest whole night {one['newest_whole']}, {max(one['age_seconds'], 0) // 60} min old"
-        )  # fmt: skip
+        hours, text = one["age_seconds"] / 3600, f"newest whole night {one['newest_whole']}"
+        if one["age_seconds"] < -_CLOCKS_DIFFER.total_seconds():
+            text += f", taken at {one['taken']}, which is in the future: a clock was wrong"
+        else:
+            text += f", {hours:.0f} h old" if hours >= 1 else f", {max(one['age_seconds'], 0) // 60} min old"
     print_text(word, f"  {printable(one['name'])}: {text}", "" if one["verified"] else ", never verified")
     for night, problems in one["damaged_nights"].items():
         print_text(f"      night {night} is damaged: {printable('; '.join(problems))}")

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from vhdkit.backup.documents import time_word
+from vhdkit.backup.pruning import finish_interrupted
 from vhdkit.backup.repository import open_repository
 from vhdkit.backup.verify import Verification, verify
 from vhdkit.cli.backup import repository_options
@@ -49,7 +50,7 @@ def verify_command(
     """Compare every image and file of all machines, or of those that are named, with its sums, and follow each chain.
 
     Damage names the nights that it reaches. A run that is interrupted goes on when it is started again. Images are
-    only read, and nights can be added meanwhile.
+    only read, and nights can be added meanwhile; but a prune that was interrupted is finished first, if it can be.
 
     \b
     With --json: {"repository", "machines": [{"id", "name", "nights": [{"night",
@@ -64,6 +65,7 @@ def verify_command(
                 repository.machine(machine_id) as machine,
                 progress_shown(common, progress, f"verifying {printable(machine.name)}") as show,
             ):
+                finish_interrupted(machine)
                 result = verify(machine, sample_percent=percent, again=again, progress=show)
                 found.append((machine_id, machine.name, result))
         path = repository.path

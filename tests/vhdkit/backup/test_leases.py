@@ -28,6 +28,7 @@ def test_a_lease_counts_while_its_block_runs(root: HeldFolder) -> None:
     """A lease is seen from when it was made to when it ends, and leaves nothing."""
     assert leases.leases(root) == []
     with leases.leased(root, MACHINE, 7, "restore to x.vhd") as lease:
+        assert lease is not None
         found = leases.leases(root)
         assert [one.id for one in found] == [lease.id] and not found[0].is_dead
         assert leases.leased_nights(found, MACHINE)[7].purpose == "restore to x.vhd"

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 from dataclasses import replace
 from datetime import UTC
 from pathlib import Path
@@ -16,36 +15,18 @@ import vhdkit
 from tests.harness.folder_power import Cut, FolderPower, fill, repeatable
 from tests.harness.killing import killings
 from tests.support import daily_or_nightly
+from tests.vhdkit.backup.pruned import check, copy, left, make
 from tests.vhdkit.backup.repositories import MACHINE, Nights
 from vhdkit import errors
 from vhdkit.backup import pruning as module
 from vhdkit.backup.documents import DamagedRepository
+from vhdkit.backup.journal import PruneJournal, write_journal
 from vhdkit.backup.keep import KeepRules
 from vhdkit.backup.leases import add_lease, leased, release
 from vhdkit.backup.pruning import Pruned, delete, finish, prune
 from vhdkit.backup.renewal import Renewal
 from vhdkit.backup.repository import MachineFolder
 from vhdkit.backup.verify import verify
-from vhdkit.unfinished import is_part
-from vhdkit.units import KIB, MIB
-
-
-def make(folder: Path, extension: str = "vhd", count: int = 7) -> Nights:
-    """Nights of two disks: mostly a line, with a branch and unchanged disks."""
-    rng = random.Random(9)
-    nights = Nights(folder, extension)
-    nights.add({"a": {0: rng.randbytes(200 * KIB), 5 * MIB: b"x"}, "b": {0: b"b1"}}, files={"definition.json": b"{}"})
-    for number in range(2, count + 1):
-        on = 2 if number == 5 else None
-        nights.add(
-            {
-                "a": {rng.randrange(2000) * 4096: rng.randbytes(rng.choice([3, 4096, 30_000])) for _ in range(4)},
-                "b": {rng.randrange(2000) * 4096: rng.randbytes(50)} if number % 3 == 0 else {},
-            },
-            on=on,
-            files={"nvram": rng.randbytes(10)},
-        )
-    return nights
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +34,6 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Nights]:
     """Repositories that no test changes."""
     folder = tmp_path_factory.mktemp("originals")
     return {extension: make(folder / extension, extension) for extension in ("vhd", "vhdx")}
-
-
-def copy(nights: Nights, folder: Path) -> Nights:
-    """A copy of a repository, in place of what is there."""
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(nights.path, folder)
-    return Nights(folder, nights.extension, nights.content)
 
 
 @pytest.fixture
@@ -72,29 +46,6 @@ def dropped(nights: Nights, *numbers: int) -> None:
     """Drop these nights at once, as a prune does."""
     with nights.machine() as machine:
         module._changed(machine, "prune", lambda _nights, _leased: (set(numbers), {}), dry_run=False, progress=None)
-
-
-def left(nights: Nights) -> list[int]:
-    """The nights that are there."""
-    with nights.machine() as machine:
-        return [one.number for one in machine.nights() if one.manifest is not None and not one.manifest.dropped]
-
-
-def check(nights: Nights, *numbers: int) -> None:
-    """These nights are the ones that are left, read as they must, and everything about them is in order; no file is
-    left that none of them needs."""
-    assert left(nights) == list(numbers)
-    nights.check(*numbers)
-    with nights.machine() as machine:
-        result = verify(machine, again=True)
-        assert result.is_good, (result.damaged, [one.problems for one in result.nights])
-        manifests = [one.manifest for one in machine.nights() if one.manifest is not None]
-        named = {disk.image.text for one in manifests for disk in one.disks}
-        files = [one for one in Path(machine.path, "images").rglob("*.*") if not is_part(one.name)]  # we are alive
-        found = {os.path.relpath(one, machine.path) for one in files}
-        assert found == named | {f"{one}.sums" for one in named}
-        assert sorted(os.listdir(Path(machine.path, "meta"))) == [f"{number:05d}" for number in numbers]
-        assert not Path(machine.path, "prune.json").exists()
 
 
 EVERY_DAY = [("vhd", (1, 2)), ("vhd", (3,)), ("vhd", (1, 3, 5, 7)), ("vhdx", (2, 4, 6))]
@@ -201,13 +152,13 @@ def test_a_lease_protects_everything_below(nights: Nights) -> None:
 
 def test_a_lease_that_is_made_meanwhile(nights: Nights, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader that comes between the plan and the first change stops the prune before anything has changed."""
-    real = module._write_journal
+    real = write_journal
 
-    def journalled(machine: MachineFolder, journal: module._Journal) -> None:
+    def journalled(machine: MachineFolder, journal: PruneJournal) -> None:
         real(machine, journal)
         add_lease(machine.repository.root, machine.id, 6, "restore", lasting=True)
 
-    monkeypatch.setattr(module, "_write_journal", journalled)
+    monkeypatch.setattr(module, "write_journal", journalled)
     with pytest.raises(errors.ImageInUse, match="night 6 is read by restore"):
         rules(nights, last=2)
     assert left(nights) == [1, 2, 3, 4, 5, 6, 7]

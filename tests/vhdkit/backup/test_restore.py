@@ -16,6 +16,7 @@ from vhdkit.backup.documents import DamagedRepository
 from vhdkit.backup.leases import leases
 from vhdkit.backup.repository import open_repository
 from vhdkit.backup.restore import restore
+from vhdkit.held_folder import HeldFolder
 from vhdkit.units import MIB, SECTOR_SIZE
 
 
@@ -119,3 +120,17 @@ def test_the_night_is_leased_meanwhile(source: Source, tmp_path: Path) -> None:
         restore(tmp_path / "repository", "web@2", tmp_path / "new.vhd")
     with open_repository(tmp_path / "repository") as repository:
         assert not leases(repository.root)
+
+
+def test_a_repository_that_cannot_be_written_to(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a repository on a read-only medium, or of another user, a night is restored without a lease."""
+
+    def refused(*_: object, **__: object) -> None:
+        raise errors.ReadOnly("is read-only")
+
+    for name in ("new_file", "made_folder", "held_lock"):
+        monkeypatch.setattr(HeldFolder, name, refused)
+    restore(tmp_path / "repository", "web@1", tmp_path / "new.vhd")
+    assert content(tmp_path / "new.vhd") == source.nights[(str(tmp_path / "repository"), 1)]

@@ -15,6 +15,7 @@ from vhdkit import errors
 from vhdkit.backup import single
 from vhdkit.backup.manifest import How
 from vhdkit.backup.night import Wishes, Writing
+from vhdkit.backup.repository import Repository
 from vhdkit.backup.restore import restore
 from vhdkit.backup.single import SavedDisk, SingleWishes, backup_image
 from vhdkit.units import KIB, MIB
@@ -220,3 +221,23 @@ def test_a_backup_after_a_restore() -> None:
     expected[4] = write("web.vhd", 3 * MIB)
     backup_image("web.vhd", "repo", SingleWishes(night=Wishes(compare=True)))
     assert {number: restored(f"web@{number}") for number in expected} == expected
+
+
+def test_two_first_nights_at_once_are_of_one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes that find no machine of a name make one: later the name has one meaning."""
+    make()
+    os.mkdir("other")
+    make("other/web.vhd")
+    real = Repository.find_machine
+
+    def late(repository: Repository, word: str) -> str:
+        monkeypatch.setattr(Repository, "find_machine", real)
+        try:
+            return real(repository, word)
+        finally:
+            backup_image("other/web.vhd", "repo")
+
+    monkeypatch.setattr(Repository, "find_machine", late)
+    with pytest.raises(errors.InvalidArgument, match="under the name web"):
+        backup_image("web.vhd", "repo")
+    assert len(os.listdir("repo/machines")) == 1 and restored("web") == content("other/web.vhd")

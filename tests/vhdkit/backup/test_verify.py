@@ -21,6 +21,7 @@ from vhdkit import errors
 from vhdkit.backup import verify as module
 from vhdkit.backup.graph import ImageRecord
 from vhdkit.backup.names import ImagePlace
+from vhdkit.backup.pruning import delete
 from vhdkit.backup.verified import read_verified
 from vhdkit.backup.verify import Verification, known_results, verify
 from vhdkit.units import KIB, MIB
@@ -319,3 +320,19 @@ def test_the_program_in_the_docs_agrees(nights: Nights, tmp_path: Path) -> None:
             assert bad(verified(nights, again=True)) == expected
         if path is not None:
             path.write_bytes(raw)
+
+
+def test_a_prune_meanwhile_is_no_damage(nights: Nights) -> None:
+    """What a prune changes, merges or removes while a verification runs is not called damaged, but in use."""
+    done: list[bool] = []
+
+    def prune_now(*_: int) -> None:
+        if not done:
+            done.append(True)
+            with nights.machine() as other:
+                delete(other, 1)
+
+    with nights.machine() as machine:
+        result = verify(machine, again=True, progress=prune_now)
+    assert done and bad(result) == [] and result.busy
+    assert verified(nights, again=True).is_good

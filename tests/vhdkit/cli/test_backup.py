@@ -149,3 +149,11 @@ def test_words_that_are_no_commands(nights: Nights) -> None:
     """A word that is not a command is an error, never guessed; without a word the help is shown."""
     assert run("backup", "prun", nights.path).exit_code == 2
     assert "verify" in good("backup")
+
+
+def test_a_night_of_the_future_is_not_recent(nights: Nights) -> None:
+    """A night that was taken while a clock was wrong does not keep `status` content until that time."""
+    taken = datetime.now(UTC) + timedelta(days=300)
+    nights.add({"disk-0": {0: b"later"}}, taken=taken, zone="UTC", utc_offset=timedelta())
+    result = run("backup", "status", nights.path)
+    assert result.exit_code == 1 and "in the future" in result.stdout

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prunes that were interrupted: what is done before they are finished is neither lost nor called damaged."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.vhdkit.backup.pruned import check, copy, make
+from tests.vhdkit.backup.repositories import MACHINE, Nights
+from vhdkit import errors
+from vhdkit.backup import pruning as module
+from vhdkit.backup.documents import DamagedRepository
+from vhdkit.backup.night import Wishes, writing
+from vhdkit.backup.pruning import delete, finish
+from vhdkit.backup.renewal import Renewal
+from vhdkit.backup.repository import create_repository
+from vhdkit.backup.restore import restore
+from vhdkit.backup.verify import known_results, verify
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Nights:
+    """A repository that no test changes."""
+    return make(tmp_path_factory.mktemp("original") / "repo")
+
+
+@pytest.fixture
+def nights(original: Nights, tmp_path: Path) -> Nights:
+    """A copy of it."""
+    return copy(original, tmp_path / "repo")
+
+
+def interrupted(nights: Nights, monkeypatch: pytest.MonkeyPatch, place: object, name: str, number: int) -> None:
+    """Delete a night, and end that where this function would be called."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, nights.machine() as machine:
+        patch.setattr(place, name, stop)
+        with pytest.raises(KeyboardInterrupt):
+            delete(machine, number, newest=True)
+
+
+def finished(nights: Nights) -> tuple[int, ...]:
+    """Finish what was interrupted."""
+    with nights.machine() as machine, machine.held("prune"):
+        return finish(machine)
+
+
+def test_a_night_that_is_younger_than_the_journal(nights: Nights, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A night that was added on one which an interrupted deletion was about to remove keeps what it stands on."""
+    interrupted(nights, monkeypatch, module, "_mark", 7)
+    nights.add({"a": {4096: b"new"}, "b": {0: b"new"}}, files={"nvram": b"n"})
+    assert finished(nights) == (7,)
+    check(nights, 1, 2, 3, 4, 5, 6, 8)
+
+
+def test_a_night_that_is_protected_meanwhile(nights: Nights, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A night that an interrupted deletion has not dropped yet can still be protected, and stays then."""
+    interrupted(nights, monkeypatch, module, "_mark", 4)
+    with nights.machine() as machine, machine.held("protect"):
+        night = machine.night(4)
+        assert night is not None and night.manifest is not None
+        machine.write_manifest(replace(night.manifest, protected=True), replace=True)
+    assert finished(nights) == ()
+    check(nights, 1, 2, 3, 4, 5, 6, 7)
+
+
+def test_a_manifest_that_is_damaged_meanwhile(nights: Nights, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a manifest cannot be read, an interrupted prune is not finished either: its night may need anything."""
+    interrupted(nights, monkeypatch, module, "_remove_images", 6)
+    path = nights.path / "machines" / MACHINE / "nights/00007.json"
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-5])
+    with pytest.raises(DamagedRepository, match="night 7 cannot be read"):
+        finished(nights)
+    path.write_bytes(raw)
+    finished(nights)
+    check(nights, 1, 2, 3, 4, 5, 7)
+
+
+@pytest.mark.parametrize("place", [(module, "_mark"), (Renewal, "after"), (Renewal, "_write_manifests")], ids=str)
+def test_after_an_interruption(
+    nights: Nights, monkeypatch: pytest.MonkeyPatch, place: tuple[object, str], tmp_path: Path
+) -> None:
+    """After an interrupted deletion no kept night counts as damaged, and a restore finishes it and restores."""
+    interrupted(nights, monkeypatch, *place, 3)
+    with nights.machine() as machine:
+        result = verify(machine, again=True)
+        assert all(one.is_whole for one in [*result.nights, *known_results(machine, machine.nights())])
+        assert bool(result.busy) is (place[0] is Renewal)
+    restore(nights.path, "web@4", tmp_path, disks=["a"], kind="raw")
+    assert (tmp_path / "web-a.raw").read_bytes() == nights.content[4]["a"]
+    check(nights, 1, 2, 4, 5, 6, 7)
+
+
+def test_a_night_finishes_an_interrupted_prune(nights: Nights, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a night is written, what an interrupted prune has left is finished; what cannot be is no obstacle."""
+    interrupted(nights, monkeypatch, Renewal, "after", 3)
+    with create_repository(nights.path) as repository, writing(repository, MACHINE, "web", Wishes()) as night:
+        assert [one.number for one in night.nights] == [1, 2, 4, 5, 6, 7]
+    check(nights, 1, 2, 4, 5, 6, 7)
+    interrupted(nights, monkeypatch, Renewal, "after", 1)
+
+    def refused(*_: object, **__: object) -> None:
+        raise errors.NoSpace("cannot write: No space left on device")
+
+    with monkeypatch.context() as patch, create_repository(nights.path) as repository:
+        patch.setattr(module, "finish_merge", refused)
+        with writing(repository, MACHINE, "web", Wishes()) as night:
+            assert night.number == 8
+    finished(nights)
+    check(nights, 2, 4, 5, 6, 7)
