@@ -246,6 +246,9 @@ def pull_verb(
     The layers below are only read, and stay. To fill the leaf, which clients write to, the server freezes it, fills
     what was frozen, and merges the new leaf into it. Ctrl-C, or `cancel` from elsewhere, stops the pull; the disk then
     reads as before, and pulling again continues where it stopped.
+
+    A server with --follow-leaf refuses to cut the disk off from the image that it was started with, since it would not
+    find the disk from there again.
     """
     check_pull_options(to=to, relink=relink, independent=independent)
     paths = {"layer": layer and os.path.abspath(layer), "to": to and os.path.abspath(to)}

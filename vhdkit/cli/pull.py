@@ -44,6 +44,7 @@ def pull_command(
     The disk reads the same at every moment, and so do the children of IMAGE. With --independent a linked clone becomes
     a disk of its own: a differencing image becomes a dynamic one. With --to and --relink IMAGE no longer needs the
     layers down to LAYER, which other images may still need. `vhdkit ctl` fills a layer of a disk that is served.
+    `vhdkit serve --follow-leaf` with the name of such a layer does not find IMAGE any more: name IMAGE then.
 
     After Ctrl-C, a full disk or a power cut nothing is lost; the same command continues.
 

@@ -81,9 +81,13 @@ class ExportRequest:
 class ImageExport(Export):
     """An export that knows how its image was opened, for operations on it while it is served."""
 
-    def __init__(self, name: str, disk: Disk, open_mode: OpenMode, description: str | None = None) -> None:
+    def __init__(
+        self, name: str, disk: Disk, open_mode: OpenMode, description: str | None = None, *, asked_path: str = ""
+    ) -> None:
+        """`asked_path` is the image that the caller named; with `OpenMode.follow_leaf` the next start begins there."""
         super().__init__(name, disk, description=description or "", read_only=open_mode.read_only)
         self.open_mode = open_mode
+        self.asked_path = asked_path
         self._chosen_description = description
         self._describe()
 
@@ -229,7 +233,8 @@ def open_exports(wanted: Sequence[ExportRequest], open_mode: OpenMode) -> list[I
     try:
         for one in wanted:
             own = one.open_mode or open_mode
-            exports.append(ImageExport(one.export_name, _open(one.path, own), own, one.description))
+            disk, asked = _open(one.path, own), os.path.abspath(one.path)
+            exports.append(ImageExport(one.export_name, disk, own, one.description, asked_path=asked))
             _check_sectors(exports[-1], one.sector_bytes)
     except BaseException:
         for export in exports:

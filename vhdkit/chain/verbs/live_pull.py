@@ -97,6 +97,7 @@ def live_pull(chain: Chain, index: int, last: int, *, cuts: bool) -> Iterator[Li
         require_names([plan.image])
         store = held.enter_context(FileStore.open(file.name, writable=True, follow_links=False))
         store.follow(file)
+        store.notes_folder = None  # what a killed process had filled is filled again; no client waits for it
         if store.identity != file.identity:
             raise errors.Replaced("was replaced while it was opened", path=store.name)
         held.enter_context(same_content(file.name))
@@ -165,7 +166,7 @@ class LivePull:
         plan = self.plan
         try:
             require_names(plan.chain.layers[: plan.index + 1])
-            cut_off(self.filling, plan.rest)
+            cut_off(self.filling, plan.pulled[-1], plan.rest)
         except errors.VhdkitError as error:
             return self.look_again(), error  # even after a failure, its header may be at another place
         image = formats.reopened(plan.image, writable=False)

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from vhdkit import errors, formats
 from vhdkit.arguments import AnyPath, checked
 from vhdkit.chain.engine.chain import Progress
-from vhdkit.chain.names.lineage import forget_parent, record_parents, same_content
+from vhdkit.chain.names.lineage import forget_parent, inherit_parent, same_content
 from vhdkit.chain.names.marks import mark_child
 from vhdkit.chain.names.opening import open_layers
 from vhdkit.chain.names.options import OpenOptions
@@ -93,7 +93,7 @@ def pull(
             above = rest
             if not dry_run:
                 prepare_cut(plan)
-                cut_off(plan.image, rest)
+                cut_off(plan.image, plan.sources[-1], rest)
         return Pull(
             path=real_path(file_of_layer(plan.image).name),
             pulled=tuple(real_path(file_of_layer(layer).name) for layer in plan.sources),
@@ -165,9 +165,10 @@ def prepare_cut(plan: PullPlan) -> None:
         plan.image.seal()
 
 
-def cut_off(image: Layer, rest: Sequence[Layer]) -> None:
+def cut_off(image: Layer, lowest: Layer, rest: Sequence[Layer]) -> None:
     """Make the image, which was prepared, a child of `rest[0]`, or without `rest` one without a parent. Durable.
 
+    `lowest` is the last of the pulled layers; what it noted of the state of its parent holds for the image, too.
     Afterwards the open image can only be closed. Raises InvalidArgument, `Replaced`, NoSpace, IoFailed, SyncFailed;
     the image then has its old parent or its new one.
     """
@@ -181,4 +182,4 @@ def cut_off(image: Layer, rest: Sequence[Layer]) -> None:
     parent_path, parent_id = file_of_layer(rest[0]).name, linkage_of(rest[0])
     mark_child(file.name, file, parent_path, parent_id)
     formats.of(image).relink(file, link_of(file.name, parent_path, rest[0].facts))
-    record_parents(file.name, parent_path, parent_id)
+    inherit_parent(file, lowest.store, parent_id)

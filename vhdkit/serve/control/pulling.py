@@ -11,6 +11,7 @@ write to. The order in which files change is decided in `chain.verbs.live_pull`,
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from vhdkit import errors
 from vhdkit.chain.engine.chain import Chain
 from vhdkit.chain.verbs.live_pull import LivePull, live_pull
 from vhdkit.disk import Disk
+from vhdkit.folder import real_path
 from vhdkit.serve.control.merging import (
     MergeRequest,
     Pace,
@@ -60,7 +62,8 @@ class ServedPullPlan:
 def plan_served_pull(export: ImageExport, request: PullRequest) -> ServedPullPlan:
     """Which layers a request means.
 
-    Raises InvalidArgument for layers that do not exist, ReadOnly if the leaf is not open for writing here.
+    Raises InvalidArgument for layers that do not exist, and if the next start would not find the disk without those
+    that are cut off; ReadOnly if the leaf is not open for writing here.
     """
     layers = export.disk.chain.layers
     top = 1 if export.is_temporary else 0
@@ -74,7 +77,22 @@ def plan_served_pull(export: ImageExport, request: PullRequest) -> ServedPullPla
     if not export.disk.chain.writable and not export.is_temporary:
         raise errors.ReadOnly("is served read-only; fill its layers with `vhdkit pull`", path=export.image_path)
     pulled = tuple(path_of(layer) for layer in layers[index + 1 : last + 1])
+    if request.cuts:
+        _refuse_unfindable(export, image, pulled)
     return ServedPullPlan(export, image, pulled, index == 0, request.cuts, request.max_rate_bytes)
+
+
+def _refuse_unfindable(export: ImageExport, image: str, cut_off: Sequence[str]) -> None:
+    """Raise InvalidArgument if the next start with --follow-leaf would begin at one of these layers: from there it
+    would find an older state of the disk, and serve that."""
+    asked = export.asked_path
+    if export.open_mode.follow_leaf and real_path(asked) in map(real_path, cut_off):
+        raise errors.InvalidArgument(
+            f"is served as the newest image above {errors.printable(asked)} (--follow-leaf); cut off from that, it"
+            " would not be found any more, and the next start would serve an older state of the disk",
+            path=image,
+            hint="leave out --independent and --relink; or serve this image by its own name, and pull then",
+        )
 
 
 class ServedPull:

@@ -20,6 +20,7 @@ from vhdkit.chain.engine.chain import Chain
 from vhdkit.chain.names import lineage
 from vhdkit.chain.verbs.live import freezing
 from vhdkit.chain.verbs.live_merge import live_merge
+from vhdkit.chain.verbs.live_pull import live_pull
 from vhdkit.units import MIB
 
 RAW = OpenOptions(allow_raw_parent=True)
@@ -173,6 +174,41 @@ def test_our_own_changes_hide_no_foreign_one(folder: Path, name: str) -> None:
     touch(base)
     OURS[name](base, child)
     assert codes(child) == {"parent-written"}
+
+
+def pull_live(leaf: Path) -> None:
+    """Relink the middle of a chain of four to the base, as a server does."""
+    chain = Chain.open(leaf, writable=True)
+    with live_pull(chain, 1, 2, cuts=True) as pulling:
+        pulling.copy()
+        chain, problem = pulling.exchange()
+        assert problem is None
+    chain.close()
+
+
+def is_warned(path: Path) -> bool:
+    """Whether `check` says that a parent was written to."""
+    return "parent-written" in {one.code for one in vhdkit.check(path)}
+
+
+@pytest.mark.parametrize("is_live", [False, True])
+@pytest.mark.parametrize("suffix", ["vhd", "vhdx"])
+def test_a_pull_hides_no_foreign_change(folder: Path, suffix: str, is_live: bool) -> None:
+    """An image that becomes a child of the layer below warns of what another program did to it, before or after."""
+    base, *children = (folder / name for name in (f"base.{suffix}", *(f"{one}.a{suffix}" for one in "lit")))
+    for touched in ("before", "after"):
+        for path in (base, *children):
+            path.unlink(missing_ok=True)
+        vhdkit.create_image(base, 4 * MIB, disk_format=DiskFormat.VHDX if suffix == "vhdx" else DiskFormat.DYNAMIC)
+        for child, parent in zip(children, [base, *children], strict=False):
+            vhdkit.create_child(child, parent)
+        lower, image, top = children
+        touch(base) if touched == "before" else None
+        pull_live(top) if is_live else vhdkit.pull(image, to=lower, relink=True)
+        assert vhdkit.chain_paths(image) == [str(image), str(base)]
+        assert is_warned(image) == (touched == "before")
+        touch(base)
+        assert is_warned(image)
 
 
 def test_our_interrupted_change_raises_no_warning(folder: Path) -> None:

@@ -16,7 +16,9 @@ from vhdkit import errors
 from vhdkit.chain.verbs import live_pull
 from vhdkit.disk import open_disk
 from vhdkit.serve.control import merging
+from vhdkit.serve.control.pulling import PullRequest, plan_served_pull
 from vhdkit.serve.control.server import BadParams
+from vhdkit.serve.opening import ExportRequest, OpenMode, open_exports
 from vhdkit.units import MIB
 
 
@@ -78,6 +80,32 @@ def test_a_pull_keeps_its_rate_and_can_be_cancelled(tmp_path: Path, monkeypatch:
         assert [type(one) for one in failures] == [errors.Cancelled]
         assert progress(bench) is None
         finished(bench, writers, layers[0], 3)
+
+
+def test_the_image_that_a_follower_begins_at_is_not_cut_off(tmp_path: Path) -> None:
+    """Served as the newest image above a named one, a disk stays findable from there: the next start must not serve
+    an older state of it."""
+    paths = [str(tmp_path / name) for name in ("base.vhd", "named.avhd", "upper.avhd", "leaf.avhd")]
+    vhdkit.create_image(paths[0], MIB)
+    for child, parent in zip(paths[1:], paths, strict=False):
+        vhdkit.create_child(child, parent)
+    base, named, upper, leaf = paths
+    for asked, follow_leaf in ((named, True), (leaf, False)):
+        [export] = open_exports([ExportRequest(asked)], OpenMode(vhdkit.OpenOptions(), follow_leaf=follow_leaf))
+        assert export.image_path == leaf
+        for request, is_refused in (
+            (PullRequest(cuts=True), True),
+            (PullRequest(layer=upper, to=named, cuts=True), True),
+            (PullRequest(to=upper, cuts=True), False),
+            (PullRequest(layer=named, cuts=True), False),
+            (PullRequest(), False),
+        ):
+            if follow_leaf and is_refused:
+                with pytest.raises(errors.InvalidArgument, match="older state"):
+                    plan_served_pull(export, request)
+            else:
+                assert plan_served_pull(export, request).pulled[0] in (named, upper, base)
+        export.disk.close()
 
 
 def test_refused_pulls(tmp_path: Path) -> None:
