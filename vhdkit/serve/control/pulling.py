@@ -125,16 +125,23 @@ class ServedPull:
         }
 
     def run(self) -> dict[str, Any]:
-        """Pull; returns what was done. Raises Cancelled, and what the merge of a new leaf raises."""
+        """Pull; returns what was done. Raises Cancelled, and what the merge of a new leaf raises.
+
+        If the leaf could not be filled, it becomes the leaf again, so that the next pull continues with it.
+        """
         plan, export = self._plan, self._export
         if plan.with_leaf:
             self._held_seconds = freeze_leaf(self._server, export)
-        with self._opened() as pulling:
-            copied, zeros = pulling.copy(Pace(self), lambda: self._exchange(pulling))
-            self._exchange(pulling, is_last=True)
+        try:
+            with self._opened() as pulling:
+                copied, zeros = pulling.copy(Pace(self), lambda: self._exchange(pulling))
+                self._exchange(pulling, is_last=True)
+        except errors.VhdkitError as error:
+            if plan.with_leaf:
+                self._give_up(error)
+            raise
         if plan.with_leaf:
-            request = MergeRequest(into=plan.image, max_rate_bytes=plan.max_rate_bytes)
-            self._merging = ServedMerge(self._server, plan_served_merge(export, request))
+            self._merging = self._merge_of_leaf()
             self.look()
             self._held_seconds = max(self._held_seconds, self._merging.run()["held_seconds"])
         layers = [path_of(layer) for layer in export.disk.chain.layers]
@@ -148,6 +155,21 @@ class ServedPull:
             "zero_bytes": zeros,
             "held_seconds": round(self._held_seconds, 6),
         }
+
+    def _merge_of_leaf(self) -> ServedMerge:
+        request = MergeRequest(into=self._plan.image, max_rate_bytes=self._plan.max_rate_bytes)
+        return ServedMerge(self._server, plan_served_merge(self._export, request))
+
+    def _give_up(self, error: errors.VhdkitError) -> None:
+        """Merge the new leaf, which holds little, into the one that was to be filled; else `error` says what to do."""
+        try:
+            self._merging = self._merge_of_leaf()
+            self._merging.run()
+        except errors.VhdkitError:
+            image, leaf = errors.quoted(self._plan.image), errors.printable(self._export.image_path)
+            error.hint = (
+                f"the disk goes on in {leaf}, a child of {image}; later: ctl SOCKET merge EXPORT --into {image}"
+            )
 
     def _opened(self) -> Any:
         export, plan = self._export, self._plan

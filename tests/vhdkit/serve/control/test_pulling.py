@@ -82,6 +82,36 @@ def test_a_pull_keeps_its_rate_and_can_be_cancelled(tmp_path: Path, monkeypatch:
         finished(bench, writers, layers[0], 3)
 
 
+@EACH
+@pytest.mark.parametrize("merges_back", [True, False])
+def test_a_leaf_that_could_not_be_filled(
+    tmp_path: Path, suffix: str, merges_back: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the leaf again, and the next pull fills it; where that fails, too, the error says where the disk is."""
+
+    def full(*args: object) -> None:
+        raise errors.NoSpace("no space left")
+
+    with bench_in(tmp_path, suffix) as bench:
+        writers = writers_of(bench)
+        layers = frozen_often(bench, 2, writers)
+        with monkeypatch.context() as patch:
+            patch.setattr(live_pull, "fill", full)
+            if not merges_back:
+                patch.setattr(merging, "live_merge", full)
+            with pytest.raises(errors.NoSpace) as caught:
+                bench.do("pull", export="a", cut=True)
+        assert ("--into " + layers[0] in (caught.value.hint or "")) == (not merges_back)
+        if merges_back:
+            assert [layer.store.name for layer in bench.exports[0].disk.chain.layers] == layers
+        else:
+            assert bench.exports[0].image_path in (caught.value.hint or "")
+            bench.do("merge", export="a", into=layers[0])
+        done = bench.do("pull", export="a", cut=True)
+        assert (done["layer"], done["parent"]) == (layers[0], None)
+        finished(bench, writers, layers[0], 1)
+
+
 def test_the_image_that_a_follower_begins_at_is_not_cut_off(tmp_path: Path) -> None:
     """Served as the newest image above a named one, a disk stays findable from there: the next start must not serve
     an older state of it."""
