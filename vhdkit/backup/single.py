@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -45,6 +46,7 @@ from vhdkit.folder import real_path
 
 DISK = "disk"  # the only disk of such a machine
 _SOURCE = "source"  # the field of a manifest with the path
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,10 +209,14 @@ def save_line(
                 with contextlib.suppress(errors.VhdkitError):  # then the next night saves both layers
                     line.give_back(frozen)
             raise
-        if freezes and not wishes.keep_reference:
-            line.give_back(frozen)
-        elif older is not None:
-            line.merge(frozen, older)
+        try:
+            if freezes and not wishes.keep_reference:
+                line.give_back(frozen)
+            elif older is not None:
+                line.merge(frozen, older)
+        except errors.VhdkitError as error:  # the night exists: this is housekeeping, which a later night repeats
+            _log.warning("%s@%d is saved, but layers were not merged afterwards: %s", name, manifest.night, error)
+            older = None
         return SavedDisk(repository.path, name, manifest, line.leaf, older)
 
 

@@ -241,3 +241,18 @@ def test_two_first_nights_at_once_are_of_one_machine(monkeypatch: pytest.MonkeyP
     with pytest.raises(errors.InvalidArgument, match="under the name web"):
         backup_image("web.vhd", "repo")
     assert len(os.listdir("repo/machines")) == 1 and restored("web") == content("other/web.vhd")
+
+
+def test_a_night_whose_layers_cannot_be_merged(caplog: pytest.LogCaptureFixture) -> None:
+    """A clone of a frozen layer keeps it from being changed: the night is saved all the same, and that is said."""
+    make()
+    backup_image("web.vhd", "repo", KEEP)
+    vhdkit.create_child("clone.avhd", "web.vhd")
+    before, now = content("clone.avhd"), write("web.avhd", MIB)
+    saved = backup_image("web.avhd", "repo", SingleWishes(name="web", keep_reference=True))
+    assert saved.merged_into is None and "web@2 is saved, but layers were not merged" in caplog.text
+    assert restored("web") == now == content(saved.leaf) and content("clone.avhd") == before
+    os.unlink("clone.avhd")
+    again = write(saved.leaf, 2 * MIB)
+    assert how(backup_image(saved.leaf, "repo", SingleWishes(name="web", keep_reference=True))) is How.LAYERS
+    assert restored("web") == again

@@ -45,7 +45,7 @@ def newest_leaf(path: AnyPath, options: OpenOptions) -> str:
             raise errors.HasChildren(
                 f"{names}{more} are its children, so the newest leaf is ambiguous",
                 path=newest,
-                hint="give the one to serve",
+                hint="name the one that is meant",
             )
         newest = followers[0]
     raise errors.HasChildren(f"its line of descendants has more than {MAX_CHAIN_DEPTH} images", path=os.fsdecode(path))
