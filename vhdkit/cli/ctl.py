@@ -244,8 +244,8 @@ def pull_verb(
     """Fill a layer of EXPORT from the layers below it, as `vhdkit pull` does, while clients keep reading and writing.
 
     The layers below are only read, and stay. To fill the leaf, which clients write to, the server freezes it, fills
-    what was frozen, and merges the new leaf into it. Ctrl-C, or `cancel` from elsewhere, stops the pull; the disk then
-    reads as before, and pulling again continues where it stopped.
+    what was frozen, and merges the new leaf into it, also if it could not be filled. Ctrl-C, or `cancel` from
+    elsewhere, stops the pull; the disk then reads as before, and pulling again continues where it stopped.
 
     A server with --follow-leaf refuses to cut the disk off from the image that it was started with, since it would not
     find the disk from there again.

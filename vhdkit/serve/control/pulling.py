@@ -163,12 +163,15 @@ class ServedPull:
     def _give_up(self, error: errors.VhdkitError) -> None:
         """Merge the new leaf, which holds little, into the one that was to be filled; else `error` says what to do."""
         try:
+            if self._server.has_ended():  # there is no time for that
+                raise error
             self._merging = self._merge_of_leaf()
             self._merging.run()
         except errors.VhdkitError:
             image, leaf = errors.quoted(self._plan.image), errors.printable(self._export.image_path)
             error.hint = (
-                f"the disk goes on in {leaf}, a child of {image}; later: ctl SOCKET merge EXPORT --into {image}"
+                f"the disk goes on in {leaf}; to go on in {image}, merge that: vhdkit ctl SOCKET merge EXPORT --into"
+                f" {image}"
             )
 
     def _opened(self) -> Any:
