@@ -41,8 +41,8 @@ def test_cuts_in_one_verb() -> None:
 
 
 def test_a_sample_of_cuts_in_two_verbs() -> None:
-    """The second of two verbs may be cut as well. Each verb is the second one; half of them also begin."""
-    first = tuple(VERBS)[:: daily_or_nightly(2, 1)]
+    """The second of two verbs may be cut as well. Each verb is the second one; every day a quarter of them begin."""
+    first = tuple(VERBS)[:: daily_or_nightly(4, 1)]
     counts = _explore(2, sample=17, after_sample=5, first=first).counts
     assert counts["cuts"] > 12
 

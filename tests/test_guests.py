@@ -65,6 +65,7 @@ def test_counts_and_obeys_keys(tmp_path: Path) -> None:
         assert guest.wait() == 0
 
 
+@pytest.mark.nightly  # every day a machine with a worker runs it under KVM (tests/vmm/worker/test_capture.py)
 def test_runs_under_kvm(tmp_path: Path) -> None:
     """The processor itself runs it, if it can."""
     qemu = require_boot_sector_guest()
@@ -124,11 +125,9 @@ def test_linux_shell(tmp_path: Path) -> None:
         assert guest.wait() == 0
 
 
-# IDE reads the kernel word by word.
-@pytest.mark.parametrize(
-    "controller",
-    [pytest.param("ide", marks=pytest.mark.nightly), pytest.param("scsi", marks=pytest.mark.nightly), "virtio"],
-)
+# Every day a machine with a worker boots it from virtio (tests/vmm/api/test_guest_access.py).
+@pytest.mark.nightly
+@pytest.mark.parametrize("controller", ["ide", "scsi", "virtio"])
 def test_linux_disk_boots(tmp_path: Path, controller: str) -> None:
     """The Linux guest's disk boots by itself from any controller, and its file system can be used."""
     require_linux_guest()

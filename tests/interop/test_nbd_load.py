@@ -116,7 +116,9 @@ class Writer(threading.Thread):
                     return
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(one, marks=pytest.mark.nightly) if one == "fixed" else one for one in KINDS]
+)
 def test_kill_9_under_load(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """INV-FLUSHED-OR-NEWER: the server is killed while fio and we write; the image is sound, flushed data or newer
     data is there, and a new server serves it."""

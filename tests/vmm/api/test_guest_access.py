@@ -176,36 +176,6 @@ def _count(link: socket.socket) -> int:
 # -- agent and exchange -----------------------------------------------------------------------------------------------
 
 
-def test_agent(manager: Manager) -> None:
-    """`show` has heartbeat, system and addresses; frozen file systems thaw; the agent shuts the guest down."""
-    linux_machine(manager)
-    guest = manager.guest("web")
-    with shell_of(manager) as shell:
-        wait_until(lambda: manager.show("web").heartbeat == "ok", "it has a heartbeat", SECONDS, pause=0.1)
-        assert guest.ping().state == "ok"
-        inside = manager.show("web", guest=True).guest
-        assert inside is not None and inside.os is not None and inside.os.name == "vmm test guest"
-        system = guest.info().os
-        assert system is not None and system.host_name == "vmm-guest"
-        guest.set_time()
-        shell.check("date -s @1000000000")
-        manager.pause("web")
-        manager.resume("web")
-        shell.check("while test $(date +%s) -lt 1700000000; do usleep 50000; done")
-        assert guest.freeze(30.0) >= 0
-        with pytest.raises(AgentUnavailable, match="already"):
-            guest.freeze()
-        assert guest.thaw() >= 0
-        guest.freeze(0.1)
-        time.sleep(0.5)  # longer than it may be frozen
-        with pytest.raises(TimedOut, match="before the work was done"):
-            guest.thaw()
-    manager.shutdown("web", timeout_seconds=SECONDS)
-    assert manager.state("web") is MachineState.OFF
-    (event,) = [event for event in manager.events("web") if event.name == "shutdown-requested"]
-    assert event.details["by"] == "agent"
-
-
 def test_services_that_are_switched_off(manager: Manager) -> None:
     """A service that is switched off is refused, and the guest does not even see its channel."""
     off = {"heartbeat": False, "shutdown": False, "time_sync": False, "key_value": False, "backup": False}
@@ -222,8 +192,35 @@ def test_services_that_are_switched_off(manager: Manager) -> None:
     assert event.details["by"] == "power button"
 
 
-def test_exchange(manager: Manager) -> None:
-    """Items set while the machine is off reach the guest; items pass both ways, and survive the machine's end."""
+def check_agent(manager: Manager, shell: GuestShell) -> None:
+    """The agent of a running guest answers, sets the clock, freezes and thaws."""
+    guest = manager.guest("web")
+    wait_until(lambda: manager.show("web").heartbeat == "ok", "it has a heartbeat", SECONDS, pause=0.1)
+    assert guest.ping().state == "ok"
+    inside = manager.show("web", guest=True).guest
+    assert inside is not None and inside.os is not None and inside.os.name == "vmm test guest"
+    system = guest.info().os
+    assert system is not None and system.host_name == "vmm-guest"
+    guest.set_time()
+    shell.check("date -s @1000000000")
+    manager.pause("web")
+    manager.resume("web")
+    shell.check("while test $(date +%s) -lt 1700000000; do usleep 50000; done")
+    assert guest.freeze(30.0) >= 0
+    with pytest.raises(AgentUnavailable, match="already"):
+        guest.freeze()
+    assert guest.thaw() >= 0
+    guest.freeze(0.1)
+    time.sleep(0.5)  # longer than it may be frozen
+    with pytest.raises(TimedOut, match="before the work was done"):
+        guest.thaw()
+
+
+def test_agent_and_exchange(manager: Manager) -> None:
+    """`show` has heartbeat, system and addresses; frozen file systems thaw; the agent shuts the guest down.
+
+    Items set while the machine is off reach the guest; items pass both ways, and survive the machine's end.
+    """
     linux_machine(manager, is_started=False)
     guest = manager.guest("web")
     assert guest.items() == {"guest": {}, "host": {}}
@@ -232,13 +229,26 @@ def test_exchange(manager: Manager) -> None:
     assert guest.delete_item("gone") is False
     manager.start("web")
     with shell_of(manager) as shell:
-        shell.check("kvp set role database")  # answered after the items that the guest received first
+        answer = shell.check("kvp set role database")  # answered after the items that the guest received first
+        assert answer == '{"id":1,"ok":true}'
         assert shell.check("cat /run/kvp/host/while") == "off"
         assert shell.run("cat /run/kvp/host/gone").exit_code != 0
         assert guest.get_item("role") == ExchangedItem("database", "guest")
         assert guest.set_item("colour", "blue") is True
         assert shell.check("cat /run/kvp/host/colour") == "blue"
-    manager.stop("web")
+        assert guest.set_item("say", 'a "quoted" \\ word') is True
+        assert shell.check("cat /run/kvp/host/say") == 'a "quoted" \\ word'
+        assert '"value":"database"' in shell.check("kvp list guest")
+        assert '"value":"off"' in shell.check("kvp get while")
+        refused = shell.run("kvp get nothing")
+        assert refused.exit_code != 0 and "has no item" in refused.output
+        assert guest.delete_item("say") is True
+        assert shell.run("cat /run/kvp/host/say").exit_code != 0
+        check_agent(manager, shell)
+    manager.shutdown("web", timeout_seconds=SECONDS)
+    assert manager.state("web") is MachineState.OFF
+    (event,) = [event for event in manager.events("web") if event.name == "shutdown-requested"]
+    assert event.details["by"] == "agent"
     assert guest.items() == {"guest": {"role": "database"}, "host": {"colour": "blue", "while": "off"}}
     with pytest.raises(NotFound):
         guest.delete_item("role")  # the guest's own

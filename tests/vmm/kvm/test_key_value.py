@@ -230,6 +230,7 @@ def test_the_channel_connects_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.kvm
+@pytest.mark.nightly  # every day the same, with a worker in between (tests/vmm/api/test_guest_access.py)
 def test_real_guest(tmp_path: Path) -> None:
     """A shell script in a Linux guest exchanges items in both directions over the virtio port."""
     built = require_linux_guest()

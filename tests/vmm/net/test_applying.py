@@ -205,8 +205,8 @@ def test_external_keeps_the_host_on_its_network(host: Host) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("verb", "name", "stride"), [("kill-apply", "ext", 3), ("kill-apply", "int", 3),
-                                                      ("kill-undo", "ext", 5), ("kill-undo", "int", 5)])  # fmt: skip
+@pytest.mark.parametrize(("verb", "name", "stride"), [("kill-apply", "ext", 5), ("kill-apply", "int", 5),
+                                                      ("kill-undo", "ext", 7), ("kill-undo", "int", 7)])  # fmt: skip
 def test_a_kill_at_any_point_can_be_undone(host: Host, verb: str, name: str, stride: int) -> None:
     """`INV-NET-UNDONE`: after kill -9 before or after any change, while applying or undoing, an undo restores
     everything."""

@@ -136,7 +136,7 @@ def test_delete_is_done_or_undone(machines: Machines, subtree: bool) -> None:
             assert before[one] == disks
 
 
-@each_kind
+@each_kind_nightly
 def test_a_merge_continues_after_every_kill(machines: Machines) -> None:
     """A killed merge leaves every state as it was; the machine can be used at once, and the next merge finishes."""
     web, before = built(machines)
@@ -175,7 +175,7 @@ def test_a_nearly_finished_merge_is_recorded_before_its_disk_is_opened(machines:
     assert finished > 1
 
 
-@each_kind
+@each_kind_nightly
 @pytest.mark.parametrize("layer_count", [1, 2])
 def test_a_live_merge_is_finished_before_its_disk_is_opened(machines: Machines, layer_count: int) -> None:
     """INV-DELETE-RULE: after everything was killed in a live merge of the leaf, the definition names an image that

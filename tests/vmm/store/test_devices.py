@@ -53,7 +53,10 @@ def given(path: str, **more: Any) -> DiskRequest:
     return DiskRequest(path, kind="pass-through", **more)
 
 
-@pytest.mark.parametrize(("controller", "accelerator"), [("ide", "tcg"), ("virtio", "tcg"), ("virtio", "kvm")])
+@pytest.mark.parametrize(
+    ("controller", "accelerator"),
+    [("ide", "tcg"), ("virtio", "tcg"), pytest.param("virtio", "kvm", marks=pytest.mark.nightly)],
+)
 def test_guest_boots_from_a_device(controller: str, accelerator: str, manager: Manager, tmp_path: Path) -> None:
     """The guest boots from the device and its writes are on it; in the meantime the host can do nothing to it."""
     if accelerator == "kvm":

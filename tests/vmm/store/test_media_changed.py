@@ -129,7 +129,7 @@ def test_media_are_changed_under_linux(manager: Manager, tmp_path: Path) -> None
     """Linux reads each medium that is inserted, and none after --eject; one that it has locked is removed only by
     force.
 
-    A snapshot records the medium, and applying it restores that medium.
+    A snapshot records the medium, and applying it restores that medium. Saved, it continues without its files.
     """
     one = make_iso(tmp_path / "one.iso", "first", size_bytes=256 << 10)
     two = make_iso(tmp_path / "two.iso", "second", size_bytes=512 << 10)
@@ -161,23 +161,21 @@ def test_media_are_changed_under_linux(manager: Manager, tmp_path: Path) -> None
     manager.start("linux")
     with shell_of(manager) as shell:
         assert shell.check(READ) == "first"
-    manager.stop("linux")
+    check_continues_without_its_files(manager, tmp_path, one, two)
 
 
-def test_a_saved_linux_whose_files_are_missing(manager: Manager, tmp_path: Path) -> None:
+def check_continues_without_its_files(manager: Manager, folder: Path, one: Path, two: Path) -> None:
     """A saved guest continues without the kernel and initrd that it was started with, and with another medium.
 
     Until that is requested, the start is refused with a hint, and the memory stays. The guest notices the new medium.
     """
-    one = make_iso(tmp_path / "one.iso", "first")
-    two = make_iso(tmp_path / "two.iso", "second", size_bytes=512 << 10)
-    with start_linux(manager, tmp_path, one) as shell:
+    with shell_of(manager) as shell:
         assert shell.check(CACHED) == "first"
         shell.check("echo kept >/tmp/here")
     manager.save("linux")
     one.unlink()
-    (tmp_path / "kernel").unlink()
-    (tmp_path / "initrd").unlink()
+    (folder / "kernel").unlink()
+    (folder / "initrd").unlink()
 
     assert "vmm disk change linux disk-0" in failure("start", "linux", code=6)
     with pytest.raises(NotFound):
@@ -193,7 +191,7 @@ def test_a_saved_linux_whose_files_are_missing(manager: Manager, tmp_path: Path)
         # As with a real drive, the first read finds that the old medium is gone, the next one finds the new one.
         shell.run("dd if=/dev/sr0 of=/dev/null bs=2048 count=1")
         assert shell.check(CACHED) == "second"
-    assert events(manager, "linux", "medium-changed") == [str(two), str(two)]
+    assert events(manager, "linux", "medium-changed")[-2:] == [str(two), str(two)]
     manager.stop("linux")
 
 

@@ -106,7 +106,7 @@ def machines(folder: Path) -> Machines:
     return Machines(folder)
 
 
-@pytest.mark.parametrize("mode", ["background", "switchover", "stop"])
+@pytest.mark.parametrize("mode", ["switchover", "background", "stop"][: daily_or_nightly(1, 3)])
 def test_memory_and_disks_of_one_moment_are_restored(
     manager: Manager, folder: Path, machines: Machines, mode: str
 ) -> None:
@@ -147,7 +147,7 @@ def test_pictures_beside_snapshots(manager: Manager, folder: Path) -> None:
     with ThreadPoolExecutor(3) as pool:
         watching = [pool.submit(watch) for _ in range(3)]
         try:
-            snapshots = [small.create(f"number {number}") for number in range(4)]
+            snapshots = [small.create(f"number {number}") for number in range(daily_or_nightly(2, 4))]
         finally:
             ended.set()
         for one in watching:
@@ -248,7 +248,7 @@ def test_ten_in_a_row_with_branches_and_deletes(manager: Manager, folder: Path, 
 def test_a_long_chain(manager: Manager, folder: Path, machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
     """A guest on many images, 64 in the nightly run, reads and writes correctly, is captured and restored; a page
     costs one read of one file."""
-    small, pages = guest(manager, folder, start=False), daily_or_nightly(22, 62)
+    small, pages = guest(manager, folder, start=False), daily_or_nightly(14, 62)
     small.set_limit(pages + 2)
     for number in range(pages):
         with vhdkit.open_disk(leaf_of_small(), writable=True) as disk:

@@ -211,7 +211,9 @@ def test_one_process_is_killed_in_a_live_merge(
 
 
 @both_kinds_nightly
-@pytest.mark.parametrize("doomed", ["bc", "cd"], ids=["middle", "leaf"])
+@pytest.mark.parametrize(
+    "doomed", [pytest.param("bc", id="middle", marks=pytest.mark.nightly), pytest.param("cd", id="leaf")]
+)
 def test_all_processes_are_killed_in_a_live_merge(manager: Manager, folder: Path, doomed: str, kind: str) -> None:
     """As after a power cut, the next command finds the disk's newest image, with what the guest wrote during the
     merge."""

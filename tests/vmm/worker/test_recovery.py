@@ -49,8 +49,15 @@ def cut_after_the_pivot(small: MachineSnapshots, victims: tuple[str, ...]) -> st
     return journal.pivots[0].child
 
 
-@pytest.mark.parametrize("recovery", ["none", "restart"])
-@pytest.mark.parametrize("victims", [("worker",), ("worker", "qemu")], ids="+".join)
+@pytest.mark.parametrize(
+    ("victims", "recovery"),
+    [
+        pytest.param(("worker",), "none", id="worker-none"),
+        pytest.param(("worker",), "restart", id="worker-restart", marks=pytest.mark.nightly),
+        pytest.param(("worker", "qemu"), "none", id="worker+qemu-none", marks=pytest.mark.nightly),
+        pytest.param(("worker", "qemu"), "restart", id="worker+qemu-restart"),
+    ],
+)
 def test_delete_right_after_an_interrupted_snapshot(
     manager: Manager, tmp_path: Path, victims: tuple[str, ...], recovery: str
 ) -> None:

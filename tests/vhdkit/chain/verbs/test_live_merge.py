@@ -203,7 +203,7 @@ def test_killed_at_every_call(base: str, tmp_path: Path) -> None:
     def served() -> None:
         merge_while_writing([work / name for name in names], 9).close()
 
-    for number in killings(served, step=daily_or_nightly(3, 1)):
+    for number in killings(served, step=daily_or_nightly(5, 1)):
         here = [work / name for name in names]
         top = here[0] if here[0].exists() else here[3]
         states.add((top.name, Path(sidecar_path(here[3], KIND)).exists()))
@@ -254,8 +254,8 @@ def test_failing_at_every_call(base: str, code: int, tmp_path: Path, monkeypatch
     master.mkdir()
     paths, model = make_chain(master, 4, base, rng)
     failures = 0
-    # Every day each call fails with one of the two errors, in the nightly run with both.
-    for number in range(1 + (code == errno.ENOSPC and daily_or_nightly(1, 0)), 400, daily_or_nightly(2, 1)):
+    # Every day every second call fails with one of the two errors, in the nightly run each call with both.
+    for number in range(1 + (code == errno.ENOSPC and daily_or_nightly(2, 0)), 400, daily_or_nightly(4, 1)):
         shutil.rmtree(work, ignore_errors=True)
         shutil.copytree(master, work)
         chain = Chain.open(work / paths[0].name, writable=True)

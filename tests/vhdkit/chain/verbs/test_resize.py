@@ -16,7 +16,7 @@ import vhdkit
 from tests.harness.killing import killings
 from tests.harness.stores import MemStore
 from tests.harness.vhd_builder import Block, Vhd, child, pattern
-from tests.support import require_tool, run
+from tests.support import daily_or_nightly, require_tool, run
 from tests.vhdkit.formats.test_partitions import mbr, write_gpt
 from vhdkit.chain.names.parents import linkage_id_of
 from vhdkit.chain.records.pending import undo_path
@@ -335,7 +335,7 @@ def test_inv_resize_whole_when_killed_at_every_call(tmp_path: Path, kind: str, s
     shutil.copy(path, saved / path.name)
     states = {SIZE: content, size: content[:size].ljust(size, b"\0")} if size < 10 * SIZE else {}
     seen = set()
-    for number in killings(lambda: vhdkit.resize(path, size, shrink=True)):
+    for number in killings(lambda: vhdkit.resize(path, size, shrink=True), step=daily_or_nightly(2, 1)):
         with vhdkit.open_disk(path) as disk:
             seen.add(disk.size_bytes)
             if states:
@@ -368,7 +368,7 @@ def test_compacting_killed_at_every_call(tmp_path: Path, suffix: str) -> None:
             disk.write(0, bytes(512))
     shutil.copy(path, saved / path.name)
     content = read(path)
-    for number in killings(lambda: vhdkit.compact(path)):
+    for number in killings(lambda: vhdkit.compact(path), step=daily_or_nightly(2, 1)):
         assert read(path) == content
         if number > 0:
             vhdkit.compact(path)
