@@ -80,7 +80,10 @@ def test_any_command_after_an_interrupted_snapshot() -> None:
 
 
 @pytest.mark.kvm
-@pytest.mark.parametrize("scene", soak_cut.SCENES)
+@pytest.mark.parametrize(
+    "scene",  # every day the worker is killed at steps of a backup in tests/vmm/worker/test_backup.py
+    [pytest.param(one, marks=pytest.mark.nightly) if one == "cut-backup" else one for one in soak_cut.SCENES],
+)
 def test_killed_operations_followed_by_any_verb(scene: str) -> None:
     """INV-ONE-JOURNAL: processes are killed in a live operation, then any verb follows: a second reader finds every
     disk."""

@@ -234,7 +234,7 @@ def sabotage_target_sync(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (sabotage_early_removal, "two_layers"),
         (sabotage_order_of_removal, "many_layers"),
-        (sabotage_moved_bitmap, "moving_blocks"),
+        pytest.param(sabotage_moved_bitmap, "moving_blocks", marks=pytest.mark.nightly),
         (sabotage_vacated, "moving_blocks"),
         (sabotage_target_sync, "two_layers"),
     ],

@@ -45,6 +45,7 @@ def caught(scene: Callable[[int], Scene], *, known: int = 0) -> None:
             PowerRun(scene(seed), seed, cuts=6, steps=16, second_cuts=False).run()
 
 
+@pytest.mark.nightly
 def test_a_header_that_names_its_log_too_early_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Self-test: detects an entry and the header that names its log becoming durable with one sync."""
     real = Journal._put_empty
