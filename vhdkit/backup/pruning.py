@@ -36,7 +36,7 @@ from vhdkit.backup.manifest import Manifest
 from vhdkit.backup.names import SUMS_SUFFIX, ImagePlace, night_word
 from vhdkit.backup.prune import ImageMerge, PrunePlan, plan_prune
 from vhdkit.backup.renewal import Renewal, sidecars
-from vhdkit.backup.repository import MAX_FILES, META, PRUNE_FILE, MachineFolder, Night, remove_whole
+from vhdkit.backup.repository import MAX_FILES, META, MachineFolder, Night, remove_whole
 from vhdkit.backup.verify import known_results
 from vhdkit.chain.engine.chain import Progress
 from vhdkit.chain.names.options import OpenOptions
@@ -143,17 +143,17 @@ def finish(machine: MachineFolder, progress: Progress | None = None) -> tuple[in
     return tuple(sorted({*begun, *marked}))
 
 
-def finish_interrupted(machine: MachineFolder, *, is_held: bool = False) -> None:
+def finish_interrupted(machine: MachineFolder, *, is_held: bool = False, wanted: int | None = None) -> None:
     """Finish an interrupted prune as far as that is possible; what is in the way is left to the next prune.
 
-    For what reads nights or adds one; `is_held` says that the caller has the machine's lock.
+    For what reads nights or adds one; `is_held` says that the caller has the machine's lock. If the prune is about to
+    drop the night `wanted`, it is left as it is: as long as that night exists, nothing was merged.
     """
-    if machine.folder.exists(PRUNE_FILE):
-        with (
-            contextlib.suppress(errors.VhdkitError),
-            contextlib.nullcontext() if is_held else machine.held("the rest of a prune"),
-        ):
-            finish(machine)
+    with contextlib.suppress(errors.VhdkitError):
+        journal = read_journal(machine)
+        if journal is not None and wanted not in journal.nights:
+            with contextlib.nullcontext() if is_held else machine.held("the rest of a prune"):
+                finish(machine)
 
 
 def dated_nights(machine: MachineFolder, nights: list[Night], leased: Collection[int]) -> list[DatedNight]:

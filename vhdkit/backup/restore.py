@@ -67,10 +67,10 @@ def restore(
     """
     stage, wanted, place = stage or no_stages, Wanted.of_word(word), os.fsdecode(destination)
     with open_repository(repository) as opened, opened.machine(opened.find_machine(wanted.machine)) as machine:
-        if not dry_run:
-            finish_interrupted(machine)
         live = [one.manifest for one in machine.nights() if one.manifest is not None and not one.manifest.dropped]
         number = chosen(live, wanted.at, machine.name).night
+        if not dry_run:
+            finish_interrupted(machine, wanted=number)
         with machine.reading(number, "a restore") as manifest:
             images = Images(one.manifest for one in machine.nights() if one.manifest is not None)
             plan = _plan(machine, manifest, images, place, list(disks), kind)

@@ -115,3 +115,11 @@ def test_a_night_finishes_an_interrupted_prune(nights: Nights, monkeypatch: pyte
             assert night.number == 8
     finished(nights)
     check(nights, 2, 4, 5, 6, 7)
+
+
+def test_a_night_that_was_about_to_go(nights: Nights, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A night that an interrupted deletion has not dropped yet is restored, not dropped."""
+    interrupted(nights, monkeypatch, module, "_mark", 3)
+    restore(nights.path, "web@3", tmp_path, disks=["a"], kind="raw")
+    assert (tmp_path / "web-a.raw").read_bytes() == nights.content[3]["a"]
+    assert finished(nights) == (3,)
