@@ -224,6 +224,8 @@ def _carry_out(
         raise _is_read(machine, number)
     _mark(machine, nights, drop, set(removals))
     _remove_images(machine, removals)
+    if plan.mergings:  # records of what is gone would be taken for children of a target
+        _forget(machine, machine.nights())
     for merging in plan.mergings:
         _merge(machine, replace(journal, merging=merging), progress)
     _forget(machine, machine.nights())

@@ -343,3 +343,16 @@ def test_a_full_target(nights: Nights, monkeypatch: pytest.MonkeyPatch) -> None:
             with pytest.raises(errors.NoSpace):
                 delete(machine, 1)
     check(nights, 1, 2, 3, 4, 5, 6)
+
+
+def test_a_hidden_branch_goes_with_what_stood_on_it(tmp_path: Path) -> None:
+    """An image that stayed for a branch is removed with it, and not looked for when its parent is merged."""
+    nights = Nights(tmp_path / "repo")
+    nights.add({"a": {0: b"1"}})
+    for number, on in ((2, 1), (3, 2), (4, 2), (5, 1)):
+        nights.add({"a": {number * 4096: b"x"}}, on=on)
+    for number in nights.content:  # as `check` wants it
+        nights.path.joinpath("machines", MACHINE, "meta", f"{number:05d}").mkdir(exist_ok=True)
+    dropped(nights, 1, 2)
+    dropped(nights, 3, 4)
+    check(nights, 5)
