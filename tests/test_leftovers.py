@@ -59,6 +59,21 @@ def test_a_new_process_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert run.end() == []
 
 
+@pytest.mark.parametrize(("outer", "reported"), [("", ["network namespace lost"]), ("run:other:", [])])
+def test_a_run_within_a_test_reports_no_namespaces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outer: str, reported: list[str]
+) -> None:
+    """In CI a namespace that is left is reported by the whole run; those beside an inner run belong to others."""
+    for name, value in (("TMPDIR", ""), ("PYTEST_DEBUG_TEMPROOT", ""), (MARK, outer)):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("CI", "true")
+    monkeypatch.setattr("tests.leftovers._SECONDS", 0.0)
+    monkeypatch.setattr("tests.leftovers._namespaces", set)
+    run = Run(str(tmp_path))
+    monkeypatch.setattr("tests.leftovers._namespaces", lambda: {"lost"})
+    assert run.end() == reported
+
+
 def test_mounts_in_our_folder_are_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Mounts and loop devices of others are left alone; if one of ours is left, the folder stays."""
     for name in ("TMPDIR", "PYTEST_DEBUG_TEMPROOT", MARK):
