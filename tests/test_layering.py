@@ -44,7 +44,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("vhdkit.chain.engine",),
     ("vhdkit.chain", "vhdkit.chain.verbs"),
     ("vhdkit.disk",),
-    ("vhdkit.backup",),
+    ("vhdkit.backup", "vhdkit.backups"),
     ("vhdkit.serve.nbd", "vhdkit.serve.notify"),
     ("vhdkit.serve.opening",),
     ("vhdkit.serve", "vhdkit.serve.control", "vhdkit.serve.mount", "vhdkit.serve.nbdkit"),

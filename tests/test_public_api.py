@@ -17,6 +17,7 @@ import pytest
 import vhdkit
 import vmm
 from tests.vhdkit.cli.running import good
+from vhdkit import backups
 
 PUBLIC = """
 AccessDenied AddressInUse AlreadyExists ByteRange CacheMode Cancelled CompactResult Comparison ControlClient
@@ -24,7 +25,7 @@ CopiedLayers CorruptImage CorruptReason Disk DiskClosed DiskFormat DiskSize Exte
 GarbageItem GarbageKind HasChildren ImageInUse InvalidArgument IoFailed KnownRun Merge Move NoSpace NotFound
 NotesUnwritten OpenOptions OutOfRange ParentError ParentMismatch ParentMissing ParentRefused Progress Pull ReadOnly
 Repair Replaced ResizeResult Severity SyncFailed TrustedFolder TrustedFolders Unprotected UnsupportedFormat
-VhdkitError __version__ chain_held chain_paths check clone collect_garbage compact compare convert copy_layers
+VhdkitError __version__ backups chain_held chain_paths check clone collect_garbage compact compare convert copy_layers
 create_child create_image find_children image_id is_maker_dead json_text jsonrpc maker_word mark_parents merge
 merge_under_way open_disk parse_disk_size pull rebase relocate repair resize restore resume_merge snapshot
 snapshot_many trusted_parent_dirs
@@ -67,6 +68,21 @@ def test_errors_and_the_control_client_need_no_numpy() -> None:
     program = "import sys, vhdkit; vhdkit.ControlClient; vhdkit.VhdkitError; print('numpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     assert done.stdout.split() == ["False"]
+
+
+def test_names_of_repositories_are_the_same_for_type_checkers() -> None:
+    """Each public name of `vhdkit.backups` comes from the module from which type checkers take it, and exists."""
+    tree = ast.parse(Path(backups.__file__).read_text(encoding="utf-8"))
+    shown = {
+        alias.name: node.module
+        for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module != "importlib"
+        for alias in node.names
+    }  # fmt: skip
+    assert shown == backups._HOME_OF and sorted(shown) == sorted(backups.__all__)
+    assert [name for name in backups.__all__ if not hasattr(backups, name)] == []
+    assert set(backups.__all__) <= set(dir(backups))
+    with pytest.raises(AttributeError, match="prun"):
+        backups.prun  # type: ignore[attr-defined]  # noqa: B018
 
 
 def test_the_version_is_that_of_the_package() -> None:

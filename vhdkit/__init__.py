@@ -18,7 +18,7 @@ load numpy.
 
 TYPE_CHECKING = False  # type checkers know the name; `typing` takes longer to import than all of this
 if TYPE_CHECKING:
-    from vhdkit import jsonrpc
+    from vhdkit import backups, jsonrpc
     from vhdkit.chain.engine.chain import Progress
     from vhdkit.chain.names.family import chain_held, chain_paths, find_children, image_id, mark_parents
     from vhdkit.chain.names.options import OpenOptions
@@ -133,6 +133,7 @@ __all__ = [
     "UnsupportedFormat",
     "VhdkitError",
     "__version__",
+    "backups",
     "chain_held",
     "chain_paths",
     "check",
@@ -206,7 +207,7 @@ _HOMES = {
     "vhdkit.uncached": "CacheMode",
     "vhdkit.units": "DiskSize parse_disk_size",
 }
-_MODULES = ("jsonrpc",)  # public as wholes
+_MODULES = ("backups", "jsonrpc")  # public as wholes
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 
 if not TYPE_CHECKING:  # type checkers use the imports above, and refuse missing names
