@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from vhdkit.backup.night import Circumstances, FrozenDisk, Stages, Wishes, Writing, writing
     from vhdkit.backup.pruning import Pruned, dated_nights, delete, finish_interrupted, prune
     from vhdkit.backup.repository import MachineFolder, Night, Repository, create_repository, open_repository
-    from vhdkit.backup.restore import Restored, restore
+    from vhdkit.backup.restore import Restored, read_file, restore
     from vhdkit.backup.verify import NightResult, Verification, known_results, verify
     from vhdkit.chain.records.references import NightMark, marks_at
 
@@ -68,6 +68,7 @@ __all__ = [
     "open_repository",
     "out_of_order",
     "prune",
+    "read_file",
     "release",
     "restore",
     "time_word",
@@ -90,7 +91,7 @@ _HOMES = {
     "vhdkit.backup.night": "Circumstances FrozenDisk Stages Wishes Writing writing",
     "vhdkit.backup.pruning": "Pruned dated_nights delete finish_interrupted prune",
     "vhdkit.backup.repository": "MachineFolder Night Repository create_repository open_repository",
-    "vhdkit.backup.restore": "Restored restore",
+    "vhdkit.backup.restore": "Restored read_file restore",
     "vhdkit.backup.verify": "NightResult Verification known_results verify",
     "vhdkit.chain.records.references": "NightMark marks_at",
 }

@@ -79,6 +79,23 @@ def restore(
     return Restored(manifest, {one.record.disk_id: one.path for one in plan.disks}, tuple(plan.files))
 
 
+def read_file(machine: MachineFolder, night: Manifest, name: str, limit_bytes: int) -> bytes:
+    """Another file of a night, compared with its sum.
+
+    Raises NotFound, InvalidArgument if it has more than `limit_bytes`, DamagedRepository.
+    """
+    record = next((one for one in night.files if one.name == name), None)
+    if record is None:
+        raise errors.NotFound(f"night {night.night} of {machine.name} has no file {errors.printable(name)!r}")
+    with machine.meta(night.night) as folder:
+        raw = folder.read(name, limit_bytes)
+        if len(raw) != record.size_bytes or hashlib.sha256(raw).hexdigest() != record.sha256:
+            raise DamagedRepository(
+                "was changed or damaged since it was written", path=os.path.join(folder.path, name)
+            )
+    return raw
+
+
 @dataclass(frozen=True, slots=True)
 class _NewDisk:
     """A disk to restore: its record, the chain that holds it, the new image's path and kind (None: the disk's own)."""

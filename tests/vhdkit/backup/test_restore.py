@@ -15,7 +15,7 @@ from vhdkit import errors
 from vhdkit.backup.documents import DamagedRepository
 from vhdkit.backup.leases import leases
 from vhdkit.backup.repository import open_repository
-from vhdkit.backup.restore import restore
+from vhdkit.backup.restore import read_file, restore
 from vhdkit.held_folder import HeldFolder
 from vhdkit.units import MIB, SECTOR_SIZE
 
@@ -134,3 +134,21 @@ def test_a_repository_that_cannot_be_written_to(
         monkeypatch.setattr(HeldFolder, name, refused)
     restore(tmp_path / "repository", "web@1", tmp_path / "new.vhd")
     assert content(tmp_path / "new.vhd") == source.nights[(str(tmp_path / "repository"), 1)]
+
+
+def test_another_file_is_read_and_checked(source: Source, tmp_path: Path) -> None:
+    """A file of a night is read whole if it is short enough and as it was written; otherwise the error names it."""
+    with saving([(source, source.freeze())], tmp_path / "repository") as (writing, disks):
+        writing.save(disks, facts(), {"definition.json": b"{}"})
+    with open_repository(tmp_path / "repository") as opened, opened.machine(opened.find_machine("web")) as machine:
+        night = machine.require_night(3)
+        assert read_file(machine, night, "definition.json", 2) == b"{}"
+        with pytest.raises(errors.NotFound, match="no file 'other'"):
+            read_file(machine, night, "other", 2)
+        with pytest.raises(errors.InvalidArgument, match="more than 1 bytes"):
+            read_file(machine, night, "definition.json", 1)
+        with machine.meta(3) as folder:
+            folder.write("definition.json", b"[]", replace=True)
+        with pytest.raises(DamagedRepository, match="changed or damaged") as caught:
+            read_file(machine, night, "definition.json", 2)
+        assert str(caught.value.path).endswith("meta/00003/definition.json")

@@ -8,13 +8,12 @@ nothing: `importing` does.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import vhdkit
-from vmm.api.export_import.exporting import FORMAT, MANIFEST, UEFI_VARIABLES
+from vmm.api.export_import.exporting import MANIFEST
 from vmm.api.export_import.foreign import LEAVE_OUT, Consent, Judged, judge
 from vmm.api.export_import.inside import Inside
 from vmm.model.errors import InvalidSpec, NotFound, Refused, VmmError
@@ -23,10 +22,11 @@ from vmm.model.spec import MachineSpec, make_disk, read_spec
 from vmm.snapshots.steps import store_problem
 from vmm.store import devices
 from vmm.store.images import as_found, refuse_frozen
+from vmm.store.machine_document import MAX_DOCUMENT_BYTES, read_document
 from vmm.store.media import open_medium
-from vmm.store.snapshots.tree import MAX_LIMIT, Tree, read_tree
+from vmm.store.night_files import UEFI_VARIABLES
+from vmm.store.snapshots.tree import MAX_LIMIT, Tree
 
-_MAX_MANIFEST_BYTES = 32 << 20
 _MAX_DEFINITION_BYTES = 4 << 20
 _MAX_FILES = 16384
 # Files that are read whole have limits of their own; the others only take space, which is checked.
@@ -70,28 +70,17 @@ def look_at_export(inside: Inside) -> Arrival:
     """The contents of an exported folder; every file that it names exists. Raises NotFound, InvalidSpec, Refused."""
     path = os.path.join(inside.root, MANIFEST)
     try:
-        content = inside.read(MANIFEST, _MAX_MANIFEST_BYTES)
+        content = inside.read(MANIFEST, MAX_DOCUMENT_BYTES)
     except NotFound as error:
         raise NotFound("is not an export: it contains no vmm-export.json", path=inside.root) from error
-    try:
-        document = json.loads(content)
-        if document["format"] != FORMAT:
-            raise InvalidSpec("was exported by another version of vmm", path=path)
-        spec = read_spec(json.dumps(document["definition"]).encode(), path)
-        tree = read_tree(json.dumps(document["tree"]).encode(), path)
-        files = {str(name): int(size) for name, size in document["files"].items()}
-        images = {str(disk): f"disks/{name}" for disk, name in document["images"].items()}
-        media = {str(path): str(name) for path, name in document.get("media", {}).items()}  # 0.1.0 wrote none
-        flat = document["flat"] is True
-    except InvalidSpec:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, VmmError) as error:
-        raise InvalidSpec("is damaged: its content is not that of an export", path=path) from error
+    document = read_document(content, path)
+    spec, tree, files = document.spec, document.tree, dict(document.files)
+    images = {disk: f"disks/{name}" for disk, name in document.images.items()}
     if len(files) > _MAX_FILES:
         raise InvalidSpec(f"names more than {_MAX_FILES} files", path=path)
     tree.journal = None
     tree.limit = min(max(tree.limit, 1), MAX_LIMIT)
-    arrival = Arrival(inside.root, {None: spec}, tree, files, images, media, flat)
+    arrival = Arrival(inside.root, {None: spec}, tree, files, images, dict(document.media), document.flat)
     _check_names(arrival)
     for name, size in files.items():
         _check_file(inside, name, size, spec)

@@ -14,7 +14,6 @@ machine again is decided in `importing`.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -36,13 +35,14 @@ from vmm.snapshots.recovery import settle
 from vmm.snapshots.steps import options_of, options_of_all, store_problem
 from vmm.store import registry, saved
 from vmm.store.devices import refuse_passed_through
+from vmm.store.machine_document import MachineDocument
+from vmm.store.night_files import UEFI_VARIABLES
 from vmm.store.registry import Machine
 from vmm.store.snapshots.memory import SnapshotFolder, copy_file
 from vmm.store.snapshots.store import holding
 from vmm.store.snapshots.tree import Snapshot, Tree
 
-FORMAT = 1
-MANIFEST, UEFI_VARIABLES = "vmm-export.json", "uefi-vars.fd"
+MANIFEST = "vmm-export.json"
 Progress = Callable[[dict[str, Any]], None]
 
 
@@ -273,16 +273,8 @@ class _Export:
             for name in names:
                 path = os.path.join(parent, name)
                 files[os.path.relpath(path, self._part)] = os.stat(path).st_size
-        document = {
-            "format": FORMAT,
-            "definition": json.loads(spec.to_json()),
-            "images": images,
-            "media": self._media,
-            "flat": flat,
-            "tree": json.loads(tree.to_json()),
-            "files": files,
-        }
-        write_whole(os.path.join(self._part, MANIFEST), json.dumps(document, indent=1).encode() + b"\n")
+        document = MachineDocument(spec, images, self._media, flat, tree, files)
+        write_whole(os.path.join(self._part, MANIFEST), document.encoded())
         count = sum(path.startswith("disks/") for path in files)
         return TransferResult(spec.name, self._part, count, len(tree.snapshots))
 

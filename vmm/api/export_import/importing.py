@@ -24,7 +24,6 @@ import vhdkit
 from vmm.api.export_import.arrival import Arrival, chain_of, check_chains, judge_all, look_at_export, placed, resolved
 from vmm.api.export_import.exporting import (
     MANIFEST,
-    UEFI_VARIABLES,
     Progress,
     TransferResult,
     adopt_parents,
@@ -43,6 +42,7 @@ from vmm.snapshots.steps import store_problem
 from vmm.store import registry, saved
 from vmm.store.images import note_marks
 from vmm.store.media import media_of
+from vmm.store.night_files import UEFI_VARIABLES
 from vmm.store.snapshots.memory import SnapshotFolder, adapt_saved, share_file
 from vmm.store.snapshots.store import tree_path
 from vmm.store.snapshots.tree import Image, Tree

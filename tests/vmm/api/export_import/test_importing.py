@@ -267,7 +267,7 @@ def test_a_damaged_tree_is_a_damaged_export(out: Path) -> None:
     manifest = json.loads((out / MANIFEST).read_text())
     manifest["tree"]["snapshots"][0]["folder"] = 1
     (out / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(InvalidSpec, match="its content is not that of an export") as caught:
+    with pytest.raises(InvalidSpec, match="it does not describe a machine") as caught:
         import_machine(str(out), name="copy")
     assert caught.value.hint is None
 
