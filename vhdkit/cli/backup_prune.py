@@ -7,17 +7,18 @@ Decides how a plan is shown before and after it is carried out.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict
 from typing import Any, TypeVar
 
 import click
 
 from vhdkit import NotFound
-from vhdkit.backup.choosing import Wanted, chosen
-from vhdkit.backup.keep import KeepRules, out_of_order, zone_named
+from vhdkit.backup.choosing import Wanted
+from vhdkit.backup.keep import KeepRules, zone_named
 from vhdkit.backup.leases import release
-from vhdkit.backup.manifest import Manifest
-from vhdkit.backup.pruning import Pruned, dated_nights, delete, prune
+from vhdkit.backup.protection import protect
+from vhdkit.backup.pruning import Pruned, delete, prune
+from vhdkit.backup.reports import find_night, nights_out_of_order, report_prune
 from vhdkit.backup.repository import MachineFolder, Repository, open_repository
 from vhdkit.cli.backup import repository_options
 from vhdkit.cli.common import Common, dry_run_option, epilog, progress_option
@@ -127,7 +128,7 @@ def delete_command(
         raise click.UsageError("say which night: NAME@NIGHT or NAME@TIME")
     with open_repository(repo) as repository, repository.machine(repository.find_machine(wanted.machine)) as machine:
         _release(repository, release, dry_run)
-        number = _night(machine, wanted.at).night
+        number = find_night(machine, wanted.at).night
         with progress_shown(common, progress, f"deleting night {number}") as show:
             done = delete(machine, number, newest=newest, dry_run=dry_run, progress=show)
         _print_done(machine, done, common)
@@ -148,21 +149,12 @@ def protect_command(repo: str, night: str, off: bool, common: Common) -> None:
     """
     wanted = Wanted.of_word(night)
     with open_repository(repo) as repository, repository.machine(repository.find_machine(wanted.machine)) as machine:
-        with machine.held("protect"):
-            manifest = _night(machine, wanted.at)
-            if manifest.protected is off:
-                machine.write_manifest(replace(manifest, protected=not off), replace=True)
+        number = protect(machine, wanted.at, protected=not off)
         if common.json:
-            print_json({"machine": machine.id, "night": manifest.night, "protected": not off})
+            print_json({"machine": machine.id, "night": number, "protected": not off})
         elif not common.quiet:
             state = "no longer protected" if off else "protected"
-            print_text(f"night {manifest.night} of {printable(machine.name)} is {state}")
-
-
-def _night(machine: MachineFolder, at: str | None) -> Manifest:
-    nights = machine.nights()
-    live = [one.manifest for one in nights if one.manifest is not None and not one.manifest.dropped]
-    return chosen(live, at, machine.name)
+            print_text(f"night {number} of {printable(machine.name)} is {state}")
 
 
 def _release(repository: Repository, lease_id: str | None, dry_run: bool) -> None:
@@ -173,46 +165,28 @@ def _release(repository: Repository, lease_id: str | None, dry_run: bool) -> Non
 
 
 def _note_clocks(machine: MachineFolder, common: Common) -> None:
-    for late, early in out_of_order(dated_nights(machine, machine.nights(), ())):
-        note(common, f"night {late} has an earlier time than night {early}: a clock was wrong, so days may be double")
+    for one in nights_out_of_order(machine):
+        words = f"night {one.night} has an earlier time than night {one.previous}"
+        note(common, f"{words}: a clock was wrong, so days may be double")
 
 
-def _print_done(machine: MachineFolder, done: Pruned, common: Common) -> None:
-    plan = done.plan
+def _print_done(machine: MachineFolder, pruned: Pruned, common: Common) -> None:
+    done = report_prune(machine, pruned)
     if common.json:
-        print_json(
-            {
-                "machine": machine.id,
-                "name": machine.name,
-                "dry_run": done.dry_run,
-                "dropped": list(plan.dropped),
-                "kept": {str(number): list(why) for number, why in plan.kept.items()},
-                "finished": list(done.finished),
-                "removed": [one.place.text for one in plan.removals],
-                "merged": [
-                    {"into": one.target.text, "images": [place.text for place in one.gone]} for one in plan.mergings
-                ],
-                "hidden": [one.text for one in plan.hidden],
-                "deferred": [one.text for one in plan.deferred],
-                "copied_bytes": plan.copied_bytes,
-                "freed_bytes": plan.freed_bytes,
-            }
-        )
+        print_json(asdict(done))
         return
     if common.quiet:
         return
     if done.finished:
         note(common, f"a prune that was interrupted is finished: night {', '.join(map(str, done.finished))} is gone")
-    rows = [("keep", str(number), ", ".join(why)) for number, why in plan.kept.items()]
-    rows += [("drop", str(number), "") for number in plan.dropped]
-    for line in columns(sorted(rows, key=lambda row: int(row[1])), "lrl") if rows else []:
+    for line in columns(done.rows, "lrl") if done.rows else []:
         print_text(printable(line))
-    if plan.deferred:
-        note(common, f"{count(len(plan.deferred), 'image')} must wait: nights on them are being read or damaged")
-    if not plan.dropped:
+    if done.deferred:
+        note(common, f"{count(len(done.deferred), 'image')} must wait: nights on them are being read or damaged")
+    if not done.dropped:
         print_text("nothing to drop")
         return
     word = "would drop" if done.dry_run else "dropped"
-    merges = f", copying at most {format_size(plan.copied_bytes)}" if plan.mergings else ""
-    freed = f", freeing {format_size(plan.freed_bytes)}" if plan.freed_bytes else ""
-    print_text(f"{word} {count(len(plan.dropped), 'night')}{merges}{freed}")
+    merges = f", copying at most {format_size(done.copied_bytes)}" if done.merged else ""
+    freed = f", freeing {format_size(done.freed_bytes)}" if done.freed_bytes else ""
+    print_text(f"{word} {count(len(done.dropped), 'night')}{merges}{freed}")

@@ -6,14 +6,14 @@ Decides how the result is shown, and its exit code.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import asdict
 
 import click
 
-from vhdkit.backup.documents import time_word
 from vhdkit.backup.pruning import finish_interrupted
+from vhdkit.backup.reports import VerifyReport, report_verification
 from vhdkit.backup.repository import open_repository
-from vhdkit.backup.verify import Verification, verify
+from vhdkit.backup.verify import verify
 from vhdkit.cli.backup import repository_options
 from vhdkit.cli.common import Common, epilog, progress_option
 from vhdkit.cli.output import count, note, print_json, print_text
@@ -57,7 +57,7 @@ def verify_command(
       "taken", "problems"}], "damaged": [{"path", "problem"}], "in_use",
       "read_bytes", "went_on", "unfinished_prune"}]}
     """
-    found: list[tuple[str, str, Verification]] = []
+    found = []
     with open_repository(repo) as repository:
         ids = [repository.find_machine(one) for one in machines] or repository.machine_ids()
         for machine_id in ids:
@@ -67,67 +67,34 @@ def verify_command(
             ):
                 finish_interrupted(machine)
                 result = verify(machine, sample_percent=percent, again=again, progress=show)
-                found.append((machine_id, machine.name, result))
+                found.append(report_verification(machine, result))
         path = repository.path
     if common.json:
-        print_json({"repository": path, "machines": [_document(*one) for one in found]})
+        print_json({"repository": path, "machines": [asdict(one) for one in found]})
     else:
-        for _, name, result in found:
-            _print_result(name, result, common)
-    if any(not night.is_whole for _, _, result in found for night in result.nights):
+        for one in found:
+            _print_result(one, common)
+    if any(one.bad for one in found):
         context.exit(_EXIT_DAMAGED)
-    context.exit(_EXIT_BUSY if any(result.busy for _, _, result in found) else 0)
+    context.exit(_EXIT_BUSY if any(one.in_use for one in found) else 0)
 
 
-def _document(machine_id: str, name: str, result: Verification) -> dict[str, Any]:
-    return {
-        "id": machine_id,
-        "name": name,
-        "nights": [
-            {
-                "night": one.number,
-                "taken": None if one.taken is None else time_word(one.taken),
-                "problems": list(one.problems),
-            }
-            for one in result.nights
-        ],
-        "damaged": [{"path": path, "problem": problem} for path, problem in result.damaged],
-        "in_use": list(result.busy),
-        "read_bytes": result.read_bytes,
-        "went_on": result.went_on,
-        "unfinished_prune": list(result.unfinished_prune),
-    }
-
-
-def _print_result(name: str, result: Verification, common: Common) -> None:
-    bad = [one for one in result.nights if not one.is_whole]
-    if result.went_on:
-        note(common, f"{name}: went on with a run that was interrupted")
-    if result.unfinished_prune:
-        note(common, f"{name}: a prune was interrupted, and the next one finishes it")
-    for path, problem in result.damaged:
-        print_text(("damaged: ", "bold red"), f"{printable(path)}: {printable(problem)}")
-    for path in result.busy:
+def _print_result(found: VerifyReport, common: Common) -> None:
+    if found.went_on:
+        note(common, f"{found.name}: went on with a run that was interrupted")
+    if found.unfinished_prune:
+        note(common, f"{found.name}: a prune was interrupted, and the next one finishes it")
+    for damage in found.damaged:
+        print_text(("damaged: ", "bold red"), f"{printable(damage.path)}: {printable(damage.problem)}")
+    for path in found.in_use:
         print_text(("in use: ", "yellow"), f"{printable(path)} could not be verified: run the command again")
-    for one in bad:
-        print_text(f"  night {one.number} cannot be relied on: {printable('; '.join(one.problems))}")
+    for one in found.bad:
+        print_text(f"  night {one.night} cannot be relied on: {printable('; '.join(one.problems))}")
     if common.quiet:
         return
-    whole = [one.number for one in result.nights if one.is_whole]
-    if bad:
-        print_text(f"{printable(name)}: {count(len(bad), 'night')} damaged; whole: {_ranges(whole)}")
-    elif result.busy:
-        print_text(f"{printable(name)}: no damage in what could be read")
+    if found.bad:
+        print_text(f"{printable(found.name)}: {count(len(found.bad), 'night')} damaged; whole: {found.whole}")
+    elif found.in_use:
+        print_text(f"{printable(found.name)}: no damage in what could be read")
     else:
-        print_text(("whole", "bold green"), f": {count(len(whole), 'night')} of {printable(name)}")
-
-
-def _ranges(numbers: list[int]) -> str:
-    """ "1-4, 6" """
-    runs: list[list[int]] = []
-    for one in numbers:
-        if runs and runs[-1][-1] == one - 1:
-            runs[-1].append(one)
-        else:
-            runs.append([one])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs) or "none"
+        print_text(("whole", "bold green"), f": {count(len(found.nights), 'night')} of {printable(found.name)}")

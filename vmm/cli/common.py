@@ -12,6 +12,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -31,6 +32,8 @@ else:
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?", re.IGNORECASE)
 _FACTORS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_AGE = re.compile(r"([0-9]{1,6})([mhdw])")
+_AGE_SECONDS = {"m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
 _COLOURS = {
     "running": "green", "paused-critical": "red", "paused": "yellow", "saved": "cyan", "starting": "green",
     "stopping": "yellow",
@@ -81,6 +84,22 @@ class SecondsType(AnyType):
         return seconds
 
 
+class AgeType(AnyType):
+    """A length of time: 90m, 26h, 8d, 5w."""
+
+    name = "age"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> timedelta:
+        """The length of time."""
+        if isinstance(value, timedelta):
+            return value
+        found = _AGE.fullmatch(str(value))
+        if found is None:
+            self.fail(f"{value!r} is not an age: write 90m, 26h, 8d or 5w", param, ctx)
+        return timedelta(seconds=int(found[1]) * _AGE_SECONDS[found[2]])
+
+
+AGE = AgeType()
 SIZE = SizeType()
 DISK_SIZE = DiskSizeType()
 SECONDS = SecondsType()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias
 
 import click
@@ -43,13 +43,25 @@ class NameType(AnyType):
 
 def with_names(command: click.Command, verb: str) -> click.Command:
     """The command, or every command of a group, with completion of names."""
-    for one in command.commands.values() if isinstance(command, click.Group) else (command,):
+    for one in _commands_of(command):
         for param in one.params:
             is_new = one.name == "create" and param.name == "name"
             names = None if is_new else _names_for(param.name or "", verb)
             if names is not None:
                 param.type = NameType(names)
     return command
+
+
+def _commands_of(command: click.Command) -> Iterator[click.Command]:
+    """The command, or every command of a group and of the groups in it."""
+    if not isinstance(command, click.Group):
+        yield command
+        return
+    context = click.Context(command)
+    for name in command.list_commands(context):
+        below = command.get_command(context, name)
+        if below is not None:
+            yield from _commands_of(below)
 
 
 def _names_for(parameter: str, verb: str) -> Names | None:

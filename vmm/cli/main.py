@@ -71,7 +71,7 @@ _VERBS: dict[str, tuple[str, str]] = {
     "export": ("vmm.cli.transfer:export_command", "Export a machine to a folder, for another host."),
     "import": ("vmm.cli.transfer:import_command", "Create a machine from an exported folder."),
     "repair": ("vmm.cli.repair:repair_command", "Find a machine's newest images, and use them."),
-    "backup": ("vmm.cli.backup:backup_command", "Copy all disks of a machine at one moment."),
+    "backup": ("vmm.cli.backup:backup_command", "Save machines in a backup repository, and look after it."),
     "events": ("vmm.cli.log:events_command", "Show what happened to a machine."),
     "logs": ("vmm.cli.log:logs_command", "Show the logs of a machine's programs."),
 }

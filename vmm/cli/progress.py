@@ -51,6 +51,11 @@ class ProgressText:
         return (done - first) / seconds if seconds >= _SETTLED_SECONDS else 0.0
 
 
+def bytes_shown(show: Callable[[dict[str, Any]], None], step: str) -> Callable[[int, int], None]:
+    """The progress of vhdkit's verbs, (bytes done, bytes in all), as documents for `show`."""
+    return lambda done, total: show({"step": step, "done": done, "total": total})
+
+
 def _duration(seconds: float) -> str:
     """ "0:42", "1:02:03"."""
     whole = int(seconds + 0.5)

@@ -55,6 +55,9 @@ def offered(line: str) -> list[str]:
     ("vmm nic set absent ", []),
     ("vmm nic add web la", ["lab", "lan"]),
     ("vmm create ", []),
+    ("vmm backup pr", ["prune", "protect"]),
+    ("vmm backup run w", ["web"]),
+    ("vmm backup list repo b", ["base"]),
 ])  # fmt: skip
 def test_names_are_completed(line: str, names: list[str]) -> None:
     """Names of switches, machines and adapters are offered where one is expected, but not for a new name."""

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`backup list`, `show` and `status`: what is in a repository, and whether there is a recent whole night.
+
+Decides how this is shown; what is reported is decided in `vhdkit.backups`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
+
+import click
+
+from vhdkit import backups
+from vmm.cli.common import AGE, epilog, format_size, output_options, print_json, print_line, print_pairs, print_table
+from vmm.model.errors import NotFound
+
+_EXIT_LATE, _EXIT_DAMAGED = 1, 3
+
+
+@click.command("list", epilog=epilog("vmm backup list /srv/backup", "vmm backup list /srv/backup web"))
+@click.argument("repo")
+@click.argument("machine", required=False)
+@output_options
+def list_command(repo: str, machine: str | None, as_json: bool, quiet: bool) -> None:
+    """List the machines of the repository REPO, or the nights of one MACHINE, oldest first.
+
+    A night's size is what its images added; an unchanged disk adds none. Times are those that the clocks showed when
+    the night was taken.
+    """
+    with backups.open_repository(repo) as repository:
+        if machine is None:
+            machines = backups.report_machines(repository)
+            if as_json:
+                print_json({"repository": repository.path, "machines": [asdict(one) for one in machines]})
+            elif not machines and not quiet:
+                print_line("no machine has been backed up here yet")
+            elif not quiet:
+                print_table(("MACHINE", "NIGHTS", "NEWEST", "SIZE", "ID"), list(map(_machine_row, machines)))
+            return
+        with repository.machine(repository.find_machine(machine)) as found:
+            nights = backups.report_nights(found)
+            if as_json:
+                rows = [asdict(one) for one in nights]
+                print_json({"repository": repository.path, "machine": found.id, "name": found.name, "nights": rows})
+            elif not nights and not quiet:
+                print_line(f"{found.name} has no nights")
+            elif not quiet:
+                print_table(("NIGHT", "TAKEN", "CONSISTENCY", "SIZE", ""), list(map(_night_row, nights)))
+
+
+def _machine_row(one: backups.MachineReport) -> tuple[str, ...]:
+    name = one.name or f"({one.problem})"
+    return name, str(one.nights), one.newest or "none", format_size(one.data_bytes), one.id
+
+
+def _night_row(one: backups.NightReport) -> tuple[str, ...]:
+    size = "" if one.data_bytes is None else format_size(one.data_bytes)
+    return str(one.night), one.local_time or "unknown", one.consistency or "", size, one.notes
+
+
+@click.command("show", epilog=epilog("vmm backup show /srv/backup web", "vmm backup show /srv/backup web@18"))
+@click.argument("repo")
+@click.argument("night", metavar="NAME[@NIGHT|@TIME]")
+@output_options
+def show_command(repo: str, night: str, as_json: bool, quiet: bool) -> None:
+    """Show a night, by default the newest: its disks, where their images are, and everything else that it has."""
+    wanted = backups.Wanted.of_word(night)
+    with (
+        backups.open_repository(repo) as repository,
+        repository.machine(repository.find_machine(wanted.machine)) as machine,
+    ):
+        found = backups.report_night(machine, wanted.at)
+        path, name, machine_id = repository.path, machine.name, machine.id
+    if as_json:
+        document = {**asdict(found), "manifest": json.loads(found.manifest)}
+        print_json({"repository": path, "machine": machine_id, "name": name, **document})
+    elif not quiet:
+        print_line(f"night {found.night.night} of {name}")
+        print_pairs(_pairs(found))
+        for disk in found.disks:
+            print_line(f"disk {disk.id}")
+            print_pairs(_disk_pairs(disk))
+
+
+def _pairs(found: backups.NightDetails) -> list[tuple[str, str]]:
+    return [
+        ("  taken", f"{found.night.local_time} ({found.zone})"),
+        ("  finished", found.finished),
+        ("  consistency", found.night.consistency or ""),
+        ("  id", found.id),
+        ("  by", found.tool),
+        ("  protected", "yes" if found.night.protected else ""),
+        ("  files", ", ".join(f"{name} ({format_size(size)})" for name, size in found.files.items())),
+        ("  warnings", "; ".join(found.warnings)),
+        ("  damage", "; ".join(found.night.problems)),
+    ]
+
+
+def _disk_pairs(disk: backups.DiskReport) -> list[tuple[str, str]]:
+    images = "1 image" if disk.chain == 1 else f"{disk.chain} images"
+    return [
+        ("  image", disk.path),
+        ("  size", format_size(disk.virtual_size_bytes)),
+        ("  added", "nothing, it is unchanged" if disk.how == "same" else format_size(disk.added_bytes)),
+        ("  how", disk.how),
+        ("  chain", "cannot be followed" if disk.chain is None else images),
+        ("  slot", disk.slot),
+        ("  serial", disk.serial),
+    ]
+
+
+@click.command(
+    "status", epilog=epilog("vmm backup status /srv/backup", "vmm backup status /srv/backup web --max-age 26h")
+)
+@click.argument("repo")
+@click.argument("machines", metavar="[MACHINE]...", nargs=-1)
+@click.option("--max-age", type=AGE, default="26h", show_default=True, metavar="AGE",
+              help="How old the newest whole night may be: 90m, 26h, 8d, 5w.")  # fmt: skip
+@output_options
+@click.pass_context
+def status_command(
+    context: click.Context, repo: str, machines: tuple[str, ...], max_age: timedelta, as_json: bool, quiet: bool
+) -> None:
+    """Say for each machine of REPO whether its newest whole night is recent, for people and for monitoring.
+
+    A night is whole if all of its images are there and nothing in them was found damaged by `vmm backup verify`.
+
+    Exits with 0 when every machine has a recent whole night, 1 when one has not, 3 when one has damage.
+    """
+    now = datetime.now(UTC)
+    with backups.open_repository(repo) as repository:
+        found = []
+        for machine_id in [repository.find_machine(one) for one in machines] or repository.machine_ids():
+            with repository.machine(machine_id) as machine:
+                found.append(backups.report_status(machine, since=now - max_age, now=now))
+        if not found:
+            raise NotFound("no machine has been backed up here yet", path=repository.path)
+        path = repository.path
+    if as_json:
+        print_json({"repository": path, "machines": [asdict(one) for one in found]})
+    elif not quiet:
+        for one in found:
+            print_line(f"{'good' if one.is_good and not one.damaged_nights else 'bad '}  {one.name}: {one.words}")
+            for note in one.notes:
+                print_line(f"      {note}")
+    if any(one.damaged_nights for one in found):
+        context.exit(_EXIT_DAMAGED)
+    context.exit(0 if all(one.is_good for one in found) else _EXIT_LATE)
