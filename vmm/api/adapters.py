@@ -17,7 +17,7 @@ from typing import Any
 
 from vmm.host.proc import locked
 from vmm.model import paths
-from vmm.model.errors import InUse, InvalidSpec, NotFound, VmmError
+from vmm.model.errors import AlreadyExists, InUse, InvalidSpec, NotFound, VmmError
 from vmm.model.paths import write_whole
 from vmm.model.spec import AdapterSpec, MachineSpec, make_adapter
 from vmm.net import frames, mac, records, switches
@@ -103,6 +103,14 @@ def fit(settings: dict[str, Any], spec: MachineSpec) -> AdapterSpec:
         if adapter.mirror != "none" and not switch.capabilities.mirrors:
             raise InvalidSpec("the bridge back end cannot mirror ports", hint="use a switch of the user back end")
     return adapter
+
+
+def refuse_taken_macs(spec: MachineSpec) -> None:
+    """Raise AlreadyExists if another machine has one of the definition's addresses. See `choosing_macs`."""
+    owners = mac_owners()
+    for one in spec.adapters:
+        if one.mac is not None and (owner := owners.get(frames.parse_mac(one.mac))) is not None:
+            raise AlreadyExists(f"the MAC address {one.mac} of {one.id} is that of {owner}", machine=spec.name)
 
 
 def with_new_macs(spec: MachineSpec) -> MachineSpec:

@@ -76,8 +76,8 @@ def import_command(
     trusted: a machine that would reach outside FOLDER is refused, and each problem is listed with the option that
     allows it. What was allowed is printed before the machine is created.
     """
-    consent = Consent(dict(_pair(word, "--map") for word in paths),
-                      dict(_pair(word, "--switch") for word in switches), frozenset(allow))  # fmt: skip
+    consent = Consent(dict(pair(word, "--map") for word in paths),
+                      dict(pair(word, "--switch") for word in switches), frozenset(allow))  # fmt: skip
     with progress_line(shown=not quiet and not as_json) as progress:
         done = import_machine(
             folder, name=name, register=register, consent=consent, progress=progress,
@@ -86,7 +86,7 @@ def import_command(
     report(done, f"{done.name} is imported", as_json=as_json, quiet=quiet)
 
 
-def _pair(word: str, option: str) -> tuple[str, str]:
+def pair(word: str, option: str) -> tuple[str, str]:
     """Parse OLD=NEW; OLD, which comes from the export, may contain any number of "="."""
     old, sign, new = word.rpartition("=")
     if not sign or not old:

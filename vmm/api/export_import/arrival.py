@@ -9,7 +9,7 @@ nothing: `importing` does.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import vhdkit
@@ -184,9 +184,12 @@ def judge_all(arrival: Arrival, consent: Consent, announce: Callable[[str], None
         granted += [words for words in judged.granted if words not in granted]
         used |= judged.used
         if not judged.refused:
-            arrival.judged[key] = _looked_at(judged)
+            arrival.judged[key] = looked_at(judged)
     if refused:
-        raise _refusal(arrival.folder, refused)
+        raise refusal(
+            arrival.folder, refused, "would reach outside the export",
+            hint="allow what you trust with the options in brackets; NEW is the replacement, or empty for none",
+        )  # fmt: skip
     if unused := sorted({*consent.paths, *consent.switches, *consent.allow} - used):
         raise InvalidSpec(f"contains nothing called {unused[0]!r}", path=arrival.folder, hint="see vmm import --help")
     arrival.granted = tuple(granted)
@@ -213,7 +216,7 @@ def _images_for(arrival: Arrival, key: str | None, spec: MachineSpec) -> dict[st
     return found
 
 
-def _looked_at(judged: Judged) -> MachineSpec:
+def looked_at(judged: Judged) -> MachineSpec:
     """The definition, after what the user named is examined as by `vmm disk add`. Raises VmmError."""
     spec, disks = judged.spec, []
     for disk in spec.disks:
@@ -234,11 +237,12 @@ def _looked_at(judged: Judged) -> MachineSpec:
     return spec.changed(disks=disks)
 
 
-def _refusal(folder: str, refused: dict[str, str]) -> VmmError:
+def refusal(folder: str, refused: Mapping[str, str], problem: str, *, hint: str) -> VmmError:
+    """The error that names everything that is refused, each with the option that allows it."""
     things = [f"{what} [{option}]" for what, option in refused.items()]
     more = f"; and {len(things) - _MAX_LISTED} more" if len(things) > _MAX_LISTED else ""
     return Refused(
-        f"would reach outside the export: {'; '.join(things[:_MAX_LISTED])}{more}",
+        f"{problem}: {'; '.join(things[:_MAX_LISTED])}{more}",
         path=folder,
-        hint="allow what you trust with the options in brackets; NEW is the replacement, or empty for none",
+        hint=hint,
     )

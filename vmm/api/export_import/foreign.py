@@ -31,6 +31,7 @@ Decision = Literal["allowed", "confined", "asked", "dropped", "nested"]
 Allowance = Literal["background-capture", "autostart", "spoofing", "mirror"]
 LEAVE_OUT = ""  # as the new name of a file: the machine goes without it
 UNPLUGGED = "-"  # as the name of a switch
+SWITCH = "switch:"  # before the name of a switch that is allowed by its name
 
 ALLOWANCES: dict[Allowance, str] = {
     "background-capture": "QEMU gets a right to protect memory, which may be CAP_SYS_PTRACE",
@@ -80,12 +81,27 @@ class Consent:
     """What the user of this host allows an import to have.
 
     `paths`: a path as the definition has it -> the file, device or folder to use here, "" for none. `switches`: the
-    name of a switch -> the one to use here, "-" for none. `allow`: which of `ALLOWANCES`.
+    name of a switch -> the one to use here, "-" for none. `allow`: which of `ALLOWANCES`. `everything`: all that the
+    definition has, as it is. `by_name`: the user allows things by their names (`--allow`) rather than replacing them.
     """
 
     paths: Mapping[str, str] = field(default_factory=dict)
     switches: Mapping[str, str] = field(default_factory=dict)
     allow: frozenset[str] = frozenset()
+    everything: bool = False
+    by_name: bool = False
+
+    def path(self, path: str) -> str | None:
+        """What to use for a path of the definition, "" for nothing; None if it is not allowed."""
+        return self.paths.get(path, path if self.everything else None)
+
+    def switch(self, switch: str) -> str | None:
+        """What to use for a switch of the definition; None if it is not allowed."""
+        return self.switches.get(switch, switch if self.everything else None)
+
+    def allows(self, what: Allowance) -> bool:
+        """True if the definition may have this one of `ALLOWANCES`."""
+        return self.everything or what in self.allow
 
 
 @dataclass(slots=True)
@@ -147,12 +163,14 @@ class _Finding:
             return None
         if path in self._inside:
             return self._inside[path]
-        if path not in self._consent.paths:
-            self._judged.refused[f"{what} {path}"] = f"--map {shlex.quote(f'{path}=NEW')}"
+        new = self._consent.path(path)
+        if new is None:
+            option = f"--allow {shlex.quote(path)}" if self._consent.by_name else f"--map {shlex.quote(f'{path}=NEW')}"
+            self._judged.refused[f"{what} {path}"] = option
             return None
         self._judged.used.add(path)
-        new = self._consent.paths[path]
-        self._grant(f"{what} {path} is {new}" if new else f"goes without {what} {path}")
+        words = f"{what} {path}" + (f" is {new}" if new != path else "")
+        self._grant(words if new else f"goes without {what} {path}")
         return new or None
 
     def disk(self, disk: DiskSpec, images: Mapping[str, tuple[str, ImageFormat]]) -> DiskSpec | None:
@@ -168,7 +186,7 @@ class _Finding:
         )
         if path_now is None and disk.kind != "iso":
             return None
-        if disk.path in self._consent.paths and path_now is not None:
+        if path_now is not None and (is_device or disk.path not in self._inside):
             self._judged.given.add(disk.id)
             changes["format"] = None
         return disk.model_copy(update={**changes, "path": path_now})
@@ -179,12 +197,13 @@ class _Finding:
         self.allowed("mirror", adapter.mirror != "none")
         if adapter.switch is None:
             return adapter
-        if adapter.switch not in self._consent.switches:
-            option = f"--switch {shlex.quote(f'{adapter.switch}=NEW')}"
+        new = self._consent.switch(adapter.switch)
+        if new is None:
+            by_name = f"--allow {shlex.quote(f'{SWITCH}{adapter.switch}')}"
+            option = by_name if self._consent.by_name else f"--switch {shlex.quote(f'{adapter.switch}=NEW')}"
             self._judged.refused[f"adapter {adapter.id}: the switch {adapter.switch}"] = option
             return adapter
         self._judged.used.add(adapter.switch)
-        new = self._consent.switches[adapter.switch]
         if new in ("", UNPLUGGED):
             self._grant(f"adapter {adapter.id} is not on a switch")
             return adapter.model_copy(update={"switch": None})
@@ -198,7 +217,7 @@ class _Finding:
         """Note that the definition wants one of `ALLOWANCES`."""
         if not is_wanted:
             return
-        if what in self._consent.allow:
+        if self._consent.allows(what):
             self._judged.used.add(what)
             self._grant(ALLOWANCES[what])
         else:

@@ -79,7 +79,7 @@ def import_machine(
                 "a machine of that name already exists", machine=spec.name, hint="give another name: --name"
             )
         if register:
-            _refuse_known(spec, folder)
+            refuse_known(spec, folder)
         else:
             spec = spec.changed(id=str(uuid.uuid4()))
         arrival.definitions[None] = spec
@@ -90,7 +90,7 @@ def import_machine(
         return _copied(inside, arrival, progress or (lambda document: None))
 
 
-def _refuse_known(spec: MachineSpec, folder: str) -> None:
+def refuse_known(spec: MachineSpec, folder: str) -> None:
     """Raise AlreadyExists if the id, or its part in the name of the runtime folder, is that of another machine."""
     for other in registry.load_all()[0]:
         if other.spec.id == spec.id or runtime_of(other.spec.id) == runtime_of(spec.id):

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`restore`: a machine from a night of a backup repository.
+
+Decides how the options become a request, and how what would be made is described.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+
+from vmm.cli.common import epilog, output_options, print_json, print_line, print_pairs, progress_line
+from vmm.cli.transfer import pair
+
+if TYPE_CHECKING:
+    from vmm.api.restoring.restoring import RestoredMachine
+
+
+@click.command(
+    "restore",
+    epilog=epilog(
+        "vmm restore /srv/backup web --as web-yesterday",
+        "vmm restore /srv/backup web@18 --as drill --to /srv/drill --dry-run",
+        "vmm restore /srv/backup web@2026-11-30T02:30 --register --allow all",
+    ),
+)
+@click.argument("repository", metavar="REPO", type=click.Path())
+@click.argument("night", metavar="NAME[@NIGHT|@TIME]")
+@click.option("--as", "new_name", metavar="NEW", help="Name of the machine; by default its old name.")
+@click.option("--register", is_flag=True,
+              help="It is the old machine again: with its id, MAC addresses and disk serials.")  # fmt: skip
+@click.option("--to", "folder", metavar="FOLDER", type=click.Path(),
+              help="Where the folder of its disks is made; by default the host's folder for disks.")  # fmt: skip
+@click.option("--allow", metavar="THING", multiple=True,
+              help="Let the machine have this from outside the night: a path, switch:NAME, a setting, or all."
+                   " Repeatable.")  # fmt: skip
+@click.option("--map", "paths", metavar="OLD=NEW", multiple=True,
+              help="Replace OLD, a file, device or folder, with NEW; an empty NEW leaves it out."
+                   " Repeatable.")  # fmt: skip
+@click.option("--switch", "switches", metavar="OLD=NEW", multiple=True,
+              help="Connect adapters of the switch OLD to NEW, '-' for none. Repeatable.")  # fmt: skip
+@click.option("--no-check", is_flag=True, help="Do not compare what is read with its sums first.")
+@click.option("--dry-run", is_flag=True, help="Show what would be made, and what has to be allowed.")
+@output_options
+def restore_command(
+    repository: str,
+    night: str,
+    new_name: str | None,
+    register: bool,
+    folder: str | None,
+    allow: tuple[str, ...],
+    paths: tuple[str, ...],
+    switches: tuple[str, ...],
+    no_check: bool,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Make a machine from a night of the backup repository REPO: the newest of the machine NAME, or NIGHT, or the
+    newest one by TIME.
+
+    The machine is off. It has new images, an id, MAC addresses and disk serials of its own, and can stand beside the
+    original. Everything that is read is compared with its sums first. The machine appears whole or not at all, and
+    does not need the repository afterwards.
+
+    REPO need not be trusted: a definition that names anything outside the night, such as an ISO image or a switch, is
+    refused, and each thing is listed with the option that allows it. --dry-run lists them, too.
+
+    \b
+    With --json: {name machine_id night taken consistency folder
+      disks {id: path} granted [...] outside {thing: option} warnings [...]}
+    """
+    from vmm.api.restoring.found_night import RestoreRequest, consent_of
+    from vmm.api.restoring.restoring import look_at_night, restore_machine
+
+    consent = consent_of(allow, dict(pair(word, "--map") for word in paths),
+                         dict(pair(word, "--switch") for word in switches))  # fmt: skip
+    request = RestoreRequest(repository, night, new_name, register, folder, consent, check=not no_check)
+    if dry_run:
+        found = look_at_night(request)
+        _show_plan(found, as_json=as_json)
+        return
+    with progress_line(shown=not quiet and not as_json) as progress:
+        done = restore_machine(
+            request, progress=progress,
+            announce=lambda words: None if quiet or as_json else print_line(f"allowed: {words}"),
+        )  # fmt: skip
+    _report(done, as_json=as_json, quiet=quiet)
+
+
+def _words_of(one: RestoredMachine) -> str:
+    from vmm.api.restoring.found_night import CONSISTENCY
+
+    return f"night {one.night} of {one.taken}, {CONSISTENCY[one.consistency]}"
+
+
+def _report(done: RestoredMachine, *, as_json: bool, quiet: bool) -> None:
+    if as_json:
+        print_json(asdict(done))
+    elif not quiet:
+        for words in done.warnings:
+            print_line(f"warning of that night: {words}")
+        print_line(f"{done.name} is restored: {_words_of(done)}")
+
+
+def _show_plan(found: RestoredMachine, *, as_json: bool) -> None:
+    if as_json:
+        print_json(asdict(found))
+        return
+    print_pairs([
+        ("name", found.name),
+        ("night", _words_of(found)),
+        *((disk_id, path) for disk_id, path in found.disks.items()),
+        *(("allowed", words) for words in found.granted),
+        *(("not allowed", f"{what}  [{option}]") for what, option in found.outside.items()),
+        *(("warning", words) for words in found.warnings),
+    ])  # fmt: skip
