@@ -35,7 +35,7 @@ QEMU_FLAGS = (
     ("--aio=io_uring", "--cache=none"),
 )  # fmt: skip
 _PLUGIN = ROOT / "vhdkit" / "serve" / "nbdkit" / "plugin.py"
-_OUR_MODULES = ("vhdkit", "numpy", "construct")  # what the plugin needs to be found by nbdkit's Python
+_OUR_MODULES = ("vhdkit", "numpy")  # what the plugin needs to be found by nbdkit's Python
 
 
 class Failed(Exception):

@@ -26,7 +26,7 @@ finally:
 ENTRIES = {"vhdkit": "vhdkit.cli.entry", "vmm": "vmm.cli.entry"}
 # Slow to import, and used by none of these commands.
 ALWAYS = ("asyncio", "concurrent", "ctypes", "email", "multiprocessing", "ssl", "xml", "http")
-LARGE = ("construct", "mfusepy", "numpy", "PIL", "pydantic", "pyroute2", "qemu", "rich")
+LARGE = ("mfusepy", "numpy", "PIL", "pydantic", "pyroute2", "qemu", "rich")
 SMALL = ("fractions", "secrets", "socket", "subprocess", "tempfile", "tomllib", "urllib")
 
 
@@ -75,7 +75,7 @@ def test_convert_loads_no_bar_where_none_is_shown(tmp_path: Path) -> None:
 
 
 def test_info_does_not_load_rich_or_servers(tmp_path: Path) -> None:
-    """`info` reads an image and its parents with numpy and the layout's construct, but without bars, sockets or
+    """`info` reads an image and its parents with numpy, but without bars, sockets or
     servers."""
     image, child = tmp_path / "a.vhd", tmp_path / "b.avhd"
     vhdkit.create_image(image, 1 << 20)
@@ -95,7 +95,7 @@ def test_list_does_not_load_qemu_or_switches(tmp_path: Path) -> None:
         loaded("vmm", "create", "web", "--memory", "64M", home=home)
         modules = loaded("vmm", "list", home=home)
     assert "collects" in modules, "while it runs"
-    assert found(modules, "asyncio", "concurrent", "numpy", "construct", "pyroute2", "qemu", "rich", "ssl") == []
+    assert found(modules, "asyncio", "concurrent", "numpy", "pyroute2", "qemu", "rich", "ssl") == []
     assert (
         found(
             modules,

@@ -10,7 +10,6 @@ import gc
 import io
 import logging
 import os
-import platform
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -142,7 +141,7 @@ class _Group(click.Group):
 
 
 def _version_text() -> str:
-    return f"vhdkit {vhdkit.__version__}, Python {platform.python_version()}"
+    return f"vhdkit {vhdkit.__version__}, Python {sys.version.split()[0]}"
 
 
 def _print_version(ctx: click.Context, param: click.Parameter, wanted: bool) -> None:

@@ -2,7 +2,7 @@
 """The structures of a VHD file, field by field, as the specification lists them.
 
 Decides offsets, widths and byte order, the magic numbers, and the checksum over a structure. Every number is
-big-endian. `construct` stays in here; callers get frozen dataclasses, so no other module parses bytes.
+big-endian. Callers get frozen dataclasses, so no other module parses bytes.
 Must not judge: which footer to use is decided in `footers`.
 
 Source: "Virtual Hard Disk Image Format Specification", version 1.0 (2006), except where a field says otherwise.
@@ -14,9 +14,7 @@ import functools
 import struct
 from dataclasses import dataclass
 
-from construct import Bytes, Int8ub, Int16ub, Int32ub, Int64ub, Struct
-
-from vhdkit.formats.fields import Field, Packed, fields_of
+from vhdkit.formats.fields import Field, Packed
 
 FOOTER_SIZE = 512
 SHORT_FOOTER_SIZE = 511  # written by Virtual PC before 2004
@@ -45,79 +43,83 @@ DISK_TYPE_DIFFERENCING = 4
 BAT_ENTRY_SIZE = 4
 BAT_UNALLOCATED = 0xFFFFFFFF
 
-_FOOTER = Struct(
-    "cookie" / Bytes(8),
-    "features" / Int32ub,
-    "file_format_version" / Int32ub,
-    "data_offset" / Int64ub,  # of the dynamic header; all ones in a fixed disk
-    "timestamp" / Int32ub,  # seconds since 2000-01-01 UTC
-    "creator_application" / Bytes(4),
-    "creator_version" / Int32ub,
-    "creator_host_os" / Bytes(4),
-    "original_size" / Int64ub,  # bytes, when created
-    "current_size" / Int64ub,  # bytes, now
-    "cylinders" / Int16ub,
-    "heads" / Int8ub,
-    "sectors_per_track" / Int8ub,
-    "disk_type" / Int32ub,
-    "checksum" / Int32ub,
-    "unique_id" / Bytes(UUID_SIZE),
-    "saved_state" / Int8ub,
-    "hidden" / Int8ub,  # XenServer's; reserved in the specification, but included in the checksum
-    "reserved" / Bytes(FOOTER_RESERVED_SIZE),
+_FOOTER = Packed(
+    ">",
+    cookie="8s",
+    features="I",
+    file_format_version="I",
+    data_offset="Q",  # of the dynamic header; all ones in a fixed disk
+    timestamp="I",  # seconds since 2000-01-01 UTC
+    creator_application="4s",
+    creator_version="I",
+    creator_host_os="4s",
+    original_size="Q",  # bytes, when created
+    current_size="Q",  # bytes, now
+    cylinders="H",
+    heads="B",
+    sectors_per_track="B",
+    disk_type="I",
+    checksum="I",
+    unique_id=f"{UUID_SIZE}s",
+    saved_state="B",
+    hidden="B",  # XenServer's; reserved in the specification, but included in the checksum
+    reserved=f"{FOOTER_RESERVED_SIZE}s",
 )
 
-_LOCATOR = Struct(
-    "platform_code" / Bytes(4),
-    "data_space" / Int32ub,  # sectors by the specification, bytes by Virtual PC and Hyper-V
-    "data_length" / Int32ub,  # bytes
-    "reserved" / Int32ub,
-    "data_offset" / Int64ub,  # bytes from the start of the file
+_LOCATOR = Packed(
+    ">",
+    platform_code="4s",
+    data_space="I",  # sectors by the specification, bytes by Virtual PC and Hyper-V
+    data_length="I",  # bytes
+    reserved="I",
+    data_offset="Q",  # bytes from the start of the file
 )
 
-_HEADER = Struct(
-    "cookie" / Bytes(8),
-    "data_offset" / Int64ub,  # unused: all ones
-    "table_offset" / Int64ub,  # bytes, of the BAT
-    "header_version" / Int32ub,
-    "max_table_entries" / Int32ub,
-    "block_size" / Int32ub,  # bytes of data in a block, without its sector bitmap
-    "checksum" / Int32ub,
-    "parent_unique_id" / Bytes(UUID_SIZE),
-    "parent_timestamp" / Int32ub,
-    "reserved1" / Int32ub,
-    "parent_unicode_name" / Bytes(PARENT_NAME_SIZE),  # UTF-16 big-endian
-    "parent_locators" / _LOCATOR[LOCATOR_COUNT],
-    "reserved2" / Bytes(HEADER_RESERVED_SIZE),
+_HEADER = Packed(
+    ">",
+    cookie="8s",
+    data_offset="Q",  # unused: all ones
+    table_offset="Q",  # bytes, of the BAT
+    header_version="I",
+    max_table_entries="I",
+    block_size="I",  # bytes of data in a block, without its sector bitmap
+    checksum="I",
+    parent_unique_id=f"{UUID_SIZE}s",
+    parent_timestamp="I",
+    reserved1="I",
+    parent_unicode_name=f"{PARENT_NAME_SIZE}s",  # UTF-16 big-endian
+    parent_locators=f"{LOCATOR_COUNT * _LOCATOR.size}s",
+    reserved2=f"{HEADER_RESERVED_SIZE}s",
 )
 
 # Source: XenServer's vhd-util (libvhd.h); not in the specification.
-_BATMAP_HEADER = Struct(
-    "cookie" / Bytes(8),
-    "batmap_offset" / Int64ub,  # bytes
-    "batmap_size" / Int32ub,  # sectors
-    "batmap_version" / Int32ub,
-    "checksum" / Int32ub,
-    "marker" / Int8ub,
-    "reserved" / Bytes(483),
+_BATMAP_HEADER = Packed(
+    ">",
+    cookie="8s",
+    batmap_offset="Q",  # bytes
+    batmap_size="I",  # sectors
+    batmap_version="I",
+    checksum="I",
+    marker="B",
+    reserved="483s",
 )
 
-assert _FOOTER.sizeof() == FOOTER_SIZE
-assert _HEADER.sizeof() == HEADER_SIZE
-assert _BATMAP_HEADER.sizeof() == BATMAP_HEADER_SIZE
+assert _FOOTER.size == FOOTER_SIZE
+assert _HEADER.size == HEADER_SIZE
+assert _BATMAP_HEADER.size == BATMAP_HEADER_SIZE
 
 
 STRUCTURES: dict[str, tuple[Field, ...]] = {
-    "footer": fields_of(_FOOTER),
-    "dynamic header": fields_of(_HEADER),
-    "parent locator entry": fields_of(_LOCATOR),
-    "batmap header": fields_of(_BATMAP_HEADER),
+    "footer": _FOOTER.fields,
+    "dynamic header": _HEADER.fields,
+    "parent locator entry": _LOCATOR.fields,
+    "batmap header": _BATMAP_HEADER.fields,
 }
 _OFFSET = {name: {f.name: f.offset_bytes for f in fields} for name, fields in STRUCTURES.items()}
 FOOTER_CHECKSUM_OFFSET = _OFFSET["footer"]["checksum"]
 HEADER_CHECKSUM_OFFSET = _OFFSET["dynamic header"]["checksum"]
 HEADER_LOCATORS_OFFSET = _OFFSET["dynamic header"]["parent_locators"]
-LOCATOR_SIZE = _LOCATOR.sizeof()
+LOCATOR_SIZE = _LOCATOR.size
 assert (FOOTER_CHECKSUM_OFFSET, HEADER_CHECKSUM_OFFSET, HEADER_LOCATORS_OFFSET) == (64, 36, 576)
 
 
@@ -189,24 +191,20 @@ class BatmapHeader:
     reserved: bytes
 
 
-_PACKED_FOOTER, _PACKED_HEADER, _PACKED_LOCATOR = Packed(_FOOTER), Packed(_HEADER), Packed(_LOCATOR)
-_PACKED_BATMAP_HEADER = Packed(_BATMAP_HEADER)
-
-
 # Opening a chain reads the same few footers and headers several times.
 @functools.lru_cache(maxsize=256)
 def parse_footer(raw: bytes) -> Footer:
     """Parse a footer; one of 511 bytes lacks its last reserved byte. Checks nothing."""
-    return Footer(**_PACKED_FOOTER.parse(raw.ljust(FOOTER_SIZE, b"\0")))
+    return Footer(**_FOOTER.parse(raw.ljust(FOOTER_SIZE, b"\0")))
 
 
 @functools.lru_cache(maxsize=256)
 def parse_header(raw: bytes) -> DynamicHeader:
     """Parse a dynamic header of 1024 bytes. Checks nothing."""
-    values = _PACKED_HEADER.parse(raw)
+    values = _HEADER.parse(raw)
     entries = values["parent_locators"]
     values["parent_locators"] = tuple(
-        LocatorEntry(**_PACKED_LOCATOR.parse(entries[start : start + LOCATOR_SIZE]))
+        LocatorEntry(**_LOCATOR.parse(entries[start : start + LOCATOR_SIZE]))
         for start in range(0, len(entries), LOCATOR_SIZE)
     )
     return DynamicHeader(**values)
@@ -214,7 +212,7 @@ def parse_header(raw: bytes) -> DynamicHeader:
 
 def parse_batmap_header(raw: bytes) -> BatmapHeader:
     """Parse a batmap header of 512 bytes. Checks nothing."""
-    return BatmapHeader(**_PACKED_BATMAP_HEADER.parse(raw))
+    return BatmapHeader(**_BATMAP_HEADER.parse(raw))
 
 
 def checksum(raw: bytes, checksum_offset: int) -> int:
@@ -235,7 +233,7 @@ def sealed(raw: bytes, checksum_offset: int) -> bytes:
 
 def build_footer(footer: Footer) -> bytes:
     """The 512 bytes of `footer`, with the right checksum instead of the one in the field."""
-    raw = _PACKED_FOOTER.build({name: getattr(footer, name) for name in _OFFSET["footer"]})
+    raw = _FOOTER.build({name: getattr(footer, name) for name in _OFFSET["footer"]})
     return sealed(raw, FOOTER_CHECKSUM_OFFSET)
 
 
@@ -244,11 +242,11 @@ def build_header(header: DynamicHeader) -> bytes:
     values = {name: getattr(header, name) for name in _OFFSET["dynamic header"]}
     names = _OFFSET["parent locator entry"]
     values["parent_locators"] = b"".join(
-        _PACKED_LOCATOR.build({name: getattr(entry, name) for name in names}) for entry in header.parent_locators
+        _LOCATOR.build({name: getattr(entry, name) for name in names}) for entry in header.parent_locators
     )
-    return sealed(_PACKED_HEADER.build(values), HEADER_CHECKSUM_OFFSET)
+    return sealed(_HEADER.build(values), HEADER_CHECKSUM_OFFSET)
 
 
 def build_batmap_header(header: BatmapHeader) -> bytes:
     """The 512 bytes of a batmap header; its checksum is over the map, so the field is used as it is."""
-    return _PACKED_BATMAP_HEADER.build({name: getattr(header, name) for name in _OFFSET["batmap header"]})
+    return _BATMAP_HEADER.build({name: getattr(header, name) for name in _OFFSET["batmap header"]})

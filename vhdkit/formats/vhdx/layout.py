@@ -3,7 +3,7 @@
 
 Decides offsets, widths, magic numbers, GUIDs and limits. Every number is little-endian, and GUIDs are stored in
 Microsoft's mixed order; here and in all other modules an id has the bytes in the order in which it is written as text
-(`uuid.UUID.bytes`). `construct` stays in here; callers get frozen dataclasses, so no other module parses these bytes.
+(`uuid.UUID.bytes`). Callers get frozen dataclasses, so no other module parses these bytes.
 Must not judge: which header to believe is decided in `header`, which region table in `regions`.
 
 Source: [MS-VHDX] "Virtual Hard Disk v2 (VHDX) File Format", v20240423, except where a comment says otherwise.
@@ -12,14 +12,11 @@ Source: [MS-VHDX] "Virtual Hard Disk v2 (VHDX) File Format", v20240423, except w
 from __future__ import annotations
 
 import functools
-import struct
 import uuid
 from dataclasses import dataclass
 from typing import Any
 
-from construct import Bytes, Int16ul, Int32ul, Int64ul, Struct
-
-from vhdkit.formats.fields import Field, Packed, fields_of
+from vhdkit.formats.fields import Field, Packed
 from vhdkit.units import KIB, MIB, TIB
 
 ALIGNMENT = MIB  # of the log, regions and blocks
@@ -98,94 +95,98 @@ ITEM_PARENT_LOCATOR = guid("A8D35F2D-B30B-454D-ABF7-D3D84834AB0C")
 ITEM_INCOMPLETE_FILE = guid("71CC85F0-1B69-4E28-9558-C3BF83AE75D3")  # not in the specification: seen in OpenVMM
 LOCATOR_TYPE_VHDX = guid("B04AEFB7-D19E-4A81-B789-25B8E9445913")
 
-_HEADER = Struct(
-    "signature" / Bytes(4),
-    "checksum" / Int32ul,  # CRC-32C over the 4096 bytes, with zeros here
-    "sequence_number" / Int64ul,
-    "file_write_guid" / Bytes(16),  # new whenever the file is opened for writing
-    "data_write_guid" / Bytes(16),  # new before the first change that a guest could see; children record it
-    "log_guid" / Bytes(16),  # zeros: there is nothing to replay
-    "log_version" / Int16ul,
-    "version" / Int16ul,
-    "log_length" / Int32ul,
-    "log_offset" / Int64ul,
+_HEADER = Packed(
+    "<",
+    signature="4s",
+    checksum="I",  # CRC-32C over the 4096 bytes, with zeros here
+    sequence_number="Q",
+    file_write_guid="16s",  # new whenever the file is opened for writing
+    data_write_guid="16s",  # new before the first change that a guest could see; children record it
+    log_guid="16s",  # zeros: there is nothing to replay
+    log_version="H",
+    version="H",
+    log_length="I",
+    log_offset="Q",
 )
-_REGION_TABLE = Struct(
-    "signature" / Bytes(4),
-    "checksum" / Int32ul,  # CRC-32C over the 64 KiB, with zeros here
-    "entry_count" / Int32ul,
-    "reserved" / Int32ul,
+_REGION_TABLE = Packed(
+    "<",
+    signature="4s",
+    checksum="I",  # CRC-32C over the 64 KiB, with zeros here
+    entry_count="I",
+    reserved="I",
 )
-_REGION_ENTRY = Struct("guid" / Bytes(16), "file_offset" / Int64ul, "length" / Int32ul, "required" / Int32ul)
-_METADATA_TABLE = Struct(
-    "signature" / Bytes(8), "reserved" / Int16ul, "entry_count" / Int16ul, "reserved2" / Bytes(20)
+_REGION_ENTRY = Packed("<", guid="16s", file_offset="Q", length="I", required="I")
+_METADATA_TABLE = Packed("<", signature="8s", reserved="H", entry_count="H", reserved2="20s")
+_METADATA_ENTRY = Packed(
+    "<",
+    item_id="16s",
+    offset="I",  # from the start of the metadata region
+    length="I",
+    flags="I",
+    reserved="I",
 )
-_METADATA_ENTRY = Struct(
-    "item_id" / Bytes(16),
-    "offset" / Int32ul,  # from the start of the metadata region
-    "length" / Int32ul,
-    "flags" / Int32ul,
-    "reserved" / Int32ul,
+_LOCATOR_HEADER = Packed("<", locator_type="16s", reserved="H", key_value_count="H")
+_LOCATOR_ENTRY = Packed(
+    "<",
+    key_offset="I",  # from the start of the item
+    value_offset="I",
+    key_length="H",  # bytes
+    value_length="H",
 )
-_LOCATOR_HEADER = Struct("locator_type" / Bytes(16), "reserved" / Int16ul, "key_value_count" / Int16ul)
-_LOCATOR_ENTRY = Struct(
-    "key_offset" / Int32ul,  # from the start of the item
-    "value_offset" / Int32ul,
-    "key_length" / Int16ul,  # bytes
-    "value_length" / Int16ul,
+_LOG_ENTRY_HEADER = Packed(
+    "<",
+    signature="4s",
+    checksum="I",  # CRC-32C over the whole entry, with zeros here
+    entry_length="I",
+    tail="I",  # offset in the log of the oldest entry that is still needed
+    sequence_number="Q",
+    descriptor_count="I",
+    reserved="I",
+    log_guid="16s",
+    flushed_file_offset="Q",  # a size that the file has for certain
+    last_file_offset="Q",  # a size that everything fits into
 )
-_LOG_ENTRY_HEADER = Struct(
-    "signature" / Bytes(4),
-    "checksum" / Int32ul,  # CRC-32C over the whole entry, with zeros here
-    "entry_length" / Int32ul,
-    "tail" / Int32ul,  # offset in the log of the oldest entry that is still needed
-    "sequence_number" / Int64ul,
-    "descriptor_count" / Int32ul,
-    "reserved" / Int32ul,
-    "log_guid" / Bytes(16),
-    "flushed_file_offset" / Int64ul,  # a size that the file has for certain
-    "last_file_offset" / Int64ul,  # a size that everything fits into
+_DATA_DESCRIPTOR = Packed(
+    "<",
+    signature="4s",
+    trailing_bytes="4s",
+    leading_bytes="8s",
+    file_offset="Q",
+    sequence_number="Q",
 )
-_LOG_ENTRY_PACKED = struct.Struct("<4sIIIQII16sQQ")  # the same; `construct` takes as long as the rest of a flush
-_DATA_DESCRIPTOR = Struct(
-    "signature" / Bytes(4),
-    "trailing_bytes" / Bytes(4),
-    "leading_bytes" / Bytes(8),
-    "file_offset" / Int64ul,
-    "sequence_number" / Int64ul,
-)
-_ZERO_DESCRIPTOR = Struct(
-    "signature" / Bytes(4),
-    "reserved" / Int32ul,
-    "zero_length" / Int64ul,
-    "file_offset" / Int64ul,
-    "sequence_number" / Int64ul,
+_ZERO_DESCRIPTOR = Packed(
+    "<",
+    signature="4s",
+    reserved="I",
+    zero_length="Q",
+    file_offset="Q",
+    sequence_number="Q",
 )
 
 HEADER_CHECKSUM_OFFSET = 4  # in every structure that has one
-REGION_ENTRY_SIZE = _REGION_ENTRY.sizeof()
-REGION_TABLE_HEADER_SIZE = _REGION_TABLE.sizeof()
-METADATA_ENTRY_SIZE = _METADATA_ENTRY.sizeof()
-METADATA_TABLE_HEADER_SIZE = _METADATA_TABLE.sizeof()
-LOCATOR_HEADER_SIZE = _LOCATOR_HEADER.sizeof()
-LOCATOR_ENTRY_SIZE = _LOCATOR_ENTRY.sizeof()
-assert (_HEADER.sizeof(), REGION_ENTRY_SIZE, REGION_TABLE_HEADER_SIZE) == (80, 32, 16)
+REGION_ENTRY_SIZE = _REGION_ENTRY.size
+REGION_TABLE_HEADER_SIZE = _REGION_TABLE.size
+METADATA_ENTRY_SIZE = _METADATA_ENTRY.size
+METADATA_TABLE_HEADER_SIZE = _METADATA_TABLE.size
+LOCATOR_HEADER_SIZE = _LOCATOR_HEADER.size
+LOCATOR_ENTRY_SIZE = _LOCATOR_ENTRY.size
+assert (_HEADER.size, REGION_ENTRY_SIZE, REGION_TABLE_HEADER_SIZE) == (80, 32, 16)
 assert (METADATA_ENTRY_SIZE, METADATA_TABLE_HEADER_SIZE, LOCATOR_HEADER_SIZE, LOCATOR_ENTRY_SIZE) == (32, 32, 20, 12)
-assert _LOG_ENTRY_HEADER.sizeof() == _LOG_ENTRY_PACKED.size == LOG_ENTRY_HEADER_SIZE
-assert _DATA_DESCRIPTOR.sizeof() == _ZERO_DESCRIPTOR.sizeof() == DESCRIPTOR_SIZE
+assert _LOG_ENTRY_HEADER.size == LOG_ENTRY_HEADER_SIZE
+assert _DATA_DESCRIPTOR.size == _ZERO_DESCRIPTOR.size == DESCRIPTOR_SIZE
 
 
 STRUCTURES: dict[str, tuple[Field, ...]] = {
-    "header": fields_of(_HEADER),
-    "region table": fields_of(_REGION_TABLE),
-    "region table entry": fields_of(_REGION_ENTRY),
-    "metadata table": fields_of(_METADATA_TABLE),
-    "metadata table entry": fields_of(_METADATA_ENTRY),
-    "parent locator": fields_of(_LOCATOR_HEADER),
-    "parent locator entry": fields_of(_LOCATOR_ENTRY),
-    "log entry": fields_of(_LOG_ENTRY_HEADER),
-    "data descriptor": fields_of(_DATA_DESCRIPTOR),
-    "zero descriptor": fields_of(_ZERO_DESCRIPTOR),
+    "header": _HEADER.fields,
+    "region table": _REGION_TABLE.fields,
+    "region table entry": _REGION_ENTRY.fields,
+    "metadata table": _METADATA_TABLE.fields,
+    "metadata table entry": _METADATA_ENTRY.fields,
+    "parent locator": _LOCATOR_HEADER.fields,
+    "parent locator entry": _LOCATOR_ENTRY.fields,
+    "log entry": _LOG_ENTRY_HEADER.fields,
+    "data descriptor": _DATA_DESCRIPTOR.fields,
+    "zero descriptor": _ZERO_DESCRIPTOR.fields,
 }
 
 
@@ -281,18 +282,14 @@ class LogEntryHeader:
     last_file_offset: int
 
 
-_packed = functools.cache(Packed)
-
-
-def _values(structure: Any, raw: bytes, guids: tuple[str, ...] = ()) -> dict[str, Any]:
-    values = _packed(structure).parse(raw)
+def _values(structure: Packed, raw: bytes, guids: tuple[str, ...] = ()) -> dict[str, Any]:
+    values = structure.parse(raw)
     return values | {name: read_guid(values[name]) for name in guids}
 
 
-def _built(structure: Any, value: Any, guids: tuple[str, ...] = ()) -> bytes:
-    packed = _packed(structure)
-    fields = {name: getattr(value, name) for name in packed.names}
-    return packed.build(fields | {name: stored_guid(fields[name]) for name in guids})
+def _built(structure: Packed, value: Any, guids: tuple[str, ...] = ()) -> bytes:
+    fields = {name: getattr(value, name) for name in structure.names}
+    return structure.build(fields | {name: stored_guid(fields[name]) for name in guids})
 
 
 _HEADER_GUIDS = ("file_write_guid", "data_write_guid", "log_guid")
@@ -370,14 +367,14 @@ def build_locator_entry(entry: LocatorEntry) -> bytes:
 
 def parse_log_entry_header(raw: bytes) -> LogEntryHeader:
     """Cut the head of a log entry. Checks nothing. A hostile log may have one in each of its sectors."""
-    values: list[Any] = list(_LOG_ENTRY_PACKED.unpack(raw))
+    values: list[Any] = list(_LOG_ENTRY_HEADER.packing.unpack(raw))
     values[7] = read_guid(values[7])
     return LogEntryHeader(*values)
 
 
 def build_log_entry_header(header: LogEntryHeader) -> bytes:
     """The 64 bytes of the head of a log entry, with the checksum field as it is. Every flush builds one."""
-    return _LOG_ENTRY_PACKED.pack(
+    return _LOG_ENTRY_HEADER.packing.pack(
         header.signature,
         header.checksum,
         header.entry_length,

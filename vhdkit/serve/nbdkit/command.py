@@ -22,7 +22,7 @@ from vhdkit.uncached import CacheMode
 
 PLUGIN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "plugin.py")
 PACKAGES = "nbdkit and nbdkit-plugin-python"
-_NEEDED = ("vhdkit", "numpy", "construct")
+_NEEDED = ("vhdkit", "numpy")
 _VERSION_LINE = re.compile(r"^python_version=(\d+)\.(\d+)", re.MULTILINE)
 
 
