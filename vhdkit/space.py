@@ -100,14 +100,22 @@ def punches(fd: int) -> bool:
         return False
 
 
-def next_data(fd: int, offset_bytes: int, end: int) -> int:
-    """Where data begins at or after an offset, at most `end`. If the file system cannot say, all of it counts."""
-    return _seek(fd, offset_bytes, os.SEEK_DATA, end, offset_bytes)
+def runs(fd: int, offset_bytes: int, end: int, count: int) -> list[tuple[int, int, bool]]:
+    """The first runs of a range that is not empty, as (offset, size, may hold data), in order, without gaps.
 
-
-def next_hole(fd: int, offset_bytes: int, end: int) -> int:
-    """Where the data at an offset ends, at most `end`."""
-    return _seek(fd, offset_bytes, os.SEEK_HOLE, end, end)
+    They are `count` or one more, or all. If the file system cannot say where holes are, all of it counts as data.
+    """
+    found: list[tuple[int, int, bool]] = []
+    while offset_bytes < end and len(found) < count:
+        data = _seek(fd, offset_bytes, os.SEEK_DATA, end, offset_bytes)
+        if data > offset_bytes:
+            found.append((offset_bytes, data - offset_bytes, False))
+        if data >= end:
+            break
+        hole = _seek(fd, data, os.SEEK_HOLE, end, end)
+        found.append((data, hole - data, True))
+        offset_bytes = hole
+    return found
 
 
 def _seek(fd: int, offset_bytes: int, whence: int, end: int, unsupported: int) -> int:

@@ -30,6 +30,7 @@ from vhdkit.wording import translated as translated
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
 _ZEROS = bytes(MIB)
+_RUNS_AT_ONCE = 16  # so that the kernel's part in looking for them is the larger one
 
 _preadv = os.preadv
 
@@ -409,21 +410,17 @@ class FileStore(SentFile):
 
     def data_runs(self, offset_bytes: int, size_bytes: int) -> Iterator[tuple[int, int, bool]]:
         """See `ReadStore.data_runs`. If the file system cannot say, everything may hold data."""
-        end = offset_bytes + size_bytes
+        end, count = offset_bytes + size_bytes, 1  # callers often want only the first
         while offset_bytes < end:
-            data = self._found(space.next_data, offset_bytes, end)
-            if data > offset_bytes:
-                yield offset_bytes, data - offset_bytes, False
-            if data >= end:
-                return
-            hole = self._found(space.next_hole, data, end)
-            yield data, hole - data, True
-            offset_bytes = hole
+            found = self._runs(offset_bytes, end, count)
+            yield from found
+            offset_bytes, count = found[-1][0] + found[-1][1], _RUNS_AT_ONCE
 
     @held
-    def _found(self, find: Callable[[int, int, int], int], offset_bytes: int, end: int) -> int:
+    def _runs(self, offset_bytes: int, end: int, count: int) -> list[tuple[int, int, bool]]:
+        """At least so many of the first runs of a range that is not empty, if it has them."""
         try:
-            return find(self._fd, offset_bytes, end)
+            return space.runs(self._fd, offset_bytes, end, count)
         except OSError as error:
             raise self._failed(error, "look for holes", offset_bytes) from error
 

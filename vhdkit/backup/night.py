@@ -38,13 +38,15 @@ from vhdkit.backup.manifest import Consistency, DiskRecord, FileRecord, Frozen, 
 from vhdkit.backup.names import ImagePlace, new_unique_id, night_of_file, night_word
 from vhdkit.backup.pruning import finish_interrupted
 from vhdkit.backup.repository import MAX_FILES, META, MachineFolder, Night, Repository, remove_whole
+from vhdkit.backup.summing import SummedFile
 from vhdkit.chain.engine.chain import Chain, Progress
 from vhdkit.chain.records import references
+from vhdkit.chain.verbs.merge_ahead import sharing_stores
 from vhdkit.chain.verbs.merge_parts import file_of_layer
 from vhdkit.errors import printable
 from vhdkit.held_folder import HeldFolder
 from vhdkit.image import NULL_ID, Layer
-from vhdkit.store import FileStore
+from vhdkit.store import FileStore, Store
 from vhdkit.units import format_size
 
 # Called when a piece of work begins, with its name; returns where its progress goes.
@@ -269,9 +271,8 @@ class Writing:
         with self.machine.images(disk.disk_id, make=True) as folder:
             try:
                 with folder.new_file(place.name) as store:
-                    self._fill(store, disk, basis, chain, below, stage)
                     with folder.new_file(place.sums_name) as table:
-                        root = sums.make_table(store, table, stage(f"sums of {disk.disk_id}"))
+                        root = self._filled(store, table, disk, basis, chain, below, stage)
                     return DiskRecord(
                         disk_id=disk.disk_id,
                         image=place,
@@ -293,9 +294,28 @@ class Writing:
                 night = basis.night.night
                 return replace(earlier, how=How.SAME, reference_night=night, slot=disk.slot, serial=disk.serial)
 
-    def _fill(
+    def _filled(
         self,
         store: FileStore,
+        table: FileStore,
+        disk: FrozenDisk,
+        basis: Basis,
+        chain: Sequence[ImageRecord],
+        below: Sequence[Layer],
+        stage: Stages,
+    ) -> str:
+        """Write the content of the image and its table of sums; the root of that. Raises as `_fill`."""
+        doing = f"sums of {disk.disk_id}"
+        if store.is_remote() or sharing_stores(disk.chain.layers, store):  # bytes may get there without being seen
+            self._fill(store, disk, basis, chain, below, stage)
+            return sums.make_table(store, table, stage(doing))
+        with SummedFile(store, table) as summed:
+            self._fill(summed, disk, basis, chain, below, stage)
+            return summed.finish(stage(doing))
+
+    def _fill(
+        self,
+        store: Store,
         disk: FrozenDisk,
         basis: Basis,
         chain: Sequence[ImageRecord],

@@ -24,7 +24,7 @@ import os
 import struct
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -45,9 +45,10 @@ _HEADER = struct.Struct("<32sQQQ8x")
 _MAGIC = b"vhdkit sums 1\n"
 _PAGES = RANGE_BYTES // PAGE_BYTES
 _WORDS = PAGE_BYTES // 8
-_ZERO_SUM = bytes(SUM_BYTES)
-_PIECE_BYTES = MIB // 2  # read and hashed by one thread at a time: it fits into a core's cache
-_AHEAD = 4  # pieces for each thread, so that none waits for the order of the table
+_JOB_PAGES = 128  # read and hashed by one thread at a time: they fit into a core's cache
+_JOB_RUNS = 128  # where data is scattered
+_JOB_RANGES = 2048  # with the holes between
+_AHEAD = 4  # jobs for each thread, so that none waits for the order of the table
 _MAX_THREADS = 8
 _BATCH_BYTES = 64 * KIB  # of the table, read or written at once
 
@@ -72,61 +73,45 @@ def table_bytes(size_bytes: int) -> int:
     return HEADER_BYTES + range_count(size_bytes) * SUM_BYTES
 
 
-def sum_of(data: memoryview, nonzero: Sequence[bool] | NDArray[np.bool_]) -> bytes:
-    """The sum of one range, whose length is a whole number of pages; `nonzero` says which of them have any data."""
-    mask = sum(1 << page for page, has_data in enumerate(nonzero) if has_data)
-    if not mask:
-        return _ZERO_SUM
-    found = hashlib.sha256(mask.to_bytes(2, "little"))
-    if mask == (1 << len(nonzero)) - 1:
-        found.update(data)
-    else:
-        for page, has_data in enumerate(nonzero):
-            if has_data:
-                found.update(data[page * PAGE_BYTES : (page + 1) * PAGE_BYTES])
-    return found.digest()
-
-
 def make_table(store: ReadStore, table: Store, progress: Progress | None = None) -> str:
     """Write the table of the file in `store` to `table`, which is empty, and return the root.
 
     Raises IoFailed, NoSpace.
     """
     size = store.size()
-    header = _HEADER.pack(_MAGIC, size, RANGE_BYTES, PAGE_BYTES)
-    table.pwrite(0, header)
-    root = hashlib.sha256(header)
-    at = HEADER_BYTES
-    pending = bytearray()
+    for first, _, found, _ in _sums(store, [(0, size)], size, progress):
+        if found is not None and any(found):
+            table.pwrite(HEADER_BYTES + first * SUM_BYTES, found)
+    return completed(table, size)
 
-    def out(last: bool = False) -> None:
-        nonlocal at
-        if pending and (last or len(pending) >= _BATCH_BYTES):
-            root.update(pending)
-            if any(pending):
-                table.pwrite(at, bytes(pending))
-            at += len(pending)
-            pending.clear()
 
-    for first, sums in _sums(store, [(0, size)], size, progress):
-        missing = first * SUM_BYTES + HEADER_BYTES - at - len(pending)
-        while missing > 0:  # ranges in holes
-            zeros = min(missing, _BATCH_BYTES)
-            pending += bytes(zeros)
-            missing -= zeros
-            out()
-        pending += sums
-        out()
-    missing = table_bytes(size) - at - len(pending)
-    while missing > 0:
-        zeros = min(missing, _BATCH_BYTES)
-        pending += bytes(zeros)
-        missing -= zeros
-        out()
-    out(last=True)
-    if table.size() < table_bytes(size):
-        table.truncate(table_bytes(size))
+def completed(table: Store, size_bytes: int) -> str:
+    """Make the sums in `table`, of a file of this size, a table: it gets its header and its length. Returns the root.
+
+    Raises IoFailed, NoSpace.
+    """
+    table.pwrite(0, _HEADER.pack(_MAGIC, size_bytes, RANGE_BYTES, PAGE_BYTES))
+    end = table_bytes(size_bytes)
+    if table.size() != end:
+        table.truncate(end)
+    root = hashlib.sha256()
+    for at in range(0, end, MIB):
+        root.update(table.pread(at, min(MIB, end - at)))
     return root.hexdigest()
+
+
+def sums_of_ranges(
+    store: ReadStore, indexes: Iterable[int], progress: Progress | None = None
+) -> Iterator[tuple[int, bytes]]:
+    """(first range, sums) of these ranges of the file, ascending; those past its end are left out. Raises IoFailed."""
+    size = store.size()
+    wanted = joined((one * RANGE_BYTES, min(RANGE_BYTES, size - one * RANGE_BYTES)) for one in indexes)
+    for first, count, found, is_wanted in _sums(store, wanted, size, progress):
+        if found is None or is_wanted is None:
+            yield first, found or bytes(count * SUM_BYTES)
+            continue
+        for at in np.flatnonzero(is_wanted).tolist():
+            yield first + at, found[at * SUM_BYTES : (at + 1) * SUM_BYTES]
 
 
 def check_table(table: ReadStore, root: str, size_bytes: int) -> None:
@@ -176,42 +161,30 @@ def _wrong(
     store: ReadStore, table: ReadStore, wanted: list[tuple[int, int]], size: int, progress: Progress | None
 ) -> Iterator[tuple[int, int]]:
     """(first range, count) of the wrong sums; ranges in holes must have the sum of zeros."""
-    todo = deque((begin // RANGE_BYTES, range_count(begin + length)) for begin, length in wanted)
-    for first, sums in _sums(store, wanted, size, progress):
-        for hole, end in _up_to(first, todo):
-            yield from _not_zero(table, hole, end)
-        count = len(sums) // SUM_BYTES
-        expected = table.pread(HEADER_BYTES + first * SUM_BYTES, len(sums))
-        if expected != sums:
-            for index in range(count):
-                part = slice(index * SUM_BYTES, (index + 1) * SUM_BYTES)
-                if expected[part] != sums[part]:
-                    yield first + index, 1
-        for _ in _up_to(first + count, todo):
-            pass
-    for hole, end in _up_to(range_count(size), todo):
-        yield from _not_zero(table, hole, end)
+    for first, count, found, is_wanted in _sums(store, wanted, size, progress):
+        if found is None:
+            yield from _not_zero(table, first, first + count)
+            continue
+        expected = table.pread(HEADER_BYTES + first * SUM_BYTES, len(found))
+        if expected != found:
+            wrong = (_rows(expected) != _rows(found)).any(axis=1)
+            for index in np.flatnonzero(wrong if is_wanted is None else wrong & is_wanted).tolist():
+                yield first + index, 1
 
 
-def _up_to(limit: int, todo: deque[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Take from `todo`, (first, end) in ascending order, what lies before the limit."""
-    while todo and todo[0][0] < limit:
-        first, end = todo.popleft()
-        if end > limit:
-            todo.appendleft((limit, end))
-        yield first, min(end, limit)
+def _rows(found: bytes) -> NDArray[np.uint64]:
+    """A row of words for each sum."""
+    return np.frombuffer(found, dtype=np.uint64).reshape(-1, SUM_BYTES // 8)
 
 
 def _not_zero(table: ReadStore, first: int, end: int) -> Iterator[tuple[int, int]]:
     """The ranges from `first` up to `end` that should have data."""
     step = _BATCH_BYTES // SUM_BYTES
     for at in range(first, end, step):
-        count = min(step, end - at)
-        raw = table.pread(HEADER_BYTES + at * SUM_BYTES, count * SUM_BYTES)
+        raw = table.pread(HEADER_BYTES + at * SUM_BYTES, min(step, end - at) * SUM_BYTES)
         if any(raw):
-            for index in range(count):
-                if any(raw[index * SUM_BYTES : (index + 1) * SUM_BYTES]):
-                    yield at + index, 1
+            for index in np.flatnonzero(_rows(raw).any(axis=1)).tolist():
+                yield at + index, 1
 
 
 def renewed_table(
@@ -233,7 +206,6 @@ def renewed_table(
     if size != old_size:  # the last range before the end ends elsewhere, or is new
         shorter = min(size, old_size)
         wanted = joined([*wanted, (shorter // RANGE_BYTES * RANGE_BYTES, size - shorter // RANGE_BYTES * RANGE_BYTES)])
-    table.pwrite(0, _HEADER.pack(_MAGIC, size, RANGE_BYTES, PAGE_BYTES))
     end = table_bytes(size)
     table.truncate(end)
     for at in range(HEADER_BYTES, min(end, HEADER_BYTES + known // RANGE_BYTES * SUM_BYTES), _BATCH_BYTES):
@@ -244,12 +216,14 @@ def renewed_table(
     for begin, length in whole:
         first, last = begin // RANGE_BYTES, range_count(begin + length)
         table.punch(HEADER_BYTES + first * SUM_BYTES, (last - first) * SUM_BYTES)
-    for index, sums in _sums(store, whole, size, progress):
-        table.pwrite(HEADER_BYTES + index * SUM_BYTES, sums)
-    root = hashlib.sha256()
-    for at in range(0, end, MIB):
-        root.update(table.pread(at, min(MIB, end - at)))
-    return root.hexdigest()
+    for index, count, found, is_wanted in _sums(store, whole, size, progress):
+        if found is not None and is_wanted is None:
+            table.pwrite(HEADER_BYTES + index * SUM_BYTES, found)
+        elif found is not None:
+            rows = _rows(table.pread(HEADER_BYTES + index * SUM_BYTES, count * SUM_BYTES)).copy()
+            rows[is_wanted] = _rows(found)[is_wanted]
+            table.pwrite(HEADER_BYTES + index * SUM_BYTES, rows.tobytes())
+    return completed(table, size)
 
 
 def joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -275,73 +249,177 @@ def _whole(ranges: Iterable[tuple[int, int]], size: int) -> list[tuple[int, int]
 # -- reading through the hash --------------------------------------------------------------------------------------
 
 
+class _Job:
+    """Ranges whose sums are made together: from `first` up to `end`, of which those in `wanted` (first, end) count.
+
+    `runs` are the pages to read, as (first, count), ascending; the others are in holes.
+    """
+
+    __slots__ = ("end", "first", "page_count", "runs", "wanted")
+
+    def __init__(self, first: int) -> None:
+        self.first = self.end = first
+        self.wanted: list[tuple[int, int]] = []
+        self.runs: list[tuple[int, int]] = []
+        self.page_count = 0
+
+    def cover(self, first: int, end: int) -> None:
+        """Add ranges after those that it has."""
+        if self.wanted and self.wanted[-1][1] == first:
+            self.wanted[-1] = (self.wanted[-1][0], end)
+        else:
+            self.wanted.append((first, end))
+        self.end = end
+
+    def read(self, page: int, end: int) -> None:
+        """Add pages of ranges that it covers, as far as it does not have them."""
+        if self.runs:
+            page = max(page, sum(self.runs[-1]))
+        if page < end:
+            self.runs.append((page, end - page))
+            self.page_count += end - page
+
+    def is_full_with(self, end: int) -> bool:
+        """Whether it is time for another job, where this one would reach `end`."""
+        return self.page_count > _JOB_PAGES - _PAGES or len(self.runs) >= _JOB_RUNS or end - self.first > _JOB_RANGES
+
+    def is_wanted(self) -> NDArray[np.bool_] | None:
+        """One boolean per range: does it count? None if all of them do."""
+        if len(self.wanted) == 1:
+            return None
+        found = np.zeros(self.end - self.first, dtype=np.bool_)
+        for first, end in self.wanted:
+            found[first - self.first : end - self.first] = True
+        return found
+
+
 def _sums(
     store: ReadStore, wanted: Iterable[tuple[int, int]], size: int, progress: Progress | None
-) -> Iterator[tuple[int, bytes]]:
-    """(index of the first range, sums) of the parts of the file that may hold data, in order, hashed by all cores."""
-    total, done = size, 0
+) -> Iterator[tuple[int, int, bytes | None, NDArray[np.bool_] | None]]:
+    """(first range, count, their sums, which of them are wanted or None for all), in order, hashed by all cores.
+
+    `wanted` are whole ranges. Instead of the sums of many ranges that lie in one hole there is None.
+    """
     buffers = threading.local()
     threads = min(os.cpu_count() or 1, _MAX_THREADS)
-    waiting: deque[Future[tuple[int, bytes, int]]] = deque()
+    waiting: deque[tuple[_Job, Future[bytes] | None]] = deque()
 
-    def hashed(begin: int, end: int) -> tuple[int, bytes, int]:
+    def hashed(job: _Job) -> bytes:
         buffer = getattr(buffers, "buffer", None)
         if buffer is None:
-            buffer = buffers.buffer = memoryview(bytearray(_PIECE_BYTES))
-        return begin // RANGE_BYTES, _piece_sums(store, begin, end, buffer), end
+            buffer = buffers.buffer = memoryview(bytearray((_JOB_PAGES + _PAGES) * PAGE_BYTES))
+        return _job_sums(store, job, buffer)
+
+    def oldest() -> tuple[int, int, bytes | None, NDArray[np.bool_] | None]:
+        job, hashing = waiting.popleft()
+        found = None if hashing is None else hashing.result()
+        return job.first, job.end - job.first, found, job.is_wanted()
 
     pool = ThreadPoolExecutor(threads, thread_name_prefix="vhdkit-sums")
     try:
-        for begin, end in _pieces(store, wanted):
-            waiting.append(pool.submit(hashed, begin, end))
+        for job in _jobs(store, wanted):
+            waiting.append((job, pool.submit(hashed, job) if job.runs or len(job.wanted) > 1 else None))
             if len(waiting) > threads * _AHEAD:
-                first, sums, done = waiting.popleft().result()
-                yield first, sums
+                done = oldest()
+                yield done
                 if progress is not None:
-                    progress(done, total)
+                    progress(min((done[0] + done[1]) * RANGE_BYTES, size), size)
         while waiting:
-            first, sums, done = waiting.popleft().result()
-            yield first, sums
+            done = oldest()
+            yield done
             if progress is not None:
-                progress(done, total)
+                progress(min((done[0] + done[1]) * RANGE_BYTES, size), size)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _pieces(store: ReadStore, wanted: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """(begin, end) of pieces of whole ranges that may hold data, ascending and apart from each other."""
+def _jobs(store: ReadStore, wanted: Iterable[tuple[int, int]]) -> Iterator[_Job]:
+    """The wanted ranges, ascending, as jobs; without data to read if they lie in a hole."""
+    job: _Job | None = None
+
+    def covering(first: int, end: int) -> Iterator[_Job]:
+        """Have the present job cover these ranges; the jobs that are complete."""
+        nonlocal job
+        if job is not None and job.is_full_with(end):
+            yield job
+            job = None
+        job = job or _Job(first)
+        job.cover(first, end)
+
     for begin, length in wanted:
-        at, stop = begin, begin + length
+        at, stop = begin // RANGE_BYTES, range_count(begin + length)
         for offset, size, is_data in store.data_runs(begin, length):
-            if not is_data or offset + size <= at:
+            page, last = offset // PAGE_BYTES, -(-(offset + size) // PAGE_BYTES)
+            if not is_data:
                 continue
-            first = max(offset // RANGE_BYTES * RANGE_BYTES, at)
-            end = min(range_count(offset + size) * RANGE_BYTES, stop)
-            for piece in range(first, end, _PIECE_BYTES):
-                yield piece, min(piece + _PIECE_BYTES, end)
-            at = end
+            if page // _PAGES > at:  # ranges in a hole
+                yield from covering(at, page // _PAGES)
+                at = page // _PAGES
+            if page < at * _PAGES:  # the last range has more data
+                assert job is not None
+                job.read(page, min(last, at * _PAGES))
+                page = min(last, at * _PAGES)
+            while page < last:
+                room = _JOB_PAGES if job is None or job.is_full_with(at + 1) else _JOB_PAGES - job.page_count
+                end = min(last, (page // _PAGES + room // _PAGES) * _PAGES)
+                yield from covering(at, -(-end // _PAGES))
+                assert job is not None
+                job.read(page, end)
+                page, at = end, -(-end // _PAGES)
+        if at < stop:
+            yield from covering(at, stop)
+    if job is not None:
+        yield job
 
 
-def _piece_sums(store: ReadStore, begin: int, end: int, buffer: memoryview) -> bytes:
-    """The sums of the ranges from `begin` to `end`, the last of which may end with the file."""
-    size = end - begin
-    whole = -(-size // PAGE_BYTES) * PAGE_BYTES
-    store.pread_into(begin, buffer[:size])
-    if whole > size:
-        buffer[size:whole] = bytes(whole - size)
-    pages = _pages_with_data(np.frombuffer(buffer[:whole], dtype=np.uint64).reshape(-1, _WORDS))
-    sums = bytearray()
-    full = hashlib.sha256(b"\xff\xff")
-    for at in range(0, whole, RANGE_BYTES):
-        data = buffer[at : min(at + RANGE_BYTES, whole)]
-        of_range = pages[at // PAGE_BYTES : at // PAGE_BYTES + _PAGES]
-        if len(of_range) == _PAGES and of_range.all():
-            found = full.copy()
-            found.update(data)
-            sums += found.digest()
+def _job_sums(store: ReadStore, job: _Job, buffer: memoryview) -> bytes:
+    """The sums of a job's ranges."""
+    at = 0
+    for page, count in job.runs:
+        store.pread_into(page * PAGE_BYTES, buffer[at : at + count * PAGE_BYTES])
+        at += count * PAGE_BYTES
+    found = bytearray((job.end - job.first) * SUM_BYTES)
+    if at:
+        runs = np.array(job.runs, dtype=np.int64)
+        before = np.cumsum(runs[:, 1]) - runs[:, 1]
+        numbers = np.arange(job.page_count) + np.repeat(runs[:, 0] - before, runs[:, 1])
+        for index, one in _page_sums(buffer[:at], numbers):
+            found[(index - job.first) * SUM_BYTES : (index - job.first + 1) * SUM_BYTES] = one
+    return bytes(found)
+
+
+def sums_of_data(data: memoryview) -> bytes:
+    """The sums of whole ranges."""
+    count = len(data) // RANGE_BYTES
+    found = bytearray(count * SUM_BYTES)
+    for index, one in _page_sums(data, np.arange(count * _PAGES)):
+        found[index * SUM_BYTES : (index + 1) * SUM_BYTES] = one
+    return bytes(found)
+
+
+def _page_sums(data: memoryview, numbers: NDArray[np.int64]) -> Iterator[tuple[int, bytes]]:
+    """(range, sum) of ranges that are not all zeros, from all of their pages that may not be; `numbers` says which
+    page of the file each of them is, ascending.
+    """
+    has_data = _pages_with_data(np.frombuffer(data, dtype=np.uint64).reshape(-1, _WORDS))
+    owners = numbers // _PAGES
+    starts = np.flatnonzero(np.diff(owners, prepend=-1))
+    masks = np.add.reduceat(has_data.astype(np.uint16) << (numbers % _PAGES).astype(np.uint16), starts)
+    kept = np.add.reduceat(has_data.astype(np.int64), starts).tolist()
+    raw, ranges, firsts = masks.astype("<u2").tobytes(), owners[starts].tolist(), starts.tolist()
+    for number, (index, first, end) in enumerate(zip(ranges, firsts, [*firsts[1:], len(numbers)], strict=True)):
+        if not kept[number]:
+            continue
+        mask = raw[2 * number : 2 * number + 2]
+        if kept[number] == end - first:
+            parts = [data[first * PAGE_BYTES : end * PAGE_BYTES]]
         else:
-            sums += sum_of(data, of_range.tolist())
-    return bytes(sums)
+            pages = (first + np.flatnonzero(has_data[first:end])).tolist()
+            parts = [data[page * PAGE_BYTES : (page + 1) * PAGE_BYTES] for page in pages]
+        found = hashlib.sha256(mask)
+        for part in parts:
+            found.update(part)
+        yield index, found.digest()
 
 
 def _pages_with_data(words: NDArray[np.uint64]) -> NDArray[np.bool_]:
