@@ -114,20 +114,21 @@ def record_parents(path: str, parent_path: str, parent_id: bytes) -> None:
         record_parent(child, parent, parent_id)
 
 
-def inherit_parent(child: Store, above: Store, parent_id: bytes) -> None:
+def inherit_parent(child: Store, above: Store, parent_id: bytes) -> bool:
     """Note at the child of a new parent what `above`, the layer that was the parent's child, noted of its state.
 
-    So that a parent which was written to since is reported as before. Without such a note the child gets none.
+    So that a parent which was written to since is reported as before. False without such a note: the child has none.
     """
     image, file = file_of(child), file_of(above)
     if image is None or file is None:
-        return
+        return False
     raw = read_attribute(file, _CHILD, _AT_CHILD.size + _STATE.size)
     if raw is not None and len(raw) == _AT_CHILD.size + _STATE.size:
         version, _, generation = _AT_CHILD.unpack_from(raw)
         if write_attribute(image, _CHILD, _AT_CHILD.pack(version, parent_id, generation) + raw[_AT_CHILD.size :]):
-            return
+            return True
     drop_attribute(image, _CHILD)
+    return False
 
 
 def was_written_since(child: Store, parent: Store, recorded: ParentRef) -> bool:

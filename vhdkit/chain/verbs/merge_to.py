@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from vhdkit import formats
 from vhdkit.chain.engine.chain import Progress
-from vhdkit.chain.names.lineage import record_parent
+from vhdkit.chain.names.lineage import inherit_parent, record_parent
 from vhdkit.chain.names.marks import marked
 from vhdkit.chain.records import pending
 from vhdkit.chain.verbs.create import linkage_of, names_of
@@ -61,10 +61,12 @@ def _prepare(plan: MergeToPlan) -> Iterator[tuple[NewFile, Layer]]:
 
 
 def _complete(plan: MergeToPlan, new: NewFile, target: Layer) -> None:
-    """The content is complete: give the file its name, and note its parent's state."""
+    """The content is complete: give the file its name, and note the parent's state as the lowest source knew it."""
     target.seal()
     if plan.below:
-        record_parent(new.store, plan.below[0].store, linkage_of(plan.below[0]))
+        parent, parent_id = plan.below[0].store, linkage_of(plan.below[0])
+        if not inherit_parent(new.store, plan.sources[-1].store, parent_id):
+            record_parent(new.store, parent, parent_id)
     with marked([(plan.path, new.store, file_of_layer(plan.below[0]).name)] if plan.below else []):
         new.commit()
 

@@ -191,6 +191,24 @@ def is_warned(path: Path) -> bool:
     return "parent-written" in {one.code for one in vhdkit.check(path)}
 
 
+@pytest.mark.parametrize("suffix", ["vhd", "vhdx"])
+def test_a_merge_to_a_new_file_hides_no_foreign_change(folder: Path, suffix: str) -> None:
+    """The new image warns of what another program did to its parent, before or after, as the merged layers did."""
+    base, lower, leaf, new = (folder / f"{name}.{suffix}" for name in ("base", "lower", "leaf", "new"))
+    for touched in ("before", "after"):
+        for path in (base, lower, leaf, new):
+            path.unlink(missing_ok=True)
+        vhdkit.create_image(base, 4 * MIB, disk_format=DiskFormat.VHDX if suffix == "vhdx" else DiskFormat.DYNAMIC)
+        vhdkit.create_child(lower, base)
+        vhdkit.create_child(leaf, lower)
+        touch(base) if touched == "before" else None
+        vhdkit.merge(leaf, into=lower, to=new)
+        assert vhdkit.chain_paths(new) == [str(new), str(base)]
+        assert is_warned(new) == (touched == "before")
+        touch(base)
+        assert is_warned(new)
+
+
 @pytest.mark.parametrize("is_live", [False, True])
 @pytest.mark.parametrize("suffix", ["vhd", "vhdx"])
 def test_a_pull_hides_no_foreign_change(folder: Path, suffix: str, is_live: bool) -> None:
