@@ -14,6 +14,7 @@ TYPE_CHECKING = False  # as in `vhdkit`: type checkers know the name
 if TYPE_CHECKING:
     from vhdkit.backup.choosing import Wanted, chosen
     from vhdkit.backup.clock import zone_here
+    from vhdkit.backup.copying import Copied, CopiedMachine, copy_repository, promote_copy
     from vhdkit.backup.documents import DamagedRepository, time_word
     from vhdkit.backup.graph import Images
     from vhdkit.backup.keep import DatedNight, KeepRules, out_of_order, zone_named
@@ -49,11 +50,14 @@ if TYPE_CHECKING:
     from vhdkit.backup.restore import Restored, read_file, restore
     from vhdkit.backup.verify import NightResult, Verification, known_results, verify
     from vhdkit.chain.records.references import NightMark, marks_at
+    from vhdkit.rate import RateLimit
 
 __all__ = [
     "BaseRecord",
     "Circumstances",
     "Consistency",
+    "Copied",
+    "CopiedMachine",
     "DamageReport",
     "DamagedRepository",
     "DatedNight",
@@ -79,6 +83,7 @@ __all__ = [
     "NightResult",
     "PruneReport",
     "Pruned",
+    "RateLimit",
     "Repository",
     "Restored",
     "SavedStatus",
@@ -90,6 +95,7 @@ __all__ = [
     "Writing",
     "add_lease",
     "chosen",
+    "copy_repository",
     "create_repository",
     "dated_nights",
     "delete",
@@ -104,6 +110,7 @@ __all__ = [
     "nights_out_of_order",
     "open_repository",
     "out_of_order",
+    "promote_copy",
     "protect",
     "prune",
     "read_file",
@@ -126,6 +133,7 @@ __all__ = [
 _HOMES = {
     "vhdkit.backup.choosing": "Wanted chosen",
     "vhdkit.backup.clock": "zone_here",
+    "vhdkit.backup.copying": "Copied CopiedMachine copy_repository promote_copy",
     "vhdkit.backup.documents": "DamagedRepository time_word",
     "vhdkit.backup.graph": "Images",
     "vhdkit.backup.keep": "DatedNight KeepRules out_of_order zone_named",
@@ -144,6 +152,7 @@ _HOMES = {
     "vhdkit.backup.restore": "Restored read_file restore",
     "vhdkit.backup.verify": "NightResult Verification known_results verify",
     "vhdkit.chain.records.references": "NightMark marks_at",
+    "vhdkit.rate": "RateLimit",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 

@@ -7,8 +7,8 @@ process renames folders on the way or replaces them by links. A new file appears
 the device, or not at all. Must not know what the files mean.
 
 A file can still have a second name elsewhere (a hard link); writing into an existing file would change that, too. So
-files are never opened here for writing: they are made anew, replaced as a whole, or removed. `held_lock` is the
-exception, and it writes to a file of its own.
+files are made anew, replaced as a whole, or removed. The exceptions are `held_lock`, which writes to a file of its
+own, and `own_file`, which refuses a file with a second name.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from vhdkit.wording import translate, translated
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # opening a pipe must not wait for a writer
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_OWN = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _LOCK = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _NOT_FLUSHABLE = {errno.EINVAL, errno.EOPNOTSUPP}
@@ -103,6 +104,20 @@ class HeldFolder(Descriptor):
         return True
 
     @held
+    def is_same(self, other: HeldFolder) -> bool:
+        """True if both are the same folder, however it was found."""
+        with translated(self.path, "look at"):
+            ours = os.fstat(self._fd)
+        return other.is_folder(ours.st_dev, ours.st_ino)
+
+    @held
+    def is_folder(self, device: int, inode: int) -> bool:
+        """True if this is the folder with these numbers."""
+        with translated(self.path, "look at"):
+            found = os.fstat(self._fd)
+        return (found.st_dev, found.st_ino) == (device, inode)
+
+    @held
     def free_bytes(self) -> int:
         """How much this user can still write to the file system."""
         with translated(self.path, "find out how much space is free"):
@@ -151,6 +166,34 @@ class HeldFolder(Descriptor):
         except BaseException:
             close_owned(owned)
             raise
+
+    @held
+    def own_file(self, name: str) -> FileStore:
+        """A regular file, open for writing, locked as by its only writer, and made if it does not exist.
+
+        The name of a new one is not flushed (`sync`). The caller closes it. Raises ImageInUse; and InvalidArgument for
+        a file that has a second name, which a write would change, too.
+        """
+        path = self._path_of(name)
+        owned = Owned()
+        try:
+            owned = opened(name, _OWN, _FILE_MODE, dir_fd=self._fd)
+            facts = os.fstat(owned[0])
+            if not stat.S_ISREG(facts.st_mode) or facts.st_nlink > 1:
+                raise errors.InvalidArgument("is no regular file, or has a second name (a hard link)", path=path)
+        except OSError as error:
+            close_owned(owned)
+            raise self._refused(error, path, "open for writing") from error
+        except BaseException:
+            close_owned(owned)
+            raise
+        store = FileStore(owned, path, writable=True)
+        try:
+            store.lock(writer=True)
+        except BaseException:
+            store.close()
+            raise
+        return store
 
     def read(self, name: str, limit_bytes: int) -> bytes:
         """All bytes of a small file. Raises InvalidArgument if there are more than `limit_bytes`."""

@@ -176,3 +176,21 @@ def test_missing_folders(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(errors.NotFound):
         open_folder(tmp_path / "file")
+
+
+def test_an_own_file_has_no_second_name(inside: HeldFolder) -> None:
+    """INV-FOLDER-HELD: a file is opened for writing if it is regular, has one name, and no other process writes to it;
+    it is made if it does not exist."""
+    with inside.own_file("new") as store:
+        store.pwrite(0, b"content")
+        with pytest.raises(errors.ImageInUse):
+            inside.own_file("new")
+    with inside.own_file("new") as store:
+        assert store.pread(0, 100) == b"content"
+    os.link(Path(inside.path) / "new", Path(inside.path) / "second")
+    (Path(inside.path) / "link").symlink_to("new")
+    os.mkfifo(Path(inside.path) / "pipe")
+    for name in ("new", "second", "link", "pipe"):
+        with pytest.raises(errors.InvalidArgument):
+            inside.own_file(name)
+    assert (Path(inside.path) / "new").read_bytes() == b"content"

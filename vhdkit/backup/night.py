@@ -34,10 +34,11 @@ from vhdkit.backup.contents import kind_of_full, write_differences, write_full, 
 from vhdkit.backup.documents import DamagedRepository
 from vhdkit.backup.graph import ImageRecord, Images
 from vhdkit.backup.layers import link_to, opened_layers
+from vhdkit.backup.leftovers import remove_leftovers, remove_whole
 from vhdkit.backup.manifest import Consistency, DiskRecord, FileRecord, Frozen, How, Manifest
 from vhdkit.backup.names import ImagePlace, new_unique_id, night_of_file, night_word
 from vhdkit.backup.pruning import finish_interrupted
-from vhdkit.backup.repository import MAX_FILES, META, MachineFolder, Night, Repository, remove_whole
+from vhdkit.backup.repository import MAX_FILES, META, MachineFolder, Night, Repository
 from vhdkit.backup.summing import SummedFile
 from vhdkit.chain.engine.chain import Chain, Progress
 from vhdkit.chain.records import references
@@ -102,7 +103,7 @@ def writing(repository: Repository, machine_id: str, name: str, wishes: Wishes) 
     with repository.made_machine(machine_id, name) as machine, machine.held("a backup"):
         finish_interrupted(machine, is_held=True)
         nights = machine.nights()
-        machine.remove_leftovers(nights)
+        remove_leftovers(machine, nights)
         yield Writing(machine, tuple(nights), wishes, machine.next_number(nights), new_unique_id())
 
 

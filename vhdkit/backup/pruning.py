@@ -27,16 +27,18 @@ from datetime import tzinfo
 from typing import TypeAlias
 
 from vhdkit import errors
+from vhdkit.backup.copy_switch import finish_switch
 from vhdkit.backup.documents import DamagedRepository
 from vhdkit.backup.graph import Images
 from vhdkit.backup.journal import PruneJournal, read_journal, remove_journal, write_journal
 from vhdkit.backup.keep import DatedNight, KeepRules, reasons_to_keep
 from vhdkit.backup.leases import drop_dead, leased_nights, leases
+from vhdkit.backup.leftovers import remove_whole
 from vhdkit.backup.manifest import Manifest
 from vhdkit.backup.names import SUMS_SUFFIX, ImagePlace, night_word
 from vhdkit.backup.prune import ImageMerge, PrunePlan, plan_prune
 from vhdkit.backup.renewal import Renewal, sidecars
-from vhdkit.backup.repository import MAX_FILES, META, MachineFolder, Night, remove_whole
+from vhdkit.backup.repository import MAX_FILES, META, SWITCH_FILE, MachineFolder, Night
 from vhdkit.backup.verify import known_results
 from vhdkit.chain.engine.chain import Progress
 from vhdkit.chain.names.options import OpenOptions
@@ -144,12 +146,16 @@ def finish(machine: MachineFolder, progress: Progress | None = None) -> tuple[in
 
 
 def finish_interrupted(machine: MachineFolder, *, is_held: bool = False, wanted: int | None = None) -> None:
-    """Finish an interrupted prune as far as that is possible; what is in the way is left to the next prune.
+    """Finish an interrupted prune, or the switch of an interrupted copy, as far as that is possible; what is in the
+    way is left to the next one.
 
     For what reads nights or adds one; `is_held` says that the caller has the machine's lock. If the prune is about to
     drop the night `wanted`, it is left as it is: as long as that night exists, nothing was merged.
     """
     with contextlib.suppress(errors.VhdkitError):
+        if machine.folder.exists(SWITCH_FILE):
+            with contextlib.nullcontext() if is_held else machine.held("the rest of a copy", copying=True):
+                finish_switch(machine)
         journal = read_journal(machine)
         if journal is not None and wanted not in journal.nights:
             with contextlib.nullcontext() if is_held else machine.held("the rest of a prune"):

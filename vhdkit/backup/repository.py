@@ -10,16 +10,18 @@ change them, and what an unfinished night leaves. Must not know how an image is 
                              nights/00018.json     a manifest: only with it does the night exist
                              meta/00018/           other files of the night
                              prune.json            while a prune is under way; verify.json: see `verified`
+                             copying/              while a copy changes what is there: see `copy_switch`
                              images/DISK-ID/       00018.avhd, 00018.avhd.sums
          bases/IMAGE-ID.vhd                        shared bases
          leases/LEASE-ID.json                      see `leases`
+         copy.json, copies/COPY-ID.json            in a copy, and in what was copied: see `copies`
 
 Everything is reached through descriptors of folders, and no link is followed (`held_folder`): a repository is
 untrusted input. The number of nights and the length of all manifests are bounded.
 
 - A night's number is used once: `last_night` is at least that of every night that was deleted.
-- Only a file that is newer than every night, and that no manifest names, is a leftover (`remove_leftovers`). A
-  manifest that cannot be read still counts as a night, so what it names is never removed.
+- A manifest that cannot be read still counts as a night (`leftovers`).
+- A copy (`copies`) is changed by copying alone: every other lock on a machine of it is refused.
 """
 
 from __future__ import annotations
@@ -36,19 +38,17 @@ from vhdkit import errors
 from vhdkit.arguments import AnyPath
 from vhdkit.backup.documents import MAX_DOCUMENT_BYTES, DamagedRepository, encoded, parsed, time_word
 from vhdkit.backup.leases import leased
-from vhdkit.backup.manifest import BaseRecord, DiskRecord, Manifest, parse_manifest
+from vhdkit.backup.manifest import Manifest, parse_manifest
 from vhdkit.backup.names import (
     BASES,
     IMAGES,
     MAX_NIGHT,
-    SUMS_SUFFIX,
     ImagePlace,
     is_machine_name,
     is_name,
     is_unique_id,
     new_unique_id,
     night_of,
-    night_of_file,
     night_word,
 )
 from vhdkit.held_folder import HeldFolder, make_folder, open_folder
@@ -56,12 +56,15 @@ from vhdkit.units import MIB
 
 REPOSITORY_FILE, MACHINE_FILE, LOCK = "repository.json", "machine.json", "lock"
 PRUNE_FILE = "prune.json"  # the journal of a prune
+COPY_FILE = "copy.json"  # in a copy of another repository
+SWITCH_FILE = "switch.json"  # the journal of a copy that changes images of a machine
 MACHINES, NIGHTS, META = "machines", "nights", "meta"
 MAX_MACHINES = 100_000
 MAX_NIGHTS = 32_768  # of one machine: hourly for almost four years
 MAX_ALL_MANIFESTS_BYTES = 256 * MIB  # of one machine; 8 KiB for each night
 MAX_FILES = 4 * MAX_NIGHTS  # in one folder: images, their sums, records beside them
 _JSON = ".json"
+_LOST_AND_FOUND = "lost+found"  # what mkfs.ext4 makes in the root of a file system
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +110,10 @@ class Repository:
             yield MachineFolder(self, folder, machine_id, *_read_machine(folder, machine_id))
 
     @contextlib.contextmanager
-    def made_machine(self, machine_id: str, name: str) -> Iterator[MachineFolder]:
-        """The same; made if it does not exist. Its name becomes `name` with the next night."""
+    def made_machine(self, machine_id: str, name: str, *, copying: bool = False) -> Iterator[MachineFolder]:
+        """The same; made if it does not exist. Its name becomes `name` with the next night. See `held` for copies."""
+        if not copying:
+            self.refuse_copy()
         if not is_name(machine_id) or not is_machine_name(name):
             raise errors.InvalidArgument(f"{errors.printable(name)!r} cannot be the name of a machine in a repository")
         with self.root.made_folder(MACHINES) as machines, machines.made_folder(machine_id) as folder:
@@ -150,6 +155,15 @@ class Repository:
         except (errors.NotFound, errors.InvalidArgument, DamagedRepository):
             return None
 
+    def refuse_copy(self) -> None:
+        """Raise InvalidArgument in a copy of another repository, which only copying changes."""
+        if self.root.exists(COPY_FILE):
+            raise errors.InvalidArgument(
+                "is a copy of another repository, which only `vhdkit backup copy` changes",
+                path=self.path,
+                hint=f"change the other one; if that is lost: vhdkit backup promote {errors.quoted(self.path)}",
+            )
+
     def bases(self, *, make: bool = False) -> HeldFolder:
         """The folder of shared bases. The caller closes it. Raises NotFound."""
         return self.root.made_folder(BASES) if make else self.root.folder(BASES)
@@ -184,14 +198,17 @@ class MachineFolder:
         return self.folder.path
 
     @contextlib.contextmanager
-    def held(self, doing: str) -> Iterator[None]:
+    def held(self, doing: str, *, copying: bool = False) -> Iterator[None]:
         """Be the only process that changes the machine's nights; `doing` is what others are told about it.
 
-        A dead process holds nothing. Raises ImageInUse, Unprotected.
+        A dead process holds nothing. Raises ImageInUse, Unprotected; and InvalidArgument in a copy of another
+        repository, which only `copying` changes.
         """
         now = time_word(datetime.now(UTC))
         owner = f"{doing} (process {os.getpid()} on {platform.node()}, since {now})"
         with self.folder.held_lock(LOCK, owner):
+            if not copying:
+                self.repository.refuse_copy()
             self.name, self.last_night = _read_machine(self.folder, self.id)
             yield
 
@@ -266,6 +283,12 @@ class MachineFolder:
             raise night.problem
         if night is None or night.manifest is None or night.manifest.dropped:
             raise errors.NotFound(f"has no night {number} of {self.name}", path=self.repository.path)
+        if self.folder.exists(SWITCH_FILE):
+            raise errors.ImageInUse(
+                "a copy is replacing images of this machine, or was interrupted while it did",
+                path=self.path,
+                hint="wait until it has ended, or run it again",
+            )
         if self.folder.exists(PRUNE_FILE):
             with contextlib.suppress(errors.ReadOnly, errors.AccessDenied), self.held("looking for a prune"):
                 pass  # one that was interrupted changes nothing at present, and is not in the way
@@ -334,72 +357,18 @@ class MachineFolder:
         with self.folder.folder(META) as meta:
             return meta.folder(night_word(number))
 
-    def remove_leftovers(self, nights: Iterable[Night]) -> list[str]:
-        """Remove what nights that were never finished have left; return the paths. Call with the lock held.
-
-        `nights` were read with the lock held. Files under construction go if their process is dead.
-        """
-        known = [one.number for one in nights]
-        newest = max(known, default=0)
-        named = {place for one in nights if one.manifest is not None for place in places_of(one.manifest)}
-        removed = []
-        self.sweep()
-        for disk_id in self.disk_ids():
-            with self.images(disk_id) as folder:
-                folder.sweep()
-                for name in folder.names(MAX_FILES):
-                    made, place = night_of_file(name), ImagePlace(disk_id, name.removesuffix(SUMS_SUFFIX))
-                    if made is not None and made > newest and place not in named:
-                        folder.remove(name)
-                        removed.append(os.path.join(folder.path, name))
-                folder.sync()
-        return [*removed, *self._unfinished_meta(newest)]
-
     def sweep(self) -> None:
         """Remove the documents under construction that dead processes left."""
         self.folder.sweep()
         with contextlib.suppress(errors.NotFound), self.folder.folder(NIGHTS) as nights:
             nights.sweep()
 
-    def _unfinished_meta(self, newest: int) -> list[str]:
-        try:
-            meta = self.folder.folder(META)
-        except errors.NotFound:
-            return []
-        with meta:
-            late = [one for one in meta.names(MAX_FILES) if (night_of(one) or 0) > newest]
-            return [path for one in late for path in remove_whole(meta, one)]
-
-
-def remove_whole(above: HeldFolder, name: str) -> list[str]:
-    """Remove a folder of files, durably; return its path, or nothing if it contains folders, which are not ours."""
-    try:
-        with above.folder(name) as folder:
-            folder.sweep()
-            for one in folder.names(MAX_FILES):
-                folder.remove(one)
-            folder.sync()
-    except errors.NotFound:
-        return []
-    removed = above.remove_folder(name)
-    above.sync()
-    return [os.path.join(above.path, name)] if removed else []
-
-
-def places_of(manifest: Manifest) -> Iterator[ImagePlace]:
-    """Every image that a manifest names."""
-    records: list[DiskRecord | BaseRecord] = [*manifest.disks, *manifest.bases]
-    for one in records:
-        yield one.image
-        if one.parent_image is not None:
-            yield one.parent_image
-
 
 def open_repository(path: AnyPath) -> Repository:
     """Open a repository. Raises NotFound, DamagedRepository, UnsupportedFormat, AccessDenied."""
     root = open_folder(path)
     try:
-        return _opened(root)
+        return opened_root(root)
     except BaseException:
         root.close()
         raise
@@ -410,20 +379,26 @@ def create_repository(path: AnyPath) -> Repository:
     root = make_folder(path)
     try:
         if not root.exists(REPOSITORY_FILE):
-            if root.names(MAX_MACHINES):
+            if not is_unused(root):
                 raise errors.InvalidArgument(
                     "is neither a repository nor an empty folder", path=root.path, hint="name a new folder"
                 )
             document = {"format": 1, "id": new_unique_id(), "created": time_word(datetime.now(UTC))}
             with contextlib.suppress(errors.AlreadyExists):  # another process made it first
                 root.write(REPOSITORY_FILE, encoded(document))
-        return _opened(root)
+        return opened_root(root)
     except BaseException:
         root.close()
         raise
 
 
-def _opened(root: HeldFolder) -> Repository:
+def is_unused(root: HeldFolder, *ours: str) -> bool:
+    """True if a folder without a repository has nothing in it, but for these names and what mkfs puts there."""
+    return not set(root.names(MAX_MACHINES)) - {_LOST_AND_FOUND, *ours}
+
+
+def opened_root(root: HeldFolder) -> Repository:
+    """The repository in a folder that is held. Raises NotFound, DamagedRepository, UnsupportedFormat."""
     try:
         raw = root.read(REPOSITORY_FILE, MAX_DOCUMENT_BYTES)
     except errors.NotFound as error:

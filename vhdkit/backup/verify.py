@@ -24,6 +24,7 @@ from datetime import UTC, datetime
 
 from vhdkit import errors, formats
 from vhdkit.backup import sums
+from vhdkit.backup.copy_switch import images_in_switch
 from vhdkit.backup.documents import DamagedRepository
 from vhdkit.backup.graph import ImageRecord, Images
 from vhdkit.backup.journal import images_in_merge
@@ -140,7 +141,7 @@ def known_results(machine: MachineFolder, nights: list[Night]) -> list[NightResu
     state = read_verified(machine.folder)
     damaged = {} if state is None else state.damaged_now(images)
     live = [one.manifest for one in nights if one.manifest is not None and not one.manifest.dropped]
-    changing = images_in_merge(machine)
+    changing = images_in_merge(machine) | images_in_switch(machine)
     for record in images.needed(live):
         if record.place not in damaged:
             try:
@@ -211,7 +212,7 @@ class _Run:
         ours = {(one.place.text, one.sums_root): one for one in self.records}
         if not self.state.files and not ours.keys() & self.state.damaged.keys():
             return
-        nights, merging = self.machine.nights(), images_in_merge(self.machine)
+        nights, merging = self.machine.nights(), images_in_merge(self.machine) | images_in_switch(self.machine)
         now = Images(one.manifest for one in nights if one.manifest is not None).records
         for key in ours.keys() & self.state.damaged.keys():
             record = ours[key]

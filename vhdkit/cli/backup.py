@@ -28,6 +28,8 @@ _COMMANDS = {
     "prune": ("backup_prune", "Drop the nights that no rule keeps."),
     "delete": ("backup_prune", "Drop one night."),
     "protect": ("backup_prune", "Keep a night from being dropped."),
+    "copy": ("backup_copy", "Copy a repository, or what has changed in it."),
+    "promote": ("backup_copy", "Make a copy a repository of its own."),
 }
 
 
@@ -63,6 +65,7 @@ class _Commands(VerbGroup):
         "vhdkit backup list /srv/backup",
         "vhdkit backup verify /srv/backup web",
         "vhdkit backup prune /srv/backup web --keep-daily 7 --keep-weekly 4",
+        "vhdkit backup copy /srv/backup /mnt/usb/backup",
     ),
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -12,14 +12,17 @@ import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from vhdkit import FormatName, InvalidArgument, OpenOptions, TrustedFolders, trusted_parent_dirs
+from vhdkit import FormatName, InvalidArgument, OpenOptions, TrustedFolders, VhdkitError, trusted_parent_dirs
 from vhdkit.errors import printable
 from vhdkit.folder import real_path
 from vhdkit.units import DiskSize, parse_disk_size, parse_size
+
+if TYPE_CHECKING:
+    from vhdkit.rate import RateLimit
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
@@ -156,6 +159,23 @@ def progress_option(verb: Verb) -> Verb:
         "--progress/--no-progress", default=None,
         help="Show progress. Default: when standard error is a terminal.",
     )(verb)  # fmt: skip
+
+
+def rate(text: str) -> RateLimit:
+    """Bytes a second as people write them: 500K, 20M, 1.5G."""
+    from vhdkit.rate import RateLimit  # few commands have a limit
+
+    try:
+        return RateLimit(parse_size(text))
+    except (ValueError, VhdkitError) as error:
+        raise click.BadParameter(str(error)) from error
+
+
+def limit_option(verb: Verb) -> Verb:
+    """`--limit` for verbs that copy much beside other work."""
+    return click.option("--limit", metavar="RATE", type=rate, help="Copy at most this much a second, such as 20M.")(
+        verb
+    )
 
 
 def dry_run_option(verb: Verb) -> Verb:

@@ -18,6 +18,7 @@ from vhdkit import errors
 from vhdkit.backup import repository as module
 from vhdkit.backup.documents import DamagedRepository
 from vhdkit.backup.leases import leases
+from vhdkit.backup.leftovers import remove_leftovers
 from vhdkit.backup.repository import create_repository, open_repository
 
 SECRET = "secret"
@@ -145,13 +146,43 @@ def test_leftovers_are_removed(nights: Nights, tmp_path: Path) -> None:
         (images / dead).write_bytes(b"x")
         (Path(machine.path) / "meta/00004").mkdir()
         (Path(machine.path) / "meta/00004/nvram").write_bytes(b"x")
-        removed = machine.remove_leftovers(machine.nights())
+        removed = remove_leftovers(machine, machine.nights())
         assert {one.name for one in images.iterdir()} == kept | stray
         assert sorted(os.path.basename(one) for one in removed) == [
             "00004", "00004.avhd", "00004.avhd.sums", "00005.vhdx",
         ]  # fmt: skip
         assert sorted(os.listdir(Path(machine.path) / "meta")) == ["00001"]
     nights.check(1, 2, 3)
+
+
+def test_a_deletion_without_a_journal_leaves_nothing(nights: Nights) -> None:
+    """An image of any number that no manifest names is removed, as a deletion on a full disk can leave it; but not
+    while a prune is under way, nor while a manifest cannot be read."""
+    with nights.machine() as machine, machine.held("a test"):
+        images, folder = Path(machine.path) / "images/disk-0", Path(machine.path) / "nights"
+        journal, raw = Path(machine.path) / "prune.json", (folder / "00001.json").read_bytes()
+        for name in ("00002.vhdx", "00002.vhdx.sums"):
+            (images / name).write_bytes(b"left")
+        journal.touch()
+        assert remove_leftovers(machine, machine.nights()) == []
+        journal.unlink()
+        (folder / "00001.json").write_bytes(b"{}")
+        assert remove_leftovers(machine, machine.nights()) == []
+        (folder / "00001.json").write_bytes(raw)
+        removed = remove_leftovers(machine, machine.nights())
+        assert [os.path.basename(one) for one in removed] == ["00002.vhdx", "00002.vhdx.sums"]
+    nights.check(1, 2, 3)
+
+
+def test_a_fresh_file_system_is_an_empty_folder(tmp_path: Path) -> None:
+    """A repository can be made in the root of a fresh ext4, in which there is `lost+found` and nothing else."""
+    (tmp_path / "disk/lost+found").mkdir(parents=True)
+    create_repository(tmp_path / "disk").close()
+    open_repository(tmp_path / "disk").close()
+    (tmp_path / "other/lost+found").mkdir(parents=True)
+    (tmp_path / "other/photo.jpg").touch()
+    with pytest.raises(errors.InvalidArgument, match="neither a repository nor an empty folder"):
+        create_repository(tmp_path / "other")
 
 
 def test_a_damaged_manifest_protects_its_images(nights: Nights) -> None:
@@ -163,7 +194,7 @@ def test_a_damaged_manifest_protects_its_images(nights: Nights) -> None:
         path.write_bytes(b"{" + path.read_bytes())
         found = machine.nights()
         assert found[2].manifest is None and isinstance(found[2].problem, DamagedRepository)
-        assert machine.remove_leftovers(found) == [] and image.exists()
+        assert remove_leftovers(machine, found) == [] and image.exists()
         assert machine.next_number(found) == 4
 
 
@@ -226,7 +257,7 @@ def test_a_hostile_repository_reaches_nothing_outside(nights: Nights, tmp_path: 
         with open_repository(nights.path) as repository, repository.machine(MACHINE) as machine, machine.held("test"):
             found = machine.nights()
             refused = any(one.problem is not None and SECRET not in str(one.problem) for one in found)
-            machine.remove_leftovers(found)
+            remove_leftovers(machine, found)
             for place in ("disk-0",):
                 machine.images(place).close()
             leases(repository.root)
