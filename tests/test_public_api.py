@@ -32,10 +32,10 @@ snapshot_many trusted_parent_dirs
 """
 MACHINES = """
 AccessDenied AdapterSpec AgentUnavailable AlreadyExists Applied AutomaticSpec BackupResult ConsoleConnection Deleted
-Deletion DiskInfo DiskRequest DiskSpec DiskWish Event ExchangedItem GuestAccess GuestInfo GuestInterface Heartbeat
-InUse IntegrationSpec InvalidSpec KeptDisk MachineInfo MachineSnapshots MachineSpec MachineState Manager MergeResult
-NewId NoSpace NotFound OsInfo OwnDisk PathsSpec QemuFailed Refused RepairStep Snapshot StoreFailed TakenOut TimedOut
-Unsupported VmmError WrongState
+Deletion DiskInfo DiskRequest DiskSpec DiskWish Event ExchangedItem FillProgress GuestAccess GuestInfo GuestInterface
+Heartbeat InUse IntegrationSpec InvalidSpec KeptDisk MachineInfo MachineSnapshots MachineSpec MachineState Manager
+MergeResult NewId NoSpace NotFound OsInfo OwnDisk PathsSpec QemuFailed Refused RepairStep Snapshot StoreFailed
+TakenOut TimedOut Unsupported VmmError WrongState
 """
 
 

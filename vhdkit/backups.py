@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     )
     from vhdkit.backup.repository import MachineFolder, Night, Repository, create_repository, open_repository
     from vhdkit.backup.restore import Restored, read_file, restore
+    from vhdkit.backup.standing import StandingImage, mark_as_night, stand_on_night
     from vhdkit.backup.verify import NightResult, Verification, known_results, verify
     from vhdkit.chain.records.references import NightMark, marks_at
     from vhdkit.rate import RateLimit
@@ -88,6 +89,7 @@ __all__ = [
     "Restored",
     "SavedStatus",
     "Stages",
+    "StandingImage",
     "Verification",
     "VerifyReport",
     "Wanted",
@@ -106,6 +108,7 @@ __all__ = [
     "known_results",
     "leased_nights",
     "leases",
+    "mark_as_night",
     "marks_at",
     "nights_out_of_order",
     "open_repository",
@@ -122,6 +125,7 @@ __all__ = [
     "report_status",
     "report_verification",
     "restore",
+    "stand_on_night",
     "time_word",
     "verify",
     "writing",
@@ -150,6 +154,7 @@ _HOMES = {
     ),
     "vhdkit.backup.repository": "MachineFolder Night Repository create_repository open_repository",
     "vhdkit.backup.restore": "Restored read_file restore",
+    "vhdkit.backup.standing": "StandingImage mark_as_night stand_on_night",
     "vhdkit.backup.verify": "NightResult Verification known_results verify",
     "vhdkit.chain.records.references": "NightMark marks_at",
     "vhdkit.rate": "RateLimit",

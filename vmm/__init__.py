@@ -30,6 +30,7 @@ _HOMES = {
     "vmm.model.events": "Event",
     "vmm.model.guest": "ExchangedItem GuestInfo GuestInterface Heartbeat OsInfo",
     "vmm.model.spec": "AdapterSpec AutomaticSpec DiskSpec IntegrationSpec MachineSpec PathsSpec",
+    "vmm.processes.answers": "FillProgress",
     "vmm.snapshots.apply": "Applied",
     "vmm.snapshots.delete": "Deleted",
     "vmm.store.snapshots.tree": "Snapshot",
@@ -82,6 +83,7 @@ if TYPE_CHECKING:
     from vmm.model.spec import IntegrationSpec as IntegrationSpec
     from vmm.model.spec import MachineSpec as MachineSpec
     from vmm.model.spec import PathsSpec as PathsSpec
+    from vmm.processes.answers import FillProgress as FillProgress
     from vmm.snapshots.apply import Applied as Applied
     from vmm.snapshots.delete import Deleted as Deleted
     from vmm.store.snapshots.tree import Snapshot as Snapshot

@@ -55,14 +55,24 @@ def leases(root: HeldFolder) -> list[NightLease]:
         return [one for one in found if one is not None]
 
 
-def add_lease(root: HeldFolder, machine_id: str, night: int, purpose: str, *, lasting: bool) -> NightLease:
-    """Make a lease; it is on the device when this returns.
+def add_lease(
+    root: HeldFolder, machine_id: str, night: int, purpose: str, *, lasting: bool, lease_id: str | None = None
+) -> NightLease:
+    """Make a lease; it is on the device when this returns. `lease_id`: 32 hexadecimal digits drawn by chance, for a
+    caller that records it first; None to draw it here.
 
     The caller then checks that the night still exists, and that no prune is under way (`MachineFolder.reading`): a
     prune first marks what it drops and then reads the leases, so one of the two sees the other.
     """
+    assert lease_id is None or is_unique_id(lease_id)
     lease = NightLease(
-        new_unique_id(), machine_id, night, purpose, datetime.now(UTC), lasting, None if lasting else maker_word()
+        lease_id or new_unique_id(),
+        machine_id,
+        night,
+        purpose,
+        datetime.now(UTC),
+        lasting,
+        None if lasting else maker_word(),
     )
     document = {
         "format": 1,

@@ -7,9 +7,11 @@ Must not know how snapshots are deleted (`snapshots.delete`), nor whether an ima
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass, replace
 
+import vhdkit
 from vmm.api import machines
 from vmm.model.errors import AccessDenied, Refused, VmmError, WrongState
 from vmm.model.serials import keep_serials
@@ -17,6 +19,7 @@ from vmm.processes.worker_connection import MachineRef
 from vmm.snapshots.delete import delete_all, images_to_delete
 from vmm.snapshots.preflight import removal_problem
 from vmm.store import known_images, registry
+from vmm.store.filling import Filling, read_filling
 from vmm.store.images import look_at
 from vmm.store.registry import Machine
 from vmm.store.removal import images_inside, remove_image
@@ -104,6 +107,7 @@ def delete(name: str, *, with_disks: bool = False, with_snapshots: bool = False)
             machine = registry.load_for_change(machine.lock)  # an unfinished merge may have moved its disks
             again = plan_delete(machine, with_disks=with_disks, with_snapshots=True)
             disks, kept = again.disks, kept | {one.path: one.reason for one in again.kept}
+        filling = read_filling(machine.paths)
         registry.remove(machine)
         keep_serials([disk for disk in machine.spec.disks if disk.path not in disks])
         for path in disks:
@@ -111,6 +115,20 @@ def delete(name: str, *, with_disks: bool = False, with_snapshots: bool = False)
                 remove_image(path, machine.lock)
             except VmmError as error:
                 kept[path] = error.problem
+    if filling is not None and not any(os.path.lexists(path) for path in filling.disks.values()):
+        end_lease(filling)
     gone = tuple(path for path in dict.fromkeys((*plan.disks, *disks)) if not os.path.lexists(path))
     stays = tuple(KeptDisk(path, reason) for path, reason in kept.items() if path not in gone)
     return replace(plan, disks=gone, kept=stays)
+
+
+def end_lease(filling: Filling) -> None:
+    """End the lease on a night from which nothing is filled any more. One that cannot be ended stays: the backup's
+    status shows it.
+    """
+    from vhdkit import backups
+
+    if filling.lease is not None:
+        with contextlib.suppress(vhdkit.VhdkitError), backups.open_repository(filling.repository) as opened:
+            if opened.id == filling.repository_id:
+                backups.release(opened.root, filling.lease)

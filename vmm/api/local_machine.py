@@ -124,10 +124,12 @@ class LocalMachine(ABC):
     def remove_disk(self, disk: str) -> DiskSpec:
         """Remove a disk; the image stays. Raises NotFound, WrongState, TimedOut."""
         from vmm.model.serials import keep_serials
+        from vmm.store.filling import refuse_while_filled
         from vmm.store.images import find_disk
 
         found = find_disk(self.opened, disk)
         self._refuse_saved("removing a disk")
+        refuse_while_filled(self.opened.paths, self.name, "removing the disk", found.id)
         self._apply_disk_removed(found)
         keep_serials([found])  # it may be a newer leaf than the one that was given
         return found

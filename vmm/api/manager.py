@@ -32,6 +32,7 @@ from vmm.model.serials import keep_serials
 from vmm.model.settings import HARDWARE, ChangedSettings, MachineSettings
 from vmm.model.spec import AdapterSpec, DiskSpec, MachineSpec, make_spec
 from vmm.processes import worker_connection
+from vmm.processes.answers import FillProgress as FillProgress
 from vmm.processes.rpc import Progress
 from vmm.processes.worker_connection import MachineRef
 from vmm.store import registry
@@ -58,8 +59,8 @@ class MachineInfo:
     """A machine as `list` and `show` report it. `problem` is the reason if nothing more is known about it.
 
     `copy_of` is the machine with the same id, of which this one is a copied folder: it must get an id of its own
-    (`new_id`) before anything else. `spec` is the definition, `running` the one with which it runs; the differences
-    take effect at the next start (`at_next_start`).
+    (`new_id`) before anything else. `filling` is None if all disks are whole. `spec` is the definition, `running` the
+    one with which it runs; the differences take effect at the next start (`at_next_start`).
     """
 
     name: str
@@ -76,6 +77,7 @@ class MachineInfo:
     problem: VmmError | None = None
     copy_of: str | None = None
     running: MachineSpec | None = None
+    filling: FillProgress | None = None
 
     @property
     def at_next_start(self) -> dict[str, object]:
@@ -149,6 +151,7 @@ class Manager:
             uptime_seconds=found.uptime_seconds,
             reason=found.reason,
             heartbeat=found.heartbeat,
+            filling=found.filling or _left_to_fill(machine),
             operation=found.operation or ("merge" if read_merging(machine.paths) is not None else None),
             guest=summary,
             pids={part: ref.pid for part, ref in processes.items()},
@@ -395,6 +398,16 @@ def _place(machine: Machine) -> MachineRef:
 def _running_spec(place: MachineRef) -> MachineSpec | None:
     with contextlib.suppress(VmmError):
         return registry.read_definition(place.runtime.running)
+    return None
+
+
+def _left_to_fill(machine: Machine) -> FillProgress | None:
+    """From which night the disks of a machine are filled once it runs."""
+    from vmm.store.filling import read_filling
+
+    with contextlib.suppress(VmmError):
+        if (filling := read_filling(machine.paths)) is not None:
+            return FillProgress(filling.source)
     return None
 
 

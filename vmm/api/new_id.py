@@ -24,6 +24,7 @@ from vmm.model.paths import MachinePaths, machine_folder, make_folders, sync_fol
 from vmm.model.spec import DiskSpec, MachineSpec
 from vmm.store import registry
 from vmm.store.copies import original_of
+from vmm.store.filling import refuse_while_filled
 from vmm.store.registry import Changing
 from vmm.store.removal import uses
 from vmm.store.snapshots.store import machine_turn
@@ -70,6 +71,7 @@ def give_new_id(name: str) -> NewId:
         if original is None:
             raise WrongState("is the only machine with its id, and needs no new one", machine=name)
         machine = registry.load_for_change(lock)
+        refuse_while_filled(machine.paths, name, "an id of its own")
         aside = _put_aside(machine)
         done = _renewed(machine, lock, original, aside)
     add_event(machine.paths.events, "new-id", id=done.id, former=machine.spec.id, copy_of=original)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vmm.cli.common import epilog, output_options, print_json, print_line, print_pairs, progress_line
+from vmm.cli.common import SIZE, epilog, output_options, print_json, print_line, print_pairs, progress_line
 from vmm.cli.transfer import pair
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     epilog=epilog(
         "vmm restore /srv/backup web --as web-yesterday",
         "vmm restore /srv/backup web@18 --as drill --to /srv/drill --dry-run",
+        "vmm restore /srv/backup web --now --limit 100M",
         "vmm restore /srv/backup web@2026-11-30T02:30 --register --allow all",
     ),
 )
@@ -42,6 +43,10 @@ if TYPE_CHECKING:
 @click.option("--switch", "switches", metavar="OLD=NEW", multiple=True,
               help="Connect adapters of the switch OLD to NEW, '-' for none. Repeatable.")  # fmt: skip
 @click.option("--no-check", is_flag=True, help="Do not compare what is read with its sums first.")
+@click.option("--now", is_flag=True,
+              help="Start it at once from the night, and fill its disks while it runs.")  # fmt: skip
+@click.option("--limit", metavar="RATE", type=SIZE,
+              help="With --now: copy at most this many bytes a second, such as 50M.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Show what would be made, and what has to be allowed.")
 @output_options
 def restore_command(
@@ -54,6 +59,8 @@ def restore_command(
     paths: tuple[str, ...],
     switches: tuple[str, ...],
     no_check: bool,
+    now: bool,
+    limit: int | None,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
@@ -68,6 +75,10 @@ def restore_command(
     REPO need not be trusted: a definition that names anything outside the night, such as an ISO image or a switch, is
     refused, and each thing is listed with the option that allows it. --dry-run lists them, too.
 
+    With --now the machine runs within seconds, whatever the size of its disks: what was not copied yet is read from
+    the repository, which must stay reachable until the disks are whole (`vmm show`, `vmm events`). The night has a
+    lease until then. Sums are not compared: see `vmm backup verify`.
+
     \b
     With --json: {name machine_id night taken consistency folder
       disks {id: path} granted [...] outside {thing: option} warnings [...]}
@@ -75,6 +86,8 @@ def restore_command(
     from vmm.api.restoring.found_night import RestoreRequest, consent_of
     from vmm.api.restoring.restoring import look_at_night, restore_machine
 
+    if limit is not None and (not now or limit <= 0):
+        raise click.UsageError("--limit takes a rate above 0, and needs --now")
     consent = consent_of(allow, dict(pair(word, "--map") for word in paths),
                          dict(pair(word, "--switch") for word in switches))  # fmt: skip
     request = RestoreRequest(repository, night, new_name, register, folder, consent, check=not no_check)
@@ -82,12 +95,19 @@ def restore_command(
         found = look_at_night(request)
         _show_plan(found, as_json=as_json)
         return
+
+    def announce(words: str) -> None:
+        if not quiet and not as_json:
+            print_line(f"allowed: {words}")
+
     with progress_line(shown=not quiet and not as_json) as progress:
-        done = restore_machine(
-            request, progress=progress,
-            announce=lambda words: None if quiet or as_json else print_line(f"allowed: {words}"),
-        )  # fmt: skip
-    _report(done, as_json=as_json, quiet=quiet)
+        if now:
+            from vmm.api.restoring.instant import restore_now
+
+            done = restore_now(request, max_rate_bytes=limit, announce=announce, progress=progress)
+        else:
+            done = restore_machine(request, announce=announce, progress=progress)
+    _report(done, is_running=now, as_json=as_json, quiet=quiet)
 
 
 def _words_of(one: RestoredMachine) -> str:
@@ -96,13 +116,15 @@ def _words_of(one: RestoredMachine) -> str:
     return f"night {one.night} of {one.taken}, {CONSISTENCY[one.consistency]}"
 
 
-def _report(done: RestoredMachine, *, as_json: bool, quiet: bool) -> None:
+def _report(done: RestoredMachine, *, is_running: bool, as_json: bool, quiet: bool) -> None:
     if as_json:
         print_json(asdict(done))
     elif not quiet:
         for words in done.warnings:
             print_line(f"warning of that night: {words}")
-        print_line(f"{done.name} is restored: {_words_of(done)}")
+        print_line(f"{done.name} is {'running' if is_running else 'restored'}: {_words_of(done)}")
+        if is_running:
+            print_line(f"its disks are filled in the background: vmm show {done.name}")
 
 
 def _show_plan(found: RestoredMachine, *, as_json: bool) -> None:

@@ -14,6 +14,7 @@ from vmm.cli.common import epilog, format_size, output_options, print_aside, pri
 from vmm.cli.integration import guest_pairs
 from vmm.model.errors import to_document
 from vmm.model.spec import AdapterSpec, MachineSpec
+from vmm.store.state import MachineState
 
 if TYPE_CHECKING:
     from vmm.api.adapters import AdapterConnection
@@ -109,6 +110,20 @@ def _duration(seconds: float | None) -> str:
     return f"{whole // 86400} d {whole % 86400 // 3600} h"
 
 
+def _filling_words(one: MachineInfo) -> str:
+    """How far the disks are filled from a backup."""
+    if one.filling is None:
+        return ""
+    filling = one.filling
+    words = f"from {filling.source}"
+    if filling.total_bytes:
+        words += f", {filling.disk}: {(filling.done_bytes or 0) * 100 // filling.total_bytes} % of"
+        words += f" {format_size(filling.total_bytes)}"
+    elif one.state not in (MachineState.RUNNING, MachineState.PAUSED, MachineState.CRITICAL):
+        words += ", while the machine runs"
+    return words + (f"; waits: {filling.problem}" if filling.problem else "")
+
+
 def document_of(one: MachineInfo) -> dict[str, Any]:
     """A machine as a JSON document."""
     return {
@@ -116,6 +131,7 @@ def document_of(one: MachineInfo) -> dict[str, Any]:
         "state": one.state.value if one.state else None,
         "reason": one.reason,
         "operation": one.operation,
+        "filling": None if one.filling is None else asdict(one.filling),
         "accelerator": one.accelerator,
         "uptime_seconds": one.uptime_seconds,
         "heartbeat": one.heartbeat,
@@ -163,6 +179,7 @@ def show_command(name: str, as_json: bool, quiet: bool) -> None:
     With --json: one object; what is unknown, or not running, is null:
       name state reason operation accelerator uptime_seconds heartbeat folder
       copy_of
+      filling {source disk done_bytes total_bytes problem}   from a backup
       guest {heartbeat seen_seconds_ago os interfaces [{name mac addresses}]}
       pids {supervisor worker server qemu}
       definition {...}     as stored: memory_bytes cpu_count disks [...] ...
@@ -186,6 +203,7 @@ def show_command(name: str, as_json: bool, quiet: bool) -> None:
             ("state", one.state.value + (f": {one.reason}" if one.reason else "")),
             ("copy of", "" if one.copy_of is None else f"{one.copy_of}; vmm set {one.name} --new-id"),
             ("busy with", one.operation or ""),
+            ("filling", _filling_words(one)),
             ("up", "" if one.uptime_seconds is None else _duration(one.uptime_seconds)),
             ("accelerator", one.accelerator or f"{spec.accelerator} (when started)"),
             ("heartbeat", "" if one.guest else one.heartbeat or ""),

@@ -30,10 +30,31 @@ def understood(machine: str) -> Iterator[None]:
 
 
 @dataclass(frozen=True, slots=True)
+class FillProgress:
+    """How far the disks of a machine are filled from a backup: from which night, and of the disk that is being filled
+    how many bytes are done. `problem`: why it does not go on at present.
+    """
+
+    source: str
+    disk: str | None = None
+    done_bytes: int | None = None
+    total_bytes: int | None = None
+    problem: str | None = None
+
+    @classmethod
+    def of_document(cls, document: dict[str, Any]) -> FillProgress:
+        """Parse a part of a worker's answer. Raises KeyError."""
+        return cls(
+            document["source"], **{key: document.get(key) for key in ("disk", "done_bytes", "total_bytes", "problem")}
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class MachineStatus:
     """The state of a machine at this moment. If the machine is not running, only `state` is known.
 
-    `heartbeat`: of the guest's agent. `reason`: why the machine is paused-critical.
+    `heartbeat`: of the guest's agent. `reason`: why the machine is paused-critical. `filling` is None
+    for whole disks.
     """
 
     state: MachineState
@@ -42,12 +63,17 @@ class MachineStatus:
     accelerator: str | None = None
     uptime_seconds: float | None = None
     heartbeat: str | None = None
+    filling: FillProgress | None = None
 
     @classmethod
     def of_document(cls, document: dict[str, Any]) -> MachineStatus:
         """Parse a worker's answer. Raises KeyError, TypeError or ValueError; see `understood`."""
         known = ("operation", "reason", "accelerator", "uptime_seconds", "heartbeat")
-        return cls(MachineState(document["state"]), **{key: document.get(key) for key in known})
+        filling = document.get("filling")
+        return cls(
+            MachineState(document["state"]), **{key: document.get(key) for key in known},
+            filling=None if filling is None else FillProgress.of_document(filling),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

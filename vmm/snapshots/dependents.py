@@ -16,6 +16,7 @@ from vmm.model.errors import Refused, store_error
 from vmm.model.spec import MachineSpec
 from vmm.store import known_images, registry
 from vmm.store.backup_note import is_child_name
+from vmm.store.filling import images_being_filled
 from vmm.store.registry import Machine
 from vmm.store.snapshots import deletion_plan as rule
 from vmm.store.snapshots.journal import OWN_NAME
@@ -125,9 +126,10 @@ def judge(machine: Machine, tree: Tree, *, proved: Collection[str] = ()) -> rule
     folders = parent_folders(machine.spec)
     ours = {path: one for path, one in tree.images.items() if one.ours and path not in proved}
     doubts = {path: why for path, one in ours.items() if (why := doubt(path, one, folders)) is not None}
+    filling = images_being_filled(machine.paths) - set(proved)
     plan = rule.plan(
         tree.images, frozen=tree.frozen(), live=images_of(machine.spec).values(),
-        foreign=found.foreign, held=found.held | set(doubts),
+        foreign=found.foreign, held=found.held | set(doubts) | filling,
     )  # fmt: skip
     plan = replace(plan, kept={**plan.kept, **doubts})
     if found.problem is None:

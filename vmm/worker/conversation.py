@@ -41,6 +41,7 @@ class Machine(Protocol):
     clock: GuestClock
     exited: asyncio.Event
     end: End | None
+    filling: dict[str, Any] | None
 
     @property
     def spec(self) -> MachineSpec: ...
@@ -195,7 +196,7 @@ class Conversation:
                 running.tell("qemu-died", problem=f"the guest cannot continue: {self.status}")
                 running.in_background(running.quit(End.CRASHED))
             case Effect.REPORT_FAILED_DISK:
-                running.tell("paused-critical", reason=self.critical_reason)
+                running.tell("paused-critical", reason=self.critical_reason, hint=_hint_while_filled(running.filling))
             case Effect.RETRY:
                 self._is_retrying = True
                 running.in_background(self._retry())
@@ -223,3 +224,10 @@ class Conversation:
                         await self.refresh()
         finally:
             self._is_retrying = False
+
+
+def _hint_while_filled(filling: Mapping[str, Any] | None) -> str | None:
+    """What helps a guest whose disk is not whole yet."""
+    if filling is None:
+        return None
+    return f"its disks are still filled from {filling.get('source')}: once that can be read again, the guest continues"

@@ -63,6 +63,7 @@ class Running:
         store = KeyValueStore(store_path(machine.folder))
         self.exchange = KeyValueChannel(runtime.key_value, store, is_on=spec.integration.key_value, machine=spec.name)
         self.clock = GuestClock(self)
+        self.filling: dict[str, Any] | None = None  # how far the disks are filled from a backup (`filling`)
         self.plug_adapters = no_adapters
         self.tell = tell
         self.conversation = Conversation(self)
@@ -122,6 +123,7 @@ class Running:
             "qemu_pid": self.note.qemu.pid if self.note.qemu else None,
             "uptime_seconds": None if started is None else round(time.time() - started, 1),
             "heartbeat": heartbeat.state,
+            "filling": self.filling,
         }
 
     @property

@@ -48,6 +48,7 @@ from vmm.worker.adapter_hotplug import Wiring
 from vmm.worker.backup import Backups
 from vmm.worker.capture import Capture
 from vmm.worker.disk_hotplug import Plugging
+from vmm.worker.filling import Filler
 from vmm.worker.guest_services import GuestServices
 from vmm.worker.leaving import HOST_SECONDS, SIGNAL_SECONDS, Leaving
 from vmm.worker.live_merge import LiveMerges
@@ -83,6 +84,7 @@ class Worker:
         self._supervision = Supervision(machine, runtime, self._tell, self._reachable_no_more)
         self._plugging = Plugging(self._running)
         self._backups = Backups(self._running, self._plugging)
+        self._filler = Filler(self._running, self._plugging)
         self._recovery = Recovery(self._running)
         self._capture = Capture(self._running, self._plugging)
         self._merges = LiveMerges(self._running)
@@ -185,6 +187,7 @@ class Worker:
         self._note.phase = WorkerPhase.RUNNING
         with contextlib.suppress(VmmError):
             self._note.write(self._runtime)
+        self._running.in_background(self._filler.run())
 
     def _may_recover(self) -> bool:
         """True if the current definition asks for a restart, up to a limit; never while the host is stopping."""
@@ -289,7 +292,7 @@ class Worker:
         }
         for name in ("disk-status", "snapshot-merge-cancel"):  # they only inspect, or end what settling waits for
             methods[name] = if_settled.pop(name)
-        methods |= {name: self._recovery.before(method) for name, method in if_settled.items()}
+        methods |= {name: self._recovery.before(self._filler.before(method)) for name, method in if_settled.items()}
         return {"status": self._status, **{name: self._when_reachable(method) for name, method in methods.items()}}
 
     def _when_reachable(self, method: Method) -> Method:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,8 +68,8 @@ class RestoredMachine:
 
 def look_at_night(request: RestoreRequest) -> RestoredMachine:
     """What `restore_machine` would make; nothing is written. Raises as it does, but for what is refused."""
-    with _vmm_errors(), found_night(request.repository, request.night, dry_run=True) as found:
-        return _result(found, plan_machine(found, request), None)
+    with vmm_errors(), found_night(request.repository, request.night, dry_run=True) as found:
+        return result_of(found, plan_machine(found, request), None)
 
 
 def restore_machine(
@@ -83,7 +83,7 @@ def restore_machine(
     Raises NotFound, InvalidSpec, Refused for a definition that reaches outside the night, AlreadyExists, NoSpace,
     StoreFailed for a damaged repository; then nothing is left. A lease keeps the night meanwhile.
     """
-    with _vmm_errors(), ends_with_us("the restore"), found_night(request.repository, request.night) as found:
+    with vmm_errors(), ends_with_us("the restore"), found_night(request.repository, request.night) as found:
         planned = plan_machine(found, request)
         refuse_outside(planned, request)
         refuse_taken(planned, request)
@@ -94,7 +94,7 @@ def restore_machine(
             landing.appear()
             machine = add_machine(found, planned, request)
         report_restored(machine, found, planned)
-        return _result(found, planned, machine)
+        return result_of(found, planned, machine)
 
 
 def refuse_taken(planned: Planned, request: RestoreRequest) -> None:
@@ -163,7 +163,8 @@ def report_restored(machine: Machine, found: FoundNight, planned: Planned, **mor
     keep_serials(machine.spec.disks)
 
 
-def _result(found: FoundNight, planned: Planned, machine: Machine | None) -> RestoredMachine:
+def result_of(found: FoundNight, planned: Planned, machine: Machine | None) -> RestoredMachine:
+    """What was made of a night, or without a machine, what would be."""
     manifest = found.manifest
     return RestoredMachine(
         planned.spec.name,
@@ -180,7 +181,7 @@ def _result(found: FoundNight, planned: Planned, machine: Machine | None) -> Res
 
 
 @contextlib.contextmanager
-def _vmm_errors() -> Any:
+def vmm_errors() -> Iterator[None]:
     """Failures of files and images in the block, as VmmErrors."""
     try:
         yield

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starting a machine from a night at once, and filling its disks while it runs.
+
+    O (the guest writes) -> B (empty, to be filled) -> the night's image -> ...          for each disk
+
+    1  B and O are made and synced, in a folder that belongs to no machine yet
+    2  a lasting lease on the night, which the folder's note names first
+    3  the machine appears in the registry, with the record of what is to be filled
+    4  it is started; its worker fills each B, and does the rest (`worker.filling`)
+
+Decides this order, so that whatever is killed, either no machine exists and the same command makes it, or it starts
+from the night again (`INV-FILLED-SAME`). What the definition may have is decided in `found_night`, as for every
+restore.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import vhdkit
+from vhdkit import backups
+from vmm.api.restoring.found_night import (
+    FoundNight,
+    Planned,
+    RestoreRequest,
+    found_night,
+    plan_machine,
+    refuse_outside,
+)
+from vmm.api.restoring.landing import Landing
+from vmm.api.restoring.restoring import (
+    RestoredMachine,
+    add_machine,
+    refuse_taken,
+    report_restored,
+    result_of,
+    vmm_errors,
+)
+from vmm.model.formats import child_format, is_image_format
+from vmm.model.interrupted import ends_with_us
+from vmm.model.paths import MachinePaths, write_whole
+from vmm.processes import worker_connection
+from vmm.processes.rpc import Progress
+from vmm.snapshots.steps import child_path
+from vmm.store.filling import Filling, write_filling
+from vmm.store.snapshots.store import tree_path
+from vmm.store.snapshots.tree import Tree
+
+
+def restore_now(
+    request: RestoreRequest,
+    *,
+    max_rate_bytes: int | None = None,
+    announce: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
+) -> RestoredMachine:
+    """Make a machine of a night and start it; its disks are filled in the background, at most at that rate.
+
+    Files are not compared with their sums. Raises as `restore_machine`; then nothing is left. If the machine was made
+    but cannot be started, raises what prevents that, and the machine stays.
+    """
+    with vmm_errors(), ends_with_us("the restore"), found_night(request.repository, request.night) as found:
+        planned = plan_machine(found, request)
+        refuse_outside(planned, request)
+        refuse_taken(planned, request)
+        for words in planned.granted:
+            (announce or (lambda words: None))(words)
+        with Landing(planned.folder) as landing:
+            planned, leaves = _with_leaves(found, planned, landing.part)
+            landing.appear()
+            with _leased(found, planned, landing) as lease:
+                filling = _filling(found, planned, request, lease, max_rate_bytes)
+                machine = add_machine(
+                    found, planned, request, lambda machine: _fill_folder(machine, planned, leaves, filling)
+                )
+        report_restored(machine, found, planned, now=True, lease=lease)
+        done = result_of(found, planned, machine)
+    worker_connection.start(done.name, progress=progress)
+    return done
+
+
+def _with_leaves(found: FoundNight, planned: Planned, folder: str) -> tuple[Planned, dict[str, str]]:
+    """Make B and O of each disk in a folder. Returns the machine with its Os, and disk id -> final path of O."""
+    leaves: dict[str, str] = {}
+    disks = []
+    for disk in planned.spec.disks:
+        if disk.id in planned.paths:
+            filled = os.path.join(folder, os.path.basename(planned.paths[disk.id]))
+            standing = backups.stand_on_night(found.machine, found.manifest, disk.id, filled, layers_above=1)
+            leaf = child_path(filled, disk.format or "vhd")
+            options = vhdkit.OpenOptions(parent_dirs=standing.folders)
+            vhdkit.create_child(leaf, filled, options=options)
+            leaves[disk.id] = os.path.join(planned.folder, os.path.basename(leaf))
+            disk = disk.model_copy(
+                update={"path": leaves[disk.id], "format": child_format(disk.format), "parent_dirs": standing.folders}
+            )
+        disks.append(disk)
+    return replace(planned, spec=planned.spec.changed(disks=disks)), leaves
+
+
+@contextlib.contextmanager
+def _leased(found: FoundNight, planned: Planned, landing: Landing) -> Iterator[str | None]:
+    """A lasting lease on the night; it ends if the block fails. None where the repository cannot be written to."""
+    repository, machine = found.machine.repository, found.machine
+    lease = os.urandom(16).hex()
+    landing.note_lease(repository.path, lease)
+    purpose = f"vmm restore --now: {planned.spec.name} on {os.uname().nodename}"
+    try:
+        backups.add_lease(repository.root, machine.id, found.manifest.night, purpose, lasting=True, lease_id=lease)
+    except (vhdkit.ReadOnly, vhdkit.AccessDenied):
+        yield None
+        return
+    machine.require_night(found.manifest.night)
+    yield lease  # what ends it after a failure is the landing, by its note
+
+
+def _filling(
+    found: FoundNight, planned: Planned, request: RestoreRequest, lease: str | None, max_rate_bytes: int | None
+) -> Filling:
+    manifest = found.manifest
+    paths = {disk_id: os.path.realpath(path) for disk_id, path in planned.paths.items()}
+    return Filling(
+        found.machine.repository.path, found.machine.repository.id, found.machine.id, found.machine.name,
+        manifest.night, manifest.id, paths, lease, marks=request.register, max_rate_bytes=max_rate_bytes,
+    )  # fmt: skip
+
+
+def _fill_folder(machine: MachinePaths, planned: Planned, leaves: dict[str, str], filling: Filling) -> None:
+    """Put the tree of images and the record into the folder of a machine that is not visible yet."""
+    tree = Tree()
+    for disk_id, leaf in leaves.items():
+        filled = filling.disks[disk_id]
+        kind = os.path.splitext(filled)[1][1:]
+        assert is_image_format(kind)
+        tree.grow(filled, os.path.realpath(leaf), kind, child_id=vhdkit.image_id(leaf))
+    if leaves:
+        write_whole(tree_path(machine), tree.to_json())
+        write_filling(machine, filling)
