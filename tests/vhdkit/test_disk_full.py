@@ -141,7 +141,9 @@ def test_a_write_that_fails_in_its_second_block(kind: str, zeroes: bool, retry_f
     everything(disk)  # the map is settled
     model = SectorModel(scene.content)
     start, data = scene.block_size_bytes - 4 * SECTOR_SIZE, (b"\0" if zeroes else b"n") * 8 * SECTOR_SIZE
-    store.faults = [Fault("truncate", no_space, at=2) if kind.startswith("vhdx") else Fault("reserve", no_space, at=3)]
+    of_one_block = 2 if zeroes else 3  # writes: footer, bitmap, data
+    vhd, vhdx = Fault("write", no_space, at=of_one_block + 1), Fault("truncate", no_space, at=2)
+    store.faults = [vhdx if kind.startswith("vhdx") else vhd]
     model.write(start, data)
     with pytest.raises(errors.NoSpace):
         if zeroes:

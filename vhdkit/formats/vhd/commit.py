@@ -4,14 +4,20 @@
 Decides where a new block is placed and in which order its parts reach the device. Must not know virtual sectors:
 `dynamic` says which block and which bits.
 
-    a write:  reserve bitmap and footer -> data          (page cache)      bits and BAT entry change only in memory
-    a flush:  copy what is dirty -> sync -> bitmaps, BAT -> sync -> trailing footer   (synced with the next flush)
+    a new block:    trailing footer after it -> bitmap -> data   (page cache)   its BAT entry changes only in memory
+    another write:  data                                         (page cache)   bits change only in memory
+    a flush:        copy what is dirty -> sync -> bitmaps, BAT -> sync
 
-- `INV-DATA-BEFORE-METADATA`: a bit or a BAT entry is written only after a sync that followed its data.
-- `INV-FLUSHED-OR-NEWER`: a new block lies in space that reads as zeros, past the last trailing footer, so if its BAT
-  entry reaches the device before its bitmap, the old content shows.
-- `INV-FOOTER-COPY`: the trailing footer is written in a phase of its own, during which the copy at offset 0 is not.
+- `INV-DATA-BEFORE-METADATA`: a bit or a BAT entry is written only after a sync that followed its data. The first
+  bitmap of a block is written with its data, because nothing points there yet.
+- `INV-FLUSHED-OR-NEWER`: a new block lies in space that reads as zeros, past the last trailing footer.
+- `INV-FOOTER-COPY`: the trailing footer changes while the copy at offset 0 does not; the one before it stays in the
+  file, in the gap between two blocks.
 - `INV-NO-REUSE`: no space of the file is ever given to a second block.
+
+Footer, bitmap and data are plain writes, so that a file system that allocates late gives all of them one extent. When
+the space of bitmap and footer was reserved before the data had any, each bitmap lay apart from its block: on ext4, a
+full image of 1 GiB had 1,100 extents, and now has 25, and a MiB that is read from the device costs less by a quarter.
 
 On a device the footer stays at the end, and new blocks go before it, into space that is zeroed first.
 """
@@ -63,7 +69,6 @@ class Commit:
         self._bitmap_size = bitmap_size_bytes
         self._block_size = block_size_bytes
         self._free_bytes = free_bytes
-        self._footer_due: int | None = None  # where the trailing footer must go; None when it is right
         self._footer_unsynced = False
         self.guard = SyncGuard(store)
         self.lock = threading.Lock()  # over everything a flush copies
@@ -83,12 +88,11 @@ class Commit:
         assert not self._bat.is_dirty and not self._dirty
         self._bat = bat
 
-    def place_block(self, fill: Callable[[int], object] | None, *, fills_bitmap: bool = False) -> int:
-        """Reserve space for a block and have `fill` write its content; returns the offset of its bitmap.
+    def place_block(self, raw_bitmap: bytes | bytearray, fill: Callable[[int], object] | None) -> int:
+        """Make room for a block, write its bitmap and have `fill` write its content; returns the offset of the bitmap.
 
-        `fill` gets the offset of the data. With `fills_bitmap` it writes the bitmap, too, for which no space is
-        reserved then: on Btrfs that waited for the device. Nothing points at the block until `publish`. On failure the
-        file is cut back to what it was. Raises NoSpace, also where a BAT entry could not express the offset.
+        `fill` gets the offset of the data. Nothing points at the block until `publish`. On failure the file is cut
+        back to what it was. Raises NoSpace, also where a BAT entry could not express the offset.
         """
         size_before = self._store.size()
         free_bytes = self._free_bytes
@@ -100,15 +104,14 @@ class Commit:
         if start >= sectors_to_bytes(BAT_UNALLOCATED):
             raise errors.NoSpace("a VHD file cannot grow past 2 TiB", path=self._store.name)
         if self._room_end is not None:
-            self._place_in_room(start, end, fill)
+            self._place_in_room(start, end, raw_bitmap, fill)
             return start
         self._has_placed = True
         if self._notes is not None:  # if we are killed before the block is noted, its space must stay unused
             self._notes.prepare()
         try:
-            if not fills_bitmap:
-                self._store.reserve(start, self._bitmap_size)
-            self._store.reserve(end, FOOTER_SIZE)
+            self._store.pwrite(end, self._footer_raw)
+            self._store.pwrite(start, raw_bitmap)
             if fill is not None:
                 fill(data_offset)
         except BaseException:  # also Ctrl-C: a later block must not lie over what was written there
@@ -117,7 +120,9 @@ class Commit:
         self._free_bytes = end + FOOTER_SIZE
         return start
 
-    def _place_in_room(self, start: int, end: int, fill: Callable[[int], object] | None) -> None:
+    def _place_in_room(
+        self, start: int, end: int, raw_bitmap: bytes | bytearray, fill: Callable[[int], object] | None
+    ) -> None:
         """As `place_block`, on a device. After an exception nothing points there: the next block takes the place."""
         assert self._room_end is not None
         if end > self._room_end:
@@ -130,7 +135,7 @@ class Commit:
         if self._notes is not None:
             self._notes.prepare()
         data_offset = start + self._bitmap_size
-        self._store.pwrite(start, bytes(self._bitmap_size))
+        self._store.pwrite(start, raw_bitmap)
         self._store.punch(data_offset, self._block_size)
         if fill is not None:
             fill(data_offset)
@@ -143,33 +148,27 @@ class Commit:
         except errors.VhdkitError:
             self._free_bytes = end + FOOTER_SIZE
 
-    def publish(self, block_index: int, start_bytes: int, bitmap: bytearray) -> None:
-        """Make the block reachable, now in memory and with the next flush in the file."""
-        with self.lock:
-            self.bitmaps[block_index] = bitmap
-            self._dirty.add(block_index)
-            self._note(block_index, start_bytes, bitmap)
-            self._point_at(block_index, start_bytes)
-        self._limit_dirty()
+    def publish(
+        self, block_index: int, start_bytes: int, bitmap: bytearray | None, vacated: tuple[int, int] | None = None
+    ) -> None:
+        """Make a block that was placed reachable, now in memory and with the next flush in the file.
 
-    def publish_whole(self, block_index: int, start_bytes: int, vacated: tuple[int, int] | None) -> None:
-        """Like `publish`, for a block whose bitmap was written with the data, where nothing points yet.
-
-        `vacated` is the place (offset, size) that the block leaves; once the BAT on the device has changed, it is
-        punched, and never used again.
+        Its `bitmap` is the one in the file, and is kept in memory unless it is None. `vacated` is the place
+        (offset, size) that the block leaves; once the BAT on the device has changed, it is punched, and never used
+        again.
         """
         with self.lock:
-            self.bitmaps.pop(block_index, None)
+            if bitmap is None:
+                self.bitmaps.pop(block_index, None)
+            else:
+                self.bitmaps[block_index] = bitmap
             self._dirty.discard(block_index)
-            self._note(block_index, start_bytes, None)
-            self._point_at(block_index, start_bytes)
+            self._in_flight.discard(block_index)
+            self._note(block_index, start_bytes, bitmap)
+            self._bat.set(block_index, start_bytes)
             if vacated is not None:
                 self._vacated.append(vacated)
-
-    def _point_at(self, block_index: int, start_bytes: int) -> None:
-        self._bat.set(block_index, start_bytes)
-        if self._room_end is None:
-            self._footer_due = self._free_bytes - FOOTER_SIZE
+        self.limit()
 
     def touch(self, block_index: int) -> None:
         """The block's bitmap in `bitmaps` has changed (under `lock`)."""
@@ -223,9 +222,7 @@ class Commit:
         with self._flush_lock, self._changing():
             with self.lock:
                 self._take_back()
-                # A block that has no place is one whose writing was interrupted before it got one.
-                blocks = [block for block in sorted(self._dirty) if self._bat.block_start(block) >= 0]
-                bitmaps = {block: bytes(self.bitmaps[block]) for block in blocks}
+                bitmaps = {self._bat.block_start(block): bytes(self.bitmaps[block]) for block in sorted(self._dirty)}
                 footer_offset = self._place_of_footer()
                 fresh: set[int] = set()
                 self._in_flight, self._dirty = self._dirty, fresh
@@ -271,11 +268,14 @@ class Commit:
         self._vacating, self._vacated = [], self._vacating + self._vacated
 
     def _place_of_footer(self) -> int | None:
-        """Where the trailing footer is due. A block whose writing was interrupted may have covered its place."""
-        if self.guard.is_interrupted and self._has_placed:
-            self._free_bytes = max(self._free_bytes, round_up(self._store.size(), FOOTER_SIZE))
-            self._footer_due = self._free_bytes - FOOTER_SIZE
-        return self._footer_due
+        """Where the trailing footer must be written: a block whose writing was interrupted may have covered its place.
+
+        None if it is where it should be.
+        """
+        if not (self.guard.is_interrupted and self._has_placed):
+            return None
+        self._free_bytes = max(self._free_bytes, round_up(self._store.size(), FOOTER_SIZE))
+        return self._free_bytes - FOOTER_SIZE
 
     def _sync_data(self) -> None:
         self.guard.sync()
@@ -285,8 +285,8 @@ class Commit:
         """Bitmaps and BAT may land in any order: see `INV-FLUSHED-OR-NEWER` above."""
         if self._notes is not None:
             self._notes.change_begins(FLUSH)  # again, because the sync took time
-        for block, raw in bitmaps.items():
-            self._store.pwrite(self._bat.block_start(block), raw)
+        for start_bytes, raw in bitmaps.items():
+            self._store.pwrite(start_bytes, raw)
         for number, raw in table.items():
             self._store.pwrite(self._bat.sector_offset(number), raw)
         self.guard.sync()
@@ -296,9 +296,6 @@ class Commit:
             self._notes.change_begins(FLUSH)
         self._store.pwrite(footer_offset, self._footer_raw)
         self._footer_unsynced = True
-        with self.lock:
-            if self._footer_due == footer_offset:
-                self._footer_due = None
 
     def close(self) -> None:
         """Flush, and let the trailing footer reach the device too. Raises as `flush` does; see `SyncGuard.finish`."""
@@ -308,10 +305,14 @@ class Commit:
             if self._notes is not None:
                 self._notes.leave()
 
-    def _finish(self) -> None:
+    def settle(self) -> None:
+        """Flush, and leave a trailing footer that is on the device, too. Raises as `flush` does."""
         self.flush()
         if self._footer_unsynced:
             self._sync_data()
+
+    def _finish(self) -> None:
+        self.settle()
         if self._notes is not None:
             self._notes.close()
             self._notes = None

@@ -254,14 +254,13 @@ class DynamicImage:
     def _new_block(self, block: int, first: int, count: int, data: memoryview | None) -> None:
         within = sectors_to_bytes(first)
         fill = None if data is None else lambda offset: self.store.pwrite(offset + within, data)
-        start = self._commit.place_block(fill)
         if self.is_differencing:
             raw = bytearray(self._bitmap_size)
             bitmap.set_run(raw, first, count)
         else:
             # Programs read clear bits in a dynamic disk differently, so ours has none: the rest of the block is zeros.
             raw = bitmap.full(self.block_size_bytes, self._sectors_inside(block))
-        self._commit.publish(block, start, raw)
+        self._commit.publish(block, self._commit.place_block(raw, fill), raw)
         if bitmap.is_full(raw, self._sectors_inside(block)):
             self._full[block] = 1
 
@@ -383,14 +382,13 @@ class DynamicImage:
                 for position, size, is_data in self.store.data_runs(place, sectors_to_bytes(count)):
                     if is_data:
                         self.store.copy_from(self.store, position, offset + position - old, size)
-            self.store.pwrite(offset - self._bitmap_size, bitmap.packed(owned, self._bitmap_size))
 
-        start = self._commit.place_block(fill, fills_bitmap=True)
+        start = self._commit.place_block(bitmap.packed(owned, self._bitmap_size), fill)
         vacated = None
         if old >= 0:
             whole, last = used_sizes(self.metadata)
             vacated = (old - self._bitmap_size, last if block == len(self.bat) - 1 else whole)
-        self._commit.publish_whole(block, start, vacated)
+        self._commit.publish(block, start, None, vacated)
         self._full[block] = self._owns_all(block, owned)
 
     def trim(self, sector_index: int, sector_count: int) -> None:
@@ -415,9 +413,9 @@ class DynamicImage:
             self._commit.flush()
 
     def seal(self) -> None:
-        """See `Layer.seal`: the second flush syncs the footer that the first one writes."""
-        self.flush()
-        self.flush()
+        """See `Layer.seal`."""
+        if self.writable:
+            self._commit.settle()
 
     def close(self) -> None:
         """See `Layer.close`."""

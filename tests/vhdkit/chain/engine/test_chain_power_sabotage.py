@@ -34,7 +34,7 @@ def test_a_bat_entry_written_at_once_is_caught(
     """INV-DATA-BEFORE-METADATA: the harness finds a BAT entry that is written before its block is synced."""
     honest = Commit.publish
 
-    def publish(self: Commit, block_index: int, start_bytes: int, bitmap: bytearray) -> None:
+    def publish(self: Commit, block_index: int, start_bytes: int, bitmap: bytearray | None) -> None:
         """As vhd-lib does: the entry is written to the file with the first write."""
         honest(self, block_index, start_bytes, bitmap)
         number = block_index // ENTRIES_PER_SECTOR
@@ -76,8 +76,8 @@ def test_a_flush_without_a_sync_of_metadata_is_caught(monkeypatch: pytest.Monkey
 
     def write_metadata(self: Commit, bitmaps: dict[int, bytes], table: dict[int, bytes]) -> None:
         """Everything but the sync at the end."""
-        for block, raw in bitmaps.items():
-            self._store.pwrite(self._bat.block_start(block), raw)
+        for start_bytes, raw in bitmaps.items():
+            self._store.pwrite(start_bytes, raw)
         for number, raw in table.items():
             self._store.pwrite(self._bat.sector_offset(number), raw)
 
@@ -100,12 +100,13 @@ def test_reusing_trimmed_space_too_early_is_caught(monkeypatch: pytest.MonkeyPat
                 free.append(start)
                 self.bat.set(block, sectors_to_bytes(BAT_UNALLOCATED))
 
-    def place_block(self: Commit, fill: Callable[[int], object] | None) -> int:
+    def place_block(self: Commit, raw_bitmap: bytearray, fill: Callable[[int], object] | None) -> int:
         """Uses freed space first."""
         if not free:
-            return honest_place(self, fill)
+            return honest_place(self, raw_bitmap, fill)
         start = free.pop()
         self._store.punch(start, self._bitmap_size + self._block_size)
+        self._store.pwrite(start, raw_bitmap)
         if fill is not None:
             fill(start + self._bitmap_size)
         return start
@@ -148,11 +149,11 @@ def test_a_block_over_the_trailing_footer_is_caught(monkeypatch: pytest.MonkeyPa
         honest_init(self, *args, **options)  # type: ignore[arg-type]
         self._free_bytes = round_up(self._free_bytes, SECTOR_SIZE) - 2 * SECTOR_SIZE
 
-    def place_block(self: Commit, fill: Callable[[int], object] | None) -> int:
+    def place_block(self: Commit, raw_bitmap: bytearray, fill: Callable[[int], object] | None) -> int:
         """Ignores what is at the end of the file."""
         with monkeypatch.context() as blind:
             blind.setattr(self._store, "size", lambda: 0)
-            return honest_place(self, fill)
+            return honest_place(self, raw_bitmap, fill)
 
     monkeypatch.setattr(Commit, "__init__", begin)
     monkeypatch.setattr(Commit, "place_block", place_block)
@@ -162,14 +163,14 @@ def test_a_block_over_the_trailing_footer_is_caught(monkeypatch: pytest.MonkeyPa
 
 def test_two_footers_in_one_phase_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """INV-FOOTER-COPY: the harness finds a copy and a trailing footer that are written between the same two syncs."""
-    honest = Commit._write_footer
+    honest = Commit.place_block
 
-    def write_footer(self: Commit, footer_offset: int) -> None:
+    def place_block(self: Commit, raw_bitmap: bytearray, fill: Callable[[int], object] | None) -> int:
         """Refreshes the copy as well, as vhd-lib does."""
-        honest(self, footer_offset)
         self._store.pwrite(0, self._footer_raw)
+        return honest(self, raw_bitmap, fill)
 
-    monkeypatch.setattr(Commit, "_write_footer", write_footer)
+    monkeypatch.setattr(Commit, "place_block", place_block)
     with pytest.raises(Violation, match="INV-FOOTER-COPY"):
         run_all(dynamic_scene)
 

@@ -201,27 +201,31 @@ def sabotage_order_of_removal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def sabotage_moved_bitmap(monkeypatch: pytest.MonkeyPatch) -> None:
     """A moved block becomes reachable before its bitmap is on the device."""
-    honest = Commit.publish_whole
+    honest = Commit.publish
 
-    def publish_whole(self: Commit, block: int, start: int, vacated: tuple[int, int] | None) -> None:
+    def publish(
+        self: Commit, block: int, start: int, bitmap: bytearray | None, vacated: tuple[int, int] | None = None
+    ) -> None:
         raw = bytearray(self._store.pread(start, self._bitmap_size))
         self._store.punch(start, self._bitmap_size)
-        honest(self, block, start, vacated)
-        self.publish(block, start, raw)
+        honest(self, block, start, raw, vacated)
+        self.touch(block)
 
-    monkeypatch.setattr(Commit, "publish_whole", publish_whole)
+    monkeypatch.setattr(Commit, "publish", publish)
 
 
 def sabotage_vacated(monkeypatch: pytest.MonkeyPatch) -> None:
     """The old place of a block is punched before the BAT on the device points elsewhere."""
-    honest = Commit.publish_whole
+    honest = Commit.publish
 
-    def publish_whole(self: Commit, block: int, start: int, vacated: tuple[int, int] | None) -> None:
-        honest(self, block, start, None)
+    def publish(
+        self: Commit, block: int, start: int, bitmap: bytearray | None, vacated: tuple[int, int] | None = None
+    ) -> None:
+        honest(self, block, start, bitmap)
         if vacated is not None:
             self._store.punch(*vacated)
 
-    monkeypatch.setattr(Commit, "publish_whole", publish_whole)
+    monkeypatch.setattr(Commit, "publish", publish)
 
 
 def sabotage_target_sync(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import pytest
 
+from tests.harness.power import LINK
 from tests.harness.stores import MemStore
 from tests.harness.vhd_builder import KIB, pattern
 from vhdkit.errors import NoSpace, SyncFailed
 from vhdkit.formats.vhd import commit
-from vhdkit.formats.vhd.create import create_dynamic
+from vhdkit.formats.vhd.create import create_differencing, create_dynamic
 from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.formats.vhd.opening import open_dynamic
 from vhdkit.image import ExtentKind, Piece
@@ -25,11 +26,14 @@ class Recorder(MemStore):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[str, int, int]] = []
-        self.fail: tuple[str, type[Exception]] | None = None
+        self.fail: tuple[str, type[BaseException]] | None = None
+        self.fail_after = 0  # calls of that name
 
     def _note(self, name: str, offset: int = 0, size: int = 0) -> None:
         if self.fail is not None and self.fail[0] == name:
-            raise self.fail[1]("the device says no")
+            if not self.fail_after:
+                raise self.fail[1]("the device says no")
+            self.fail_after -= 1
         self.calls.append((name, offset, size))
 
     def pwrite(self, offset_bytes: int, data: Buffer) -> None:
@@ -57,46 +61,55 @@ def _open(blocks: int = 4) -> tuple[Recorder, DynamicImage]:
 
 
 def test_the_order_of_a_first_write_and_its_flush() -> None:
-    """INV-DATA-BEFORE-METADATA: room and data, sync, bitmap and BAT, sync, footer; the footer synced at close."""
+    """INV-DATA-BEFORE-METADATA: footer, bitmap and data, where nothing points yet; then sync, BAT, sync."""
     store, layer = _open()
     layer.write(3, memoryview(pattern(512)))
     start = layer.bat.block_start(0)
     data, end = start + 512, start + 512 + SMALL
-    assert store.calls == [("reserve", start, 512), ("reserve", end, 512), ("pwrite", data + 1536, 512)]
+    assert store.calls == [("pwrite", end, 512), ("pwrite", start, 512), ("pwrite", data + 1536, 512)]
     store.calls.clear()
     layer.flush()
-    assert store.calls == [
-        ("sync", 0, 0),
-        ("pwrite", start, 512),
-        ("pwrite", TABLE, 16),
-        ("sync", 0, 0),
-        ("pwrite", end, 512),
-    ]
+    assert store.calls == [("sync", 0, 0), ("pwrite", TABLE, 16), ("sync", 0, 0)]
     store.calls.clear()
     layer.close()
-    assert store.calls[:1] == [("sync", 0, 0)]
+    assert store.calls == [("sync", 0, 0)]
 
 
-def test_a_block_that_is_copied_in_whole_reserves_only_the_place_of_its_footer() -> None:
-    """Its bitmap is written with its data, so space for it is not reserved first."""
+def test_a_block_that_is_copied_in_is_written_in_the_same_order() -> None:
+    """INV-DATA-BEFORE-METADATA: its footer, its bitmap and its data, and nothing of it in the flush but the BAT."""
     store, layer = _open()
     source = MemStore()
     source.pwrite(0, pattern(SMALL))
     layer.copy_in([Piece(0, SMALL // 512, source)])
     start = layer.bat.block_start(0)
     data, end = start + 512, start + 512 + SMALL
-    assert store.calls == [("reserve", end, 512), ("pwrite", data, SMALL), ("pwrite", start, 512)]
+    assert store.calls == [("pwrite", end, 512), ("pwrite", start, 512), ("pwrite", data, SMALL)]
+    store.calls.clear()
     layer.flush()
+    assert store.calls == [("sync", 0, 0), ("pwrite", TABLE, 16), ("sync", 0, 0)]
     assert store.pread(start, 128) == b"\xff" * 128 and store.pread(data, SMALL) == pattern(SMALL)
 
 
-def test_closing_syncs_the_footer_too() -> None:
-    """INV-FOOTER-COPY: the last step of a close is a sync that covers the trailing footer."""
+def test_after_an_interrupted_write_the_footer_is_written_again_and_synced() -> None:
+    """INV-FOOTER-COPY: if an interrupt keeps a block from being placed, closing puts the footer at the end of the
+    file, and the last step is a sync that covers it."""
     store, layer = _open()
     layer.write(3, memoryview(pattern(512)))
+
+    def interrupted(size_bytes: int) -> None:
+        """Extend the file before Ctrl-C comes, and fail to undo that."""
+        raise KeyboardInterrupt
+
+    store.truncate = interrupted  # type: ignore[method-assign]
+    store.fail = ("pwrite", KeyboardInterrupt)
+    store.fail_after = 2
+    with pytest.raises(KeyboardInterrupt):
+        layer.write(2048, memoryview(pattern(512)))
+    store.fail = None
     layer.close()
     assert [name for name, _, _ in store.calls[-2:]] == ["pwrite", "sync"]
     assert store.calls[-2][1] == store.size() - 512
+    assert open_dynamic(store).allocated_blocks().tolist() == [True, False, False, False]
 
 
 def test_rewriting_owned_sectors_writes_no_metadata() -> None:
@@ -123,12 +136,12 @@ def test_blocks_are_never_placed_before_the_last_footer() -> None:
         end = store.size()
 
 
-@pytest.mark.parametrize("call", ["reserve", "pwrite"])
-def test_no_space_for_a_new_block_leaves_the_file_unchanged(call: str) -> None:
-    """Without space for a block the file keeps its length, and the next attempt works."""
+@pytest.mark.parametrize("written", [0, 1, 2])
+def test_no_space_for_a_new_block_leaves_the_file_unchanged(written: int) -> None:
+    """Without space for its footer, its bitmap or its data the file keeps its length, and the next attempt works."""
     store, layer = _open()
     size = store.size()
-    store.fail = (call, NoSpace)
+    store.fail, store.fail_after = ("pwrite", NoSpace), written
     with pytest.raises(NoSpace):
         layer.write(0, memoryview(pattern(512)))
     assert store.size() == size and layer.block_offset(0) == -1
@@ -173,13 +186,20 @@ def test_a_failed_sync_is_permanent() -> None:
 def test_too_many_dirty_bitmaps_cause_a_flush(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reaching the limit of dirty bitmaps causes a complete flush, at the limit and not before."""
     monkeypatch.setattr(commit, "MAX_DIRTY_BYTES", 3 * 512)
-    store, layer = _open(8)
-    for block in range(2):
+    store = Recorder()
+    create_differencing(store, 8 * SMALL, LINK, block_size_bytes=SMALL)
+    layer = open_dynamic(store, writable=True)
+    store.calls.clear()
+    for block in range(3):  # their first bitmaps are written at once
         layer.write(block * 1024, memoryview(pattern(512)))
+    for block in range(2):
+        layer.write(block * 1024 + 1, memoryview(pattern(512)))
     assert "sync" not in [name for name, _, _ in store.calls]
-    layer.write(2 * 1024, memoryview(pattern(512)))
+    layer.write(2 * 1024 + 1, memoryview(pattern(512)))
     assert [name for name, _, _ in store.calls].count("sync") == 2
-    assert open_dynamic(store).allocated_blocks().tolist() == [True] * 3 + [False] * 5
+    again = open_dynamic(store)
+    assert again.allocated_blocks().tolist() == [True] * 3 + [False] * 5
+    assert [one.kind for one in again.extents(0, 1024)] == [ExtentKind.DATA, ExtentKind.ABSENT]
 
 
 def test_a_file_that_grew_meanwhile_keeps_its_data() -> None:
