@@ -89,7 +89,8 @@ class DiskRecord:
 
     `disk_id` names its folder. `slot` says where the machine has it, `serial` is what the guest sees, each empty if
     unknown. `file_size_bytes` and `sums_root` describe the whole file `image`; `data_bytes` is what it takes.
-    `reference_night` is the night whose content an increment stands on.
+    `reference_night` is the night whose content an increment stands on. `raw_size_bytes` is the length of a raw disk's
+    file, which need not be whole sectors; None for other disks.
     """
 
     disk_id: str
@@ -105,12 +106,14 @@ class DiskRecord:
     serial: str = ""
     reference_night: int | None = None
     frozen: Frozen | None = None
+    raw_size_bytes: int | None = None
     others: dict[str, Any] = field(default_factory=dict)
 
     def document(self) -> dict[str, Any]:
         """As JSON."""
         return {
             **self.others,
+            **({} if self.raw_size_bytes is None else {"raw_size": self.raw_size_bytes}),
             "id": self.disk_id,
             "slot": self.slot,
             "serial": self.serial,
@@ -311,6 +314,7 @@ def _disk(fields: Fields) -> DiskRecord:
         serial=fields.taken("serial", lambda _: True),
         reference_night=fields.optional_number("reference_night", 1, MAX_NIGHT),
         frozen=None if frozen is None else _frozen(frozen),
+        raw_size_bytes=fields.optional_number("raw_size"),
     )
     if record.parent_image is not None and record.parent_image.disk_id not in (None, record.disk_id):
         raise fields.damaged("parent_image", "is an image of another disk")

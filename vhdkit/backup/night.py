@@ -287,13 +287,15 @@ class Writing:
                         slot=disk.slot,
                         serial=disk.serial,
                         reference_night=None if basis.night is None else basis.night.night,
+                        raw_size_bytes=_raw_size(disk.chain),
                     )
             except _Unchanged:
                 assert basis.night is not None
                 earlier = basis.night.disk(disk.disk_id)
                 assert earlier is not None
                 night = basis.night.night
-                return replace(earlier, how=How.SAME, reference_night=night, slot=disk.slot, serial=disk.serial)
+                same = replace(earlier, how=How.SAME, reference_night=night, slot=disk.slot, serial=disk.serial)
+                return replace(same, raw_size_bytes=_raw_size(disk.chain))
 
     def _filled(
         self,
@@ -367,6 +369,12 @@ class Writing:
         removed = [folder.remove(one) for one in folder.names(MAX_FILES) if night_of_file(one) == self.number]
         if any(removed):
             folder.sync()
+
+
+def _raw_size(chain: Chain) -> int | None:
+    """The length of a raw disk's file, whose last sector may end early; None for other disks."""
+    leaf = chain.leaf
+    return file_of_layer(leaf).size() if formats.named(leaf.format_name).is_plain else None
 
 
 class _Unchanged(Exception):

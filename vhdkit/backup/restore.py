@@ -176,7 +176,14 @@ def _run(plan: _RestorePlan, stage: Stages, *, check: bool) -> None:
                 kind = disk.kind or kind_of_full(chain)
                 block_size = block_size_in(layers, formats.making(kind).name)
                 show = stage(f"restoring {disk.record.disk_id}")
-                convert_chain(chain, disk.path, kind, block_size_bytes=block_size, progress=show)
+                convert_chain(
+                    chain,
+                    disk.path,
+                    kind,
+                    block_size_bytes=block_size,
+                    raw_size_bytes=disk.record.raw_size_bytes or disk.record.virtual_size_bytes,
+                    progress=show,
+                )
                 made.append(disk.path)
         for path, record in plan.files.items():
             _copy_file(plan, record, path)

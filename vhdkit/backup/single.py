@@ -13,7 +13,11 @@ night records the path that was given, and another path under the same name is r
 
 So the name of the newest image changes with a reference. When the older name is given again, its newest descendant is
 saved if the image is marked for this repository; an image with children and without a mark is refused, because it is
-not the disk's present state. Layers that a user froze are never merged: only those that carry a mark of this disk.
+not the disk's present state.
+
+Layers that a user froze are never merged: only those that carry a mark of this disk. A mark that names no night of the
+repository says that a backup froze the layer, and ended before its night existed: an image is marked so before it is
+frozen, and a served disk, which is being written to, right afterwards. The next night merges such layers.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ from vhdkit import errors
 from vhdkit.arguments import AnyPath, checked
 from vhdkit.backup.clock import zone_here
 from vhdkit.backup.manifest import Consistency, Manifest
-from vhdkit.backup.names import is_machine_name
+from vhdkit.backup.names import is_machine_name, new_unique_id
 from vhdkit.backup.night import Circumstances, FrozenDisk, Stages, Wishes, Writing, no_stages, writing
 from vhdkit.backup.repository import Night, Repository, create_repository
 from vhdkit.chain.engine.chain import Chain
@@ -43,6 +47,7 @@ from vhdkit.chain.verbs.merge_parts import file_of_layer
 from vhdkit.chain.verbs.newest import newest_leaf
 from vhdkit.chain.verbs.snapshot import snapshot
 from vhdkit.folder import real_path
+from vhdkit.store import FileStore
 
 DISK = "disk"  # the only disk of such a machine
 _SOURCE = "source"  # the field of a manifest with the path
@@ -201,8 +206,10 @@ def save_line(
         with Chain.open(line.leaf, options=replace(options, lock=False)) as chain:
             night.require_space([FrozenDisk(DISK, chain)], wishes.keep_free_bytes)
         freezes = wishes.keep_reference or line.must_freeze
-        frozen = line.freeze() if freezes else line.leaf
+        frozen = _frozen(line, night, options) if freezes else line.leaf
         try:
+            if line.must_freeze:
+                _mark_attempt(frozen, night, options)
             manifest, older = _saved(night, frozen, line.source, wishes, options, stage)
         except BaseException:  # Ctrl-C too
             if freezes:
@@ -211,7 +218,8 @@ def save_line(
             raise
         try:
             if freezes and not wishes.keep_reference:
-                line.give_back(frozen)
+                line.give_back(older or frozen)
+                older = None
             elif older is not None:
                 line.merge(frozen, older)
         except errors.VhdkitError as error:  # the night exists: this is housekeeping, which a later night repeats
@@ -230,24 +238,60 @@ def _saved(
     with Chain.open(frozen, options=options) as chain:
         disk = FrozenDisk(DISK, chain, keeps_layer=wishes.keep_reference)
         manifest = night.save([disk], facts, stage=stage or no_stages)
-        older = _mergeable(chain, night) if wishes.keep_reference else None
+        older = _mergeable(chain, night, is_kept=wishes.keep_reference)
     return manifest, older
 
 
-def _mergeable(chain: Chain, night: Writing) -> str | None:
-    """The layer of an earlier night into which the frozen one can be merged; None if there is none.
+def _frozen(line: Line, night: Writing, options: OpenOptions) -> str:
+    """Freeze the disk; returns the frozen image, which a later night recognises as the work of a backup."""
+    if line.must_freeze:
+        return line.freeze()
+    leaf = line.leaf
+    _mark_attempt(leaf, night, options)
+    try:
+        return line.freeze()
+    except BaseException:
+        with contextlib.suppress(errors.VhdkitError), Chain.open(leaf, options=options) as chain:
+            references.unmark(file_of_layer(chain.leaf), *night.place_of(DISK))
+        raise
 
-    All layers above it were frozen by a backup of this disk: the one on top, and those of nights that failed.
+
+def _mark_attempt(image: str, night: Writing, options: OpenOptions) -> None:
+    """Mark an image, which is or will be frozen, as the work of a backup, unless it has a mark of this disk already.
+
+    The mark names a night that will never exist, so no night is saved against it. Where no mark can be written, a
+    kill leaves a layer that only a user can merge.
+    """
+    with contextlib.suppress(errors.VhdkitError), Chain.open(image, options=options) as chain:
+        file = file_of_layer(chain.leaf)
+        if not _marks_here(file, night):
+            place = night.place_of(DISK)
+            references.mark(file, references.SavedNight(*place, night.number, new_unique_id()))
+
+
+def _marks_here(file: FileStore, night: Writing) -> list[references.SavedNight]:
+    """The marks of this disk beside an image."""
+    return [one.night for one in references.marks_of(file) if one.night.place == night.place_of(DISK)]
+
+
+def _mergeable(chain: Chain, night: Writing, *, is_kept: bool) -> str | None:
+    """The layer into which the frozen one can be merged; None if there is none.
+
+    All layers above it were frozen by a backup of this disk: the one on top, and those of nights that failed. It is
+    the first one of an earlier night, or the lowest one of a night that failed. What an earlier night keeps as its
+    reference stays if this one keeps none.
     """
     known = {one.manifest.id for one in night.nights if one.manifest is not None}
+    found = None
     for layer in chain.layers[1:]:
         file = file_of_layer(layer)
-        ours = [one.night for one in references.marks_of(file) if one.night.place == night.place_of(DISK)]
-        if not ours:
-            return None
+        ours = _marks_here(file, night)
+        if not ours or (not is_kept and any(one.night_id in known for one in ours)):
+            break
+        found = real_path(file.name)
         if any(one.night_id in known for one in ours):
-            return real_path(file.name)
-    return None
+            break
+    return found
 
 
 def _machine_id(repository: Repository, name: str) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import vhdkit
-from tests.harness.folder_power import Cut, FolderPower, fill, repeatable
+from tests.harness.folder_power import Cut, FolderPower, files_of, fill, repeatable
 from tests.harness.killing import killings
 from tests.support import daily_or_nightly
 from tests.vhdkit.backup.pruned import check, copy, left, make
@@ -23,9 +23,10 @@ from vhdkit.backup.documents import DamagedRepository
 from vhdkit.backup.journal import PruneJournal, write_journal
 from vhdkit.backup.keep import KeepRules
 from vhdkit.backup.leases import add_lease, leased, release
+from vhdkit.backup.night import Wishes, writing
 from vhdkit.backup.pruning import Pruned, delete, finish, prune
 from vhdkit.backup.renewal import Renewal
-from vhdkit.backup.repository import MachineFolder
+from vhdkit.backup.repository import MachineFolder, open_repository
 from vhdkit.backup.verify import verify
 
 
@@ -356,3 +357,28 @@ def test_a_hidden_branch_goes_with_what_stood_on_it(tmp_path: Path) -> None:
     dropped(nights, 1, 2)
     dropped(nights, 3, 4)
     check(nights, 5)
+
+
+def test_a_prune_beside_other_work(nights: Nights) -> None:
+    """Case 24: while a night is written no prune begins; what a prune that was killed has left is finished by the next
+    night, but not while a restore reads it."""
+    with open_repository(nights.path) as repository:
+        with writing(repository, MACHINE, "web", Wishes()), pytest.raises(errors.ImageInUse, match="a backup"):
+            dropped(nights, 1)
+        check(nights, 1, 2, 3, 4, 5, 6, 7)
+        for number in killings(lambda: dropped(nights, 3), step=3):
+            assert number > 0
+            if nights.path.joinpath("machines", MACHINE, "prune.json").exists():
+                break
+        with nights.machine() as machine, leased(repository.root, MACHINE, 4, "a restore"):
+            before = files_of(nights.path)
+            with writing(repository, MACHINE, "web", Wishes()):
+                assert 4 in left(nights)
+            nights.check(4)
+            assert machine.night(4) is not None
+            assert {path for path in before if "images" in path} == {
+                path for path in files_of(nights.path) if "images" in path
+            }
+        with writing(repository, MACHINE, "web", Wishes()):
+            pass
+    check(nights, *left(nights))

@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 from pathlib import Path
 
 import pytest
 
 import vhdkit
 from tests.harness.folder_power import files_of
+from tests.harness.killing import killings
+from tests.support import daily_or_nightly
 from vhdkit import errors
 from vhdkit.backup import single
 from vhdkit.backup.manifest import How
@@ -18,6 +21,7 @@ from vhdkit.backup.night import Wishes, Writing
 from vhdkit.backup.repository import Repository
 from vhdkit.backup.restore import restore
 from vhdkit.backup.single import SavedDisk, SingleWishes, backup_image
+from vhdkit.chain.verbs.newest import newest_leaf
 from vhdkit.units import KIB, MIB
 
 SIZE = 4 * MIB
@@ -256,3 +260,103 @@ def test_a_night_whose_layers_cannot_be_merged(caplog: pytest.LogCaptureFixture)
     again = write(saved.leaf, 2 * MIB)
     assert how(backup_image(saved.leaf, "repo", SingleWishes(name="web", keep_reference=True))) is How.LAYERS
     assert restored("web") == again
+
+
+def test_a_killed_first_night_with_a_reference() -> None:
+    """Wherever the first night that keeps a reference is killed, the next one finds the disk by its old name, has all
+    of it, and leaves two images."""
+    make()
+    image = Path("web.vhd").read_bytes()
+    for number in killings(lambda: backup_image("web.vhd", "repo", KEEP), step=daily_or_nightly(9, 1)):
+        leaf = newest_leaf("web.vhd", vhdkit.OpenOptions())
+        now = write(leaf, MIB) if number % 2 else content(leaf)
+        saved = backup_image("web.vhd", "repo", KEEP)
+        assert restored("web") == now == content(saved.leaf)
+        assert len(vhdkit.chain_paths(saved.leaf)) == 2, number
+        for path in Path().iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        Path("web.vhd").write_bytes(image)
+
+
+def test_a_layer_that_a_user_froze_after_a_failed_freeze(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image that a backup could not freeze is not taken for its work later: what a user freezes then stays."""
+    make()
+
+    def full(*_: object, **__: object) -> str:
+        raise errors.NoSpace("cannot create")
+
+    with monkeypatch.context() as context:
+        context.setattr(single, "snapshot", full)
+        with pytest.raises(errors.NoSpace):
+            backup_image("web.vhd", "repo", KEEP)
+    frozen = content("web.vhd")
+    vhdkit.snapshot("web.vhd")
+    write("web.avhd", MIB)
+    backup_image("web.avhd", "repo", KEEP)
+    assert content("web.vhd") == frozen
+
+
+def test_a_host_that_was_put_back() -> None:
+    """Case 12: an image that was put back to an older state, times included, is saved as a branch from the night that
+    it reads as; the newer nights stay."""
+    make()
+    saved = backup_image("web.vhd", "repo", KEEP)
+    expected = {1: content("web.vhd")}
+    shutil.copytree(".", "../old", ignore=shutil.ignore_patterns("repo"))
+    for number in (2, 3):
+        expected[number] = write(saved.leaf, number * 700 * KIB)
+        saved = backup_image("web.vhd", "repo", KEEP)
+    for path in Path().glob("*web*"):
+        path.unlink()
+    for path in Path().glob(".web*"):
+        path.unlink()
+    shutil.copytree("../old", ".", dirs_exist_ok=True)
+    shutil.rmtree("../old")
+    expected[4] = write("web.avhd", 50 * KIB)
+    saved = backup_image("web.vhd", "repo", KEEP)
+    [disk] = saved.manifest.disks
+    assert (disk.how, disk.reference_night) == (How.LAYERS, 1)
+    assert {number: restored(f"web@{number}") for number in expected} == expected
+
+
+def test_a_merge_by_a_user_into_the_reference() -> None:
+    """Case 9: a merge that reaches the kept layer ends it as a reference; the next night has everything."""
+    make()
+    saved = backup_image("web.vhd", "repo", KEEP)
+    write(saved.leaf, MIB)
+    newest = vhdkit.snapshot(saved.leaf)
+    now = write(newest, 2 * MIB)
+    vhdkit.merge(saved.leaf, into="web.vhd", relink_children=True)
+    again = backup_image(newest, "repo", SingleWishes(name="web", keep_reference=True))
+    assert how(again) is How.COMPARED and restored("web") == now
+
+
+@pytest.mark.parametrize("length", [1, 511, 513, 4096, SIZE - 100, SIZE])
+def test_a_raw_disk_keeps_its_length(length: int) -> None:
+    """A raw disk is restored with the length that its file had, which need not be whole sectors; also after a night
+    in which nothing but the length changed."""
+    raw = random.Random(length).randbytes(length)
+    Path("disk.raw").write_bytes(raw)
+    backup_image("disk.raw", "repo")
+    backup_image("disk.raw", "repo")
+    for word in ("disk@1", "disk@2"):
+        restore("repo", word, "again.raw", kind="raw")
+        assert Path("again.raw").read_bytes() == raw
+        os.unlink("again.raw")
+    Path("disk.raw").write_bytes(raw + b"\0")
+    backup_image("disk.raw", "repo")
+    restore("repo", "disk@3", "again.raw", kind="raw")
+    assert Path("again.raw").read_bytes() == raw + b"\0"
+
+
+@pytest.mark.nightly
+def test_a_thousand_nights() -> None:
+    """Case 35: a thousand nights that are never pruned can each be restored: a chain ends long before its limit."""
+    make()
+    expected = {}
+    for number in range(1, 1001):
+        expected[number] = write("web.vhd", number * 4096 % (SIZE - 9000))
+        backup_image("web.vhd", "repo")
+    rng = random.Random(35)
+    for number in {1, 2, 127, 128, 129, 130, 256, 257, 999, 1000, *rng.sample(range(1, 1001), 50)}:
+        assert restored(f"web@{number}") == expected[number], number

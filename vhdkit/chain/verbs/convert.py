@@ -75,10 +75,11 @@ def convert_chain(
     accept_sector_size: bool = False,
     replace: bool = False,
     sync: bool = True,
+    raw_size_bytes: int | None = None,
     options: OpenOptions | None = None,
     progress: Progress | None = None,
 ) -> int:
-    """`convert` for an open chain."""
+    """`convert` for an open chain. A raw image gets the length `raw_size_bytes`, if it is given and shorter."""
     size = converted_size(chain.size_bytes, disk_format, azure=azure)
     sector_bytes = converted_sectors(chain, disk_format, accept=accept_sector_size)
     request = CreateRequest(size, disk_format, block_size_bytes, sector_bytes=sector_bytes)
@@ -88,6 +89,8 @@ def convert_chain(
         with steady(chain):
             copy_content(chain, target, progress=progress)
         target.seal()
+        if disk_format is DiskFormat.RAW and raw_size_bytes is not None and raw_size_bytes < size:
+            new.store.truncate(raw_size_bytes)
         new.commit(sync=sync)
     return size
 

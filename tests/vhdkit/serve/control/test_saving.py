@@ -114,3 +114,31 @@ def test_which_export_is_meant(
     with pytest.raises(error):
         _export({"exports": exports}, name, "socket")
     assert _export({"exports": [export("a"), export("b")]}, "b", "socket")["name"] == "b"
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_layers_that_killed_backups_froze(tmp_path: Path, keeps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What backups that were killed after the freeze have left is saved by the next one, and merged."""
+    with bench_in(tmp_path, ".vhd") as bench:
+        first, writers = bench.exports[0].disk.path, writers_of(bench)
+        wishes = KEEP if keeps else SingleWishes("a")
+
+        def killed(*_: object, **__: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as context:
+            context.setattr(Writing, "save", killed)
+            context.setattr(ServedLine, "give_back", killed)
+            for _ in range(2):
+                write_on(writers, 3)
+                with pytest.raises(KeyboardInterrupt):
+                    save(bench, wishes)
+        assert len(bench.exports[0].disk.chain.layers) == 3
+        write_on(writers, 3)
+        saved = save(bench, wishes)
+        layers = [layer.store.name for layer in bench.exports[0].disk.chain.layers]
+        assert layers == ([saved.leaf, first] if keeps else [first])
+        if keeps:
+            with vhdkit.open_disk(first) as disk:
+                assert disk.read(0, SIZE) == night(bench, 1)
+        finished(bench, writers, layers[0], len(layers))
