@@ -125,7 +125,7 @@ def test_interrupting_the_backup_of_a_machine_that_is_off(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(disk_copies, "_convert", interrupted)
-    result = run("backup", "small", tmp_path / "copy")
+    result = run("backup", "run", "small", tmp_path / "copy")
     assert result.exit_code == 130
     assert "vmm: interrupted: the backup was abandoned and left nothing behind" in result.stderr
     assert [one["problem"] for one in events(manager, "backup-failed")] == ["it was interrupted"]
@@ -146,7 +146,7 @@ def test_interrupting_the_backup_of_a_running_machine(
         return listen(self, method, timeout_seconds)
 
     monkeypatch.setattr(ControlClient, "_next_message", interrupted)
-    result = run("backup", "small", tmp_path / "copy")
+    result = run("backup", "run", "small", tmp_path / "copy")
     assert result.exit_code == 130
     assert "vmm: interrupted: the backup continues; vmm events small shows how it ends" in result.stderr
     wait_until(lambda: events(manager, "backed-up"), "it ends")
