@@ -6,6 +6,7 @@ Each function gets the folder in which the page's commands are run, which is als
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -27,6 +28,9 @@ from tests.vhdkit.backup.repositories import Nights
 from tests.vmm.guests import boot_sector
 from tests.vmm.net.machines import Namespaces
 from vmm.api.manager import DiskRequest, Manager
+from vmm.api.scheduled_backups import make_backup_schedule
+from vmm.model.errors import AlreadyExists
+from vmm.schedule import store
 
 MIB = 1 << 20
 _PARTITION = (MIB, 16 * MIB)  # its beginning, its size
@@ -38,6 +42,14 @@ def repository(folder: Path) -> None:
         nights = Nights(folder / "backup")
         for number in range(2):
             nights.add({"disk-0": {number: b"x"}}, taken=datetime.now(UTC).replace(microsecond=0))
+
+
+def schedule(folder: Path) -> None:
+    """The schedule "nightly" of the machine "web"."""
+    with contextlib.suppress(AlreadyExists):
+        Manager().create("web", memory_bytes=64 * MIB)
+    work = {"machines": ["web"], "repository": str(folder / "backup")}
+    store.add(make_backup_schedule(work, name="nightly", when="22:30", created=datetime.now(UTC)))
 
 
 def require_all() -> None:

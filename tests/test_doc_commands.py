@@ -46,6 +46,10 @@ class Scene:
 LEFT_OUT: dict[tuple[str, str], str] = {
     ("README.md", "script/demo"): "tests/test_demo.py runs it",
     ("README.md", "script/test"): "it runs this test",
+    (
+        "docs/backup.md",
+        "vmm backup schedule add nightly web backup --when 22:30 --keep-daily 7 --keep-weekly 4 --sample 5",
+    ): "it installs a timer on the host; test_backup_schedule.py adds one elsewhere",
 }
 
 SCENES: dict[str, Scene] = {
@@ -65,6 +69,7 @@ SCENES: dict[str, Scene] = {
     "docs/backup.md": Scene(
         before={
             "vhdkit backup list backup": stand_ins.repository,
+            "vmm backup schedule list": stand_ins.schedule,
             "Checking a repository without vhdkit": stand_ins.repository,
         },
     ),

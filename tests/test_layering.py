@@ -54,7 +54,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 VMM_LAYERS: tuple[tuple[str, ...], ...] = (
     ("vmm.model",),
     ("vmm.host",),
-    ("vmm.kvm", "vmm.net"),
+    ("vmm.kvm", "vmm.net", "vmm.schedule"),
     ("vmm.store",),
     ("vmm.snapshots",),
     ("vmm.processes",),

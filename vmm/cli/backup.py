@@ -19,11 +19,12 @@ _COMMANDS = {
     "run": ("backup_run", "Save a machine."),
     "list": ("backup_show", "List the machines of a repository, or the nights of one."),
     "show": ("backup_show", "Show what a night consists of."),
-    "status": ("backup_show", "Say whether there is a recent whole night."),
+    "status": ("backup_show", "Say whether the backups of last night worked."),
     "verify": ("backup_verify", "Compare every file of a repository with its sums."),
     "prune": ("backup_prune", "Drop the nights that no rule keeps."),
     "delete": ("backup_prune", "Drop one night."),
     "protect": ("backup_prune", "Keep a night from being dropped."),
+    "schedule": ("backup_schedule", "Save machines at set times."),
 }
 
 
@@ -61,6 +62,7 @@ class _BackupCommands(VerbGroup):
         "vmm backup show /srv/backup web@18",
         "vmm backup verify /srv/backup web",
         "vmm backup prune /srv/backup web --keep-daily 7 --keep-weekly 4",
+        "vmm backup schedule add nightly web /srv/backup --when 22:30 --keep-daily 7",
     ),
 )
 def backup_command() -> None:

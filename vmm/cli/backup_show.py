@@ -112,29 +112,49 @@ def _disk_pairs(disk: backups.DiskReport) -> list[tuple[str, str]]:
 
 
 @click.command(
-    "status", epilog=epilog("vmm backup status /srv/backup", "vmm backup status /srv/backup web --max-age 26h")
+    "status",
+    epilog=epilog(
+        "vmm backup status", "vmm backup status /srv/backup", "vmm backup status /srv/backup web --max-age 26h"
+    ),
 )
-@click.argument("repo")
+@click.argument("repo", required=False)
 @click.argument("machines", metavar="[MACHINE]...", nargs=-1)
-@click.option("--max-age", type=AGE, default="26h", show_default=True, metavar="AGE",
-              help="How old the newest whole night may be: 90m, 26h, 8d, 5w.")  # fmt: skip
+@click.option("--schedule", "schedules", multiple=True, help="Only this schedule. Repeatable.")
+@click.option("--max-age", type=AGE, metavar="AGE",
+              help="With REPO: how old the newest whole night may be: 90m, 26h, 8d, 5w. By default 26h.")  # fmt: skip
 @output_options
 @click.pass_context
 def status_command(
-    context: click.Context, repo: str, machines: tuple[str, ...], max_age: timedelta, as_json: bool, quiet: bool
+    context: click.Context,
+    repo: str | None,
+    machines: tuple[str, ...],
+    schedules: tuple[str, ...],
+    max_age: timedelta | None,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
-    """Say for each machine of REPO whether its newest whole night is recent, for people and for monitoring.
+    """Say whether the backups of last night worked: for each machine of every schedule whether it has the whole night
+    that it should have; or, with REPO, for each machine of REPO whether its newest whole night is recent.
 
-    A night is whole if all of its images are there and nothing in them was found damaged by `vmm backup verify`.
+    A night is whole if all of its images are there and nothing in them was found damaged by `vmm backup verify`. A
+    timer that never ran and a host that was off are seen, too: only the nights count.
 
-    Exits with 0 when every machine has a recent whole night, 1 when one has not, 3 when one has damage.
+    Exits with 0 if everything is as it should be, 1 if a night is missing or too old, or this cannot be judged, and 3
+    if a night is damaged.
     """
     now = datetime.now(UTC)
+    if repo is None:
+        if max_age is not None:
+            raise click.UsageError("--max-age needs REPO; a schedule has --late-after")
+        context.exit(_status_of_schedules(now, schedules, as_json=as_json, quiet=quiet))
+    if schedules:
+        raise click.UsageError("give REPO, or --schedule")
+    since = now - (timedelta(hours=26) if max_age is None else max_age)
     with backups.open_repository(repo) as repository:
         found = []
         for machine_id in [repository.find_machine(one) for one in machines] or repository.machine_ids():
             with repository.machine(machine_id) as machine:
-                found.append(backups.report_status(machine, since=now - max_age, now=now))
+                found.append(backups.report_status(machine, since=since, now=now))
         if not found:
             raise NotFound("no machine has been backed up here yet", path=repository.path)
         path = repository.path
@@ -148,3 +168,21 @@ def status_command(
     if any(one.damaged_nights for one in found):
         context.exit(_EXIT_DAMAGED)
     context.exit(0 if all(one.is_good for one in found) else _EXIT_LATE)
+
+
+def _status_of_schedules(now: datetime, names: tuple[str, ...], *, as_json: bool, quiet: bool) -> int:
+    """Show the schedules; returns the exit code."""
+    from vmm.api import scheduled_backups
+    from vmm.cli.backup_schedule import print_status, status_document
+
+    found = scheduled_backups.status(now, names)
+    if not found:
+        raise NotFound("there are no schedules", hint="name a repository, or add one: vmm backup schedule add --help")
+    if as_json:
+        print_json({"schedules": [status_document(one) for one in found]})
+    elif not quiet:
+        for one in found:
+            print_status(one)
+    if any(one.is_damaged for one in found):
+        return _EXIT_DAMAGED
+    return 0 if all(one.is_good for one in found) else _EXIT_LATE

@@ -22,6 +22,9 @@ from vmm.model.errors import VmmError
 Names: TypeAlias = Callable[[click.Context], Iterable[str]]
 
 
+_NEW = (("create", "name"), ("add", "schedule"))  # a name that does not exist yet
+
+
 class NameType(AnyType):
     """A text whose possible values are looked up when a shell asks for them."""
 
@@ -45,7 +48,7 @@ def with_names(command: click.Command, verb: str) -> click.Command:
     """The command, or every command of a group, with completion of names."""
     for one in _commands_of(command):
         for param in one.params:
-            is_new = one.name == "create" and param.name == "name"
+            is_new = (one.name, param.name) in _NEW
             names = None if is_new else _names_for(param.name or "", verb)
             if names is not None:
                 param.type = NameType(names)
@@ -70,9 +73,22 @@ def _names_for(parameter: str, verb: str) -> Names | None:
         return {"name": _switches, "uplink": _interfaces, "adapter": _adapters_of_all}.get(parameter)
     if parameter == "machine" or (parameter == "name" and verb != "snapshot"):
         return _machines
-    return {"nic": _switches, "adapter": _adapters, "drive": _drives, "snapshot": _snapshots}.get(
-        parameter, _disks if (verb, parameter) == ("disk", "disk") else None
-    )
+    return {
+        "schedule": _schedules,
+        "schedules": _schedules,
+        "machines": _machines,
+        "names": _machines,
+        "nic": _switches,
+        "adapter": _adapters,
+        "drive": _drives,
+        "snapshot": _snapshots,
+    }.get(parameter, _disks if (verb, parameter) == ("disk", "disk") else None)
+
+
+def _schedules(ctx: click.Context) -> Iterable[str]:
+    from vmm.schedule import store
+
+    return store.names()
 
 
 def _switches(ctx: click.Context) -> Iterable[str]:

@@ -260,14 +260,14 @@ def autostart_command(action: str | None, for_user: bool | None, as_json: bool) 
 
     Installs a systemd unit: for the host if you are root, otherwise for your own service manager.
     """
-    from vmm.host import autostart
+    from vmm.host import autostart, systemd
 
-    scope = autostart.default_scope() if for_user is None else "user" if for_user else "system"
+    scope = systemd.default_scope() if for_user is None else "user" if for_user else "system"
     if action in ("start", "stop"):
         _run_automatic(action, as_json=as_json)
         return
     if action == "print":
-        click.echo(autostart.unit_text(scope, own_command(), autostart.kept_environment()), nl=False)
+        click.echo(autostart.unit_text(scope, own_command(), systemd.kept_environment()), nl=False)
         return
     if action == "remove":
         result = autostart.remove(scope)

@@ -38,7 +38,7 @@ def events_command(name: str, follow: bool, as_json: bool, quiet: bool) -> None:
         if as_json:
             click.echo(json_text(event_document(event)))
         elif not quiet:
-            print_line(_words(event))
+            print_line(event_words(event))
 
 
 def event_document(event: Event) -> dict[str, Any]:
@@ -57,7 +57,8 @@ def _flushed(events: Iterator[Event | None]) -> Iterator[Event]:
             sys.stdout.flush()  # for readers at the other end of a pipe
 
 
-def _words(event: Event) -> str:
+def event_words(event: Event) -> str:
+    """An event on one line."""
     moment = event.details.get("time", 0) if event.time is None else event.time
     try:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(moment)))

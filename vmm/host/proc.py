@@ -227,6 +227,12 @@ class Lock:
         self._descriptor = descriptor
         return True
 
+    @property
+    def descriptor(self) -> int:
+        """For a process that is started and must hold the lock as well. Call while the lock is held."""
+        assert self._descriptor is not None
+        return self._descriptor
+
     def is_current(self) -> bool:
         """True while we hold the lock and its path still leads to it: its folder was neither removed nor recreated."""
         with contextlib.suppress(OSError):

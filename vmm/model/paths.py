@@ -10,6 +10,7 @@ and it is not a link. Must not know what the files contain.
            machine.json            its definition
            was-running  unclean  back-ends.json  events.jsonl  console.log  logs/  saved/  uefi-vars.fd
          switches/                 NAME.json, ID.leases: the virtual switches
+         schedules/                what is done at set times (`vmm.schedule.places`)
          disks/  snapshots/        the default places for new ones
     runtime (of `folders`, else $VMM_RUNTIME, /run/vmm for root, else $XDG_RUNTIME_DIR/vmm)
          FIRST-12-OF-ID/           a running machine: state.json, sockets (a unix socket's path has at most 107 bytes)
@@ -285,6 +286,11 @@ def _settings_path() -> str:
 def registry_folder() -> str:
     """The folder that holds the folder of every machine, or a link to it."""
     return os.path.join(home(), "machines")
+
+
+def schedules_folder() -> str:
+    """The folder with the schedules of this host and what became of their runs."""
+    return os.path.join(home(), "schedules")
 
 
 def switches_folder() -> str:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.support import require_tool
-from vmm.host import autostart
-from vmm.host.autostart import Scope
+from vmm.host import autostart, systemd
+from vmm.host.systemd import Scope
 from vmm.model.errors import AccessDenied, InvalidSpec, Unsupported, VmmError
 
 SYSTEMCTL = """#!/bin/sh
@@ -23,13 +23,13 @@ case "$*" in *"{fails}"*) echo "Failed to {fails} unit: it is Monday" >&2; exit 
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder in place of the system's and the user's units, with a systemctl that only writes a log."""
-    monkeypatch.setattr(autostart, "SYSTEM_FOLDER", str(tmp_path / "system"))
+    monkeypatch.setattr(systemd, "SYSTEM_FOLDER", str(tmp_path / "system"))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    monkeypatch.setattr(autostart, "_SYSTEMD_RUNS", str(tmp_path))
-    monkeypatch.setattr(autostart, "_LINGER_FOLDER", str(tmp_path / "linger"))
+    monkeypatch.setattr(systemd, "_SYSTEMD_RUNS", str(tmp_path))
+    monkeypatch.setattr(systemd, "_LINGER_FOLDER", str(tmp_path / "linger"))
     monkeypatch.delenv("VMM_HOME", raising=False)
     monkeypatch.delenv("VMM_RUNTIME", raising=False)
-    monkeypatch.setattr(autostart, "program_path", lambda: str(tmp_path / "bin"))
+    monkeypatch.setattr(systemd, "program_path", lambda: str(tmp_path / "bin"))
     (tmp_path / "bin").mkdir()
     systemctl(tmp_path)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
@@ -75,7 +75,7 @@ def test_systemd_refuses_a_malformed_unit(tmp_path: Path) -> None:
     require_tool("systemd-analyze")
     unit = tmp_path / autostart.UNIT
     unit.write_text(autostart.unit_text("system", ["/nowhere/vmm"], {}))
-    assert "/nowhere/vmm" in (autostart.verify(str(unit), "system") or "")
+    assert "/nowhere/vmm" in (systemd.verify(str(unit), "system") or "")
 
 
 def test_paths_are_quoted() -> None:
@@ -145,7 +145,7 @@ def test_a_refused_unit_is_not_installed(host: Path) -> None:
     (host / "bin/systemd-analyze").symlink_to(require_tool("systemd-analyze"))
     with pytest.raises(InvalidSpec, match="not executable"):
         autostart.install("system", ["/nowhere/vmm"])
-    assert os.listdir(host / "system") == [] and log(host) == []
+    assert not (host / "system").exists() and log(host) == []
 
 
 def test_a_host_without_systemd(host: Path) -> None:
@@ -161,12 +161,12 @@ def test_the_system_unit_needs_root(host: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(AccessDenied, match="--user"):
         autostart.install("system", ["/bin/true"])
-    assert autostart.default_scope() == "user"
+    assert systemd.default_scope() == "user"
 
 
 def test_systemd_is_not_running(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a container the unit is enabled for later, and no manager is contacted."""
-    monkeypatch.setattr(autostart, "_SYSTEMD_RUNS", str(host / "none"))
+    monkeypatch.setattr(systemd, "_SYSTEMD_RUNS", str(host / "none"))
     result = autostart.install("system", ["/bin/true"])
     assert any("systemd is not running" in note for note in result.notes)
     assert [line.split()[2] for line in log(host)] == ["enable"]

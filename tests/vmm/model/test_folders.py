@@ -14,8 +14,8 @@ import pytest
 import vmm
 from tests.vmm.small_guests import make_machine
 from tests.vmm.stage import kill_all
-from vmm.host.autostart import kept_environment
 from vmm.host.proc import python_environment
+from vmm.host.systemd import kept_environment
 from vmm.model import paths
 from vmm.model.folders import Folders, in_use, uses_own_folders
 from vmm.model.spec import make_spec

@@ -29,7 +29,7 @@ from tests.vmm.small_guests import (
 from tests.waiting import wait_until
 from vmm.api.automatic import starts_with_host, stop_machines
 from vmm.api.manager import Manager
-from vmm.host import autostart
+from vmm.host import autostart, systemd
 from vmm.host.proc import python_command, python_environment
 from vmm.processes.worker_connection import MachineRef
 from vmm.store.registry import load
@@ -140,7 +140,7 @@ def test_the_hosts_command_and_the_signal_at_once(manager: Manager, tmp_path: Pa
 def test_the_commands_of_the_systemd_unit(manager: Manager, tmp_path: Path) -> None:
     """INV-STOP-ACTION: what the systemd unit calls starts and saves machines, alongside systemd's signals."""
     make_machine(manager, tmp_path, automatic={"start": "always"})
-    text = autostart.unit_text("system", [sys.executable, "-P", "-m", "vmm"], autostart.kept_environment())
+    text = autostart.unit_text("system", [sys.executable, "-P", "-m", "vmm"], systemd.kept_environment())
     lines = dict(line.split("=", 1) for line in text.splitlines() if line.startswith(("ExecStart", "ExecStop")))
     start, stop = (shlex.split(lines[word].removeprefix(":")) for word in ("ExecStart", "ExecStop"))
     environment = python_environment()

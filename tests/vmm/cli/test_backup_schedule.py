@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vmm backup schedule` and `vmm backup status` without a repository."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from tests.vhdkit.backup.repositories import Nights
+from tests.vmm.cli.running import document, failure, good, run
+from vmm.cli import backup_schedule
+from vmm.host import systemd
+from vmm.host.proc import Lock
+from vmm.model.spec import make_spec
+from vmm.schedule import store
+from vmm.schedule.places import schedule_paths
+from vmm.schedule.record import read_last
+from vmm.store import registry
+
+# In place of vmm: `backup run` fails for the machine "mail", everything is noted.
+FAKE = """#!/bin/sh
+echo "$@" >>{log}
+case "$*" in *"run --json -- mail"*) echo '{{"error": {{"message": "mail: the disk is full"}}}}' >&2; exit 7;; esac
+"""
+ADD = ("backup", "schedule", "add", "nightly", "web", "mail")
+
+
+@pytest.fixture(autouse=True)
+def home(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A home with two machines, no systemd, and a vmm that only notes how it is called."""
+    monkeypatch.setenv("VMM_HOME", str(short_path / "home"))
+    monkeypatch.setenv("VMM_RUNTIME", str(short_path / "run"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(short_path / "config"))
+    monkeypatch.setattr(systemd, "SYSTEM_FOLDER", str(short_path / "system"))
+    monkeypatch.setattr(systemd, "program_path", lambda: str(short_path / "bin"))
+    monkeypatch.setattr(systemd, "_SYSTEMD_RUNS", str(short_path / "none"))
+    monkeypatch.setattr(backup_schedule, "own_command", lambda: [str(short_path / "vmm")])
+    program = short_path / "vmm"
+    program.write_text(FAKE.format(log=short_path / "log"))
+    program.chmod(0o755)
+    for name in ("mail", "web"):
+        registry.add(make_spec(name=name))
+    yield short_path
+
+
+def calls(home: Path) -> list[str]:
+    """How the fake was called."""
+    return (home / "log").read_text().splitlines()
+
+
+def older(days: int) -> None:
+    """Make the schedule so many days older."""
+    made = store.load("nightly")
+    store.add(made.model_copy(update={"created": made.created - timedelta(days=days)}), replace=True)
+
+
+def test_adding_and_showing(home: Path) -> None:
+    """A schedule is added with its timer, listed, shown and removed."""
+    (home / "bin").mkdir()
+    systemctl = home / "bin" / "systemctl"
+    systemctl.write_text("#!/bin/sh\n")
+    systemctl.chmod(0o755)
+    result = run(*ADD, home / "repo", "--when", "22:30", "--keep-daily", "7", "--sample", "5", "--jobs", "2", "--user")
+    assert result.exit_code == 0 and result.stdout.startswith("nightly: next ") and "22:30 UTC" in result.stdout
+    assert "systemd is not running" in result.stderr
+    service = (home / "config/systemd/user/vmm-schedule-nightly.service").read_text()
+    assert f'ExecStart=:"{home}/vmm" "backup" "schedule" "run" "nightly"' in service
+    assert f'VMM_HOME={home}/home"' in service
+    assert "already exists" in failure(*ADD, home / "repo", "--when", "22:30", "--user", code=1)
+    assert "never run" in good("backup", "schedule", "list")
+    shown = good("backup", "schedule", "show", "nightly")
+    assert "web, mail" in shown and "daily 7" in shown and "5 % of each image" in shown and "was not due yet" in shown
+    assert f"nightly: 22:30 (UTC) to {home}/repo; never run" in good("backup", "status")
+    assert "--yes" in failure("backup", "schedule", "remove", "nightly", code=2)
+    good("backup", "schedule", "remove", "nightly", "--yes")
+    assert list((home / "config/systemd/user").iterdir()) == [] and store.names() == []
+    assert "vmm backup schedule add" in good("backup", "schedule", "list")
+    failure("backup", "schedule", "show", "nightly", code=1)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("--when", "soon"), "write one such as"),
+        (("--when", "22:30", "--zone", "Mars"), "time zone"),
+        (("--when", "22:30", "--all"), "--all"),
+        (("--when", "22:30", "--before", "'open"), "is not a command"),
+        (("--when", "22:30", "--after", ""), "a hook is a program"),
+        (("--when", "22:30", "--late-after", "soon"), "write 90m"),
+        (("--when", "22:30", "--sample", "0"), "from 1 to 100"),
+        ((), "--when"),
+    ],
+)
+def test_impossible_schedules(home: Path, words: tuple[str, ...], reason: str) -> None:
+    """What cannot be is refused in words, and nothing is added."""
+    assert reason in failure(*ADD, "repo", *words, code=2)
+    assert store.names() == []
+
+
+def test_a_machine_that_does_not_exist(home: Path) -> None:
+    """A misspelt machine is found when the schedule is added, and not in the night."""
+    assert "'wbe' does not exist" in failure(
+        "backup", "schedule", "add", "nightly", "wbe", "repo", "--when", "22:30", code=1
+    )
+
+
+def test_a_timer_that_cannot_be_installed_leaves_no_schedule(home: Path) -> None:
+    """A schedule without the timer that was wanted would never run."""
+    (home / "bin").mkdir()
+    systemctl = home / "bin" / "systemctl"
+    systemctl.write_text("#!/bin/sh\necho it is Monday >&2\nexit 1\n")
+    systemctl.chmod(0o755)
+    assert "it is Monday" in failure(*ADD, home / "repo", "--when", "22:30", "--user", code=1)
+    assert store.names() == []
+
+
+def test_notes(home: Path) -> None:
+    """Without systemd, and with --no-timer, the note has the command for another scheduler; a time in the hours in
+    which clocks change has a warning."""
+    result = run(*ADD, "repo", "--when", "02:30", "--zone", "Europe/Berlin")
+    line = shlex.join([f"{home}/vmm", "backup", "schedule", "run", "nightly"])
+    assert f"systemd is not installed: have cron, or another scheduler, run: {line}" in result.stderr
+    assert "02:30 Europe/Berlin" in result.stdout and "--zone UTC" in result.stderr
+    found = document("backup", "schedule", "add", "all", "--all", "repo", "--when", "22:30", "--no-timer")
+    assert found["timer"] is None and "no timer runs it" in found["notes"][0]
+    assert found["schedule"]["work"] == {"repository": str(Path("repo").absolute())}
+
+
+def test_running(home: Path) -> None:
+    """A run saves, prunes and verifies each machine; one that fails is reported, and does not stop the others."""
+    run(*ADD, home / "repo", "--when", "22:30", "--keep-daily", "7", "--sample", "5", "--on-failure",
+        f"sh -c 'echo \"$VMM_REASON\" >{home}/reason'")  # fmt: skip
+    result = run("backup", "schedule", "run", "nightly")
+    assert result.exit_code == 1 and result.stdout == "web: done\n"
+    assert result.stderr == "vmm: mail: backup: mail: the disk is full\n"
+    assert [line.split()[1] for line in calls(home)] == ["run", "prune", "verify", "run"]
+    assert (home / "reason").read_text() == "mail: backup: mail: the disk is full\n"
+    shown = good("backup", "schedule", "show", "nightly")
+    assert "failed: mail: backup: mail: the disk is full" in shown and "begun" in shown
+    again = run("backup", "schedule", "run", "nightly", "--json")
+    assert again.exit_code == 1 and json.loads(again.stdout)["problems"] == {"mail": "backup: mail: the disk is full"}
+    assert document("backup", "schedule", "show", "nightly")["events"][-1]["event"] == "failed"
+
+
+def test_a_run_that_finds_another_one(home: Path) -> None:
+    """It is skipped with an exit code of its own, and that is shown."""
+    run(*ADD, home / "repo", "--when", "22:30")
+    lock = Lock(schedule_paths("nightly").lock)
+    assert lock.try_take()
+    assert "still going" in failure("backup", "schedule", "run", "nightly", code=5)
+    assert "running" in good("backup", "schedule", "list")
+    lock.release()
+    assert "skipped" in good("backup", "schedule", "show", "nightly")
+    assert read_last(schedule_paths("nightly")) is None
+
+
+def test_status(home: Path) -> None:
+    """Late machines are exit code 1, damage is 3; a machine called like a command is one like others."""
+    failure("backup", "status", code=1)
+    registry.add(make_spec(name="status"))
+    run("backup", "schedule", "add", "nightly", "web", "status", home / "repo", "--when", "*:00", "--late-after", "2h")
+    assert run("backup", "status").exit_code == 0
+    older(2)
+    nights = Nights(home / "repo")
+    nights.add({"disk-0": {0: b"x"}}, taken=datetime.now(UTC).replace(microsecond=0))
+    late = run("backup", "status")
+    assert late.exit_code == 1 and "good     web: newest whole night 1" in late.stdout
+    assert "late     status: no night; the schedule has never run" in late.stdout
+    assert "no timer runs it" in late.stdout
+    found = json.loads(run("backup", "status", "--schedule", "nightly", "--json").stdout)["schedules"][0]
+    assert [one["state"] for one in found["machines"]] == ["good", "late"] and found["is_good"] is False
+    nights.image(1, "disk-0").unlink()
+    assert run("backup", "status", "-q").exit_code == 3
+    failure("backup", "status", "--schedule", "weekly", code=1)
+    failure("backup", "status", "--max-age", "2h", code=2)
+    failure("backup", "status", home / "repo", "--schedule", "nightly", code=2)

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The timer of a schedule: a systemd timer and the service that it starts, their installation and removal.
+
+    vmm-schedule-NAME.timer      OnCalendar= the schedule's times in its zone; Persistent=true: a time that was missed,
+                                 because the host was off, is made up for when it is on again
+    vmm-schedule-NAME.service    runs the schedule once; systemd starts no second one meanwhile
+
+Decides the text of the units. The command that runs a schedule is given, so cron or a person can call it as well. A
+schedule's work is judged by what is there (`vmm backup status`), never by whether its timer exists.
+
+Sources: systemd.timer(5), systemd.service(5).
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from vmm.host import systemd
+from vmm.host.systemd import Result, Scope
+from vmm.schedule.definition import Schedule
+
+_STOP_SECONDS = 600  # for commands that are interrupted to take back what they began
+
+
+def units_of(name: str) -> tuple[str, str]:
+    """The names of a schedule's timer and of its service."""
+    return f"vmm-schedule-{name}.timer", f"vmm-schedule-{name}.service"
+
+
+def timer_text(schedule: Schedule) -> str:
+    """The timer. Pure."""
+    return (
+        f"# Written by: vmm, for the schedule {schedule.name}\n"
+        "[Unit]\n"
+        f"Description=When the schedule {schedule.name} of vmm is due\n"
+        "\n[Timer]\n"
+        f"OnCalendar={schedule.calendar.systemd_words}\n"
+        "Persistent=true\n"
+        f"Unit={units_of(schedule.name)[1]}\n"
+        "\n[Install]\n"
+        "WantedBy=timers.target\n"
+    )
+
+
+def service_text(scope: Scope, schedule: Schedule, command: Sequence[str], environment: Mapping[str, str]) -> str:
+    """The service: `command` runs the schedule, `environment` is set for it. Pure. Raises InvalidSpec."""
+    network = "" if scope == "user" else "Wants=network-online.target\nAfter=network-online.target remote-fs.target\n"
+    return (
+        f"# Written by: vmm, for the schedule {schedule.name}\n"
+        "[Unit]\n"
+        f"Description=The schedule {schedule.name} of vmm\n"
+        f"{network}"
+        "\n[Service]\n"
+        "Type=oneshot\n"
+        f"{systemd.environment_lines(environment)}"
+        f"ExecStart=:{systemd.call_words(command)}\n"
+        "KillMode=mixed\n"  # the run interrupts its commands itself
+        f"TimeoutStopSec={_STOP_SECONDS}\n"
+    )
+
+
+def install(scope: Scope, schedule: Schedule, command: Sequence[str]) -> Result:
+    """Put the units in place and have the timer start with the host, and now if systemd runs. Idempotent.
+
+    Where there is no systemd nothing is written, and a note says which line makes cron run the schedule. Raises
+    AccessDenied (system scope without root), InvalidSpec.
+    """
+    timer, service = units_of(schedule.name)
+    path = systemd.unit_path(scope, timer)
+    if not systemd.is_installed():
+        line = shlex.join(command)
+        return Result(path, False, (f"systemd is not installed: have cron, or another scheduler, run: {line}",))
+    _check_rights(scope, path)
+    texts = {
+        timer: timer_text(schedule),
+        service: service_text(scope, schedule, command, systemd.kept_environment()),
+    }
+    done = systemd.put_in_place(scope, texts, timer)
+    notes = []
+    if systemd.runs(scope):
+        systemd.systemctl(scope, "restart" if done.changed else "start", timer)
+    else:
+        notes.append("systemd is not running: the timer starts once it is")
+    if scope == "user" and not systemd.lingers():
+        notes.append("the timer runs while you are logged in; to have it run always: loginctl enable-linger")
+    return replace(done, notes=tuple(notes))
+
+
+def remove(scope: Scope, name: str) -> bool:
+    """Stop the timer and remove the units; False if there were none. Raises AccessDenied."""
+    timer, service = units_of(name)
+    path = systemd.unit_path(scope, timer)
+    if not os.path.lexists(path) and not os.path.lexists(systemd.unit_path(scope, service)):
+        return False
+    _check_rights(scope, path)
+    if systemd.is_installed() and systemd.runs(scope):
+        systemd.systemctl(scope, "stop", timer)
+    return systemd.take_away(scope, [timer, service], timer)
+
+
+def installed(name: str) -> str | None:
+    """The path of the schedule's timer, of the system or of this user; None if there is none."""
+    scopes: tuple[Scope, ...] = ("system", "user")
+    places = [systemd.unit_path(scope, units_of(name)[0]) for scope in scopes]
+    return next((one for one in places if os.path.lexists(one)), None)
+
+
+def _check_rights(scope: Scope, path: str) -> None:
+    systemd.check_rights(
+        scope, path, "have a schedule run by the system", "use sudo; or --user, for your own service manager"
+    )
