@@ -32,6 +32,7 @@ from tests.vmm.guests.boot_sector import COUNT_LBA, SECTOR, BootOptions
 from tests.vmm.small_guests import MIB, console, make_disk, processes
 from tests.vmm.stage import machine_stage
 from tests.waiting import wait_until
+from vhdkit import backups
 from vmm.api.export_import import exporting as transfer
 from vmm.api.manager import DiskRequest, Manager
 from vmm.model.errors import VmmError
@@ -162,7 +163,7 @@ class _Cut:
                 elif self._operation == "merge":
                     manager.snapshots(NAME).merge_live(max_rate_bytes=4 * MIB)
                 else:
-                    manager.backup(NAME, str(self._folder / f"copy-{number}"))
+                    manager.save_night(NAME, str(self._folder / "repo"))
             os._exit(0)
         return child
 
@@ -179,7 +180,7 @@ class _Cut:
             "merge": small.merge,
             "merge live": small.merge_live,
             "limit": lambda: small.set_limit(40),
-            "backup": lambda: self._checked_copy(target),
+            "backup": self._checked_night,
             "export": lambda: transfer.export(NAME, target, flat=True),
             "disks": lambda: manager.disks(NAME),
             "show": lambda: manager.show(NAME),
@@ -188,10 +189,13 @@ class _Cut:
             "stop": lambda: manager.stop(NAME),
         }
 
-    def _checked_copy(self, target: str) -> None:
+    def _checked_night(self) -> None:
         """A backup, whose static part is the machine's."""
-        result = self._manager.backup(NAME, target)
-        found = read_chain(result.disks["disk-0"], *_STATIC)
+        night = self._manager.save_night(NAME, str(self._folder / "repo")).night
+        copy = self._folder / f"restored-{self._number}.vhd"
+        backups.restore(self._folder / "repo", f"{NAME}@{night}", copy, disks=["disk-0"])
+        found = read_chain(str(copy), *_STATIC)
+        copy.unlink()
         assert found == self._static, "the backup reads otherwise"
 
     # -- what must be true -------------------------------------------------------------------------------------------

@@ -138,7 +138,7 @@ class _Soak:
             "merge": small.merge_live,
             "apply": lambda: small.apply(one, discard_current=True),
             "plug": self._plug,
-            "backup": lambda: manager.backup(NAME, str(self._folder / f"backup-{self._number}")),
+            "backup": lambda: manager.save_night(NAME, str(self._folder / "backups")),
             "stop": lambda: manager.stop(NAME),
             "pause": self._pause,
             "nic": lambda: manager.add_adapter(NAME),

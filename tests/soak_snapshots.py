@@ -44,6 +44,7 @@ from tests.vmm.guests.boot_sector import BootOptions
 from tests.vmm.small_guests import console, processes
 from tests.vmm.stage import kill_all, machine_stage
 from tests.waiting import becomes, wait_until
+from vhdkit import backups
 from vmm.api.machine_snapshots import MachineSnapshots
 from vmm.api.stopped_machine import StoppedMachine
 from vmm.model.errors import VmmError
@@ -251,13 +252,15 @@ class Driver:
         return Step("show", look, check=check)
 
     def _backup(self) -> Step:
-        folder = self.folder / f"backup-{self._number}"
+        repository = self.folder / "repo"
 
         def check() -> None:
-            copies = tuple(digest_of(path) for path in sorted(folder.glob("*.vhd")))
+            with tempfile.TemporaryDirectory(dir=self.folder) as folder:
+                found = backups.restore(repository, NAME, folder)
+                copies = tuple(digest_of(Path(path)) for _, path in sorted(found.disks.items()))
             assert copies in self.now, "the backup is not what the machine is"
 
-        return Step("backup", lambda manager, snapshots: manager.backup(NAME, str(folder)), check=check)
+        return Step("backup", lambda manager, snapshots: manager.save_night(NAME, str(repository)), check=check)
 
     def _write(self) -> Step:
         """Write to both disks as a guest would; never cut short here: that has its own tests."""

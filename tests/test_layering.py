@@ -179,7 +179,7 @@ OS_OF_ROOM = {
 # The properties that name a file with a definition, and the only files that write it.
 DEFINITION_WRITERS = {
     # of a machine, of a snapshot, of a backup's copy
-    "definition": ("vmm/store/registry.py", "vmm/store/snapshots/memory.py", "vmm/processes/disk_copies.py"),
+    "definition": ("vmm/store/registry.py", "vmm/store/snapshots/memory.py"),
     "running": ("vmm/worker/running.py", "vmm/processes/worker_connection.py"),  # while it runs, at its start
 }
 WRITING_CALLS = {"write_whole", "rename", "replace", "link"}

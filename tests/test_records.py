@@ -31,7 +31,7 @@ VERBS: list[Callable[[Path], object]] = [
     lambda here: manager.repair("web"),
     lambda here: manager.discard_saved("web"),
     lambda here: manager.events("web"),
-    lambda here: manager.backup("web", str(here / "copy")),
+    lambda here: manager.save_night("web", str(here / "copy")),
     lambda here: manager.delete("web", with_disks=True),
 ]
 RECORDS = (

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from vhdkit.backup.restore import Restored, read_file, restore
     from vhdkit.backup.standing import StandingImage, mark_as_night, stand_on_night
     from vhdkit.backup.verify import NightResult, Verification, known_results, verify
-    from vhdkit.chain.records.references import NightMark, marks_at
+    from vhdkit.chain.records.references import NightMark, forget_marks, marks_at
     from vhdkit.rate import RateLimit
 
 __all__ = [
@@ -103,6 +103,7 @@ __all__ = [
     "delete",
     "find_night",
     "finish_interrupted",
+    "forget_marks",
     "is_machine_name",
     "is_name",
     "known_results",
@@ -156,7 +157,7 @@ _HOMES = {
     "vhdkit.backup.restore": "Restored read_file restore",
     "vhdkit.backup.standing": "StandingImage mark_as_night stand_on_night",
     "vhdkit.backup.verify": "NightResult Verification known_results verify",
-    "vhdkit.chain.records.references": "NightMark marks_at",
+    "vhdkit.chain.records.references": "NightMark forget_marks marks_at",
     "vhdkit.rate": "RateLimit",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}

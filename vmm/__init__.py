@@ -17,7 +17,8 @@ it is first used, so a program that only starts a machine or catches errors load
 _HOMES = {
     "vmm.api.disk_request": "DiskRequest DiskWish",
     "vmm.api.guest_access": "ConsoleConnection GuestAccess",
-    "vmm.api.machine": "BackupResult MergeResult",
+    "vmm.api.backups": "BackupWishes ForgottenNights MachineNight",
+    "vmm.api.machine": "MergeResult",
     "vmm.api.machine_snapshots": "MachineSnapshots",
     "vmm.api.deletion": "Deletion KeptDisk",
     "vmm.api.manager": "DiskInfo MachineInfo Manager",
@@ -41,13 +42,15 @@ __all__ = sorted(_HOME_OF)  # noqa: PLE0605
 
 TYPE_CHECKING = False  # type checkers know the name; `typing` takes longer to import than all of this
 if TYPE_CHECKING:
+    from vmm.api.backups import BackupWishes as BackupWishes
+    from vmm.api.backups import ForgottenNights as ForgottenNights
+    from vmm.api.backups import MachineNight as MachineNight
     from vmm.api.deletion import Deletion as Deletion
     from vmm.api.deletion import KeptDisk as KeptDisk
     from vmm.api.disk_request import DiskRequest as DiskRequest
     from vmm.api.disk_request import DiskWish as DiskWish
     from vmm.api.guest_access import ConsoleConnection as ConsoleConnection
     from vmm.api.guest_access import GuestAccess as GuestAccess
-    from vmm.api.machine import BackupResult as BackupResult
     from vmm.api.machine import MergeResult as MergeResult
     from vmm.api.machine_snapshots import MachineSnapshots as MachineSnapshots
     from vmm.api.manager import DiskInfo as DiskInfo

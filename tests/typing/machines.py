@@ -34,7 +34,8 @@ def look_inside(name: str) -> None:
     """Its attributes are values of public types, whichever folders the machines lie in."""
     manager = vmm.Manager(home="/srv/vmm", runtime="/run/vmm-lab")
     assert_type(manager.disks(name), tuple[vmm.DiskInfo, ...])
-    assert_type(manager.backup(name, "/backups/web"), vmm.BackupResult)
+    assert_type(manager.save_night(name, "/backups", vmm.BackupWishes(consistent=True)), vmm.MachineNight)
+    assert_type(manager.forget_nights(name), vmm.ForgottenNights)
     assert_type(manager.events(name), list[vmm.Event])
     assert_type(manager.plan_delete(name).kept, tuple[vmm.KeptDisk, ...])
     assert_type(manager.snapshots(name).create("before"), vmm.Snapshot)

@@ -46,10 +46,10 @@ class Basis:
     index: int | None = None
 
 
-def find_basis(chain: Chain, disk: tuple[str, str, str], nights: Sequence[Night]) -> Basis:
+def find_basis(chain: Chain, disk: tuple[str, str, str], nights: Sequence[Night], serial: str = "") -> Basis:
     """The basis for the disk of an open chain, held by the caller. Nothing is compared yet.
 
-    `disk` are the ids of the repository, the machine and the disk.
+    `disk` are the ids of the repository, the machine and the disk; `serial` is as for `newest_basis`.
     """
     by_id = {one.id: one for one in _of_disk(disk[-1], nights)}
     for index, layer in enumerate(chain.layers):
@@ -59,12 +59,18 @@ def find_basis(chain: Chain, disk: tuple[str, str, str], nights: Sequence[Night]
         known = [by_id[one.night_id] for one in marked if one.place == disk and one.night_id in by_id]
         if known:
             return Basis(How.LAYERS, max(known, key=lambda one: one.night), index)
-    return newest_basis(disk[-1], nights)
+    return newest_basis(disk[-1], nights, serial)
 
 
-def newest_basis(disk_id: str, nights: Sequence[Night]) -> Basis:
-    """The basis without marks: the newest night of this disk, if there is one."""
+def newest_basis(disk_id: str, nights: Sequence[Night], serial: str = "") -> Basis:
+    """The basis without marks: the newest night of this disk, if there is one.
+
+    If the newest disk with this id had another `serial`, this is another disk, and is saved whole.
+    """
     of_disk = _of_disk(disk_id, nights)
+    newest = of_disk[-1].disk(disk_id) if of_disk else None
+    if newest is not None and serial and newest.serial and serial != newest.serial:
+        return Basis(How.FULL)
     return Basis(How.COMPARED, of_disk[-1]) if of_disk else Basis(How.FULL)
 
 

@@ -104,18 +104,21 @@ def writing(repository: Repository, machine_id: str, name: str, wishes: Wishes) 
         finish_interrupted(machine, is_held=True)
         nights = machine.nights()
         remove_leftovers(machine, nights)
-        yield Writing(machine, tuple(nights), wishes, machine.next_number(nights), new_unique_id())
+        yield Writing(machine, tuple(nights), wishes, machine.next_number(nights), new_unique_id(), name)
 
 
 @dataclass(slots=True, eq=False)
 class Writing:
-    """A night that can be written; see `writing`. `warnings` are what the manifest will say about it."""
+    """A night that can be written; see `writing`. `name` is what the machine is called now, `warnings` are what the
+    manifest will say about the night.
+    """
 
     machine: MachineFolder
     nights: tuple[Night, ...]
     wishes: Wishes
     number: int
     id: str
+    name: str
     warnings: list[str] = field(default_factory=list)
 
     def save(
@@ -184,7 +187,7 @@ class Writing:
         return Manifest(
             repository=self.machine.repository.id,
             machine_id=self.machine.id,
-            machine_name=self.machine.name,
+            machine_name=self.name,
             night=self.number,
             id=self.id,
             previous=previous,
@@ -218,8 +221,8 @@ class Writing:
     def _bases_for(self, disk: FrozenDisk) -> Iterator[Basis]:
         """What the disk may be saved against, the best first."""
         if not self.wishes.compare:
-            yield find_basis(disk.chain, self.place_of(disk.disk_id), self.nights)
-        yield newest_basis(disk.disk_id, self.nights)
+            yield find_basis(disk.chain, self.place_of(disk.disk_id), self.nights, disk.serial)
+        yield newest_basis(disk.disk_id, self.nights, disk.serial)
 
     def place_of(self, disk_id: str) -> tuple[str, str, str]:
         """How marks call a disk of the machine."""

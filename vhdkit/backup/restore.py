@@ -134,7 +134,7 @@ def _plan(
     records = [one for one in manifest.disks if not wanted or one.disk_id in wanted]
     chosen_kind = None if kind is None else DiskFormat(kind)
     in_folder = is_folder(place)
-    if not in_folder and (len(records) != 1 or manifest.files):
+    if not in_folder and (len(records) != 1 or (manifest.files and not wanted)):
         raise errors.InvalidArgument(
             f"is no folder, and the night has {len(records)} disks and {len(manifest.files)} other files",
             path=place,

@@ -12,7 +12,7 @@ state does not allow raises WrongState. Must not know how anything is done.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,16 +24,19 @@ if TYPE_CHECKING:
     from vmm.processes.rpc import Progress
     from vmm.snapshots.create import SnapshotRequest
     from vmm.snapshots.delete import Deleted
+    from vmm.snapshots.freeze import NightToCome
+    from vmm.store.snapshots.deletion_plan import LayerMerge
     from vmm.store.snapshots.tree import Snapshot
 
 
 @dataclass(frozen=True, slots=True)
-class BackupResult:
-    """A backup: its folder, the copy of each disk by the disk's id, and whether file systems were written out."""
+class FrozenMachine:
+    """A machine whose disks were frozen for a night. `consistency`: what they are worth to a guest that starts from
+    them, a word of `vhdkit.backups.Consistency`; `pause_seconds`: how long requests of a running guest waited.
+    """
 
-    folder: str
-    disks: Mapping[str, str]
-    consistent: bool
+    consistency: str
+    pause_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,15 +131,23 @@ class Copies(Protocol):
         """Limit the number of snapshots. Raises InvalidSpec. The machine was opened."""
 
     def merge_live(
-        self, *, max_rate_bytes: int | None = None, progress: Progress | None = None
+        self,
+        *,
+        max_rate_bytes: int | None = None,
+        wanted: Callable[[LayerMerge], bool] | None = None,
+        progress: Progress | None = None,
     ) -> tuple[MergeResult, ...]:
-        """Make the merges that are due while the machine runs. The machine was opened."""
+        """Make the merges that are due, or those `wanted` among them, while the machine runs. It was opened."""
 
     def cancel_merge(self) -> bool:
         """Stop a merge; False if none is in progress."""
 
-    def backup(self, folder: str, progress: Progress | None = None) -> BackupResult:
-        """Copy all disks of one moment into a new folder. Raises AlreadyExists, Refused, StoreFailed, NoSpace."""
+    def freeze_disks(self, night: NightToCome, *, consistent: bool = False) -> FrozenMachine:
+        """Freeze all disks at one moment for a night, and keep the frozen layers. The machine was opened.
+
+        `consistent`: refuse if file systems cannot be whole. Raises Refused, WrongState, AgentUnavailable,
+        StoreFailed.
+        """
 
 
 class Guest(Protocol):

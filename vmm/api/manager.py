@@ -24,8 +24,7 @@ from vmm.api.disk_request import DiskRequest as DiskRequest
 from vmm.api.disk_request import DiskWish as DiskWish
 from vmm.api.disk_request import disk_of
 from vmm.api.guest_access import GuestAccess
-from vmm.api.machine import BackupResult
-from vmm.model.errors import InvalidSpec, VmmError, WrongState
+from vmm.model.errors import InvalidSpec, VmmError
 from vmm.model.events import Event, add_event, follow_events, read_events
 from vmm.model.folders import Folders, uses_own_folders
 from vmm.model.serials import keep_serials
@@ -44,6 +43,7 @@ from vmm.store.snapshots.store import read_merging
 from vmm.store.state import MachineState, processes_of
 
 if TYPE_CHECKING:
+    from vmm.api.backups import BackupWishes, ForgottenNights, MachineNight
     from vmm.api.deletion import Deletion
     from vmm.api.machine_snapshots import MachineSnapshots
     from vmm.api.new_id import NewId
@@ -360,19 +360,21 @@ class Manager:
         """The disks of a machine, with their sizes; what is wrong with one is in its `problem`."""
         return tuple(_disk_info(disk) for disk in worker_connection.look(name).spec.disks)
 
-    def backup(self, name: str, folder: str, *, progress: Progress | None = None) -> BackupResult:
-        """Copy all disks, as they are at one moment, into a new folder, while the machine runs or not.
+    def save_night(
+        self, name: str, repository: str, wishes: BackupWishes | None = None, *, progress: Progress | None = None
+    ) -> MachineNight:
+        """Save the machine as the next night of a repository, whatever it is doing. Raises as `backups.save_night`."""
+        from vmm.api import backups
 
-        Raises AlreadyExists, Refused for passed-through devices, StoreFailed, NoSpace.
-        """
-        target = os.path.abspath(folder)
-        with machines.reach(name) as machine:
-            if machine.is_running:
-                return machine.backup(target, progress)
-        with machines.open(name) as machine:
-            if machine.is_running:
-                raise WrongState("was started just now", machine=name, hint="try again")
-            return machine.backup(target, progress)
+        return backups.save_night(name, repository, wishes or backups.BackupWishes(), progress=progress)
+
+    def forget_nights(
+        self, name: str, repository: str | None = None, *, progress: Progress | None = None
+    ) -> ForgottenNights:
+        """Keep no layers for the next nights any more. Raises as `backups.forget_nights`."""
+        from vmm.api import backups
+
+        return backups.forget_nights(name, repository, progress=progress)
 
     def repair(
         self, name: str, *, dry_run: bool = False, leaf: str | None = None, give_up_missing: bool = False

@@ -10,12 +10,12 @@ from __future__ import annotations
 import base64
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vmm.api.local_machine import LocalMachine
-from vmm.api.machine import BackupResult, MergeResult
+from vmm.api.machine import FrozenMachine, MergeResult
 from vmm.model.errors import InUse, VmmError, WrongState
 from vmm.model.guest import ExchangedItem, GuestInfo, Heartbeat
 from vmm.model.interrupted import goes_on_without_us
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from vmm.api.disk_request import DiskRequest
     from vmm.model.spec import AdapterSpec, DiskSpec, MachineSpec
     from vmm.snapshots.create import SnapshotRequest
+    from vmm.snapshots.freeze import NightToCome
     from vmm.store.registry import Changing, Machine
     from vmm.store.snapshots.deletion_plan import LayerMerge
     from vmm.store.snapshots.tree import Snapshot
@@ -180,16 +181,24 @@ class RunningMachine(LocalMachine):
                     raise
 
     def merge_live(
-        self, *, max_rate_bytes: int | None = None, progress: Progress | None = None
+        self,
+        *,
+        max_rate_bytes: int | None = None,
+        wanted: Callable[[LayerMerge], bool] | None = None,
+        progress: Progress | None = None,
     ) -> tuple[MergeResult, ...]:
         """Make the merges that are due; a failed one is in the result. Raises if one is cancelled."""
+        from vmm.snapshots.dependents import drop_unneeded
         from vmm.snapshots.steps import tidy
         from vmm.store import registry
 
         done: list[MergeResult] = []
         passed_over: set[str] = set()
         machine = self.opened
-        while (merge := _next_live(machine, passed_over)) is not None:
+        if load_tree(machine.paths).kept:
+            with self.held_tree() as held:
+                drop_unneeded(held, machine)
+        while (merge := _next_live(machine, passed_over, wanted)) is not None:
             try:
                 done.append(self._merge_one(machine, merge, max_rate_bytes, progress))
             except VmmError as error:
@@ -237,12 +246,13 @@ class RunningMachine(LocalMachine):
         with understood(self.name):
             return bool(done["cancelled"])
 
-    def backup(self, folder: str, progress: Progress | None = None) -> BackupResult:
-        """Copy all disks of one moment while the guest runs. Raises AlreadyExists, Refused, StoreFailed, NoSpace."""
-        with goes_on_without_us("the backup", self.name):
-            done = self._ask("backup", progress, folder=folder)
+    def freeze_disks(self, night: NightToCome, *, consistent: bool = False) -> FrozenMachine:
+        """Have the worker put new leaves on all disks at one moment. Raises Refused, AgentUnavailable, StoreFailed."""
+        done = self._ask(
+            "backup-freeze", timeout_seconds=_FREEZING_SECONDS, night=night.document(), consistent=consistent
+        )
         with understood(self.name):
-            return BackupResult(str(done["folder"]), dict(done["disks"]), done["consistent"] is True)
+            return FrozenMachine("agent" if done["agent"] is True else "crash", float(done["pause_seconds"]))
 
     # -- the guest ---------------------------------------------------------------------------------------------------
 
@@ -317,8 +327,10 @@ class RunningMachine(LocalMachine):
             return bool(answer["taken"])
 
 
-def _next_live(machine: Machine, passed_over: set[str]) -> LayerMerge | None:
+def _next_live(
+    machine: Machine, passed_over: set[str], wanted: Callable[[LayerMerge], bool] | None
+) -> LayerMerge | None:
     from vmm.snapshots.dependents import judge
 
-    merges = judge(machine, load_tree(machine.paths)).merges
-    return next((one for one in merges if one.target not in passed_over), None)
+    merges = [one for one in judge(machine, load_tree(machine.paths)).merges if one.target not in passed_over]
+    return next((one for one in merges if wanted is None or wanted(one)), None)

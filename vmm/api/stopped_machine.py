@@ -10,17 +10,15 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from vmm.api.local_machine import LocalMachine
-from vmm.api.machine import BackupResult, MergeResult
+from vmm.api.machine import FrozenMachine, MergeResult
 from vmm.model.errors import WrongState, of_os_error
 from vmm.model.events import add_event
-from vmm.model.interrupted import ends_with_us
 from vmm.model.spec import AdapterSpec, DiskSpec, MachineSpec
 from vmm.store import registry, saved
-from vmm.store.snapshots.store import Held, holding, load_tree, read_merging
+from vmm.store.snapshots.store import Held, holding, read_merging
 from vmm.store.state import is_clean
 
 if TYPE_CHECKING:
@@ -28,6 +26,8 @@ if TYPE_CHECKING:
     from vmm.model.guest import ExchangedItem, GuestInfo, Heartbeat
     from vmm.processes.rpc import Progress
     from vmm.snapshots.create import SnapshotRequest
+    from vmm.snapshots.freeze import NightToCome
+    from vmm.store.snapshots.deletion_plan import LayerMerge
     from vmm.store.snapshots.tree import Snapshot
 
 
@@ -144,7 +144,11 @@ class StoppedMachine(LocalMachine):
             yield held
 
     def merge_live(
-        self, *, max_rate_bytes: int | None = None, progress: Progress | None = None
+        self,
+        *,
+        max_rate_bytes: int | None = None,
+        wanted: Callable[[LayerMerge], bool] | None = None,
+        progress: Progress | None = None,
     ) -> tuple[MergeResult, ...]:
         """Raises WrongState."""
         raise WrongState("does not run", hint=f"without --live: vmm snapshot merge {self.name}")
@@ -169,22 +173,21 @@ class StoppedMachine(LocalMachine):
         if pid is not None:
             _reap_later(pid)
 
-    def backup(self, folder: str, progress: Progress | None = None) -> BackupResult:
-        """Copy the images. Raises AlreadyExists, Refused for passed-through devices, StoreFailed, NoSpace."""
-        from vmm.processes import disk_copies
-        from vmm.snapshots.dependents import refuse_older
+    def freeze_disks(self, night: NightToCome, *, consistent: bool = False) -> FrozenMachine:
+        """Give the disks new leaves. Raises WrongState if they must be consistent and are not, and as the files do."""
+        from vmm.snapshots.freeze import freeze_files
 
-        machine, tell = self.opened, partial(add_event, self.place.machine.events)
-        with disk_copies.recording_failure(tell, folder), ends_with_us("the backup"):
-            disks = disk_copies.disks_to_copy(machine.spec)
-            disk_copies.check_target(folder)
-            refuse_older(machine, load_tree(machine.paths))
-            show = progress or (lambda document: None)
-            copied = disk_copies.copy_disks_now(machine.paths, machine.spec, disks, folder, show)
-        # A saved machine's file systems are in use, and those of one that died were.
-        consistent = is_clean(machine.paths) and not saved.is_saved(machine.paths)
-        tell("backed-up", folder=folder, consistent=consistent)
-        return BackupResult(folder, copied, consistent)
+        is_saved, has_shut_down = saved.is_saved(self.opened.paths), is_clean(self.opened.paths)
+        if consistent and (is_saved or not has_shut_down):
+            raise WrongState(
+                "is saved: its file systems are in use" if is_saved else "died, or was powered off: its file systems"
+                " were in use",
+                machine=self.name, hint="without --consistent, or when it has shut down",
+            )  # fmt: skip
+        freeze_files(self.opened, night)
+        if is_saved:
+            return FrozenMachine("crash")
+        return FrozenMachine("off-clean" if has_shut_down else "off-unclean")
 
     # -- the guest ---------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from vmm.cli.common import VerbGroup, epilog
 
 # Command -> its module in this package, and its purpose.
 _COMMANDS = {
-    "run": ("backup_run", "Save a machine."),
+    "run": ("backup_run", "Save machines as new nights."),
     "list": ("backup_show", "List the machines of a repository, or the nights of one."),
     "show": ("backup_show", "Show what a night consists of."),
     "status": ("backup_show", "Say whether the backups of last night worked."),
@@ -25,6 +25,7 @@ _COMMANDS = {
     "delete": ("backup_prune", "Drop one night."),
     "protect": ("backup_prune", "Keep a night from being dropped."),
     "schedule": ("backup_schedule", "Save machines at set times."),
+    "forget": ("backup_run", "Keep no images of a machine for its next backup."),
 }
 
 
@@ -58,6 +59,7 @@ class _BackupCommands(VerbGroup):
     "backup",
     cls=_BackupCommands,
     epilog=epilog(
+        "vmm backup run web /srv/backup",
         "vmm backup list /srv/backup",
         "vmm backup show /srv/backup web@18",
         "vmm backup verify /srv/backup web",

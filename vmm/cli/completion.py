@@ -71,7 +71,7 @@ def _names_for(parameter: str, verb: str) -> Names | None:
     """The values that a parameter can have; None if they are not names that are known."""
     if verb == "switch":
         return {"name": _switches, "uplink": _interfaces, "adapter": _adapters_of_all}.get(parameter)
-    if parameter == "machine" or (parameter == "name" and verb != "snapshot"):
+    if parameter in ("machine", "names") or (parameter == "name" and verb != "snapshot"):
         return _machines
     return {
         "schedule": _schedules,

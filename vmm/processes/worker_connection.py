@@ -296,7 +296,7 @@ def start(name: str, *, discard_saved: bool = False, progress: Progress | None =
             if is_left(place.machine):
                 from vmm.snapshots.recovery import settle
 
-                settle(held, starts=True)
+                settle(held)
         if discard_saved and saved.is_saved(place.machine):
             _look_before_discarding(place)
             saved.discard(place.machine)

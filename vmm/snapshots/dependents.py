@@ -20,8 +20,9 @@ from vmm.store.filling import images_being_filled
 from vmm.store.registry import Machine
 from vmm.store.snapshots import deletion_plan as rule
 from vmm.store.snapshots.journal import OWN_NAME
+from vmm.store.snapshots.kept import Kept
 from vmm.store.snapshots.proof import doubt
-from vmm.store.snapshots.store import has_tree, load_tree
+from vmm.store.snapshots.store import Held, has_tree, load_tree, tree_path
 from vmm.store.snapshots.tree import Tree
 
 
@@ -127,8 +128,9 @@ def judge(machine: Machine, tree: Tree, *, proved: Collection[str] = ()) -> rule
     ours = {path: one for path, one in tree.images.items() if one.ours and path not in proved}
     doubts = {path: why for path, one in ours.items() if (why := doubt(path, one, folders)) is not None}
     filling = images_being_filled(machine.paths) - set(proved)
+    needed = replace(tree, kept=tuple(needed_kept(machine, tree)))
     plan = rule.plan(
-        tree.images, frozen=tree.frozen(), live=images_of(machine.spec).values(),
+        tree.images, frozen=needed.frozen(), live=images_of(machine.spec).values(),
         foreign=found.foreign, held=found.held | set(doubts) | filling,
     )  # fmt: skip
     plan = replace(plan, kept={**plan.kept, **doubts})
@@ -136,6 +138,30 @@ def judge(machine: Machine, tree: Tree, *, proved: Collection[str] = ()) -> rule
         return plan
     doubtful = [*plan.unlink, *(one.target for one in plan.merges)]
     return rule.Plan(kept={**plan.kept, **dict.fromkeys(doubtful, found.problem)})
+
+
+def needed_kept(machine: Machine, tree: Tree) -> list[Kept]:
+    """The kept layers that still serve: a state of the machine stands on each, and the process that writes the night,
+    if it is still being written, lives.
+    """
+    if not tree.kept:
+        return []
+    leaves = {
+        *images_of(machine.spec).values(),
+        *(path for one in tree.snapshots.values() for path in one.disks.values()),
+    }
+    below, facts = tree.below(leaves), os.stat(tree_path(machine.paths))
+    return [
+        one for one in tree.kept
+        if one.image in below and (one.maker is None or not vhdkit.is_maker_dead(one.maker, facts))
+    ]  # fmt: skip
+
+
+def drop_unneeded(held: Held, machine: Machine) -> None:
+    """End the keeping of layers that no longer serve. Raises NoSpace, AccessDenied."""
+    needed = needed_kept(machine, held.tree)
+    if held.tree.keep_only(lambda one: one in needed):
+        held.save()
 
 
 def _folders(spec: MachineSpec) -> Iterable[str]:

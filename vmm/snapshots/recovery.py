@@ -8,7 +8,7 @@
     Delete              the remaining folders are removed
     MergeOff            if its data is complete it is finished; otherwise it continues at the next opportunity
     MergeLive           the newest image in the chain that the merge left becomes the machine's disk
-    Backup              the newest images become the machine's disks, as after CreateLive and MergeLive
+    Backup              as CreateLive, without folders; or, if the machine was off, as Apply
     the note of a backup    becomes such a journal
 
 Decides nothing about images that are not in the journal, and removes no image that contains data. The machine does not
@@ -86,20 +86,17 @@ def is_pending(held: Held) -> bool:
     return held.tree.journal is not None or has_note(held.machine)
 
 
-def settle(held: Held, *, starts: bool = False) -> Changing:
-    """Settle an interrupted operation; returns the machine. Raises VmmError, and the next command retries.
-
-    `starts`: the machine is about to be started, and its worker settles what is better done while the guest runs.
-    """
+def settle(held: Held) -> Changing:
+    """Settle an interrupted operation; returns the machine. Raises VmmError, and the next command retries."""
     journal = held.take_over()
     if journal is not None:
-        settle_journal(held, journal, starts=starts)
+        settle_journal(held, journal)
     if has_note(held.machine):
-        settle_journal(held, take_over_note(held), starts=starts)
+        settle_journal(held, take_over_note(held))
     return registry.load_for_change(held)
 
 
-def settle_journal(held: Held, journal: Journal, *, starts: bool = False) -> None:
+def settle_journal(held: Held, journal: Journal) -> None:
     """Settle a journal that the caller has taken over. Raises VmmError; the journal then stays."""
     try:
         match journal:
@@ -127,8 +124,7 @@ def settle_journal(held: Held, journal: Journal, *, starts: bool = False) -> Non
                 _follow(held, journal)
                 held.done()
             case Backup():
-                _settle_backup(held, journal, starts=starts)
-                return
+                _settle_backup(held, journal)
             case _:
                 assert_never(journal)
     except OSError as error:
@@ -226,27 +222,23 @@ def _is_on(path: str | None, frozen: str) -> bool:
     return path is not None and os.path.realpath(path) == os.path.realpath(frozen)
 
 
-def _settle_backup(held: Held, journal: Backup, *, starts: bool) -> None:
-    """Make the newest images the machine's disks. They are merged away when the machine is off; if it is about to
-    start, by its worker (`worker.recovery`), for which the journal stays.
+def _settle_backup(held: Held, journal: Backup) -> None:
+    """Make the newest images the machine's disks, or remove new leaves that no guest has seen. What was frozen is in
+    no snapshot, so it is merged when the machine is off, or by its next backup.
     """
     for one in journal.pivots:
         _finish_complete(registry.load_for_change(held), _known(held, one.frozen))
     if journal.merging:
         for one in journal.pivots:
             _follow(held, MergeLive(one.disk, one.frozen, (one.child,)))
-    else:
+    elif journal.live:
         adopt(held, journal.pivots, must=journal.pivoted)
-    disks = {disk.id: disk.path for disk in registry.load_for_change(held).spec.disks}
-    left = [one for one in journal.pivots if one.disk in disks and not _is_on(disks[one.disk], one.frozen)]
-    if starts and left:
-        held.go_on(Backup(tuple(left), pivoted=True, merging=True))
-        return
+    else:
+        remove_unused(held, journal.pivots)
     for one in journal.pivots:
         held.tree.forget_users_image(_known(held, one.frozen))
     held.done()
     held.remove_empty()
-    add_event(held.machine.events, "backup-settled", disks=[one.disk for one in left])
 
 
 # -- merges ----------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from vmm.model.errors import Refused, VmmError, hint_of_vhdkit, of_os_error, sto
 from vmm.model.formats import ImageFormat, child_format, child_suffix
 from vmm.model.paths import sync_folder, write_whole
 from vmm.model.spec import DiskSpec, MachineSpec
-from vmm.snapshots.dependents import judge, parent_folders
+from vmm.snapshots.dependents import drop_unneeded, judge, parent_folders
 from vmm.store import registry
 from vmm.store.known_images import refuse_used_elsewhere
 from vmm.store.registry import Changing, Machine
@@ -162,7 +162,9 @@ def tidy(held: Held) -> Tidied:
     Raises VmmError, InUse while a journal is pending.
     """
     held.need_settled()
-    plan = judge(registry.load_for_change(held), held.tree)
+    machine = registry.load_for_change(held)
+    drop_unneeded(held, machine)
+    plan = judge(machine, held.tree)
     removed = []
     kept = dict(plan.kept)
     for path in plan.unlink:

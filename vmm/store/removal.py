@@ -19,6 +19,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from vhdkit import backups
 from vmm.host.loops import inode_behind
 from vmm.host.proc import HeldLock
 from vmm.model.errors import InUse, VmmError, of_os_error
@@ -67,6 +68,7 @@ def remove_image(path: str, lock: HeldLock) -> None:
         try:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
+            backups.forget_marks(path)
             sync_folder(os.path.dirname(path))
         except OSError as error:
             raise of_os_error(error, "remove the image", path=path) from error
@@ -145,6 +147,8 @@ def _uses_of(machine: Machine, *, is_own: bool) -> Iterator[Use]:
             yield Use(path, f"the snapshot {snapshot.name} of {machine.name}")
         if not is_own:
             yield Use(snapshot.folder, f"the snapshot {snapshot.name} of {machine.name}")
+    for one in tree.kept:
+        yield Use(one.image, f"the next backup of {machine.name} to {one.folder}")
     if not is_own:
         for path in tree.images:
             yield Use(path, who)

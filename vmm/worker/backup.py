@@ -1,135 +1,125 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A copy of all disks of a running machine at one moment: a snapshot without memory, then a live merge.
+"""Freezing the disks of a running machine for a backup: a snapshot without memory and without an entry in the tree.
 
-    journal -> guest's file systems frozen -> new leaves on all disks at one moment -> thawed -> definitions follow
-            -> the frozen chains copied -> leaves merged into the frozen images while the guest runs -> journal done
+    journal -> guest's file systems frozen -> new leaves on all disks at one moment -> thawed
+            -> tree, journal and definition name the new leaves, and the tree keeps the frozen layers -> journal done
 
-Decides this order, and what an early end leaves: from the journal on, the definitions and the journal together say
-which images the guest writes to, and settling the journal merges the leaves above the frozen images into them
-(`recovery`; when the machine is off, `snapshots.recovery`). Must not know how an image is copied
-(`processes.disk_copies`), nor how leaves are made and merged (`new_leaves`, `live_merge`).
+Decides this order, what a freeze is worth (whether the guest's agent took part), and what an early end leaves: leaves
+that take the guest's writes become the machine's disks, others are removed. The process that asks writes the night
+from the frozen layers, while the guest runs on; this worker knows neither the repository nor the copy. How leaves are
+made is decided in `new_leaves`.
+
+Does not import numpy, so that the worker stays small.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-from dataclasses import replace
+import time
 from typing import TYPE_CHECKING, Any
 
-from vmm.model.errors import StoreFailed, VmmError
-from vmm.processes.disk_copies import check_target, copy_disks, disks_to_copy, recording_failure
-from vmm.processes.rpc import Progress
+from vmm.model.errors import VmmError, WrongState
+from vmm.processes.rpc import Progress, parameter
 from vmm.snapshots.dependents import images_of
+from vmm.snapshots.freeze import NightToCome, refuse_unfreezable
 from vmm.snapshots.steps import pivots_for
-from vmm.store.snapshots.journal import Backup, MergeLive, Pivot
+from vmm.store.snapshots.journal import Backup, MergeLive
 from vmm.store.snapshots.store import Held, holding
-from vmm.worker.live_merge import merge_served
+from vmm.store.state import MachineState
 from vmm.worker.new_leaves import NewLeaves
-from vmm.worker.served import follow_merge, follow_pivots, served_layers, served_leaves, wait_merged
+from vmm.worker.served import follow_merge, follow_pivots, served_leaves, wait_merged
 
 if TYPE_CHECKING:
-    from vmm.model.spec import DiskSpec
     from vmm.worker.disk_hotplug import Plugging
     from vmm.worker.running import Running
 
+OPERATION = "backup"
 FREEZE_SECONDS = 10.0  # after this the guest's file systems thaw by themselves
 
 
-class Backups:
-    """The backups of one running machine."""
+class Freezes:
+    """The freezes of one running machine."""
 
     def __init__(self, running: Running, plugging: Plugging) -> None:
         self._running = running
         self._plugging = plugging
 
-    async def take(self, params: dict[str, Any], progress: Progress) -> object:
-        """Copy all disks as they are at one moment; {"folder": absolute path}: {"folder", "disks", "consistent"}."""
+    async def freeze(self, params: dict[str, Any], progress: Progress) -> object:
+        """{"night": `NightToCome`, "consistent": the agent must take part}: {"agent": it did, "pause_seconds"}."""
         running = self._running
-        folder = str(params.get("folder", ""))
-        with recording_failure(running.tell, folder):
-            target = check_target(folder)
-            disks = disks_to_copy(running.spec)
-            with running.busy("backup"), holding(running.machine, running.spec.name) as held:
-                copies, consistent = await self._take(held, disks, target, progress)
-        running.tell("backed-up", folder=target, consistent=consistent)
-        return {"folder": target, "disks": copies, "consistent": consistent}
-
-    async def _take(
-        self, held: Held, disks: list[DiskSpec], target: str, progress: Progress
-    ) -> tuple[dict[str, str], bool]:
-        running, spec = self._running, self._running.spec  # as it is when the disks are frozen
-        pivots = pivots_for(spec, held.tree, images_of(spec))
-        held.need_settled()
-        if not pivots:
-            return await copy_disks(running.machine, spec, disks, target, progress, self._is_over), True
-        journal = Backup(tuple(pivots))
-        held.begin(journal)
-        try:
+        night = NightToCome.of_document(parameter(params, "night", dict, {}))
+        must = bool(parameter(params, "consistent", bool, False))
+        if must and running.state is not MachineState.RUNNING:
+            raise WrongState(
+                f"is {running.state.value}: its guest cannot freeze its file systems", hint="without --consistent"
+            )
+        with running.busy(OPERATION), holding(running.machine, running.spec.name) as held:
+            held.need_settled()
+            spec = running.spec
+            refuse_unfreezable(spec)
+            pivots = pivots_for(spec, held.tree, images_of(spec))
+            journal = Backup(tuple(pivots))
             leaves = NewLeaves(running, self._plugging, held, pivots)
-            consistent = await self._freeze(leaves)
-            journal = await leaves.follow(journal)
-            copies = await copy_disks(running.machine, spec, disks, target, progress, self._is_over)
-        finally:
-            if not running.exited.is_set():  # otherwise the journal is settled while it is off, or at its restart
-                await merge_away(running, held, journal, progress)
-        return copies, consistent
+            held.begin(journal)
+            try:
+                await leaves.prepare()
+                began = time.monotonic()
+                by_agent = await self._put_on(leaves, must=must)
+                seconds = time.monotonic() - began
+                held.tree.begin_night(night.keeps({one.disk: one.frozen for one in pivots}))
+                await leaves.follow(journal)
+                held.done()
+            except BaseException:
+                await self._take_back(held)
+                raise
+        return {"agent": by_agent, "pause_seconds": round(seconds, 4)}
 
-    def _is_over(self) -> bool:
-        return self._running.exited.is_set() or self._running.gives_way
-
-    async def _freeze(self, leaves: NewLeaves) -> bool:
-        """Freeze all disks at one moment; True if the guest's agent flushed and froze the file systems first."""
-        running = self._running
-        async with contextlib.AsyncExitStack() as frozen:
-            consistent = False
-            if running.spec.integration.backup and running.agent.is_open:
-                with contextlib.suppress(VmmError):
-                    await frozen.enter_async_context(running.agent.frozen(max_seconds=FREEZE_SECONDS))
-                    consistent = True
+    async def _put_on(self, leaves: NewLeaves, *, must: bool) -> bool:
+        """Freeze all disks at one moment; True if the guest's agent had written out and frozen its file systems."""
+        agent, is_frozen, is_done = self._running.agent, False, False
+        if must or (self._running.spec.integration.backup and agent.is_open):
+            try:
+                async with agent.frozen(max_seconds=FREEZE_SECONDS):
+                    is_frozen = True
+                    await leaves.put_on()
+                    is_done = True
+                return True
+            except VmmError:  # no answer, or the guest thawed before the disks were frozen
+                if must or (is_frozen and not is_done):
+                    raise
+        if not is_done:
             await leaves.put_on()
-        return consistent
+        return False
+
+    async def _take_back(self, held: Held) -> None:
+        """Settle a freeze that failed. What cannot be settled now stays in the journal, and is settled before any
+        other operation.
+        """
+        running = self._running
+        try:
+            held.reload()
+            journal = held.tree.journal
+            if running.exited.is_set() or not isinstance(journal, Backup):
+                return  # it is settled when the machine is off, or before it is restarted
+            held.take_over()
+            await settle_freeze(running, held, journal)
+        except (VmmError, OSError) as error:
+            running.tell("snapshot-left", problem=str(error))
 
 
-async def merge_away(running: Running, held: Held, journal: Backup, progress: Progress) -> None:
-    """Merge the leaves above a backup's frozen images into them while the guest runs, and end the backup.
+async def settle_freeze(running: Running, held: Held, journal: Backup) -> None:
+    """Settle a freeze that was interrupted: what the disk server serves is what the guest writes to. What was frozen
+    is in no snapshot, so it is merged when the machine is off, or by its next backup.
 
-    Raises StoreFailed, TimedOut; the journal then remains, and the rest is merged when it is settled.
+    Raises StoreFailed, TimedOut; the journal then remains.
     """
-    if not journal.merging:
-        moved = await served_leaves(running)
-        await follow_pivots(running, held, journal.pivots, moved)
-        done = tuple(one for one in journal.pivots if moved.get(one.disk) == one.child)
-        journal = replace(journal, pivots=done, pivoted=True, merging=True)
-        held.go_on(journal)
     for one in journal.pivots:
-        await _merge_away(running, held, one, progress)
+        await wait_merged(running, one.disk)
+    if journal.merging:
+        for one in journal.pivots:
+            await follow_merge(running, held, MergeLive(one.disk, one.frozen, (one.child,)))
+    else:
+        await follow_pivots(running, held, journal.pivots, await served_leaves(running))
+    for one in journal.pivots:
         held.tree.forget_users_image(one.frozen)
-        held.go_on(journal)
     held.done()
     held.remove_empty()
-
-
-async def _merge_away(running: Running, held: Held, one: Pivot, progress: Progress) -> None:
-    await wait_merged(running, one.disk)
-    chain = (await served_layers(running)).get(one.disk)
-    if chain is None:
-        raise StoreFailed(f"the disk server does not serve {one.disk}", hint=f"vmm repair {held.name}")
-    real, frozen = [os.path.realpath(path) for path in chain], os.path.realpath(one.frozen)
-    if frozen not in real:
-        raise StoreFailed("is no longer in the chain of its disk", path=one.frozen, hint=f"vmm repair {held.name}")
-    above = chain[: real.index(frozen)]
-    merge = MergeLive(one.disk, one.frozen, tuple(above) or (one.child,))
-    if above and above[0] != one.child:  # an interrupted merge had put another leaf on top
-        await follow_merge(running, held, merge)
-        held.save()
-    progress({"step": f"merging {one.disk}"})
-    try:
-        if above:
-            await merge_served(running, merge, progress)
-    except BaseException:
-        if not running.exited.is_set():
-            await follow_merge(running, held, merge)
-            held.save()
-        raise
-    await follow_merge(running, held, merge)  # even if QEMU has ended: the caller expects the merge to be recorded

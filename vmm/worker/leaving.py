@@ -35,7 +35,7 @@ HOST_SECONDS = 600.0  # the unit that vmm installs allows 900, for all machines
 _IDLE_SHARE, _SAVE_SHARE = 0.2, 0.6  # of the time: to wait for another operation, and until saving is given up
 _OFF_SECONDS = 10.0  # reserved for QEMU to write out its disks and end
 
-_GIVING_WAY = ("backup", "snapshot-merge")  # their merges can be cancelled and continued another time
+_GIVING_WAY = ("snapshot-merge",)  # it can be cancelled and continued another time
 
 Way = Callable[[float], Awaitable[None]]
 Rest = Callable[[], asyncio.Future[None] | None]
@@ -99,10 +99,9 @@ class Leaving:
     async def _wait_ready(self, deadline: float, after: Rest) -> None:
         """Wait until the machine has started and no other operation is in progress, or the time for that is over.
 
-        Backups and merges, which may take hours, are cancelled.
+        A merge, which may take hours, is cancelled.
         """
         running = self._running
-        running.gives_way = True
         async for _ in async_looks(deadline - time.monotonic()):
             if running.exited.is_set() or running.note.phase is WorkerPhase.ENDED:
                 return

@@ -77,7 +77,7 @@ class LiveMerges:
         if not layers or target not in tree.images:
             raise InvalidSpec("the snapshots have changed in the meantime", hint="try again")
         if set(tree.frozen()) & {target, *layers[1:]}:
-            raise Refused("a snapshot needs one of the images as it is")
+            raise Refused("a snapshot or a backup needs one of the images as it is")
 
     async def _disk_of(self, target: str, layers: list[str]) -> str:
         wanted = [os.path.realpath(path) for path in (*layers, target)]

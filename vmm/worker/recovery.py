@@ -5,7 +5,7 @@
                       finish, the new leaves that are served become the machine's disks, without a snapshot
     MergeLive         continues in the disk server; when it ends, the image that is served is the machine's disk
     Delete, MergeOff  settled as when the machine is off: no guest uses the files concerned
-    Backup            the leaves above its frozen images are merged; the note of a backup becomes such a journal
+    Backup            leaves that take the guest's writes become its disks; the note of a backup becomes such a journal
 
 Decides that from the moment at which this module takes over a journal, no snapshot, merge or backup begins before it
 is settled. Which image takes a guest's writes is decided by what the disk server serves (`served`).
@@ -44,7 +44,7 @@ from vmm.store.snapshots.journal import (
 from vmm.store.snapshots.memory import SnapshotFolder
 from vmm.store.snapshots.snapshot import Snapshot
 from vmm.store.snapshots.store import Held, has_tree, holding, load_tree
-from vmm.worker.backup import merge_away
+from vmm.worker.backup import settle_freeze
 from vmm.worker.served import follow_merge, follow_pivots, served_leaves, wait_merged
 
 if TYPE_CHECKING:
@@ -132,9 +132,7 @@ class Recovery:
                 await asyncio.to_thread(settle_journal, held, journal)
                 return
             case Backup():
-                await merge_away(self._running, held, journal, lambda document: None)
-                self._running.tell("backup-cleaned-up", problem="a backup was interrupted")
-                return
+                await settle_freeze(self._running, held, journal)
             case CreateOff() | Apply() | PutInPlace():
                 raise WrongState(
                     f"{words_of(journal)} was interrupted before the start, and can be settled only while it is off",

@@ -72,7 +72,6 @@ class Running:
         self.end: End | None = None  # why QEMU is ending or has ended
         self._is_stopping = False
         self._tasks: set[asyncio.Task[None]] = set()
-        self.gives_way = False  # the host is stopping: long operations that can be repeated later end
         self.is_leaving = False  # the stop action has begun: no new operation is accepted
 
     # -- what it runs with ---------------------------------------------------------------------------------------

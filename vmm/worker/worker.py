@@ -45,7 +45,7 @@ from vmm.store.state import (
     note_unclean,
 )
 from vmm.worker.adapter_hotplug import Wiring
-from vmm.worker.backup import Backups
+from vmm.worker.backup import Freezes
 from vmm.worker.capture import Capture
 from vmm.worker.disk_hotplug import Plugging
 from vmm.worker.filling import Filler
@@ -83,7 +83,7 @@ class Worker:
         self._leaving = Leaving(self._running, self._saving)
         self._supervision = Supervision(machine, runtime, self._tell, self._reachable_no_more)
         self._plugging = Plugging(self._running)
-        self._backups = Backups(self._running, self._plugging)
+        self._freezes = Freezes(self._running, self._plugging)
         self._filler = Filler(self._running, self._plugging)
         self._recovery = Recovery(self._running)
         self._capture = Capture(self._running, self._plugging)
@@ -285,7 +285,7 @@ class Worker:
         if_settled: dict[str, Method] = {
             "save": self._save,
             "leave": self._leave,
-            "backup": self._backups.take,
+            "backup-freeze": self._freezes.freeze,
             **self._plugging.methods(),
             **self._capture.methods(),
             **self._merges.methods(),

@@ -63,7 +63,8 @@ CHANGING: dict[str, Verb] = {
     "Manager.add_adapter": lambda folder: manager().add_adapter("web"),
     "Manager.remove_adapter": lambda folder: manager().remove_adapter("web", "nic-0"),
     "Manager.change_adapter": lambda folder: manager().change_adapter("web", "nic-0", link_up=False),
-    "Manager.backup": lambda folder: manager().backup("web", str(folder / "copies")),
+    "Manager.save_night": lambda folder: manager().save_night("web", str(folder / "copies")),
+    "Manager.forget_nights": lambda folder: manager().forget_nights("web"),
     "Manager.repair": lambda folder: manager().repair("web"),
     "Manager.start": lambda folder: manager().start("web"),
     "Manager.delete": lambda folder: manager().delete("web", with_disks=True, with_snapshots=True),
@@ -97,7 +98,7 @@ TAKES_NO_MACHINE_LOCK = {"MachineSnapshots.merge", "Fold.run"}
 TAKES_NO_TREE_LOCK = {
     "Manager.set", "Manager.add_disk", "Manager.remove_disk", "Manager.resize_disk", "Manager.discard_saved",
     "Manager.change_medium",
-    "Manager.add_adapter", "Manager.remove_adapter", "Manager.change_adapter", "Manager.backup",
+    "Manager.add_adapter", "Manager.remove_adapter", "Manager.change_adapter",
     "GuestAccess.set_item", "GuestAccess.delete_item",
 }  # fmt: skip
 
@@ -216,11 +217,15 @@ def test_verbs_act_on_the_state_under_the_lock(web: Machines, name: str, monkeyp
         assert not os.path.exists(leaf)  # it was merged into its parent, which no snapshot froze
     elif name == "MachineSnapshots.create":
         assert tree.find("new").disks["disk-0"] == leaf and is_there(leaf)
+    elif name == "Manager.save_night":
+        assert leaf in {one.image for one in tree.kept} and is_there(leaf)
     else:
         assert disk == leaf
-    for copy in ("copies/disk-0.vhd", f"exported/disks/{os.path.basename(leaf)}"):
+    for copy in (f"exported/disks/{os.path.basename(leaf)}",):
         assert not (web.folder / copy).exists() or is_there(str(web.folder / copy))
-    assert (name in ("Manager.backup", "export")) == any((web.folder / one).exists() for one in ("copies", "exported"))
+    assert (name in ("Manager.save_night", "export")) == any(
+        (web.folder / one).exists() for one in ("copies", "exported")
+    )
     assert os.path.basename(leaf) in said or name != "Manager.start"
     with vhdkit.open_disk(disk) as opened:
         assert opened.size_bytes == (2 << 20 if name == "Manager.resize_disk" else 1 << 20)

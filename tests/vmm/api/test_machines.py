@@ -12,7 +12,7 @@ import pytest
 
 from tests.vmm.snapshots.machines import Machines
 from vmm.api import machines as api
-from vmm.api.machine import Copies, Guest, Hardware, Life, OpenMachine
+from vmm.api.machine import Copies, FrozenMachine, Guest, Hardware, Life, OpenMachine
 from vmm.api.running_machine import RunningMachine
 from vmm.api.stopped_machine import StoppedMachine
 from vmm.model.errors import VmmError, WrongState
@@ -20,6 +20,7 @@ from vmm.model.guest import GuestInfo, GuestInterface, Heartbeat, OsInfo
 from vmm.processes import worker_connection
 from vmm.processes.rpc import ControlClient
 from vmm.processes.worker_connection import MachineRef
+from vmm.snapshots.freeze import NightToCome
 from vmm.store import registry
 from vmm.store.state import MachineState
 
@@ -167,9 +168,9 @@ def test_answers_become_typed_values(machines: Machines) -> None:
     assert running(place, {"state": "running"})[0].guest_summary() is None
     machine, worker = running(place, {"count": 2})
     assert machine.freeze(3.0) == 2 and worker.asked == [("agent-freeze", {"max_seconds": 3.0})]
-    done = {"folder": "/b", "disks": {"disk-0": "/b/disk-0.vhd"}, "consistent": True}
-    backup = running(place, done)[0].backup("/b")
-    assert (backup.folder, dict(backup.disks), backup.consistent) == ("/b", {"disk-0": "/b/disk-0.vhd"}, True)
+    night = NightToCome("1" * 32, "/b", "2" * 32, "maker")
+    frozen = running(place, {"agent": True, "pause_seconds": 0.25})[0].freeze_disks(night, consistent=True)
+    assert frozen == FrozenMachine("agent", 0.25)
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,7 @@ def test_an_interrupted_snapshot_that_cannot_be_finished(machines: Machines) -> 
 
 OLDER: dict[str, Callable[[Machines], object]] = {
     "snapshot create": lambda machines: manager.snapshots("web").create("b"),
-    "backup": lambda machines: manager.backup("web", str(machines.folder / "copy")),
+    "backup": lambda machines: manager.save_night("web", str(machines.folder / "copy")),
     "export": lambda machines: export("web", str(machines.folder / "out")),
     "flat export": lambda machines: export("web", str(machines.folder / "out"), flat=True),
 }

@@ -47,7 +47,7 @@ def test_leaves_copies_and_backups_of_a_private_image(machines: Machines) -> Non
     for name in ("backup", "export", "flat"):
         target = machines.folder / name
         if name == "backup":
-            manager.backup("web", str(target))
+            manager.save_night("web", str(target))
         else:
             export("web", str(target), flat=name == "flat")
         assert target.stat().st_mode & 0o077 == 0 and readable(target) == []

@@ -17,6 +17,7 @@ import vmm
 from tests.vmm.snapshots.machines import DISK_BYTES, Machines
 from tests.vmm.snapshots.old_notes import child_name, write_note
 from tests.vmm.snapshots.test_recovery import after_each_kill
+from vhdkit import backups
 from vmm.api.export_import.exporting import export
 from vmm.model.errors import Refused, VmmError
 from vmm.snapshots.steps import child_path, options_of_all, pivoted
@@ -108,7 +109,7 @@ VERBS: dict[str, Callable[[Path], object]] = {
     "disk resize": lambda here: manager.resize_disk("web", "disk-0", 2 * DISK_BYTES),
     "delete": lambda here: manager.plan_delete("web", with_disks=True),
     "nic add": lambda here: manager.add_adapter("web"),
-    "backup": lambda here: manager.backup("web", str(here / "copy")),
+    "backup": lambda here: manager.save_night("web", str(here / "copy")),
     "export": lambda here: export("web", str(here / "out")),
     "snapshot create": lambda here: manager.snapshots("web").create("s"),
     "snapshot tree": lambda here: manager.snapshots("web").tree(),
@@ -194,8 +195,9 @@ def test_a_backups_merge_is_finished_before_its_disk_is_opened(machines: Machine
 def test_copies_are_made_from_the_newest_image(machines: Machines, left: Left) -> None:
     """Backup and export copy what was flushed last; a machine that died is not reported as shut down."""
     _, _, expected = cut(machines, left)
-    result = manager.backup("web", str(machines.folder / "copy"))
-    assert content(machines.folder / "copy" / "disk-0.vhd") == expected and result.consistent is False
+    result = manager.save_night("web", str(machines.folder / "repo"))
+    backups.restore(machines.folder / "repo", "web", machines.folder / "copy.vhd", disks=["disk-0"])
+    assert content(machines.folder / "copy.vhd") == expected and result.consistency == "off-unclean"
     export("web", str(machines.folder / "flat"), flat=True)
     assert content(machines.folder / "flat" / "disks" / "disk-0.vhd") == expected
 
@@ -227,15 +229,16 @@ def test_what_counts_as_consistent(machines: Machines) -> None:
     """A machine that never ran is consistent, one that ran is not until its guest has shut down; a snapshot records
     that."""
     small = machines.create()
-    assert manager.backup("web", str(machines.folder / "1")).consistent is True
+    repo = str(machines.folder / "repo")
+    assert manager.save_night("web", repo).consistency == "off-clean"
     assert small.create("clean").consistent is True
     note_unclean(registry.load("web").paths)
-    assert manager.backup("web", str(machines.folder / "2")).consistent is False
+    assert manager.save_night("web", repo).consistency == "off-unclean"
     assert small.create("unclean").consistent is False
     small.apply("clean", discard_current=True)
-    assert manager.backup("web", str(machines.folder / "3")).consistent is True
+    assert manager.save_night("web", repo).consistency == "off-clean"
     small.apply("unclean", discard_current=True)
-    assert manager.backup("web", str(machines.folder / "4")).consistent is False
+    assert manager.save_night("web", repo).consistency == "off-unclean"
 
 
 @pytest.mark.parametrize("left", [by_create, by_backup])

@@ -147,7 +147,7 @@ VERBS: dict[str, Callable[[Path], object]] = {
     "remove_adapter": lambda folder: Manager().remove_adapter("copy", "nic-0"),
     "change_adapter": lambda folder: Manager().change_adapter("copy", "nic-0", link_up=False),
     "repair": lambda folder: Manager().repair("copy"),
-    "backup": lambda folder: Manager().backup("copy", str(folder / "backup")),
+    "backup": lambda folder: Manager().save_night("copy", str(folder / "backup")),
     "export": lambda folder: export("copy", str(folder / "export")),
     "ping": lambda folder: Manager().guest("copy").ping(),
     "freeze": lambda folder: Manager().guest("copy").freeze(),

@@ -1,293 +1,151 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies of all disks at one moment; nothing of the snapshot is left behind."""
+"""Nights of machines that run: what they hold, what the guest notices, and what is left when processes are killed."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
 import vhdkit
+from tests.vmm import nights
 from tests.vmm.cli.running import run
-from tests.vmm.guests.boot_sector import SECTOR, WRITE_LBA, WRITTEN_TEXT, BootOptions
+from tests.vmm.guests.boot_sector import BootOptions
 from tests.vmm.small_guests import (
     MIB,
     both_kinds_nightly,
     console,
-    kill_together,
     make_disk,
     make_machine,
     press,
-    processes,
     wait_counting,
-    wait_whole,
+    wait_state,
 )
-from tests.vmm.snapshots.machines import SUFFIXES
 from tests.waiting import wait_until
+from vhdkit import backups
+from vmm.api.backups import BackupWishes
 from vmm.api.manager import DiskRequest, Manager
-from vmm.model.errors import AlreadyExists, InUse, NotFound, Refused, StoreFailed, VmmError
-from vmm.model.spec import make_spec
-from vmm.processes import disk_copies
-from vmm.processes.rpc import ControlClient
+from vmm.kvm.guest_agent import GuestAgent
+from vmm.model.errors import AgentUnavailable, InUse, StoreFailed, TimedOut, VmmError, WrongState
+from vmm.model.spec import IntegrationSpec
 from vmm.processes.worker_connection import MachineRef
 from vmm.store.backup_note import note_path, read_note
-from vmm.store.snapshots.journal import Backup, Journal, Pivot
-from vmm.store.snapshots.store import load_tree, tree_path
 from vmm.store.snapshots.tree import Tree
-from vmm.worker import backup
+from vmm.store.state import MachineState
+from vmm.worker.backup import Freezes
 
 pytestmark = pytest.mark.kvm
 
 
 def events(manager: Manager, kind: str) -> list[dict[str, Any]]:
-    """The texts of the machine's events of that kind, the oldest first."""
+    """The details of the machine's events of that kind, the oldest first."""
     return [dict(one.details) for one in manager.events("small") if one.name == kind]
 
 
-def files_of(folder: Path) -> list[str]:
-    """The images in that folder."""
-    return sorted(path.name for path in folder.iterdir() if path.suffix in SUFFIXES)
-
-
 @both_kinds_nightly
-def test_backup_of_a_running_machine(manager: Manager, tmp_path: Path, kind: str) -> None:
-    """The copy boots by itself and has everything that the guest wrote before; the machine keeps running, with only
-    its own image."""
-    leaf = make_machine(manager, tmp_path, kind=kind)
+def test_nights_of_a_running_machine(manager: Manager, tmp_path: Path, kind: str) -> None:
+    """While the guest writes to its disks, each night is what the disks were at one moment, the later ones have only
+    what changed; the machine keeps one image for that, and a night boots."""
+    leaf, repo = (
+        make_machine(manager, tmp_path, kind=kind, options=BootOptions(print_every=4, write_every=4)),
+        tmp_path / "repo",
+    )
     second = make_disk(tmp_path, "second", kind=kind)
     manager.add_disk("small", DiskRequest(str(second), controller="virtio"))
+    before = nights.files_of(tmp_path)
     manager.start("small")
     wait_counting(manager)
-    before = files_of(tmp_path)
-    result = manager.backup("small", str(tmp_path / "copy"))
-    assert sorted(result.disks) == ["disk-0", "disk-1"] and result.consistent is False
-    assert files_of(tmp_path) == before
-    assert not os.path.exists(tree_path(MachineRef.of("small").machine)), "as before the first backup"
+    with nights.recorded(lambda: wait_counting(manager)) as expected:
+        for number in range(3):
+            wait_counting(manager)
+            night = manager.save_night("small", str(repo))
+            assert night.consistency == "crash" and night.pause_seconds is not None
+            assert night.how["disk-0"] == ("layers" if number else "full")
+            assert [one.problem for one in night.merges] == [None] * len(night.merges)
+            assert len(nights.files_of(tmp_path)) == len(before) + 2 and len(nights.tree().kept) == 2
+    manager.pause("small")
+    with nights.recorded() as paused:
+        assert manager.save_night("small", str(repo)).consistency == "crash"
+    manager.resume("small")
+    assert nights.all_restored(repo, "small") == [*expected, *paused]
     press(manager, "w")
     wait_until(lambda: "written " in console(manager), "the guest continues writing")
-    copy = tmp_path / "copy" / f"disk-0.{kind}"
-    with vhdkit.open_disk(copy) as disk:
-        assert disk.read(WRITE_LBA * SECTOR, len(WRITTEN_TEXT)) == WRITTEN_TEXT
-    assert json.loads((tmp_path / "copy" / "machine.json").read_text())["name"] == "small"
+    assert manager.forget_nights("small").is_merged
+    assert nights.files_of(tmp_path) == before and nights.tree().kept == ()
+    wait_counting(manager)
     manager.stop("small")
-    assert vhdkit.check(leaf) == [] and vhdkit.check(copy) == []
-    manager.create("twin", disks=[DiskRequest(str(copy))], memory_bytes=16 * MIB, accelerator="tcg")
+    assert vhdkit.check(leaf) == [] and manager.show("small").spec.disks[0].path == str(leaf)  # type: ignore[union-attr]
+    backups.restore(repo, "small@2", tmp_path / f"copy.{kind}", disks=["disk-0"])
+    manager.create(
+        "twin", disks=[DiskRequest(str(tmp_path / f"copy.{kind}"))], memory_bytes=16 * MIB, accelerator="tcg"
+    )
     manager.start("twin")
     wait_counting(manager, "twin")
 
 
-@pytest.mark.parametrize("kind", ["vhd", "vhdx"])
-def test_backup_of_a_machine_that_is_off(manager: Manager, tmp_path: Path, kind: str) -> None:
-    """The copy reads like the chain, has its format, and is marked as having consistent file systems."""
-    leaf = make_machine(manager, tmp_path, kind=kind)
-    assert manager.backup("small", str(tmp_path / "copy")).consistent is True
-    assert vhdkit.compare(leaf, tmp_path / "copy" / f"disk-0.{kind}").same_content
-
-
-def test_backups_that_are_refused(manager: Manager, tmp_path: Path) -> None:
-    """An existing folder, one whose parent is missing, and devices are refused before anything is done."""
+def test_a_saved_machine(manager: Manager, tmp_path: Path) -> None:
+    """The night of a machine whose memory is on disk is as after a power cut, and the machine continues afterwards."""
     make_machine(manager, tmp_path)
-    with pytest.raises(AlreadyExists, match="name a new folder"):
-        manager.backup("small", str(tmp_path))
-    assert "name a new folder" in events(manager, "backup-failed")[0]["problem"]
-    with pytest.raises(NotFound):
-        manager.backup("small", str(tmp_path / "a" / "b"))
-    device = make_spec(name="x", kernel="/k", disks=[{"id": "disk-0", "kind": "pass-through", "path": "/dev/x"}])
-    with pytest.raises(Refused, match="inside the guest"):
-        disk_copies.disks_to_copy(device)
+    manager.start("small")
+    wait_counting(manager)
+    manager.save("small")
+    assert manager.save_night("small", str(tmp_path / "repo")).consistency == "crash"
+    with pytest.raises(WrongState, match="is saved: its file systems are in use"):
+        manager.save_night("small", str(tmp_path / "repo"), BackupWishes(consistent=True))
+    assert manager.save_night("small", str(tmp_path / "repo")).how == {"disk-0": "same"}
+    manager.start("small")
+    wait_counting(manager)
 
 
-def test_a_backup_includes_uefi_variables(manager: Manager, tmp_path: Path) -> None:
-    """A UEFI machine's boot entries are in its variables, so they are copied; a machine that has never run has
-    none."""
-    make_machine(manager, tmp_path, firmware="uefi")
-    assert not os.path.exists(manager.backup("small", str(tmp_path / "none")).folder + "/uefi-vars.fd")
-    variables = Path(MachineRef.of("small").machine.uefi_variables)
-    variables.write_bytes(b"boot this")
-    manager.backup("small", str(tmp_path / "copy"))
-    copy = tmp_path / "copy" / "uefi-vars.fd"
-    assert copy.read_bytes() == b"boot this" and copy.stat().st_mode & 0o777 == 0o600
+def test_a_machine_that_ends_and_starts_while_it_is_copied(manager: Manager, tmp_path: Path) -> None:
+    """The copy needs nothing of the machine: it may be powered off and started again meanwhile."""
+    make_machine(manager, tmp_path, options=BootOptions(print_every=4, write_every=4))
+    manager.start("small")
+    wait_counting(manager)
+
+    def again() -> None:
+        manager.stop("small")
+        manager.start("small")
+        wait_counting(manager)
+
+    with nights.recorded(again) as expected:
+        night = manager.save_night("small", str(tmp_path / "repo"))
+    assert nights.all_restored(tmp_path / "repo", "small") == expected and night.consistency == "crash"
+    assert len(nights.tree().kept) == 1
+    for _ in range(2):
+        wait_counting(manager)
+    assert manager.save_night("small", str(tmp_path / "repo")).how == {"disk-0": "layers"}
 
 
-def test_interrupting_the_backup_of_a_machine_that_is_off(
-    manager: Manager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Ctrl-C ends the copying: the message and an event say so, and nothing is left."""
-    make_machine(manager, tmp_path)
+def test_a_failed_copy_leaves_no_layers(manager: Manager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If copying fails, the new leaf is merged while the guest runs; Ctrl-C leaves that to the next night."""
+    leaf = make_machine(manager, tmp_path)
+    manager.start("small")
+    wait_counting(manager)
+    before = nights.files_of(tmp_path)
 
-    async def interrupted(*words: object) -> None:
+    def full(*words: object) -> None:
+        raise vhdkit.NoSpace("the repository is full")
+
+    def interrupted(*words: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(disk_copies, "_convert", interrupted)
-    result = run("backup", "run", "small", tmp_path / "copy")
-    assert result.exit_code == 130
-    assert "vmm: interrupted: the backup was abandoned and left nothing behind" in result.stderr
-    assert [one["problem"] for one in events(manager, "backup-failed")] == ["it was interrupted"]
-    assert not list(tmp_path.glob("copy*"))
-
-
-def test_interrupting_the_backup_of_a_running_machine(
-    manager: Manager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Ctrl-C ends the command but not the backup: the message says so, and an event reports the end."""
-    make_machine(manager, tmp_path)
-    manager.start("small")
-    listen = ControlClient._next_message
-
-    def interrupted(self: ControlClient, method: str, timeout_seconds: float | None) -> Any:
-        if method == "backup":
-            raise KeyboardInterrupt
-        return listen(self, method, timeout_seconds)
-
-    monkeypatch.setattr(ControlClient, "_next_message", interrupted)
-    result = run("backup", "run", "small", tmp_path / "copy")
-    assert result.exit_code == 130
-    assert "vmm: interrupted: the backup continues; vmm events small shows how it ends" in result.stderr
-    wait_until(lambda: events(manager, "backed-up"), "it ends")
-    assert (tmp_path / "copy" / "disk-0.vhd").exists()
-    manager.stop("small")
-
-
-def test_a_folder_with_the_name_of_the_unfinished_backup_is_kept(manager: Manager, tmp_path: Path) -> None:
-    """A folder with that name may belong to another program: the error names it, and it is not touched."""
-    make_machine(manager, tmp_path)
-    precious = tmp_path / "copy.part" / "precious"
-    precious.parent.mkdir()
-    precious.write_text("x")
-    with pytest.raises(AlreadyExists, match=r"copy.part: is in the way .*remove it"):
-        manager.backup("small", str(tmp_path / "copy"))
-    assert precious.read_text() == "x" and not (tmp_path / "copy").exists()
-
-
-def test_a_failed_copy_leaves_nothing(manager: Manager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If copying fails, the snapshot is merged all the same, and no partial copy is left."""
-    make_machine(manager, tmp_path)
-    manager.start("small")
+    monkeypatch.setattr(backups.Writing, "save", full)
+    with pytest.raises(VmmError, match="the repository is full"):
+        manager.save_night("small", str(tmp_path / "repo"))
+    assert nights.files_of(tmp_path) == before and nights.tree().kept == ()
+    monkeypatch.setattr(backups.Writing, "save", interrupted)
+    result = run("backup", "run", "small", tmp_path / "repo")
+    assert result.exit_code == 130 and "the backup was stopped: there is no night" in result.stderr
+    assert len(nights.files_of(tmp_path)) == len(before) + 1 and nights.tree().kept == ()
+    assert ["full" in one["problem"] for one in events(manager, "backup-failed")] == [True, False]
     wait_counting(manager)
-    before = files_of(tmp_path)
-    (tmp_path / "closed").mkdir()
-    (tmp_path / "closed" / "copy.part").mkdir()  # in its way
-    with pytest.raises(AlreadyExists):
-        manager.backup("small", str(tmp_path / "closed" / "copy"))
-    (event,) = events(manager, "backup-failed")
-    assert "is in the way" in event["problem"] and event["folder"] == str(tmp_path / "closed" / "copy")
-    assert files_of(tmp_path) == before
+    manager.snapshots("small").merge_live()
     wait_counting(manager)
-
-
-def journal() -> Journal | None:
-    """What the machine's journal says now."""
-    return load_tree(MachineRef.of("small").machine).journal
-
-
-def backup_elsewhere(manager: Manager, target: Path) -> int:
-    """A backup in a process of its own, whose number is returned; it ends with the backup, however that ends."""
-    child = os.fork()
-    if child == 0:
-        with contextlib.suppress(BaseException):
-            manager.backup("small", str(target))
-        os._exit(0)
-    return child
-
-
-@pytest.fixture
-def writing(manager: Manager, tmp_path: Path) -> Path:
-    """A running machine whose guest writes to its disk all the time; its image."""
-    leaf = make_disk(tmp_path, "small", BootOptions(print_every=4, write_every=4))
-    manager.create("small", disks=[DiskRequest(str(leaf))], memory_bytes=16 * MIB, accelerator="tcg")
-    manager.start("small")
-    wait_counting(manager)
-    return leaf
-
-
-def check_merged_away(manager: Manager, leaf: Path, before: list[str]) -> None:
-    """The guest runs on its own image alone, which is sound; nothing of the backup is left."""
-    wait_until(lambda: files_of(leaf.parent) == before and journal() is None, "the new leaf is merged", 120)
-    wait_counting(manager)
-    shown = manager.show("small").spec
-    assert shown is not None and shown.disks[0].path == str(leaf)
-    manager.stop("small")
-    assert files_of(leaf.parent) == before and vhdkit.check(leaf) == []
-    assert load_tree(MachineRef.of("small").machine) == Tree(), "as before the first backup"
-
-
-@pytest.mark.parametrize("victims", [("worker",), ("server",), ("keeper", "worker", "server", "qemu")], ids="+".join)
-def test_a_backup_that_is_killed_while_it_copies(manager: Manager, writing: Path, victims: tuple[str, ...]) -> None:
-    """The next command merges the new leaf; what was written to it in the meantime is in the machine's own image."""
-    before = files_of(writing.parent)
-    child = backup_elsewhere(manager, writing.parent / "copy")
-    wait_until(lambda: isinstance(now := journal(), Backup) and now.pivoted, "the disks have their new leaves")
-    assert files_of(writing.parent) != before
-    living = processes()
-    kill_together(living[part] for part in victims)
-    os.waitpid(child, 0)
-    if "qemu" in victims:
-        manager.state("small")
-        manager.start("small")
-    wait_whole(but={part: living[part] for part in victims})
-    wait_counting(manager)
-    check_merged_away(manager, writing, before)
-
-
-# A worker that kills itself before or after it writes its journal the nth time: sitecustomize for its interpreter.
-KILLER = """
-import os, sys
-if "vmm.worker.worker" in sys.orig_argv and os.path.exists({plan!r}):
-    from vmm.store.snapshots.store import Held
-    when, number = open({plan!r}).read().split()
-    save, saved = Held.save, 0
-
-    def killing(held):
-        global saved
-        saved += 1
-        if saved == int(number) and when == "before":
-            end()
-        save(held)
-        if saved == int(number):
-            end()
-
-    def end():
-        os.unlink({plan!r})
-        os.kill(os.getpid(), 9)
-
-    Held.save = killing
-"""
-STEPS = {"begun": 1, "new leaves": 2, "followed": 3, "merging": 4, "merged": 5, "done": 6}
-EVERY_DAY = {("after", "begun"), ("before", "new leaves"), ("after", "merging")}
-MOMENTS = [
-    pytest.param(when, step, marks=[] if (when, step) in EVERY_DAY else [pytest.mark.nightly])
-    for step in STEPS for when in ("before", "after")
-]  # fmt: skip
-
-
-@both_kinds_nightly
-@pytest.mark.parametrize(("when", "step"), MOMENTS)
-def test_a_worker_killed_at_each_step(
-    manager: Manager, tmp_path: Path, when: str, step: str, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whichever step of its journal the worker dies at, its successor merges the new leaf away under the guest."""
-    leaf = make_disk(tmp_path, "small", BootOptions(print_every=4, write_every=4), kind=kind)
-    plan, code = tmp_path / "plan", tmp_path / "code"
-    code.mkdir()
-    (code / "sitecustomize.py").write_text(KILLER.format(plan=str(plan)))
-    plan.write_text(f"{when} {STEPS[step]}")
-    monkeypatch.setenv("PYTHONPATH", str(code))
-    manager.create("small", disks=[DiskRequest(str(leaf))], memory_bytes=16 * MIB, accelerator="tcg")
-    manager.start("small")
-    wait_counting(manager)
-    before, worker = files_of(tmp_path), processes()["worker"]
-    child = backup_elsewhere(manager, tmp_path / "copy")
-    wait_until(lambda: not worker.is_alive(), "the worker has killed itself")
-    assert not plan.exists()
-    os.waitpid(child, 0)
-    wait_whole(but={"worker": worker})
-    check_merged_away(manager, leaf, before)
+    assert nights.files_of(tmp_path) == before and manager.show("small").spec.disks[0].path == str(leaf)  # type: ignore[union-attr]
 
 
 # A worker whose disks' server refuses to put new leaves on the disks.
@@ -312,112 +170,159 @@ def test_disks_that_cannot_be_frozen(manager: Manager, tmp_path: Path, monkeypat
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "sitecustomize.py").write_text(REFUSER)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "code"))
-    leaf = make_machine(manager, tmp_path)
+    make_machine(manager, tmp_path)
     manager.start("small")
-    before = files_of(tmp_path)
+    before = nights.files_of(tmp_path)
     with pytest.raises(StoreFailed, match="no room for new leaves"):
-        manager.backup("small", str(tmp_path / "copy"))
+        manager.save_night("small", str(tmp_path / "repo"))
     assert "no room for new leaves" in events(manager, "backup-failed")[0]["problem"]
-    assert not list(tmp_path.glob("copy*"))
-    check_merged_away(manager, leaf, before)
+    assert nights.all_restored(tmp_path / "repo", "small") == []
+    assert nights.files_of(tmp_path) == before and nights.tree() == Tree()
+    wait_counting(manager)
+
+
+@pytest.fixture
+def writing(manager: Manager, tmp_path: Path) -> Path:
+    """A running machine whose guest writes to its disk all the time; its image."""
+    return nights.make_writing(manager, tmp_path)
+
+
+def test_what_others_may_do_meanwhile(manager: Manager, writing: Path) -> None:
+    """While a night is copied, snapshots are taken and deleted, and merges are made; what the night reads, and what
+    the next one needs, is not merged, and another night of the machine in the same repository is refused."""
+    small, repo = manager.snapshots("small"), writing.parent / "repo"
+    manager.save_night("small", str(repo))
+    for _ in range(2):  # it writes between them
+        wait_counting(manager)
+
+    def beside() -> None:
+        small.create("meanwhile")
+        wait_counting(manager)
+        with pytest.raises(InUse, match="a backup"):
+            manager.save_night("small", str(repo))
+        small.delete("meanwhile")
+        assert all(one.problem is None for one in small.merge_live())
+        wait_counting(manager)
+
+    with nights.recorded(beside) as expected:
+        assert manager.save_night("small", str(repo)).how == {"disk-0": "layers"}
+    assert nights.all_restored(repo, "small")[1] == expected[0]
+    for _ in range(2):
+        wait_counting(manager)
+    assert manager.save_night("small", str(repo)).how == {"disk-0": "layers"}
 
 
 def test_a_merge_that_is_refused_is_made_later(manager: Manager, writing: Path) -> None:
-    """While an image of others stands on the frozen one, nothing is merged into it; the next verb after that does."""
-    before = files_of(writing.parent)
-    stranger = writing.parent / "child.avhd"
+    """While an image of others stands on the kept one, nothing is merged into it; the night is saved and says so, and
+    a later night merges."""
+    stranger, repo = writing.parent / "child.avhd", writing.parent / "repo"
+    manager.save_night("small", str(repo))
+    [kept] = nights.tree().kept
     notes = MachineRef.of("small").runtime.notes
-    vhdkit.create_child(stranger, writing, options=vhdkit.OpenOptions(lock=False, notes_folder=notes))
-    with pytest.raises(VmmError, match=r"child\.avhd"):
-        manager.backup("small", str(writing.parent / "copy"))
-    assert isinstance(journal(), Backup) and r"child.avhd" in events(manager, "backup-failed")[0]["problem"]
+    vhdkit.create_child(stranger, kept.image, options=vhdkit.OpenOptions(lock=False, notes_folder=notes))
+    count = len(nights.files_of(writing.parent))
     wait_counting(manager)
+    wait_counting(manager)
+    assert manager.save_night("small", str(repo)).how == {"disk-0": "layers"}
+    assert len(nights.files_of(writing.parent)) == count + 1
     stranger.unlink()
-    manager.backup("small", str(writing.parent / "again"))
-    check_merged_away(manager, writing, before)
+    wait_counting(manager)
+    wait_counting(manager)
+    assert manager.save_night("small", str(repo)).how == {"disk-0": "layers"}
+    assert len(nights.files_of(writing.parent)) == count - 1
 
 
-# A worker that copies disks when it is allowed to, and not before.
-WAITER = """
-import os, sys, time
-if "vmm.worker.worker" in sys.orig_argv:
-    from vmm.processes import disk_copies
-    convert = disk_copies._convert
-
-    async def waiting(*words):
-        import asyncio
-        while not os.path.exists({gate!r}):
-            await asyncio.sleep(0.05)
-        await convert(*words)
-
-    disk_copies._convert = waiting
-"""
+# -- the guest's agent -----------------------------------------------------------------------------------------------
 
 
-def test_one_at_a_time(manager: Manager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """INV-ONE-JOURNAL: while a backup copies, no snapshot, merge or other backup begins, and its journal stays."""
-    gate = tmp_path / "gate"
-    (tmp_path / "code").mkdir()
-    (tmp_path / "code" / "sitecustomize.py").write_text(WAITER.format(gate=str(gate)))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "code"))
-    leaf = make_machine(manager, tmp_path)
+def test_a_guest_without_an_agent(manager: Manager, tmp_path: Path) -> None:
+    """--consistent refuses a guest that has no agent, and a paused one; nothing is frozen, and there is no night."""
+    make_machine(manager, tmp_path)
     manager.start("small")
-    before = files_of(tmp_path)
-    child = backup_elsewhere(manager, tmp_path / "copy")
-    wait_until(lambda: isinstance(now := journal(), Backup) and now.pivoted, "the disks have their new leaves")
-    begun = journal()
-    verbs: tuple[Callable[[], object], ...] = (
-        lambda: manager.snapshots("small").create("a"),
-        lambda: manager.snapshots("small").set_limit(3),
-        lambda: manager.backup("small", str(tmp_path / "other")),
-    )
-    for verb in verbs:
-        with pytest.raises(InUse):
-            verb()
-        assert journal() == begun
-    (merge,) = manager.snapshots("small").merge_live()
-    assert "busy with another operation: backup" in str(merge.problem) and journal() == begun
-    gate.touch()
-    os.waitpid(child, 0)
-    assert (tmp_path / "copy" / "disk-0.vhd").exists()
-    check_merged_away(manager, leaf, before)
+    before = nights.files_of(tmp_path)
+    with pytest.raises(AgentUnavailable):
+        manager.save_night("small", str(tmp_path / "repo"), BackupWishes(consistent=True))
+    manager.pause("small")
+    wait_state(manager, MachineState.PAUSED)
+    with pytest.raises(WrongState, match="is paused"):
+        manager.save_night("small", str(tmp_path / "repo"), BackupWishes(consistent=True))
+    assert nights.files_of(tmp_path) == before and nights.tree() == Tree()
+    assert nights.all_restored(tmp_path / "repo", "small") == []
 
 
-def test_a_merge_during_which_qemu_ends_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The journal is not ended before the definition names the merged image, even if QEMU ended in the meantime."""
-    pivot = Pivot("disk-0", "/disks/web.vhd", "/disks/web_0123abcd.avhd", "vhd")
-    done: list[str] = []
+class _Agent:
+    """An agent that freezes, fails to, or thaws too early."""
+
+    is_open = True
+
+    def __init__(self, answer: str) -> None:
+        self.answer, self.said = answer, list[str]()
+
+    @contextlib.asynccontextmanager
+    async def frozen(self, *, max_seconds: float) -> Any:
+        """As `GuestAgent.frozen`."""
+        if self.answer == "hangs":
+            raise TimedOut("the guest does not answer")
+        self.said.append("frozen")
+        try:
+            yield
+        finally:
+            self.said.append("thawed")
+        if self.answer == "late":
+            raise TimedOut("thawed before the work was done")
+
+
+class _Leaves:
+    def __init__(self, said: list[str], *, fails: bool = False) -> None:
+        self._said, self._fails = said, fails
+
+    async def put_on(self) -> None:
+        """As `NewLeaves.put_on`."""
+        self._said.append("leaves")
+        if self._fails:
+            raise StoreFailed("no room")
+
+
+@pytest.mark.parametrize(
+    ("answer", "must", "by_agent", "said"),
+    [
+        ("good", False, True, ["frozen", "leaves", "thawed"]),
+        ("good", True, True, ["frozen", "leaves", "thawed"]),
+        ("hangs", False, False, ["leaves"]),
+        ("hangs", True, None, []),
+        ("late", False, False, ["frozen", "leaves", "thawed"]),
+        ("late", True, None, ["frozen", "leaves", "thawed"]),
+        ("full", False, None, ["frozen", "leaves", "thawed"]),
+    ],
+)
+def test_what_the_agent_does(answer: str, must: bool, by_agent: bool | None, said: list[str]) -> None:
+    """A night is the agent's only if the file systems stayed frozen until the disks were; a guest that hangs or dies
+    in the freeze is saved as after a power cut, unless that was refused; and it is thawed in any case."""
+    agent = _Agent(answer)
 
     class Played:
-        """A running machine, and the tree that its worker holds."""
+        """A running machine with that agent."""
 
-        name, tree, exited = "web", Tree(), asyncio.Event()
-        go_on = staticmethod(lambda journal: done.append("went on"))
-        done = staticmethod(lambda: done.append("done"))
-        remove_empty = staticmethod(lambda: None)
+        class spec:
+            """Its definition."""
 
-    async def merge(running: object, journal: object, progress: object) -> None:
-        Played.exited.set()
+            integration = IntegrationSpec(backup=True)
 
-    async def follow(running: object, held: object, journal: object) -> None:
-        done.append("followed")
-
-    async def layers(running: object) -> dict[str, list[str]]:
-        return {"disk-0": [pivot.child, pivot.frozen]}
-
-    async def merged(running: object, disk: str) -> None: ...
-
-    monkeypatch.setattr(backup, "merge_served", merge)
-    monkeypatch.setattr(backup, "follow_merge", follow)
-    monkeypatch.setattr(backup, "served_layers", layers)
-    monkeypatch.setattr(backup, "wait_merged", merged)
-    played = cast(Any, Played())
-    asyncio.run(backup.merge_away(played, played, Backup((pivot,), True, True), lambda document: None))
-    assert done == ["followed", "went on", "done"]
+    played: Any = Played()
+    played.agent = agent
+    leaves: Any = _Leaves(agent.said, fails=answer == "full")
+    freezes = Freezes(played, played)
+    if by_agent is None:
+        with pytest.raises(VmmError):
+            asyncio.run(freezes._put_on(leaves, must=must))
+    else:
+        assert asyncio.run(freezes._put_on(leaves, must=must)) is by_agent
+    assert agent.said == said
+    assert hasattr(GuestAgent, "frozen")
 
 
 def test_a_damaged_note_of_a_backup(manager: Manager, tmp_path: Path) -> None:
-    """A note with unusable content is an error that names it."""
+    """A note of vmm 0.1.0 with unusable content is an error that names it."""
     make_machine(manager, tmp_path)
     place = MachineRef.of("small").machine
     Path(note_path(place)).write_text("[")

@@ -216,7 +216,7 @@ def put_back(path: str, marks: Sequence[NightMark]) -> None:
         _try_to_mark(path, marks)
 
 
-def forget(image_path: str) -> None:
+def forget_marks(image_path: str) -> None:
     """Remove the record of an image that is gone or was moved away. If that fails, it stays."""
     with contextlib.suppress(errors.VhdkitError):
         path = record_path(image_path)

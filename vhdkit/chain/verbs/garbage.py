@@ -298,7 +298,7 @@ def _removed(scan: _Scan, node: _Node, doomed: Sequence[_Node]) -> str | None:
                 store.require_name()
                 unlink(node.path)
                 marks.forget(node.path)
-                references.forget(node.path)
+                references.forget_marks(node.path)
             return reason
     except errors.VhdkitError as error:
         return error.problem

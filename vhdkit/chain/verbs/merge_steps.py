@@ -81,7 +81,7 @@ class RealNames:
             self._held[path].require_name()
         remove_file(path)
         marks.forget(path)
-        references.forget(path)
+        references.forget_marks(path)
         if exists(pending.undo_path(path)):
             remove_file(pending.undo_path(path))
         earlier = intent_of(path)

@@ -298,7 +298,7 @@ def _take_away(moves: Sequence[Move], stores: Sequence[FileStore]) -> None:
             store.require_name()
             unlink(move.old_path)
             forget(move.old_path)
-            references.forget(move.old_path)
+            references.forget_marks(move.old_path)
     for folder in dict.fromkeys(os.path.dirname(move.old_path) for move in moves):
         sync_directory(folder)
 

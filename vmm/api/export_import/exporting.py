@@ -22,13 +22,13 @@ from typing import Any
 
 import vhdkit
 from vmm.api import machines
+from vmm.api.export_import.new_folder import check_target, copy_name, make_part
 from vmm.model.counting import Counter
 from vmm.model.errors import NoSpace, WrongState
 from vmm.model.events import add_event
 from vmm.model.formats import child_format
 from vmm.model.paths import sync_folder, write_whole
 from vmm.model.spec import DiskSpec, MachineSpec
-from vmm.processes.disk_copies import check_target, copy_name, make_part
 from vmm.snapshots.dependents import refuse_older
 from vmm.snapshots.preflight import definition_of
 from vmm.snapshots.recovery import settle

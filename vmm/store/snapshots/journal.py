@@ -6,7 +6,7 @@
     PutInPlace          it takes effect: this definition, saved state and UEFI variables are put in place
     Delete              these snapshots have left the tree, their folders are being removed
     MergeOff, MergeLive these layers, newest first, are being merged into the target
-    Backup              images are frozen to be copied; what stands on them is merged into them afterwards
+    Backup              all disks are being frozen for a backup, and get new leaves
 
 Decides the fields of each, their form as JSON, and how they are validated. A journal is untrusted: anyone who can
 write to the machine's folder can put anything there, and settling it removes files. So a new leaf must lie beside the
@@ -140,15 +140,16 @@ class MergeLive:
 
 @dataclass(frozen=True, slots=True)
 class Backup:
-    """A backup of a running machine: a snapshot without memory, of which nothing is kept but the copies.
+    """The disks of a machine are being frozen for a backup: as for a snapshot without memory, which is in no tree.
 
-    `pivoted`: True if the new leaves certainly take the guest's writes. `merging`: True once what stands on the frozen
-    images is being merged into them, so any of the new leaves may be gone.
+    `live`: the guest runs, so it may have written to the new leaves. `pivoted`: True if it certainly does. `merging`:
+    only in journals of earlier versions, which merged the new leaves in this operation, so any of them may be gone.
     """
 
     pivots: tuple[Pivot, ...]
     pivoted: bool = False
     merging: bool = False
+    live: bool = True
 
 
 Journal: TypeAlias = CreateOff | CreateLive | Apply | PutInPlace | Delete | MergeOff | MergeLive | Backup
@@ -194,8 +195,9 @@ def journal_document(journal: Journal) -> dict[str, Any]:
             return {"op": "merge", "target": target, "layers": list(layers)}
         case MergeLive(disk, target, layers):
             return {"op": "live-merge", "disk": disk, "target": target, "layers": list(layers)}
-        case Backup(pivots, is_pivoted, merging):
-            return {"op": "backup", "children": _rows(pivots), "pivoted": is_pivoted, "merging": merging}
+        case Backup(pivots, is_pivoted, merging, live):
+            document = {"op": "backup", "children": _rows(pivots), "pivoted": is_pivoted, "merging": merging}
+            return document if live else {**document, "live": False}
         case _:
             assert_never(journal)
 
@@ -250,7 +252,7 @@ def _decoded(document: object) -> Journal:
             return MergeLive(_text(document["disk"]), *_merge(document))
         case "backup":
             pivots, merging = _pivots(document["children"], of_backup=True), document["merging"] is True
-            return Backup(pivots, document["pivoted"] is True, merging)
+            return Backup(pivots, document["pivoted"] is True, merging, document.get("live") is not False)
     raise ValueError("op")
 
 

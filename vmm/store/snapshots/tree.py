@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from vmm.model.errors import AlreadyExists, InvalidSpec, NotFound, Refused, VmmError
 from vmm.model.formats import ImageFormat, child_format
+from vmm.store.snapshots.kept import MAX_KEPT, Kept, kept_document, kept_of
 from vmm.store.snapshots.snapshot import (
     Image,
     Snapshot,
@@ -50,7 +51,7 @@ _SHORTEST_ID = 4  # minimum length of an abbreviated id
 class Tree:
     """All snapshots of a machine. `now` is the snapshot on which the present state is based.
 
-    `journal` describes the operation in progress; see `snapshots.recovery`.
+    `journal` describes the operation in progress; see `snapshots.recovery`. `kept`: layers that backups need.
     """
 
     snapshots: dict[str, Snapshot] = field(default_factory=dict)
@@ -58,6 +59,7 @@ class Tree:
     images: dict[str, Image] = field(default_factory=dict)
     limit: int = DEFAULT_LIMIT
     journal: Journal | None = None
+    kept: tuple[Kept, ...] = ()
 
     # -- lookups -------------------------------------------------------------------------------------------------
 
@@ -88,9 +90,11 @@ class Tree:
         return found
 
     def frozen(self) -> Iterator[str]:
-        """The images whose content snapshots need."""
+        """The images whose content snapshots or backups need."""
         for snapshot in self.snapshots.values():
             yield from snapshot.disks.values()
+        for one in self.kept:
+            yield one.image
 
     def free_name(self, now: float) -> str:
         """A name for an unnamed snapshot: the time."""
@@ -151,6 +155,36 @@ class Tree:
             raise InvalidSpec(f"notes have at most {MAX_NOTES_CHARACTERS} characters")
         self.snapshots[snapshot.id] = replace(snapshot, notes=notes)
 
+    def begin_night(self, kept: Iterable[Kept]) -> None:
+        """Keep these layers, which a night that is being written has frozen."""
+        self.kept = (*self.kept, *kept)
+
+    def end_night(self, night_id: str, repository: str, *, exists: bool) -> None:
+        """The night exists: its layers are kept in place of those of the repository's earlier nights. Or it will never
+        exist: its layers are not kept any more.
+        """
+        if not exists:
+            self.kept = tuple(one for one in self.kept if one.night_id != night_id)
+            return
+        others = [one for one in self.kept if one.repository != repository or one.maker is not None]
+        done = [replace(one, maker=None) for one in self.kept if one.night_id == night_id]
+        self.kept = (*(one for one in others if one.night_id != night_id), *done)
+
+    def keep_only(self, needed: Callable[[Kept], bool]) -> bool:
+        """End the keeping of all other layers; True if there were any."""
+        before, self.kept = self.kept, tuple(one for one in self.kept if needed(one))
+        return self.kept != before
+
+    def below(self, leaves: Collection[str]) -> set[str]:
+        """These images, and all that they stand on, as far as the tree knows."""
+        found: set[str] = set()
+        for leaf in leaves:
+            step: str | None = leaf
+            while step is not None and step not in found:
+                found.add(step)
+                step = self.images[step].parent if step in self.images else None
+        return found
+
     def forget(self, path: str) -> None:
         """Drop an image that no longer exists, or that is the user's own again."""
         self.images.pop(path, None)
@@ -174,6 +208,7 @@ class Tree:
         for one in list(self.snapshots.values()):
             disks = {disk: names.get(path, path) for disk, path in one.disks.items()}
             self.snapshots[one.id] = replace(one, disks=disks)
+        self.kept = tuple(replace(one, image=names.get(one.image, one.image)) for one in self.kept)
 
     def merged(self, target: str, layers: Iterable[str]) -> None:
         """`layers`, newest first, were merged into `target`, which takes the place of the newest of them."""
@@ -184,6 +219,7 @@ class Tree:
         for one in list(self.snapshots.values()):
             disks = {disk: target if path == gone[0] else path for disk, path in one.disks.items()}
             self.snapshots[one.id] = replace(one, disks=disks)
+        self.kept = tuple(replace(one, image=target) if one.image == gone[0] else one for one in self.kept)
         for path in gone:
             self.forget(path)
 
@@ -191,7 +227,7 @@ class Tree:
 
     def to_json(self) -> bytes:
         """The tree as it is stored."""
-        document = {
+        document: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "now": self.now,
             "limit": self.limit,
@@ -199,6 +235,8 @@ class Tree:
             "images": {path: image_document(one) for path, one in self.images.items()},
             "journal": None if self.journal is None else _journal_document(self.journal),
         }
+        if self.kept:
+            document["kept"] = [kept_document(one) for one in self.kept]
         return json.dumps(document, indent=1).encode() + b"\n"
 
 
@@ -227,7 +265,10 @@ def read_tree(content: bytes, path: str) -> Tree:
         snapshots = [snapshot_of(one) for one in document["snapshots"]]
         images = {absolute_path(name): image_of(one) for name, one in document["images"].items()}
         journal = None if document["journal"] is None else _read_journal(document["journal"], path)
-        tree = Tree({one.id: one for one in snapshots}, document["now"], images, int(document["limit"]), journal)
+        kept = tuple(kept_of(one) for one in document.get("kept", ()))
+        if len(kept) > MAX_KEPT:
+            raise ValueError("kept")
+        tree = Tree({one.id: one for one in snapshots}, document["now"], images, int(document["limit"]), journal, kept)
         _check(tree)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise VmmError(

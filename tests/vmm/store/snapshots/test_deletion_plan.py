@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmm.store.snapshots.deletion_plan import LayerMerge, Plan, plan
+from vmm.store.snapshots.kept import Kept
 from vmm.store.snapshots.tree import Image, Snapshot, Tree
 
 SECTORS = 6
@@ -73,6 +74,7 @@ class Model:
         self.live = "base"
         self.expected: dict[str, list[int]] = {}  # by snapshot
         self.expected_now = [0] * SECTORS
+        self.expected_kept = list[int]()  # by the image that the last night left
         self.clones: dict[str, list[int]] = {}  # foreign images, and their content
         self.count = 0
 
@@ -113,6 +115,25 @@ class Model:
         self.live = child
         self.expected[snapshot.id] = list(self.expected_now)
 
+    def night(self) -> None:
+        """A backup, whose frozen image is kept in place of the last night's."""
+        self.count += 1
+        frozen, child, night_id = self.live, self.new(self.live, "a"), f"{self.count:032x}"
+        self.tree.grow(frozen, child, "vhd")
+        self.tree.begin_night([Kept("1" * 32, "/repo", night_id, "d", frozen, "maker")])
+        self.live = child
+        if self.random.random() < 0.8:
+            self.tree.end_night(night_id, "1" * 32, exists=True)
+            self.expected_kept = list(self.expected_now)
+        else:
+            self.tree.end_night(night_id, "1" * 32, exists=False)
+
+    def drop_unneeded(self) -> None:
+        """A kept image on which no state stands any more is not kept."""
+        leaves = [self.live, *(one.disks["d"] for one in self.tree.snapshots.values())]
+        below = self.tree.below(leaves)
+        self.tree.keep_only(lambda one: one.image in below)
+
     def apply(self) -> None:
         """Apply some snapshot."""
         snapshot = self.random.choice(list(self.tree.snapshots.values()))
@@ -143,6 +164,7 @@ class Model:
 
     def carry_out(self, *, merge: bool) -> None:
         """Carry out the plan, with merges only if the machine is off."""
+        self.drop_unneeded()
         judged = self.judge()
         for path in judged.unlink:
             assert path.startswith("/a"), "an image that is not the machine's was removed"
@@ -176,18 +198,21 @@ class Model:
             assert self.read(snapshot.disks["d"]) == self.expected[snapshot.id]
         for clone, disk in self.clones.items():
             assert self.read(clone) == disk
+        for one in self.tree.kept:
+            assert self.read(one.image) == self.expected_kept and one.maker is None
+        assert len(self.tree.kept) <= 1
         assert set(self.tree.images) | {"base"} == set(self.parents) - set(self.clones) | {"base"}
         for path, image in self.tree.images.items():
             assert image.parent == self.parents[path] or not image.ours
 
 
-_STEPS = st.sampled_from(["write", "create", "apply", "delete", "subtree", "clone", "off"])
+_STEPS = st.sampled_from(["write", "create", "night", "apply", "delete", "subtree", "clone", "off"])
 
 
 @given(st.lists(_STEPS, max_size=40), st.integers(0, 1 << 30))
 def test_random_histories_keep_every_state(steps: list[str], seed: int) -> None:
-    """INV-DELETE-RULE: whatever is created or deleted, every snapshot, the present state and every clone read as
-    before."""
+    """INV-DELETE-RULE: whatever is created or deleted, every snapshot, the present state, every clone and the image
+    that the next backup needs read as before."""
     model = Model(seed)
     for step in steps:
         if step in ("apply", "delete", "subtree") and not model.tree.snapshots:
