@@ -24,6 +24,8 @@ _COMMANDS = {
     "prune": ("backup_prune", "Drop the nights that no rule keeps."),
     "delete": ("backup_prune", "Drop one night."),
     "protect": ("backup_prune", "Keep a night from being dropped."),
+    "copy": ("backup_copy", "Copy a repository, or what has changed in it."),
+    "promote": ("backup_copy", "Make a copy a repository of its own."),
     "schedule": ("backup_schedule", "Save machines at set times."),
     "forget": ("backup_run", "Keep no images of a machine for its next backup."),
 }

@@ -56,6 +56,11 @@ def bytes_shown(show: Callable[[dict[str, Any]], None], step: str) -> Callable[[
     return lambda done, total: show({"step": step, "done": done, "total": total})
 
 
+def stages_shown(show: Callable[[dict[str, Any]], None]) -> Callable[[str], Callable[[int, int], None]]:
+    """The same for work in several stages: a function that gives the progress of the stage with a name."""
+    return lambda step: bytes_shown(show, step)
+
+
 def _duration(seconds: float) -> str:
     """ "0:42", "1:02:03"."""
     whole = int(seconds + 0.5)

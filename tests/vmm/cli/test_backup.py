@@ -121,3 +121,18 @@ def test_a_machine_may_be_called_like_a_command(nights: Nights, name: str) -> No
         machine.record(name=name)
     assert f"night 2 of {name}" in good("backup", "show", nights.path, f"{name}@2")
     assert document("backup", "prune", nights.path, name, "--keep-last", "1", "--dry-run")["dropped"] == [1, 2, 3]
+
+
+def test_copy_and_promote(nights: Nights, tmp_path: Path) -> None:
+    """A copy has the same nights and is repeated cheaply; only after it was promoted do prunes change it."""
+    other = tmp_path / "other"
+    assert "web: 4 nights added" in good("backup", "copy", nights.path, other)
+    found = document("backup", "copy", nights.path, other, "--machine", "web", "--limit", "1G")
+    assert found["machines"][0]["added"] == [] and found["machines"][0]["problems"] == []
+    assert "nothing has changed" in good("backup", "copy", nights.path, other)
+    failure("backup", "prune", other, "web", "--keep-last", "1", code=2)
+    failure("backup", "copy", nights.path, other, "--limit", "1", code=2)
+    assert "of its own" in good("backup", "promote", other)
+    good("backup", "prune", other, "web", "--keep-last", "1")
+    failure("backup", "copy", nights.path, other, code=2)
+    failure("backup", "promote", nights.path, code=2)
