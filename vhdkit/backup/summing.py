@@ -2,7 +2,7 @@
 """A new file whose sums are made while it is written: what passes through memory is not read again.
 
 Decides which of the written bytes belong to one sum, and which sums are made at the end from the file. Must not know
-formats, nor how a sum is computed or a table stored (`sums`).
+formats, nor how a sum is computed (`page_sums`) or a table stored (`sums`).
 
     a range written whole                  its sum, while the file system takes the bytes
     a range written in parts, one by one   collected in memory, at most `_OPEN_RANGES` of them; then its sum
@@ -17,26 +17,28 @@ One thread at a time writes. Memory use does not depend on the file.
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
+from collections import deque
 from collections.abc import Hashable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Self, TypeAlias
 
 from vhdkit import errors
-from vhdkit.backup import sums
-from vhdkit.backup.sums import HEADER_BYTES, PAGE_BYTES, RANGE_BYTES, SUM_BYTES, Progress
+from vhdkit.backup import page_sums, sums
+from vhdkit.backup.page_sums import PAGE_BYTES, RANGE_BYTES, SUM_BYTES, ZERO_SUM
+from vhdkit.backup.sums import HEADER_BYTES, Progress
 from vhdkit.store import Buffer, ReadStore, Store
-from vhdkit.units import KIB
+from vhdkit.units import KIB, MIB
 
 _OPEN_RANGES = 64  # a block of a VHD, whose bitmap is written last, has 33
 _MOST_AGAIN = 65_536  # ranges that are read at the end, unless all are
-_COPY_BYTES = 256 * KIB  # stays in a core's cache
+_COPY_BYTES, _BUFFERS = MIB // 2, 3  # stay in a core's cache
 _APART_BYTES = 128 * KIB  # less is hashed before another thread is awake
+_PART_BYTES = 256 * KIB  # hashed at once
 _WINDOW_BYTES = 64 * KIB  # of the table
 _WINDOWS = 4
-_ZERO_SUM = bytes(SUM_BYTES)
-_ZERO_PAGE = bytes(PAGE_BYTES)
+_Hashing: TypeAlias = tuple[int, int, Future[bytes], memoryview]  # the ranges (first, end), and a buffer of ours
 
 
 class SummedFile:
@@ -53,10 +55,13 @@ class SummedFile:
         self._spare: list[_Collected] = []
         self._again: set[int] | None = set()  # ranges that are read at the end; None for all
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="vhdkit-summing")
-        self._buffer = memoryview(bytearray(_COPY_BYTES))
+        self._buffers = [memoryview(bytearray(_COPY_BYTES)) for _ in range(_BUFFERS)]
+        self._hashing: deque[_Hashing] = deque()
 
     def finish(self, progress: Progress | None = None) -> str:
         """Complete the table; returns its root. Raises IoFailed, NoSpace."""
+        while self._hashing:
+            self._settle_oldest()
         while self._open:
             self._sum_oldest()
         if self._again is None:
@@ -91,37 +96,79 @@ class SummedFile:
             return
         view = memoryview(data).cast("B")
         begin, stop = first * RANGE_BYTES - offset_bytes, end * RANGE_BYTES - offset_bytes
-        self._replace(first, self._written(offset_bytes, view, view[begin:stop]))
+        found = self._written(offset_bytes, view, view[begin:stop])
+        self._forget(first, end)
+        self._sums.put(first, found)
         self._collect(offset_bytes, view[:begin])
         self._collect(end * RANGE_BYTES, view[stop:])
 
     def _written(self, offset_bytes: int, data: memoryview, whole: memoryview) -> bytes:
-        """Write the data; the sums of its whole ranges."""
-        if len(whole) >= _APART_BYTES:
-            try:
-                hashing = self._pool.submit(sums.sums_of_data, whole)
-            except RuntimeError:  # the system allows no more threads
-                pass
-            else:
-                try:
-                    self._file.pwrite(offset_bytes, data)
-                finally:
-                    found = hashing.result()  # the caller's buffer is no longer used when this returns
-                return found
-        self._file.pwrite(offset_bytes, data)
-        return sums.sums_of_data(whole)
+        """Write the data; the sums of its whole ranges.
+
+        Another thread makes them meanwhile, and this one helps it afterwards, from the other end.
+        """
+        parts = [whole[at : at + _PART_BYTES] for at in range(0, len(whole), _PART_BYTES)]
+        apart: list[Future[bytes]] = []
+        try:
+            if len(whole) >= _APART_BYTES:
+                with contextlib.suppress(RuntimeError):  # the system allows no more threads
+                    apart.extend(self._pool.submit(page_sums.sums_of_data, part) for part in parts)
+            self._file.pwrite(offset_bytes, data)
+            own: list[bytes] = []
+            for part in reversed(parts):
+                if len(apart) + len(own) == len(parts):
+                    if not apart[-1].cancel():
+                        break  # it was begun, and so was all before it
+                    apart.pop()
+                own.append(page_sums.sums_of_data(part))
+            return b"".join([*(one.result() for one in apart), *reversed(own)])
+        except BaseException:  # Ctrl-C, too
+            for one in apart:
+                one.cancel()
+            wait(apart)  # the buffer is the caller's
+            raise
 
     def copy_from(self, source: ReadStore, source_offset_bytes: int, offset_bytes: int, size_bytes: int) -> None:
         """See `Store.copy_from`. The bytes pass through memory."""
         done = 0
         while done < size_bytes:
-            piece = min(size_bytes - done, _COPY_BYTES - (offset_bytes + done) % RANGE_BYTES)
-            view = self._buffer[:piece]
-            source.pread_into(source_offset_bytes + done, view)
-            self.pwrite(offset_bytes + done, view)
+            buffer = self._free_buffer()
+            piece = min(size_bytes - done, len(buffer) - (offset_bytes + done) % RANGE_BYTES)
+            source.pread_into(source_offset_bytes + done, buffer[:piece])
+            self._take_over(offset_bytes + done, buffer, piece)
             done += piece
         if source.size() < source_offset_bytes + size_bytes:
             raise errors.IoFailed("the file became shorter while it was copied", path=source.name)
+
+    def _take_over(self, offset_bytes: int, buffer: memoryview, size_bytes: int) -> None:
+        """Write what is in a buffer of ours; another thread may read it afterwards, to make sums."""
+        view = buffer[:size_bytes]
+        first, end = -(-offset_bytes // RANGE_BYTES), (offset_bytes + size_bytes) // RANGE_BYTES
+        begin, stop = first * RANGE_BYTES - offset_bytes, end * RANGE_BYTES - offset_bytes
+        hashing = None
+        if stop - begin >= _APART_BYTES:
+            with contextlib.suppress(RuntimeError):  # the system allows no more threads
+                hashing = self._pool.submit(page_sums.sums_of_data, view[begin:stop])
+        if hashing is None:
+            self.pwrite(offset_bytes, view)
+            self._buffers.append(buffer)
+            return
+        self._file.pwrite(offset_bytes, view)
+        self._forget(first, end)
+        self._collect(offset_bytes, view[:begin])
+        self._collect(end * RANGE_BYTES, view[stop:])
+        self._hashing.append((first, end, hashing, buffer))
+
+    def _free_buffer(self) -> memoryview:
+        if not self._buffers:
+            self._settle_oldest()
+        return self._buffers.pop()
+
+    def _settle_oldest(self) -> None:
+        """Wait for the sums that have been in the making for the longest time."""
+        first, _, hashing, buffer = self._hashing.popleft()
+        self._sums.put(first, hashing.result())
+        self._buffers.append(buffer)
 
     def punch(self, offset_bytes: int, size_bytes: int) -> None:
         """See `Store.punch`."""
@@ -129,8 +176,11 @@ class SummedFile:
         self._changed(offset_bytes, offset_bytes + size_bytes)
 
     def reserve(self, offset_bytes: int, size_bytes: int) -> None:
-        """See `Store.reserve`."""
-        self._file.reserve(offset_bytes, size_bytes)
+        """See `Store.reserve`. A little space is not worth the call: a file that becomes too large is never named."""
+        if size_bytes <= PAGE_BYTES and offset_bytes + size_bytes > self._file.size():
+            self._file.truncate(offset_bytes + size_bytes)
+        else:
+            self._file.reserve(offset_bytes, size_bytes)
 
     def truncate(self, size_bytes: int) -> None:
         """See `Store.truncate`."""
@@ -157,7 +207,9 @@ class SummedFile:
             return
         found = self._open.get(index)
         if found is None:
-            if self._sums.get(index) != _ZERO_SUM:
+            if self._hashing:
+                self._settle(index, index + 1)
+            if self._sums.get(index) != ZERO_SUM:
                 self._changed(offset_bytes, offset_bytes + size)
                 return
             if len(self._open) >= _OPEN_RANGES:
@@ -172,17 +224,23 @@ class SummedFile:
         self._sums.put(index, collected.taken())
         self._spare.append(collected)
 
-    def _replace(self, first: int, found: bytes) -> None:
-        """These are the sums of whole ranges now."""
-        for index in range(first, first + len(found) // SUM_BYTES) if self._open or self._again else ():
+    def _forget(self, first: int, end: int) -> None:
+        """Whatever was known of ranges is no longer true: they were written whole."""
+        self._settle(first, end)
+        for index in range(first, end) if self._open or self._again else ():
             self._open.pop(index, None)
             if self._again is not None:
                 self._again.discard(index)
-        self._sums.put(first, found)
+
+    def _settle(self, first: int, end: int) -> None:
+        """No sums of these ranges are in the making."""
+        while any(one[0] < end and first < one[1] for one in self._hashing):
+            self._settle_oldest()
 
     def _changed(self, begin: int, end: int) -> None:
         """What a part of the file holds must be read."""
         indexes = range(begin // RANGE_BYTES, -(-end // RANGE_BYTES))
+        self._settle(indexes.start, indexes.stop)
         if self._again is None or len(indexes) + len(self._again) > _MOST_AGAIN:
             self._again = None
             self._open.clear()
@@ -241,19 +299,12 @@ class _Collected:
 
     def taken(self) -> bytes:
         """The sum; all is zeros again."""
-        mask, parts = 0, []
-        while self.pages:
-            bit = self.pages & -self.pages
-            self.pages ^= bit
-            at = (bit.bit_length() - 1) * PAGE_BYTES
-            page = self.content[at : at + PAGE_BYTES]
-            if page != _ZERO_PAGE:
-                mask |= bit
-                parts.append(page)
-                self.content[at : at + PAGE_BYTES] = _ZERO_PAGE
-        if not mask:
-            return _ZERO_SUM
-        return hashlib.sha256(b"".join((mask.to_bytes(2, "little"), *parts))).digest()
+        found = page_sums.sum_of_range(self.content, self.pages)
+        first = (self.pages & -self.pages).bit_length() - 1
+        begin, end = first * PAGE_BYTES, self.pages.bit_length() * PAGE_BYTES
+        self.content[begin:end] = bytes(end - begin)
+        self.pages = 0
+        return found
 
 
 class _Windows:

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sums of an image's file: one for every 64 KiB, in a table beside it.
 
-Decides what a sum covers, how the table is stored, and how a file is read through the hash on all cores. Must not know
-formats of images, nor which file belongs to which night.
+Decides how the table is stored, and how a file is read through the hash on all cores. Must not know formats of images,
+nor which file belongs to which night.
 
     table    64 bytes   "vhdkit sums 1\\n", zeros; at byte 32 the size of the file in bytes (unsigned, 64 bits, little
                         endian), at 40 the size of a range (65536), at 48 that of a page (4096); zeros
              32 bytes   for each range of the file, in order
-    sum      SHA-256 of the range's mask and of its pages that are not all zeros, in order. The mask has 16 bits,
-             little endian; bit 0 is the first page. A range that is all zeros has 32 zero bytes as its sum
+    sum      as `page_sums` says; of a range that is all zeros, 32 zero bytes
     root     SHA-256 of the whole table: the manifest has it
 
 The last range ends with the file; its last page is filled up with zeros. Holes and zeros have the same sums, as copies
@@ -34,17 +33,16 @@ from numpy.typing import NDArray
 
 from vhdkit import errors
 from vhdkit.backup.documents import DamagedRepository
+from vhdkit.backup.page_sums import PAGE_BYTES as PAGE_BYTES
+from vhdkit.backup.page_sums import PAGES, sums_of_pages
+from vhdkit.backup.page_sums import RANGE_BYTES as RANGE_BYTES
+from vhdkit.backup.page_sums import SUM_BYTES as SUM_BYTES
 from vhdkit.store import ReadStore, Store
 from vhdkit.units import KIB, MIB
 
-RANGE_BYTES = 64 * KIB
-PAGE_BYTES = 4 * KIB
-SUM_BYTES = 32
 HEADER_BYTES = 64
 _HEADER = struct.Struct("<32sQQQ8x")
 _MAGIC = b"vhdkit sums 1\n"
-_PAGES = RANGE_BYTES // PAGE_BYTES
-_WORDS = PAGE_BYTES // 8
 _JOB_PAGES = 128  # read and hashed by one thread at a time: they fit into a core's cache
 _JOB_RUNS = 128  # where data is scattered
 _JOB_RANGES = 2048  # with the holes between
@@ -281,7 +279,7 @@ class _Job:
 
     def is_full_with(self, end: int) -> bool:
         """Whether it is time for another job, where this one would reach `end`."""
-        return self.page_count > _JOB_PAGES - _PAGES or len(self.runs) >= _JOB_RUNS or end - self.first > _JOB_RANGES
+        return self.page_count > _JOB_PAGES - PAGES or len(self.runs) >= _JOB_RUNS or end - self.first > _JOB_RANGES
 
     def is_wanted(self) -> NDArray[np.bool_] | None:
         """One boolean per range: does it count? None if all of them do."""
@@ -305,14 +303,15 @@ def _sums(
     waiting: deque[tuple[_Job, Future[bytes] | None]] = deque()
 
     def hashed(job: _Job) -> bytes:
-        buffer = getattr(buffers, "buffer", None)
-        if buffer is None:
-            buffer = buffers.buffer = memoryview(bytearray((_JOB_PAGES + _PAGES) * PAGE_BYTES))
-        return _job_sums(store, job, buffer)
+        if not hasattr(buffers, "buffer"):
+            buffers.buffer = memoryview(bytearray((_JOB_PAGES + PAGES) * PAGE_BYTES))
+        return _job_sums(store, job, buffers.buffer)
 
     def oldest() -> tuple[int, int, bytes | None, NDArray[np.bool_] | None]:
         job, hashing = waiting.popleft()
         found = None if hashing is None else hashing.result()
+        if progress is not None:
+            progress(min(job.end * RANGE_BYTES, size), size)
         return job.first, job.end - job.first, found, job.is_wanted()
 
     pool = ThreadPoolExecutor(threads, thread_name_prefix="vhdkit-sums")
@@ -320,15 +319,9 @@ def _sums(
         for job in _jobs(store, wanted):
             waiting.append((job, pool.submit(hashed, job) if job.runs or len(job.wanted) > 1 else None))
             if len(waiting) > threads * _AHEAD:
-                done = oldest()
-                yield done
-                if progress is not None:
-                    progress(min((done[0] + done[1]) * RANGE_BYTES, size), size)
+                yield oldest()
         while waiting:
-            done = oldest()
-            yield done
-            if progress is not None:
-                progress(min((done[0] + done[1]) * RANGE_BYTES, size), size)
+            yield oldest()
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -352,20 +345,20 @@ def _jobs(store: ReadStore, wanted: Iterable[tuple[int, int]]) -> Iterator[_Job]
             page, last = offset // PAGE_BYTES, -(-(offset + size) // PAGE_BYTES)
             if not is_data:
                 continue
-            if page // _PAGES > at:  # ranges in a hole
-                yield from covering(at, page // _PAGES)
-                at = page // _PAGES
-            if page < at * _PAGES:  # the last range has more data
+            if page // PAGES > at:  # ranges in a hole
+                yield from covering(at, page // PAGES)
+                at = page // PAGES
+            if page < at * PAGES:  # the last range has more data
                 assert job is not None
-                job.read(page, min(last, at * _PAGES))
-                page = min(last, at * _PAGES)
+                job.read(page, min(last, at * PAGES))
+                page = min(last, at * PAGES)
             while page < last:
                 room = _JOB_PAGES if job is None or job.is_full_with(at + 1) else _JOB_PAGES - job.page_count
-                end = min(last, (page // _PAGES + room // _PAGES) * _PAGES)
-                yield from covering(at, -(-end // _PAGES))
+                end = min(last, (page // PAGES + room // PAGES) * PAGES)
+                yield from covering(at, -(-end // PAGES))
                 assert job is not None
                 job.read(page, end)
-                page, at = end, -(-end // _PAGES)
+                page, at = end, -(-end // PAGES)
         if at < stop:
             yield from covering(at, stop)
     if job is not None:
@@ -383,52 +376,9 @@ def _job_sums(store: ReadStore, job: _Job, buffer: memoryview) -> bytes:
         runs = np.array(job.runs, dtype=np.int64)
         before = np.cumsum(runs[:, 1]) - runs[:, 1]
         numbers = np.arange(job.page_count) + np.repeat(runs[:, 0] - before, runs[:, 1])
-        for index, one in _page_sums(buffer[:at], numbers):
+        for index, one in sums_of_pages(buffer[:at], numbers):
             found[(index - job.first) * SUM_BYTES : (index - job.first + 1) * SUM_BYTES] = one
     return bytes(found)
-
-
-def sums_of_data(data: memoryview) -> bytes:
-    """The sums of whole ranges."""
-    count = len(data) // RANGE_BYTES
-    found = bytearray(count * SUM_BYTES)
-    for index, one in _page_sums(data, np.arange(count * _PAGES)):
-        found[index * SUM_BYTES : (index + 1) * SUM_BYTES] = one
-    return bytes(found)
-
-
-def _page_sums(data: memoryview, numbers: NDArray[np.int64]) -> Iterator[tuple[int, bytes]]:
-    """(range, sum) of ranges that are not all zeros, from all of their pages that may not be; `numbers` says which
-    page of the file each of them is, ascending.
-    """
-    has_data = _pages_with_data(np.frombuffer(data, dtype=np.uint64).reshape(-1, _WORDS))
-    owners = numbers // _PAGES
-    starts = np.flatnonzero(np.diff(owners, prepend=-1))
-    masks = np.add.reduceat(has_data.astype(np.uint16) << (numbers % _PAGES).astype(np.uint16), starts)
-    kept = np.add.reduceat(has_data.astype(np.int64), starts).tolist()
-    raw, ranges, firsts = masks.astype("<u2").tobytes(), owners[starts].tolist(), starts.tolist()
-    for number, (index, first, end) in enumerate(zip(ranges, firsts, [*firsts[1:], len(numbers)], strict=True)):
-        if not kept[number]:
-            continue
-        mask = raw[2 * number : 2 * number + 2]
-        if kept[number] == end - first:
-            parts = [data[first * PAGE_BYTES : end * PAGE_BYTES]]
-        else:
-            pages = (first + np.flatnonzero(has_data[first:end])).tolist()
-            parts = [data[page * PAGE_BYTES : (page + 1) * PAGE_BYTES] for page in pages]
-        found = hashlib.sha256(mask)
-        for part in parts:
-            found.update(part)
-        yield index, found.digest()
-
-
-def _pages_with_data(words: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """One boolean per page. A few words of each are looked at first, as most pages that have data show it there."""
-    found: NDArray[np.bool_] = np.any(words[:, :: _WORDS // 8], axis=1)
-    rest = np.flatnonzero(~found)
-    if len(rest):
-        found[rest] = words[rest].any(axis=1)
-    return found
 
 
 def require_same_size(store: ReadStore, size_bytes: int) -> None:
