@@ -21,7 +21,7 @@ from vhdkit.backup.layers import opened_layers
 from vhdkit.backup.manifest import Manifest
 from vhdkit.backup.names import BASES, IMAGES
 from vhdkit.backup.repository import MachineFolder
-from vhdkit.chain.names.opening import refuse_more_layers
+from vhdkit.chain.names.opening import MAX_CHAIN_DEPTH
 from vhdkit.chain.records import references
 from vhdkit.chain.verbs.create import link_to
 from vhdkit.folder import NewFile
@@ -52,7 +52,13 @@ def stand_on_night(
     images = Images(one.manifest for one in machine.nights() if one.manifest is not None)
     chain = images.chain(record.image)
     name = os.fsdecode(path)
-    refuse_more_layers(len(chain) + 1 + layers_above, name)
+    depth = len(chain) + 1 + layers_above
+    if depth > MAX_CHAIN_DEPTH:
+        raise errors.InvalidArgument(
+            f"its chain would have {depth} layers, and one of more than {MAX_CHAIN_DEPTH} cannot be opened",
+            path=name,
+            hint="restore the night instead, as an image that stands on nothing",
+        )
     with opened_layers(machine, chain) as layers, NewFile(name) as new:
         parent = layers[0]
         block_size = parent.block_size_bytes or DEFAULT_BLOCK_SIZE

@@ -83,7 +83,7 @@ def read_filling(machine: MachinePaths) -> Filling | None:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise VmmError(
             "is damaged: it should say which disks are still filled from a backup", path=path,
-            hint="restore the machine once more, under another name",
+            hint="if every disk opens without the backup's repository (vhdkit chain), remove the file",
         ) from error  # fmt: skip
 
 

@@ -49,6 +49,7 @@ class Filler:
         self._is_idle = asyncio.Event()
         self._is_idle.set()
         self._problem: str | None = None
+        self._disk = ""  # that is being filled
 
     # -- for others --------------------------------------------------------------------------------------------------
 
@@ -56,19 +57,20 @@ class Filler:
         """Wrap a method that works on the disks: nothing is filled while it runs, and filling goes on afterwards."""
 
         async def called(params: dict[str, Any], progress: Progress) -> object:
-            async with self._paused():
+            async with self.paused():
                 return await method(params, progress)
 
         return called
 
     @contextlib.asynccontextmanager
-    async def _paused(self) -> AsyncIterator[None]:
+    async def paused(self) -> AsyncIterator[None]:
+        """While the block runs, no disk is filled: the disk server does one thing at a time with each disk."""
         self._waiting += 1
         self._may_go_on.clear()
         try:
             while not self._is_idle.is_set():  # a pull that has only just been requested may miss a cancellation
                 with contextlib.suppress(VmmError):
-                    await self._running.server.call("cancel", timeout_seconds=5)
+                    await self._running.server.call("cancel", timeout_seconds=5, export=self._disk)
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._is_idle.wait(), _LOOK_SECONDS)
             yield
@@ -132,6 +134,7 @@ class Filler:
         Raises StoreFailed, InUse.
         """
         await self._may_go_on.wait()
+        self._disk = disk_id
         self._is_idle.clear()
         pulling: asyncio.Task[Any] | None = None
         try:

@@ -168,13 +168,17 @@ class Worker:
                 await self._begin()
                 self._tell("started", accelerator=self._note.accelerator)
             self._report(result={**self._running.document(), "disconnected": self._wiring.disconnected()})
-            self._rest = asyncio.create_task(self._recovery.finish_interrupted())
+            self._rest = asyncio.create_task(self._settle_rest())
         except VmmError as error:
             error.machine = error.machine or self._spec.name
             self._tell("start-failed", problem=str(error))
             self._report(error=to_document(error))
             return End.STOPPED
         return await self._running.wait_end()
+
+    async def _settle_rest(self) -> None:
+        async with self._filler.paused():
+            await self._recovery.finish_interrupted()
 
     async def _begin(self) -> None:
         note_unclean(self._machine)
@@ -279,7 +283,7 @@ class Worker:
             "stop": self._stop,
             "shutdown": self._shutdown,
             **self._wiring.methods(),
-            **self._recovery.methods(),
+            **{name: self._filler.before(method) for name, method in self._recovery.methods().items()},
             **GuestServices(self._running).methods(),
         }
         if_settled: dict[str, Method] = {
@@ -292,7 +296,7 @@ class Worker:
         }
         for name in ("disk-status", "snapshot-merge-cancel"):  # they only inspect, or end what settling waits for
             methods[name] = if_settled.pop(name)
-        methods |= {name: self._recovery.before(self._filler.before(method)) for name, method in if_settled.items()}
+        methods |= {name: self._filler.before(self._recovery.before(method)) for name, method in if_settled.items()}
         return {"status": self._status, **{name: self._when_reachable(method) for name, method in methods.items()}}
 
     def _when_reachable(self, method: Method) -> Method:

@@ -153,6 +153,8 @@ class Planned:
 
 def plan_machine(found: FoundNight, request: RestoreRequest) -> Planned:
     """The machine that a request makes of a night. Raises InvalidSpec, NotFound for what the user names."""
+    if request.folder is not None and not os.path.isdir(request.folder):
+        raise InvalidSpec("is not a folder", path=request.folder, hint="create it first")
     spec = _identified(found.document.spec, request)
     consent = resolved(request.consent)
     if request.folder is not None and spec.paths.disks is not None:
@@ -163,7 +165,7 @@ def plan_machine(found: FoundNight, request: RestoreRequest) -> Planned:
     images = {disk_id: _image(folder, spec, disk_id, record) for disk_id, record in found.saved_disks.items()}
     judged = judge(spec, images=images, inside={}, consent=consent)
     _refuse_unused(judged, request, found)
-    made = judged.spec if judged.refused else looked_at(judged)
+    made = judged.spec if judged.refused else _standing_alone(looked_at(judged), images)
     paths = {disk_id: path for disk_id, (path, _) in images.items()}
     return Planned(made, folder, paths, judged.refused, tuple(judged.granted))
 
@@ -176,6 +178,12 @@ def _identified(spec: MachineSpec, request: RestoreRequest) -> MachineSpec:
         return spec
     disks = [disk.model_copy(update={"serial": uuid.uuid4().hex[:MAX_SERIAL_CHARACTERS]}) for disk in spec.disks]
     return spec.changed(id=str(uuid.uuid4()), disks=disks)
+
+
+def _standing_alone(spec: MachineSpec, images: Mapping[str, object]) -> MachineSpec:
+    """The definition whose restored images have no raw parent, whatever the original's had."""
+    disks = [disk.model_copy(update={"allow_raw_parent": False}) if disk.id in images else disk for disk in spec.disks]
+    return spec.changed(disks=disks)
 
 
 def _image(folder: str, spec: MachineSpec, disk_id: str, record: backups.DiskRecord) -> tuple[str, ImageFormat]:

@@ -39,6 +39,7 @@ from vmm.api.restoring.restoring import (
     result_of,
     vmm_errors,
 )
+from vmm.model.errors import VmmError
 from vmm.model.formats import child_format, is_image_format
 from vmm.model.interrupted import ends_with_us
 from vmm.model.paths import MachinePaths, write_whole
@@ -78,7 +79,11 @@ def restore_now(
                 )
         report_restored(machine, found, planned, now=True, lease=lease)
         done = result_of(found, planned, machine)
-    worker_connection.start(done.name, progress=progress)
+    try:
+        worker_connection.start(done.name, progress=progress)
+    except VmmError as error:
+        error.hint = f"{error.hint or 'mend this'}; the machine was made: vmm start {done.name}"
+        raise
     return done
 
 

@@ -61,6 +61,7 @@ def test_where_disks_go(machines: Machines, tmp_path: Path) -> None:
         assert dict(asked.refused) == {f"the folder for disks {tmp_path}": f"--allow {tmp_path}"}
         allowed = RestoreRequest(repository, "web", "new", consent=consent_of([str(tmp_path)], {}, {}))
         assert plan_machine(found, allowed).folder == str(tmp_path / "new")
+        (tmp_path / "x").mkdir()
         elsewhere = plan_machine(found, RestoreRequest(repository, "web", "new", folder=str(tmp_path / "x")))
         assert elsewhere.folder == str(tmp_path / "x" / "new") and not elsewhere.refused
         assert elsewhere.spec.paths.disks is None

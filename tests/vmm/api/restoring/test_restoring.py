@@ -21,7 +21,7 @@ from vmm.api.manager import DiskRequest, Manager
 from vmm.api.restoring import restoring
 from vmm.api.restoring.found_night import RestoreRequest, consent_of
 from vmm.api.restoring.restoring import look_at_night, restore_machine
-from vmm.model.errors import AlreadyExists, NoSpace, NotFound, Refused, StoreFailed, VmmError
+from vmm.model.errors import AlreadyExists, InvalidSpec, NoSpace, NotFound, Refused, StoreFailed, VmmError
 from vmm.store import registry
 from vmm.store.night_files import DEFINITION, night_files
 from vmm.store.state import is_clean
@@ -96,7 +96,11 @@ def test_another_folder_and_uefi_variables(machines: Machines, tmp_path: Path) -
     saved(machines, firmware="uefi")
     Path(registry.load("web").paths.uefi_variables).write_bytes(b"variables" * 1000)
     save_night("web", machines.folder / "repo", hours=48)
-    done = restore_machine(request(machines, name="new", folder=str(tmp_path / "elsewhere")))
+    elsewhere = request(machines, name="new", folder=str(tmp_path / "elsewhere"))
+    with pytest.raises(InvalidSpec, match="is not a folder"):
+        restore_machine(elsewhere)
+    (tmp_path / "elsewhere").mkdir()
+    done = restore_machine(elsewhere)
     assert os.path.dirname(done.disks["disk-0"]) == str(tmp_path / "elsewhere" / "new")
     assert Path(registry.load("new").paths.uefi_variables).read_bytes() == b"variables" * 1000
     with vhdkit.open_disk(done.disks["disk-1"]) as disk:
