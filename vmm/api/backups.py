@@ -40,6 +40,7 @@ from vmm.snapshots.freeze import NightToCome, refuse_unfreezable
 from vmm.snapshots.steps import options_of
 from vmm.store import registry
 from vmm.store.copies import refuse_copy
+from vmm.store.filling import refuse_while_filled
 from vmm.store.night_files import night_files, snapshot_facts
 from vmm.store.registry import Machine
 from vmm.store.snapshots.deletion_plan import LayerMerge
@@ -111,6 +112,7 @@ def save_night(
     tell = partial(add_event, machine.paths.events, repository=os.path.abspath(repository))
     with _reporting(name, tell), _store_errors(name):
         refuse_unfreezable(machine.spec)
+        refuse_while_filled(machine.paths, name, "a backup")
         tell("backup-begun")
         options = backups.Wishes(compare=wishes.compare, full_every=wishes.full_every)
         with (

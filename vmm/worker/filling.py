@@ -2,7 +2,7 @@
 """Filling the disks of a machine that was started from a night of a backup, while its guest runs.
 
     the disk server fills B from the night, and cuts it off     in parts; the guest's writes go to O, above it
-    B is marked as that night                                   if the machine is the one that was saved
+    B is marked as that night, and kept for the next one        if the machine is the one that was saved
     the definition forgets the repository's folders
     the record forgets the disk; after the last one the lease ends, and the record goes
 
@@ -25,7 +25,8 @@ import vhdkit
 from vmm.model.errors import InUse, VmmError, store_error
 from vmm.processes.rpc import Method, Progress
 from vmm.store.filling import Filling, read_filling, remove_filling, write_filling
-from vmm.store.snapshots.store import holding
+from vmm.store.snapshots.kept import Kept
+from vmm.store.snapshots.store import Held, holding
 from vmm.worker.served import served_layers
 
 if TYPE_CHECKING:
@@ -169,9 +170,10 @@ class Filler:
 
     async def _finish(self, filling: Filling, disk_id: str, image: str) -> None:
         """Do what follows once an image stands on nothing any more. Repeatable. Raises VmmError."""
-        if filling.marks:
-            await asyncio.to_thread(self._mark, filling, disk_id, image)
+        is_marked = filling.marks and await asyncio.to_thread(self._mark, filling, disk_id, image)
         with holding(self._running.machine, self._running.spec.name) as held:
+            if is_marked:
+                self._keep(held, filling, disk_id, image)
             spec = self._running.spec
             disks = [one.model_copy(update={"parent_dirs": ()}) if one.id == disk_id else one for one in spec.disks]
             await asyncio.to_thread(self._plugging.write_down, held, spec.changed(disks=disks))
@@ -181,7 +183,14 @@ class Filler:
         if not left.disks:
             await asyncio.to_thread(self._end, left)
 
-    def _mark(self, filling: Filling, disk_id: str, image: str) -> None:
+    def _keep(self, held: Held, filling: Filling, disk_id: str, image: str) -> None:
+        """Keep the image as the layer that the night's backup would have kept: nothing is merged into it."""
+        kept = Kept(filling.repository_id, filling.repository, filling.night_id, disk_id, image)
+        if kept not in held.tree.kept:
+            held.tree.begin_night([kept])
+            held.save()
+
+    def _mark(self, filling: Filling, disk_id: str, image: str) -> bool:
         """Mark the image as the night; without the mark the next backup compares. A failure is an event."""
         from vhdkit import backups
 
@@ -190,6 +199,8 @@ class Filler:
             backups.mark_as_night(image, *place, filling.night, filling.night_id)
         except vhdkit.VhdkitError as error:
             self._running.tell("night-not-marked", disk=disk_id, problem=str(error))
+            return False
+        return True
 
     def _end(self, filling: Filling) -> None:
         """End the lease, then remove the record. Raises VmmError while the repository cannot be reached."""

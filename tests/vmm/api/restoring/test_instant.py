@@ -29,6 +29,7 @@ from tests.vmm.small_guests import (
 )
 from tests.waiting import wait_until
 from vhdkit import backups
+from vmm.api.backups import save_night as save_machine
 from vmm.api.manager import DiskRequest, Manager
 from vmm.api.restoring.found_night import RestoreRequest
 from vmm.api.restoring.instant import restore_now
@@ -195,19 +196,22 @@ def test_the_repository_goes_away(manager: Manager, tmp_path: Path) -> None:
 
 
 def test_the_old_machine_continues_its_nights(manager: Manager, tmp_path: Path) -> None:
-    """With `register` the filled image is marked as its night, so the next backup has what was written since."""
-    repository, _ = saved(manager, tmp_path)
+    """With `register` the filled image is kept as its night, so the next backup has what was written since; a backup
+    before that is refused with the reason."""
+    repository, expected = saved(manager, tmp_path)
     manager.delete("small", with_disks=True)
-    restore_now(RestoreRequest(str(repository), "small", register=True))
+    restore_now(RestoreRequest(str(repository), "small", register=True), max_rate_bytes=SLOW)
+    with pytest.raises(WrongState, match="a backup is not possible yet: disk-0 is still being filled from small@2"):
+        save_machine("small", str(repository))
     wait_counting(manager)
     wait_until(lambda: is_filled("small"), "its disk is whole")
-    manager.stop("small")
-    images = load_tree(registry.load("small").paths).images
-    [filled] = [path for path, one in images.items() if not one.ours]
+    [filled] = [one.image for one in load_tree(registry.load("small").paths).kept]
     assert [(one.night.number, one.night.disk) for one in backups.marks_at(filled)] == [(2, "disk-0")]
-    night = save_night("small", repository, compare=False, hours=48)
-    assert (night.disks[0].how, night.disks[0].reference_night) == (backups.How.LAYERS, 2)
-    assert night.disks[0].data_bytes < MIB
+    night = save_machine("small", str(repository))
+    assert night.how == {"disk-0": "layers"} and night.added_bytes < MIB
+    manager.stop("small")
+    restore_now(RestoreRequest(str(repository), f"small@{night.night}", "twin"))
+    assert content(now("twin")) == expected
 
 
 @pytest.mark.parametrize("moment", ["add_machine", "appear"])
