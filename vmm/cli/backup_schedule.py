@@ -7,8 +7,10 @@ Decides how schedules are given and described. When they are due is decided in `
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import signal
+from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -263,7 +265,6 @@ def run_command(schedule: str, as_json: bool, quiet: bool) -> None:
     done, and that is recorded.
     """
     made = store.load(schedule)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the commands take back what they began
 
     def report(machine: str, problem: str | None) -> None:
         if problem is not None and not as_json:
@@ -272,13 +273,24 @@ def run_command(schedule: str, as_json: bool, quiet: bool) -> None:
             print_line(f"{machine}: done")
 
     jobs = scheduled_backups.jobs_of(made, own_command())
-    found = running.run(made, jobs, report=report)
+    with _terminable():
+        found = running.run(made, jobs, report=report)
     if as_json:
         print_json(_run_document(found))
     elif found.problem is not None:
         print_aside(f"vmm: {schedule}: {found.problem}")
     if not found.is_good:
         click.get_current_context().exit(1)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Within this block SIGTERM, which systemd sends, is a Ctrl-C: commands take back what they began."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run_document(found: LastRun) -> dict[str, Any]:

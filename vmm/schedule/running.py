@@ -30,14 +30,16 @@ from datetime import UTC, datetime
 from itertools import islice
 from typing import IO, Final
 
-from vmm.host.proc import Lock, is_locked
+from vmm.host.proc import BUSY_SECONDS, Lock, is_locked
 from vmm.model.errors import InUse, of_os_error, printable
 from vmm.model.events import read_events
 from vmm.model.folders import in_use
+from vmm.model.waiting import becomes
 from vmm.schedule.definition import Schedule, Words
 from vmm.schedule.places import SchedulePaths, schedule_paths
 from vmm.schedule.record import LastRun, read_last, tell, try_write_last
 
+PATIENCE_SECONDS = BUSY_SECONDS  # `is_running`, for a status, takes the lock for a moment, too
 HOOK_SECONDS: Final = 3600.0  # enough to mount anything; a hook that waits for ever would stop every later run
 _GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL, for a hook
 _SAID_BYTES = 64 << 10  # of what a command says; its last part has the reason
@@ -124,7 +126,7 @@ def _only_run(place: SchedulePaths, now: Callable[[], datetime]) -> Iterator[Loc
     """The lock of the schedule's runs. Raises InUse."""
     lock = Lock(place.lock)
     try:
-        taken = lock.try_take()
+        taken = becomes(lock.try_take, PATIENCE_SECONDS)
     except OSError as error:
         raise of_os_error(error, "lock the schedule", path=place.lock) from error
     if not taken:

@@ -11,13 +11,16 @@ from pathlib import Path
 
 import pytest
 
+import vhdkit
 from tests.vhdkit.backup.repositories import Nights
 from tests.vmm.cli.running import document, failure, good, run
+from tests.warm_commands import warm
+from vhdkit import backups
 from vmm.cli import backup_schedule
 from vmm.host import systemd
 from vmm.host.proc import Lock
 from vmm.model.spec import make_spec
-from vmm.schedule import store
+from vmm.schedule import running, store
 from vmm.schedule.places import schedule_paths
 from vmm.schedule.record import read_last
 from vmm.store import registry
@@ -39,6 +42,7 @@ def home(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(systemd, "SYSTEM_FOLDER", str(short_path / "system"))
     monkeypatch.setattr(systemd, "program_path", lambda: str(short_path / "bin"))
     monkeypatch.setattr(systemd, "_SYSTEMD_RUNS", str(short_path / "none"))
+    monkeypatch.setattr(running, "PATIENCE_SECONDS", 0.0)
     monkeypatch.setattr(backup_schedule, "own_command", lambda: [str(short_path / "vmm")])
     program = short_path / "vmm"
     program.write_text(FAKE.format(log=short_path / "log"))
@@ -179,3 +183,30 @@ def test_status(home: Path) -> None:
     failure("backup", "status", "--schedule", "weekly", code=1)
     failure("backup", "status", "--max-age", "2h", code=2)
     failure("backup", "status", home / "repo", "--schedule", "nightly", code=2)
+
+
+def test_the_real_commands(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two schedules share a repository: each saves, prunes and verifies; while another host's backup holds a machine,
+    its run fails with the reason, the other machine is saved, and the night that is there stays."""
+    monkeypatch.setattr(backup_schedule, "own_command", lambda: list(warm("vmm")))
+    for name in ("db", "web-2"):
+        vhdkit.create_image(home / f"{name}.vhd", 4 << 20)
+        good("create", name, "--memory", "64M", "--disk", home / f"{name}.vhd")
+    for schedule in ("nightly", "weekly"):
+        run("backup", "schedule", "add", schedule, "db", "web-2", home / "repo", "--when", "22:30", "--no-timer",
+            "--keep-last", "1", "--sample", "50", "--jobs", "2")  # fmt: skip
+        result = run("backup", "schedule", "run", schedule)
+        assert result.exit_code == 0, result.stderr
+    older(2)
+    assert run("backup", "status").exit_code == 0
+    nights = document("backup", "list", home / "repo")["machines"]
+    assert sorted((one["name"], one["nights"]) for one in nights) == [("db", 1), ("web-2", 1)]
+    with (
+        backups.open_repository(home / "repo") as repository,
+        repository.machine(registry.load("db").spec.id) as machine,
+        machine.held("backup on another host"),
+    ):
+        result = run("backup", "schedule", "run", "nightly")
+    assert result.exit_code == 1 and result.stdout == "web-2: done\n"
+    assert "vmm: db: backup:" in result.stderr and "backup on another host" in result.stderr
+    assert run("backup", "status").exit_code == 0

@@ -131,6 +131,24 @@ def test_a_run_is_skipped_while_the_last_one_is_going() -> None:
     assert read_last(schedule_paths(PLACE)) == begun and not running.is_running(PLACE)
 
 
+def test_a_status_does_not_make_a_run_skip(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking whether a run is going takes its lock for a moment; a run that begins just then waits for that."""
+    monkeypatch.setattr(running, "PATIENCE_SECONDS", 20.0)
+    look = Lock(schedule_paths(PLACE).lock)
+    assert look.try_take()
+    tries = []
+    take = Lock.try_take
+
+    def second_time(self: Lock) -> bool:
+        tries.append(self)
+        if len(tries) == 2:
+            look.release()
+        return take(self)
+
+    monkeypatch.setattr(Lock, "try_take", second_time)
+    assert run(made(), [job("web", "true")]).is_good and len(tries) == 2
+
+
 def test_times_that_were_due_during_a_run_are_reported() -> None:
     """systemd starts no second service meanwhile, so a long run reports the times that it was in the way of, once."""
     run(made(when="*:00"), [job("web", "true")], now=Clock(step=timedelta(hours=3, minutes=30)))
