@@ -44,6 +44,20 @@ def repository(folder: Path) -> None:
             nights.add({"disk-0": {number: b"x"}}, taken=datetime.now(UTC).replace(microsecond=0))
 
 
+def repository_of_a_disk(folder: Path) -> None:
+    """The same in place of what is there: nights with nothing but a disk."""
+    shutil.rmtree(folder / "backup", ignore_errors=True)
+    repository(folder)
+
+
+def machines_to_back_up(folder: Path) -> None:
+    """The machines "web" and "mail", each with a disk, which are in no repository yet."""
+    shutil.rmtree(folder / "backup", ignore_errors=True)
+    for name in ("web", "mail"):
+        vhdkit.create_image(folder / f"{name}-0.vhd", 16 * MIB)
+        Manager().create(name, memory_bytes=64 * MIB, disks=[DiskRequest(str(folder / f"{name}-0.vhd"))])
+
+
 def schedule(folder: Path) -> None:
     """The schedule "nightly" of the machine "web"."""
     with contextlib.suppress(AlreadyExists):
