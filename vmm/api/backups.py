@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -31,7 +31,7 @@ from vmm.api import machines
 from vmm.api.machine import FrozenMachine, MergeResult
 from vmm.model.counting import TELL_SECONDS
 from vmm.model.errors import InUse, InvalidSpec, NotFound, VmmError, store_error
-from vmm.model.events import add_event
+from vmm.model.events import add_event, read_events
 from vmm.model.spec import DiskSpec, MachineSpec
 from vmm.model.waiting import looks
 from vmm.processes import worker_connection
@@ -48,6 +48,7 @@ from vmm.store.snapshots.kept import Kept
 from vmm.store.snapshots.store import Held, holding, load_tree
 from vmm.store.snapshots.tree import Tree
 
+_EVENTS = ["backup-begun", "backed-up", "backup-failed"]
 RECORD_SECONDS = 60.0  # for another command that changes the snapshots to end
 
 
@@ -249,6 +250,22 @@ class _Saving:
                 return ()
             tree = load_tree(machine.opened.paths)
             return machine.merge_live(wanted=partial(wanted, tree), progress=self._progress)
+
+
+def note_abandoned(names: Sequence[str], repository: str) -> str:
+    """Record that the process that saved these machines was killed, because the repository did not answer; returns
+    what to say about it.
+
+    It leaves what any kill leaves: the record of the frozen layers ends with it, and the next night removes what is in
+    the repository.
+    """
+    problem = "the repository did not answer, and the backup was given up"
+    for name in names:
+        with contextlib.suppress(VmmError):
+            path = registry.load(name).paths.events
+            if [one.name for one in read_events(path) if one.name in _EVENTS][-1:] == _EVENTS[:1]:
+                add_event(path, "backup-failed", repository=os.path.abspath(repository), problem=problem)
+    return f"{problem}: there is no night of what was not finished; the next backup removes what is left of it"
 
 
 # -- forgetting ------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from vmm.api.backups import BackupWishes, MachineNight
+from vmm.api.backups import BackupWishes, MachineNight, note_abandoned
 from vmm.api.manager import Manager
 from vmm.cli.common import (
     SIZE,
@@ -25,6 +25,7 @@ from vmm.cli.common import (
     progress_line,
 )
 from vmm.cli.failure import report
+from vmm.cli.stuck import exit_code_of_child
 from vmm.model.errors import VmmError, printable, to_document
 
 _MEANINGS = {
@@ -76,6 +77,9 @@ def run_command(
 
     Several machines are saved one after the other; one that fails does not stop the others.
     """
+    code = exit_code_of_child(lambda: note_abandoned(names, repo))
+    if code is not None:
+        click.get_current_context().exit(code)
     wishes = BackupWishes(consistent, compare, full_every, keep_free)
     saved, failed = list[MachineNight](), list[VmmError]()
     for name in names:

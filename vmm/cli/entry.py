@@ -12,9 +12,13 @@ import gc
 import os
 import signal
 
+is_own_process = False  # True in a process that is the command `vmm`, not a program that calls it
+
 
 def main() -> None:
     """Entry point of the command `vmm`."""
+    global is_own_process  # noqa: PLW0603
+    is_own_process = True
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # an ignored signal (nohup) stays ignored
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     # vmm uses no plugins of pydantic, and the search for them reads the metadata of every installed package.
