@@ -7,24 +7,39 @@ Decides how the result is shown, and its exit code.
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Any
 
 import click
 
 from vhdkit import backups
-from vmm.cli.common import epilog, output_options, print_aside, print_json, print_line, progress_line
+from vmm.cli.common import SECONDS, epilog, output_options, print_aside, print_json, print_line, progress_line
 from vmm.cli.progress import bytes_shown
+from vmm.model.errors import VmmError, to_document
 
 _EXIT_DAMAGED, _EXIT_BUSY = 3, 5
 
 
 @click.command(
-    "verify", epilog=epilog("vmm backup verify /srv/backup", "vmm backup verify /srv/backup web --sample 5")
+    "verify",
+    epilog=epilog(
+        "vmm backup verify /srv/backup",
+        "vmm backup verify /srv/backup web --sample 5",
+        "vmm backup verify /srv/backup web mail@18 --boot",
+        "vmm backup verify /srv/backup web --boot --expect 'login:'",
+    ),
 )
 @click.argument("repo")
 @click.argument("machines", metavar="[MACHINE]...", nargs=-1)
 @click.option("--sample", "percent", type=click.IntRange(1, 100), metavar="PERCENT",
               help="Read only so much of each image, by chance; everything else is checked whole.")  # fmt: skip
 @click.option("--again", is_flag=True, help="Begin anew, even if an earlier run was interrupted.")
+@click.option("--boot", is_flag=True,
+              help="Instead, start the newest night of each MACHINE, or NAME@NIGHT: does it boot?")  # fmt: skip
+@click.option("--expect", metavar="TEXT", help="With --boot: what the serial console must show.")
+@click.option("--screen", is_flag=True, help="With --boot: a picture that changes is enough, without an agent.")
+@click.option(
+    "--seconds", type=SECONDS, metavar="SECONDS", help="With --boot: how long that may take; by default 300."
+)
 @output_options
 @click.pass_context
 def verify_command(
@@ -33,6 +48,10 @@ def verify_command(
     machines: tuple[str, ...],
     percent: int | None,
     again: bool,
+    boot: bool,
+    expect: str | None,
+    screen: bool,
+    seconds: float | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -42,8 +61,20 @@ def verify_command(
     Damage names the nights that it reaches. A run that is interrupted goes on when it is started again. Images are
     only read, and nights can be added meanwhile; but a prune that was interrupted is finished first, if it can be.
 
-    Exits with 0 when every night is whole, 3 when one is damaged, 5 when an image was in use.
+    With --boot each night is started from REPO, on images of its own and a switch that nothing else is on, and thrown
+    away when it has shown a sign of life: the heartbeat of its agent, or what --expect or --screen ask for. Nothing of
+    it stays, and the night is not changed. Sums are not compared.
+
+    Exits with 0 when every night is whole, or boots; 3 when one is damaged, or does not boot; 5 when an image was in
+    use.
     """
+    if boot:
+        if percent is not None or again:
+            raise click.UsageError("--boot compares no sums: leave out --sample and --again")
+        wish = {"expect": expect, "screen": screen, **({} if seconds is None else {"seconds": seconds})}
+        context.exit(_try_to_boot(repo, machines, wish, as_json=as_json, quiet=quiet))
+    if expect is not None or screen or seconds is not None:
+        raise click.UsageError("--expect, --screen and --seconds belong to --boot")
     found = []
     with backups.open_repository(repo) as repository, progress_line(shown=not quiet and not as_json) as progress:
         for machine_id in [repository.find_machine(one) for one in machines] or repository.machine_ids():
@@ -83,3 +114,32 @@ def _print_result(found: backups.VerifyReport, *, quiet: bool) -> None:
         print_line(f"{found.name}: no damage in what could be read")
     else:
         print_line(f"{found.name}: {len(found.nights)} night{'s' if len(found.nights) != 1 else ''}, all whole")
+
+
+def _try_to_boot(repo: str, nights: tuple[str, ...], wish: dict[str, Any], *, as_json: bool, quiet: bool) -> int:
+    """Start each night, one after the other; returns the exit code."""
+    from vmm.api.restoring.boot_trial import TrialWish, try_boot
+
+    if not nights:
+        with backups.open_repository(repo) as repository:
+            nights = tuple(repository.machine_ids())
+    found, code = list[dict[str, Any]](), 0
+    for word in nights:
+        try:
+            with progress_line(shown=not quiet and not as_json) as progress:
+                done = try_boot(repo, word, TrialWish(**wish), progress=progress)
+        except VmmError as error:
+            code = _EXIT_DAMAGED
+            found.append({"night": word, "is_good": False, "error": to_document(error)})
+            if not as_json:
+                print_line(f"{word} could not be started: {error}")
+            continue
+        found.append({**asdict(done), "is_good": done.is_good})
+        if not done.is_good:
+            code = _EXIT_DAMAGED
+        if not as_json and not (quiet and done.is_good):
+            verb = "boots" if done.is_good else "does not boot"
+            print_line(f"{done.machine}@{done.night} {verb}: {done.words}, {done.seconds:.0f} s")
+    if as_json:
+        print_json({"repository": repo, "nights": found})
+    return code

@@ -58,6 +58,19 @@ def sweep(folder: str, *, folders: bool = False) -> None:
                     shutil.rmtree(path)  # follows no link
 
 
+def abandoned(folder: str) -> list[str]:
+    """The folders that dead processes left in `folder`; for a caller that has more to end than the files in them."""
+    with contextlib.suppress(OSError):
+        with os.scandir(folder) as entries:
+            found = [one for one in islice(entries, _MAX_LOOKED_AT) if _LEFT.fullmatch(one.name)]
+        return [
+            one.path for one in found
+            if one.is_dir(follow_symlinks=False) and (facts := one.stat(follow_symlinks=False)).st_uid == os.geteuid()
+            and _is_dead(one.name, facts)
+        ]  # fmt: skip
+    return []
+
+
 def _token() -> str:
     """Our maker word and a random part. Without a maker word (the host does not identify us) it is never swept."""
     return f"{vhdkit.maker_word() or os.getpid()}-{os.urandom(4).hex()}"

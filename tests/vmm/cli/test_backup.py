@@ -12,6 +12,9 @@ import pytest
 from tests.vhdkit.backup.repositories import MACHINE, Nights
 from tests.vmm.cli.running import document, failure, good, run
 from vhdkit.backup.leases import add_lease
+from vmm.api.restoring import boot_trial
+from vmm.api.restoring.boot_trial import TrialReport, TrialWish
+from vmm.model.errors import StoreFailed
 
 
 @pytest.fixture
@@ -85,6 +88,30 @@ def test_status_and_verify(nights: Nights) -> None:
     assert bad.exit_code == 3 and "night 4 is damaged" in bad.stdout and "newest whole night 3" in bad.stdout
     found = json.loads(run("backup", "status", nights.path, "--json").stdout)["machines"][0]
     assert found["newest_whole"] == 3 and list(found["damaged_nights"]) == ["4"] and found["verified"]
+
+
+def test_verify_by_booting(nights: Nights, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --boot each night is started and reported; one that does not boot, or cannot be started, is exit code 3."""
+    asked = []
+
+    def trial(repository: str, word: str, wish: TrialWish, *, progress: object) -> TrialReport:
+        asked.append((word, wish))
+        if word == "mail":
+            raise StoreFailed("cannot be opened")
+        return TrialReport("web", 4, "heartbeat" if word == "web@4" else None, "its agent answers", 31.2)
+
+    monkeypatch.setattr(boot_trial, "try_boot", trial)
+    assert good("backup", "verify", nights.path, "web@4", "--boot") == "web@4 boots: its agent answers, 31 s\n"
+    assert good("backup", "verify", nights.path, "web@4", "--boot", "-q") == ""
+    result = run("backup", "verify", nights.path, "--boot", "--expect", "in:", "--screen", "--seconds", "60")
+    assert result.exit_code == 3 and "web@4 does not boot" in result.stdout
+    assert asked[-1] == (MACHINE, TrialWish("in:", screen=True, seconds=60.0))
+    result = run("backup", "verify", nights.path, "web@4", "mail", "--boot")
+    assert result.exit_code == 3 and "mail could not be started: cannot be opened" in result.stdout
+    found = json.loads(run("backup", "verify", nights.path, "web@4", "mail", "--boot", "--json").stdout)["nights"]
+    assert [one["is_good"] for one in found] == [True, False]
+    assert "--sample" in failure("backup", "verify", nights.path, "--boot", "--sample", "5", code=2)
+    assert "--boot" in failure("backup", "verify", nights.path, "--expect", "in:", code=2)
 
 
 def test_prune(nights: Nights) -> None:

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Nights are started from the repository to see whether they boot; nothing of a trial stays."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import vhdkit
+from tests.support import require_boot_sector_guest
+from tests.vmm.api.restoring.saved_nights import hashes, lease_count, save_night
+from tests.vmm.guests.boot_sector import BootOptions
+from tests.vmm.small_guests import make_machine
+from tests.vmm.stage import pids_naming
+from tests.waiting import wait_until
+from vmm.api.manager import DiskRequest, Manager
+from vmm.api.restoring import boot_trial
+from vmm.api.restoring.boot_trial import TrialWish, end_abandoned, try_boot, watch
+from vmm.model import paths
+from vmm.net import switches
+from vmm.net.switch_spec import make_switch
+from vmm.store import registry
+from vmm.store.state import MachineState
+
+SECONDS = 60.0
+
+
+def trials() -> list[str]:
+    """What is left of trials."""
+    folder = Path(paths.home()) / "trials"
+    left = [one.name for one in folder.iterdir()] if folder.exists() else []
+    above, name = os.path.split(paths.runtime_home())
+    return left + [one for one in os.listdir(above) if one.startswith(f"{name}-t")]
+
+
+@pytest.mark.kvm
+def test_a_night_boots(manager: Manager, tmp_path: Path) -> None:
+    """The guest of a night starts from the repository and writes, beside its original; the night is unchanged, and
+    neither a machine, nor a process, nor a lease is left."""
+    require_boot_sector_guest()
+    make_machine(manager, tmp_path, options=BootOptions(print_every=2, write_every=1))
+    switches.create(make_switch(name="lan"))
+    manager.add_adapter("small", switch="lan")
+    save_night("small", tmp_path / "repo")
+    before = hashes(tmp_path / "repo")
+    found = try_boot(str(tmp_path / "repo"), "small", TrialWish(expect="WRITE-OK", seconds=SECONDS))
+    assert found.is_good and (found.machine, found.night, found.seen) == ("small", 1, "text")
+    assert hashes(tmp_path / "repo") == before and lease_count(tmp_path / "repo") == 0
+    assert manager.names() == ["small"] and manager.state("small") is MachineState.OFF and trials() == []
+
+
+@pytest.mark.kvm
+def test_a_night_that_does_not_boot(manager: Manager, tmp_path: Path) -> None:
+    """A guest that shows nothing of what is expected in time has failed, and is gone as well."""
+    vhdkit.create_image(tmp_path / "empty.vhd", 1 << 20)
+    manager.create("empty", disks=[DiskRequest(str(tmp_path / "empty.vhd"))], memory_bytes=16 << 20, accelerator="tcg")
+    save_night("empty", tmp_path / "repo")
+    found = try_boot(str(tmp_path / "repo"), "empty@1", TrialWish(expect="login:", seconds=0.1))
+    assert not found.is_good and "does not show 'login:' within 0 s" in found.words
+    assert trials() == [] and lease_count(tmp_path / "repo") == 0
+
+
+@pytest.mark.kvm
+@pytest.mark.nightly
+def test_a_killed_trial_is_ended_by_the_next(manager: Manager, tmp_path: Path) -> None:
+    """After a kill the machine of the trial still runs; the next trial ends it and removes everything."""
+    require_boot_sector_guest()
+    make_machine(manager, tmp_path, options=BootOptions(print_every=2))
+    save_night("small", tmp_path / "repo")
+    program = f"""
+from vmm.api.restoring.boot_trial import TrialWish, try_boot
+try_boot({str(tmp_path / "repo")!r}, "small", TrialWish(expect="never"))
+"""
+    child = subprocess.Popen([sys.executable, "-c", program])
+    try:
+        wait_until(
+            lambda: child.poll() is not None or any("tick" in _console(one) for one in _homes()), "the guest counts"
+        )
+        assert child.poll() is None
+    finally:
+        child.kill()
+        child.wait()
+    [home] = _homes()
+    runtime = (home / "runtime-folder").read_text()
+    assert Manager(home, runtime).state("small") is MachineState.RUNNING
+    end_abandoned()
+    assert trials() == []
+    assert pids_naming(Path(runtime)) == []
+
+
+def _homes() -> list[Path]:
+    folder = Path(paths.home()) / "trials"
+    return list(folder.iterdir()) if folder.exists() else []
+
+
+def _console(home: Path) -> str:
+    try:
+        return (home / "machines/small/console.log").read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+class Guests:
+    """A manager of one guest, which shows the next of some states at each look."""
+
+    def __init__(self, *looks: tuple[MachineState, str | None, bytes, bytes]) -> None:
+        self._looks = iter(looks)
+        self._last = looks[-1]
+
+    def show(self, name: str) -> Any:
+        """The machine at the next look."""
+        self._last = next(self._looks, self._last)
+        return SimpleNamespace(state=self._last[0], heartbeat=self._last[1], reason="it crashed")
+
+    def guest(self, name: str) -> Any:
+        """The inside of the machine at this look."""
+        return SimpleNamespace(console_log=lambda: self._last[2], screen=lambda: self._last[3])
+
+
+RUNNING = MachineState.RUNNING
+
+
+@pytest.mark.parametrize(
+    ("wish", "looks", "seen", "words"),
+    [
+        ({}, [(RUNNING, "no contact", b"", b""), (RUNNING, "ok", b"", b"")], "heartbeat", "its agent answers"),
+        ({}, [(RUNNING, "lost", b"", bytes([n])) for n in range(9)], None, "its agent does not answer within"),
+        ({"screen": True}, [(RUNNING, "off", b"", bytes([n])) for n in range(4)], "screen", "changed 3 times"),
+        ({"screen": True}, [(RUNNING, "off", b"", bytes([n % 2])) for n in range(4)], "screen", "changed 3 times"),
+        ({"screen": True}, [(RUNNING, "off", b"", bytes([n // 2])) for n in range(6)], None, "has changed 2 times"),
+        ({"expect": "in:"}, [(RUNNING, "ok", b"log", b""), (RUNNING, "ok", b"login:", b"")], "text", "shows 'in:'"),
+        ({"expect": "in:"}, [(RUNNING, "ok", b"log", bytes([n])) for n in range(9)], None, "does not show 'in:'"),
+        ({}, [(RUNNING, "off", b"", b""), (MachineState.OFF, None, b"", b"")], None, "the machine is off: it crashed"),
+    ],
+)
+def test_signs_of_life(
+    wish: dict[str, Any], looks: list[Any], seen: str | None, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What counts as booting: the heartbeat, or what the user asks for; a machine that goes off has failed."""
+    monkeypatch.setattr(boot_trial, "looks", lambda seconds, every_seconds: iter([False] * (len(looks) + 1)))
+    found, said = watch(Guests(*looks), "web", TrialWish(**wish))  # type: ignore[arg-type]
+    assert found == seen and words in said
+
+
+def test_the_trial_has_nothing_of_the_host(manager: Manager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Media, kernels, switches and rights that the definition names are left out; disks, ids and addresses stay."""
+    iso = tmp_path / "installer.iso"
+    iso.write_bytes(bytes(1 << 20))
+    vhdkit.create_image(tmp_path / "web.vhd", 1 << 20)
+    disks = [DiskRequest(str(tmp_path / "web.vhd")), DiskRequest(str(iso), kind="iso")]
+    manager.create("web", disks=disks, memory_bytes=16 << 20)
+    switches.create(make_switch(name="lan"))
+    manager.add_adapter("web", switch="lan", spoofing=True, mirror="source")
+    save_night("web", tmp_path / "repo")
+    original = registry.load("web").spec
+    made = []
+
+    def started(self: Manager, name: str, progress: object = None) -> None:
+        with self.folders.used():
+            made.append(registry.load(name).spec)
+            assert [one.type for one in map(switches.load, switches.names())] == ["private"]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Manager, "start", started)
+    with pytest.raises(KeyboardInterrupt):
+        try_boot(str(tmp_path / "repo"), "web")
+    [trial] = made
+    assert (trial.id, trial.name) == (original.id, original.name)
+    disk, drive = trial.disks
+    assert str(disk.path).startswith(f"{os.path.realpath(paths.home())}/trials/") and drive.path is None
+    assert disk.serial == original.disks[0].serial
+    [adapter] = trial.adapters
+    assert (adapter.switch, adapter.spoofing, adapter.mirror) == ("trial", False, "none")
+    assert adapter.mac == original.adapters[0].mac
+    assert trials() == [] and switches.names() == ["lan"]
