@@ -54,10 +54,11 @@ def serving(*words: str | Path, **options: Any) -> Iterator[Server]:
 
 
 def start_server(*words: str | Path, **options: Any) -> subprocess.Popen[str]:
-    """Start `vhdkit serve --json`."""
+    """Start `vhdkit serve --json`, or another command that serves: `verb`."""
+    verb: tuple[str, ...] = options.pop("verb", ("serve",))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **options.pop("env", {})}
     return subprocess.Popen(
-        [sys.executable, "-m", "vhdkit", "serve", *map(str, words), "--json"],
+        [sys.executable, "-m", "vhdkit", *verb, *map(str, words), "--json"],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         text=True,

@@ -28,6 +28,7 @@ _COMMANDS = {
     "prune": ("backup_prune", "Drop the nights that no rule keeps."),
     "delete": ("backup_prune", "Drop one night."),
     "protect": ("backup_prune", "Keep a night from being dropped."),
+    "serve": ("backup_serve", "Serve what changed between two nights."),
     "copy": ("backup_copy", "Copy a repository, or what has changed in it."),
     "promote": ("backup_copy", "Make a copy a repository of its own."),
 }

@@ -259,9 +259,9 @@ def _serve_builtin(given: ServeOptions, common: Common) -> None:
             server.listen(sock)
         if given.control is not None:
             _take_commands(given, common, server, exports, cleanup)
-        cleanup.enter_context(_stopped_in_order(server))
+        cleanup.enter_context(stopped_in_order(server))
         if given.pid_file is not None:
-            cleanup.enter_context(_pid_file(given.pid_file))
+            cleanup.enter_context(pid_file(given.pid_file))
         if not activated or common.json:
             _print_ready(exports, listeners, given, common)
         notify(READY)
@@ -270,7 +270,7 @@ def _serve_builtin(given: ServeOptions, common: Common) -> None:
             from vhdkit.cli.statistics import stats_shown
 
             cleanup.enter_context(stats_shown(server))
-        _allow_descriptors()
+        allow_descriptors()
         server.run()
 
 
@@ -283,7 +283,7 @@ def _notes_folder(given: ServeOptions) -> str | None:
     return None if given.overlay and given.keep_overlay is None else given.remember
 
 
-def _allow_descriptors() -> None:
+def allow_descriptors() -> None:
     """Raise the limit of descriptors: each client takes one, and the usual limit allows too few clients."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
@@ -345,7 +345,7 @@ def _serve_nbdkit(given: ServeOptions, common: Common) -> None:
 
         def ready() -> None:
             if given.pid_file is not None:
-                cleanup.enter_context(_pid_file(given.pid_file))
+                cleanup.enter_context(pid_file(given.pid_file))
             if not activated or common.json:
                 _print_ready(exports, listeners, given, common)
             notify(READY)
@@ -375,7 +375,7 @@ def _listen(given: ServeOptions, listeners: Listeners) -> bool:
 
 
 @contextlib.contextmanager
-def _stopped_in_order(server: NbdServer) -> Iterator[None]:
+def stopped_in_order(server: NbdServer) -> Iterator[None]:
     """From now on signals stop the server, not the process. They stay caught, so that the last flush completes."""
     seen = 0
 
@@ -401,7 +401,7 @@ def _is_pid_file(path: str) -> bool:
 
 
 @contextlib.contextmanager
-def _pid_file(path: str) -> Iterator[None]:
+def pid_file(path: str) -> Iterator[None]:
     """Keep a file with our process id while the block runs."""
     text = f"{os.getpid()}\n".encode()
     if is_regular(path) and not _is_pid_file(path):
