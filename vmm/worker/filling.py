@@ -86,6 +86,7 @@ class Filler:
         """Fill all disks, for as long as the machine runs; returns at once if there is nothing to fill."""
         failures = 0
         while not self._running.exited.is_set():
+            await self._wait_allowed()
             try:
                 filling = await asyncio.to_thread(read_filling, self._running.machine)
                 if filling is None:
@@ -99,6 +100,10 @@ class Filler:
                     await asyncio.sleep(_AGAIN_SECONDS[min(failures, len(_AGAIN_SECONDS) - 1)])  # longer each time
                     failures += 1
         self._running.filling = None
+
+    async def _wait_allowed(self) -> None:
+        while not self._may_go_on.is_set():  # the next operation may have begun before this is resumed
+            await self._may_go_on.wait()
 
     def _report(self, error: Exception) -> None:
         """Record why it does not go on, once for each reason."""
@@ -134,7 +139,7 @@ class Filler:
 
         Raises StoreFailed, InUse.
         """
-        await self._may_go_on.wait()
+        await self._wait_allowed()
         self._disk = disk_id
         self._is_idle.clear()
         pulling: asyncio.Task[Any] | None = None

@@ -39,7 +39,7 @@ from vmm.api.restoring.restoring import (
     result_of,
     vmm_errors,
 )
-from vmm.model.errors import VmmError
+from vmm.model.errors import StoreFailed, VmmError
 from vmm.model.formats import child_format, is_image_format
 from vmm.model.interrupted import ends_with_us
 from vmm.model.paths import MachinePaths, write_whole
@@ -60,13 +60,15 @@ def restore_now(
 ) -> RestoredMachine:
     """Make a machine of a night and start it; its disks are filled in the background, at most at that rate.
 
-    Files are not compared with their sums. Raises as `restore_machine`; then nothing is left. If the machine was made
-    but cannot be started, raises what prevents that, and the machine stays.
+    Files are not compared with their sums, but a damage that is known is refused. Raises as `restore_machine`; then
+    nothing is left. If the machine was made but cannot be started, raises what prevents that, and the machine stays.
     """
     with vmm_errors(), ends_with_us("the restore"), found_night(request.repository, request.night) as found:
         planned = plan_machine(found, request)
         refuse_outside(planned, request)
         refuse_taken(planned, request)
+        if request.check:
+            _refuse_known_damage(found)
         for words in planned.granted:
             (announce or (lambda words: None))(words)
         with Landing(planned.folder) as landing:
@@ -85,6 +87,18 @@ def restore_now(
         error.hint = f"{error.hint or 'mend this'}; the machine was made: vmm start {done.name}"
         raise
     return done
+
+
+def _refuse_known_damage(found: FoundNight) -> None:
+    """Raise StoreFailed if a verification has found damage that reaches the night, or a file of it is missing."""
+    known = backups.known_results(found.machine, found.machine.nights())
+    problems = next((one.problems for one in known if one.number == found.manifest.night), ())
+    if problems:
+        raise StoreFailed(
+            f"night {found.manifest.night} of {found.machine.name} is damaged: {problems[0]}",
+            path=found.machine.repository.path,
+            hint="restore another night (vmm backup list); --no-check starts this one as it is",
+        )
 
 
 def _with_leaves(found: FoundNight, planned: Planned, folder: str) -> tuple[Planned, dict[str, str]]:
