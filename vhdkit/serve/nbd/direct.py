@@ -26,10 +26,12 @@ from vhdkit.serve.nbd.export import PIECE_BYTES
 from vhdkit.serve.nbd.host import Host
 from vhdkit.serve.nbd.pieces import LongRead
 from vhdkit.serve.nbd.protocol import Transmission
+from vhdkit.serve.nbd.scans import LARGE_BYTES
 from vhdkit.units import MIB, SECTOR_SIZE, whole_sectors
 
 _MAX_REFUSALS = 4  # times that nothing is sent of a file although the socket has room: its file system cannot do it
 DIRECT_BYTES = MIB // 2  # smaller parts: at 256 KiB it saves no processor time, and a busy machine serves fewer
+DIRECT_BESIDE_BYTES = LARGE_BYTES  # while others are served: it is then the client whose time the copy takes
 
 
 class Direct:
@@ -41,6 +43,10 @@ class Direct:
         self._rules = rules
         self.is_possible = rules.structured and channel.is_local
         self._refusals = 0  # in a row
+
+    def least_bytes(self, now_ns: int) -> int:
+        """From which size on a part is sent so."""
+        return DIRECT_BESIDE_BYTES if self._host.scans.has_others(now_ns) else DIRECT_BYTES
 
     def send(self, disk: Disk, reading: LongRead, before: memoryview | bytes = b"") -> bool:
         """Send `before`, then the next part of a read or the rest of a chunk. Nothing may be unsent.
@@ -54,7 +60,8 @@ class Direct:
             return False
         try:
             run = disk.chain.file_run(whole_sectors(reading.offset), whole_sectors(end - reading.offset))
-            if run is None or (is_new and run[2] < DIRECT_BYTES) or not run[0].can_send(run[1], run[2]):
+            least = self.least_bytes(reading.began) if is_new else 0
+            if run is None or run[2] < least or not run[0].can_send(run[1], run[2]):
                 return False
         except errors.VhdkitError:  # the disk is closed
             return False

@@ -12,6 +12,7 @@ from vhdkit.serve.nbd.jobs import Jobs
 from vhdkit.serve.nbd.loop import Loop
 from vhdkit.serve.nbd.memory import ClientMemory
 from vhdkit.serve.nbd.options import ExportInfo, Session, TlsMode
+from vhdkit.serve.nbd.scans import Scans
 from vhdkit.serve.nbd.stats import Stats
 
 
@@ -21,6 +22,7 @@ class Host(Protocol):
     loop: Loop
     stats: Stats
     jobs: Jobs
+    scans: Scans
     memory: ClientMemory  # what all connections make the server keep
     tls_mode: TlsMode
     tls_context: ssl.SSLContext | None

@@ -26,6 +26,7 @@ read its answers. A read whose word came in vain becomes a job.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Protocol
@@ -37,6 +38,7 @@ from vhdkit.serve.nbd.channel import Channel
 from vhdkit.serve.nbd.export import PIECE_BYTES, Export
 from vhdkit.serve.nbd.host import Host
 from vhdkit.serve.nbd.protocol import Request, Transmission
+from vhdkit.serve.nbd.scans import Scan
 from vhdkit.serve.nbd.wire import Command
 from vhdkit.units import PAGE_SIZE, SECTOR_SIZE
 
@@ -66,6 +68,7 @@ class Reader(Protocol):
     """What `Misses` needs of the client whose reads wait (`serving.Serving`)."""
 
     export: Export
+    scan: Scan
 
     def may_answer(self) -> bool:
         """False while nothing may be read or sent for it."""
@@ -176,8 +179,10 @@ class Misses:
 
     def _look(self) -> bool:
         """Answer what is ready; True if there was anything."""
-        was_full, before = self.is_full(), self.count
+        was_full, before, began = self.is_full(), self.count, time.perf_counter_ns()
         self._ready, failed = self._answer(_TRIES)
+        if self.count != before:
+            self._reader.scan.answered_late(before - self.count, began)
         for miss in failed:  # the job reports the error
             self._forget(miss)
             self._submit(miss, _nothing)

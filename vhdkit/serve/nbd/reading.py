@@ -86,6 +86,8 @@ class Reading(Answering):
         False, and nothing is sent, if it must be copied. If it does not become the long read, its data are sent, and
         the chunk that ends it is left to the caller.
         """
+        if not self._direct.is_possible or length < self._direct.least_bytes(time.perf_counter_ns()):
+            return False
         reading = LongRead(Request(0, _READ, 0, cookie, offset, length, 0), in_chunks=True)
         if not self._send_directly(reading, before):
             return False

@@ -28,6 +28,7 @@ from vhdkit.serve.nbd.jobs import Jobs
 from vhdkit.serve.nbd.loop import READABLE, Lane, Loop
 from vhdkit.serve.nbd.memory import AMPLE, ClientMemory
 from vhdkit.serve.nbd.options import ExportInfo, Session, TlsMode
+from vhdkit.serve.nbd.scans import Scans
 from vhdkit.serve.nbd.stats import Stats
 from vhdkit.units import KIB
 
@@ -75,6 +76,7 @@ class NbdServer:
         self.loop = Loop()
         self.stats = Stats()
         self.jobs = Jobs(self.loop, self.stats, self.drained)
+        self.scans = Scans(self.loop.call_later)
         self.memory = ClientMemory()
         self.read_ahead = Budget()
         self.buffer = memoryview(

@@ -19,7 +19,6 @@ from functools import partial
 from vhdkit import errors
 from vhdkit.disk import Disk
 from vhdkit.serve.nbd.channel import Channel
-from vhdkit.serve.nbd.direct import DIRECT_BYTES
 from vhdkit.serve.nbd.export import HOLE_WORTH_BYTES, PIECE_BYTES, Export, error_number, error_reply
 from vhdkit.serve.nbd.host import Host
 from vhdkit.serve.nbd.memory import MISS_BYTES
@@ -27,6 +26,7 @@ from vhdkit.serve.nbd.misses import WAITS, Misses
 from vhdkit.serve.nbd.pieces import LongRead, Payload
 from vhdkit.serve.nbd.protocol import Request, Transmission
 from vhdkit.serve.nbd.reading import Reading
+from vhdkit.serve.nbd.scans import LARGE_BYTES, Scan
 from vhdkit.serve.nbd.slices import STATUS_RUNS
 from vhdkit.serve.nbd.wire import Command, CommandFlag
 from vhdkit.units import KIB, SECTOR_MASK, SECTOR_SIZE, round_down
@@ -52,16 +52,14 @@ class Serving(Reading):
         super().__init__(host, channel, rules, export, peer=peer, proceed=proceed)
         self.ended = False  # the client sent DISC
         self.payload: Payload | None = None  # written as it arrives
+        self.scan = Scan(host.scans)
         self.misses = Misses(self, host, channel, rules, proceed)
         self._replies, self._served = host.replies, host.stats.served
         self._usual = (  # what each batch needs
             *(rules.unpack, rules.magic, rules.request_size, rules.size_bytes),
             *(rules.put_read_header, rules.put_done, rules.write_flags, rules.read_header_size),
         )
-        self._worth = (  # the size from which a read is examined for holes, and for being sent without a copy
-            HOLE_WORTH_BYTES if rules.structured else PIECE_BYTES + 1,
-            DIRECT_BYTES if self._direct.is_possible else PIECE_BYTES + 1,
-        )
+        self._hole_worth = HOLE_WORTH_BYTES if rules.structured else PIECE_BYTES + 1  # examined for holes from then on
 
     @property
     def kept_bytes(self) -> int:
@@ -103,10 +101,24 @@ class Serving(Reading):
 
     def step(self) -> bool:
         """Continue a long read; False if there is none, or it cannot continue now."""
-        if self._long_read is None or self._channel.unsent or self._waiting or self.export.held:
+        reading = self._long_read
+        if reading is None or self._channel.unsent or self._waiting or self.export.held:
             return False
-        self._continue_long_read(self._long_read)
+        began, position = time.perf_counter_ns(), reading.offset
+        if self._rests(began):
+            return False
+        self._continue_long_read(reading)
+        self.scan.end(began, reading.offset - position)
         return True
+
+    def _rests(self, now: int) -> bool:
+        """Before large reads: let our input wait if this is a scan that has to rest beside others."""
+        if self.scan.must_rest(now):
+            self._waiting = True
+            self._host.scans.rest(self.scan, self._wait_ended)
+            return True
+        self.scan.begin(now)
+        return False
 
     def serve(self, buffer: memoryview, end: int) -> int:
         """Serve requests before `end`; returns where the unserved input begins."""
@@ -135,11 +147,11 @@ class Serving(Reading):
     def _serve_usual(self, buffer: memoryview, position: int, end: int) -> int:
         """The hot path: plain reads and writes that need no waiting. Returns where the first other request begins."""
         unpack, magic, request_size, size_bytes, put_read_header, put_done, write_flags, header_size = self._usual
-        hole_worth, direct_worth = self._worth
+        hole_worth, scan = self._hole_worth, self.scan
         disk, limits, replies, misses = self.export.disk, self._memory.limits, self._replies, self.misses
         try_read, try_write = disk.try_read_whole, disk.try_write_flat
         room, longest, marks = limits.reply_bytes - _LAST_HEADER_BYTES, limits.piece_bytes, misses.marks
-        began, filled, served = time.perf_counter_ns(), 0, 0
+        began, filled, served, large = time.perf_counter_ns(), 0, 0, 0
         try:
             while end - position >= request_size:
                 found, flags, command, cookie, offset, length = unpack(buffer, position)
@@ -156,15 +168,19 @@ class Serving(Reading):
                         continue
                     if offset in marks:
                         misses.read_ahead(offset, length)
-                    if length >= hole_worth and disk.has_known_holes(offset, length):
-                        break
-                    if length >= direct_worth and self._begin_directly(cookie, offset, length, replies[:filled]):
-                        position += request_size
-                        filled = 0
-                        if self._long_read is not None:
+                    if length >= LARGE_BYTES:
+                        if not large and self._rests(began):
                             break
-                        filled = self._rules.put_end(replies, 0, cookie, offset)
-                        continue
+                        large += length
+                        if length >= hole_worth and disk.has_known_holes(offset, length):
+                            break
+                        if self._begin_directly(cookie, offset, length, replies[:filled]):
+                            position += request_size
+                            filled = 0
+                            if self._long_read is not None:
+                                break
+                            filled = self._rules.put_end(replies, 0, cookie, offset)
+                            continue
                     if not try_read(offset, replies[start:stop]):
                         if misses.is_full() or (offset | length) & SECTOR_MASK:
                             break
@@ -187,6 +203,10 @@ class Serving(Reading):
         except errors.VhdkitError as problem:  # the request is repeated as a job, which reports the error
             _log.debug("%s: %s", self._peer, problem)
         self._channel.send(replies[:filled])
+        if large:
+            scan.end(began, large)
+        elif served:
+            scan.served(served, began)
         if served:
             self._served(self, served, began)
             self._loop.relaxed = served > 1 or filled > _RELAXING_BYTES
@@ -207,9 +227,9 @@ class Serving(Reading):
         As a job, a write would wait longer: for the interpreter, and it would then have the lock in turn.
         """
         self._waiting = True
-        self.export.after_bulk.append(self._bulk_ended)
+        self.export.after_bulk.append(self._wait_ended)
 
-    def _bulk_ended(self) -> None:
+    def _wait_ended(self) -> None:
         self._waiting = False
         self._proceed()
 
@@ -270,6 +290,8 @@ class Serving(Reading):
             self._answer(answer)
 
         lane, work = self.export.work_of(rules, request, payload, descriptors=descriptors)
+        if request.command == Command.READ:
+            work = self.scan.noting(work)
         takes_lock = request.command in (Command.WRITE_ZEROES, Command.TRIM)
         attempt = None if after is not None else self.export.attempt_of(rules, request, payload)
         if attempt is not None and request.command == Command.READ:
@@ -287,7 +309,8 @@ class Serving(Reading):
             done()
             self._proceed()
 
-        self._host.jobs.add(self, lambda: (work(self.export.disk), True), ended, must_run=False)
+        noted = self.scan.noting(lambda: (work(self.export.disk), True))
+        self._host.jobs.add(self, noted, ended, must_run=False)
 
     # -- payloads that arrive in pieces -------------------------------------------------------------------------
 
