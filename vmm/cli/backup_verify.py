@@ -36,7 +36,7 @@ _EXIT_DAMAGED, _EXIT_BUSY = 3, 5
 @click.option("--boot", is_flag=True,
               help="Instead, start the newest night of each MACHINE, or NAME@NIGHT: does it boot?")  # fmt: skip
 @click.option("--expect", metavar="TEXT", help="With --boot: what the serial console must show.")
-@click.option("--screen", is_flag=True, help="With --boot: a picture that changes is enough, without an agent.")
+@click.option("--screen", is_flag=True, help="With --boot: a screen that still changes after 20 s is enough.")
 @click.option(
     "--seconds", type=SECONDS, metavar="SECONDS", help="With --boot: how long that may take; by default 300."
 )

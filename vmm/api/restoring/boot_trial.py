@@ -5,12 +5,12 @@
 
 Decides what of the definition the trial has, and what counts as booting. It has the night's disks, ids and firmware,
 since a guest may refuse to start without them; its adapters are on a private switch that nothing else is on, its
-drives are empty, and nothing else of this host is given to it (`INV-IMPORT-CONFINED`). It writes to images of its own.
-Other commands never see it, because it is in another state home.
+drives are empty, it boots from disks alone, and nothing else of this host is given to it (`INV-IMPORT-CONFINED`). It
+writes to images of its own. Other commands never see it, because it is in another state home.
 
 A guest boots if its agent answers; or, as the user asks, if its serial console shows a text, or its screen changes
-again and again. A machine that goes off, or does not do so in time, has failed. What a killed trial leaves is ended
-by the next one.
+again and again after the firmware has had its time. A machine that goes off, or does not do so in time, has failed.
+What a killed trial leaves is ended by the next one.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ from vmm.store.state import MachineState, note_unclean
 
 TRIAL_SECONDS = 300.0
 _LOOK_SECONDS = 0.5  # a look asks the worker and takes a picture
-_CHANGES = 3  # of the picture: firmware and boot loader make one or two
+FIRMWARE_SECONDS = 20.0  # what the screen shows before is the firmware's, which also fails with several pictures
+_CHANGES = 3  # of the picture after that
 _SWITCH = "trial"
 _RUNTIME_NOTE = "runtime-folder"
 _MAX_PATH_BYTES = 4096
@@ -113,6 +114,7 @@ def _made(found: FoundNight, folder: str) -> MachineSpec:
         adapters=[one.model_copy(update=alone) for one in spec.adapters],
         automatic=AutomaticSpec(),
         paths=PathsSpec(),
+        boot_order=[one for one in spec.boot_order if one == "disk"],
         background_capture=False,
         kernel=None,
         initrd=None,
@@ -146,6 +148,7 @@ def _fill(machine: MachinePaths, found: FoundNight) -> None:
 def watch(manager: Manager, name: str, wish: TrialWish) -> tuple[Sign | None, str]:
     """Wait for a sign that the guest has booted. Returns which one it was, and what was seen in words."""
     pictures: list[int] = []
+    begin = time.monotonic()
     last = "nothing was seen of the guest"
     for _ in looks(wish.seconds, every_seconds=_LOOK_SECONDS):
         info = manager.show(name)
@@ -161,11 +164,11 @@ def watch(manager: Manager, name: str, wish: TrialWish) -> tuple[Sign | None, st
         if info.heartbeat == "ok":
             return "heartbeat", "its agent answers"
         last = "its agent does not answer"
-        if wish.screen:
+        if wish.screen and time.monotonic() - begin >= FIRMWARE_SECONDS:
             _note_picture(manager, name, pictures)
             if len(pictures) > _CHANGES:
                 return "screen", f"its screen has changed {_CHANGES} times"
-            last += f", and its screen has changed {max(len(pictures) - 1, 0)} times"
+            last += f", and its screen has changed {len(pictures) - 1} times after the firmware"
     return None, f"{last} within {wish.seconds:.0f} s"
 
 

@@ -143,9 +143,17 @@ def test_signs_of_life(
     wish: dict[str, Any], looks: list[Any], seen: str | None, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What counts as booting: the heartbeat, or what the user asks for; a machine that goes off has failed."""
+    monkeypatch.setattr(boot_trial, "FIRMWARE_SECONDS", 0.0)
     monkeypatch.setattr(boot_trial, "looks", lambda seconds, every_seconds: iter([False] * (len(looks) + 1)))
     found, said = watch(Guests(*looks), "web", TrialWish(**wish))  # type: ignore[arg-type]
     assert found == seen and words in said
+
+
+def test_pictures_of_the_firmware_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A firmware that finds nothing to boot shows several pictures, too: only what changes later is a sign."""
+    monkeypatch.setattr(boot_trial, "looks", lambda seconds, every_seconds: iter([False] * 9))
+    found, words = watch(Guests(*((RUNNING, "off", b"", bytes([n])) for n in range(9))), "web", TrialWish(screen=True))  # type: ignore[arg-type]
+    assert found is None and "its agent does not answer within" in words
 
 
 def test_the_trial_has_nothing_of_the_host(manager: Manager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,6 +183,7 @@ def test_the_trial_has_nothing_of_the_host(manager: Manager, tmp_path: Path, mon
     disk, drive = trial.disks
     assert str(disk.path).startswith(f"{os.path.realpath(paths.home())}/trials/") and drive.path is None
     assert disk.serial == original.disks[0].serial
+    assert trial.boot_order == ("disk",)
     [adapter] = trial.adapters
     assert (adapter.switch, adapter.spoofing, adapter.mirror) == ("trial", False, "none")
     assert adapter.mac == original.adapters[0].mac
