@@ -40,16 +40,22 @@ class RateLimit:
         if wait > 0:
             becomes(self._is_cancelled, wait)
 
-    def follow(self, progress: Callable[[int, int], None] | None) -> Callable[[int, int], None]:
-        """A progress callback that takes what was done since the last call, and then calls `progress`."""
-        last = 0
+    def follow(
+        self, progress: Callable[[int, int], None] | None, moved: Callable[[int], int]
+    ) -> Callable[[int, int], None]:
+        """A progress callback that calls `progress`, then waits for what was moved since the last call.
 
-        def limited(done_bytes: int, total_bytes: int) -> None:
+        `moved` says how many bytes have been moved by now, from how much work is done, which may count holes.
+        """
+        last = moved(0)
+
+        def limited(done: int, total: int) -> None:
             nonlocal last
             if progress is not None:
-                progress(done_bytes, total_bytes)
-            if done_bytes > last:
-                self.take(done_bytes - last)
-            last = done_bytes
+                progress(done, total)
+            now = moved(done)
+            if now > last:
+                self.take(now - last)
+            last = now
 
         return limited

@@ -42,15 +42,17 @@ def test_a_cancelled_wait_ends() -> None:
 
 
 def test_progress_is_followed() -> None:
-    """A progress callback takes what was done since the last call, and starts anew with the next piece of work."""
+    """A progress callback takes what was moved since the last call, however much work that was."""
     taken: list[int] = []
     limit = RateLimit(1 << 40)
     limit.take = taken.append  # type: ignore[method-assign, assignment]
     shown: list[int] = []
-    follow = limit.follow(lambda done, _: shown.append(done))
-    for done in (5, 5, 12, 3, 4):
+    follow = limit.follow(lambda done, _: shown.append(done), lambda done: 3 + done // 2)
+    for done in (4, 4, 12, 6, 20):
         follow(done, 20)
-    assert taken == [5, 7, 1] and shown == [5, 5, 12, 3, 4]
+    assert taken == [2, 4, 7] and shown == [4, 4, 12, 6, 20]
+    limit.follow(None, lambda done: done)(1, 2)
+    assert taken[-1] == 1
 
 
 def test_a_rate_that_cannot_be_meant() -> None:

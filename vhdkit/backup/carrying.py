@@ -146,3 +146,19 @@ def digest_of_file(store: ReadStore) -> str:
     for at in range(0, store.size(), MIB):
         found.update(store.pread(at, MIB))
     return found.hexdigest()
+
+
+class DataBefore:
+    """How many bytes of data a file has before an offset that only grows: what work that skips holes has read."""
+
+    def __init__(self, store: ReadStore) -> None:
+        self._store = store
+        self._offset = self._bytes = 0
+
+    def __call__(self, offset_bytes: int) -> int:
+        """The number of bytes. Raises IoFailed."""
+        if offset_bytes > self._offset:
+            runs = self._store.data_runs(self._offset, offset_bytes - self._offset)
+            self._bytes += sum(size for _, size, is_data in runs if is_data)
+            self._offset = offset_bytes
+        return self._bytes

@@ -47,6 +47,7 @@ from vhdkit.chain.verbs.merge_parts import file_of_layer
 from vhdkit.errors import printable
 from vhdkit.held_folder import HeldFolder
 from vhdkit.image import NULL_ID, Layer
+from vhdkit.rate import RateLimit
 from vhdkit.store import FileStore, Store
 from vhdkit.units import format_size
 
@@ -71,10 +72,13 @@ class FrozenDisk:
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
-    """What the user asks of a night: to compare every disk whole, to begin a new chain after so many images."""
+    """What the user asks of a night: to compare every disk whole, to begin a new chain after so many images, to write
+    no more in a second.
+    """
 
     compare: bool = False
     full_every: int | None = None
+    limit: RateLimit | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,12 +316,20 @@ class Writing:
     ) -> str:
         """Write the content of the image and its table of sums; the root of that. Raises as `_fill`."""
         doing = f"sums of {disk.disk_id}"
+        shown, stage = stage, self._limited(stage, store)
         if store.is_remote() or sharing_stores(disk.chain.layers, store):  # bytes may get there without being seen
             self._fill(store, disk, basis, chain, below, stage)
-            return sums.make_table(store, table, stage(doing))
+            return sums.make_table(store, table, shown(doing))
         with SummedFile(store, table) as summed:
             self._fill(summed, disk, basis, chain, below, stage)
-            return summed.finish(stage(doing))
+            return summed.finish(shown(doing))
+
+    def _limited(self, stage: Stages, store: FileStore) -> Stages:
+        """Stages whose work writes no more in a second than the user wants."""
+        limit = self.wishes.limit
+        if limit is None:
+            return stage
+        return lambda doing: limit.follow(stage(doing), lambda _: store.allocated_bytes())
 
     def _fill(
         self,

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from vhdkit import errors, formats
 from vhdkit.arguments import AnyPath, Several, checked
 from vhdkit.backup import sums
+from vhdkit.backup.carrying import DataBefore
 from vhdkit.backup.choosing import Wanted, chosen
 from vhdkit.backup.contents import block_size_in, kind_of_full
 from vhdkit.backup.documents import DamagedRepository
@@ -34,6 +35,7 @@ from vhdkit.chain.engine.chain import Chain
 from vhdkit.chain.verbs.convert import convert_chain
 from vhdkit.chain.verbs.create import DiskFormat
 from vhdkit.folder import NewFile, is_folder, remove_file
+from vhdkit.rate import RateLimit
 from vhdkit.units import MIB
 
 
@@ -56,14 +58,17 @@ def restore(
     kind: DiskFormat | str | None = None,
     check: bool = True,
     dry_run: bool = False,
+    limit: RateLimit | None = None,
     stage: Stages | None = None,
 ) -> Restored:
     """Make new images of the disks of a night: `word` is NAME, NAME@NIGHT or NAME@TIME.
 
     `destination` is an existing folder, or the path of the new image if there is one disk. `disks` are the ids of
     those wanted, none for all; `kind` is what the images become, None for that of the disk. With `check` everything
-    that is read is compared with its sums first. Raises NotFound, InvalidArgument, AlreadyExists, DamagedRepository,
-    CorruptImage, NoSpace, IoFailed; then nothing is left.
+    that is read is compared with its sums first. `limit` is how much is compared, and then written, in a second.
+
+    Raises NotFound, InvalidArgument, AlreadyExists, DamagedRepository, CorruptImage, NoSpace, IoFailed; then nothing
+    is left.
     """
     stage, wanted, place = stage or no_stages, Wanted.of_word(word), os.fsdecode(destination)
     with open_repository(repository) as opened, opened.machine(opened.find_machine(wanted.machine)) as machine:
@@ -75,7 +80,7 @@ def restore(
             images = Images(one.manifest for one in machine.nights() if one.manifest is not None)
             plan = _plan(machine, manifest, images, place, list(disks), kind)
             if not dry_run:
-                _run(plan, stage, check=check)
+                _run(plan, stage, check=check, limit=limit)
     return Restored(manifest, {one.record.disk_id: one.path for one in plan.disks}, tuple(plan.files))
 
 
@@ -163,13 +168,13 @@ def _suffix(record: DiskRecord, kind: DiskFormat | None) -> str:
     return ".vhdx" if record.image.name.endswith("vhdx") else ".vhd"
 
 
-def _run(plan: _RestorePlan, stage: Stages, *, check: bool) -> None:
+def _run(plan: _RestorePlan, stage: Stages, *, check: bool, limit: RateLimit | None) -> None:
     made: list[str] = []
     try:
         for disk in plan.disks:
             with opened_layers(plan.machine, disk.chain) as layers:
                 if check:
-                    _check(plan.machine, disk.chain, stage)
+                    _check(plan.machine, disk.chain, stage, limit)
                 chain = Chain(layers)
                 if chain.size_bytes < disk.record.virtual_size_bytes:
                     raise DamagedRepository("is smaller than the manifest says", path=layers[0].store.name)
@@ -182,6 +187,7 @@ def _run(plan: _RestorePlan, stage: Stages, *, check: bool) -> None:
                     kind,
                     block_size_bytes=block_size,
                     raw_size_bytes=disk.record.raw_size_bytes or disk.record.virtual_size_bytes,
+                    limit=limit,
                     progress=show,
                 )
                 made.append(disk.path)
@@ -195,7 +201,7 @@ def _run(plan: _RestorePlan, stage: Stages, *, check: bool) -> None:
         raise
 
 
-def _check(machine: MachineFolder, chain: Sequence[ImageRecord], stage: Stages) -> None:
+def _check(machine: MachineFolder, chain: Sequence[ImageRecord], stage: Stages, limit: RateLimit | None) -> None:
     """Raise DamagedRepository if a file that will be read differs from its sums."""
     for record in chain:
         with machine.folder_of(record.place) as folder, folder.file(record.place.name) as store:
@@ -203,6 +209,8 @@ def _check(machine: MachineFolder, chain: Sequence[ImageRecord], stage: Stages) 
             with folder.file(record.place.sums_name) as table:
                 sums.check_table(table, record.sums_root, record.file_size_bytes)
                 show = stage(f"checking {record.place.name}")
+                if limit is not None:
+                    show = limit.follow(show, DataBefore(store))
                 wrong = next(sums.differing(store, table, progress=show), None)
             if wrong is not None:
                 raise DamagedRepository(

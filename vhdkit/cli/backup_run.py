@@ -15,11 +15,12 @@ from vhdkit import __version__
 from vhdkit.backup.manifest import How
 from vhdkit.backup.night import Wishes
 from vhdkit.backup.single import SavedDisk, SingleWishes, backup_image
-from vhdkit.cli.common import PATH, Common, epilog, image_options, progress_option
+from vhdkit.cli.common import PATH, Common, epilog, image_options, limit_option, progress_option
 from vhdkit.cli.common import size as parsed_size
 from vhdkit.cli.output import note, print_json, print_text
 from vhdkit.cli.progress import stages_shown
 from vhdkit.errors import printable, quoted
+from vhdkit.rate import RateLimit
 from vhdkit.units import format_size
 
 _HOW = {
@@ -53,6 +54,7 @@ _EXAMPLES = (
               help="Begin a new chain with a full image after N images.")  # fmt: skip
 @click.option("--keep-free", metavar="SIZE", type=parsed_size, default="0",
               help="Leave so much of REPO's file system free; else do nothing.")  # fmt: skip
+@limit_option
 @click.option("--as-it-is", is_flag=True, help="Save IMAGE although it has children, so is not a disk's newest state.")
 @image_options()
 @progress_option
@@ -65,6 +67,7 @@ def run_command(
     compare: bool,
     full_every: int | None,
     keep_free: int,
+    limit: RateLimit | None,
     as_it_is: bool,
     common: Common,
     progress: bool | None,
@@ -89,7 +92,7 @@ def run_command(
         raise click.UsageError("name " + ("REPO alone, with --control" if control else "IMAGE and REPO"))
     if export is not None and not control:
         raise click.UsageError("--export belongs to --control")
-    wishes = SingleWishes(name, keep_reference, keep_free, Wishes(compare, full_every), f"vhdkit {__version__}")
+    wishes = SingleWishes(name, keep_reference, keep_free, Wishes(compare, full_every, limit), f"vhdkit {__version__}")
     begin = time.monotonic()
     with stages_shown(common, progress) as stage:
         if control:

@@ -13,10 +13,11 @@ import click
 from vhdkit import DiskFormat
 from vhdkit.backup.restore import Restored, restore
 from vhdkit.cli.backup import repository_options
-from vhdkit.cli.common import PATH, Common, dry_run_option, epilog, progress_option
+from vhdkit.cli.common import PATH, Common, dry_run_option, epilog, limit_option, progress_option
 from vhdkit.cli.output import print_json, print_text
 from vhdkit.cli.progress import stages_shown
 from vhdkit.errors import printable
+from vhdkit.rate import RateLimit
 
 _EXAMPLES = (
     "vhdkit restore /srv/backup web web.vhd",
@@ -34,6 +35,7 @@ _EXAMPLES = (
 @click.option("--to", "kind", type=click.Choice([one.value for one in DiskFormat]),
               help="Kind of the new images; by default a dynamic VHD or VHDX, as the disk was.")  # fmt: skip
 @click.option("--no-check", is_flag=True, help="Do not compare what is read with its sums first.")
+@limit_option
 @dry_run_option
 @progress_option
 def restore_command(
@@ -43,6 +45,7 @@ def restore_command(
     disks: tuple[str, ...],
     kind: str | None,
     no_check: bool,
+    limit: RateLimit | None,
     dry_run: bool,
     progress: bool | None,
     common: Common,
@@ -63,7 +66,15 @@ def restore_command(
     begin = time.monotonic()
     with stages_shown(common, progress) as stage:
         done = restore(
-            repo, night, destination, disks=disks, kind=kind, check=not no_check, dry_run=dry_run, stage=stage
+            repo,
+            night,
+            destination,
+            disks=disks,
+            kind=kind,
+            check=not no_check,
+            dry_run=dry_run,
+            limit=limit,
+            stage=stage,
         )
     _print_result(done, dry_run, time.monotonic() - begin, common)
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.support import daily_or_nightly
 from vhdkit.backup import sums
-from vhdkit.backup.carrying import bring, changed_between
+from vhdkit.backup.carrying import DataBefore, bring, changed_between
 from vhdkit.backup.documents import DamagedRepository
 from vhdkit.rate import RateLimit
 from vhdkit.store import FileStore
@@ -84,3 +84,14 @@ def test_damage_is_not_carried_on(tmp_path: Path) -> None:
             target.pwrite = lambda *_: None  # type: ignore[method-assign]
             with pytest.raises(DamagedRepository, match=r"target.*reads other bytes"):
                 bring(good, target, table)
+
+
+def test_what_work_has_read(tmp_path: Path) -> None:
+    """Holes before an offset do not count as read, and an offset that was passed is not asked for again."""
+    with stored(tmp_path / "file", b"") as store:
+        store.truncate(1 << 20)
+        store.pwrite(64 << 10, bytes([1]) * (64 << 10))
+        store.pwrite(512 << 10, bytes([1]) * 4096)
+        before = DataBefore(store)
+        found = [before(offset << 10) for offset in (0, 32, 64, 96, 96, 512, 514, 1024, 100)]
+        assert found == [offset << 10 for offset in (0, 0, 0, 32, 32, 64, 66, 68, 68)]

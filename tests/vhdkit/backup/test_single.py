@@ -6,6 +6,9 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ import vhdkit
 from tests.harness.folder_power import files_of
 from tests.harness.killing import killings
 from tests.support import daily_or_nightly
+from tests.waiting import wait_until
 from vhdkit import errors
 from vhdkit.backup import single
 from vhdkit.backup.manifest import How
@@ -22,6 +26,7 @@ from vhdkit.backup.repository import Repository
 from vhdkit.backup.restore import restore
 from vhdkit.backup.single import SavedDisk, SingleWishes, backup_image
 from vhdkit.chain.verbs.newest import newest_leaf
+from vhdkit.rate import RateLimit
 from vhdkit.units import KIB, MIB
 
 SIZE = 4 * MIB
@@ -360,3 +365,34 @@ def test_a_thousand_nights() -> None:
     rng = random.Random(35)
     for number in {1, 2, 127, 128, 129, 130, 256, 257, 999, 1000, *rng.sample(range(1, 1001), 50)}:
         assert restored(f"web@{number}") == expected[number], number
+
+
+def test_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backup and a restore with a limit wait for what they write, a restore for what it compares; holes are free."""
+    vhdkit.create_image("web.vhd", 64 * MIB, block_size_bytes=512 * KIB)
+    with vhdkit.open_disk("web.vhd", writable=True) as disk:
+        for offset in range(0, 64 * MIB, 16 * MIB):
+            disk.write(offset, random.Random(offset).randbytes(MIB))
+    taken: list[int] = []
+    monkeypatch.setattr(RateLimit, "take", lambda _, size: taken.append(size))
+    limit = RateLimit(MIB)
+    backup_image("web.vhd", "repo", SingleWishes(night=Wishes(limit=limit)))
+    assert 4 * MIB <= sum(taken) < 5 * MIB
+    taken.clear()
+    restore("repo", "web", "restored.vhd", limit=limit)
+    assert 8 * MIB <= sum(taken) < 10 * MIB and content("restored.vhd") == content("web.vhd")
+    taken.clear()
+    restore("repo", "web", "again.vhd", check=False, limit=limit)
+    assert 4 * MIB <= sum(taken) < 5 * MIB
+
+
+def test_a_limited_backup_is_interrupted_at_once() -> None:
+    """Ctrl-C ends the wait of a backup with a low limit at once, and leaves no night."""
+    make()
+    write("web.vhd", MIB)
+    backup = [sys.executable, "-m", "vhdkit", "backup", "run", "web.vhd", "repo", "--limit", "1K", "--no-progress"]
+    with subprocess.Popen(backup, stderr=subprocess.DEVNULL) as process:
+        wait_until(lambda: list(Path().glob("repo/machines/*/images/disk/.vhdkit-*")), "an image is written", 30)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) != 0  # the first mebibyte would take 17 minutes
+    assert not list(Path().glob("repo/machines/*/nights/*")) and not list(Path().glob("repo/machines/*/images/disk/*"))

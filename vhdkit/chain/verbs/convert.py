@@ -23,6 +23,7 @@ from vhdkit.folder import NewFile
 from vhdkit.formats.azure import azure_size
 from vhdkit.formats.format import DEFAULT_BLOCK_SIZE, CreateRequest
 from vhdkit.image import Layer
+from vhdkit.rate import RateLimit
 from vhdkit.units import SECTOR_SIZE, round_up
 
 
@@ -76,16 +77,22 @@ def convert_chain(
     replace: bool = False,
     sync: bool = True,
     raw_size_bytes: int | None = None,
+    limit: RateLimit | None = None,
     options: OpenOptions | None = None,
     progress: Progress | None = None,
 ) -> int:
-    """`convert` for an open chain. A raw image gets the length `raw_size_bytes`, if it is given and shorter."""
+    """`convert` for an open chain. A raw image gets the length `raw_size_bytes`, if it is given and shorter.
+
+    `limit` is how much is written in a second.
+    """
     size = converted_size(chain.size_bytes, disk_format, azure=azure)
     sector_bytes = converted_sectors(chain, disk_format, accept=accept_sector_size)
     request = CreateRequest(size, disk_format, block_size_bytes, sector_bytes=sector_bytes)
     with _prepare(chain, os.fsdecode(destination), request, replace=replace, options=options) as (new, target):
         if sync:
             new.start_early()
+        if limit is not None:
+            progress = limit.follow(progress, lambda _: new.store.allocated_bytes())
         with steady(chain):
             copy_content(chain, target, progress=progress)
         target.seal()

@@ -30,6 +30,7 @@ class ServedLine:
     folder: str
     source: str
     must_freeze: bool = True
+    max_rate_bytes: int | None = None  # of merges
 
     def freeze(self) -> str:
         """See `Line.freeze`."""
@@ -39,12 +40,12 @@ class ServedLine:
 
     def give_back(self, frozen: str) -> None:
         """See `Line.give_back`."""
-        self.client.call("merge", export=self.export, layer=None, into=frozen, max_rate_bytes=None)
+        self.client.call("merge", export=self.export, layer=None, into=frozen, max_rate_bytes=self.max_rate_bytes)
         self.leaf = frozen
 
     def merge(self, frozen: str, into: str) -> None:
         """See `Line.merge`."""
-        self.client.call("merge", export=self.export, layer=frozen, into=into, max_rate_bytes=None)
+        self.client.call("merge", export=self.export, layer=frozen, into=into, max_rate_bytes=self.max_rate_bytes)
 
 
 def backup_served(
@@ -71,6 +72,8 @@ def backup_served(
         name = os.path.splitext(name)[0] if formats.by_suffix(name) is not None else name
         source = f"{os.path.abspath(os.fsdecode(socket))}:{found['name']}"
         line = ServedLine(client, found["name"], leaf, folder, source)
+        if wishes.night.limit is not None:
+            line.max_rate_bytes = wishes.night.limit.bytes_per_second
         with create_repository(repository) as opened:
             return save_line(line, opened, wishes.name or name, wishes, options or OpenOptions(), stage)
 
