@@ -36,7 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "vhdkit.jsonrpc",
         "vhdkit.jsontext",
         "vhdkit.waiting",
-        "vhdkit.rate",
+        *("vhdkit.rate", "vhdkit.at_once"),
     ),
     tuple(f"vhdkit.{name}" for name in FILES_AND_IMAGES.split()),
     ("vhdkit.formats",),

@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Hashable, Iterator
 from typing import Protocol, Self, TypeAlias
 
-from vhdkit import errors, page_cache, space
+from vhdkit import at_once, errors, page_cache, space
 from vhdkit.arguments import AnyPath
 from vhdkit.arrival import Arrivals
 from vhdkit.descriptor import close_owned, held
@@ -127,8 +127,7 @@ def copy_bytes(
         if not piece:
             raise _ended(source)
         destination.pwrite(offset_bytes, piece)
-        source_offset_bytes += len(piece)
-        offset_bytes += len(piece)
+        source_offset_bytes, offset_bytes = source_offset_bytes + len(piece), offset_bytes + len(piece)
         size_bytes -= len(piece)
 
 
@@ -191,6 +190,8 @@ class FileStore(SentFile):
 
     def pread(self, offset_bytes: int, size_bytes: int) -> bytes:
         """See `ReadStore.pread`."""
+        if at_once.is_required():
+            return at_once.read(self, offset_bytes, size_bytes)
         pieces, inside = [], self.inside
         try:
             inside.append(None)
@@ -199,8 +200,7 @@ class FileStore(SentFile):
                 if not piece:
                     break
                 pieces.append(piece)
-                offset_bytes += len(piece)
-                size_bytes -= len(piece)
+                offset_bytes, size_bytes = offset_bytes + len(piece), size_bytes - len(piece)
         except OSError as error:
             raise self._failed(error, "read", offset_bytes) from error
         finally:

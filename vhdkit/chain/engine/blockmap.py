@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from vhdkit.at_once import taken
 from vhdkit.image import ZEROS_WITHOUT_SPACE, Layer
 from vhdkit.units import MIB, PAGE_SIZE, SECTOR_SIZE, whole_sectors
 
@@ -127,7 +128,7 @@ class BlockMap:
 
     def settle(self, grain: int) -> int:
         """Determine the owners of an UNKNOWN grain; returns its new entry."""
-        with self._lock:
+        with taken(self._lock):
             entry = self._sole_owner(grain)
             if entry > 0:
                 self._refine_whole(grain, entry)
@@ -178,7 +179,7 @@ class BlockMap:
         known = self.known.get(grain)
         if known is not None:
             return known
-        with self._lock:
+        with taken(self._lock):
             owners, offsets = self._owners_of(grain)
             made = MixedGrain(owners, offsets)
             self._remember(grain, made)

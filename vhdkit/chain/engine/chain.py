@@ -65,6 +65,7 @@ class Chain:
         self._tries_by_number = (tries[0], *tries)
         files = tuple(layer.store if type(layer.store) is FileStore else None for layer in layers)  # else it is a view
         self._files_by_number = (files[0], *files)
+        self.is_of_files = None not in files
         self._fine = self.map.fine
         self._fine_bytes = self.map.fine_bytes
         self._fine_mask = self.map.fine_bytes - 1

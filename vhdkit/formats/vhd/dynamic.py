@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vhdkit import errors
+from vhdkit.at_once import taken
 from vhdkit.errors import CorruptImage
 from vhdkit.finding import Finding
 from vhdkit.formats.bits import runs
@@ -135,7 +136,7 @@ class DynamicImage:
 
     def _bitmap(self, block_index: int) -> bytearray:
         """The bitmap of an allocated block, from memory or file. Records whether it is full."""
-        with self._commit.lock:
+        with taken(self._commit.lock):
             raw = self._commit.bitmaps.get(block_index)
             if raw is None:
                 stored = self.store.pread(self.bat.block_start(block_index), self._bitmap_size)

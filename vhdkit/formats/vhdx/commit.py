@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 
 from vhdkit import errors
+from vhdkit.at_once import taken
 from vhdkit.formats.guard import SyncGuard, WholeWrite
 from vhdkit.formats.remember import FLUSH, WRITER, Notes
 from vhdkit.formats.vhdx import layout
@@ -229,7 +230,7 @@ class Commit:
 
     def bits(self, offset_bytes: int, size_bytes: int) -> bytes:
         """Bytes of a sector bitmap, from memory or from the file. They lie in one page."""
-        with self.lock:
+        with taken(self.lock):
             return bytes(self.bits_to_change(offset_bytes, size_bytes))
 
     def bits_to_change(self, offset_bytes: int, size_bytes: int) -> bytearray:
@@ -244,9 +245,7 @@ class Commit:
         return kept
 
     def _load(self, page: int) -> bytearray:
-        raw = bytearray(SECTOR)
-        self._store.pread_into(page, memoryview(raw))
-        return raw
+        return bytearray(self._store.pread(page, SECTOR).ljust(SECTOR, b"\0"))
 
     def put_bits(self, offset_bytes: int, raw: bytes | bytearray) -> None:
         """Change bytes of a sector bitmap, which lie in one page (in `changing`)."""

@@ -11,8 +11,11 @@ read that waits alone is looked at some times before, as a fast device takes no 
 gives no word, the loop looks at the oldest between polls for events (`look`), and before it sleeps, the oldest becomes
 a job, whose end wakes the loop.
 
-    added ──► unsettled ── a job reads the bitmaps ──► waiting ── ready at a look ──► answered
-                                                          └── no word, word in vain, or it failed ──► job
+Where a read lies may not be known yet, because a bitmap tells that. The bitmap is then asked for in the same way, and
+read by the loop when it is there (`settle_at_once`); a job reads it where there is no word, or if word came in vain.
+
+    added ──► unsettled ── the bitmaps are there ──► waiting ── ready at a look ──► answered
+                                                        └── no word, word in vain, or it failed ──► job
 
 `INV-MISS-USES-THE-PRESENT-DISK`: a waiting read takes `export.disk` when it is tried, never before, and is not tried
 while the export is held. So a hold waits for word that was asked for, but not for the reads, and afterwards they
@@ -32,6 +35,8 @@ from functools import partial
 from typing import Protocol
 
 from vhdkit import errors
+from vhdkit.at_once import NotInMemory
+from vhdkit.chain.engine.unsettled import prefetch_likely, settle_at_once
 from vhdkit.disk import Disk
 from vhdkit.readahead import ReadAhead
 from vhdkit.serve.nbd.channel import Channel
@@ -40,13 +45,15 @@ from vhdkit.serve.nbd.host import Host
 from vhdkit.serve.nbd.protocol import Request, Transmission
 from vhdkit.serve.nbd.scans import Scan
 from vhdkit.serve.nbd.wire import Command
-from vhdkit.units import PAGE_SIZE, SECTOR_SIZE
+from vhdkit.store import FileStore
+from vhdkit.units import PAGE_SIZE, SECTOR_SIZE, covering_sectors
 
 MAX_MISSES = 128  # of one client
 MAX_MISS_BYTES = 8 * PIECE_BYTES  # of one client; none of it is our memory, but the kernel reads it
 MAX_WAITERS = 8  # jobs that wait for one client's reads at once
 _TRIES = 2  # reads in a row that are not there: later ones will hardly be
 _SMALL_BYTES = 16 * PAGE_SIZE  # of a read that may be there before word of it could come
+_FINDING_OUT_NS = 1_000_000  # at once, where reads lie
 _BATCHES = 4  # in which the waiting reads are answered, as the device delivers them
 WAITS = b"waits"  # in place of an answer
 
@@ -102,6 +109,8 @@ class Misses:
         self._ready: list[Miss] = []  # waiting for data, the oldest first
         self._unsettled: list[Miss] = []  # waiting for a job that finds out where they lie
         self._settling: list[Miss] | None = None  # in such a job
+        self._is_finding_out = False  # where they lie: there will be word
+        self._lacked: tuple[object, int] | None = None  # the file and the offset of what was asked about last for that
         self._waiters = 0
         self._allowed = 1
         self._awaited: Miss | None = None  # word of it will come
@@ -116,6 +125,8 @@ class Misses:
         miss = Miss(cookie, offset, length, began)
         if not disk.is_settled(offset, length):
             disk.prefetch(offset, length)
+            if length <= _SMALL_BYTES:
+                prefetch_likely(disk.chain, *_sectors(miss))
             self._unsettled.append(miss)
         else:
             self._ready.append(miss)
@@ -173,9 +184,9 @@ class Misses:
         return self._look()
 
     def serve(self) -> None:
-        """After a batch of requests: let a job find out where new reads lie."""
-        if self._unsettled and self._settling is None and self._reader.may_answer():
-            self._settle()
+        """After a batch of requests: find out where new reads lie."""
+        if self._unsettled and self._reader.may_answer():
+            self._find_out()
 
     def _look(self) -> bool:
         """Answer what is ready; True if there was anything."""
@@ -241,8 +252,8 @@ class Misses:
         """See `loop.Waiter`: ask for word, or look once more and let jobs wait for the oldest reads."""
         if not self._reader.may_answer():
             return
-        if self._unsettled and self._settling is None:
-            self._settle()
+        if self._unsettled:
+            self._find_out()
         if self._awaited is not None or (self._ready and not self._waiters and self._ask_for_word()):
             return
         if self._ready and self._look() and not self._reader.may_answer():
@@ -273,9 +284,7 @@ class Misses:
 
     def _told(self, export: Export) -> None:
         """What was asked for is there, or cannot be read."""
-        export.jobs -= 1
-        if export.held and not export.jobs:
-            self._host.drained(export)
+        self._had_word(export)
         miss, self._awaited = self._awaited, None
         if self._is_waiting(miss) and self._reader.may_answer():
             self._look()
@@ -308,6 +317,61 @@ class Misses:
         self._is_hopeless &= not found
         self._allowed = 1 if found or not self._ready else min(2 * self._allowed, MAX_WAITERS)
 
+    def _find_out(self) -> None:
+        """Find out where reads lie: here if what tells is in memory, else when there is word of it, or in a job."""
+        if self._settling is not None or self._is_finding_out:
+            return
+        export, unsettled, lacked = self._reader.export, self._unsettled, None
+        self._unsettled, until = [], time.perf_counter_ns() + _FINDING_OUT_NS
+        for number, miss in enumerate(unsettled):
+            if number and time.perf_counter_ns() > until:  # others have their turn
+                self._unsettled += unsettled[number:]
+                break
+            try:
+                missing = settle_at_once(export.disk.chain, *_sectors(miss))
+            except errors.VhdkitError:  # the read itself reports it
+                missing = None
+            if missing is None:
+                self._ready.append(miss)
+            else:
+                self._unsettled.append(miss)
+                lacked = lacked or missing
+        if lacked is None:
+            self._lacked = None
+            if self._unsettled:
+                self._is_finding_out = True
+                self._host.loop.post(self._find_out_more)
+        elif not self._ask_where(lacked, export):
+            self._settle()
+
+    def _ask_where(self, lacked: NotInMemory, export: Export) -> bool:
+        """Ask for word of what tells where a read lies; False if none will come, or it has come in vain."""
+        file, place = lacked.file, lacked.offset_bytes
+        before, self._lacked = self._lacked, (file, place)
+        if not isinstance(file, FileStore) or before == self._lacked:
+            return False
+        with contextlib.suppress(errors.VhdkitError):  # the read itself reports it
+            if self._host.loop.ask(partial(file.ask, place), partial(self._told_where, export)):
+                export.jobs += 1  # a hold waits for it, because it holds a file
+                self._is_finding_out = True
+                return True
+        return False
+
+    def _told_where(self, export: Export) -> None:
+        self._had_word(export)
+        self._find_out_more()
+
+    def _find_out_more(self) -> None:
+        self._is_finding_out = False
+        if self._unsettled and self._reader.may_answer():
+            self._find_out()
+            self._look()
+
+    def _had_word(self, export: Export) -> None:
+        export.jobs -= 1
+        if export.held and not export.jobs:
+            self._host.drained(export)
+
     def _settle(self) -> None:
         self._settling, self._unsettled = self._unsettled, []
         places = [(miss.offset, miss.length) for miss in self._settling]
@@ -332,6 +396,11 @@ class Misses:
             self._forget(miss)
         self._ready, self._unsettled, self._settling = [], [], None
         self._ahead.forget()
+
+
+def _sectors(miss: Miss) -> tuple[int, int]:
+    first = miss.offset // SECTOR_SIZE
+    return first, covering_sectors(miss.offset + miss.length) - first
 
 
 def _nothing() -> None:

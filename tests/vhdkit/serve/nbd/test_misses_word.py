@@ -12,10 +12,14 @@ from pathlib import Path
 import pytest
 
 from tests.nbd_client import EIO, READ, Running, serving
+from tests.vhdkit.chain.engine.test_unsettled import Cold
 from tests.vhdkit.serve.disks import child
 from tests.vhdkit.serve.nbd.test_misses import MODES, Mode, cold, connect, owned_places
 from tests.waiting import wait_until
 from vhdkit import create_image, open_disk
+from vhdkit import store as store_module
+from vhdkit.disk import Disk
+from vhdkit.serve.nbd import misses
 from vhdkit.serve.nbd.export import Export
 from vhdkit.units import KIB, MIB
 
@@ -27,11 +31,15 @@ class Words:
 
     def __init__(self, running: Running) -> None:
         self.told: list[Callable[[], None]] = []
+        self.is_prompt = False  # word comes as soon as it was asked for
         self._running = running
         running.server.loop.ask = self._ask  # type: ignore[method-assign]
 
     def _ask(self, ask: object, told: Callable[[], None]) -> bool:
-        self.told.append(told)
+        if self.is_prompt:
+            self._running.server.loop.post(told)
+        else:
+            self.told.append(told)
         return True
 
     def come(self) -> None:
@@ -99,10 +107,9 @@ def test_a_hold_waits_for_word() -> None:
         store.deliver()
         words.come()
         assert entered.wait(60) and export.jobs == 0
+        words.is_prompt = True  # it may ask again, or find the data at a look
         leave.set()
         holder.join(60)
-        wait_until(lambda: len(words.told) == 1, "it asks again")
-        words.come()
         assert client.answers(1)[cookie].content(place, 512) == child().content[place : place + 512]
 
 
@@ -128,3 +135,95 @@ def test_a_cold_file(mode: Mode, tmp_path: Path) -> None:
                 place, size = asked[cookie]
                 assert answer.content(place, size) == content[place : place + size]
         assert running.server.exports[0].jobs == 0
+
+
+class Unsettled:
+    """A server of a file of which nothing was read yet, not even where its data lies."""
+
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
+        self.jobs: list[int] = []  # where a job found out where a read lies
+        path = folder / "disk.vhd"
+        create_image(path, 16 * MIB)
+        with open_disk(path, writable=True) as disk:
+            for number in range(8):
+                disk.write(number * 2 * MIB, bytes([number + 1]) * 4096)
+        settle = Disk.settle
+
+        def counted(disk: Disk, offset: int, size: int) -> None:
+            self.jobs.append(offset)
+            settle(disk, offset, size)
+
+        patch.setattr(Disk, "settle", counted)
+        self.export = Export("", open_disk(path))
+
+
+def test_where_a_read_lies_is_found_out_without_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """INV-MISS-ENDS: word of a bitmap has the loop find out where all reads lie of which what tells is there, in turns
+    that end, and asks for word of the next that is not."""
+    monkeypatch.setattr(misses, "_FINDING_OUT_NS", 60_000_000_000)
+    unsettled = Unsettled(tmp_path, monkeypatch)
+    with serving(unsettled.export) as running, connect(running, {}) as client:
+        words = Words(running)
+        monkeypatch.setattr(store_module, "_preadv", Cold().read)
+        asked = {client.send(READ, number * 2 * MIB, 4096): number for number in range(8)}
+        wait_until(lambda: len(words.told) == 1, "it asks for word of one")
+        words.is_prompt = True
+        misses._FINDING_OUT_NS = -1
+        words.come()
+        for cookie, answer in client.answers(8).items():
+            assert answer.content(asked[cookie] * 2 * MIB, 4096) == bytes([asked[cookie] + 1]) * 4096
+    assert not unsettled.jobs
+
+
+@pytest.mark.parametrize("has_word", [False, True])
+def test_where_a_read_lies_is_found_out_by_a_job(
+    has_word: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """INV-MISS-ENDS: without word of what tells where a read lies, or if it comes in vain, a job finds it out."""
+    unsettled = Unsettled(tmp_path, monkeypatch)
+
+    def not_there(*arguments: object) -> int:
+        raise BlockingIOError
+
+    with serving(unsettled.export) as running, connect(running, {}) as client:
+        words = Words(running)
+        if not has_word:
+            running.server.loop.ask = lambda ask, told: False  # type: ignore[method-assign]
+        monkeypatch.setattr(store_module, "_preadv", not_there)
+        cookie = client.send(READ, 2 * MIB, 4096)
+        if has_word:
+            for _ in range(2):  # of the bitmap, of the data
+                wait_until(lambda: len(words.told) == 1, "it asks for word")
+                words.come()
+        assert client.answers(1)[cookie].content(2 * MIB, 4096) == b"\2" * 4096
+    assert unsettled.jobs == [2 * MIB]
+
+
+def test_a_hold_waits_for_word_of_where_a_read_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The question holds a file, so the export is drained after it; the read is answered after the hold."""
+    unsettled = Unsettled(tmp_path, monkeypatch)
+    export = unsettled.export
+    with serving(export) as running, connect(running, {}) as client:
+        words = Words(running)
+        monkeypatch.setattr(store_module, "_preadv", Cold().read)
+        cookie = client.send(READ, 2 * MIB, 4096)
+        wait_until(lambda: len(words.told) == 1 and export.jobs == 1, "it asks for word")
+        entered, leave = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            with running.server.hold([export]):
+                entered.set()
+                assert leave.wait(60)
+
+        holder = threading.Thread(target=hold, daemon=True)
+        holder.start()
+        wait_until(lambda: export.held, "the hold has begun")
+        running.on_loop()
+        assert not entered.is_set()
+        words.is_prompt = True
+        words.come()
+        assert entered.wait(60) and export.jobs == 0
+        assert not export.disk.is_settled(2 * MIB, 4096)
+        leave.set()
+        holder.join(60)
+        assert client.answers(1)[cookie].content(2 * MIB, 4096) == b"\2" * 4096
