@@ -179,7 +179,8 @@ def test_off_and_on_and_what_is_refused_meanwhile(manager: Manager, tmp_path: Pa
     assert lease_count(repository) == 0 and os.listdir(tmp_path / "home" / "disks" / "twin") == []
 
 
-def test_the_repository_goes_away(manager: Manager, tmp_path: Path) -> None:
+@pytest.mark.parametrize("until_paused", [False, pytest.param(True, marks=pytest.mark.nightly)])
+def test_the_repository_goes_away(manager: Manager, tmp_path: Path, until_paused: bool) -> None:
     """Without its repository the guest is paused, and an event says what helps; when it is back, all goes on."""
     repository, expected = saved(manager, tmp_path)
     restore_now(RestoreRequest(str(repository), "small", "twin"), max_rate_bytes=SLOW)
@@ -187,6 +188,10 @@ def test_the_repository_goes_away(manager: Manager, tmp_path: Path) -> None:
     os.rename(repository, tmp_path / "away")
     kill_together([processes("twin")["server"]])
     wait_until(lambda: bool(told(manager, "filling-waits")), "an event says why")
+    if until_paused:  # QEMU first waits for a server that may come back
+        wait_state(manager, MachineState.CRITICAL, "twin")
+        [event] = told(manager, "paused-critical")[:1]
+        assert f"still filled from small@2 in {repository}" in event["hint"]
     os.rename(tmp_path / "away", repository)
     wait_until(lambda: is_filled("twin"), "its disk is whole")
     wait_state(manager, MachineState.RUNNING, "twin")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A restore that starts from the night is killed before the machine runs; and machines on more than one disk."""
+"""A restore that starts from the night is killed before the machine runs; and what is refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vmm.api.manager import Manager
 from vmm.api.restoring.found_night import RestoreRequest
 from vmm.api.restoring.instant import restore_now
 from vmm.api.restoring.landing import NOTE
-from vmm.model.errors import AlreadyExists, WrongState
+from vmm.model.errors import AlreadyExists, StoreFailed, WrongState
 from vmm.processes import worker_connection
 from vmm.store import registry
 from vmm.store.filling import read_filling
@@ -129,3 +129,19 @@ def test_a_repository_that_cannot_be_written_to(machines: Machines, monkeypatch:
     restore_now(RestoreRequest(str(repository), "web", "new"))
     filling = read_filling(registry.load("new").paths)
     assert filling is not None and filling.lease is None and contents("new") == contents("web")
+
+
+@pytest.mark.usefixtures("unstarted")
+def test_a_night_that_is_known_to_be_damaged(machines: Machines) -> None:
+    """A machine is not started from a night of which damage is known, unless the user says so."""
+    machines.create("web", 1)
+    repository = machines.folder / "repo"
+    save_night("web", repository)
+    [image] = repository.rglob("images/disk-0/00001.vhd")
+    with image.open("ab") as file:
+        file.write(bytes(512))
+    with pytest.raises(StoreFailed, match="night 1 of web is damaged"):
+        restore_now(RestoreRequest(str(repository), "web", "new"))
+    assert registry.names() == ["web"] and living_leases(repository) == []
+    os.truncate(image, image.stat().st_size - 512)
+    restore_now(RestoreRequest(str(repository), "web", "new"))
