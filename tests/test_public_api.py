@@ -31,11 +31,12 @@ merge_under_way open_disk parse_disk_size pull rebase relocate repair resize res
 snapshot_many trusted_parent_dirs
 """
 MACHINES = """
-AccessDenied AdapterSpec AgentUnavailable AlreadyExists Applied AutomaticSpec BackupWishes ConsoleConnection Deleted
-Deletion DiskInfo DiskRequest DiskSpec DiskWish Event ExchangedItem FillProgress ForgottenNights GuestAccess
+AccessDenied AdapterSpec AgentUnavailable AlreadyExists Applied AutomaticSpec BackupWishes Consent ConsoleConnection
+Deleted Deletion DiskInfo DiskRequest DiskSpec DiskWish Event ExchangedItem FillProgress ForgottenNights GuestAccess
 GuestInfo GuestInterface Heartbeat InUse IntegrationSpec InvalidSpec KeptDisk MachineInfo MachineNight
 MachineSnapshots MachineSpec MachineState Manager MergeResult NewId NoSpace NotFound OsInfo OwnDisk PathsSpec
-QemuFailed Refused RepairStep Snapshot StoreFailed TakenOut TimedOut Unsupported VmmError WrongState
+QemuFailed Refused RepairStep RestoreRequest RestoredMachine Snapshot StoreFailed TakenOut TimedOut Unsupported
+VmmError WrongState
 """
 
 

@@ -23,7 +23,10 @@ _HOMES = {
     "vmm.api.deletion": "Deletion KeptDisk",
     "vmm.api.manager": "DiskInfo MachineInfo Manager",
     "vmm.api.new_id": "NewId OwnDisk TakenOut",
+    "vmm.api.export_import.foreign": "Consent",
     "vmm.api.repair": "RepairStep",
+    "vmm.api.restoring.found_night": "RestoreRequest",
+    "vmm.api.restoring.restoring": "RestoredMachine",
     "vmm.model.errors": (
         "AccessDenied AgentUnavailable AlreadyExists InUse InvalidSpec NoSpace NotFound QemuFailed Refused "
         "StoreFailed TimedOut Unsupported VmmError WrongState"
@@ -49,6 +52,7 @@ if TYPE_CHECKING:
     from vmm.api.deletion import KeptDisk as KeptDisk
     from vmm.api.disk_request import DiskRequest as DiskRequest
     from vmm.api.disk_request import DiskWish as DiskWish
+    from vmm.api.export_import.foreign import Consent as Consent
     from vmm.api.guest_access import ConsoleConnection as ConsoleConnection
     from vmm.api.guest_access import GuestAccess as GuestAccess
     from vmm.api.machine import MergeResult as MergeResult
@@ -60,6 +64,8 @@ if TYPE_CHECKING:
     from vmm.api.new_id import OwnDisk as OwnDisk
     from vmm.api.new_id import TakenOut as TakenOut
     from vmm.api.repair import RepairStep as RepairStep
+    from vmm.api.restoring.found_night import RestoreRequest as RestoreRequest
+    from vmm.api.restoring.restoring import RestoredMachine as RestoredMachine
     from vmm.model.errors import AccessDenied as AccessDenied
     from vmm.model.errors import AgentUnavailable as AgentUnavailable
     from vmm.model.errors import AlreadyExists as AlreadyExists

@@ -19,7 +19,7 @@ from vmm.processes.worker_connection import MachineRef
 from vmm.snapshots.delete import delete_all, images_to_delete
 from vmm.snapshots.preflight import removal_problem
 from vmm.store import known_images, registry
-from vmm.store.filling import Filling, read_filling
+from vmm.store.filling import Filling, images_being_filled, read_filling
 from vmm.store.images import look_at
 from vmm.store.registry import Machine
 from vmm.store.removal import images_inside, remove_image
@@ -82,6 +82,8 @@ def plan_delete(machine: Machine, *, with_disks: bool, with_snapshots: bool) -> 
     if with_disks:
         named = {os.path.realpath(path) for path in (*disks, *(path for path, _ in kept))}
         disks += [path for path in images_to_delete(machine) if os.path.realpath(path) not in named]
+        kept += [(path, "it is not whole, and what it needs cannot be read")
+                 for path in images_being_filled(machine.paths) if path not in disks]  # fmt: skip
     going = {os.path.realpath(path) for path in disks}
     for one in images_inside(machine.paths.folder):
         if os.path.realpath(one.path) not in going:

@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from vmm.api.machine_snapshots import MachineSnapshots
     from vmm.api.new_id import NewId
     from vmm.api.repair import RepairStep
+    from vmm.api.restoring.found_night import RestoreRequest
+    from vmm.api.restoring.restoring import RestoredMachine
     from vmm.model.guest import GuestInfo
 
 SHUTDOWN_SECONDS = 120.0
@@ -376,6 +378,15 @@ class Manager:
 
         return backups.forget_nights(name, repository, progress=progress)
 
+    def restore(
+        self, request: RestoreRequest, *, now: bool = False, progress: Progress | None = None
+    ) -> RestoredMachine:
+        """Make a machine of a night; with `now` it is started, and filled later. Raises as `restore_machine`."""
+        from vmm.api.restoring.instant import restore_now
+        from vmm.api.restoring.restoring import restore_machine
+
+        return (restore_now if now else restore_machine)(request, progress=progress)
+
     def repair(
         self, name: str, *, dry_run: bool = False, leaf: str | None = None, give_up_missing: bool = False
     ) -> list[RepairStep]:
@@ -405,12 +416,10 @@ def _running_spec(place: MachineRef) -> MachineSpec | None:
 
 def _left_to_fill(machine: Machine) -> FillProgress | None:
     """From which night the disks of a machine are filled once it runs."""
-    from vmm.store.filling import read_filling
+    from vmm.store.filling import source_of_disks
 
-    with contextlib.suppress(VmmError):
-        if (filling := read_filling(machine.paths)) is not None:
-            return FillProgress(filling.source)
-    return None
+    source = source_of_disks(machine.paths)
+    return None if source is None else FillProgress(source)
 
 
 def _disk_info(disk: DiskSpec) -> DiskInfo:

@@ -99,7 +99,7 @@ def restore_command(
 
     def announce(words: str) -> None:
         if not quiet and not as_json:
-            print_line(f"allowed: {words}")
+            print_line(words)
 
     with progress_line(shown=not quiet and not as_json) as progress:
         if now:

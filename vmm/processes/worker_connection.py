@@ -23,6 +23,7 @@ from vmm.model.errors import (
     InUse,
     NotFound,
     QemuFailed,
+    StoreFailed,
     TimedOut,
     VmmError,
     WrongState,
@@ -46,6 +47,7 @@ from vmm.processes.rpc import ControlClient, Progress
 from vmm.store import saved
 from vmm.store.backup_note import has_note
 from vmm.store.copies import AllIds, original_of, refuse_copy
+from vmm.store.filling import source_of_disks
 from vmm.store.snapshots.store import has_tree, holding, load_tree, machine_turn, read_merging
 from vmm.store.state import MachineState, end_left, processes_of
 
@@ -317,6 +319,10 @@ def start(name: str, *, discard_saved: bool = False, progress: Progress | None =
             finally:
                 os.close(writing)
             return _wait_started(place, reading, progress)
+        except StoreFailed as error:
+            if (source := source_of_disks(place.machine)) is not None:
+                error.hint = f"its disks are still filled from {source}: make that readable, and start it again"
+            raise
         finally:
             os.close(reading)
 

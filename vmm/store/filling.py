@@ -116,6 +116,14 @@ def remove_filling(machine: MachinePaths) -> None:
         raise of_os_error(error, "remove the record", path=filling_path(machine)) from error
 
 
+def source_of_disks(machine: MachinePaths) -> str | None:
+    """The night from which disks of the machine are still filled, for people; None if all are whole."""
+    with contextlib.suppress(VmmError):
+        if (filling := read_filling(machine)) is not None:
+            return filling.source
+    return None
+
+
 def images_being_filled(machine: MachinePaths) -> frozenset[str]:
     """The images that still need a night: they are neither merged into nor removed. Raises VmmError."""
     filling = read_filling(machine)

@@ -37,6 +37,8 @@ from vmm.api.restoring.restoring import (
     refuse_taken,
     report_restored,
     result_of,
+    tell,
+    tell_replaced,
     vmm_errors,
 )
 from vmm.model.errors import StoreFailed, VmmError
@@ -69,9 +71,9 @@ def restore_now(
         refuse_taken(planned, request)
         if request.check:
             _refuse_known_damage(found)
-        for words in planned.granted:
-            (announce or (lambda words: None))(words)
+        tell(planned, announce)
         with Landing(planned.folder) as landing:
+            tell_replaced(landing, announce)
             planned, leaves = _with_leaves(found, planned, landing.part)
             landing.appear()
             with _leased(found, planned, landing) as lease:

@@ -41,10 +41,11 @@ class Landing:
         self.folder = folder
         self.part = unfinished.folder_of(folder)
         self._has_appeared = False
+        self.has_replaced = False  # what a killed restore had left there
 
     def __enter__(self) -> Self:
         above = os.path.dirname(self.folder)
-        remove_abandoned(self.folder)
+        self.has_replaced = remove_abandoned(self.folder)
         if os.path.lexists(self.folder) and not _is_empty(self.folder):
             raise _in_the_way(self.folder)
         try:

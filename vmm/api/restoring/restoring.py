@@ -78,7 +78,8 @@ def restore_machine(
     announce: Callable[[str], None] | None = None,
     progress: Progress | None = None,
 ) -> RestoredMachine:
-    """Make a machine of a night. `announce` is called with each thing that the user allowed it, before it is made.
+    """Make a machine of a night. `announce` is called, before it is made, with each thing that the user allowed it,
+    and with what of an interrupted restore was removed.
 
     Raises NotFound, InvalidSpec, Refused for a definition that reaches outside the night, AlreadyExists, NoSpace,
     StoreFailed for a damaged repository; then nothing is left. A lease keeps the night meanwhile.
@@ -87,9 +88,9 @@ def restore_machine(
         planned = plan_machine(found, request)
         refuse_outside(planned, request)
         refuse_taken(planned, request)
-        for words in planned.granted:
-            (announce or (lambda words: None))(words)
+        tell(planned, announce)
         with Landing(planned.folder) as landing:
+            tell_replaced(landing, announce)
             copy_disks(found, planned, landing.part, request, progress)
             landing.appear()
             machine = add_machine(found, planned, request)
@@ -105,6 +106,19 @@ def refuse_taken(planned: Planned, request: RestoreRequest) -> None:
         )
     if request.register:
         refuse_known(planned.spec, request.repository)
+
+
+def tell(planned: Planned, announce: Callable[[str], None] | None) -> None:
+    """Announce what the machine will have from outside the night."""
+    if announce is not None:
+        for words in planned.granted:
+            announce(f"allowed: {words}")
+
+
+def tell_replaced(landing: Landing, announce: Callable[[str], None] | None) -> None:
+    """Announce what was in the way."""
+    if landing.has_replaced and announce is not None:
+        announce(f"removed what an interrupted restore had left: {landing.folder}")
 
 
 def copy_disks(

@@ -33,7 +33,7 @@ from vmm.api.backups import save_night as save_machine
 from vmm.api.manager import DiskRequest, Manager
 from vmm.api.restoring.found_night import RestoreRequest
 from vmm.api.restoring.instant import restore_now
-from vmm.model.errors import WrongState
+from vmm.model.errors import StoreFailed, WrongState
 from vmm.processes.answers import FillProgress
 from vmm.store import registry
 from vmm.store.filling import read_filling
@@ -171,6 +171,11 @@ def test_off_and_on_and_what_is_refused_meanwhile(manager: Manager, tmp_path: Pa
     export("twin", str(tmp_path / "export"))
     import_machine(str(tmp_path / "export"), name="third")
     assert content(now("third")) == expected
+    os.rename(repository, tmp_path / "away")
+    with pytest.raises(StoreFailed) as caught:
+        manager.start("twin")
+    assert f"still filled from small@2 in {repository}" in str(caught.value.hint)
+    os.rename(tmp_path / "away", repository)
     manager.start("twin")
     wait_counting(manager, "twin")
     manager.stop("twin")

@@ -145,3 +145,17 @@ def test_a_night_that_is_known_to_be_damaged(machines: Machines) -> None:
     assert registry.names() == ["web"] and living_leases(repository) == []
     os.truncate(image, image.stat().st_size - 512)
     restore_now(RestoreRequest(str(repository), "web", "new"))
+
+
+@pytest.mark.usefixtures("unstarted")
+def test_images_that_cannot_be_read_stay_with_their_lease(machines: Machines) -> None:
+    """A machine can be deleted while its repository is away; what is kept is named, and the night stays leased."""
+    machines.create("web", 1)
+    repository = machines.folder / "repo"
+    save_night("web", repository)
+    done = restore_now(RestoreRequest(str(repository), "web", "new"))
+    os.rename(repository, machines.folder / "away")
+    deletion = Manager().delete("new", with_disks=True)
+    os.rename(machines.folder / "away", repository)
+    assert done.disks["disk-0"] in [one.path for one in deletion.kept] and len(deletion.kept) == 2
+    assert deletion.disks == () and len(living_leases(repository)) == 1

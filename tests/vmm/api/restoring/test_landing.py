@@ -35,11 +35,15 @@ def test_a_restore_is_killed_anywhere(machines: Machines) -> None:
     for _ in killings(lambda: restore_machine(request), step=daily_or_nightly(9, 1)):
         is_there = "new" in registry.names()
         moments.add((is_there, (disks / "new").exists()))
+        told: list[str] = []
+        was_named = (disks / "new" / NOTE).exists()
         if is_there:
             with pytest.raises(AlreadyExists):
                 restore_machine(request)
         else:
-            restore_machine(request)
+            restore_machine(request, announce=told.append)
+            left = f"removed what an interrupted restore had left: {disks / 'new'}"
+            assert told == ([left] if was_named else [])
         machine = registry.load("new")
         assert [content(str(disk.path)) for disk in machine.spec.disks] == expected
         assert Path(machine.paths.uefi_variables).read_bytes() == b"variables"

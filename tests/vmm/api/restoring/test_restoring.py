@@ -123,7 +123,7 @@ def test_what_lies_outside_is_asked_for(machines: Machines, tmp_path: Path) -> N
     told: list[str] = []
     by_name = consent_of([str(iso), "autostart"], {}, {"lan": "-"})
     done = restore_machine(request(machines, name="new", consent=by_name), announce=told.append)
-    assert list(done.granted) == told and len(told) == 3
+    assert [f"allowed: {words}" for words in done.granted] == told and len(told) == 3
     spec = registry.load("new").spec
     assert spec.adapters[0].switch is None and spec.disks[1].path == str(iso) and spec.automatic.start == "always"
     restore_machine(request(machines, name="all", consent=consent_of(["all"], {}, {})))
