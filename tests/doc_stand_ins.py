@@ -6,7 +6,6 @@ Each function gets the folder in which the page's commands are run, which is als
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import subprocess
@@ -29,7 +28,6 @@ from tests.vmm.guests import boot_sector
 from tests.vmm.net.machines import Namespaces
 from vmm.api.manager import DiskRequest, Manager
 from vmm.api.scheduled_backups import make_backup_schedule
-from vmm.model.errors import AlreadyExists
 from vmm.schedule import store
 
 MIB = 1 << 20
@@ -59,10 +57,8 @@ def machines_to_back_up(folder: Path) -> None:
 
 
 def schedule(folder: Path) -> None:
-    """The schedule "nightly" of the machine "web"."""
-    with contextlib.suppress(AlreadyExists):
-        Manager().create("web", memory_bytes=64 * MIB)
-    work = {"machines": ["web"], "repository": str(folder / "backup")}
+    """The schedule "nightly" of the machine "web", as the command adds it, but for its timer."""
+    work = {"machines": ["web"], "repository": str(folder / "machines"), "keep": {"daily": 7}, "sample_percent": 5}
     store.add(make_backup_schedule(work, name="nightly", when="22:30", created=datetime.now(UTC)))
 
 

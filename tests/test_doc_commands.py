@@ -48,8 +48,9 @@ LEFT_OUT: dict[tuple[str, str], str] = {
     ("README.md", "script/test"): "it runs this test",
     (
         "docs/backup.md",
-        "vmm backup schedule add nightly web backup --when 22:30 --keep-daily 7 --keep-weekly 4 --sample 5",
+        "vmm backup schedule add nightly web machines --when 22:30 --keep-daily 7 --keep-weekly 4 --sample 5",
     ): "it installs a timer on the host; test_backup_schedule.py adds one elsewhere",
+    ("docs/backup.md", "vmm backup verify machines web --boot"): "tests/vmm/api/restoring/test_boot_trial.py boots",
     **{
         ("docs/backup.md", text): "tests/vmm/cli/test_restore.py restores where the test may write, and starts guests"
         for text in (
@@ -80,7 +81,7 @@ SCENES: dict[str, Scene] = {
             "Backing up machines": stand_ins.machines_to_back_up,
             "vhdkit backup list backup": stand_ins.repository,
             "A second copy": stand_ins.repository_of_a_disk,
-            "vmm backup schedule list": stand_ins.schedule,
+            "vmm backup schedule run nightly": stand_ins.schedule,
             "Checking a repository without vhdkit": stand_ins.repository,
         },
     ),

@@ -26,6 +26,7 @@ _COMMANDS = {
     "protect": ("backup_prune", "Keep a night from being dropped."),
     "copy": ("backup_copy", "Copy a repository, or what has changed in it."),
     "promote": ("backup_copy", "Make a copy a repository of its own."),
+    "serve": ("backup_serve", "Serve the change between two nights, for other programs."),
     "schedule": ("backup_schedule", "Save machines at set times."),
     "forget": ("backup_run", "Keep no images of a machine for its next backup."),
 }

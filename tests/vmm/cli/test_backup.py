@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
+from tests.support import require_tool
 from tests.vhdkit.backup.repositories import MACHINE, Nights
 from tests.vmm.cli.running import document, failure, good, run
+from tests.warm_commands import warm
 from vhdkit.backup.leases import add_lease
 from vmm.api.restoring import boot_trial
 from vmm.api.restoring.boot_trial import TrialReport, TrialWish
@@ -163,3 +166,26 @@ def test_copy_and_promote(nights: Nights, tmp_path: Path) -> None:
     good("backup", "prune", other, "web", "--keep-last", "1")
     failure("backup", "copy", nights.path, other, code=2)
     failure("backup", "promote", nights.path, code=2)
+
+
+def test_serve(nights: Nights, tmp_path: Path) -> None:
+    """The change between two nights is served by vhdkit's command, which takes the place of ours."""
+    nbdinfo, socket = require_tool("nbdinfo"), tmp_path / "sock"
+    words = ("backup", "serve", nights.path, "web", "1..4", "--socket", socket, "--exit-last", "--json")
+    with subprocess.Popen([*warm("vmm"), *map(str, words)], stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            found = json.loads("".join(iter(server.stdout.readline, "}\n")) + "}")
+            assert (found["earlier"], found["later"]) == (1, 4)
+            map_words = [nbdinfo, "--map", "--totals", found["uris"][0]]
+            done = subprocess.run(map_words, capture_output=True, text=True, check=True, timeout=60)
+            assert "data" in done.stdout and "hole" in done.stdout
+            assert server.wait(60) == 0
+        finally:
+            server.kill()
+    assert "A..B" in run_command("backup", "serve", nights.path, "web", "4").stderr
+
+
+def run_command(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run the command as a process of its own."""
+    return subprocess.run([*warm("vmm"), *map(str, words)], capture_output=True, text=True, check=False, timeout=60)
