@@ -188,7 +188,7 @@ class RunningMachine(LocalMachine):
         progress: Progress | None = None,
     ) -> tuple[MergeResult, ...]:
         """Make the merges that are due; a failed one is in the result. Raises if one is cancelled."""
-        from vmm.snapshots.dependents import drop_unneeded
+        from vmm.snapshots.dependents import drop_unneeded, possible_now
         from vmm.snapshots.steps import tidy
         from vmm.store import registry
 
@@ -199,8 +199,12 @@ class RunningMachine(LocalMachine):
             with self.held_tree() as held:
                 drop_unneeded(held, machine)
         while (merge := _next_live(machine, passed_over, wanted)) is not None:
+            part = possible_now(machine, merge)
+            if part is None and wanted is not None:  # merged when it is off
+                passed_over.add(merge.target)
+                continue
             try:
-                done.append(self._merge_one(machine, merge, max_rate_bytes, progress))
+                done.append(self._merge_one(machine, part or merge, max_rate_bytes, progress))
             except VmmError as error:
                 if error.exit_code == EXIT_CANCELLED:
                     raise

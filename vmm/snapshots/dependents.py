@@ -164,6 +164,32 @@ def drop_unneeded(held: Held, machine: Machine) -> None:
         held.save()
 
 
+def possible_now(machine: Machine, merge: rule.LayerMerge) -> rule.LayerMerge | None:
+    """What of a merge can be made while the machine runs: that of the layers of the disk's present size. None if that
+    is nothing; the merge itself if it is not part of a disk to which the machine writes. Raises StoreFailed.
+    """
+    for disk in machine.spec.disks:
+        if not disk.is_writable_image or disk.path is None:
+            continue
+        kind = None if disk.format is None else vhdkit.FormatName(disk.format)
+        raw = disk.allow_raw_parent or disk.format == "raw"
+        options = vhdkit.OpenOptions(parent_dirs=disk.parent_dirs, allow_raw_parent=raw, format_name=kind, lock=False)
+        try:
+            with vhdkit.open_disk(disk.path, options=options) as opened:
+                sizes = {os.path.realpath(one.store.name): one.size_bytes for one in opened.chain.layers}
+                present = opened.size_bytes
+        except vhdkit.VhdkitError as error:
+            raise store_error(error) from error
+        newest_first = [*merge.layers, merge.target]
+        if os.path.realpath(merge.target) not in sizes:
+            continue
+        wanted = [os.path.realpath(path) for path in newest_first]
+        count = next((number for number, one in enumerate(wanted) if sizes.get(one) != present), len(wanted))
+        fitting = newest_first[:count]
+        return rule.LayerMerge(fitting[-1], tuple(fitting[:-1])) if len(fitting) > 1 else None
+    return merge
+
+
 def _folders(spec: MachineSpec) -> Iterable[str]:
     for disk in spec.disks:
         if disk.is_image and disk.path is not None:

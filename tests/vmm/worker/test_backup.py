@@ -148,6 +148,30 @@ def test_a_failed_copy_leaves_no_layers(manager: Manager, tmp_path: Path, monkey
     assert nights.files_of(tmp_path) == before and manager.show("small").spec.disks[0].path == str(leaf)  # type: ignore[union-attr]
 
 
+@pytest.mark.nightly
+def test_a_disk_that_grows_while_it_runs(manager: Manager, tmp_path: Path) -> None:
+    """Layers of two sizes cannot be merged while the guest runs: those of the present size are, the others when it is
+    off; each night has the size that the disk had."""
+    make_machine(manager, tmp_path, options=BootOptions(print_every=4, write_every=4))
+    manager.add_disk("small", DiskRequest(str(make_disk(tmp_path, "second")), controller="virtio"))
+    manager.start("small")
+    repo, sizes, counts = tmp_path / "repo", [], []
+    before = len(nights.files_of(tmp_path))
+    for number in range(4):
+        if number == 1:
+            manager.resize_disk("small", "disk-1", 32 * MIB)
+        with nights.recorded() as expected:
+            night = manager.save_night("small", str(repo))
+        assert [one.problem for one in night.merges] == [None] * len(night.merges)
+        assert nights.restored(repo, f"small@{number + 1}") == expected[0]
+        counts.append(len(nights.files_of(tmp_path)) - before)
+        sizes.append({one.disk.id: one.size_bytes for one in manager.disks("small")}["disk-1"])
+        wait_counting(manager)
+    assert counts == [2, 3, 3, 3] and sizes == [8 * MIB, *[32 * MIB] * 3]
+    manager.stop("small")
+    wait_until(lambda: len(nights.files_of(tmp_path)) == before + 2, "the rest is merged when it is off")
+
+
 # A worker whose disks' server refuses to put new leaves on the disks.
 REFUSER = """
 import sys

@@ -53,8 +53,20 @@ def check_goes_on(manager: Manager, leaf: Path, before: list[str]) -> MachineNig
     return night
 
 
-@pytest.mark.parametrize("victims", [("worker",), ("server",), ("keeper", "worker", "server", "qemu")], ids="+".join)
-@pytest.mark.parametrize("with_writer", [True, False])
+ALL = ("keeper", "worker", "server", "qemu")
+
+
+@pytest.mark.parametrize(
+    ("victims", "with_writer"),
+    [
+        (("worker",), False),
+        (ALL, True),
+        pytest.param(("worker",), True, marks=pytest.mark.nightly),
+        pytest.param(("server",), True, marks=pytest.mark.nightly),
+        pytest.param(("server",), False, marks=pytest.mark.nightly),
+        pytest.param(ALL, False, marks=pytest.mark.nightly),
+    ],
+)
 def test_processes_that_are_killed_while_it_is_copied(
     manager: Manager, writing: Path, victims: tuple[str, ...], with_writer: bool
 ) -> None:
