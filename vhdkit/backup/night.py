@@ -151,13 +151,20 @@ class Writing:
             raise
         return manifest
 
-    def require_space(self, disks: Sequence[FrozenDisk], keep_free_bytes: int = 0) -> int:
+    def free_bytes(self) -> int:
+        """The free space of the repository's file system now."""
+        return self.machine.folder.free_bytes()
+
+    def require_space(
+        self, disks: Sequence[FrozenDisk], keep_free_bytes: int = 0, *, free_bytes: int | None = None
+    ) -> int:
         """Raise NoSpace unless the disks, as they are now, will probably fit, with so much space left; the estimate.
 
         They need not be frozen. What a comparison will find is not known before: then it is the size of the leaf.
+        `free_bytes`: what `free_bytes()` returned; with it nothing is asked of the repository's file system.
         """
         estimate = sum(self._estimate(one) for one in disks)
-        free = self.machine.folder.free_bytes()
+        free = self.free_bytes() if free_bytes is None else free_bytes
         if free < estimate + keep_free_bytes:
             raise errors.NoSpace(
                 f"has {format_size(free)} free, and the night needs about {format_size(estimate)}"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A night of a machine: its disks are frozen at one moment and saved in a repository while the machine goes on.
 
-    the repository is locked, leftovers go, free space is checked        nothing of the machine has changed
-    the machine's lock: disks frozen, definition and variables read      milliseconds; the frozen layers are kept
+    the repository is locked, leftovers go                               nothing of the machine has changed
+    the machine's lock: space, disks frozen, definition, variables       milliseconds; the frozen layers are kept
     disks, other files, manifest                                         the machine may start, stop, take snapshots
     the tree: this night's layers are kept in place of the last one's    the night exists, whatever happens now
     what the last night had kept is merged, by the delete rule           live, or in the background if it is off
@@ -153,17 +153,18 @@ class _Saving:
 
     def write(self) -> backups.Manifest:
         """Write the night, and keep its layers. When this returns it exists; if it raises, it does not."""
-        with contextlib.ExitStack() as stack:
-            present = [_opened(stack, disk, lock=False) for disk in self._machine.spec.disks if disk.is_image]
-            self._night.require_space(present, self._wishes.keep_free_bytes)
+        free = self._night.free_bytes()  # now: what may hang does not while the machine is locked
         try:
             with machines.open(self._machine.name) as machine:
+                with contextlib.ExitStack() as stack:
+                    disks = [_opened(stack, disk, lock=False) for disk in machine.spec.disks if disk.is_image]
+                    self._night.require_space(disks, self._wishes.keep_free_bytes, free_bytes=free)
                 done = machine.freeze_disks(self._to_come, consistent=self._wishes.consistent)
                 self.pause_seconds = done.pause_seconds
                 present_now = registry.load_for_change(machine.opened.lock)
                 tree = load_tree(present_now.paths)
-                disks = [disk.id for disk in present_now.spec.disks if disk.is_image]
-                files = night_files(present_now.paths, present_now.spec, disks)
+                names = [disk.id for disk in present_now.spec.disks if disk.is_image]
+                files = night_files(present_now.paths, present_now.spec, names)
             manifest = self._save(present_now.spec, tree, done, files)
         except BaseException as error:  # Ctrl-C too
             with contextlib.suppress(VmmError):  # then the record ends with this process

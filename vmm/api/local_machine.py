@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from vmm.model.errors import InvalidSpec, WrongState
 from vmm.processes.answers import MachineStatus
 from vmm.processes.worker_connection import MachineRef, status_of
-from vmm.store.snapshots.store import Held, read_merging
+from vmm.store.snapshots.store import Held, has_tree, read_merging
 from vmm.store.snapshots.tree import MAX_LIMIT, Snapshot
 
 if TYPE_CHECKING:
@@ -130,9 +130,30 @@ class LocalMachine(ABC):
         found = find_disk(self.opened, disk)
         self._refuse_saved("removing a disk")
         refuse_while_filled(self.opened.paths, self.name, "removing the disk", found.id)
-        self._apply_disk_removed(found)
+        with self._letting_go(found):
+            self._apply_disk_removed(found)
         keep_serials([found])  # it may be a newer leaf than the one that was given
         return found
+
+    @contextlib.contextmanager
+    def _letting_go(self, disk: DiskSpec) -> Iterator[None]:
+        """The disk's image leaves the tree before the block takes it out of the definition: images of the tree that
+        nothing needs are removed, and this one stays. If the block fails, it is put back.
+        """
+        record = None
+        if disk.is_image and disk.path is not None and has_tree(self.opened.paths):
+            with self.held_tree() as held:
+                record = held.tree.let_go(disk.path)
+                if record is not None:
+                    held.save()
+        try:
+            yield
+        except BaseException:
+            if record is not None and disk.path is not None:
+                with self.held_tree() as held:
+                    held.tree.images[disk.path] = record
+                    held.save()
+            raise
 
     @abstractmethod
     def _apply_disk_removed(self, disk: DiskSpec) -> None: ...

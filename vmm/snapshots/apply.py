@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import vhdkit
 from vmm.model.events import add_event
+from vmm.snapshots.dependents import images_of
 from vmm.snapshots.preflight import look_before_apply
 from vmm.snapshots.recovery import settle, taken_back
 from vmm.snapshots.steps import (
@@ -26,7 +27,7 @@ from vmm.snapshots.steps import (
 from vmm.store.registry import Changing
 from vmm.store.snapshots.journal import NO_VARIABLES, Apply, PutInPlace
 from vmm.store.snapshots.memory import SnapshotFolder
-from vmm.store.snapshots.store import holding
+from vmm.store.snapshots.store import Held, holding
 from vmm.store.snapshots.tree import Snapshot
 from vmm.store.state import note_clean, note_unclean
 
@@ -52,6 +53,7 @@ def apply(machine: Changing, word: str) -> Applied:
         folder = SnapshotFolder(snapshot.folder)
         frozen, pivots = look_before_apply(machine, held.tree, snapshot)
         spec = pivoted(frozen, pivots)
+        _keep_whole_disks(held, machine)
         held.begin(Apply(tuple(pivots)))
         with taken_back(held, "apply the snapshot"):
             options = options_to_change(replace(machine, spec=frozen))
@@ -74,3 +76,12 @@ def apply(machine: Changing, word: str) -> Applied:
         tidied = tidy(held)
     add_event(machine.paths.events, "snapshot-applied", snapshot=snapshot.name)
     return Applied(snapshot, "saved" if snapshot.memory_bytes is not None else "off", tidied)
+
+
+def _keep_whole_disks(held: Held, machine: Changing) -> None:
+    """A disk of which no snapshot has any state is not the snapshots' to drop: its image stays, as it does when the
+    disk is removed, even if a backup has given it a new leaf.
+    """
+    for path in images_of(machine.spec).values():
+        if held.tree.is_in_no_snapshot(path):
+            held.tree.let_go(path)

@@ -159,6 +159,33 @@ def test_disks_come_and_go(machines: Machines) -> None:
     assert restored(machines, 3) == expected
 
 
+def test_images_of_removed_disks_stay(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The image of a disk that was taken out of its machine is never removed, although a backup or a snapshot made it
+    and nothing in the tree needs it; nor is that of a disk that a snapshot that is applied does not have."""
+    web = machines.create(disks=2)
+    web.create("before")
+    manager.add_disk("web", vmm.DiskRequest(str(machines.disk("added.vhd"))))
+    saved(machines)
+    machines.write("web", 4096, b"precious" * 64)
+    expected = now(machines)
+    paths = {one.id: str(one.path) for one in registry.load("web").spec.disks}
+    with monkeypatch.context() as failing:
+        failing.setattr(registry, "save", _interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            manager.remove_disk("web", "disk-1")
+    assert paths["disk-1"] in tree_of().images, "it is still the machine's"
+    manager.remove_disk("web", "disk-1")
+    saved(machines)
+    web.apply("before", discard_current=True)
+    machines.merge("web")
+    saved(machines)
+    web.delete("before")
+    machines.merge("web")
+    assert nights.content_of(paths["disk-1"]) == expected["disk-1"]
+    assert nights.content_of(paths["disk-2"]) == expected["disk-2"]
+    assert not os.path.exists(paths["disk-0"]), "the snapshot had a state of this disk, which took its place"
+
+
 def test_a_machine_of_the_same_name_is_another_one(machines: Machines) -> None:
     """A machine that was deleted and made again under its name begins a line of its own; one that was renamed goes on
     with its own."""

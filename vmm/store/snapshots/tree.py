@@ -189,6 +189,15 @@ class Tree:
         """Drop an image that no longer exists, or that is the user's own again."""
         self.images.pop(path, None)
 
+    def let_go(self, path: str) -> Image | None:
+        """The image is no longer the machine's: it stays as it is, with all that it stands on. Returns its record."""
+        return self.images.pop(path, None)
+
+    def is_in_no_snapshot(self, path: str) -> bool:
+        """True for an image of which neither itself nor anything below it is frozen by a snapshot."""
+        of_snapshots = {image for one in self.snapshots.values() for image in one.disks.values()}
+        return not of_snapshots & self.below([path])
+
     def forget_users_image(self, path: str) -> None:
         """Drop an image that was not made for the machine, unless an image or a snapshot in the tree needs it."""
         image = self.images.get(path)
