@@ -22,7 +22,8 @@ from vhdkit.serve.nbd.options import Handshake, HandshakeState
 from vhdkit.serve.nbd.protocol import BrokenClient, Transmission
 from vhdkit.serve.nbd.serving import Serving
 
-_STEPS = 4  # of a client's turn: each serves the input that was kept, or sends one piece of a long read
+# Of a client's turn: each serves input that was kept, sends one piece of a long read, or takes one of a long write.
+_STEPS = 4
 _log = logging.getLogger(__name__)
 
 
@@ -205,6 +206,8 @@ class Connection:
             return True
         if self._blocked():
             return False
+        if self._serving is not None and self._serving.payload is not None and self._receive():
+            return True  # more of a payload has often arrived while a piece of it was written
         if self._kept:
             size = len(self._kept)
             self._host.buffer[:size] = self._kept
@@ -213,25 +216,26 @@ class Connection:
             if len(self._kept) != size:
                 return True
         if self._channel.has_pending():
-            self._receive()
-            return True
+            return self._receive()
         return False
 
-    def _receive(self) -> None:
+    def _receive(self) -> bool:
+        """Receive and process what there is; False if there is nothing."""
         buffer, kept = self._host.buffer, len(self._kept)
         is_payload = self._serving is not None and self._serving.payload is not None
         room = buffer[kept : kept + self._host.memory.input_bytes(is_payload=is_payload)]
         if not room:  # what was kept is served first; nothing received here would look like the end of the stream
-            return
+            return False
         received = self._channel.receive_into(room)
         if received is None:
-            return
+            return False
         if not received:
             self.end()
-            return
+            return False
         buffer[:kept] = self._kept
         self._kept = b""
         self._process(kept + received)
+        return True
 
     def _process(self, size: int) -> None:
         """Process what is in the host's buffer, and keep what cannot be served yet."""

@@ -17,6 +17,7 @@ from tests.waiting import wait_until
 from vhdkit.arguments import Size
 from vhdkit.disk import Disk
 from vhdkit.serve.nbd import memory
+from vhdkit.serve.nbd.connection import Connection
 from vhdkit.serve.nbd.serving import MAX_JOBS
 from vhdkit.units import KIB, MIB, SECTOR_SIZE
 
@@ -163,6 +164,32 @@ def test_parts_of_a_long_read_share_no_sector(monkeypatch: pytest.MonkeyPatch, *
         monkeypatch.setattr(Disk, "read", in_job)
         assert client.read(100, 100_000) == b"x" * 100_000
         assert len(set(parts)) > 9 and {one % SECTOR_SIZE for one in parts if one != 100} == {0}
+
+
+def test_pieces_of_a_payload_that_have_arrived_are_written_in_one_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What arrives while a piece of a long payload is written is taken without another event of the loop."""
+    monkeypatch.setattr(memory, "AMPLE", replace(memory.AMPLE, input_bytes=64 * KIB))
+    export, data = export_of(sparse(MIB)), bytes(range(256)) * 768
+    write, react, all_sent = export.disk.try_write_flat, Connection._react, threading.Event()
+    seen: list[str] = []
+
+    def slow_write(offset: int, piece: memoryview) -> bool:
+        assert all_sent.wait(30)
+        seen.append("piece")
+        return write(offset, piece)
+
+    def noted_react(connection: Connection, events: int) -> None:
+        seen.append("event")
+        react(connection, events)
+
+    monkeypatch.setattr(export.disk, "try_write_flat", slow_write)
+    monkeypatch.setattr(Connection, "_react", noted_react)
+    with serving(export) as running, running.client() as client:
+        client.send(WRITE, 0, payload=data)
+        all_sent.set()
+        assert client.answer().error == 0
+        assert seen[seen.index("piece") :][:3] == ["piece"] * 3
+        assert client.read(0, len(data)) == data
 
 
 def test_a_full_buffer_is_no_end_of_the_stream() -> None:
