@@ -37,7 +37,7 @@ from vmm.cli.common import (
 from vmm.cli.host import own_command
 from vmm.cli.log import event_document, event_words
 from vmm.host import systemd
-from vmm.model.errors import VmmError
+from vmm.model.errors import VmmError, printable
 from vmm.model.events import read_events
 from vmm.schedule import running, store, timer
 from vmm.schedule.calendar import zone_of
@@ -270,7 +270,8 @@ def run_command(schedule: str, as_json: bool, quiet: bool) -> None:
         if problem is not None and not as_json:
             print_aside(f"vmm: {machine}: {problem}")
         elif not as_json and not quiet:
-            print_line(f"{machine}: done")
+            with contextlib.suppress(OSError):  # backups go on without a reader
+                click.echo(f"{printable(machine)}: done")
 
     jobs = scheduled_backups.jobs_of(made, own_command())
     with _terminable():
@@ -306,8 +307,7 @@ def remove_command(schedule: str, yes: bool, as_json: bool, quiet: bool) -> None
     """Remove a schedule, its timer, and the record of its runs. Nights stay."""
     schedule_paths(schedule)
     confirm(f"Remove the schedule {schedule}?", yes=yes)
-    scopes: tuple[systemd.Scope, ...] = ("system", "user")
-    removed = [timer.remove(scope, schedule) for scope in scopes]
+    removed = [timer.remove(scope, schedule) for scope in timer.scopes()]
     store.remove(schedule)
     if as_json:
         print_json({"schedule": schedule, "had_timer": any(removed)})

@@ -23,7 +23,7 @@ import signal
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -195,12 +195,13 @@ class _ScheduledRun:
         if problem is not None:
             return replace(found, problem=f"nothing was begun, because {problem}")
         done, problems = [], {}
-        for job, why in self._ended(jobs):
-            if why is None:
-                done.append(job.name)
-            else:
-                problems[job.name] = why
-            self._report(job.name, why)
+        with contextlib.closing(self._ended(jobs)) as ended:  # if the report fails, commands end before the last hooks
+            for job, why in ended:
+                if why is None:
+                    done.append(job.name)
+                else:
+                    problems[job.name] = why
+                self._report(job.name, why)
         return replace(found, done=tuple(done), problems=problems)
 
     def _finished(self, found: LastRun) -> LastRun:
@@ -211,7 +212,7 @@ class _ScheduledRun:
                 found = replace(found, problem=problem if found.problem is None else f"{found.problem}; {problem}")
         return found
 
-    def _ended(self, jobs: Sequence[ScheduledJob]) -> Iterator[tuple[ScheduledJob, str | None]]:
+    def _ended(self, jobs: Sequence[ScheduledJob]) -> Generator[tuple[ScheduledJob, str | None]]:
         """Each job, and why it failed, as it ends."""
         with ThreadPoolExecutor(self._schedule.jobs) as pool:
             left: dict[Future[str | None], ScheduledJob] = {pool.submit(self._job, one): one for one in jobs}

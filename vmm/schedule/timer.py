@@ -20,8 +20,11 @@ from dataclasses import replace
 
 from vmm.host import systemd
 from vmm.host.systemd import Result, Scope
+from vmm.model import paths
+from vmm.model.errors import AlreadyExists
 from vmm.schedule.definition import Schedule
 
+_MAX_LINE = 8192
 _STOP_SECONDS = 600  # for commands that are interrupted to take back what they began
 
 
@@ -30,10 +33,33 @@ def units_of(name: str) -> tuple[str, str]:
     return f"vmm-schedule-{name}.timer", f"vmm-schedule-{name}.service"
 
 
+def scopes() -> tuple[Scope, ...]:
+    """The service managers that may have timers of this user's schedules."""
+    return ("system", "user") if os.geteuid() == 0 else ("user",)
+
+
+def _owner(name: str) -> str:
+    """The first line of a schedule's units, which names the state home: several may have a schedule of that name."""
+    return f"# Written by: vmm, for the schedule {name} of {systemd.quoted(paths.home())}"
+
+
+def _is_ours(scope: Scope, name: str) -> bool | None:
+    """Whether the units of that name belong to the schedule of this state home; None if there are none."""
+    for unit in units_of(name):
+        try:
+            with open(systemd.unit_path(scope, unit), encoding="utf-8", errors="replace") as file:
+                return file.readline(_MAX_LINE).rstrip("\n") == _owner(name)
+        except FileNotFoundError:
+            continue
+        except OSError:
+            return False
+    return None
+
+
 def timer_text(schedule: Schedule) -> str:
     """The timer. Pure."""
     return (
-        f"# Written by: vmm, for the schedule {schedule.name}\n"
+        f"{_owner(schedule.name)}\n"
         "[Unit]\n"
         f"Description=When the schedule {schedule.name} of vmm is due\n"
         "\n[Timer]\n"
@@ -49,7 +75,7 @@ def service_text(scope: Scope, schedule: Schedule, command: Sequence[str], envir
     """The service: `command` runs the schedule, `environment` is set for it. Pure. Raises InvalidSpec."""
     network = "" if scope == "user" else "Wants=network-online.target\nAfter=network-online.target remote-fs.target\n"
     return (
-        f"# Written by: vmm, for the schedule {schedule.name}\n"
+        f"{_owner(schedule.name)}\n"
         "[Unit]\n"
         f"Description=The schedule {schedule.name} of vmm\n"
         f"{network}"
@@ -66,7 +92,7 @@ def install(scope: Scope, schedule: Schedule, command: Sequence[str]) -> Result:
     """Put the units in place and have the timer start with the host, and now if systemd runs. Idempotent.
 
     Where there is no systemd nothing is written, and a note says which line makes cron run the schedule. Raises
-    AccessDenied (system scope without root), InvalidSpec.
+    AccessDenied (system scope without root), AlreadyExists, InvalidSpec.
     """
     timer, service = units_of(schedule.name)
     path = systemd.unit_path(scope, timer)
@@ -74,6 +100,10 @@ def install(scope: Scope, schedule: Schedule, command: Sequence[str]) -> Result:
         line = shlex.join(command)
         return Result(path, False, (f"systemd is not installed: have cron, or another scheduler, run: {line}",))
     _check_rights(scope, path)
+    if _is_ours(scope, schedule.name) is False:
+        raise AlreadyExists(
+            "is the timer of another schedule of that name, of another VMM_HOME", path=path, hint="choose another name"
+        )
     texts = {
         timer: timer_text(schedule),
         service: service_text(scope, schedule, command, systemd.kept_environment()),
@@ -92,10 +122,9 @@ def install(scope: Scope, schedule: Schedule, command: Sequence[str]) -> Result:
 def remove(scope: Scope, name: str) -> bool:
     """Stop the timer and remove the units; False if there were none. Raises AccessDenied."""
     timer, service = units_of(name)
-    path = systemd.unit_path(scope, timer)
-    if not os.path.lexists(path) and not os.path.lexists(systemd.unit_path(scope, service)):
+    if not _is_ours(scope, name):
         return False
-    _check_rights(scope, path)
+    _check_rights(scope, systemd.unit_path(scope, timer))
     if systemd.is_installed() and systemd.runs(scope):
         systemd.systemctl(scope, "stop", timer)
     return systemd.take_away(scope, [timer, service], timer)
@@ -103,8 +132,7 @@ def remove(scope: Scope, name: str) -> bool:
 
 def installed(name: str) -> str | None:
     """The path of the schedule's timer, of the system or of this user; None if there is none."""
-    scopes: tuple[Scope, ...] = ("system", "user")
-    places = [systemd.unit_path(scope, units_of(name)[0]) for scope in scopes]
+    places = [systemd.unit_path(scope, units_of(name)[0]) for scope in scopes() if _is_ours(scope, name)]
     return next((one for one in places if os.path.lexists(one)), None)
 
 

@@ -262,6 +262,22 @@ def test_a_full_disk_is_no_hindrance(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.done == ("web",) and found.problem is not None and "No space left" in found.problem
 
 
+def test_a_report_that_fails(tmp_path: Path) -> None:
+    """The commands that still run are interrupted and have ended when the last hooks run; the record has an end."""
+    said = tmp_path / "said"
+    waits = f"trap 'echo interrupted >>{said}; exit 1' INT; touch {tmp_path}/begun; while :; do sleep 0.01; done"
+    quick = f"until [ -e {tmp_path}/begun ]; do sleep 0.01; done"
+
+    def closed(name: str, problem: str | None) -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        run(made(jobs=2, after=[shell(appended(said, "after"))]), [job("a", waits), job("b", quick)], report=closed)
+    assert said.read_text().split() == ["interrupted", "after"]
+    last = read_last(schedule_paths(PLACE))
+    assert last is not None and last.ended is not None and not last.is_good and not running.is_running(PLACE)
+
+
 def test_reports_come_in_the_callers_thread() -> None:
     """A report may print: it is never called by two threads at once."""
     threads: set[threading.Thread] = set()

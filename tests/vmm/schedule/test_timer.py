@@ -13,7 +13,7 @@ from tests.support import require_tool
 from tests.vmm.schedule.schedules import made
 from vmm.host import systemd
 from vmm.host.systemd import Scope
-from vmm.model.errors import AccessDenied, InvalidSpec, VmmError
+from vmm.model.errors import AccessDenied, AlreadyExists, InvalidSpec, VmmError
 from vmm.schedule import timer
 
 SYSTEMCTL = """#!/bin/sh
@@ -133,3 +133,22 @@ def test_scopes(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notes = timer.install("user", made(), ["/bin/true"]).notes
     assert any("systemd is not running" in one for one in notes) and any("enable-linger" in one for one in notes)
     assert timer.installed("nightly") == str(host / "config/systemd/user" / TIMER)
+
+
+def test_schedules_of_two_homes(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A schedule of another state home under the same name keeps its timer: it is neither replaced nor removed."""
+    first = timer.install("system", made(), ["/bin/true"])
+    before = Path(first.path).read_text()
+    monkeypatch.setenv("VMM_HOME", str(host / "other"))
+    with pytest.raises(AlreadyExists, match="choose another name"):
+        timer.install("system", made(when="23:00"), ["/bin/true"])
+    assert not timer.remove("system", "nightly") and timer.installed("nightly") is None
+    assert Path(first.path).read_text() == before and sorted(os.listdir(host / "system")) == [SERVICE, TIMER]
+
+
+def test_a_user_leaves_the_systems_timers_alone(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without root only the user's own timers are looked at."""
+    assert timer.scopes() == ("system", "user")
+    timer.install("system", made(), ["/bin/true"])
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    assert timer.scopes() == ("user",) and timer.installed("nightly") is None
