@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from vhdkit import errors
 from vhdkit.arguments import AnyPath, checked
 from vhdkit.backup import sums
+from vhdkit.backup.bases import bases_held, remove_unused_bases
 from vhdkit.backup.carrying import bring, changed_between, copy_data, digest_of_file
 from vhdkit.backup.copies import copy_of, ending_copy, give_state, knows_state
 from vhdkit.backup.copy_plan import CopyStep, plan_step, require_same_line
@@ -52,8 +53,6 @@ from vhdkit.backup.verified import read_verified, write_verified
 from vhdkit.held_folder import HeldFolder
 from vhdkit.rate import RateLimit
 from vhdkit.store import ReadStore
-
-_BASES_LOCK = "bases.lock"
 
 
 @dataclass(slots=True)
@@ -107,6 +106,8 @@ def copy_repository(
                 _copied_machine(ours, theirs, one, knows=knows, limit=limit, stage=stage or no_stages)
                 for one in wanted
             ]
+            with contextlib.suppress(DamagedRepository):  # what is damaged needs some of them, perhaps
+                remove_unused_bases(theirs)
             only = set(theirs.machine_ids()) - set(ours.machine_ids()) if machine is None else set()
             return Copied(ours.path, theirs.path, tuple(done), tuple(sorted(only)))
 
@@ -251,7 +252,7 @@ class _Machine:
                 yield folder
             return
         repository = self.other.repository
-        with repository.root.held_lock(_BASES_LOCK, "a copy of a base"), repository.bases(make=True) as folder:
+        with bases_held(repository, "a copy of a base"), repository.bases(make=True) as folder:
             yield folder
 
     def _bring_image(self, record: ImageRecord, *, again: bool = False) -> None:

@@ -27,6 +27,7 @@ from datetime import tzinfo
 from typing import TypeAlias
 
 from vhdkit import errors
+from vhdkit.backup.bases import remove_unused_bases
 from vhdkit.backup.copy_switch import finish_switch
 from vhdkit.backup.documents import DamagedRepository
 from vhdkit.backup.graph import Images
@@ -53,11 +54,14 @@ _Choose: TypeAlias = Callable[[list[Night], Collection[int]], tuple[set[int], di
 
 @dataclass(frozen=True, slots=True)
 class Pruned:
-    """What was done, or with a dry run would be. `finished` are the nights of an interrupted prune that was ended."""
+    """What was done, or with a dry run would be. `finished` are the nights of an interrupted prune that was ended,
+    `bases` the paths of shared bases that no night of any machine needed any more; a dry run does not look for them.
+    """
 
     plan: PrunePlan
     finished: tuple[int, ...]
     dry_run: bool
+    bases: tuple[str, ...] = ()
 
 
 def prune(
@@ -187,7 +191,11 @@ def _changed(
             _refuse_unread(nights)
         if dry_run:
             return Pruned(plan_prune(_manifests(nights), drop, kept=kept, untouched=untouched), finished, True)
-        return Pruned(_carry_out(machine, nights, drop, untouched, progress, kept=kept), finished, False)
+        plan = _carry_out(machine, nights, drop, untouched, progress, kept=kept)
+        bases: list[str] = []
+        with contextlib.suppress(DamagedRepository):  # of another machine, which needs some of them, perhaps
+            bases = remove_unused_bases(machine.repository)
+        return Pruned(plan, finished, False, tuple(bases))
 
 
 def _refuse_unread(nights: list[Night]) -> None:

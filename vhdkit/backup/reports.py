@@ -169,7 +169,9 @@ class ImagesMerged:
 
 @dataclass(frozen=True, slots=True)
 class PruneReport:
-    """What a prune or a deletion did, or with a dry run would do; `machine` is an id, `kept` says why."""
+    """What a prune or a deletion did, or with a dry run would do; `machine` is an id, `kept` says why. `bases` are
+    paths of shared bases that were removed.
+    """
 
     machine: str
     name: str
@@ -183,6 +185,7 @@ class PruneReport:
     deferred: tuple[str, ...]
     copied_bytes: int
     freed_bytes: int
+    bases: tuple[str, ...] = ()
 
     @property
     def rows(self) -> list[list[str]]:
@@ -382,6 +385,7 @@ def report_prune(machine: MachineFolder, done: Pruned) -> PruneReport:
         deferred=tuple(one.text for one in plan.deferred),
         copied_bytes=plan.copied_bytes,
         freed_bytes=plan.freed_bytes,
+        bases=done.bases,
     )
 
 

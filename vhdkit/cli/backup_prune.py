@@ -86,7 +86,7 @@ def prune_command(
     \b
     With --json: {"machine", "name", "dry_run", "dropped", "finished",
       "kept": {night: [reason]}, "removed", "merged", "hidden", "deferred",
-      "copied_bytes", "freed_bytes"}
+      "bases", "copied_bytes", "freed_bytes"}
     """
     chosen_rules = KeepRules(**{name: rules[f"keep_{name}"] for name in _RULES})
     with open_repository(repo) as repository, repository.machine(repository.find_machine(machine)) as found:
@@ -179,6 +179,8 @@ def _print_done(machine: MachineFolder, pruned: Pruned, common: Common) -> None:
         return
     if done.finished:
         note(common, f"a prune that was interrupted is finished: night {', '.join(map(str, done.finished))} is gone")
+    if done.bases:
+        note(common, f"removed what no machine's night needs any more: {count(len(done.bases), 'shared base')}")
     for line in columns(done.rows, "lrl") if done.rows else []:
         print_text(printable(line))
     if done.deferred:
