@@ -41,7 +41,8 @@ State = Literal["good", "late", "new", "damaged", "unknown"]
 
 
 class BackupWork(BaseModel):
-    """What a schedule saves: machines by name, none for all that there are when it runs, into a repository.
+    """What a schedule saves: machines by name, none for all that there are when it runs, into a repository. `ids` are
+    the ids of the machines when the schedule was made, by name: one that was renamed is still meant.
 
     `keep` are the rules of the prune after each night, none to keep all; days begin in the schedule's zone.
     `sample_percent` of the images are verified after that.
@@ -50,6 +51,7 @@ class BackupWork(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     machines: tuple[str, ...] = ()
+    ids: dict[str, str] = {}
     repository: str
     consistent: bool = False
     compare: bool = False
@@ -109,9 +111,8 @@ def make_backup_schedule(work: Mapping[str, object], **fields: object) -> Schedu
         found = BackupWork.model_validate(work)
     except ValidationError as error:
         raise InvalidSpec(words_of(error)) from error
-    for name in found.machines:
-        registry.load(name)
-    found = found.model_copy(update={"repository": os.path.abspath(found.repository)})
+    ids = {name: registry.load(name).spec.id for name in found.machines}
+    found = found.model_copy(update={"repository": os.path.abspath(found.repository), "ids": ids})
     return make_schedule(kind=KIND, work=found.model_dump(mode="json", exclude_defaults=True), **fields)
 
 
@@ -126,8 +127,11 @@ def work_of(schedule: Schedule) -> BackupWork:
 
 
 def machines_of(work: BackupWork) -> list[str]:
-    """The machines that are saved now."""
-    return list(dict.fromkeys(work.machines)) if work.machines else registry.names()
+    """The machines that are saved now, by their present names; one that is gone by the name that it had."""
+    if not work.machines:
+        return registry.names()
+    present = {one.spec.id: one.name for one in registry.load_all()[0]}
+    return list(dict.fromkeys(present.get(work.ids.get(name, ""), name) for name in work.machines))
 
 
 def jobs_of(schedule: Schedule, command: Sequence[str]) -> list[ScheduledJob]:

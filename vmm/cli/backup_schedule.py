@@ -113,6 +113,7 @@ def schedule_command() -> None:
 @click.option("--late-after", type=AGE, metavar="AGE",
               help="How long after TIME a night may be missing before it is late; by default 6h, or half of the time"
                    " between two runs.")  # fmt: skip
+@click.option("--replace", is_flag=True, help="Replace the schedule of that name; what its runs left is kept.")
 @click.option("--no-timer", is_flag=True, help="Install no timer: another scheduler runs it.")
 @_scope_option
 @output_options
@@ -129,6 +130,7 @@ def add_command(
     after: tuple[Words, ...],
     on_failure: tuple[Words, ...],
     late_after: timedelta | None,
+    replace: bool,
     no_timer: bool,
     for_user: bool | None,
     as_json: bool,
@@ -155,19 +157,20 @@ def add_command(
         "keep": keep,
         "sample_percent": percent,
     }
+    before_it = store.load(schedule) if replace and schedule in store.names() else None
     made = scheduled_backups.make_backup_schedule(
         work,
         name=schedule,
         when=when,
         zone=zone,
-        created=now,
+        created=now if before_it is None else before_it.created,
         jobs=jobs,
         before=before,
         after=after,
         on_failure=on_failure,
         late_after_seconds=None if late_after is None else int(late_after.total_seconds()),
     )
-    path, notes = _add(made, None if no_timer else _scope(for_user))
+    path, notes = _add(made, before_it, None if no_timer else _scope(for_user))
     if (warning := made.calendar.warning(now)) is not None:
         notes.append(warning)
     if as_json:
@@ -183,15 +186,23 @@ def _scope(for_user: bool | None) -> systemd.Scope:
     return systemd.default_scope() if for_user is None else "user" if for_user else "system"
 
 
-def _add(made: Schedule, scope: systemd.Scope | None) -> tuple[str | None, list[str]]:
-    """Add the schedule, with its timer; returns the timer's path and notes. If the timer fails, nothing is left."""
-    store.add(made)
-    if scope is None:
-        return None, [f"no timer runs it; the command that does: {shlex.join(_call(made.name))}"]
+def _add(made: Schedule, before: Schedule | None, scope: systemd.Scope | None) -> tuple[str | None, list[str]]:
+    """Add the schedule in place of the one `before`, with its timer; returns the timer's path and notes.
+
+    If the timer fails, everything is as before.
+    """
+    store.add(made, replace=before is not None)
     try:
+        if scope is None:
+            for one in timer.scopes():
+                timer.remove(one, made.name)
+            return None, [f"no timer runs it; the command that does: {shlex.join(_call(made.name))}"]
         done = timer.install(scope, made, _call(made.name))
     except BaseException:
-        store.remove(made.name)
+        if before is None:
+            store.remove(made.name)
+        else:
+            store.add(before, replace=True)
         raise
     return timer.installed(made.name), list(done.notes)
 

@@ -115,7 +115,7 @@ def verify(path: str, scope: Scope) -> str | None:
 def put_in_place(scope: Scope, units: Mapping[str, str], enabled: str) -> Result:
     """Write units, by name, enable the one called `enabled`, and have a running service manager read them. Idempotent.
 
-    If systemd does not enable it, those that were not there before are removed again. Raises InvalidSpec for a unit
+    If systemd does not enable it, they are as before. Raises InvalidSpec for a unit
     that systemd refuses, AccessDenied, NoSpace, VmmError.
     """
     places = {name: unit_path(scope, name) for name in units}
@@ -128,9 +128,12 @@ def put_in_place(scope: Scope, units: Mapping[str, str], enabled: str) -> Result
         systemctl(scope, "enable", enabled)
     except VmmError:
         for name, path in places.items():
-            if before[name] is None:
-                with contextlib.suppress(OSError):
+            old = before[name]
+            with contextlib.suppress(OSError, VmmError):
+                if old is None:
                     os.unlink(path)
+                elif name in changed:
+                    _write(path, old)
         raise
     reload(scope)
     return Result(places[enabled], bool(changed))

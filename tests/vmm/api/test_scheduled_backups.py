@@ -94,6 +94,17 @@ def test_all_machines(home: Path) -> None:
     assert [one.name for one in jobs_of(made, ["vmm"])] == ["mail", "prune", "web"]
 
 
+def test_a_machine_that_was_renamed(home: Path) -> None:
+    """It is saved and judged under its new name, also if another machine gets its old one."""
+    made = schedule(home, machines=["web", "mail"])
+    with registry.changing("web") as web:
+        registry.rename(web, web.spec.changed(name="shop"))
+    assert [one.name for one in jobs_of(made, ["vmm"])] == ["shop", "mail"]
+    assert [one.machine for one in only().machines] == ["shop", "mail"]
+    registry.add(make_spec(name="web"))
+    assert [one.name for one in jobs_of(made, ["vmm"])] == ["shop", "mail"]
+
+
 @pytest.mark.parametrize(
     "work", [{"machines": ["nobody"], "repository": "r"}, {}, {"repository": "r", "keep": {"nightly": 3}},
              {"repository": "r", "sample_percent": 101}, {"repository": "r", "full_every": 0}],

@@ -80,6 +80,16 @@ def test_adding_and_showing(home: Path) -> None:
     shown = good("backup", "schedule", "show", "nightly")
     assert "web, mail" in shown and "daily 7" in shown and "5 % of each image" in shown and "was not due yet" in shown
     assert f"nightly: 22:30 (UTC) to {home}/repo; never run" in good("backup", "status")
+    created = store.load("nightly").created
+    result = run(*ADD, home / "repo", "--when", "23:30", "--user", "--replace")
+    assert result.exit_code == 0 and "23:30 UTC" in result.stdout
+    assert store.load("nightly").created == created and store.load("nightly").jobs == 1
+    assert "23:30:00 UTC" in (home / "config/systemd/user/vmm-schedule-nightly.timer").read_text()
+    systemctl.write_text("#!/bin/sh\nexit 1\n")
+    assert run(*ADD, home / "repo", "--when", "21:30", "--user", "--replace").exit_code == 1
+    assert store.load("nightly").when == "23:30"
+    assert "23:30:00 UTC" in (home / "config/systemd/user/vmm-schedule-nightly.timer").read_text()
+    systemctl.write_text("#!/bin/sh\n")
     assert "--yes" in failure("backup", "schedule", "remove", "nightly", code=2)
     good("backup", "schedule", "remove", "nightly", "--yes")
     assert list((home / "config/systemd/user").iterdir()) == [] and store.names() == []
