@@ -107,11 +107,12 @@ class Filler:
 
     def _report(self, error: Exception) -> None:
         """Record why it does not go on, once for each reason."""
-        problem = str(error)
+        problem = error.problem if isinstance(error, VmmError | vhdkit.VhdkitError) else str(error)
         if problem != self._problem and not self._running.exited.is_set():
             self._problem = problem
             self._show(problem=problem)
-            self._running.tell("filling-waits", problem=problem)
+            source = (self._running.filling or {}).get("source", "a backup")
+            self._running.tell("filling-waits", problem=problem, hint=f"{source} must be readable until it is whole")
 
     def _show(self, **facts: object) -> None:
         known = self._running.filling or {}

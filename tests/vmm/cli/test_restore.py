@@ -37,6 +37,7 @@ def test_a_dry_run_lists_what_must_be_allowed(machines: Machines, tmp_path: Path
     assert made["name"] == "new2" and Path(made["disks"]["disk-0"]).is_file() and made["consistency"] == "crash"
 
 
+@pytest.mark.nightly
 @pytest.mark.kvm
 def test_a_restored_machine_boots(manager: Manager, tmp_path: Path) -> None:
     """The guest of the night starts beside its original, and finds what it had written."""

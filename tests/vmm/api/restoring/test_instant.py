@@ -19,7 +19,6 @@ from tests.vmm.guests.boot_sector import COUNT_LBA, SECTOR, WRITE_LBA, BootOptio
 from tests.vmm.small_guests import (
     MIB,
     PARTS,
-    both_kinds_nightly,
     kill_together,
     make_disk,
     processes,
@@ -98,7 +97,8 @@ def told(manager: Manager, event: str, name: str = "twin") -> list[dict[str, Any
     return [dict(one.details) for one in manager.events(name) if one.name == event]
 
 
-@both_kinds_nightly
+@pytest.mark.nightly
+@pytest.mark.parametrize("kind", ["vhd", "vhdx"])
 def test_a_machine_runs_while_it_is_filled(manager: Manager, tmp_path: Path, kind: str) -> None:
     """The guest runs at once beside its original; when its disk is whole, it needs the repository no longer."""
     repository, expected = saved(manager, tmp_path, kind)
@@ -149,6 +149,7 @@ def test_everything_is_killed_while_it_is_filled(manager: Manager, tmp_path: Pat
     assert content(now("twin")) == expected
 
 
+@pytest.mark.nightly
 def test_off_and_on_and_what_is_refused_meanwhile(manager: Manager, tmp_path: Path) -> None:
     """A machine that is not whole can be switched off and on, exported and deleted; its disk cannot be taken out."""
     repository, expected = saved(manager, tmp_path)
@@ -184,7 +185,8 @@ def test_off_and_on_and_what_is_refused_meanwhile(manager: Manager, tmp_path: Pa
     assert lease_count(repository) == 0 and os.listdir(tmp_path / "home" / "disks" / "twin") == []
 
 
-@pytest.mark.parametrize("until_paused", [False, pytest.param(True, marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("until_paused", [False, True])
 def test_the_repository_goes_away(manager: Manager, tmp_path: Path, until_paused: bool) -> None:
     """Without its repository the guest is paused, and an event says what helps; when it is back, all goes on."""
     repository, expected = saved(manager, tmp_path)
@@ -205,6 +207,7 @@ def test_the_repository_goes_away(manager: Manager, tmp_path: Path, until_paused
     assert content(now("twin")) == expected
 
 
+@pytest.mark.nightly
 def test_the_old_machine_continues_its_nights(manager: Manager, tmp_path: Path) -> None:
     """With `register` the filled image is kept as its night, so the next backup has what was written since; a backup
     before that is refused with the reason."""
