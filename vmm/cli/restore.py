@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 @click.option("--now", is_flag=True,
               help="Start it at once from the night, and fill its disks while it runs.")  # fmt: skip
 @click.option("--limit", metavar="RATE", type=SIZE,
-              help="With --now: copy at most this many bytes a second, such as 50M.")  # fmt: skip
+              help="With --now: fill at most this much of the disks in a second, such as 50M.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Show what would be made, and what has to be allowed.")
 @output_options
 def restore_command(

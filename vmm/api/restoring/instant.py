@@ -3,6 +3,7 @@
 
     O (the guest writes) -> B (empty, to be filled) -> the night's image -> ...          for each disk
 
+    0  disks that the machine only reads are copied: the disk server fills none of these
     1  B and O are made and synced, in a folder that belongs to no machine yet
     2  a lasting lease on the night, which the folder's note names first
     3  the machine appears in the registry, with the record of what is to be filled
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 
 import vhdkit
@@ -34,6 +35,7 @@ from vmm.api.restoring.landing import Landing
 from vmm.api.restoring.restoring import (
     RestoredMachine,
     add_machine,
+    copy_disks,
     refuse_taken,
     report_restored,
     result_of,
@@ -74,10 +76,13 @@ def restore_now(
         tell(planned, announce)
         with Landing(planned.folder) as landing:
             tell_replaced(landing, announce)
+            copied = {disk.id: planned.paths[disk.id] for disk in planned.spec.disks
+                      if disk.id in planned.paths and disk.read_only}  # fmt: skip
+            copy_disks(found, replace(planned, paths=copied), landing.part, request, progress)
             planned, leaves = _with_leaves(found, planned, landing.part)
             landing.appear()
-            with _leased(found, planned, landing) as lease:
-                filling = _filling(found, planned, request, lease, max_rate_bytes)
+            with _leased(found, planned, landing) if leaves else contextlib.nullcontext() as lease:
+                filling = _filling(found, planned, leaves, request, lease, max_rate_bytes)
                 machine = add_machine(
                     found, planned, request, lambda machine: _fill_folder(machine, planned, leaves, filling)
                 )
@@ -108,7 +113,7 @@ def _with_leaves(found: FoundNight, planned: Planned, folder: str) -> tuple[Plan
     leaves: dict[str, str] = {}
     disks = []
     for disk in planned.spec.disks:
-        if disk.id in planned.paths:
+        if disk.id in planned.paths and not disk.read_only:
             filled = os.path.join(folder, os.path.basename(planned.paths[disk.id]))
             standing = backups.stand_on_night(found.machine, found.manifest, disk.id, filled, layers_above=1)
             leaf = child_path(filled, disk.format or "vhd")
@@ -139,10 +144,15 @@ def _leased(found: FoundNight, planned: Planned, landing: Landing) -> Iterator[s
 
 
 def _filling(
-    found: FoundNight, planned: Planned, request: RestoreRequest, lease: str | None, max_rate_bytes: int | None
+    found: FoundNight,
+    planned: Planned,
+    leaves: Collection[str],
+    request: RestoreRequest,
+    lease: str | None,
+    max_rate_bytes: int | None,
 ) -> Filling:
     manifest = found.manifest
-    paths = {disk_id: os.path.realpath(path) for disk_id, path in planned.paths.items()}
+    paths = {disk_id: os.path.realpath(planned.paths[disk_id]) for disk_id in leaves}
     return Filling(
         found.machine.repository.path, found.machine.repository.id, found.machine.id, found.machine.name,
         manifest.night, manifest.id, paths, lease, marks=request.register, max_rate_bytes=max_rate_bytes,

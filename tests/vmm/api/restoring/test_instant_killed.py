@@ -15,7 +15,7 @@ from tests.support import daily_or_nightly
 from tests.vmm.api.restoring.saved_nights import content, hashes, lease_count, save_night
 from tests.vmm.snapshots.machines import Machines, each_kind
 from vhdkit import backups
-from vmm.api.manager import Manager
+from vmm.api.manager import DiskRequest, Manager
 from vmm.api.restoring.found_night import RestoreRequest
 from vmm.api.restoring.instant import restore_now
 from vmm.api.restoring.landing import NOTE
@@ -51,7 +51,7 @@ def test_it_is_killed_anywhere(machines: Machines) -> None:
     save_night("web", repository)
     before, expected = hashes(repository), contents("web")
     request, outcomes = RestoreRequest(str(repository), "web", "new"), set()
-    for _ in killings(lambda: restore_now(request), step=daily_or_nightly(11, 1)):
+    for _ in killings(lambda: restore_now(request), step=daily_or_nightly(17, 1)):
         is_there = "new" in registry.names()
         outcomes.add(is_there)
         if is_there:
@@ -159,3 +159,21 @@ def test_images_that_cannot_be_read_stay_with_their_lease(machines: Machines) ->
     os.rename(machines.folder / "away", repository)
     assert done.disks["disk-0"] in [one.path for one in deletion.kept] and len(deletion.kept) == 2
     assert deletion.disks == () and len(living_leases(repository)) == 1
+
+
+@pytest.mark.usefixtures("unstarted")
+def test_disks_that_are_only_read_are_copied(machines: Machines) -> None:
+    """A read-only disk is whole from the beginning; a machine without disks needs no lease."""
+    machines.create("web", 1)
+    shared = machines.disk("shared.vhd")
+    Manager().add_disk("web", DiskRequest(str(shared), read_only=True, controller="scsi"))
+    repository = machines.folder / "repo"
+    save_night("web", repository)
+    done = restore_now(RestoreRequest(str(repository), "web", "new"))
+    filling = read_filling(registry.load("new").paths)
+    assert filling is not None and list(filling.disks) == ["disk-0"] and contents("new") == contents("web")
+    assert content(done.disks["disk-1"]) == content(str(shared))
+    Manager().create("bare", memory_bytes=16 << 20)
+    save_night("bare", repository)
+    restore_now(RestoreRequest(str(repository), "bare", "none"))
+    assert read_filling(registry.load("none").paths) is None and len(living_leases(repository)) == 1
