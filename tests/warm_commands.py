@@ -46,6 +46,8 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 # Without the site packages it starts in 15 ms.
 _CLIENT = """#!{python} -IS
 import json, os, signal, socket, sys
+if os.environ.get("LISTEN_PID") == str(os.getpid()):  # sockets were passed to this process, which cannot pass them on
+    os.execv({python!r}, [{python!r}, "-P", "-m", os.path.basename(sys.argv[0]), *sys.argv[1:]])
 link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
 link.connect({address!r})
 umask = os.umask(0)
