@@ -48,6 +48,7 @@ def fetched(shell: GuestShell, server: GuestShell, address: str) -> bool:
     return shell.check(f"wget -q -O - http://{address}:5000/file | md5sum", seconds=120) == wanted
 
 
+@pytest.mark.nightly  # the same with stations instead of guests every day
 def test_three_guests_on_a_private_switch(lab: MachineLab) -> None:
     """Ping and TCP work; VLANs are apart, and joined by a trunk; a spoofed sender is dropped; the switch survives a
     kill; the cable can be unplugged and plugged in."""
@@ -133,6 +134,7 @@ def test_internal_switch_without_root_and_adapter_hotplug(lab: MachineLab) -> No
     assert [one["name"] for one in ports] == [port_name(registry.load("two").spec.id, "nic-1")]
 
 
+@pytest.mark.nightly
 def test_a_restored_guest_keeps_its_mtu(lab: MachineLab) -> None:
     """A guest saved with an MTU and restored on a switch that announces another one, or none, continues, with an
     event.

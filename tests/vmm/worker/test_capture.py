@@ -421,7 +421,9 @@ def test_snapshots_that_are_refused_while_the_machine_runs(manager: Manager, fol
 
 
 @both_kinds_nightly
-@pytest.mark.parametrize("part", ["worker", "server", "qemu"])
+@pytest.mark.parametrize(
+    "part", ["worker", *(pytest.param(one, marks=pytest.mark.nightly) for one in ("server", "qemu"))]
+)
 def test_kills_while_a_snapshot_is_taken(
     manager: Manager, folder: Path, machines: Machines, part: str, kind: str
 ) -> None:

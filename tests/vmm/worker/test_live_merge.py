@@ -96,6 +96,7 @@ def writes(guest: GuestShell) -> None:
     goes_on(guest)
 
 
+@pytest.mark.nightly
 @with_large_sectors
 def test_a_guest_with_large_sectors(manager: Manager, shell_of: Callable[[], GuestShell], tmp_path: Path) -> None:
     """A guest sees a VHDX with sectors of 4096 bytes as such a disk, on virtio and, added while it runs, on SCSI; what

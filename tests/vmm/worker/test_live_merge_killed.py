@@ -172,7 +172,7 @@ def put_away(manager: Manager) -> None:
         pytest.param("server", "bc", id="server-middle"),
         pytest.param("server", "cd", id="server-leaf", marks=pytest.mark.nightly),
         pytest.param("qemu", "bc", id="qemu-middle", marks=pytest.mark.nightly),
-        pytest.param("qemu", "cd", id="qemu-leaf"),
+        pytest.param("qemu", "cd", id="qemu-leaf", marks=pytest.mark.nightly),
     ],
 )
 def test_one_process_is_killed_in_a_live_merge(

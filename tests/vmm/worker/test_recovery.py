@@ -55,7 +55,7 @@ def cut_after_the_pivot(small: MachineSnapshots, victims: tuple[str, ...]) -> st
         pytest.param(("worker",), "none", id="worker-none"),
         pytest.param(("worker",), "restart", id="worker-restart", marks=pytest.mark.nightly),
         pytest.param(("worker", "qemu"), "none", id="worker+qemu-none", marks=pytest.mark.nightly),
-        pytest.param(("worker", "qemu"), "restart", id="worker+qemu-restart"),
+        pytest.param(("worker", "qemu"), "restart", id="worker+qemu-restart", marks=pytest.mark.nightly),
     ],
 )
 def test_delete_right_after_an_interrupted_snapshot(
