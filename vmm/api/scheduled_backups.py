@@ -13,8 +13,11 @@ hand counts as well. The reason is looked up in the record of the last run.
 
 from __future__ import annotations
 
+import contextvars
 import os
-from collections.abc import Mapping, Sequence
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final, Literal
@@ -24,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 import vhdkit
 from vhdkit import backups
 from vmm.model.complaints import words_of
-from vmm.model.errors import InvalidSpec, VmmError, store_error
+from vmm.model.errors import InvalidSpec, TimedOut, VmmError, store_error
 from vmm.schedule import store
 from vmm.schedule.definition import Schedule, make_schedule
 from vmm.schedule.places import schedule_paths
@@ -34,6 +37,7 @@ from vmm.schedule.timer import installed
 from vmm.store import registry
 
 KIND: Final = "backup"
+ANSWER_SECONDS = 60.0  # for a slow disk with many nights; a file server that is away may never answer
 KEEP_RULES: Final = ("last", "hourly", "daily", "weekly", "monthly", "yearly")
 _DAMAGED, _BUSY = 3, 5  # exit codes of `vmm backup verify`
 State = Literal["good", "late", "new", "damaged", "unknown"]
@@ -203,7 +207,7 @@ def _status(schedule: Schedule, now: datetime) -> ScheduleStatus:
     try:
         work = work_of(schedule)
         repository = work.repository
-        machines = _machines(schedule, work, since, now)
+        machines = _in_time(lambda: _machines(schedule, work, since, now), work.repository)
     except VmmError as error:
         problem = str(error)
     return ScheduleStatus(
@@ -211,6 +215,27 @@ def _status(schedule: Schedule, now: datetime) -> ScheduleStatus:
         installed(schedule.name), going, None if last is None else last.began, None if last is None else last.ended,
         last_problem, tuple(machines), problem,
     )  # fmt: skip
+
+
+def _in_time(look: Callable[[], list[MachineNights]], repository: str) -> list[MachineNights]:
+    """What `look` returns. Raises TimedOut if the repository's file system does not answer: a status always ends."""
+    answers: queue.SimpleQueue[list[MachineNights] | BaseException] = queue.SimpleQueue()
+    context = contextvars.copy_context()  # the folders in use
+
+    def ask() -> None:
+        try:
+            answers.put(context.run(look))
+        except BaseException as error:
+            answers.put(error)
+
+    threading.Thread(target=ask, name="status of a repository", daemon=True).start()
+    try:
+        found = answers.get(timeout=ANSWER_SECONDS)
+    except queue.Empty:
+        raise TimedOut(f"does not answer within {ANSWER_SECONDS:.0f} s", path=repository) from None
+    if isinstance(found, BaseException):
+        raise found
+    return found
 
 
 def _machines(schedule: Schedule, work: BackupWork, since: datetime | None, now: datetime) -> list[MachineNights]:
@@ -222,7 +247,7 @@ def _machines(schedule: Schedule, work: BackupWork, since: datetime | None, now:
         if since is None:  # the first run makes it
             return [MachineNights(name, "new", "was not due yet") for name in names]
         words = f"no night, and no repository at {work.repository}"
-        return [MachineNights(name, "late", words + _why(schedule, name)) for name in names]
+        return [MachineNights(name, "late", words + _why_gone(schedule, name, since)) for name in names]
     except vhdkit.VhdkitError as error:
         raise store_error(error) from error
 
@@ -253,6 +278,14 @@ def _machine(
     else:
         state, words = "late", found.words + _why(schedule, name)
     return MachineNights(name, state, words, found.newest_whole, found.taken, found.age_seconds)
+
+
+def _why_gone(schedule: Schedule, name: str, since: datetime) -> str:
+    """As `_why`, where there is no repository: a hook may have mounted it for the run alone."""
+    last = read_last(schedule_paths(schedule.name))
+    if last is not None and name in last.done and last.began >= since:
+        return f"; the run at {last.began:%Y-%m-%d %H:%M} UTC saved it: is the repository mounted?"
+    return _why(schedule, name)
 
 
 def _why(schedule: Schedule, name: str) -> str:

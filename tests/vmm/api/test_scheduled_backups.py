@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.vhdkit.backup.repositories import MACHINE, Nights
+from vhdkit import backups
 from vmm.api import scheduled_backups
 from vmm.api.scheduled_backups import ScheduleStatus, jobs_of, make_backup_schedule, status
 from vmm.host.proc import Lock
@@ -225,6 +227,40 @@ def test_what_cannot_be_judged(home: Path) -> None:
     assert not status(MORNING, ["nightly"])[0].is_good
     with pytest.raises(NotFound):
         status(MORNING, ["nobody"])
+
+
+def test_a_repository_that_does_not_answer(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file server that is away is reported in time, and the other schedules are judged."""
+    schedule(home)
+    schedule(home, name="other", repository=str(home / "away"))
+    night(home, LAST_NIGHT)
+    back, opened = threading.Event(), backups.open_repository
+
+    def hanging(path: str) -> backups.Repository:
+        if path.endswith("away"):
+            back.wait(60)
+        return opened(path)
+
+    monkeypatch.setattr(backups, "open_repository", hanging)
+    try:
+        monkeypatch.setattr(scheduled_backups, "ANSWER_SECONDS", 20.0)
+        assert status(MORNING, ["nightly"])[0].is_good
+        monkeypatch.setattr(scheduled_backups, "ANSWER_SECONDS", 0.05)
+        [away] = status(MORNING, ["other"])
+    finally:
+        back.set()
+    assert not away.is_good and "away: does not answer within" in (away.problem or "")
+
+
+def test_a_repository_that_is_mounted_for_the_run_alone(home: Path) -> None:
+    """Where the repository is gone, but the last run has saved the machine in time, the words say so."""
+    schedule(home)
+    write_last(schedule_paths("nightly"), LastRun(LAST_NIGHT, LAST_NIGHT, ("web",)))
+    assert state() == (
+        "late",
+        f"no night, and no repository at {home}/repo; the run at 2026-11-09 22:31 UTC saved it: is the repository"
+        " mounted?",
+    )
 
 
 def test_schedules_of_other_kinds_are_left_alone(home: Path) -> None:

@@ -56,6 +56,7 @@ def test_a_night_boots(manager: Manager, tmp_path: Path) -> None:
 
 
 @pytest.mark.kvm
+@pytest.mark.nightly
 def test_a_night_that_does_not_boot(manager: Manager, tmp_path: Path) -> None:
     """A guest that shows nothing of what is expected in time has failed, and is gone as well."""
     vhdkit.create_image(tmp_path / "empty.vhd", 1 << 20)
