@@ -57,13 +57,15 @@ class BackupWishes:
     """What the user asks of a night.
 
     `consistent`: the guest's file systems must be whole; `compare`: compare all content, trust no mark; `full_every`:
-    begin a new chain after so many images; `keep_free_bytes`: space in the repository that must stay free.
+    begin a new chain after so many images; `keep_free_bytes`: space in the repository that must stay free;
+    `max_rate_bytes`: the most that is written in a second.
     """
 
     consistent: bool = False
     compare: bool = False
     full_every: int | None = None
     keep_free_bytes: int = 0
+    max_rate_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +117,8 @@ def save_night(
         refuse_unfreezable(machine.spec)
         refuse_while_filled(machine.paths, name, "a backup")
         tell("backup-begun")
-        options = backups.Wishes(compare=wishes.compare, full_every=wishes.full_every)
+        limit = None if wishes.max_rate_bytes is None else backups.RateLimit(wishes.max_rate_bytes)
+        options = backups.Wishes(compare=wishes.compare, full_every=wishes.full_every, limit=limit)
         with (
             backups.create_repository(repository) as opened,
             backups.writing(opened, machine.spec.id, name, options) as night,

@@ -52,6 +52,7 @@ _MEANINGS = {
     "--full-every", type=click.IntRange(1), metavar="N", help="Begin a new full image after N images of a disk."
 )
 @click.option("--keep-free", type=SIZE, default=0, metavar="SIZE", help="Save nothing unless so much stays free.")
+@click.option("--limit", type=SIZE, metavar="RATE", help="Write at most so much in a second, such as 20M.")
 @output_options
 def run_command(
     names: tuple[str, ...],
@@ -60,6 +61,7 @@ def run_command(
     compare: bool,
     full_every: int | None,
     keep_free: int,
+    limit: int | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -80,7 +82,7 @@ def run_command(
     code = exit_code_of_child(lambda: note_abandoned(names, repo))
     if code is not None:
         click.get_current_context().exit(code)
-    wishes = BackupWishes(consistent, compare, full_every, keep_free)
+    wishes = BackupWishes(consistent, compare, full_every, keep_free, limit)
     saved, failed = list[MachineNight](), list[VmmError]()
     for name in names:
         try:

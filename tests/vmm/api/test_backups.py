@@ -323,6 +323,18 @@ def test_a_machine_that_starts_and_changes_while_it_is_copied(
     assert now(machines) != expected
 
 
+def test_a_limit_of_the_rate(machines: Machines) -> None:
+    """With a limit a night takes the time that its bytes need; a rate of nothing is refused."""
+    machines.create()
+    for number in range(64):
+        machines.write("web", 4096 * number, os.urandom(4096))
+    night = saved(machines, max_rate_bytes=512 << 10)
+    assert night.added_bytes >= 256 << 10 and night.seconds >= 0.3
+    with pytest.raises(InvalidSpec, match="bytes a second"):
+        saved(machines, max_rate_bytes=0)
+    assert "bytes a second" in failure("backup", "run", "web", machines.folder / "repo", "--limit", "1", code=2)
+
+
 def test_a_saved_machine_keeps_its_layers(machines: Machines) -> None:
     """Nights of a machine whose newest image is empty add no layers: the image below it is marked again."""
     machines.create()
