@@ -85,8 +85,8 @@ def require_same_line(source: Sequence[Night], other: Sequence[Night], *, highes
             )
         if not knows:
             raise _contradiction(
-                f"it has night {night.number}, and the source does not; the copy was last written from another source"
-                " or from a later state of this one"
+                f"it has night {night.number}, and the source does not, nor does it know the copy's present state:"
+                " another source or a later state of this one wrote it, or this one could not record it"
             )
     if only and not any(_is_live(one) for one in source):
         raise _contradiction("it has nights, and the source has none that can be read")

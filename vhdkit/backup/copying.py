@@ -149,7 +149,15 @@ def _copied_machine(
             with other.held("a copy", copying=True):
                 finish_switch(other)
                 _Machine(source, other, done, knows, limit, stage).run()
-    except (DamagedRepository, errors.ImageInUse, errors.UnsupportedFormat, errors.NotFound) as error:
+    except errors.NoSpace:  # the next machine would have none either
+        raise
+    except (
+        DamagedRepository,
+        errors.ImageInUse,
+        errors.UnsupportedFormat,
+        errors.NotFound,
+        errors.IoFailed,
+    ) as error:
         done.problems.append(error)
     return done
 
@@ -183,6 +191,8 @@ class _Machine:
                     self.skip.update(step.nights)
         self._mend()
         forget_staged(self.other)
+        if not self.done.problems:  # of nights that were dropped before a killed run could finish them
+            remove_leftovers(self.other, self.other.nights())
         last = max(self.source.last_night, self.other.last_night)
         if (self.other.name, self.other.last_night) != (self.source.name, last):
             self.other.record(name=self.source.name, last_night=last)
@@ -341,6 +351,9 @@ class _Machine:
                 staged.write(manifest_name(manifest.night), manifest.encoded(), replace=True)
             staged.sync()
         places = tuple(new.place for _, new in step.rewritten)
+        for place in places:  # what is open now would stop the switch in its middle
+            with self.other.folder_of(place) as folder:
+                folder.own_file(place.name).close()
         begin_switch(self.other, Switch(tuple(one.night for one in step.write), step.remove, places, step.gone))
         finish_switch(self.other)
 

@@ -6,7 +6,8 @@ Decides which files belong to no night, and removes them. Must not know how a ni
 - Call it with the machine's lock held, with nights that were read after that: then nothing is being written.
 - While a manifest cannot be read, or a prune is under way, only files that are newer than every night are leftovers:
   what an unreadable manifest names is unknown, and the images of a prune belong to its journal. Otherwise every image
-  that no manifest names is one, whatever its number: a deletion that had no space for its journal may leave it.
+  that no manifest names is one, whatever its number: a deletion that had no space for its journal may leave it, or a
+  copy that was killed before the night was dropped; and so are the other files of a night that does not exist.
 - Files with other names than a night gives are left alone.
 """
 
@@ -44,7 +45,8 @@ def remove_leftovers(machine: MachineFolder, nights: Iterable[Night]) -> list[st
                     folder.remove(name)
                     removed.append(os.path.join(folder.path, name))
             folder.sync()
-    return [*removed, *_unfinished_meta(machine, newest)]
+    live = {one.number for one in known if one.manifest is not None and not one.manifest.dropped}
+    return [*removed, *_other_files(machine, newest, live if is_sure else None)]
 
 
 def _is_image(name: str, night: int) -> bool:
@@ -53,14 +55,16 @@ def _is_image(name: str, night: int) -> bool:
     return dot == "." and stem == night_word(night) and name.count(".") == 1 and formats.by_suffix(name) is not None
 
 
-def _unfinished_meta(machine: MachineFolder, newest: int) -> list[str]:
+def _other_files(machine: MachineFolder, newest: int, live: set[int] | None) -> list[str]:
+    """Remove the folders of other files of nights that do not exist: later ones; all, if `live` is known."""
     try:
         meta = machine.folder.folder(META)
     except errors.NotFound:
         return []
     with meta:
-        late = [one for one in meta.names(MAX_FILES) if (night_of(one) or 0) > newest]
-        return [path for one in late for path in remove_whole(meta, one)]
+        found = [(name, night_of(name) or 0) for name in meta.names(MAX_FILES)]
+        gone = [name for name, night in found if night > newest or (night and live is not None and night not in live)]
+        return [path for name in gone for path in remove_whole(meta, name)]
 
 
 def remove_whole(above: HeldFolder, name: str) -> list[str]:

@@ -400,3 +400,18 @@ def test_readers_finish_a_switch(tmp_path: Path) -> None:
         shutil.rmtree(other.path)
         shutil.copytree(tmp_path / "before", other.path)
     assert seen_journal
+
+
+def test_a_night_that_was_dropped_after_a_kill(tmp_path: Path) -> None:
+    """What a killed copy has brought of a night that the source has dropped since then is removed by the next run."""
+    nights, other = small(tmp_path, "vhd", pruned=False)
+    shutil.copytree(other.path, tmp_path / "before")
+    for _ in killings(lambda: copied(nights, other.path), step=17):
+        found = {path.name for path in other.path.rglob("00005*")}
+        if {"00005.avhd", "00005"} <= found and 5 not in left(other):
+            break
+        shutil.rmtree(other.path)
+        shutil.copytree(tmp_path / "before", other.path)
+    dropped(nights, 5)
+    copied(nights, other.path)
+    check(other, 1, 2, 3, 4)
