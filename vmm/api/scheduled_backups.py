@@ -61,6 +61,7 @@ class BackupWork(BaseModel):
     compare: bool = False
     full_every: int | None = Field(default=None, ge=1)
     keep_free_bytes: int = Field(default=0, ge=0)
+    max_rate_bytes: int | None = Field(default=None, ge=1024)
     keep: dict[Literal["last", "hourly", "daily", "weekly", "monthly", "yearly"], int] = {}
     sample_percent: int | None = Field(default=None, ge=1, le=100)
 
@@ -150,6 +151,8 @@ def _steps(schedule: Schedule, work: BackupWork, name: str, command: tuple[str, 
         options += ["--full-every", str(work.full_every)]
     if work.keep_free_bytes:
         options += ["--keep-free", str(work.keep_free_bytes)]
+    if work.max_rate_bytes is not None:
+        options += ["--limit", str(work.max_rate_bytes)]
     steps = [JobStep("backup", (*command, "backup", "run", "--json", *options, "--", name, work.repository))]
     in_repository = _id_of(name) or name
     if work.keep:

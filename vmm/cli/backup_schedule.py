@@ -104,6 +104,7 @@ def schedule_command() -> None:
 @click.option("--compare", is_flag=True, help="As of `vmm backup run`.")
 @click.option("--full-every", type=click.IntRange(1), metavar="N", help="As of `vmm backup run`.")
 @click.option("--keep-free", type=SIZE, default=0, metavar="SIZE", help="As of `vmm backup run`.")
+@click.option("--limit", type=SIZE, metavar="RATE", help="As of `vmm backup run`, for each machine.")
 @click.option("--before", type=_HOOK, multiple=True, metavar="COMMAND",
               help="Run this first; if it fails, nothing is saved. Repeatable. No shell runs it.")  # fmt: skip
 @click.option("--after", type=_HOOK, multiple=True, metavar="COMMAND",
@@ -154,6 +155,7 @@ def add_command(
         "compare": more["compare"],
         "full_every": more["full_every"],
         "keep_free_bytes": more["keep_free"],
+        "max_rate_bytes": more["limit"],
         "keep": keep,
         "sample_percent": percent,
     }

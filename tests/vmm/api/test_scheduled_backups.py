@@ -73,12 +73,22 @@ def test_the_commands(home: Path) -> None:
     """Each machine is saved, pruned by its id, and verified; a word that looks like an option is a name."""
     made = schedule(
         home, machines=["web", "mail", "web"], keep={"daily": 7, "weekly": 4}, zone="Europe/Berlin", sample_percent=5,
-        consistent=True, compare=True, full_every=30, keep_free_bytes=1 << 30,
+        consistent=True, compare=True, full_every=30, keep_free_bytes=1 << 30, max_rate_bytes=1 << 20,
     )  # fmt: skip
     jobs, repo = jobs_of(made, ["/bin/vmm"]), str(home / "repo")
     assert [one.name for one in jobs] == ["web", "mail"]
     save, prune, verify = jobs[0].steps
-    options = ["--json", "--consistent", "--compare", "--full-every", "30", "--keep-free", str(1 << 30)]
+    options = [
+        "--json",
+        "--consistent",
+        "--compare",
+        "--full-every",
+        "30",
+        "--keep-free",
+        str(1 << 30),
+        "--limit",
+        str(1 << 20),
+    ]
     assert list(save.words) == ["/bin/vmm", "backup", "run", *options, "--", "web", repo]
     machine_id = registry.load("web").spec.id
     rules = ["--keep-daily", "7", "--keep-weekly", "4", "--zone", "Europe/Berlin"]

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import click
 import pytest
 
 import vhdkit
@@ -16,7 +17,9 @@ from tests.vhdkit.backup.repositories import Nights
 from tests.vmm.cli.running import document, failure, good, run
 from tests.warm_commands import warm
 from vhdkit import backups
+from vmm.api import scheduled_backups
 from vmm.cli import backup_schedule
+from vmm.cli.backup import backup_command
 from vmm.host import systemd
 from vmm.host.proc import Lock
 from vmm.model.spec import make_spec
@@ -193,6 +196,19 @@ def test_status(home: Path) -> None:
     failure("backup", "status", "--schedule", "weekly", code=1)
     failure("backup", "status", "--max-age", "2h", code=2)
     failure("backup", "status", home / "repo", "--schedule", "nightly", code=2)
+
+
+def test_the_commands_have_the_options(home: Path) -> None:
+    """What a schedule with every setting runs are commands with options that they have."""
+    settings = ("--keep-last", "1", "--keep-yearly", "2", "--sample", "5", "--consistent", "--compare", "--full-every",
+                "9", "--keep-free", "1G", "--limit", "20M", "--zone", "Europe/Berlin")  # fmt: skip
+    run(*ADD, home / "repo", "--when", "22:30", *settings)
+    steps = scheduled_backups.jobs_of(store.load("nightly"), ["vmm"])[0].steps
+    assert [one.words[2] for one in steps] == ["run", "prune", "verify"]
+    for step in steps:
+        command = backup_command.get_command(click.Context(backup_command), step.words[2])
+        assert command is not None
+        command.make_context(step.words[2], list(step.words[3:]))
 
 
 def test_the_real_commands(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
