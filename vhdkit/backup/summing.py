@@ -31,7 +31,7 @@ from vhdkit.backup.sums import HEADER_BYTES, Progress
 from vhdkit.store import Buffer, ReadStore, Store
 from vhdkit.units import KIB, MIB
 
-_OPEN_RANGES = 64  # a block of a VHD, whose bitmap is written last, has 33
+_OPEN_RANGES = 64  # a block of a VHD has 33
 _MOST_AGAIN = 65_536  # ranges that are read at the end, unless all are
 _COPY_BYTES, _BUFFERS = MIB // 2, 3  # stay in a core's cache
 _APART_BYTES = 128 * KIB  # less is hashed before another thread is awake
