@@ -23,7 +23,7 @@ from vhdkit.chain.verbs.resize import resize_open
 from vhdkit.disk import Disk
 from vhdkit.folder import real_path
 from vhdkit.serve.control.confinement import Confinement
-from vhdkit.serve.control.merging import MergeRequest, ServedMerge, plan_served_merge
+from vhdkit.serve.control.merging import MergeRequest, ServedMerge, flush_beside, plan_served_merge
 from vhdkit.serve.control.parameters import flag, only, rate, text
 from vhdkit.serve.control.pulling import PullRequest, ServedPull, plan_served_pull
 from vhdkit.serve.control.server import BadParams, Method, Params
@@ -230,11 +230,13 @@ class Operations:
         with self._changing:
             self._refuse_merging(exports)
             frozen = [export.disk.path for export in exports]
-            with self._freezing(pairs) as prepared, self._server.hold(exports) as hold:
-                disks = [Disk(chain) for chain in prepared.freeze()]
-                for export, disk in zip(exports, disks, strict=True):
-                    export.exchange(disk)
-                prepared.done()
+            with self._freezing(pairs) as prepared:
+                flush_beside(exports)
+                with self._server.hold(exports) as hold:
+                    disks = [Disk(chain) for chain in prepared.freeze()]
+                    for export, disk in zip(exports, disks, strict=True):
+                        export.exchange(disk)
+                    prepared.done()
         rows = [
             {"export": export.name, "frozen": old, "leaf": new}
             for export, old, new in zip(exports, frozen, prepared.plan.paths, strict=True)

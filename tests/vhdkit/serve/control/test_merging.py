@@ -13,10 +13,12 @@ import vhdkit
 from tests.vhdkit.serve.control.test_operations import SIZE, Bench, Writer, bench_in, write_on
 from tests.waiting import wait_until
 from vhdkit import errors
+from vhdkit.chain.names.options import OpenOptions
 from vhdkit.disk import open_disk
 from vhdkit.serve.control import merging
 from vhdkit.serve.control.server import BadParams
 from vhdkit.serve.nbd.wire import Command
+from vhdkit.units import MIB
 
 HALF = SIZE // 2
 EACH = pytest.mark.parametrize("suffix", [".vhd", ".vhdx"])
@@ -222,3 +224,41 @@ def test_refused_merges(tmp_path: Path) -> None:
         bench.do("set-read-only", export="a")
         bench.do("merge", export="a", into=layers[1])  # the files can still be changed
         assert client.read(0, 5) == b"hello" and bench.files() == ["a.vhd", "b.vhd"]
+
+
+def test_a_server_that_has_ended_freezes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the server ends while a disk is flushed beside its clients, the snapshot is refused and leaves no file."""
+    with bench_in(tmp_path) as bench:
+        bench.running.client("a").call(Command.WRITE, 0, 4, payload=b"kept")
+        disk = bench.exports[0].disk
+        flush = disk.flush
+
+        def ending() -> None:
+            bench.do("shutdown")
+            bench.running.join()
+            flush()
+
+        monkeypatch.setattr(disk, "flush", ending)
+        with pytest.raises(errors.InvalidArgument, match="has ended"):
+            bench.do("snapshot", exports={"a": None})
+        with open_disk(bench.folder / "a.vhd", writable=True) as again:
+            assert again.read(0, 4) == b"kept"
+        assert bench.files() == ["a.vhd", "b.vhd"]
+
+
+def test_clients_write_while_a_snapshot_flushes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a disk has to write before it is frozen is flushed before its clients wait."""
+    with bench_in(tmp_path) as bench:
+        client, disk, written = bench.running.client("a"), bench.exports[0].disk, list[int]()
+        flush = disk.flush
+
+        def flushing() -> None:
+            flush()
+            assert not client.call(Command.WRITE, len(written) * MIB, 4, payload=b"late").error  # hangs if it is held
+            written.append(len(written))
+
+        monkeypatch.setattr(disk, "flush", flushing)
+        bench.do("snapshot", exports={"a": None})
+        assert written == [0, 1]
+        with open_disk(bench.folder / "a.vhd", options=OpenOptions(lock=False)) as frozen:
+            assert [frozen.read(at * MIB, 4) for at in written] == [b"late", b"late"]

@@ -436,14 +436,14 @@ def test_the_end_waits_for_a_snapshot(bench: Bench, monkeypatch: pytest.MonkeyPa
     client = bench.running.client("a")
     client.call(Command.WRITE, 0, 4, payload=b"kept")
     leaf = bench.exports[0].disk.chain.leaf
-    flush, entered, gate = leaf.flush, threading.Event(), threading.Event()
+    seal, entered, gate = leaf.seal, threading.Event(), threading.Event()
 
     def slow() -> None:
         entered.set()
         assert gate.wait(SECONDS)
-        flush()
+        seal()
 
-    monkeypatch.setattr(leaf, "flush", slow)
+    monkeypatch.setattr(leaf, "seal", slow)
     done: list[object] = []
     thread = threading.Thread(target=lambda: done.append(bench.do("snapshot", exports={"a": None})))
     thread.start()
