@@ -83,6 +83,13 @@ class MachineSnapshots:
         """Images that belong to no snapshot any more but stay, each with the reason. Raises VmmError."""
         return hidden_images(worker_connection.look(self.name))
 
+    def kept_for_backups(self) -> dict[str, tuple[str, ...]]:
+        """Images that are kept for the next backups, each with the folders of their repositories."""
+        found: dict[str, tuple[str, ...]] = {}
+        for one in self.tree().kept:
+            found[one.image] = (*found.get(one.image, ()), one.folder)
+        return found
+
     def sizes(self, snapshot: Snapshot) -> Sizes:
         """The sizes of the images that the snapshot froze, and of its memory."""
         disk = sum(_allocated(path) for path in snapshot.disks.values())

@@ -152,6 +152,8 @@ def _tell_what_is_left(snapshots: MachineSnapshots) -> None:
         print_line(f"{due} merge{'s' if due > 1 else ''} waiting for the machine to be off")
     for path, reason in snapshots.hidden().items():
         print_line(f"kept without a snapshot: {path} ({reason})")
+    for path, repositories in snapshots.kept_for_backups().items():
+        print_line(f"kept for the next backup: {path} ({', '.join(repositories)})")
 
 
 def _documents(snapshots: MachineSnapshots, tree: Tree) -> list[dict[str, Any]]:

@@ -211,6 +211,8 @@ def test_two_repositories_in_turn(machines: Machines) -> None:
             assert saved(machines, to=repo).how["disk-0"] == ("layers" if number else "full")
             machines.merge("web")
     assert len(machines.images()) == 3
+    shown = good("snapshot", "tree", "web")
+    assert all(f"kept for the next backup: {one.image} ({one.folder})" in shown for one in tree_of().kept)
     with pytest.raises(NotFound, match="for: "):
         manager.forget_nights("web", str(machines.folder / "c"))
     gone = manager.forget_nights("web", str(machines.folder / "a"))

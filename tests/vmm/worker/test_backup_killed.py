@@ -147,6 +147,7 @@ def test_a_worker_killed_at_each_step(
     before, worker = nights.files_of(tmp_path), processes()["worker"]
     with pytest.raises(VmmError):
         manager.save_night("small", str(tmp_path / "repo"))
-    assert not worker.is_alive() and not plan.exists()
+    wait_until(lambda: not worker.is_alive(), "the worker has killed itself")
+    assert not plan.exists()
     wait_whole(but={"worker": worker})
     assert check_goes_on(manager, leaf, before).night == 1
