@@ -83,7 +83,7 @@ CHANGING: dict[str, Verb] = {
 }
 # The verbs that only read or make another machine, and those that a running machine's worker carries out.
 LOOKING = (
-    "Manager.names machines show state events follow_events log_path snapshots create plan_delete disks guest",
+    "Manager.names machines show state events follow_events log_path snapshots create plan_delete disks guest restore",
     "MachineSnapshots.tree find merging merges_due hidden kept_for_backups sizes size_of_now",
     "GuestAccess.open_console has_console console_log screen vnc_socket ping info items get_item",
 )
