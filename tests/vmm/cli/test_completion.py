@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from vmm.cli.main import main
 from vmm.model.spec import make_adapter, make_spec
 from vmm.net import switches
 from vmm.net.switch_spec import make_switch
+from vmm.schedule import store
+from vmm.schedule.definition import make_schedule
 from vmm.store import registry
 
 
@@ -27,6 +30,7 @@ def home(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     adapter = make_adapter(id="nic-0", switch="lab", mac="02:00:00:00:00:01")
     registry.add(make_spec(name="web", adapters=[adapter]))
     registry.add(make_spec(name="base"))
+    store.add(make_schedule(name="nightly", kind="backup", when="22:30", created=datetime.now(UTC), work={}))
     yield short_path
     for name in ("lab", "lan"):
         switches.delete(name, force=True)
@@ -55,7 +59,9 @@ def offered(line: str) -> list[str]:
     ("vmm nic set absent ", []),
     ("vmm nic add web la", ["lab", "lan"]),
     ("vmm create ", []),
-    ("vmm backup pr", ["prune", "protect"]),
+    ("vmm backup ver", ["verify"]),
+    ("vmm backup schedule show ", ["nightly"]),
+    ("vmm backup schedule add ", []),
     ("vmm backup run w", ["web"]),
     ("vmm backup list repo b", ["base"]),
 ])  # fmt: skip
