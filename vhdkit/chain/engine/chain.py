@@ -186,23 +186,24 @@ class Chain:
         """
         end = offset + size
         while offset < end:
-            within = offset & self._fine_mask
-            entry = self._fine[offset >> self._fine_shift]
-            count = min(self._fine_bytes - within, end - offset)
-            if not entry:
-                within, grain = offset & self._grain_mask, offset >> self._grain_shift
-                count = min(self._grain_bytes - within, end - offset)
-                entry = self._entries[grain]
-                known = self.map.known.get(grain) if entry == MIXED else None
-                if known is not None:
-                    first = within // SECTOR_SIZE
-                    for start, sectors, owner in owner_runs(known.owners, first, count // SECTOR_SIZE):
-                        if owner != UNOWNED:
-                            yield owner, known.offsets[owner] + sectors_to_bytes(start), sectors_to_bytes(sectors)
-                elif entry < 0:
+            within, grain = offset & self._grain_mask, offset >> self._grain_shift
+            count = min(self._grain_bytes - within, end - offset)
+            entry = self._entries[grain]
+            known = self.map.known.get(grain) if entry == MIXED else None
+            if entry < 0 and (known is None or count <= self._fine_bytes):  # less work for a small range
+                fine_within = offset & self._fine_mask
+                if fine := self._fine[offset >> self._fine_shift]:
+                    entry, within = fine, fine_within
+                    count = min(self._fine_bytes - fine_within, count)
+                elif known is None:
                     yield -1, grain, 0
             if entry > 0:
                 yield (entry & LAYER_MASK) - 1, (entry >> LAYER_BITS) + within, count
+            elif known is not None:
+                first = within // SECTOR_SIZE
+                for start, sectors, owner in owner_runs(known.owners, first, count // SECTOR_SIZE):
+                    if owner != UNOWNED:
+                        yield owner, known.offsets[owner] + sectors_to_bytes(start), sectors_to_bytes(sectors)
             offset += count
 
     def _prefetch_ownership(self, grain: int) -> None:
