@@ -7,6 +7,7 @@ Decides what makes writing them quick. Must not know what they mean, nor where t
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 from vhdkit import space
 from vhdkit.descriptor import held
@@ -30,7 +31,16 @@ class UnnamedStore(FileStore):
         super().__init__(owned, path, writable=True)
         self._place = place
         self._reserves: bool | None = None  # not yet known whether that is quicker
+        self._expected = (0, 0)  # where the range that was announced last begins and ends
         self.starts_early = False  # the device writes while more is written
+
+    def expect(self, offset_bytes: int, size_bytes: int) -> None:
+        """All of this range is written next, in parts: reserve it at once, so that the parts share an extent.
+
+        Only a hint: the size of the file stays.
+        """
+        self._expected = (offset_bytes, offset_bytes + size_bytes)
+        self._reserve_by(space.reserve_inside, offset_bytes, size_bytes)
 
     def pwrite(self, offset_bytes: int, data: Buffer) -> None:
         """See `Store.pwrite`."""
@@ -38,8 +48,9 @@ class UnnamedStore(FileStore):
         if size < _LARGE_BYTES:
             super().pwrite(offset_bytes, data)
         else:
-            if self._reserves is not False:
-                self._reserve_for(offset_bytes, size)
+            first, end = self._expected
+            if self._reserves is not False and not first <= offset_bytes <= offset_bytes + size <= end:
+                self._reserve_by(space.reserve, offset_bytes, size)
             view = memoryview(data)
             for done in range(0, size, _MOST_BYTES):
                 super().pwrite(offset_bytes + done, view[done : done + _MOST_BYTES])
@@ -47,13 +58,13 @@ class UnnamedStore(FileStore):
             self._transfer.behind.wrote(size)
 
     @held
-    def _reserve_for(self, offset_bytes: int, size_bytes: int) -> None:
+    def _reserve_by(self, reserve: Callable[[int, int, int], bool], offset_bytes: int, size_bytes: int) -> None:
         """Reserve what is written next. Only a hint: if it fails, the write itself reports what is wrong."""
         if self._reserves is None:
             self._reserves = space.is_quicker_reserved(self._fd)
         if self._reserves:
             with contextlib.suppress(OSError):
-                self._reserves = space.reserve(self._fd, offset_bytes, size_bytes)
+                self._reserves = reserve(self._fd, offset_bytes, size_bytes)
 
     def sync(self) -> None:
         """Do nothing: `NewFile.commit` syncs."""

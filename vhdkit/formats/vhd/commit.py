@@ -36,6 +36,7 @@ from vhdkit.formats.vhd.layout import BAT_UNALLOCATED, FOOTER_SIZE
 from vhdkit.formats.vhd.recall import note_of
 from vhdkit.store import Store
 from vhdkit.units import MIB, PAGE_SIZE, round_up, sectors_to_bytes
+from vhdkit.unnamed import UnnamedStore
 
 MAX_DIRTY_BYTES = 8 * MIB  # of bitmaps waiting for a flush; reaching it flushes
 MAX_CACHED_BYTES = 16 * MIB  # of clean bitmaps kept in memory
@@ -88,6 +89,20 @@ class Commit:
         assert not self._bat.is_dirty and not self._dirty
         self._bat = bat
 
+    def expect_whole_block(self) -> None:
+        """The next block is written whole: a new file reserves its space at once, with that of bitmap and footer."""
+        if isinstance(self._store, UnnamedStore):
+            start = self._next_data_offset(self._store.size()) - self._bitmap_size
+            self._store.expect(start, self._bitmap_size + self._block_size + FOOTER_SIZE)
+
+    def _next_data_offset(self, size_bytes: int) -> int:
+        """Where the data of the next block goes, in a file of this size."""
+        free_bytes = self._free_bytes
+        if self._room_end is None:
+            # Another program may have extended the file: leave what lies there alone (`INV-NO-REUSE`).
+            free_bytes = max(free_bytes, size_bytes)
+        return round_up(free_bytes + self._bitmap_size, PAGE_SIZE)
+
     def place_block(self, raw_bitmap: bytes | bytearray, fill: Callable[[int], object] | None) -> int:
         """Make room for a block, write its bitmap and have `fill` write its content; returns the offset of the bitmap.
 
@@ -95,11 +110,7 @@ class Commit:
         back to what it was. Raises NoSpace, also where a BAT entry could not express the offset.
         """
         size_before = self._store.size()
-        free_bytes = self._free_bytes
-        if self._room_end is None:
-            # Another program may have extended the file: leave what lies there alone (`INV-NO-REUSE`).
-            free_bytes = max(free_bytes, size_before)
-        data_offset = round_up(free_bytes + self._bitmap_size, PAGE_SIZE)
+        data_offset = self._next_data_offset(size_before)
         start, end = data_offset - self._bitmap_size, data_offset + self._block_size
         if start >= sectors_to_bytes(BAT_UNALLOCATED):
             raise errors.NoSpace("a VHD file cannot grow past 2 TiB", path=self._store.name)

@@ -261,6 +261,8 @@ class DynamicImage:
         else:
             # Programs read clear bits in a dynamic disk differently, so ours has none: the rest of the block is zeros.
             raw = bitmap.full(self.block_size_bytes, self._sectors_inside(block))
+        if data is not None and count == self._sectors_per_block:
+            self._commit.expect_whole_block()
         self._commit.publish(block, self._commit.place_block(raw, fill), raw)
         if bitmap.is_full(raw, self._sectors_inside(block)):
             self._full[block] = 1

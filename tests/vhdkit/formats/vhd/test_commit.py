@@ -3,18 +3,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.harness.power import LINK
 from tests.harness.stores import MemStore
 from tests.harness.vhd_builder import KIB, pattern
 from vhdkit.errors import NoSpace, SyncFailed
+from vhdkit.folder import NewFile
 from vhdkit.formats.vhd import commit
 from vhdkit.formats.vhd.create import create_differencing, create_dynamic
 from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.formats.vhd.opening import open_dynamic
 from vhdkit.image import ExtentKind, Piece
 from vhdkit.store import Buffer
+from vhdkit.unnamed import UnnamedStore
 
 SMALL = 512 * KIB
 TABLE = 4096
@@ -88,6 +92,20 @@ def test_a_block_that_is_copied_in_is_written_in_the_same_order() -> None:
     layer.flush()
     assert store.calls == [("sync", 0, 0), ("pwrite", TABLE, 16), ("sync", 0, 0)]
     assert store.pread(start, 128) == b"\xff" * 128 and store.pread(data, SMALL) == pattern(SMALL)
+
+
+def test_a_new_file_reserves_a_block_that_is_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is reserved once with its bitmap and its footer, where it is then placed; a block in parts is not."""
+    expected: list[tuple[int, int]] = []
+    monkeypatch.setattr(UnnamedStore, "expect", lambda self, offset, size: expected.append((offset, size)))
+    with NewFile(tmp_path / "new.vhd") as new:
+        create_dynamic(new.store, 4 * SMALL, block_size_bytes=SMALL)
+        layer = open_dynamic(new.store, writable=True)
+        for sector, size in ((0, SMALL), (1024, SMALL - 512), (2048, SMALL)):
+            layer.write(sector, memoryview(pattern(size)))
+        layer.flush()
+        starts = [layer.bat.block_start(block) for block in (0, 2)]
+        assert expected == [(start, 512 + SMALL + 512) for start in starts]
 
 
 def test_after_an_interrupted_write_the_footer_is_written_again_and_synced() -> None:
