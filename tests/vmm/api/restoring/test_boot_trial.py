@@ -92,7 +92,7 @@ try_boot({str(tmp_path / "repo")!r}, "small", TrialWish(expect="never"))
     assert Manager(home, runtime).state("small") is MachineState.RUNNING
     end_abandoned()
     assert trials() == []
-    assert pids_naming(Path(runtime)) == []
+    wait_until(lambda: pids_naming(Path(runtime)) == [], "its last processes end")
 
 
 def _homes() -> list[Path]:
