@@ -228,3 +228,22 @@ def test_a_hold_waits_for_word_of_where_a_read_lies(tmp_path: Path, monkeypatch:
         leave.set()
         holder.join(60)
         assert client.answers(1)[cookie].content(2 * MIB, 4096) == b"\2" * 4096
+
+
+def test_what_tells_where_a_read_lies_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """INV-MISS-ENDS: the read gets the error of the device; once the device works again, reads get their data."""
+    unsettled = Unsettled(tmp_path, monkeypatch)
+    unsettled.export.disk.read(0, 4096)
+
+    def broken(*arguments: object) -> int:
+        raise OSError(5, "Input/output error")
+
+    with serving(unsettled.export) as running, connect(running, {}) as client:
+        with monkeypatch.context() as patch:
+            patch.setattr(store_module, "_preadv", broken)
+            patch.setattr(os, "pread", broken)
+            cookie = client.send(READ, 2 * MIB, 4096)
+            assert client.answers(1)[cookie].error == EIO
+        asked = {client.send(READ, number * 2 * MIB, 4096): number for number in range(2)}
+        for cookie, answer in client.answers(2).items():
+            assert answer.content(asked[cookie] * 2 * MIB, 4096) == bytes([asked[cookie] + 1]) * 4096
