@@ -49,6 +49,7 @@ OVERSIZE: dict[str, tuple[int, str]] = {
 }
 # Tests under tests/vhdkit and tests/vmm that have no file of their own name, each with the reason.
 NO_MIRROR: dict[str, str] = {
+    "tests/vhdkit/backup/test_month.py": "what the whole of backups promises, over a month",
     "tests/vhdkit/test_conformance.py": "one suite for every kind of layer",
     "tests/vhdkit/test_corrupt_reasons.py": "every way to be wrong, whichever file finds it",
     "tests/vhdkit/chain/engine/test_chain_power_cut.py": "the promise of the whole engine at a power cut",
