@@ -28,6 +28,8 @@ def test_every_kept_night_reads_as_it_was_recorded(seed: int, days: int, tmp_pat
     for number, (path, content) in enumerate(month.images()):
         with vhdkit.open_disk(path) as disk:
             assert disk.read(0, disk.size_bytes) == content, (path, month.told)
+            if len({layer.size_bytes for layer in disk.chain.layers}) > 1:
+                continue  # 7-Zip expects of a parent that it is as large as its child
         place = tmp_path / f"out-{number}"
         run([program, "x", f"-o{place}", path])
         [found] = place.iterdir()
