@@ -60,7 +60,8 @@ _log = logging.getLogger(__name__)
 class FrozenDisk:
     """A disk to save: an open chain, held, whose files nothing writes to until `save` returns.
 
-    With `keeps_layer` its leaf stays as a layer when writes go on in a child of it, so it gets a mark.
+    With `keeps_layer` its leaf stays as a layer when writes go on in a child of it, so it gets a mark. `child` is the
+    id of that child if the backup made it to freeze the disk, and the mark is what tells the next one so.
     """
 
     disk_id: str
@@ -68,6 +69,7 @@ class FrozenDisk:
     slot: str = ""
     serial: str = ""
     keeps_layer: bool = False
+    child: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +188,7 @@ class Writing:
         file = file_of_layer(disk.chain.leaf)
         if disk.keeps_layer:
             night = references.SavedNight(
-                self.machine.repository.id, self.machine.id, disk.disk_id, self.number, self.id
+                self.machine.repository.id, self.machine.id, disk.disk_id, self.number, self.id, disk.child
             )
             state = references.mark(file, night)
             if state is not None:

@@ -15,18 +15,21 @@ So the name of the newest image changes with a reference. When the older name is
 saved if the image is marked for this repository; an image with children and without a mark is refused, because it is
 not the disk's present state.
 
-Layers that a user froze are never merged: only those that carry a mark of this disk. A mark that names no night of the
-repository says that a backup froze the layer, and ended before its night existed: an image is marked so before it is
-frozen, and a served disk, which is being written to, right afterwards. The next night merges such layers.
+Layers that a user froze are never merged: only those whose mark of this disk names the child that stands on them, and
+which a backup made to freeze them. So an image that a backup marked, and was killed before it froze it, is the user's
+when the user freezes it. A mark that names no night of the repository says that a backup froze the layer, and ended
+before its night existed: an image is marked before the child has its name, and a served disk, which is being written
+to, right after the freeze. The next night merges such layers.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Protocol
@@ -41,11 +44,11 @@ from vhdkit.backup.repository import Night, Repository, create_repository
 from vhdkit.chain.engine.chain import Chain
 from vhdkit.chain.names.family import chain_paths, find_children
 from vhdkit.chain.names.options import OpenOptions
-from vhdkit.chain.records import references
+from vhdkit.chain.records import pending, references
 from vhdkit.chain.verbs.merge import merge
 from vhdkit.chain.verbs.merge_parts import file_of_layer
 from vhdkit.chain.verbs.newest import newest_leaf
-from vhdkit.chain.verbs.snapshot import snapshot
+from vhdkit.chain.verbs.snapshot import snapshot_noted
 from vhdkit.folder import real_path
 from vhdkit.store import FileStore
 
@@ -99,8 +102,10 @@ class Line(Protocol):
         """Whether the disk is written to, so that it must be frozen to be saved."""
         ...
 
-    def freeze(self) -> str:
-        """Let writes go on in a new child; returns the frozen image."""
+    def freeze(self, note: Callable[[FileStore, bytes], None]) -> str:
+        """Let writes go on in a new child; returns the frozen image. Where the disk is not written to, `note` is
+        called first, with the image's file and the child's id.
+        """
         ...
 
     def give_back(self, frozen: str) -> None:
@@ -126,9 +131,9 @@ class ImageLine:
         """See `Line.source`: the path that was given."""
         return real_path(self.given)
 
-    def freeze(self) -> str:
+    def freeze(self, note: Callable[[FileStore, bytes], None]) -> str:
         """See `Line.freeze`."""
-        frozen, self.leaf = self.leaf, snapshot(self.leaf, options=self.options)
+        frozen, self.leaf = self.leaf, snapshot_noted(self.leaf, note, self.options)
         return frozen
 
     def give_back(self, frozen: str) -> None:
@@ -208,9 +213,11 @@ def save_line(
         freezes = wishes.keep_reference or line.must_freeze
         frozen = _frozen(line, night, options) if freezes else line.leaf
         try:
-            if line.must_freeze:
-                _mark_attempt(frozen, night, options)
-            manifest, older = _saved(night, frozen, line.source, wishes, options, stage)
+            child = _id_at(line.leaf) if freezes else None
+            if line.must_freeze and child is not None:
+                with contextlib.suppress(errors.VhdkitError), Chain.open(frozen, options=options) as chain:
+                    _mark_attempt(file_of_layer(chain.leaf), child, night)
+            manifest, older = _saved(night, frozen, child, line.source, wishes, options, stage)
         except BaseException:  # Ctrl-C too
             if freezes:
                 with contextlib.suppress(errors.VhdkitError):  # then the next night saves both layers
@@ -229,14 +236,15 @@ def save_line(
 
 
 def _saved(
-    night: Writing, frozen: str, source: str, wishes: SingleWishes, options: OpenOptions, stage: Stages | None
-) -> tuple[Manifest, str | None]:
+    night: Writing, frozen: str, child: str | None, source: str, wishes: SingleWishes, options: OpenOptions,
+    stage: Stages | None,
+) -> tuple[Manifest, str | None]:  # fmt: skip
     """Write the night; its manifest, and the layer into which what a backup froze can be merged now."""
     taken = datetime.now(UTC)
     zone, offset = zone_here(taken)
     facts = Circumstances(taken, zone, offset, wishes.tool, Consistency.CRASH, others={_SOURCE: source})
     with Chain.open(frozen, options=options) as chain:
-        disk = FrozenDisk(DISK, chain, keeps_layer=wishes.keep_reference)
+        disk = FrozenDisk(DISK, chain, keeps_layer=wishes.keep_reference, child=child)
         manifest = night.save([disk], facts, stage=stage or no_stages)
         older = _mergeable(chain, night, is_kept=wishes.keep_reference)
     return manifest, older
@@ -245,28 +253,32 @@ def _saved(
 def _frozen(line: Line, night: Writing, options: OpenOptions) -> str:
     """Freeze the disk; returns the frozen image, which a later night recognises as the work of a backup."""
     if line.must_freeze:
-        return line.freeze()
+        return line.freeze(lambda file, child: None)
     leaf = line.leaf
-    _mark_attempt(leaf, night, options)
     try:
-        return line.freeze()
+        return line.freeze(lambda file, child: _mark_attempt(file, child.hex(), night))
     except BaseException:
         with contextlib.suppress(errors.VhdkitError), Chain.open(leaf, options=options) as chain:
             references.unmark(file_of_layer(chain.leaf), *night.place_of(DISK))
         raise
 
 
-def _mark_attempt(image: str, night: Writing, options: OpenOptions) -> None:
-    """Mark an image, which is or will be frozen, as the work of a backup, unless it has a mark of this disk already.
+def _mark_attempt(file: FileStore, child: str, night: Writing) -> None:
+    """Mark an image as the work of a backup, which freezes it by making this child.
 
-    The mark names a night that will never exist, so no night is saved against it. Where no mark can be written, a
-    kill leaves a layer that only a user can merge.
+    Unless the image has a mark of this disk already, the mark names a night that will never exist, so no night is
+    saved against it. Where no mark can be written, a kill leaves a layer that only a user can merge.
     """
-    with contextlib.suppress(errors.VhdkitError), Chain.open(image, options=options) as chain:
-        file = file_of_layer(chain.leaf)
-        if not _marks_here(file, night):
-            place = night.place_of(DISK)
-            references.mark(file, references.SavedNight(*place, night.number, new_unique_id()))
+    with contextlib.suppress(errors.VhdkitError):
+        attempt = references.SavedNight(*night.place_of(DISK), night.number, new_unique_id())
+        before = next(iter(_marks_here(file, night)), attempt)
+        references.mark(file, replace(before, child=child))
+
+
+def _id_at(image: str) -> str:
+    """The id that an image keeps as long as it exists. Raises IoFailed."""
+    with FileStore.open(image) as store:
+        return pending.id_of(pending.view(store)).hex()
 
 
 def _marks_here(file: FileStore, night: Writing) -> list[references.SavedNight]:
@@ -283,9 +295,9 @@ def _mergeable(chain: Chain, night: Writing, *, is_kept: bool) -> str | None:
     """
     known = {one.manifest.id for one in night.nights if one.manifest is not None}
     found = None
-    for layer in chain.layers[1:]:
-        file = file_of_layer(layer)
-        ours = _marks_here(file, night)
+    for above, layer in itertools.pairwise(chain.layers):
+        file, child = file_of_layer(layer), pending.id_of(above.store).hex()
+        ours = [one for one in _marks_here(file, night) if one.child == child]
         if not ours or (not is_kept and any(one.night_id in known for one in ours)):
             break
         found = real_path(file.name)

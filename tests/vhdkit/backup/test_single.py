@@ -25,6 +25,7 @@ from vhdkit.backup.night import Wishes, Writing
 from vhdkit.backup.repository import Repository
 from vhdkit.backup.restore import restore
 from vhdkit.backup.single import SavedDisk, SingleWishes, backup_image
+from vhdkit.chain.records import references
 from vhdkit.chain.verbs.newest import newest_leaf
 from vhdkit.rate import RateLimit
 from vhdkit.units import KIB, MIB
@@ -291,7 +292,7 @@ def test_a_layer_that_a_user_froze_after_a_failed_freeze(monkeypatch: pytest.Mon
         raise errors.NoSpace("cannot create")
 
     with monkeypatch.context() as context:
-        context.setattr(single, "snapshot", full)
+        context.setattr(single, "snapshot_noted", full)
         with pytest.raises(errors.NoSpace):
             backup_image("web.vhd", "repo", KEEP)
     frozen = content("web.vhd")
@@ -396,3 +397,47 @@ def test_a_limited_backup_is_interrupted_at_once() -> None:
         process.send_signal(signal.SIGINT)
         assert process.wait(30) != 0  # the first mebibyte would take 17 minutes
     assert not list(Path().glob("repo/machines/*/nights/*")) and not list(Path().glob("repo/machines/*/images/disk/*"))
+
+
+def make_kind(suffix: str) -> str:
+    """An image of that kind with some data; its name."""
+    name = f"web.{suffix}"
+    vhdkit.create_image(name, SIZE, disk_format="vhdx" if suffix == "vhdx" else "dynamic")
+    write(name, 0)
+    return name
+
+
+def the_users_layer_stays(name: str) -> None:
+    """What the user freezes now is neither merged nor changed by the next night."""
+    frozen, newest = content(name), vhdkit.snapshot(name)
+    now = write(newest, MIB)
+    saved = backup_image(newest, "repo", SingleWishes(name="web", keep_reference=True))
+    assert os.path.realpath(newest) in vhdkit.chain_paths(saved.leaf) and content(name) == frozen
+    assert restored("web") == now == content(saved.leaf)
+
+
+@pytest.mark.parametrize("suffix", ["vhd", "vhdx"])
+def test_a_layer_that_a_user_froze_after_a_kill(suffix: str) -> None:
+    """An image that a backup had marked and was killed before it froze it is the user's when the user freezes it."""
+    name = make_kind(suffix)
+    images = {path: path.read_bytes() for path in Path().iterdir()}
+    tried = 0
+    for number in killings(lambda: backup_image(name, "repo", KEEP)):
+        if vhdkit.find_children([name])[name]:
+            break
+        if references.marks_at(name) and (tried := tried + 1) in daily_or_nightly([1, 4], range(1, 100)):
+            the_users_layer_stays(name)
+        for path in Path().iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path, raw in images.items():
+            path.write_bytes(raw)
+        assert number > 0
+    assert tried > 1
+
+
+@pytest.mark.parametrize("suffix", ["vhd", "vhdx"])
+def test_a_layer_that_a_user_froze_in_place_of_a_backup(suffix: str) -> None:
+    """So is one whose empty child, which a backup had made, the user has removed."""
+    name = make_kind(suffix)
+    os.unlink(backup_image(name, "repo", KEEP).leaf)
+    the_users_layer_stays(name)

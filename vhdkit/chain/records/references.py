@@ -22,8 +22,8 @@ state. Until then they are not believed, which costs a comparison and never a ch
 target before it copies; when the target is complete, and before the newest source is removed, the target gets that
 source's marks (`hand_on`).
 
-    .NAME.vhdkit-nights   {"format", "marks": [
-                              {"repository", "machine", "disk", "night", "night_id", "id", "size", "mtime_ns"}, ...]}
+    .NAME.vhdkit-nights   {"format", "marks": [{"repository", "machine", "disk", "night", "night_id",
+                                                "id", "size", "mtime_ns", "child"}, ...]}
 
 The record is as untrusted as the image: a damaged one has no marks. A raw image has no id; its marks rest on the
 other two. A device gets no marks.
@@ -61,6 +61,8 @@ class SavedNight:
     """A night of one disk of one machine in one repository.
 
     Two copies of a repository may both go on, with the same numbers for other nights; `number` is for messages.
+    `child` is the id of the image that the backup made on the layer to freeze it, `NULL_ID` for one that has no
+    permanent id; None if no backup froze the layer.
     """
 
     repository: str
@@ -68,6 +70,7 @@ class SavedNight:
     disk: str
     number: int
     night_id: str
+    child: str | None = None
 
     @property
     def place(self) -> tuple[str, str, str]:
@@ -104,7 +107,7 @@ class NightMark:
             "id": state.image_id.hex(),
             "size": state.size_bytes,
             "mtime_ns": state.modified_ns,
-        }
+        } | ({} if night.child is None else {"child": night.child})
 
 
 def record_path(image_path: str) -> str:
@@ -147,6 +150,19 @@ def unmark(store: FileStore, repository: str, machine: str, disk: str) -> None:
     """Remove the mark of this disk, because another layer has it now. Raises AccessDenied, NoSpace, IoFailed."""
     if not store.is_device and exists(record_path(store.name)):
         _change(store, (), without=[(repository, machine, disk)])
+
+
+def no_longer_frozen(store: FileStore) -> None:
+    """The image gets a child, perhaps the user's: no mark may say that a backup made it, where no id proves that.
+
+    A record that cannot be changed stays as it is.
+    """
+    if store.is_device or not exists(path := record_path(store.name)):
+        return
+    with contextlib.suppress(errors.VhdkitError), record_held(path):
+        marks = _read(path)
+        if any(one.night.child == NULL_ID.hex() for one in marks):
+            _write(store, [replace(one, night=replace(one.night, child=None)) for one in marks])
 
 
 def remove(store: FileStore) -> None:
@@ -261,8 +277,12 @@ def _change(store: FileStore, new: Sequence[NightMark], *, without: Collection[t
         if not marks:
             remove_file(path)
             return
-        raw = json.dumps({"format": _FORMAT, "marks": [one.document for one in marks]}, indent=1).encode() + b"\n"
-        write_whole(path, raw, like=store)
+        _write(store, marks)
+
+
+def _write(store: FileStore, marks: Sequence[NightMark]) -> None:
+    raw = json.dumps({"format": _FORMAT, "marks": [one.document for one in marks]}, indent=1).encode() + b"\n"
+    write_whole(record_path(store.name), raw, like=store)
 
 
 def _read(path: str) -> list[NightMark]:
@@ -282,12 +302,13 @@ def _read(path: str) -> list[NightMark]:
 def _mark_of(document: Any) -> NightMark:
     words = [document[name] for name in ("repository", "machine", "disk", "night_id")]
     numbers = [document[name] for name in ("night", "size", "mtime_ns")]
-    image_id = bytes.fromhex(document["id"])
-    if not all(isinstance(one, str) and 0 < len(one) <= MAX_NAME_LENGTH for one in words):
+    image_id, child = bytes.fromhex(document["id"]), document.get("child")
+    named = words if child is None else [*words, child]
+    if not all(isinstance(one, str) and 0 < len(one) <= MAX_NAME_LENGTH for one in named):
         raise ValueError("no name")
     if not all(type(one) is int and 0 <= one <= _MAX_NUMBER for one in numbers) or len(image_id) != ID_BYTES:
         raise ValueError("no number")
-    night = SavedNight(words[0], words[1], words[2], numbers[0], words[3])
+    night = SavedNight(words[0], words[1], words[2], numbers[0], words[3], child)
     return NightMark(night, FileState(image_id, numbers[1], numbers[2]))
 
 

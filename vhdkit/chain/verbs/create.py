@@ -21,7 +21,7 @@ from vhdkit.chain.names.marks import marked
 from vhdkit.chain.names.noted import refuse_unwritten
 from vhdkit.chain.names.opening import open_layers, refuse_more_layers
 from vhdkit.chain.names.options import OpenOptions
-from vhdkit.chain.records import pending
+from vhdkit.chain.records import pending, references
 from vhdkit.folder import NewFile, is_regular, real_path
 from vhdkit.folder_lock import folders_held
 from vhdkit.formats.azure import azure_size
@@ -233,6 +233,8 @@ def write_child(
         store, size_bytes, link, block_size_bytes=block_size_bytes, disk=parent
     )
     record_parent(store, parent.store, link.linkage_id)
+    if (file := pending.file_of(parent.store)) is not None:
+        references.no_longer_frozen(file)
 
 
 def linkage_of(layer: Layer) -> bytes:

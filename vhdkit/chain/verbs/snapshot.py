@@ -19,8 +19,9 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from vhdkit import errors, formats
 from vhdkit.arguments import AnyPath, Several, checked
@@ -45,6 +46,9 @@ MAX_SET = 64  # children made at once: each holds its whole chain open, and a pr
 _LOG_NOT_REPLAYED = "log-not-replayed"  # a finding
 _NUMBERED = re.compile(r"(.*)-(\d{1,9})")
 _MAX_NUMBER = 1_000_000
+
+
+_Note: TypeAlias = Callable[[FileStore, bytes], None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,13 +93,23 @@ def snapshot_many(
         return _snapshot_set(leaves, [new for _, new in pairs], options, dry_run)
 
 
-def _snapshot_set(leaves: list[str], names: list[AnyPath | None], options: OpenOptions, dry_run: bool) -> list[str]:
+def snapshot_noted(leaf: str, note: _Note, options: OpenOptions) -> str:
+    """`snapshot`, which calls `note` with the leaf's file, held as a reader, and the id of the child, before that has
+    its name: whoever finds what it records knows by the id whether this was the freeze.
+    """
+    with folders_held([os.path.dirname(real_path(leaf))]):
+        return _snapshot_set([leaf], [None], options, False, note)[0]
+
+
+def _snapshot_set(
+    leaves: list[str], names: list[AnyPath | None], options: OpenOptions, dry_run: bool, note: _Note | None = None
+) -> list[str]:
     """`snapshot_many`, with the folders locked."""
     pairs = zip(leaves, names, strict=True)
     named = [(leaf, os.fsdecode(new) if new is not None else _default_name(leaf, options)) for leaf, new in pairs]
     check_names([leaf for leaf, _ in named], [new for _, new in named])
     with _prepare(named, options, dry_run=dry_run) as children:
-        _run(_plan(children, options), dry_run=dry_run)
+        _run(_plan(children, options), dry_run=dry_run, note=note)
     return [new for _, new in named]
 
 
@@ -283,7 +297,7 @@ def _is_left_over(one: _NewChild) -> bool:
         return False
 
 
-def _run(children: Sequence[_NewChild], *, dry_run: bool) -> None:
+def _run(children: Sequence[_NewChild], *, dry_run: bool, note: _Note | None = None) -> None:
     """Create the children, all or none. Raises InvalidArgument for a chain that would become too deep to be opened."""
     for one in children:
         refuse_more_layers(len(one.layers) + 1, one.path)
@@ -296,6 +310,8 @@ def _run(children: Sequence[_NewChild], *, dry_run: bool) -> None:
                 continue
             new = stack.enter_context(NewFile(one.path, like=pending.files_of(one.layers[:1])))
             write_child(new.store, one.path, one.layers[0], size)
+            if note is not None and (file := pending.file_of(one.layers[0].store)) is not None:
+                note(file, pending.id_of(new.store))
             files.append(new)
         for one in children:
             require_names(one.layers[:1])

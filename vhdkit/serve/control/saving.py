@@ -8,6 +8,7 @@ process of another version, started in another folder: its paths are read from t
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from vhdkit.backup.repository import create_repository
 from vhdkit.backup.single import SavedDisk, SingleWishes, save_line
 from vhdkit.chain.names.options import OpenOptions
 from vhdkit.serve.control.client import ControlClient
+from vhdkit.store import FileStore
 
 
 @dataclass(slots=True)
@@ -32,7 +34,7 @@ class ServedLine:
     must_freeze: bool = True
     max_rate_bytes: int | None = None  # of merges
 
-    def freeze(self) -> str:
+    def freeze(self, note: Callable[[FileStore, bytes], None]) -> str:
         """See `Line.freeze`."""
         [row] = self.client.call("snapshot", exports={self.export: None})["snapshots"]
         self.leaf = os.path.join(self.folder, row["leaf"])
