@@ -213,6 +213,8 @@ class _Saving:
         except KeyboardInterrupt as interrupt:
             interrupt.add_note(f"night {night} of {self._machine.name} is saved; its next backup merges older layers")
             raise
+        except NotFound:  # the machine was deleted meanwhile
+            return ()
         except VmmError as error:
             self._note_left(night, error)
             return (MergeResult(self._machine.paths.folder, problem=str(error)),)

@@ -365,6 +365,16 @@ def test_exports_and_deletion_know_kept_images(machines: Machines) -> None:
     assert not list(machines.folder.glob(".*vhdkit-nights"))
 
 
+def test_a_machine_that_is_deleted_while_it_is_copied(machines: Machines) -> None:
+    """Its night is whole, and nothing is said of merges that will never be made."""
+    machines.create()
+    content = now(machines)
+    with nights.recorded(lambda: manager.delete("web")):
+        assert saved(machines).merges == ()
+    assert restored(machines, 1) == content
+    assert manager.names() == []
+
+
 def test_several_machines_at_once(machines: Machines) -> None:
     """One that fails does not stop the others; the exit code is that of the failure."""
     for name in ("web", "prune"):
