@@ -50,10 +50,14 @@ def repository_of_a_disk(folder: Path) -> None:
 
 def machines_to_back_up(folder: Path) -> None:
     """The machines "web" and "mail", each with a disk, which are in no repository yet."""
-    shutil.rmtree(folder / "backup", ignore_errors=True)
     for name in ("web", "mail"):
         vhdkit.create_image(folder / f"{name}-0.vhd", 16 * MIB)
         Manager().create(name, memory_bytes=64 * MIB, disks=[DiskRequest(str(folder / f"{name}-0.vhd"))])
+
+
+def no_repository(folder: Path) -> None:
+    """The nights of the disk are gone, so that those of machines can be in a folder of that name."""
+    shutil.rmtree(folder / "backup", ignore_errors=True)
 
 
 def schedule(folder: Path) -> None:

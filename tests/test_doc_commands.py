@@ -54,7 +54,7 @@ LEFT_OUT: dict[tuple[str, str], str] = {
     **{
         ("docs/backup.md", text): "tests/vmm/cli/test_restore.py restores where the test may write, and starts guests"
         for text in (
-            "vmm restore backup web --as drill --to /srv/drill --switch lan=-",
+            "vmm restore backup web --as drill --switch lan=-",
             "vmm start drill",
             "vmm delete drill --with-disks",
             "vmm restore backup web@18 --register",
@@ -78,7 +78,8 @@ SCENES: dict[str, Scene] = {
     ),
     "docs/backup.md": Scene(
         before={
-            "Backing up machines": stand_ins.machines_to_back_up,
+            "From nothing to a nightly schedule": stand_ins.machines_to_back_up,
+            "Backing up machines": stand_ins.no_repository,
             "vhdkit backup list backup": stand_ins.repository,
             "A second copy": stand_ins.repository_of_a_disk,
             "vmm backup schedule run nightly": stand_ins.schedule,
