@@ -7,8 +7,8 @@ image, not the newest one's. So several snapshots since the last night are one i
 in time goes on from the older night; and a night that failed makes the next one larger. Without a reference the disk
 is compared with its newest night, and without any night all of it is saved.
 
-A mark is evidence, not proof (`references`): the layer that it is beside is compared with the night at some places
-drawn by chance, and if one differs, the whole disk is compared.
+A mark is evidence, not proof (`references`): the layer that it is beside is compared with the night at some
+random places, and if one differs, the whole disk is compared.
 
 Must not know how an image is written.
 """
@@ -31,7 +31,7 @@ from vhdkit.chain.verbs.merge_parts import file_of_layer
 from vhdkit.image import Layer
 from vhdkit.units import KIB, round_down, whole_sectors
 
-SAMPLES = 64  # places compared each night: so many reads take less than a second on a slow disk
+SAMPLES = 64  # places compared each night: that many reads take less than a second on a slow disk
 SAMPLE_BYTES = 16 * KIB
 MAX_DEPTH = 128  # layers of a chain in the repository: a restore adds two, and a chain has at most 254
 
@@ -86,7 +86,7 @@ def was_written(layers: Sequence[Layer]) -> bool:
 
 
 def differing_sample(one: Chain, other: Chain, rng: random.Random | None = None) -> int | None:
-    """Compare two disks that should read alike at places drawn by chance; the offset of one that differs, or None.
+    """Compare two disks that should read alike at random places; the offset of one that differs, or None.
 
     Places are drawn from the blocks in which either has space. Raises IoFailed.
     """
@@ -104,7 +104,7 @@ def differing_sample(one: Chain, other: Chain, rng: random.Random | None = None)
 
 
 def _places(chain: Chain, rng: random.Random, count: int) -> list[int]:
-    """Offsets of places in which the chain may have data, drawn by chance, in order."""
+    """Offsets of places in which the chain may have data, random, in order."""
     grains = np.flatnonzero(np.asarray(chain.map.entries) != ZERO)
     found = set()
     for _ in range(count if len(grains) else 0):

@@ -10,7 +10,7 @@ Decides what is recorded on both sides and what follows from it. Must not know n
 A copy has the id of its source, so that marks beside images, which name nights, stay valid for it. It is no longer a
 copy after `end_copy`, and then is a repository of its own.
 
-Each run gives the copy a new state, a number by chance, which the source records first. So a copy whose state the
+Each run gives the copy a new state, a random number, which the source records first. So a copy whose state the
 source knows was last written from this source, as it is now or as it was earlier: a night that such a copy has and
 the source has not was dropped from the source. In every other case (the source was put back to an older state; it is
 itself a second copy, made with `cp -a`, that was used on; another source wrote to the copy) such a night may exist

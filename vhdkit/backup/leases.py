@@ -58,7 +58,7 @@ def leases(root: HeldFolder) -> list[NightLease]:
 def add_lease(
     root: HeldFolder, machine_id: str, night: int, purpose: str, *, lasting: bool, lease_id: str | None = None
 ) -> NightLease:
-    """Make a lease; it is on the device when this returns. `lease_id`: 32 hexadecimal digits drawn by chance, for a
+    """Make a lease; it is on the device when this returns. `lease_id`: 32 random hexadecimal digits, for a
     caller that records it first; None to draw it here.
 
     The caller then checks that the night still exists, and that no prune is under way (`MachineFolder.reading`): a

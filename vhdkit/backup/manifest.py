@@ -8,7 +8,7 @@ A disk's record names the image that holds its content, by place, id and the roo
 an earlier night: an unchanged disk makes none (`how` is "same"). `parent_image` is the next image of the chain, which
 another manifest of the machine, or a record of a shared base, describes in the same way.
 
-`id` identifies the night for ever: numbers belong to one copy of a repository, and two copies that are both written to
+`id` identifies the night forever: numbers belong to one copy of a repository, and two copies that are both written to
 use a number for different nights. A prune keeps the id. With `dropped` it is no longer a night that can be restored;
 its manifest stays because other nights stand on its images.
 

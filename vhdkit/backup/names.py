@@ -37,12 +37,12 @@ def is_machine_name(text: str) -> bool:
 
 
 def is_unique_id(text: str) -> bool:
-    """True for an id that a repository, a night or a lease got by chance: 32 hexadecimal digits."""
+    """True for an id that a repository, a night or a lease was given: 32 random hexadecimal digits."""
     return _ID.fullmatch(text) is not None
 
 
 def new_unique_id() -> str:
-    """An id by chance."""
+    """A new random id."""
     return os.urandom(16).hex()
 
 

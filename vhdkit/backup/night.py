@@ -74,8 +74,8 @@ class FrozenDisk:
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
-    """What the user asks of a night: to compare every disk whole, to begin a new chain after so many images, to write
-    no more in a second.
+    """What the user asks of a night: to compare every disk whole, to begin a new chain after a number of
+    images, to write no more than that in a second.
     """
 
     compare: bool = False

@@ -56,12 +56,14 @@ _Choose: TypeAlias = Callable[[list[Night], Collection[int]], tuple[set[int], di
 class Pruned:
     """What was done, or with a dry run would be. `finished` are the nights of an interrupted prune that was ended,
     `bases` the paths of shared bases that no night of any machine needed any more; a dry run does not look for them.
+    `nights` are the manifests as they were before.
     """
 
     plan: PrunePlan
     finished: tuple[int, ...]
     dry_run: bool
     bases: tuple[str, ...] = ()
+    nights: tuple[Manifest, ...] = ()
 
 
 def prune(
@@ -190,12 +192,13 @@ def _changed(
         if drop:
             _refuse_unread(nights)
         if dry_run:
-            return Pruned(plan_prune(_manifests(nights), drop, kept=kept, untouched=untouched), finished, True)
+            plan = plan_prune(_manifests(nights), drop, kept=kept, untouched=untouched)
+            return Pruned(plan, finished, True, nights=tuple(_manifests(nights)))
         plan = _carry_out(machine, nights, drop, untouched, progress, kept=kept)
         bases: list[str] = []
         with contextlib.suppress(DamagedRepository):  # of another machine, which needs some of them, perhaps
             bases = remove_unused_bases(machine.repository)
-        return Pruned(plan, finished, False, tuple(bases))
+        return Pruned(plan, finished, False, tuple(bases), tuple(_manifests(nights)))
 
 
 def _refuse_unread(nights: list[Night]) -> None:

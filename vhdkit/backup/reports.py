@@ -12,7 +12,7 @@ newest whole night counts only if it was not taken in the future: a wrong clock 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 from vhdkit import errors
@@ -26,6 +26,7 @@ from vhdkit.backup.pruning import Pruned, dated_nights
 from vhdkit.backup.repository import PRUNE_FILE, MachineFolder, Night, Repository
 from vhdkit.backup.verified import read_verified
 from vhdkit.backup.verify import NightResult, Verification, known_results
+from vhdkit.units import format_size
 
 CLOCKS_DIFFER = timedelta(minutes=5)  # of two hosts; a night that is more in the future says nothing about its age
 
@@ -68,10 +69,10 @@ class NightReport:
 
     @property
     def notes(self) -> str:
-        """What is special about it, in words."""
+        """What is special about it, in few words: `problems` say what is damaged."""
         words = ["protected"] if self.protected else []
         words += [f"being read by {self.leased.purpose}"] if self.leased else []
-        words += [f"damaged: {self.problems[0]}"] if self.problems else []
+        words += ["damaged"] if self.problems else []
         return ", ".join(words)
 
 
@@ -170,7 +171,7 @@ class ImagesMerged:
 @dataclass(frozen=True, slots=True)
 class PruneReport:
     """What a prune or a deletion did, or with a dry run would do; `machine` is an id, `kept` says why. `bases` are
-    paths of shared bases that were removed.
+    paths of shared bases that were removed. `times`: when a night was taken, in words, where that is known.
     """
 
     machine: str
@@ -186,13 +187,25 @@ class PruneReport:
     copied_bytes: int
     freed_bytes: int
     bases: tuple[str, ...] = ()
+    times: dict[int, str] = field(default_factory=dict)
 
     @property
     def rows(self) -> list[list[str]]:
-        """Three columns, a row for each night: "keep" or "drop", its number, why it stays."""
-        rows = {number: ["keep", str(number), ", ".join(why)] for number, why in self.kept.items()}
-        rows |= {number: ["drop", str(number), ""] for number in self.dropped}
-        return [rows[number] for number in sorted(rows)]
+        """Four columns, a row for each night: "keep" or "drop", its number, its time, why it stays."""
+        rows = {number: ["keep", ", ".join(why)] for number, why in self.kept.items()}
+        rows |= {number: ["drop", ""] for number in self.dropped}
+        return [[rows[one][0], str(one), self.times.get(one, ""), rows[one][1]] for one in sorted(rows)]
+
+    @property
+    def words(self) -> str:
+        """What was done, or would be."""
+        if not self.dropped:
+            return "nothing to drop"
+        doing = ("would drop", "copying", "freeing") if self.dry_run else ("dropped", "copied", "freed")
+        words = [f"{doing[0]} {len(self.dropped)} night{'s' if len(self.dropped) != 1 else ''}"]
+        words += [f"{doing[1]} at most {format_size(self.copied_bytes)}"] if self.merged else []
+        words += [f"{doing[2]} {format_size(self.freed_bytes)}"] if self.freed_bytes else []
+        return ", ".join(words)
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,6 +399,7 @@ def report_prune(machine: MachineFolder, done: Pruned) -> PruneReport:
         copied_bytes=plan.copied_bytes,
         freed_bytes=plan.freed_bytes,
         bases=done.bases,
+        times={one.night: shown_time(one) for one in done.nights if one.night in {*plan.dropped, *plan.kept}},
     )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Verifying a machine's nights: every sum, every chain, every other file; and which nights a damage reaches.
+"""Verifying a machine's nights: every sum, every chain, every other file; and which nights damage reaches.
 
 Decides what is compared with what, and how an interrupted run goes on. Must not know how a table of sums is computed
 (`sums`), nor repair anything.
@@ -82,7 +82,7 @@ class Verification:
 def verify(
     machine: MachineFolder, *, sample_percent: int | None = None, again: bool = False, progress: Progress | None = None
 ) -> Verification:
-    """Verify every night of a machine, or, with `sample_percent`, all but the sums and so much of those, by chance.
+    """Verify every night of a machine, or, with `sample_percent`, all but the sums and a random part of those.
 
     Goes on where an earlier run was interrupted, unless `again`. Changes nothing but the record of the run. Raises
     InvalidArgument, IoFailed, and what listing the nights raises; damage is reported, not raised.

@@ -25,7 +25,6 @@ from vhdkit.cli.common import Common, dry_run_option, epilog, progress_option
 from vhdkit.cli.output import columns, count, note, print_json, print_text
 from vhdkit.cli.progress import progress_shown
 from vhdkit.errors import printable
-from vhdkit.units import format_size
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _RULES = ("last", "hourly", "daily", "weekly", "monthly", "yearly")
@@ -86,7 +85,7 @@ def prune_command(
     \b
     With --json: {"machine", "name", "dry_run", "dropped", "finished",
       "kept": {night: [reason]}, "removed", "merged", "hidden", "deferred",
-      "bases", "copied_bytes", "freed_bytes"}
+      "bases", "copied_bytes", "freed_bytes", "times"}
     """
     chosen_rules = KeepRules(**{name: rules[f"keep_{name}"] for name in _RULES})
     with open_repository(repo) as repository, repository.machine(repository.find_machine(machine)) as found:
@@ -167,7 +166,7 @@ def _release(repository: Repository, lease_id: str | None, dry_run: bool) -> Non
 def _note_clocks(machine: MachineFolder, common: Common) -> None:
     for one in nights_out_of_order(machine):
         words = f"night {one.night} has an earlier time than night {one.previous}"
-        note(common, f"{words}: a clock was wrong, so days may be double")
+        note(common, f"{words}: a clock was wrong, so days may be counted twice")
 
 
 def _print_done(machine: MachineFolder, pruned: Pruned, common: Common) -> None:
@@ -181,14 +180,8 @@ def _print_done(machine: MachineFolder, pruned: Pruned, common: Common) -> None:
         note(common, f"a prune that was interrupted is finished: night {', '.join(map(str, done.finished))} is gone")
     if done.bases:
         note(common, f"removed what no machine's night needs any more: {count(len(done.bases), 'shared base')}")
-    for line in columns(done.rows, "lrl") if done.rows else []:
+    for line in columns(done.rows, "lrll") if done.rows else []:
         print_text(printable(line))
     if done.deferred:
         note(common, f"{count(len(done.deferred), 'image')} must wait: nights on them are being read or damaged")
-    if not done.dropped:
-        print_text("nothing to drop")
-        return
-    word = "would drop" if done.dry_run else "dropped"
-    merges = f", copying at most {format_size(done.copied_bytes)}" if done.merged else ""
-    freed = f", freeing {format_size(done.freed_bytes)}" if done.freed_bytes else ""
-    print_text(f"{word} {count(len(done.dropped), 'night')}{merges}{freed}")
+    print_text(done.words)

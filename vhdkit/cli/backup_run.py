@@ -53,7 +53,7 @@ _EXAMPLES = (
 @click.option("--full-every", metavar="N", type=click.IntRange(1),
               help="Begin a new chain with a full image after N images.")  # fmt: skip
 @click.option("--keep-free", metavar="SIZE", type=parsed_size, default="0",
-              help="Leave so much of REPO's file system free; else do nothing.")  # fmt: skip
+              help="Refuse if less than this would stay free.")  # fmt: skip
 @limit_option
 @click.option("--as-it-is", is_flag=True, help="Save IMAGE although it has children, so is not a disk's newest state.")
 @image_options()

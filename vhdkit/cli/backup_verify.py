@@ -34,7 +34,7 @@ _EXIT_DAMAGED, _EXIT_BUSY = 3, 5
 @repository_options
 @click.argument("machines", metavar="[MACHINE]...", nargs=-1)
 @click.option("--sample", "percent", type=click.IntRange(1, 100), metavar="PERCENT",
-              help="Read only so much of each image, by chance; everything else is checked whole.")  # fmt: skip
+              help="Read only a random part of each image; everything else is checked whole.")  # fmt: skip
 @click.option("--again", is_flag=True, help="Begin anew, even if an earlier run was interrupted.")
 @progress_option
 @click.pass_context

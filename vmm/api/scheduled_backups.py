@@ -248,7 +248,7 @@ def _machines(schedule: Schedule, work: BackupWork, since: datetime | None, now:
             return [_machine(repository, schedule, name, since, now) for name in names]
     except vhdkit.NotFound:
         if since is None:  # the first run makes it
-            return [MachineNights(name, "new", "was not due yet") for name in names]
+            return [MachineNights(name, "new", "not due yet") for name in names]
         words = f"no night, and no repository at {work.repository}"
         return [MachineNights(name, "late", words + _why_gone(schedule, name, since)) for name in names]
     except vhdkit.VhdkitError as error:
@@ -267,7 +267,7 @@ def _machine(
             found = backups.report_status(machine, since=since or now - timedelta(days=36_500), now=now)
     except vhdkit.NotFound:
         if since is None:
-            return MachineNights(name, "new", "was not due yet")
+            return MachineNights(name, "new", "not due yet")
         return MachineNights(name, "late", "no night" + _why(schedule, name))
     except vhdkit.VhdkitError as error:
         return MachineNights(name, "unknown", str(error))
@@ -277,7 +277,7 @@ def _machine(
     elif found.is_good:
         state, words = "good", found.words
     elif since is None and found.newest_whole is None:
-        state, words = "new", "was not due yet"
+        state, words = "new", "not due yet"
     else:
         state, words = "late", found.words + _why(schedule, name)
     return MachineNights(name, state, words, found.newest_whole, found.taken, found.age_seconds)

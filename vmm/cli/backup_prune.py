@@ -14,7 +14,6 @@ from vhdkit import backups
 from vmm.cli.common import (
     Verb,
     epilog,
-    format_size,
     output_options,
     print_aside,
     print_json,
@@ -165,13 +164,7 @@ def _print_done(done: backups.PruneReport, *, as_json: bool, quiet: bool) -> Non
     if done.finished:
         print_aside(f"a prune that was interrupted is finished: night {', '.join(map(str, done.finished))} is gone")
     if done.rows:
-        print_table(("", "NIGHT", ""), done.rows)
+        print_table(("", "NIGHT", "TAKEN", "BECAUSE"), done.rows)
     if done.deferred:
         print_aside(f"{len(done.deferred)} images must wait: nights on them are being read or damaged")
-    if not done.dropped:
-        print_line("nothing to drop")
-        return
-    nights = f"{len(done.dropped)} night{'s' if len(done.dropped) != 1 else ''}"
-    merges = f", copying at most {format_size(done.copied_bytes)}" if done.merged else ""
-    freed = f", freeing {format_size(done.freed_bytes)}" if done.freed_bytes else ""
-    print_line(f"{'would drop' if done.dry_run else 'dropped'} {nights}{merges}{freed}")
+    print_line(done.words)

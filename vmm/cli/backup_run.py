@@ -51,8 +51,8 @@ _MEANINGS = {
 @click.option(
     "--full-every", type=click.IntRange(1), metavar="N", help="Begin a new full image after N images of a disk."
 )
-@click.option("--keep-free", type=SIZE, default=0, metavar="SIZE", help="Save nothing unless so much stays free.")
-@click.option("--limit", type=SIZE, metavar="RATE", help="Write at most so much in a second, such as 20M.")
+@click.option("--keep-free", type=SIZE, default=0, metavar="SIZE", help="Refuse if less than this would stay free.")
+@click.option("--limit", type=SIZE, metavar="RATE", help="Write at most this much a second, such as 20M.")
 @output_options
 def run_command(
     names: tuple[str, ...],

@@ -96,10 +96,10 @@ def schedule_command() -> None:
 @click.option("--zone", default="UTC", show_default=True, help="The time zone of --when, and in which days begin.")
 @click.option("--all", "all_machines", is_flag=True, help="Save all machines that there are at the time.")
 @click.option("--jobs", type=click.IntRange(1, 64), default=1, show_default=True, metavar="N",
-              help="Save so many machines at once.")  # fmt: skip
+              help="How many machines are saved at once.")  # fmt: skip
 @keep_options
 @click.option("--sample", "percent", type=click.IntRange(1, 100), metavar="PERCENT",
-              help="Then verify so much of each image, by chance.")  # fmt: skip
+              help="Then verify a random part of each image.")  # fmt: skip
 @click.option("--consistent", is_flag=True, help="As of `vmm backup run`.")
 @click.option("--compare", is_flag=True, help="As of `vmm backup run`.")
 @click.option("--full-every", type=click.IntRange(1), metavar="N", help="As of `vmm backup run`.")

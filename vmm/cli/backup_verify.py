@@ -31,7 +31,7 @@ _EXIT_DAMAGED, _EXIT_BUSY = 3, 5
 @click.argument("repo")
 @click.argument("machines", metavar="[MACHINE]...", nargs=-1)
 @click.option("--sample", "percent", type=click.IntRange(1, 100), metavar="PERCENT",
-              help="Read only so much of each image, by chance; everything else is checked whole.")  # fmt: skip
+              help="Read only a random part of each image; everything else is checked whole.")  # fmt: skip
 @click.option("--again", is_flag=True, help="Begin anew, even if an earlier run was interrupted.")
 @click.option("--boot", is_flag=True,
               help="Instead, start the newest night of each MACHINE, or NAME@NIGHT: does it boot?")  # fmt: skip

@@ -57,6 +57,12 @@ def _flushed(events: Iterator[Event | None]) -> Iterator[Event]:
             sys.stdout.flush()  # for readers at the other end of a pipe
 
 
+def _words(value: object) -> str:
+    if isinstance(value, list):
+        return " and ".join(str(one) for one in value) or "none"
+    return str(value)
+
+
 def event_words(event: Event) -> str:
     """An event on one line."""
     moment = event.details.get("time", 0) if event.time is None else event.time
@@ -64,7 +70,7 @@ def event_words(event: Event) -> str:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(moment)))
     except (ValueError, TypeError, OverflowError, OSError):  # the file was edited by hand
         when = f"{moment}"
-    details = ", ".join(f"{key}: {value}" for key, value in event.details.items() if key != "time")
+    details = ", ".join(f"{key}: {_words(value)}" for key, value in event.details.items() if key != "time")
     return f"{when}  {event.name}" + (f"  ({details})" if details else "")
 
 

@@ -114,7 +114,7 @@ def restore_command(
 def _words_of(one: RestoredMachine) -> str:
     from vmm.api.restoring.found_night import CONSISTENCY
 
-    return f"night {one.night} of {one.taken}, {CONSISTENCY[one.consistency]}"
+    return f"night {one.night} of {one.taken[:16].replace('T', ' ')} UTC, {CONSISTENCY[one.consistency]}"
 
 
 def _report(done: RestoredMachine, *, is_running: bool, as_json: bool, quiet: bool) -> None:
@@ -134,7 +134,7 @@ def _show_plan(found: RestoredMachine, *, as_json: bool) -> None:
         return
     print_pairs([
         ("name", found.name),
-        ("night", _words_of(found)),
+        ("from", _words_of(found)),
         *((disk_id, path) for disk_id, path in found.disks.items()),
         *(("allowed", words) for words in found.granted),
         *(("not allowed", f"{what}  [{option}]") for what, option in found.outside.items()),

@@ -184,17 +184,18 @@ def _weekday(word: str) -> int:
 def _numbers(word: str, name: str) -> tuple[int, ...]:
     """The numbers that a list of parts means. Raises ValueError."""
     least, most = _LIMITS[name]
+    article = "an" if name == "hour" else "a"
     found: set[int] = set()
     for part in word.split(","):
         matched = _PART.fullmatch(part)
         if matched is None or (matched[1] == "*" and matched[2]):
-            raise ValueError(f"{part!r} is not a {name}")
+            raise ValueError(f"{part!r} is not {article} {name}")
         begin = least if matched[1] == "*" else int(matched[1])
         step = int(matched[3]) if matched[3] else 1
         alone = matched[1] != "*" and not matched[2] and not matched[3]
         end = begin if alone else int(matched[2] or most)
         if not least <= begin <= end <= most or step == 0:
-            raise ValueError(f"{part!r} is not a {name} between {least} and {most}")
+            raise ValueError(f"{part!r} is not {article} {name} between {least} and {most}")
         found.update(range(begin, end + 1, step))
     return tuple(sorted(found))
 

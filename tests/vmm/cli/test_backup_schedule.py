@@ -81,7 +81,7 @@ def test_adding_and_showing(home: Path) -> None:
     assert "already exists" in failure(*ADD, home / "repo", "--when", "22:30", "--user", code=1)
     assert "never run" in good("backup", "schedule", "list")
     shown = good("backup", "schedule", "show", "nightly")
-    assert "web, mail" in shown and "daily 7" in shown and "5 % of each image" in shown and "was not due yet" in shown
+    assert "web, mail" in shown and "daily 7" in shown and "5 % of each image" in shown and "not due yet" in shown
     assert f"nightly: 22:30 (UTC) to {home}/repo; never run" in good("backup", "status")
     created = store.load("nightly").created
     result = run(*ADD, home / "repo", "--when", "23:30", "--user", "--replace")

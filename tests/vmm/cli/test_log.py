@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from vmm.cli.log import event_words
 from vmm.cli.main import main
+from vmm.model.events import Event
 from vmm.model.spec import make_spec
 from vmm.store import registry
 
@@ -51,3 +53,9 @@ def test_times_of_events_in_json_have_a_unit(tmp_path: Path, monkeypatch: pytest
     events.write_text('{"time": 12.5, "event": "off"}\n{"time": NaN, "event": "odd"}\n')
     events = json.loads(CliRunner().invoke(main, ["events", "web", "--json"]).output)
     assert events == [{"time_unix_seconds": 12.5, "event": "off"}, {"time_unix_seconds": None, "event": "odd"}]
+
+
+def test_lists_in_events_are_words() -> None:
+    """A list among the details of an event is shown as words, and an empty one as "none"."""
+    event = Event("failed", 0.0, {"jobs": ["web", "mail"], "done": []})
+    assert event_words(event).endswith("  failed  (jobs: web and mail, done: none)")

@@ -23,7 +23,7 @@ def test_a_dry_run_lists_what_must_be_allowed(machines: Machines, tmp_path: Path
     repository = machines.folder / "repo"
     save_night("web", repository, consistency=backups.Consistency.CRASH)
     shown = good("restore", repository, "web", "--as", "new", "--dry-run")
-    assert "night 1 of 2026-11-30T02:30:00+00:00, as after a power cut" in shown
+    assert "night 1 of 2026-11-30 02:30 UTC, as after a power cut" in shown
     assert f"--allow {tmp_path}" in shown and "new-disk-0.vhd" in shown
     found = document("restore", repository, "web", "--as", "new", "--dry-run")
     assert found["outside"] == {f"the folder for disks {tmp_path}": f"--allow {tmp_path}"}
@@ -31,7 +31,7 @@ def test_a_dry_run_lists_what_must_be_allowed(machines: Machines, tmp_path: Path
     assert good("list", "--quiet") == good("list", "--quiet") and Manager().names() == ["web"]
     done = good("restore", repository, "web", "--as", "new", "--allow", str(tmp_path))
     assert f"allowed: the folder for disks {tmp_path}" in done
-    assert "new is restored: night 1 of 2026-11-30T02:30:00+00:00, as after a power cut" in done
+    assert "new is restored: night 1 of 2026-11-30 02:30 UTC, as after a power cut" in done
     (tmp_path / "x").mkdir()
     made = document("restore", repository, "web", "--as", "new2", "--to", tmp_path / "x")
     assert made["name"] == "new2" and Path(made["disks"]["disk-0"]).is_file() and made["consistency"] == "crash"

@@ -71,6 +71,14 @@ def test_what_is_not_supported_is_refused(text: str) -> None:
         calendar(text)
 
 
+def test_the_reason_of_a_refusal_is_a_sentence() -> None:
+    """An hour that does not exist is "not an hour", a minute "not a minute"."""
+    with pytest.raises(InvalidSpec, match="'25' is not an hour between 0 and 23"):
+        calendar("25:00")
+    with pytest.raises(InvalidSpec, match="'60' is not a minute between 0 and 59"):
+        calendar("22:60")
+
+
 def test_an_unknown_zone_is_refused() -> None:
     """A zone is one of the system's names; it cannot be a path."""
     for zone in ("Mars/Olympus", "../../etc/passwd", "", "/etc/localtime"):

@@ -64,8 +64,9 @@ def restore_now(
 ) -> RestoredMachine:
     """Make a machine of a night and start it; its disks are filled in the background, at most at that rate.
 
-    Files are not compared with their sums, but a damage that is known is refused. Raises as `restore_machine`; then
-    nothing is left. If the machine was made but cannot be started, raises what prevents that, and the machine stays.
+    Files are not compared with their sums, but a night that is known to be damaged is refused. Raises as
+    `restore_machine`; then nothing is left.
+    If the machine was made but cannot be started, raises what prevents that, and the machine stays.
     """
     with vmm_errors(), ends_with_us("the restore"), found_night(request.repository, request.night) as found:
         planned = plan_machine(found, request)

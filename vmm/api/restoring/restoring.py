@@ -101,9 +101,9 @@ def restore_machine(
 def refuse_taken(planned: Planned, request: RestoreRequest) -> None:
     """Raise AlreadyExists for a name, or with `register` an id or address, that another machine has."""
     if planned.spec.name in registry.names():
-        raise AlreadyExists(
-            "a machine of that name already exists", machine=planned.spec.name, hint="give another name: --as"
-        )
+        other = "delete it first, or restore beside it: --as NEW, without --register"
+        hint = other if request.register else "give another name: --as"
+        raise AlreadyExists("a machine of that name already exists", machine=planned.spec.name, hint=hint)
     if request.register:
         refuse_known(planned.spec, request.repository)
 

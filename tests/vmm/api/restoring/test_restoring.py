@@ -201,6 +201,8 @@ def test_names_that_are_taken(machines: Machines) -> None:
     saved(machines)
     with pytest.raises(AlreadyExists, match="give another name: --as"):
         restore_machine(request(machines))
+    with pytest.raises(AlreadyExists, match="delete it first, or restore beside it: --as NEW"):
+        restore_machine(request(machines, register=True))
     folder = machines.folder / "home" / "disks" / "new"
     folder.mkdir(parents=True)
     (folder / "mine.vhd").write_bytes(b"")
