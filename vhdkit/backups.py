@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         report_status,
         report_verification,
     )
+    from vhdkit.backup.reports_of_all import report_statuses, report_verifications
     from vhdkit.backup.repository import MachineFolder, Night, Repository, create_repository, open_repository
     from vhdkit.backup.restore import Restored, read_file, restore
     from vhdkit.backup.standing import StandingImage, mark_as_night, stand_on_night
@@ -124,7 +125,9 @@ __all__ = [
     "report_nights",
     "report_prune",
     "report_status",
+    "report_statuses",
     "report_verification",
+    "report_verifications",
     "restore",
     "stand_on_night",
     "time_word",
@@ -153,6 +156,7 @@ _HOMES = {
         "PruneReport SavedStatus VerifyReport find_night nights_out_of_order report_machines report_night "
         "report_nights report_prune report_status report_verification"
     ),
+    "vhdkit.backup.reports_of_all": "report_statuses report_verifications",
     "vhdkit.backup.repository": "MachineFolder Night Repository create_repository open_repository",
     "vhdkit.backup.restore": "Restored read_file restore",
     "vhdkit.backup.standing": "StandingImage mark_as_night stand_on_night",

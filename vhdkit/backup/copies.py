@@ -29,10 +29,9 @@ from vhdkit import errors
 from vhdkit.arguments import AnyPath
 from vhdkit.backup.documents import MAX_DOCUMENT_BYTES, encoded, parsed, time_word
 from vhdkit.backup.names import is_unique_id, new_unique_id
-from vhdkit.backup.repository import COPY_FILE, REPOSITORY_FILE, Repository, is_unused, opened_root
+from vhdkit.backup.repository import COPIES, COPY_FILE, REPOSITORY_FILE, Repository, is_unused, opened_root
 from vhdkit.held_folder import HeldFolder, make_folder
 
-COPIES = "copies"
 _LOCK = "copy.lock"
 _JSON = ".json"
 MAX_STATES = 10_000  # of one copy, 35 bytes each: hourly for a year; older ones are forgotten

@@ -344,9 +344,10 @@ class _Machine:
 
     def _switch(self, step: CopyStep) -> None:
         """Bring what changes, and change it."""
+        damaged = self._damaged()
         with self.other.folder.made_folder(COPYING) as staged:
             for number, (old, new) in enumerate(step.rewritten):
-                self._stage_image(staged, number, old, new)
+                self._stage_image(staged, number, old, new, is_damaged=old.place in damaged)
             for manifest in step.write:
                 staged.write(manifest_name(manifest.night), manifest.encoded(), replace=True)
             staged.sync()
@@ -356,13 +357,22 @@ class _Machine:
                 folder.own_file(place.name).close()
         begin_switch(self.other, Switch(tuple(one.night for one in step.write), step.remove, places, step.gone))
         finish_switch(self.other)
+        self.done.mended += [place.text for place in places if place in damaged]
 
-    def _stage_image(self, staged: HeldFolder, number: int, old: ImageRecord, new: ImageRecord) -> None:
-        """Copy the ranges of an image that change, and its table."""
+    def _damaged(self) -> dict[ImagePlace, str]:
+        """The images of the copy in which a verification has found damage."""
+        state = read_verified(self.other.folder)
+        manifests = [one.manifest for one in self.other.nights() if one.manifest is not None]
+        return {} if state is None else state.damaged_now(Images(manifests))
+
+    def _stage_image(
+        self, staged: HeldFolder, number: int, old: ImageRecord, new: ImageRecord, *, is_damaged: bool
+    ) -> None:
+        """Copy the ranges of an image that change, all of one that is damaged, and its table."""
         place = new.place
         with _opened_source(self.source, new) as (source, table):
             with self.other.folder_of(place) as folder:
-                if _is_complete(folder, old):
+                if not is_damaged and _is_complete(folder, old):
                     with folder.file(place.sums_name) as before:
                         changed = changed_between(before, table)
                 else:  # without a table all of it is written: see `copy_switch`

@@ -233,6 +233,8 @@ def _carry_out(
         _forget(machine, nights)
         remove_journal(machine)
         return plan
+    for merging in plan.mergings:
+        _refuse_second_names(machine, merging)
     journal = PruneJournal(tuple(sorted(drop)), removals, None)
     with contextlib.suppress(*(() if plan.mergings else (errors.NoSpace,))):
         write_journal(machine, journal)
@@ -248,6 +250,21 @@ def _carry_out(
     _forget(machine, machine.nights())
     remove_journal(machine)
     return plan
+
+
+def _refuse_second_names(machine: MachineFolder, merging: ImageMerge) -> None:
+    """Raise InvalidArgument if a file that the merge writes to has a second name, perhaps outside the repository."""
+    standing = Images(_manifests(machine.nights())).children()
+    for place in (merging.target, *merging.gone, *standing.get(merging.target, ()), *standing.get(merging.leaf, ())):
+        with contextlib.suppress(errors.NotFound), machine.folder_of(place) as folder:
+            folder.sweep()
+            with folder.file(place.name) as store:
+                if os.fstat(store.fileno()).st_nlink > 1:
+                    raise errors.InvalidArgument(
+                        "has a second name (a hard link), which a merge would change, too",
+                        path=store.name,
+                        hint="remove that name, or replace the file by a copy of it (cp -a)",
+                    )
 
 
 def _mark(machine: MachineFolder, nights: list[Night], drop: set[int], gone: set[ImagePlace]) -> None:

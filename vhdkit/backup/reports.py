@@ -110,7 +110,7 @@ class SavedStatus:
     """Whether a machine has a recent whole night, and what else needs attention.
 
     `age_seconds` is that of the newest whole night, negative for one that was taken in the future. `verified` is when
-    the last verification ended.
+    the last verification ended. `problem`: why nothing else is known about the machine.
     """
 
     id: str
@@ -123,10 +123,18 @@ class SavedStatus:
     verified: str | None
     leases: tuple[LeaseReport, ...]
     unfinished_prune: bool
+    problem: str | None = None
+
+    @property
+    def is_damaged(self) -> bool:
+        """True if a night, or what is recorded about the machine, is damaged."""
+        return bool(self.damaged_nights) or self.problem is not None
 
     @property
     def words(self) -> str:
         """One sentence about the newest whole night."""
+        if self.problem is not None:
+            return self.problem
         if self.newest_whole is None or self.age_seconds is None:
             return "no whole night"
         text = f"newest whole night {self.newest_whole}"
@@ -229,6 +237,7 @@ class NightFound:
 class VerifyReport:
     """The result of a verification of one machine. `in_use` are images that could not be read; `went_on` says that it
     continued one that was interrupted; `unfinished_prune` are nights that an interrupted prune has dropped.
+    `problem`: why its nights could not be verified.
     """
 
     id: str
@@ -239,6 +248,12 @@ class VerifyReport:
     read_bytes: int
     went_on: bool
     unfinished_prune: tuple[int, ...]
+    problem: str | None = None
+
+    @property
+    def is_damaged(self) -> bool:
+        """True if a night cannot be relied on, or none could be verified."""
+        return bool(self.bad) or self.problem is not None
 
     @property
     def bad(self) -> tuple[NightFound, ...]:

@@ -37,6 +37,7 @@ from typing import Self
 from vhdkit import errors
 from vhdkit.arguments import AnyPath
 from vhdkit.backup.documents import MAX_DOCUMENT_BYTES, DamagedRepository, encoded, parsed, time_word
+from vhdkit.backup.leases import FOLDER as LEASES
 from vhdkit.backup.leases import leased
 from vhdkit.backup.manifest import Manifest, parse_manifest
 from vhdkit.backup.names import (
@@ -57,6 +58,7 @@ from vhdkit.units import MIB
 REPOSITORY_FILE, MACHINE_FILE, LOCK = "repository.json", "machine.json", "lock"
 PRUNE_FILE = "prune.json"  # the journal of a prune
 COPY_FILE = "copy.json"  # in a copy of another repository
+COPIES = "copies"  # the states that were given to copies: see `copies`
 SWITCH_FILE = "switch.json"  # the journal of a copy that changes images of a machine
 MACHINES, NIGHTS, META = "machines", "nights", "meta"
 MAX_MACHINES = 100_000
@@ -88,13 +90,15 @@ class Repository:
         return self.root.path
 
     def machine_ids(self) -> list[str]:
-        """The ids of its machines, sorted. What is not a machine's folder is ignored."""
+        """The ids of its machines, sorted, without names that are no id, and without folders in which a run that was
+        killed has recorded nothing yet.
+        """
         try:
             folder = self.root.folder(MACHINES)
         except errors.NotFound:
             return []
         with folder:
-            return [name for name in folder.names(MAX_MACHINES) if is_name(name)]
+            return [name for name in folder.names(MAX_MACHINES) if is_name(name) and not _is_blank(folder, name)]
 
     @contextlib.contextmanager
     def machine(self, machine_id: str) -> Iterator[MachineFolder]:
@@ -358,10 +362,15 @@ class MachineFolder:
             return meta.folder(night_word(number))
 
     def sweep(self) -> None:
-        """Remove the documents under construction that dead processes left."""
+        """Remove what dead processes left under construction here, and in the folders of no machine."""
         self.folder.sweep()
         with contextlib.suppress(errors.NotFound), self.folder.folder(NIGHTS) as nights:
             nights.sweep()
+        root = self.repository.root
+        root.sweep()
+        for name in (BASES, LEASES, COPIES):
+            with contextlib.suppress(errors.NotFound), root.folder(name) as folder:
+                folder.sweep()
 
 
 def open_repository(path: AnyPath) -> Repository:
@@ -407,6 +416,17 @@ def opened_root(root: HeldFolder) -> Repository:
         raise DamagedRepository(error.problem, path=error.path) from error
     fields = parsed(raw, os.path.join(root.path, REPOSITORY_FILE))
     return Repository(root, fields.taken("id", is_unique_id), fields.time("created"))
+
+
+def _is_blank(machines: HeldFolder, name: str) -> bool:
+    """True for the folder of a machine without a record and without nights."""
+    with contextlib.suppress(errors.VhdkitError), machines.folder(name) as folder:
+        if folder.exists(MACHINE_FILE):
+            return False
+        with contextlib.suppress(errors.NotFound), folder.folder(NIGHTS) as nights:
+            return not any(one.endswith(_JSON) for one in nights.names(MAX_NIGHTS))
+        return True
+    return False
 
 
 def _read_machine(folder: HeldFolder, machine_id: str) -> tuple[str, int]:

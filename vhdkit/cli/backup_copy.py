@@ -99,7 +99,8 @@ def _print_machine(one: CopiedMachine, common: Common) -> None:
     parts += [f"{count(len(one.mended), 'image')} mended"] if one.mended else []
     if parts:
         parts.append(f"{format_size(one.copied_bytes)} copied")
-    print_text(f"{printable(one.name)}: {', '.join(parts) or 'nothing has changed'}")
+    nothing = "nothing was copied" if one.problems else "nothing has changed"
+    print_text(f"{printable(one.name)}: {', '.join(parts) or nothing}")
 
 
 @click.command("promote", epilog=epilog("vhdkit backup promote /mnt/office/backup"))

@@ -24,8 +24,8 @@ from vhdkit.backup.reports import (
     report_machines,
     report_night,
     report_nights,
-    report_status,
 )
+from vhdkit.backup.reports_of_all import report_statuses
 from vhdkit.backup.repository import MachineFolder, Repository, open_repository
 from vhdkit.cli.backup import repository_options
 from vhdkit.cli.common import Common, epilog
@@ -176,23 +176,19 @@ def status_command(context: click.Context, repo: str, machines: tuple[str, ...],
     \b
     With --json: {"repository", "machines": [{"id", "name", "is_good",
       "newest_whole", "taken", "age_seconds", "damaged_nights", "verified",
-      "leases", "unfinished_prune"}]}
+      "leases", "unfinished_prune", "problem"}]}
     """
     limit, now = _age_of(max_age), datetime.now(UTC)
     with open_repository(repo) as repository:
-        ids = [repository.find_machine(one) for one in machines] or repository.machine_ids()
-        if not ids:
+        found = report_statuses(repository, machines, since=now - limit, now=now)
+        if not found:
             raise NotFound("no machine has been backed up here yet", path=repository.path)
-        found = []
-        for machine_id in ids:
-            with repository.machine(machine_id) as machine:
-                found.append(report_status(machine, since=now - limit, now=now))
     if common.json:
         print_json({"repository": repository.path, "machines": [asdict(one) for one in found]})
     elif not common.quiet:
         for one in found:
             _print_status(one)
-    damaged = any(one.damaged_nights for one in found)
+    damaged = any(one.is_damaged for one in found)
     context.exit(_EXIT_DAMAGED if damaged else 0 if all(one.is_good for one in found) else EXIT_FAILED)
 
 
@@ -204,7 +200,7 @@ def _age_of(text: str) -> timedelta:
 
 
 def _print_status(one: SavedStatus) -> None:
-    word = ("good", "bold green") if one.is_good and not one.damaged_nights else ("bad ", "bold red")
+    word = ("good", "bold green") if one.is_good and not one.is_damaged else ("bad ", "bold red")
     print_text(word, f"  {printable(one.name)}: {one.words}")
     for note in one.notes:
         print_text(f"      {printable(note)}")

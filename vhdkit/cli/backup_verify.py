@@ -12,7 +12,8 @@ import click
 
 from vhdkit.backup.pruning import finish_interrupted
 from vhdkit.backup.reports import VerifyReport, report_verification
-from vhdkit.backup.repository import open_repository
+from vhdkit.backup.reports_of_all import report_verifications
+from vhdkit.backup.repository import MachineFolder, open_repository
 from vhdkit.backup.verify import verify
 from vhdkit.cli.backup import repository_options
 from vhdkit.cli.common import Common, epilog, progress_option
@@ -55,26 +56,23 @@ def verify_command(
     \b
     With --json: {"repository", "machines": [{"id", "name", "nights": [{"night",
       "taken", "problems"}], "damaged": [{"path", "problem"}], "in_use",
-      "read_bytes", "went_on", "unfinished_prune"}]}
+      "read_bytes", "went_on", "unfinished_prune", "problem"}]}
     """
-    found = []
+
+    def look(machine: MachineFolder) -> VerifyReport:
+        with progress_shown(common, progress, f"verifying {printable(machine.name)}") as show:
+            finish_interrupted(machine)
+            result = verify(machine, sample_percent=percent, again=again, progress=show)
+            return report_verification(machine, result)
+
     with open_repository(repo) as repository:
-        ids = [repository.find_machine(one) for one in machines] or repository.machine_ids()
-        for machine_id in ids:
-            with (
-                repository.machine(machine_id) as machine,
-                progress_shown(common, progress, f"verifying {printable(machine.name)}") as show,
-            ):
-                finish_interrupted(machine)
-                result = verify(machine, sample_percent=percent, again=again, progress=show)
-                found.append(report_verification(machine, result))
-        path = repository.path
+        found, path = report_verifications(repository, machines, look), repository.path
     if common.json:
         print_json({"repository": path, "machines": [asdict(one) for one in found]})
     else:
         for one in found:
             _print_result(one, common)
-    if any(one.bad for one in found):
+    if any(one.is_damaged for one in found):
         context.exit(_EXIT_DAMAGED)
     context.exit(_EXIT_BUSY if any(one.in_use for one in found) else 0)
 
@@ -84,13 +82,15 @@ def _print_result(found: VerifyReport, common: Common) -> None:
         note(common, f"{found.name}: went on with a run that was interrupted")
     if found.unfinished_prune:
         note(common, f"{found.name}: a prune was interrupted, and the next one finishes it")
+    if found.problem is not None:
+        print_text(("damaged: ", "bold red"), printable(found.problem))
     for damage in found.damaged:
         print_text(("damaged: ", "bold red"), f"{printable(damage.path)}: {printable(damage.problem)}")
     for path in found.in_use:
         print_text(("in use: ", "yellow"), f"{printable(path)} could not be verified: run the command again")
     for one in found.bad:
         print_text(f"  night {one.night} cannot be relied on: {printable('; '.join(one.problems))}")
-    if common.quiet:
+    if common.quiet or found.problem is not None:
         return
     if found.bad:
         print_text(f"{printable(found.name)}: {count(len(found.bad), 'night')} damaged; whole: {found.whole}")

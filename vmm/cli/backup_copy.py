@@ -98,7 +98,8 @@ def _print_machine(one: backups.CopiedMachine, *, quiet: bool) -> None:
     parts = [f"{count} {what}{'s' if count != 1 else ''} {done}" for count, what, done in counted if count]
     if parts:
         parts.append(f"{format_size(one.copied_bytes)} copied")
-    print_line(f"{one.name}: {', '.join(parts) or 'nothing has changed'}")
+    nothing = "nothing was copied" if one.problems else "nothing has changed"
+    print_line(f"{one.name}: {', '.join(parts) or nothing}")
 
 
 @click.command("promote", epilog=epilog("vmm backup promote /mnt/usb"))

@@ -198,7 +198,7 @@ def _add(made: Schedule, before: Schedule | None, scope: systemd.Scope | None) -
         if scope is None:
             for one in timer.scopes():
                 timer.remove(one, made.name)
-            return None, [f"no timer runs it; the command that does: {shlex.join(_call(made.name))}"]
+            return None, [f"no timer runs it; the command that does: {systemd.shell_words(_call(made.name))}"]
         done = timer.install(scope, made, _call(made.name))
     except BaseException:
         if before is None:
@@ -299,12 +299,20 @@ def run_command(schedule: str, as_json: bool, quiet: bool) -> None:
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """Within this block SIGTERM, which systemd sends, is a Ctrl-C: commands take back what they began."""
+    """Within this block SIGTERM, which systemd sends, is a Ctrl-C: commands take back what they began.
+
+    Where Ctrl-C is ignored, as in the background of a script, this process alone ignores it, not its commands.
+    """
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    is_ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if is_ignored:
+        signal.signal(signal.SIGINT, lambda number, frame: None)  # a handler is not inherited, unlike SIG_IGN
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+        if is_ignored:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _run_document(found: LastRun) -> dict[str, Any]:

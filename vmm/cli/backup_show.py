@@ -151,10 +151,7 @@ def status_command(
         raise click.UsageError("give REPO, or --schedule")
     since = now - (timedelta(hours=26) if max_age is None else max_age)
     with backups.open_repository(repo) as repository:
-        found = []
-        for machine_id in [repository.find_machine(one) for one in machines] or repository.machine_ids():
-            with repository.machine(machine_id) as machine:
-                found.append(backups.report_status(machine, since=since, now=now))
+        found = backups.report_statuses(repository, machines, since=since, now=now)
         if not found:
             raise NotFound("no machine has been backed up here yet", path=repository.path)
         path = repository.path
@@ -162,10 +159,10 @@ def status_command(
         print_json({"repository": path, "machines": [asdict(one) for one in found]})
     elif not quiet:
         for one in found:
-            print_line(f"{'good' if one.is_good and not one.damaged_nights else 'bad '}  {one.name}: {one.words}")
+            print_line(f"{'good' if one.is_good and not one.is_damaged else 'bad '}  {one.name}: {one.words}")
             for note in one.notes:
                 print_line(f"      {note}")
-    if any(one.damaged_nights for one in found):
+    if any(one.is_damaged for one in found):
         context.exit(_EXIT_DAMAGED)
     context.exit(0 if all(one.is_good for one in found) else _EXIT_LATE)
 

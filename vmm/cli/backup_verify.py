@@ -75,21 +75,21 @@ def verify_command(
         context.exit(_try_to_boot(repo, machines, wish, as_json=as_json, quiet=quiet))
     if expect is not None or screen or seconds is not None:
         raise click.UsageError("--expect, --screen and --seconds belong to --boot")
-    found = []
     with backups.open_repository(repo) as repository, progress_line(shown=not quiet and not as_json) as progress:
-        for machine_id in [repository.find_machine(one) for one in machines] or repository.machine_ids():
-            with repository.machine(machine_id) as machine:
-                show = bytes_shown(progress, f"verifying {machine.name}")
-                backups.finish_interrupted(machine)
-                result = backups.verify(machine, sample_percent=percent, again=again, progress=show)
-                found.append(backups.report_verification(machine, result))
-        path = repository.path
+
+        def look(machine: backups.MachineFolder) -> backups.VerifyReport:
+            show = bytes_shown(progress, f"verifying {machine.name}")
+            backups.finish_interrupted(machine)
+            result = backups.verify(machine, sample_percent=percent, again=again, progress=show)
+            return backups.report_verification(machine, result)
+
+        found, path = backups.report_verifications(repository, machines, look), repository.path
     if as_json:
         print_json({"repository": path, "machines": [asdict(one) for one in found]})
     else:
         for one in found:
             _print_result(one, quiet=quiet)
-    if any(one.bad for one in found):
+    if any(one.is_damaged for one in found):
         context.exit(_EXIT_DAMAGED)
     context.exit(_EXIT_BUSY if any(one.in_use for one in found) else 0)
 
@@ -99,13 +99,15 @@ def _print_result(found: backups.VerifyReport, *, quiet: bool) -> None:
         print_aside(f"{found.name}: went on with a run that was interrupted")
     if found.unfinished_prune and not quiet:
         print_aside(f"{found.name}: a prune was interrupted, and the next one finishes it")
+    if found.problem is not None:
+        print_line(f"damaged: {found.problem}")
     for damage in found.damaged:
         print_line(f"damaged: {damage.path}: {damage.problem}")
     for path in found.in_use:
         print_line(f"in use: {path} could not be verified: run the command again")
     for night in found.bad:
         print_line(f"  night {night.night} cannot be relied on: {'; '.join(night.problems)}")
-    if quiet:
+    if quiet or found.problem is not None:
         return
     if found.bad:
         nights = f"{len(found.bad)} night{'s' if len(found.bad) != 1 else ''}"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pwd
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -83,6 +84,12 @@ def kept_environment() -> dict[str, str]:
     """The environment variables that decide where machines are; a unit must set them too."""
     kept = {name: os.environ[name] for name in KEPT_VARIABLES if os.environ.get(name)}
     return kept | in_use().environment()
+
+
+def shell_words(command: Sequence[str]) -> str:
+    """A command for other schedulers, such as cron, quoted for a shell: with the same variables as a unit."""
+    kept = [f"{name}={value}" for name, value in sorted(kept_environment().items())]
+    return shlex.join(["env", *kept, *command] if kept else command)
 
 
 def is_installed() -> bool:

@@ -35,7 +35,7 @@ _PART = re.compile(r"(\*|\d{1,2})(?:\.\.(\d{1,2}))?(?:/(\d{1,2}))?", re.ASCII)
 _DATE = re.compile(r"\*-([^-\s]+)-([^-\s]+)")
 _TIME = re.compile(r"([^:\s]+):([^:\s]+)(?::0?0)?")
 _LIMITS = {"month": (1, 12), "day": (1, 31), "hour": (0, 23), "minute": (0, 59)}
-_MOST_DAYS = 8 * 366 + 1  # between two 29ths of February, around a year such as 2100
+_MOST_DAYS = 40 * 366 + 1  # between two 29ths of February that are the same weekday, around a year such as 2100
 _CHANGING_HOURS = frozenset(range(4))  # in which clocks are set forward and back
 _EXAMPLES = 'such as "22:30", "Mon..Fri 22:30", "*-*-01 05:00" or "*:00/30"'
 

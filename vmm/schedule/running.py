@@ -281,6 +281,8 @@ class _ScheduledRun:
                 return CommandFailure(None, f"it did not end within {seconds:.0f} s, and was killed")
             except BaseException:
                 _signal(child, signal.SIGINT)
+                if seconds is not None:  # a hook; a job takes back what it began, however long that takes
+                    _end_group(child, after=_GRACE_SECONDS)
                 child.wait()
                 raise
             finally:
@@ -295,7 +297,11 @@ def _signal(child: subprocess.Popen[bytes], number: int) -> None:
             os.killpg(child.pid, number)
 
 
-def _end_group(child: subprocess.Popen[bytes]) -> None:
+def _end_group(child: subprocess.Popen[bytes], *, after: float = 0) -> None:
+    """End a command that has not ended by itself `after` some seconds."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(after)
+        return
     _signal(child, signal.SIGTERM)
     try:
         child.wait(_GRACE_SECONDS)

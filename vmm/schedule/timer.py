@@ -14,7 +14,6 @@ Sources: systemd.timer(5), systemd.service(5).
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -97,7 +96,7 @@ def install(scope: Scope, schedule: Schedule, command: Sequence[str]) -> Result:
     timer, service = units_of(schedule.name)
     path = systemd.unit_path(scope, timer)
     if not systemd.is_installed():
-        line = shlex.join(command)
+        line = systemd.shell_words(command)
         return Result(path, False, (f"systemd is not installed: have cron, or another scheduler, run: {line}",))
     _check_rights(scope, path)
     if _is_ours(scope, schedule.name) is False:

@@ -417,3 +417,19 @@ def test_a_night_that_was_dropped_after_a_kill(tmp_path: Path) -> None:
     dropped(nights, 5)
     copied(nights, other.path)
     check(other, 1, 2, 3, 4)
+
+
+def test_damage_in_an_image_that_changes(nights: Nights, tmp_path: Path) -> None:
+    """An image of the copy that was found damaged, and which a prune has rewritten in the source, is mended, too."""
+    copied(nights, tmp_path / "other")
+    other = seen(nights, tmp_path / "other")
+    raw = bytearray(other.image(1, "a").read_bytes())
+    raw[len(raw) // 3] ^= 255
+    other.image(1, "a").write_bytes(raw)
+    with other.machine() as machine:
+        assert not verify(machine).is_good
+    dropped(nights, 1)
+    [done] = copied(nights, other.path).machines
+    assert done.mended == ["images/a/00001.vhd"] and done.dropped == [1]
+    with other.machine() as machine:
+        assert verify(machine, again=True).is_good

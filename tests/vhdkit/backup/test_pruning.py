@@ -382,3 +382,15 @@ def test_a_prune_beside_other_work(nights: Nights) -> None:
         with writing(repository, MACHINE, "web", Wishes()):
             pass
     check(nights, *left(nights))
+
+
+def test_a_file_with_a_second_name_is_not_merged(nights: Nights, tmp_path: Path) -> None:
+    """A merge would change what else has that name: it is refused before anything is dropped, and nothing changes."""
+    os.link(nights.image(1, "a"), tmp_path / "mine.vhd")
+    before = files_of(nights.path)
+    with pytest.raises(errors.InvalidArgument, match="has a second name"):
+        dropped(nights, 1, 2)
+    assert set(files_of(nights.path)) == set(before) and left(nights) == [1, 2, 3, 4, 5, 6, 7]
+    (tmp_path / "mine.vhd").unlink()
+    dropped(nights, 1, 2)
+    check(nights, 3, 4, 5, 6, 7)

@@ -348,3 +348,25 @@ def test_documents_are_plain_json(nights: Nights) -> None:
             continue
         document = json.loads(path.read_text())
         assert document["format"] == 1 and len(document["digest"]) == 64
+
+
+def test_a_machine_that_a_kill_left_blank(nights: Nights) -> None:
+    """A folder in which a killed first run has recorded nothing is no machine; one with nights is a damaged one."""
+    blank = nights.path / "machines" / "cd" / "nights"
+    blank.mkdir(parents=True)
+    with open_repository(nights.path) as repository:
+        assert repository.machine_ids() == [MACHINE]
+        (blank / "00001.json").touch()
+        assert repository.machine_ids() == [MACHINE, "cd"]
+
+
+def test_what_dead_processes_left_outside_of_machines(nights: Nights) -> None:
+    """What is under construction anywhere in a repository is removed once the process that makes it is dead."""
+    program = "from vhdkit.unfinished import part_name\nprint(part_name())"
+    part = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
+    for name in ("", "leases", "copies", "bases"):
+        (nights.path / name).mkdir(exist_ok=True)
+        (nights.path / name / part).touch()
+    with nights.machine() as machine, machine.held("a test"):
+        remove_leftovers(machine, machine.nights())
+    assert not list(nights.path.rglob(part))

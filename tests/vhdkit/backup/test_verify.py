@@ -335,3 +335,14 @@ def test_a_prune_meanwhile_is_no_damage(nights: Nights, monkeypatch: pytest.Monk
     result = verified(nights, again=True)
     assert bad(result) == [] and result.busy
     assert verified(nights, again=True).is_good
+
+
+def test_a_sample_takes_no_damage_back(nights: Nights) -> None:
+    """Damage that is known stays known, though a sample reads elsewhere; it is forgotten when it is gone."""
+    path = nights.image(1, "a")
+    before = path.read_bytes()
+    path.write_bytes(before[:70_000] + bytes([before[70_000] ^ 1]) + before[70_001:])
+    found = bad(verified(nights))
+    assert found and all(bad(verified(nights, sample_percent=1)) == found for _ in range(8))
+    path.write_bytes(before)
+    assert bad(verified(nights, sample_percent=1)) == []

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -162,3 +163,20 @@ def test_a_night_of_the_future_is_not_recent(nights: Nights) -> None:
     nights.add({"disk-0": {0: b"later"}}, taken=taken, zone="UTC", utc_offset=timedelta())
     result = run("backup", "status", nights.path)
     assert result.exit_code == 1 and "in the future" in result.stdout
+
+
+def test_a_damaged_machine_hides_no_other(nights: Nights) -> None:
+    """Where the record of one machine is damaged, the others are verified and judged all the same."""
+    other = nights.path / "machines" / "0123"
+    (other / "nights").mkdir(parents=True)
+    (other / "machine.json").write_bytes(b"{}")
+    result = run("backup", "verify", nights.path)
+    assert result.exit_code == 3 and "damaged: " in result.stdout and "4 nights" in result.stdout
+    status = run("backup", "status", nights.path)
+    assert (
+        status.exit_code == 3
+        and "bad   0123: " in status.stdout
+        and "good  web: newest whole night 4" in status.stdout
+    )
+    found = json.loads(run("backup", "verify", nights.path, "--json").stdout)["machines"]
+    assert "machine.json" in found[0]["problem"] and found[1]["problem"] is None and len(found[1]["nights"]) == 4

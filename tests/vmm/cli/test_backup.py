@@ -189,3 +189,20 @@ def test_serve(nights: Nights, tmp_path: Path) -> None:
 def run_command(*words: str | Path) -> subprocess.CompletedProcess[str]:
     """Run the command as a process of its own."""
     return subprocess.run([*warm("vmm"), *map(str, words)], capture_output=True, text=True, check=False, timeout=60)
+
+
+def test_a_damaged_machine_hides_no_other(nights: Nights) -> None:
+    """Where the record of one machine is damaged, the others are verified and judged all the same."""
+    other = nights.path / "machines" / "0123"
+    (other / "nights").mkdir(parents=True)
+    (other / "machine.json").write_bytes(b"{}")
+    result = run("backup", "verify", nights.path)
+    assert result.exit_code == 3 and "damaged: " in result.stdout and "4 nights" in result.stdout
+    status = run("backup", "status", nights.path)
+    assert (
+        status.exit_code == 3
+        and "bad   0123: " in status.stdout
+        and "good  web: newest whole night 4" in status.stdout
+    )
+    found = json.loads(run("backup", "verify", nights.path, "--json").stdout)["machines"]
+    assert "machine.json" in found[0]["problem"] and found[1]["problem"] is None and len(found[1]["nights"]) == 4

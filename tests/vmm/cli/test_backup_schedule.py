@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import signal
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -141,7 +143,8 @@ def test_notes(home: Path) -> None:
     which clocks change has a warning."""
     result = run(*ADD, "repo", "--when", "02:30", "--zone", "Europe/Berlin")
     line = shlex.join([f"{home}/vmm", "backup", "schedule", "run", "nightly"])
-    assert f"systemd is not installed: have cron, or another scheduler, run: {line}" in result.stderr
+    assert "systemd is not installed: have cron, or another scheduler, run: env " in result.stderr
+    assert f" VMM_HOME={os.environ['VMM_HOME']} " in result.stderr and f" {line}\n" in result.stderr
     assert "02:30 Europe/Berlin" in result.stdout and "--zone UTC" in result.stderr
     found = document("backup", "schedule", "add", "all", "--all", "repo", "--when", "22:30", "--no-timer")
     assert found["timer"] is None and "no timer runs it" in found["notes"][0]
@@ -236,3 +239,17 @@ def test_the_real_commands(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.exit_code == 1 and result.stdout == "web-2: done\n"
     assert "vmm: db: backup:" in result.stderr and "backup on another host" in result.stderr
     assert run("backup", "status").exit_code == 0
+
+
+def test_commands_can_be_interrupted_in_the_background(home: Path) -> None:
+    """Ctrl-C is ignored in the background of a script; a run that is ended there interrupts its commands all the
+    same."""
+    handlers = []
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with backup_schedule._terminable():
+            handlers = [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)]
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert callable(handlers[0]) and handlers[1] is signal.default_int_handler

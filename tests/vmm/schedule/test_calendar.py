@@ -107,6 +107,9 @@ def test_the_last_due_moment() -> None:
     leap = calendar("*-02-29 00:00").last_due(datetime(2103, 1, 1, tzinfo=UTC))
     assert leap == datetime(2096, 2, 29, tzinfo=UTC)
     assert calendar("*-02-29 00:00").next_due(leap) == datetime(2104, 2, 29, tzinfo=UTC)
+    assert calendar("Mon *-02-29 00:00").next_due(datetime(2073, 1, 1, tzinfo=UTC)) == datetime(
+        2112, 2, 29, tzinfo=UTC
+    )
 
 
 def test_moments_between() -> None:

@@ -243,6 +243,21 @@ run(made(on_failure=[shell(appended(said, "failed"))], after=[shell(appended(sai
     assert [name for name, _ in happened()] == ["begun", "failed"]
 
 
+def test_an_interrupted_hook_that_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A hook that Ctrl-C does not end is killed soon after, and the run ends."""
+    monkeypatch.setattr(running, "_GRACE_SECONDS", 0.05)
+    waits = f"trap '' INT TERM; touch {tmp_path}/begun; while :; do sleep 0.01; done"
+
+    def interrupt() -> None:
+        wait_until((tmp_path / "begun").exists, "the hook begins")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        run(made(before=[shell(waits)]), [])
+    assert [name for name, _ in happened()] == ["begun", "failed"]
+
+
 def test_a_hook_that_hangs_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A hook has a time limit, or it would stop every later run; its whole group of processes ends."""
     monkeypatch.setattr(running, "HOOK_SECONDS", 0.01)
