@@ -216,14 +216,15 @@ def _call(name: str) -> list[str]:
 @schedule_command.command("list", epilog=epilog("vmm backup schedule list"))
 @output_options
 def list_command(as_json: bool, quiet: bool) -> None:
-    """List the schedules: when each is due next, and what became of its last run."""
+    """List the schedules: when each is due next, and whether its last run succeeded."""
     found = scheduled_backups.status(datetime.now(UTC))
     if as_json:
         print_json([status_document(one) for one in found])
     elif not found and not quiet:
         print_line("there are no schedules: `vmm backup schedule add --help` shows how to add one")
     elif not quiet:
-        rows = [(one.name, _shown(one.next_due, one.zone), _last_words(one), one.repository or "") for one in found]
+        rows = [(one.name, _shown(one.next_due, one.zone), _last_words(one, brief=True), one.repository or "")
+                for one in found]  # fmt: skip
         print_table(("SCHEDULE", "NEXT", "LAST RUN", "REPOSITORY"), rows)
         for one in found:
             if one.problem is not None:
@@ -363,13 +364,14 @@ def print_status(found: ScheduleStatus) -> None:
     print_machines(found)
 
 
-def _last_words(found: ScheduleStatus) -> str:
+def _last_words(found: ScheduleStatus, *, brief: bool = False) -> str:
     if found.last_began is None:
         return "running" if found.is_running else "never run"
     began = _shown(found.last_began, found.zone or "UTC")
     if found.is_running:
         return f"running since {began}"
-    return f"{began}: {'done' if found.last_problem is None else f'failed: {found.last_problem}'}"
+    reason = "" if brief else f": {found.last_problem}"
+    return f"{began}: {'done' if found.last_problem is None else f'failed{reason}'}"
 
 
 def _shown(moment: datetime | None, zone: str) -> str:

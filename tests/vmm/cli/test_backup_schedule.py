@@ -165,6 +165,8 @@ def test_running(home: Path) -> None:
     again = run("backup", "schedule", "run", "nightly", "--json")
     assert again.exit_code == 1 and json.loads(again.stdout)["problems"] == {"mail": "backup: mail: the disk is full"}
     assert document("backup", "schedule", "show", "nightly")["events"][-1]["event"] == "failed"
+    listed = good("backup", "schedule", "list")
+    assert "failed" in listed and "the disk is full" not in listed
 
 
 def test_a_run_that_finds_another_one(home: Path) -> None:
