@@ -61,7 +61,7 @@ def test_no_space_for_a_block_changes_nothing(
             if not fails_without_a_trace(kind, Fault(operation, no_space, at=at), before, zeroes, flushed_before):
                 break
             struck += 1
-    assert struck == (2 if kind.startswith("vhdx") else 3) - zeroes + (before is all_of_the_first)
+    assert struck == (2 if kind.startswith("vhdx") else 4) - zeroes + (before is all_of_the_first)
 
 
 def fails_without_a_trace(

@@ -4,7 +4,7 @@
 Decides where a new block is placed and in which order its parts reach the device. Must not know virtual sectors:
 `dynamic` says which block and which bits.
 
-    a new block:    trailing footer after it -> bitmap -> data   (page cache)   its BAT entry changes only in memory
+    a new block:    size -> footer after it -> bitmap -> data    (page cache)   its BAT entry changes only in memory
     another write:  data                                         (page cache)   bits change only in memory
     a flush:        copy what is dirty -> sync -> bitmaps, BAT -> sync
 
@@ -12,7 +12,8 @@ Decides where a new block is placed and in which order its parts reach the devic
   bitmap of a block is written with its data, because nothing points there yet.
 - `INV-FLUSHED-OR-NEWER`: a new block lies in space that reads as zeros, past the last trailing footer.
 - `INV-FOOTER-COPY`: the trailing footer changes while the copy at offset 0 does not; the one before it stays in the
-  file, in the gap between two blocks.
+  file, in the gap between two blocks. The file first gets its new size: if the writes brought it about, a power cut
+  could leave a file that ends within a block, and what a guest put there would be read as the footer.
 - `INV-NO-REUSE`: no space of the file is ever given to a second block.
 
 Footer, bitmap and data are plain writes, so that a file system that allocates late gives all of them one extent. When
@@ -121,6 +122,7 @@ class Commit:
         if self._notes is not None:  # if we are killed before the block is noted, its space must stay unused
             self._notes.prepare()
         try:
+            self._store.truncate(end + FOOTER_SIZE)
             self._store.pwrite(end, self._footer_raw)
             self._store.pwrite(start, raw_bitmap)
             if fill is not None:

@@ -12,12 +12,14 @@ from tests.harness.stores import MemStore
 from tests.harness.vhd_builder import KIB, pattern
 from vhdkit.errors import NoSpace, SyncFailed
 from vhdkit.folder import NewFile
+from vhdkit.formats.probe import open_layer
 from vhdkit.formats.vhd import commit
-from vhdkit.formats.vhd.create import create_differencing, create_dynamic
+from vhdkit.formats.vhd.create import create_differencing, create_dynamic, create_fixed
 from vhdkit.formats.vhd.dynamic import DynamicImage
 from vhdkit.formats.vhd.opening import open_dynamic
 from vhdkit.image import ExtentKind, Piece
 from vhdkit.store import Buffer
+from vhdkit.units import MIB, round_up
 from vhdkit.unnamed import UnnamedStore
 
 SMALL = 512 * KIB
@@ -50,6 +52,11 @@ class Recorder(MemStore):
         self._note("reserve", offset_bytes, size_bytes)
         super().reserve(offset_bytes, size_bytes)
 
+    def truncate(self, size_bytes: int) -> None:
+        """Recorded."""
+        self._note("truncate", size_bytes)
+        super().truncate(size_bytes)
+
     def sync(self) -> None:
         """Recorded."""
         self._note("sync")
@@ -65,12 +72,13 @@ def _open(blocks: int = 4) -> tuple[Recorder, DynamicImage]:
 
 
 def test_the_order_of_a_first_write_and_its_flush() -> None:
-    """INV-DATA-BEFORE-METADATA: footer, bitmap and data, where nothing points yet; then sync, BAT, sync."""
+    """INV-DATA-BEFORE-METADATA: size, footer, bitmap, data, where nothing points yet; then sync, BAT, sync."""
     store, layer = _open()
     layer.write(3, memoryview(pattern(512)))
     start = layer.bat.block_start(0)
     data, end = start + 512, start + 512 + SMALL
-    assert store.calls == [("pwrite", end, 512), ("pwrite", start, 512), ("pwrite", data + 1536, 512)]
+    size = ("truncate", end + 512, 0)
+    assert store.calls == [size, ("pwrite", end, 512), ("pwrite", start, 512), ("pwrite", data + 1536, 512)]
     store.calls.clear()
     layer.flush()
     assert store.calls == [("sync", 0, 0), ("pwrite", TABLE, 16), ("sync", 0, 0)]
@@ -80,18 +88,45 @@ def test_the_order_of_a_first_write_and_its_flush() -> None:
 
 
 def test_a_block_that_is_copied_in_is_written_in_the_same_order() -> None:
-    """INV-DATA-BEFORE-METADATA: its footer, its bitmap and its data, and nothing of it in the flush but the BAT."""
+    """INV-DATA-BEFORE-METADATA: size, footer, bitmap and data, and nothing of it in the flush but the BAT."""
     store, layer = _open()
     source = MemStore()
     source.pwrite(0, pattern(SMALL))
     layer.copy_in([Piece(0, SMALL // 512, source)])
     start = layer.bat.block_start(0)
     data, end = start + 512, start + 512 + SMALL
-    assert store.calls == [("pwrite", end, 512), ("pwrite", start, 512), ("pwrite", data, SMALL)]
+    size = ("truncate", end + 512, 0)
+    assert store.calls == [size, ("pwrite", end, 512), ("pwrite", start, 512), ("pwrite", data, SMALL)]
     store.calls.clear()
     layer.flush()
     assert store.calls == [("sync", 0, 0), ("pwrite", TABLE, 16), ("sync", 0, 0)]
     assert store.pread(start, 128) == b"\xff" * 128 and store.pread(data, SMALL) == pattern(SMALL)
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_a_power_cut_leaves_no_file_that_ends_in_data_of_a_guest(copies: bool) -> None:
+    """INV-FOOTER-COPY: however much of a new block a file system kept, a footer that the guest put into its data does
+    not stand in the place of the image's. File systems keep the order of setting a size and of later writes; a size
+    that a write brings about may follow any page of it."""
+    fixed = MemStore()
+    create_fixed(fixed, MIB)
+    store, layer = _open()
+    sizes = [store.size()]
+    for block in range(2):
+        store.calls.clear()
+        data = MemStore()
+        data.pwrite(0, fixed.pread(MIB, 512) * (SMALL // 512))
+        if copies:
+            layer.copy_in([Piece(block * SMALL // 512, SMALL // 512, data)])
+        else:
+            layer.write(block * SMALL // 512, memoryview(data.contents()))
+        names = [name for name, _, _ in store.calls]
+        floor = store.calls[0][1] if names[0] == "truncate" else sizes[-1]
+        sizes += [*range(round_up(floor, 4096), store.size(), 4096), store.size()]
+    for size in sizes:
+        left = store.copy()
+        left.truncate(size)
+        assert open_layer(left).facts.kind == "dynamic", size
 
 
 def test_a_new_file_reserves_a_block_that_is_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +151,9 @@ def test_after_an_interrupted_write_the_footer_is_written_again_and_synced() -> 
 
     def interrupted(size_bytes: int) -> None:
         """Extend the file before Ctrl-C comes, and fail to undo that."""
-        raise KeyboardInterrupt
+        if size_bytes < store.size():
+            raise KeyboardInterrupt
+        MemStore.truncate(store, size_bytes)
 
     store.truncate = interrupted  # type: ignore[method-assign]
     store.fail = ("pwrite", KeyboardInterrupt)
