@@ -38,9 +38,11 @@ def records_of(manifest: Manifest) -> list[ImageRecord]:
 
 
 class Images:
-    """Every image that these manifests describe. `contradictory` are described in different ways."""
+    """Every image that these manifests describe. `contradictory` are described in different ways, other than those
+    that something is `changing` at present.
+    """
 
-    def __init__(self, manifests: Iterable[Manifest]) -> None:
+    def __init__(self, manifests: Iterable[Manifest], changing: Iterable[ImagePlace] = ()) -> None:
         self.manifests = tuple(manifests)
         self.records: dict[ImagePlace, ImageRecord] = {}
         contradictory: set[ImagePlace] = set()
@@ -48,7 +50,8 @@ class Images:
             for record in records_of(manifest):
                 if self.records.setdefault(record.place, record) != record:
                     contradictory.add(record.place)
-        self.contradictory = frozenset(contradictory)
+        self.changing = frozenset(changing)
+        self.contradictory = frozenset(contradictory) - self.changing
 
     def chain(self, place: ImagePlace) -> tuple[ImageRecord, ...]:
         """The image and all below it, leaf first. Raises DamagedRepository if it does not end, or is unknown."""

@@ -89,6 +89,12 @@ def remove_journal(machine: MachineFolder) -> None:
 
 def images_in_merge(machine: MachineFolder) -> frozenset[ImagePlace]:
     """The images of a merging that has changed some of them: these differ from their sums until it is finished."""
+    merging = merging_under_way(machine)
+    return frozenset() if merging is None else frozenset({merging.target, *merging.gone})
+
+
+def merging_under_way(machine: MachineFolder) -> ImageMerge | None:
+    """The merging that has begun to change files, and is not known to be finished."""
     with contextlib.suppress(errors.VhdkitError):
         journal = read_journal(machine)
         merging = None if journal is None else journal.merging
@@ -96,5 +102,5 @@ def images_in_merge(machine: MachineFolder) -> frozenset[ImagePlace]:
             with machine.folder_of(merging.target) as folder:
                 record = os.path.basename(record_of(os.path.join(folder.path, merging.target.name)))
                 if folder.exists(record) or not folder.exists(merging.leaf.name):
-                    return frozenset({merging.target, *merging.gone})
-    return frozenset()
+                    return merging
+    return None

@@ -19,6 +19,7 @@ from vhdkit import errors
 from vhdkit.backup.choosing import chosen
 from vhdkit.backup.documents import time_word
 from vhdkit.backup.graph import Images
+from vhdkit.backup.half_merged import images_now
 from vhdkit.backup.keep import out_of_order
 from vhdkit.backup.leases import leased_nights, leases
 from vhdkit.backup.manifest import DiskRecord, How, Manifest
@@ -342,7 +343,7 @@ def report_night(machine: MachineFolder, at: str | None = None) -> NightDetails:
     """Everything about one night, by default the newest. Raises NotFound, InvalidArgument."""
     nights = machine.nights()
     manifest = find_night(machine, at)
-    images = Images(one.manifest for one in nights if one.manifest is not None)
+    images = images_now(machine, nights)
     night = Night(manifest.night, manifest)
     result = next(
         (one for one in known_results(machine, nights) if one.number == manifest.night),

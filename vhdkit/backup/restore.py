@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from vhdkit import errors, formats
@@ -26,8 +26,10 @@ from vhdkit.backup.choosing import Wanted, chosen
 from vhdkit.backup.contents import block_size_in, kind_of_full
 from vhdkit.backup.documents import DamagedRepository
 from vhdkit.backup.graph import ImageRecord, Images
+from vhdkit.backup.half_merged import images_now
 from vhdkit.backup.layers import opened_layers
 from vhdkit.backup.manifest import DiskRecord, FileRecord, Manifest
+from vhdkit.backup.names import ImagePlace
 from vhdkit.backup.night import Stages, no_stages
 from vhdkit.backup.pruning import finish_interrupted
 from vhdkit.backup.repository import MachineFolder, open_repository
@@ -41,11 +43,16 @@ from vhdkit.units import MIB
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """What was restored, or would be: the new images by the id of their disk, and the other files' new paths."""
+    """What was restored, or would be: the new images by the id of their disk, and the other files' new paths.
+
+    `unchecked` are images whose sums could not be compared: an unfinished prune, which could not be finished here, is
+    changing them.
+    """
 
     manifest: Manifest
     disks: dict[str, str]
     files: tuple[str, ...]
+    unchecked: tuple[str, ...] = ()
 
 
 @checked
@@ -77,11 +84,10 @@ def restore(
         if not dry_run:
             finish_interrupted(machine, wanted=number)
         with machine.reading(number, "a restore") as manifest:
-            images = Images(one.manifest for one in machine.nights() if one.manifest is not None)
+            images = images_now(machine, machine.nights())
             plan = _plan(machine, manifest, images, place, list(disks), kind)
-            if not dry_run:
-                _run(plan, stage, check=check, limit=limit)
-    return Restored(manifest, {one.record.disk_id: one.path for one in plan.disks}, tuple(plan.files))
+            unchecked = () if dry_run else _run(plan, stage, check=check, limit=limit)
+    return Restored(manifest, {one.record.disk_id: one.path for one in plan.disks}, tuple(plan.files), unchecked)
 
 
 def read_file(machine: MachineFolder, night: Manifest, name: str, limit_bytes: int) -> bytes:
@@ -113,12 +119,13 @@ class _NewDisk:
 
 @dataclass(frozen=True, slots=True)
 class _RestorePlan:
-    """What a restore makes; `files` are the records by the path of the new file."""
+    """What a restore makes; `files` are the records by the path of the new file. `changing`: see `images_now`."""
 
     machine: MachineFolder
     night: int
     disks: tuple[_NewDisk, ...]
     files: dict[str, FileRecord]
+    changing: frozenset[ImagePlace]
 
 
 def _plan(
@@ -156,7 +163,7 @@ def _plan(
         NewFile.check(path)
     if len({*(one.path for one in disks), *files}) < len(disks) + len(files):
         raise errors.InvalidArgument("two files of the night would have the same name", path=place)
-    return _RestorePlan(machine, manifest.night, tuple(disks), files)
+    return _RestorePlan(machine, manifest.night, tuple(disks), files, images.changing)
 
 
 def _suffix(record: DiskRecord, kind: DiskFormat | None) -> str:
@@ -168,13 +175,15 @@ def _suffix(record: DiskRecord, kind: DiskFormat | None) -> str:
     return ".vhdx" if record.image.name.endswith("vhdx") else ".vhd"
 
 
-def _run(plan: _RestorePlan, stage: Stages, *, check: bool, limit: RateLimit | None) -> None:
+def _run(plan: _RestorePlan, stage: Stages, *, check: bool, limit: RateLimit | None) -> tuple[str, ...]:
+    """Make the files; the paths of images whose sums could not be compared."""
     made: list[str] = []
+    unchecked: list[str] = []
     try:
         for disk in plan.disks:
             with opened_layers(plan.machine, disk.chain) as layers:
                 if check:
-                    _check(plan.machine, disk.chain, stage, limit)
+                    unchecked += _check(plan, disk.chain, stage, limit)
                 chain = Chain(layers)
                 if chain.size_bytes < disk.record.virtual_size_bytes:
                     raise DamagedRepository("is smaller than the manifest says", path=layers[0].store.name)
@@ -199,27 +208,39 @@ def _run(plan: _RestorePlan, stage: Stages, *, check: bool, limit: RateLimit | N
             with contextlib.suppress(errors.VhdkitError):
                 remove_file(path)
         raise
+    return tuple(dict.fromkeys(unchecked))
 
 
-def _check(machine: MachineFolder, chain: Sequence[ImageRecord], stage: Stages, limit: RateLimit | None) -> None:
-    """Raise DamagedRepository if a file that will be read differs from its sums."""
+def _check(plan: _RestorePlan, chain: Sequence[ImageRecord], stage: Stages, limit: RateLimit | None) -> Iterator[str]:
+    """Raise DamagedRepository if a file that will be read differs from its sums. Yields the paths of those that differ
+    because a prune is changing them, or that are damaged meanwhile: which of the two, nothing can tell.
+    """
     for record in chain:
-        with machine.folder_of(record.place) as folder, folder.file(record.place.name) as store:
-            sums.require_same_size(store, record.file_size_bytes)
-            with folder.file(record.place.sums_name) as table:
-                sums.check_table(table, record.sums_root, record.file_size_bytes)
-                show = stage(f"checking {record.place.name}")
-                if limit is not None:
-                    show = limit.follow(show, DataBefore(store))
-                wrong = next(sums.differing(store, table, progress=show), None)
-            if wrong is not None:
-                raise DamagedRepository(
-                    "was changed or damaged since it was written: its sums differ",
-                    path=store.name,
-                    offset_bytes=wrong.offset_bytes,
-                    hint="`vhdkit backup verify` names the nights that are whole;"
-                    " `vhdkit restore --no-check` restores it as it is",
-                )
+        try:
+            _check_image(plan.machine, record, stage, limit)
+        except (DamagedRepository, errors.NotFound):
+            if record.place not in plan.changing:
+                raise
+            yield os.path.join(plan.machine.path, record.place.text)
+
+
+def _check_image(machine: MachineFolder, record: ImageRecord, stage: Stages, limit: RateLimit | None) -> None:
+    with machine.folder_of(record.place) as folder, folder.file(record.place.name) as store:
+        sums.require_same_size(store, record.file_size_bytes)
+        with folder.file(record.place.sums_name) as table:
+            sums.check_table(table, record.sums_root, record.file_size_bytes)
+            show = stage(f"checking {record.place.name}")
+            if limit is not None:
+                show = limit.follow(show, DataBefore(store))
+            wrong = next(sums.differing(store, table, progress=show), None)
+        if wrong is not None:
+            raise DamagedRepository(
+                "was changed or damaged since it was written: its sums differ",
+                path=store.name,
+                offset_bytes=wrong.offset_bytes,
+                hint="`vhdkit backup verify` names the nights that are whole;"
+                " `vhdkit restore --no-check` restores it as it is",
+            )
 
 
 def _copy_file(plan: _RestorePlan, record: FileRecord, path: str) -> None:

@@ -16,6 +16,7 @@ from vhdkit import errors
 from vhdkit.backup.choosing import chosen
 from vhdkit.backup.difference import ChangedDisk, NightChange, all_of, changed_by_comparison, changed_by_layers
 from vhdkit.backup.graph import Images
+from vhdkit.backup.half_merged import images_now
 from vhdkit.backup.layers import opened_layers
 from vhdkit.backup.manifest import DiskRecord, Manifest
 from vhdkit.backup.night import Stages
@@ -50,7 +51,7 @@ def opened_changes(
         new = held.enter_context(machine.reading(numbers[1], "a server of its changes"))
         found = []
         with machine.reading(numbers[0], "a comparison with a later night") as old:
-            images = Images(one.manifest for one in machine.nights() if one.manifest is not None)
+            images = images_now(machine, machine.nights())
             for record in _wanted(new, disks, machine):
                 layers = held.enter_context(opened_layers(machine, images.chain(record.image)))
                 change = _change_of(machine, images, old.disk(record.disk_id), record, layers, stage)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from vhdkit import errors, formats
 from vhdkit.arguments import AnyPath
-from vhdkit.backup.graph import Images
+from vhdkit.backup.half_merged import images_now
 from vhdkit.backup.layers import opened_layers
 from vhdkit.backup.manifest import Manifest
 from vhdkit.backup.names import BASES, IMAGES
@@ -49,7 +49,7 @@ def stand_on_night(
     record = night.disk(disk_id)
     if record is None:
         raise errors.NotFound(f"night {night.night} of {machine.name} has no disk {errors.printable(disk_id)!r}")
-    images = Images(one.manifest for one in machine.nights() if one.manifest is not None)
+    images = images_now(machine, machine.nights())
     chain = images.chain(record.image)
     name = os.fsdecode(path)
     depth = len(chain) + 1 + layers_above

@@ -27,6 +27,7 @@ from vhdkit.backup import sums
 from vhdkit.backup.copy_switch import images_in_switch
 from vhdkit.backup.documents import DamagedRepository
 from vhdkit.backup.graph import ImageRecord, Images
+from vhdkit.backup.half_merged import images_now
 from vhdkit.backup.journal import images_in_merge
 from vhdkit.backup.manifest import FileRecord, Manifest
 from vhdkit.backup.names import ImagePlace
@@ -90,7 +91,7 @@ def verify(
     if sample_percent is not None and not 1 <= sample_percent <= 100:
         raise errors.InvalidArgument("a sample is between 1 and 100 percent")
     nights = machine.nights()
-    images = Images(one.manifest for one in nights if one.manifest is not None)
+    images = images_now(machine, nights)
     live = [one.manifest for one in nights if one.manifest is not None and not one.manifest.dropped]
     state, went_on = _begun(machine, sample_percent, again)
     run = _Run(machine, state, images.needed(live), sample_percent, progress)
@@ -137,11 +138,11 @@ def results_of(
 
 def known_results(machine: MachineFolder, nights: list[Night]) -> list[NightResult]:
     """The same from what the last verification has recorded, and whether every image exists with the right size."""
-    images = Images(one.manifest for one in nights if one.manifest is not None)
+    images = images_now(machine, nights)
     state = read_verified(machine.folder)
     damaged = {} if state is None else state.damaged_now(images)
     live = [one.manifest for one in nights if one.manifest is not None and not one.manifest.dropped]
-    changing = images_in_merge(machine) | images_in_switch(machine)
+    changing = images_in_merge(machine) | images_in_switch(machine) | images.changing
     for record in images.needed(live):
         if record.place not in damaged:
             try:
@@ -213,7 +214,7 @@ class _Run:
         if not self.state.files and not ours.keys() & self.state.damaged.keys():
             return
         nights, merging = self.machine.nights(), images_in_merge(self.machine) | images_in_switch(self.machine)
-        now = Images(one.manifest for one in nights if one.manifest is not None).records
+        now = images_now(self.machine, nights).records
         for key in ours.keys() & self.state.damaged.keys():
             record = ours[key]
             if now.get(record.place) != record or not merging.isdisjoint({record.place, record.parent}):

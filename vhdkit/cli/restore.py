@@ -14,7 +14,7 @@ from vhdkit import DiskFormat
 from vhdkit.backup.restore import Restored, restore
 from vhdkit.cli.backup import repository_options
 from vhdkit.cli.common import PATH, Common, dry_run_option, epilog, limit_option, progress_option
-from vhdkit.cli.output import print_json, print_text
+from vhdkit.cli.output import note, print_json, print_text
 from vhdkit.cli.progress import stages_shown
 from vhdkit.errors import printable
 from vhdkit.rate import RateLimit
@@ -61,7 +61,7 @@ def restore_command(
 
     \b
     With --json: {"machine", "night", "taken", "disks": {ID: PATH}, "files",
-      "dry_run", "seconds"}
+      "dry_run", "seconds", "unchecked"}
     """
     begin = time.monotonic()
     with stages_shown(common, progress) as stage:
@@ -81,6 +81,12 @@ def restore_command(
 
 def _print_result(done: Restored, dry_run: bool, seconds: float, common: Common) -> None:
     manifest = done.manifest
+    for path in done.unchecked:
+        note(
+            common,
+            f"{printable(path)} was read without comparing its sums: a prune that was interrupted changes it, and it"
+            " could not be finished here",
+        )
     if common.json:
         document = {
             "machine": manifest.machine_name,
@@ -90,6 +96,7 @@ def _print_result(done: Restored, dry_run: bool, seconds: float, common: Common)
             "files": list(done.files),
             "dry_run": dry_run,
             "seconds": round(seconds, 3),
+            "unchecked": list(done.unchecked),
         }
         print_json(document)
     elif dry_run or not common.quiet:
