@@ -48,8 +48,8 @@ if TYPE_CHECKING:
     )
     from vhdkit.backup.reports_of_all import report_statuses, report_verifications
     from vhdkit.backup.repository import MachineFolder, Night, Repository, create_repository, open_repository
-    from vhdkit.backup.restore import Restored, read_file, restore
-    from vhdkit.backup.standing import StandingImage, mark_as_night, stand_on_night
+    from vhdkit.backup.restore import Restored, check_disk, read_file, restore
+    from vhdkit.backup.standing import StandingImage, mark_as_night, size_without_parents, stand_on_night
     from vhdkit.backup.verify import NightResult, Verification, known_results, verify
     from vhdkit.chain.records.references import NightMark, forget_marks, marks_at
     from vhdkit.rate import RateLimit
@@ -97,6 +97,7 @@ __all__ = [
     "Wishes",
     "Writing",
     "add_lease",
+    "check_disk",
     "chosen",
     "copy_repository",
     "create_repository",
@@ -129,6 +130,7 @@ __all__ = [
     "report_verification",
     "report_verifications",
     "restore",
+    "size_without_parents",
     "stand_on_night",
     "time_word",
     "verify",
@@ -158,8 +160,8 @@ _HOMES = {
     ),
     "vhdkit.backup.reports_of_all": "report_statuses report_verifications",
     "vhdkit.backup.repository": "MachineFolder Night Repository create_repository open_repository",
-    "vhdkit.backup.restore": "Restored read_file restore",
-    "vhdkit.backup.standing": "StandingImage mark_as_night stand_on_night",
+    "vhdkit.backup.restore": "Restored check_disk read_file restore",
+    "vhdkit.backup.standing": "StandingImage mark_as_night size_without_parents stand_on_night",
     "vhdkit.backup.verify": "NightResult Verification known_results verify",
     "vhdkit.chain.records.references": "NightMark forget_marks marks_at",
     "vhdkit.rate": "RateLimit",

@@ -107,6 +107,21 @@ def read_file(machine: MachineFolder, night: Manifest, name: str, limit_bytes: i
     return raw
 
 
+def check_disk(
+    machine: MachineFolder, night: Manifest, disk_id: str, *, limit: RateLimit | None = None
+) -> tuple[str, ...]:
+    """Compare every file from which a disk of a night is read with its sums, `limit` at most in a second.
+
+    Returns the paths of those that cannot be compared, as an unfinished prune has changed them. The caller has a lease
+    on the night. Raises NotFound, DamagedRepository, IoFailed.
+    """
+    record = night.disk(disk_id)
+    if record is None:
+        raise errors.NotFound(f"night {night.night} of {machine.name} has no disk {errors.printable(disk_id)!r}")
+    images = images_now(machine, machine.nights())
+    return tuple(_check(machine, images.chain(record.image), images.changing, no_stages, limit))
+
+
 @dataclass(frozen=True, slots=True)
 class _NewDisk:
     """A disk to restore: its record, the chain that holds it, the new image's path and kind (None: the disk's own)."""
@@ -183,7 +198,7 @@ def _run(plan: _RestorePlan, stage: Stages, *, check: bool, limit: RateLimit | N
         for disk in plan.disks:
             with opened_layers(plan.machine, disk.chain) as layers:
                 if check:
-                    unchecked += _check(plan, disk.chain, stage, limit)
+                    unchecked += _check(plan.machine, disk.chain, plan.changing, stage, limit)
                 chain = Chain(layers)
                 if chain.size_bytes < disk.record.virtual_size_bytes:
                     raise DamagedRepository("is smaller than the manifest says", path=layers[0].store.name)
@@ -211,17 +226,23 @@ def _run(plan: _RestorePlan, stage: Stages, *, check: bool, limit: RateLimit | N
     return tuple(dict.fromkeys(unchecked))
 
 
-def _check(plan: _RestorePlan, chain: Sequence[ImageRecord], stage: Stages, limit: RateLimit | None) -> Iterator[str]:
+def _check(
+    machine: MachineFolder,
+    chain: Sequence[ImageRecord],
+    changing: frozenset[ImagePlace],
+    stage: Stages,
+    limit: RateLimit | None,
+) -> Iterator[str]:
     """Raise DamagedRepository if a file that will be read differs from its sums. Yields the paths of those that differ
     because a prune is changing them, or that are damaged meanwhile: which of the two, nothing can tell.
     """
     for record in chain:
         try:
-            _check_image(plan.machine, record, stage, limit)
+            _check_image(machine, record, stage, limit)
         except (DamagedRepository, errors.NotFound):
-            if record.place not in plan.changing:
+            if record.place not in changing:
                 raise
-            yield os.path.join(plan.machine.path, record.place.text)
+            yield os.path.join(machine.path, record.place.text)
 
 
 def _check_image(machine: MachineFolder, record: ImageRecord, stage: Stages, limit: RateLimit | None) -> None:

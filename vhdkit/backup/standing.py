@@ -22,10 +22,11 @@ from vhdkit.backup.manifest import Manifest
 from vhdkit.backup.names import BASES, IMAGES
 from vhdkit.backup.repository import MachineFolder
 from vhdkit.chain.names.opening import MAX_CHAIN_DEPTH
-from vhdkit.chain.records import references
+from vhdkit.chain.records import pending, references
 from vhdkit.chain.verbs.create import link_to
 from vhdkit.folder import NewFile
 from vhdkit.formats.format import DEFAULT_BLOCK_SIZE
+from vhdkit.formats.probe import open_layer
 from vhdkit.store import FileStore
 
 
@@ -70,6 +71,15 @@ def stand_on_night(
         if any(one.place.disk_id is None for one in chain):
             folders.append(os.path.join(machine.repository.path, BASES))
         return StandingImage(name, parent.store.name, tuple(folders))
+
+
+def size_without_parents(path: AnyPath) -> int:
+    """The size of the disk in bytes, as its newest image alone says: a repository that hangs is not touched.
+
+    Raises NotFound, CorruptImage, IoFailed.
+    """
+    with FileStore.open(path) as store:
+        return open_layer(pending.view(store)).size_bytes
 
 
 def mark_as_night(path: AnyPath, repository_id: str, machine_id: str, disk_id: str, night: int, night_id: str) -> None:

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from vmm.api.restoring.found_night import RestoreRequest
     from vmm.api.restoring.restoring import RestoredMachine
     from vmm.model.guest import GuestInfo
+    from vmm.model.paths import MachinePaths
 
 SHUTDOWN_SECONDS = 120.0
 LogName = Literal["worker", "keeper", "qemu", "disks", "console"]
@@ -360,7 +361,8 @@ class Manager:
 
     def disks(self, name: str) -> tuple[DiskInfo, ...]:
         """The disks of a machine, with their sizes; what is wrong with one is in its `problem`."""
-        return tuple(_disk_info(disk) for disk in worker_connection.look(name).spec.disks)
+        machine = worker_connection.look(name)
+        return tuple(_disk_info(disk, machine.paths) for disk in machine.spec.disks)
 
     def save_night(
         self, name: str, repository: str, wishes: BackupWishes | None = None, *, progress: Progress | None = None
@@ -422,9 +424,11 @@ def _left_to_fill(machine: Machine) -> FillProgress | None:
     return None if source is None else FillProgress(source)
 
 
-def _disk_info(disk: DiskSpec) -> DiskInfo:
+def _disk_info(disk: DiskSpec, machine: MachinePaths) -> DiskInfo:
+    from vmm.store.filling import size_while_filled
+
     try:
-        return DiskInfo(disk, _size_of(disk))
+        return DiskInfo(disk, size_while_filled(machine, disk.id, disk.path) or _size_of(disk))
     except VmmError as error:
         return DiskInfo(disk, None, error.problem)
 

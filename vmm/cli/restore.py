@@ -77,8 +77,8 @@ def restore_command(
 
     With --now the machine runs within seconds, whatever the size of its disks: what was not copied yet is read from
     the repository, which must stay reachable until the disks are whole (`vmm show`, `vmm events`). The night has a
-    lease until then. Sums are not compared (`vmm backup verify` does); a night that is known to be damaged is
-    refused.
+    lease until then. A night that is known to be damaged is refused; sums are compared before a disk is filled, and
+    what is damaged is not copied (`vmm events` says so).
 
     \b
     With --json: {name machine_id night taken consistency folder

@@ -116,7 +116,9 @@ def _filling_words(one: MachineInfo) -> str:
         return ""
     filling = one.filling
     words = f"from {filling.source}"
-    if filling.total_bytes:
+    if filling.step == "comparing":
+        words += f", {filling.disk}: its night is compared with its sums first"
+    elif filling.total_bytes:
         words += f", {filling.disk}: {(filling.done_bytes or 0) * 100 // filling.total_bytes} % of"
         words += f" {format_size(filling.total_bytes)}"
     elif one.state not in (MachineState.RUNNING, MachineState.PAUSED, MachineState.CRITICAL):
@@ -179,7 +181,7 @@ def show_command(name: str, as_json: bool, quiet: bool) -> None:
     With --json: one object; what is unknown, or not running, is null:
       name state reason operation accelerator uptime_seconds heartbeat folder
       copy_of
-      filling {source disk done_bytes total_bytes problem}   from a backup
+      filling {source disk done_bytes total_bytes problem step}   from a backup
       guest {heartbeat seen_seconds_ago os interfaces [{name mac addresses}]}
       pids {supervisor worker server qemu}
       definition {...}     as stored: memory_bytes cpu_count disks [...] ...

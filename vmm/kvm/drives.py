@@ -41,14 +41,23 @@ class DiskServer:
         self._runtime = runtime
 
     async def call(self, method: str, *, timeout_seconds: float = SERVER_SECONDS, **params: object) -> Any:
-        """Call a method of the server. Raises StoreFailed with the server's message, InUse, NoSpace."""
+        """Call a method of the server. Raises StoreFailed with the server's message, InUse, NoSpace.
+
+        If this is cancelled, its thread ends, too: a server that hangs with a file system cannot hold up our end.
+        """
+        connected: list[vhdkit.ControlClient] = []
 
         def ask() -> Any:
             with vhdkit.ControlClient(self._runtime.nbd_control, timeout_seconds=timeout_seconds) as client:
+                connected.append(client)
                 return client.call(method, **params)
 
         try:
             return await asyncio.to_thread(ask)
+        except asyncio.CancelledError:
+            for client in connected:
+                client.interrupt()
+            raise
         except vhdkit.VhdkitError as error:
             raise store_error(error) from error
 

@@ -32,7 +32,8 @@ def understood(machine: str) -> Iterator[None]:
 @dataclass(frozen=True, slots=True)
 class FillProgress:
     """How far the disks of a machine are filled from a backup: from which night, and of the disk that is being filled
-    how many bytes are done. `problem`: why it does not go on at present.
+    how many bytes are done. `step`: "comparing" while its night is compared with its sums before that. `problem`: why
+    it does not go on at present.
     """
 
     source: str
@@ -40,13 +41,13 @@ class FillProgress:
     done_bytes: int | None = None
     total_bytes: int | None = None
     problem: str | None = None
+    step: str | None = None
 
     @classmethod
     def of_document(cls, document: dict[str, Any]) -> FillProgress:
         """Parse a part of a worker's answer. Raises KeyError."""
-        return cls(
-            document["source"], **{key: document.get(key) for key in ("disk", "done_bytes", "total_bytes", "problem")}
-        )
+        known = ("disk", "done_bytes", "total_bytes", "problem", "step")
+        return cls(document["source"], **{key: document.get(key) for key in known})
 
 
 @dataclass(frozen=True, slots=True)

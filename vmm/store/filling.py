@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vmm.model.errors import VmmError, WrongState, of_os_error
+from vmm.model.errors import VmmError, WrongState, of_os_error, store_error
 from vmm.model.paths import MachinePaths, sync_folder, write_whole
 from vmm.store.snapshots.snapshot import absolute_path
 
@@ -33,7 +33,7 @@ class Filling:
 
     `machine_id` and `machine_name` are those in the repository. `lease`: the id of the night's lease, None where none
     could be made. `marks`: a whole image is marked as that night. `max_rate_bytes`: the most that is copied in a
-    second.
+    second. `checks`: what a disk is read from is compared with its sums before it is filled.
     """
 
     repository: str
@@ -46,6 +46,7 @@ class Filling:
     lease: str | None = None
     marks: bool = False
     max_rate_bytes: int | None = None
+    checks: bool = False
 
     @property
     def source(self) -> str:
@@ -92,9 +93,9 @@ def _parsed(document: Any) -> Filling:
         raise ValueError("format")
     kinds: dict[str, Any] = {
         "repository": str, "repository_id": str, "machine_id": str, "machine_name": str, "night": int, "night_id": str,
-        "lease": str | None, "marks": bool, "max_rate_bytes": int | None,
+        "lease": str | None, "marks": bool, "max_rate_bytes": int | None, "checks": bool,
     }  # fmt: skip
-    fields = {name: document[name] for name in kinds}
+    fields = {name: {"checks": False, **document}[name] for name in kinds}
     if not all(isinstance(fields[name], kind) for name, kind in kinds.items()):
         raise TypeError("a field")
     disks = {str(disk): absolute_path(path) for disk, path in document["disks"].items()}
@@ -122,6 +123,22 @@ def source_of_disks(machine: MachinePaths) -> str | None:
         if (filling := read_filling(machine)) is not None:
             return filling.source
     return None
+
+
+def size_while_filled(machine: MachinePaths, disk_id: str, path: str | None) -> int | None:
+    """The size in bytes of a disk that is still filled, whose newest image this is; None for any other disk.
+
+    Its parents are not opened: whoever waits for a repository that hangs can hardly be killed. Raises VmmError.
+    """
+    filling = read_filling(machine)
+    if path is None or filling is None or disk_id not in filling.disks:
+        return None
+    import vhdkit
+
+    try:
+        return vhdkit.backups.size_without_parents(path)
+    except vhdkit.VhdkitError as error:
+        raise store_error(error) from error
 
 
 def images_being_filled(machine: MachinePaths) -> frozenset[str]:

@@ -30,6 +30,8 @@ SOON_SECONDS = 0.05  # for what follows at once, if it follows
 
 Data = Mapping[str, Any]
 
+_FULL = "the disk is full"
+
 
 class Machine(Protocol):
     """What is needed of a running machine; `running.Running` provides it."""
@@ -125,7 +127,7 @@ class Conversation:
             await handler(event.get("data") or {})
 
     async def _disk_failed(self, data: Data) -> None:
-        reason = "the disk is full" if data.get("nospace") else data.get("reason") or "failed"
+        reason = _FULL if data.get("nospace") else data.get("reason") or "failed"
         self.critical_reason = f"{data.get('node-name') or data.get('device')}: {data.get('operation')}: {reason}"
 
     async def _status_changed(self, data: Data) -> None:
@@ -196,7 +198,9 @@ class Conversation:
                 running.tell("qemu-died", problem=f"the guest cannot continue: {self.status}")
                 running.in_background(running.quit(End.CRASHED))
             case Effect.REPORT_FAILED_DISK:
-                running.tell("paused-critical", reason=self.critical_reason, hint=_hint_while_filled(running.filling))
+                is_full = (self.critical_reason or "").endswith(_FULL)
+                hint = None if is_full else _hint_while_filled(running.filling)
+                running.tell("paused-critical", reason=self.critical_reason, hint=hint)
             case Effect.RETRY:
                 self._is_retrying = True
                 running.in_background(self._retry())

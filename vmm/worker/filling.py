@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Filling the disks of a machine that was started from a night of a backup, while its guest runs.
 
+    what B is filled from is compared with its sums             unless the user left it out; damage is never copied
     the disk server fills B from the night, and cuts it off     in parts; the guest's writes go to O, above it
     B is marked as that night, and kept for the next one        if the machine is the one that was saved
     the definition forgets the repository's folders
@@ -18,15 +19,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shlex
+import time
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 import vhdkit
-from vmm.model.errors import InUse, VmmError, store_error
+from vmm.model.errors import InUse, NoSpace, TimedOut, VmmError, store_error
 from vmm.processes.rpc import Method, Progress
 from vmm.store.filling import Filling, read_filling, remove_filling, write_filling
 from vmm.store.snapshots.kept import Kept
 from vmm.store.snapshots.store import Held, holding
+from vmm.worker.night_check import damage_in_night
 from vmm.worker.served import served_layers
 
 if TYPE_CHECKING:
@@ -36,6 +40,8 @@ if TYPE_CHECKING:
 _FILL_SECONDS = 30 * 24 * 3600.0
 _LOOK_SECONDS = 0.5  # between looks at the progress, for hours
 _AGAIN_SECONDS = (0.2, 1.0, 2.0, 5.0, 10.0, 30.0)  # until the next attempt, after whatever failed
+_DAMAGED_SECONDS = 3600.0  # until a night that is damaged is compared again: everything is read for that
+_STOP_SECONDS = 30.0  # a pull that hangs with its repository does not stop
 
 
 class Filler:
@@ -51,6 +57,8 @@ class Filler:
         self._is_idle.set()
         self._problem: str | None = None
         self._disk = ""  # that is being filled
+        self._compared: set[str] = set()  # disks whose files have the right sums
+        self._damaged: dict[str, str] = {}  # disk -> what is damaged of its night
 
     # -- for others --------------------------------------------------------------------------------------------------
 
@@ -58,18 +66,28 @@ class Filler:
         """Wrap a method that works on the disks: nothing is filled while it runs, and filling goes on afterwards."""
 
         async def called(params: dict[str, Any], progress: Progress) -> object:
-            async with self.paused():
+            async with self.paused(_STOP_SECONDS):
                 return await method(params, progress)
 
         return called
 
     @contextlib.asynccontextmanager
-    async def paused(self) -> AsyncIterator[None]:
-        """While the block runs, no disk is filled: the disk server does one thing at a time with each disk."""
+    async def paused(self, within_seconds: float = _STOP_SECONDS) -> AsyncIterator[None]:
+        """While the block runs, no disk is filled: the disk server does one thing at a time with each disk.
+
+        Raises TimedOut if the filling does not stop within that time, since the repository does not answer.
+        """
         self._waiting += 1
         self._may_go_on.clear()
+        end = time.monotonic() + within_seconds
         try:
             while not self._is_idle.is_set():  # a pull that has only just been requested may miss a cancellation
+                if time.monotonic() > end:
+                    source = (self._running.filling or {}).get("source", "a backup")
+                    raise TimedOut(
+                        f"the filling of {self._disk} cannot be stopped: {source} does not answer",
+                        hint="once it answers, this works, too; vmm stop works in any case",
+                    )
                 with contextlib.suppress(VmmError):
                     await self._running.server.call("cancel", timeout_seconds=5, export=self._disk)
                 with contextlib.suppress(TimeoutError):
@@ -108,11 +126,16 @@ class Filler:
     def _report(self, error: Exception) -> None:
         """Record why it does not go on, once for each reason."""
         problem = error.problem if isinstance(error, VmmError | vhdkit.VhdkitError) else str(error)
-        if problem != self._problem and not self._running.exited.is_set():
+        if self._running.exited.is_set():
+            return
+        self._show(problem=problem)
+        if problem != self._problem:
             self._problem = problem
-            self._show(problem=problem)
             source = (self._running.filling or {}).get("source", "a backup")
-            self._running.tell("filling-waits", problem=problem, hint=f"{source} must be readable until it is whole")
+            hint = f"{source} must be readable until it is whole"
+            if isinstance(error, NoSpace):
+                hint = "free space where its disks are: then it goes on by itself"
+            self._running.tell("filling-waits", problem=problem, hint=hint)
 
     def _show(self, **facts: object) -> None:
         known = self._running.filling or {}
@@ -120,7 +143,7 @@ class Filler:
 
     async def _fill_next(self, filling: Filling) -> None:
         """Fill a disk that is served, and do what follows. Raises VmmError, VhdkitError."""
-        self._show(source=filling.source)
+        self._show(source=filling.source, problem=self._problem)
         served = await served_layers(self._running)
         for disk_id, image in filling.disks.items():
             layers = [os.path.realpath(path) for path in served.get(disk_id, ())]
@@ -128,12 +151,46 @@ class Filler:
                 continue  # the machine is in the state of a snapshot in which it had another disk, or none
             if layers[-1] == image:
                 await self._finish(filling, disk_id, image)
-            else:
+            elif disk_id in self._damaged:
+                continue
+            elif await self._is_right(filling, disk_id, image):
                 await self._fill(filling, disk_id, image)
+            return
+        if self._damaged:
+            self._show(disk=None, problem=f"the night is damaged: {next(iter(self._damaged.values()))}")
+            await asyncio.sleep(_DAMAGED_SECONDS)  # nothing tells when it was mended
+            self._damaged.clear()
             return
         if filling.disks:
             raise VmmError("none of the disks that are to be filled is a disk of the machine at present")
         await asyncio.to_thread(self._end, filling)
+
+    async def _is_right(self, filling: Filling, disk_id: str, image: str) -> bool:
+        """Compare what a disk is filled from with its sums, once; an event says what is damaged. Raises VmmError."""
+        if not filling.checks or disk_id in self._compared:
+            return True
+        self._show(disk=disk_id, done_bytes=None, total_bytes=None, step="comparing")
+        damage, unknown = await damage_in_night(self._running.machine.folder, disk_id)
+        self._show(step=None)
+        if damage is None:
+            if unknown:
+                problem = f"an unfinished prune has changed {', '.join(unknown)}: the sums could not be compared"
+                self._running.tell("night-not-compared", disk=disk_id, problem=problem)
+            self._compared.add(disk_id)
+            return True
+        self._damaged[disk_id] = damage
+        self._running.tell("night-damaged", disk=disk_id, problem=damage, hint=self._words_for_damaged(disk_id, image))
+        return False
+
+    def _words_for_damaged(self, disk_id: str, image: str) -> str:
+        spec = self._running.spec
+        folders = next((disk.parent_dirs for disk in spec.disks if disk.id == disk_id), ())
+        options = "".join(f" --allow-parent-dir {shlex.quote(one)}" for one in folders)
+        return (
+            f"{disk_id} is not filled, and what the guest reads of it may be wrong. Restore another night (vmm backup"
+            " verify says which are whole), or fill it as it is while the machine is off:"
+            f" vhdkit pull {shlex.quote(image)} --independent{options}"
+        )
 
     async def _fill(self, filling: Filling, disk_id: str, image: str) -> None:
         """Have the disk server fill the image and cut it off, or wait while it does that for an earlier worker.

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import os
 import signal
 import sys
@@ -177,7 +178,7 @@ class Worker:
         return await self._running.wait_end()
 
     async def _settle_rest(self) -> None:
-        async with self._filler.paused():
+        async with self._filler.paused(within_seconds=math.inf):
             await self._recovery.finish_interrupted()
 
     async def _begin(self) -> None:
@@ -296,6 +297,8 @@ class Worker:
         }
         for name in ("disk-status", "snapshot-merge-cancel"):  # they only inspect, or end what settling waits for
             methods[name] = if_settled.pop(name)
+        # The host stops: a filling that hangs with its repository ends with the disk server.
+        methods["leave"] = self._recovery.before(if_settled.pop("leave"))
         methods |= {name: self._filler.before(self._recovery.before(method)) for name, method in if_settled.items()}
         return {"status": self._status, **{name: self._when_reachable(method) for name, method in methods.items()}}
 

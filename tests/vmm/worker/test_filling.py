@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,17 @@ from tests.vmm.snapshots.machines import Machines
 from vhdkit import backups
 from vmm.api.restoring.found_night import RestoreRequest
 from vmm.api.restoring.instant import restore_now
-from vmm.model.errors import InUse, StoreFailed, VmmError
+from vmm.model.errors import InUse, NoSpace, StoreFailed, TimedOut, VmmError
 from vmm.processes import worker_connection
 from vmm.store import registry
-from vmm.store.filling import read_filling
+from vmm.store.filling import read_filling, write_filling
 from vmm.store.snapshots.store import load_tree
 from vmm.store.state import WorkerNote
 from vmm.worker import filling
 from vmm.worker.disk_hotplug import Plugging
 from vmm.worker.filling import Filler
 from vmm.worker.running import Running
+from vmm.worker.states import Effect
 
 
 class FakeServer:
@@ -69,7 +71,7 @@ def repository(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     Manager().delete("web", with_disks=True)
     monkeypatch.setattr(worker_connection, "start", lambda *args, **more: None)
-    restore_now(RestoreRequest(str(machines.folder / "repo"), "web", register=True))
+    restore_now(RestoreRequest(str(machines.folder / "repo"), "web", register=True, check=False))
     return machines.folder / "repo"
 
 
@@ -191,10 +193,12 @@ def test_a_failure_is_told_once_and_tried_again(repository: Path, monkeypatch: p
     monkeypatch.setattr(filling, "_AGAIN_SECONDS", (0.0,))
     told: list[str] = []
     one = running(told)
-    gone, merging, other = StoreFailed("gone"), InUse("is being merged"), StoreFailed("other")
+    gone, merging, other = StoreFailed("gone"), InUse("is being merged"), NoSpace("other")
     failures: list[VmmError] = [gone, gone, merging, other]
+    shown: list[object] = []
 
     async def pull(disk_id: str) -> None:
+        shown.append((one.filling or {})["problem"])
         if failures:
             raise failures.pop(0)
         fill(disk_id)
@@ -203,7 +207,19 @@ def test_a_failure_is_told_once_and_tried_again(repository: Path, monkeypatch: p
     fake = server_for(one, pull)
     asyncio.run(Filler(one, Plugging(one)).run())
     assert told == ["filling-waits", "filling-waits", "disk-filled", "disk-filled", "filled"]
-    assert one.filling is None
+    assert one.filling is None and shown == [None, "gone", "gone", "gone", "other", None], "until it goes on"
+
+
+@pytest.mark.parametrize(("more", "helps"), [({}, True), ({"nospace": True}, False)])
+def test_a_guest_is_told_what_helps(repository: Path, more: dict[str, Any], helps: bool) -> None:
+    """A disk that cannot be read is said to need its repository, but not one whose file system is full."""
+    hints: list[object] = []
+    one = running([])
+    one.tell = lambda event, **details: hints.append(details["hint"])
+    one.filling = {"source": "web@1 in repo"}
+    asyncio.run(one.conversation._disk_failed({"device": "d", "operation": "read", **more}))
+    one.conversation._act(Effect.REPORT_FAILED_DISK)
+    assert [bool(hint) for hint in hints] == [helps]
 
 
 def test_a_pull_of_an_earlier_worker_is_waited_for(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,3 +271,97 @@ def test_a_disk_that_is_not_served_waits(repository: Path) -> None:
     asyncio.run(scene())
     left = read_filling(one.machine)
     assert told == ["filling-waits"] and left is not None and len(left.disks) == 2 and lease_count(repository) == 1
+
+
+def compared(one: Running, monkeypatch: pytest.MonkeyPatch, *answers: list[str]) -> list[str]:
+    """Have the sums compared before a disk is filled, with what cannot be compared; returns the disks that were."""
+    filling_now = read_filling(one.machine)
+    assert filling_now is not None
+    write_filling(one.machine, replace(filling_now, checks=True))
+    asked: list[str] = []
+    left = list(answers)
+
+    async def damage(folder: str, disk_id: str) -> tuple[str | None, list[str]]:
+        asked.append(disk_id)
+        return None, left.pop(0)
+
+    if answers:
+        monkeypatch.setattr(filling, "damage_in_night", damage)
+    return asked
+
+
+def test_nothing_damaged_is_copied(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk whose night is damaged is not filled, an event says so once, and the others are; when it is whole again,
+    it is filled, too."""
+    monkeypatch.setattr(filling, "_DAMAGED_SECONDS", 0.2)
+    told: list[str] = []
+    one = running(told)
+    image = next(repository.rglob("images/disk-0/00001.vhd"))
+    good = image.read_bytes()
+    image.write_bytes(good[:-512] + bytes([good[-512] ^ 1]) + good[-511:])
+    compared(one, monkeypatch)
+    filled_before: list[str] = []
+
+    async def pull(disk_id: str) -> None:
+        filled_before.append(disk_id)
+        image.write_bytes(good)
+        fill(disk_id)
+        fake.layers[disk_id] = chain(disk_id)
+
+    fake = server_for(one, pull)
+    asyncio.run(Filler(one, Plugging(one)).run())
+    assert filled_before == ["disk-1", "disk-0"] and read_filling(one.machine) is None
+    assert told == ["night-damaged", "disk-filled", "disk-filled", "filled"]
+
+
+def test_sums_are_compared_once(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk whose filling is interrupted is not compared again; what could not be compared is an event."""
+    monkeypatch.setattr(filling, "_AGAIN_SECONDS", (0.0,))
+    told: list[str] = []
+    one = running(told)
+    asked = compared(one, monkeypatch, ["00001.vhd"], [])
+    failures = [StoreFailed("gone")]
+
+    async def pull(disk_id: str) -> None:
+        if failures:
+            raise failures.pop()
+        fill(disk_id)
+        fake.layers[disk_id] = chain(disk_id)
+
+    fake = server_for(one, pull)
+    asyncio.run(Filler(one, Plugging(one)).run())
+    assert asked == ["disk-0", "disk-1"] and read_filling(one.machine) is None
+    assert told.count("night-not-compared") == 1
+
+
+def test_an_operation_does_not_wait_for_a_repository_that_hangs(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the filling does not stop in time, the operation is refused with the reason, and filling goes on later."""
+    monkeypatch.setattr(filling, "_STOP_SECONDS", 0.1)
+    monkeypatch.setattr(filling, "_LOOK_SECONDS", 0.02)
+    one = running([])
+    begun, answers = asyncio.Event(), asyncio.Event()
+
+    async def pull(disk_id: str) -> None:
+        begun.set()
+        await answers.wait()
+        fill(disk_id)
+        fake.layers[disk_id] = chain(disk_id)
+
+    fake = server_for(one, pull)
+    filler = Filler(one, Plugging(one))
+
+    async def operation(params: dict[str, Any], progress: Any) -> object:
+        raise AssertionError("it is not begun")
+
+    async def scene() -> None:
+        run = asyncio.create_task(filler.run())
+        await begun.wait()
+        with pytest.raises(TimedOut, match=r"web@1 in .* does not answer"):
+            await filler.before(operation)({}, lambda document: None)
+        answers.set()
+        await run
+
+    asyncio.run(scene())
+    assert read_filling(one.machine) is None

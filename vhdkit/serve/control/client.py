@@ -7,6 +7,7 @@ client: the size of an answer is bounded.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from typing import Any, Self
 
@@ -68,6 +69,11 @@ class ControlClient:
                 raise errors.IoFailed("the server closed the connection without an answer", path=self.path)
             self._caller.feed(piece)
         return answer
+
+    def interrupt(self) -> None:
+        """End the call for which another thread waits: it raises IoFailed there. The server goes on with it."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close the connection."""

@@ -64,9 +64,9 @@ def restore_now(
 ) -> RestoredMachine:
     """Make a machine of a night and start it; its disks are filled in the background, at most at that rate.
 
-    Files are not compared with their sums, but a night that is known to be damaged is refused. Raises as
-    `restore_machine`; then nothing is left.
-    If the machine was made but cannot be started, raises what prevents that, and the machine stays.
+    Damage that is known is refused; files are compared with their sums before a disk is filled (`worker.filling`).
+    Raises as `restore_machine`; then nothing is left. If the machine was made but cannot be started, raises what
+    prevents that, and the machine stays.
     """
     with vmm_errors(), ends_with_us("the restore"), found_night(request.repository, request.night) as found:
         planned = plan_machine(found, request)
@@ -157,6 +157,7 @@ def _filling(
     return Filling(
         found.machine.repository.path, found.machine.repository.id, found.machine.id, found.machine.name,
         manifest.night, manifest.id, paths, lease, marks=request.register, max_rate_bytes=max_rate_bytes,
+        checks=request.check,
     )  # fmt: skip
 
 

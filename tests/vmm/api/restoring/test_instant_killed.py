@@ -177,3 +177,16 @@ def test_disks_that_are_only_read_are_copied(machines: Machines) -> None:
     save_night("bare", repository)
     restore_now(RestoreRequest(str(repository), "bare", "none"))
     assert read_filling(registry.load("none").paths) is None and len(living_leases(repository)) == 1
+
+
+@pytest.mark.usefixtures("unstarted")
+def test_a_repository_is_not_needed_to_show_a_machine(machines: Machines) -> None:
+    """The size of a disk that is not whole is that of its newest image; nothing waits for a repository that hangs."""
+    machines.create("web", 1)
+    repository = machines.folder / "repo"
+    save_night("web", repository)
+    restore_now(RestoreRequest(str(repository), "web", "new"))
+    [whole] = Manager().disks("web")
+    os.rename(repository, machines.folder / "away")
+    [found] = Manager().disks("new")
+    assert found.problem is None and found.size_bytes == whole.size_bytes
