@@ -185,7 +185,7 @@ class Filler:
     def _words_for_damaged(self, disk_id: str, image: str) -> str:
         spec = self._running.spec
         folders = next((disk.parent_dirs for disk in spec.disks if disk.id == disk_id), ())
-        options = "".join(f" --allow-parent-dir {shlex.quote(one)}" for one in folders)
+        options = "".join(f" {word}" for one in folders for word in ("--allow-parent-dir", shlex.quote(one)))
         return (
             f"{disk_id} is not filled, and what the guest reads of it may be wrong. Restore another night (vmm backup"
             " verify says which are whole), or fill it as it is while the machine is off:"

@@ -21,6 +21,7 @@ from vhdkit.serve.mount.tree import INFO_NAME
 from vhdkit.waiting import looks
 
 _BUSY_SECONDS = 120.0  # a FUSE driver may still be writing after its mount is gone
+_LOOKED_AT_SECONDS = 0.3  # an `umount` of another path reads a file of each of our mounts (`_left_behind`)
 _EVERY_SECONDS = 0.05  # each try starts a program
 
 
@@ -63,7 +64,9 @@ def umount(path: str, *, lazy: bool = False, force: bool = False) -> str | None:
 def _left_behind(found: list[table.Stack], real: str) -> table.Stack | None:
     """The mount under a file system that was at this path and was unmounted by another program."""
     for stack in found:
-        if not stack.inside and host.find_server(stack.base) is not None:
+        server = None if stack.inside else host.find_server(stack.base)
+        if server is not None:
+            server.close()
             facts = host.read_json(os.path.join(stack.base.mountpoint, INFO_NAME))
             if facts.get("mounted_at") == real:
                 return stack
@@ -72,7 +75,7 @@ def _left_behind(found: list[table.Stack], real: str) -> table.Stack | None:
 
 def _umount_base(stack: table.Stack, *, patient: bool, lazy: bool) -> None:
     base = stack.base.mountpoint
-    for is_last in looks(_BUSY_SECONDS if patient else 0, every_seconds=_EVERY_SECONDS):
+    for is_last in looks(_BUSY_SECONDS if patient else _LOOKED_AT_SECONDS, every_seconds=_EVERY_SECONDS):
         try:
             _umount_one(base, lazy=lazy)
             break
