@@ -2,7 +2,7 @@
 """How a format's structures are declared, read and built: fields one after the other, without gaps.
 
 Decides nothing about any format: each declares its structures in its `layout`. Built on `struct` alone, because every
-command imports it, and a merge of eight VHDX parses six hundred structures.
+command that opens an image imports it, and a merge of eight VHDX images parses six hundred structures.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Packed:
 
     def __init__(self, byte_order: str, /, **codes: str) -> None:
         """Take a byte order, `<` or `>`, and the code of each field as in `struct`, in order: `B` to `Q`, or `16s`."""
-        self.packing = struct.Struct(byte_order + "".join(codes.values()))  # for the few callers that are in a hurry
+        self.packing = struct.Struct(byte_order + "".join(codes.values()))  # for callers on a hot path
         self.names = tuple(codes)
         self.size = self.packing.size  # bytes
         sizes = [struct.calcsize(byte_order + code) for code in codes.values()]
