@@ -33,6 +33,19 @@ def prefetch(fd: int, offset_bytes: int, size_bytes: int) -> None:
         _fadvise(fd, offset_bytes, size_bytes, _WILLNEED)
 
 
+def read_ahead_bytes(fd: int) -> int:
+    """How far the kernel reads ahead of a stream of this file, at most; 0 if that is not known.
+
+    Source: Documentation/ABI/testing/sysfs-class-bdi. A partition shares its disk's limit.
+    """
+    device = os.fstat(fd).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    for path in (f"/sys/class/bdi/{number}", f"/sys/dev/block/{number}/../queue"):
+        with contextlib.suppress(OSError, ValueError), open(f"{path}/read_ahead_kb", encoding="ascii") as file:
+            return int(file.read()) * KIB
+    return 0
+
+
 def holds(fd: int, offset_bytes: int, size_bytes: int) -> bool:
     """True if every page of the range, which is not empty, is in the cache; some may still be being read.
 

@@ -9,6 +9,8 @@ time. Left alone it reads ahead in windows that grow up to the device's limit (`
 also for reads that do not wait (RWF_NOWAIT). Measured on ext4 with Linux 6.18: 150 us of processor time for each MiB
 that was read in this way and copied, against 440 us after POSIX_FADV_WILLNEED, which reads into single pages. (In a
 virtual machine whose free memory goes back to the host, the first use of a large folio costs that gain and more.)
+Hints beside it do harm: what they bring carries no mark at which the kernel would go on by itself, so one hint makes
+the next one necessary. They are only made where the device's limit is low.
 
     shared description:   small reads, random reads            ──► file
     a stream's own:       1 ──► 2 ──► 3 ──► (read ahead by the kernel)
@@ -22,18 +24,19 @@ from __future__ import annotations
 import os
 import threading
 
-from vhdkit import space
+from vhdkit import page_cache, space
 from vhdkit.descriptor import Descriptor, held, opened
 from vhdkit.named import NamedFile
 from vhdkit.units import KIB, MIB
 
 LARGE_BYTES = 64 * KIB  # shorter reads are not looked at, so that they cost nothing more
 MAX_STREAMS = 4  # of a file: the kernel reads at most twice its limit ahead, together 64 MiB where that is 8 MiB
-_MAX_GAP_BYTES = 64 * KIB  # between two reads of a stream: what lies between the blocks of an image
+_MAX_GAP_BYTES = 64 * KIB  # between two reads that begin a stream: what lies between the blocks of an image
+_MAX_LEFT_OUT_BYTES = 4 * MIB  # of a stream: reads whose place is not known yet come later
 _MAX_BACK_BYTES = 8 * MIB  # reads that waited are tried again, while later ones are made
 _AHEAD_BYTES = 16 * MIB  # twice the usual limit
 _REMEMBERED_ENDS = 16  # of reads outside streams
-_LATE, _MAX_LATE = 8, 16  # see `Stream.is_late`
+_FAR_BYTES = 4 * MIB  # of the kernel's limit: with a lower one, hints bring more in time
 
 _preadv = os.preadv
 
@@ -45,32 +48,24 @@ class Stream(Descriptor):
         """Take over the descriptor in the list."""
         super().__init__(owned, path, writable=False)
         self.position = position
-        self._late = 0
 
     def try_read(self, offset_bytes: int, buffer: memoryview) -> bool:
         """Fill `buffer` if that needs no waiting; what is missing is begun to be read. Raises OSError."""
-        inside, is_there = self.inside, False
+        inside = self.inside
         try:
             inside.append(None)
-            is_there = _preadv(self._fd, (buffer,), offset_bytes, os.RWF_NOWAIT) == buffer.nbytes
+            return _preadv(self._fd, (buffer,), offset_bytes, os.RWF_NOWAIT) == buffer.nbytes
         except BlockingIOError:
-            pass
+            return False
         finally:
             inside.pop()
             if self._fd < 0:
                 self.let_go()
-        self._late = max(self._late - 1, 0) if is_there else min(self._late + 2, _MAX_LATE)  # it is tried again
-        return is_there
 
     @held
     def send(self, socket_fd: int, offset_bytes: int, size_bytes: int) -> int:
         """See `sending.SentFile.send`; the data are there. Raises OSError, DiskClosed."""
-        self._late = max(self._late - 1, 0)
         return os.sendfile(socket_fd, self._fd, offset_bytes, size_bytes)
-
-    def is_late(self) -> bool:
-        """True if most reads wait: the kernel's window is too short for a device that is far away."""
-        return self._late >= _LATE
 
 
 class StreamedFile(NamedFile):
@@ -84,6 +79,7 @@ class StreamedFile(NamedFile):
         self._streams_lock = threading.Lock()
         self.has_streams = True
         self._is_in_memory: bool | None = None  # not known yet
+        self._reads_far = False  # the kernel, ahead of streams
 
     @held
     def is_in_memory(self) -> bool:
@@ -113,7 +109,7 @@ class StreamedFile(NamedFile):
         end = offset + size
         with self._streams_lock:
             for stream in reversed(self._streams):
-                if stream.position - _MAX_BACK_BYTES <= offset <= stream.position + _MAX_GAP_BYTES:
+                if stream.position - _MAX_BACK_BYTES <= offset <= stream.position + _MAX_LEFT_OUT_BYTES:
                     stream.position = max(stream.position, end)
                     self._use_last(stream)
                     return stream
@@ -135,6 +131,7 @@ class StreamedFile(NamedFile):
         try:
             path = f"/proc/self/fd/{self._fd}"
             stream = Stream(opened(path, os.O_RDONLY | os.O_CLOEXEC), self._path, position)
+            self._reads_far = page_cache.read_ahead_bytes(self._fd) >= _FAR_BYTES
         except OSError:  # no /proc, no permission, no descriptor left
             self.has_streams = False
             return None
@@ -149,10 +146,9 @@ class StreamedFile(NamedFile):
             self._streams.append(stream)
 
     def is_streamed_to(self, offset_bytes: int) -> bool:
-        """True if the kernel, reading ahead of a stream, comes to this place in time."""
-        return any(
-            one.position - _MAX_BACK_BYTES <= offset_bytes <= one.position + _AHEAD_BYTES and not one.is_late()
-            for one in self._streams
+        """True if the kernel, reading ahead of a stream, comes to this place, and a hint would only be in its way."""
+        return self._reads_far and any(
+            one.position - _MAX_BACK_BYTES <= offset_bytes <= one.position + _AHEAD_BYTES for one in self._streams
         )
 
     def close_descriptor(self) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,7 +14,7 @@ from tests.waiting import wait_until
 from vhdkit import errors, page_cache
 from vhdkit.page_cache import AT_ONCE_BYTES
 from vhdkit.store import FileStore
-from vhdkit.units import MIB, PAGE_SIZE
+from vhdkit.units import KIB, MIB, PAGE_SIZE
 
 
 def test_a_range_is_asked_for_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,3 +77,17 @@ def test_which_pages_are_there(tmp_path: Path) -> None:
         assert page_cache.holds(file.fileno(), 100, MIB - 200) == says
         assert not page_cache.holds(file.fileno(), 0, MIB + 1)  # past the end there are none
         assert not page_cache.holds(-1, 0, MIB)
+
+
+def test_how_far_the_kernel_reads_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit of the device below a file; 0 where the system does not say."""
+    numbers = [(os.makedev(0, 0xFFFFF), 0)]
+    for disk in list(Path("/sys/block").iterdir())[:4]:
+        major, minor = (disk / "dev").read_text().split(":")
+        limit = int((disk / "queue/read_ahead_kb").read_text()) * KIB
+        numbers.append((os.makedev(int(major), int(minor)), limit))
+    for number, limit in numbers:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fstat", lambda fd, number=number: SimpleNamespace(st_dev=number))
+            found = page_cache.read_ahead_bytes(0)
+        assert found == limit
