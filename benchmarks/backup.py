@@ -1,20 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Nights of a backup: 1 % of a disk changed since the last one, in pages of 4 KiB, at random or in clusters.
 
-    script/bench backup                               all of it with 16 GiB
-    script/bench backup -- --peers                    also borg and restic, about eight minutes
-    script/bench backup -- --gib 4 --only nights      a part of it, with a smaller disk
+    script/bench backup                                     with 16 GiB, about ten minutes
+    script/bench backup -- --peers                          also borg and restic, about half an hour more
+    script/bench backup -- --gib 1 --only full,random       pieces of it, with a smaller disk
+    script/bench backup -- --dir /srv/bench --json n.json --seconds 200    what there is time for; again: the rest
 
 - full: the first night, against `cp --sparse=always` of a raw file with the same content, and a flush.
-- nights: vhdkit saves the layer that was frozen (`--keep-reference`). Beside it a plain loop copies the same ranges
-  from the raw file, with `pread` and `pwrite` and one `fdatasync` at the end: nothing can know where the changes are
-  and do less. Then the space of a night, in bytes for each byte that changed.
+- random, clustered: vhdkit saves the layer that was frozen (`--keep-reference`). Beside it a plain loop copies the
+  same ranges from the raw file, with `pread` and `pwrite` and one `fdatasync` at the end: nothing can know where the
+  changes are and do less. Then the space of a night, in bytes for each byte that changed.
 - verify: against reading the data of the same files through SHA-256 on all cores.
 - prune: four nights of seven are dropped; then the same nights of a disk of a quarter of the size.
-- live: the slowest write of a guest while its disk is served, saved and merged, and the memory of the backup.
-- peers: seven nights by borg and restic of the raw file, all of which they have to read, and by vhdkit.
+- live-random, live-clustered: the slowest write of a guest while its disk is served, saved and merged, and the memory
+  of the backup.
+- restore: from `vmm restore --now` to the first byte of the guest, for a disk of this size and for one four times as
+  large.
+- peers-random, peers-clustered: seven nights by borg and restic of the raw file, all of which they have to read, and
+  by vhdkit.
 
 The sources are in the page cache for all of them.
+
+With --json the numbers of each piece are kept in that file, and a piece that it has is not measured again. With --dir,
+too, the nights of the peers go on where the last run stopped.
 """
 
 from __future__ import annotations
@@ -22,94 +30,37 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-import random
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC
 from functools import partial
 from pathlib import Path
 
-import vhdkit
+from benchmarks.backup_disk import MACHINE, Disk, save, used_bytes
 from benchmarks.backup_live import PAGE, pauses, served
-from benchmarks.common import Row, arguments, has, interleaved, report, timed, workplace
+from benchmarks.backup_peers import NIGHTS, OURS, Peers
+from benchmarks.backup_restore import instant
+from benchmarks.common import Row, arguments, has, interleaved, timed, workplace
+from benchmarks.pieces import Measured, Pieces, need_space
 from vhdkit.backup.keep import KeepRules
-from vhdkit.backup.manifest import Consistency, Manifest
-from vhdkit.backup.night import Circumstances, FrozenDisk, Wishes, writing
+from vhdkit.backup.manifest import Manifest
 from vhdkit.backup.pruning import prune
-from vhdkit.backup.repository import create_repository, open_repository
+from vhdkit.backup.repository import open_repository
 from vhdkit.backup.verify import verify
-from vhdkit.chain.engine.chain import Chain
-from vhdkit.units import GIB, MIB, SECTOR_SIZE
+from vhdkit.units import GIB, MIB
 
-MACHINE = "benchmark"
-GOAL_TIME, GOAL_FULL, GOAL_VERIFY, GOAL_PRUNE, GOAL_PAUSE_MS = 1.3, 1 / 0.9, 1 / 0.8, 1.3, 100
+GOAL_TIME, GOAL_FULL, GOAL_VERIFY, GOAL_PRUNE, GOAL_PAUSE_MS, GOAL_RESTORE = 1.3, 1 / 0.9, 1 / 0.8, 1.3, 100, 2.0
 GOAL_SPACE = {"random": 1.25, "clustered": 1.05}
-PRUNED_NIGHTS, KEPT_NIGHTS, PEER_NIGHTS = 7, 3, 7
-
-
-@dataclass
-class Disk:
-    """A disk as a chain, and the same content as a raw file."""
-
-    folder: Path
-    size_bytes: int
-    base_bytes: int
-    leaf: Path
-    raw: Path
-
-    @classmethod
-    def made(cls, folder: Path, size_bytes: int) -> Disk:
-        """A disk with a sixteenth of it used, at most 1 GiB."""
-        used = min(size_bytes // 16, GIB)
-        disk = cls(folder, size_bytes, used, folder / "disk.vhd", folder / "disk.raw")
-        vhdkit.create_image(disk.leaf, size_bytes)
-        with vhdkit.open_disk(disk.leaf, writable=True) as image, disk.raw.open("wb") as raw:
-            raw.truncate(size_bytes)
-            rng = random.Random(1)
-            for offset in range(0, used, MIB):
-                data = rng.randbytes(MIB)
-                image.write(offset, data)
-                os.pwrite(raw.fileno(), data, offset)
-        return disk
-
-    def places(self, kind: str, seed: int) -> list[int]:
-        """Where 1 % of the pages lie that change: anywhere, or in runs of 64."""
-        rng, count = random.Random(seed), self.size_bytes // PAGE // 100
-        if kind == "random":
-            return sorted(rng.sample(range(self.size_bytes // PAGE), count))
-        runs = rng.sample(range(self.size_bytes // PAGE // 64), count // 64)
-        return sorted(run * 64 + page for run in runs for page in range(64))
-
-    def change(self, places: Sequence[int], seed: int) -> None:
-        """Write these pages to the chain's leaf and to the raw file."""
-        rng = random.Random(seed)
-        with vhdkit.open_disk(self.leaf, writable=True) as image, self.raw.open("r+b") as raw:
-            for page in places:
-                data = rng.randbytes(PAGE)
-                image.write(page * PAGE, data)
-                os.pwrite(raw.fileno(), data, page * PAGE)
-
-    def freeze(self) -> Path:
-        """Go on in a new child; the frozen layer."""
-        frozen, self.leaf = self.leaf, Path(vhdkit.snapshot(self.leaf))
-        return frozen
-
-
-def save(disk: Disk, repository: Path) -> Manifest:
-    """Freeze the disk and write a night."""
-    frozen = disk.freeze()
-    facts = Circumstances(datetime.now(UTC), "UTC", timedelta(0), "benchmark", Consistency.CRASH)
-    with (
-        create_repository(repository) as opened,
-        writing(opened, MACHINE, MACHINE, Wishes()) as night,
-        Chain.open(frozen) as chain,
-    ):
-        return night.save([FrozenDisk("disk", chain, keeps_layer=True)], facts)
+PRUNED_NIGHTS, KEPT_NIGHTS = 7, 3
+RESTORE_FACTOR = 4
+SPARE_BYTES = GIB
 
 
 def plain_loop(disk: Disk, places: Sequence[int], target: Path) -> None:
@@ -128,8 +79,10 @@ def plain_loop(disk: Disk, places: Sequence[int], target: Path) -> None:
     target.unlink()
 
 
-def nights(disk: Disk, repository: Path, kind: str, rounds: int) -> tuple[dict[str, Row], Row]:
+def nights(folder: Path, size_bytes: int, kind: str, rounds: int) -> tuple[dict[str, Row], Row]:
     """A night a round, and the loop over the same pages; also the space of each night, for each byte that changed."""
+    disk, repository = Disk.made(folder, size_bytes), folder / "repository"
+    save(disk, repository)
     space = Row("vhdkit, space")
     places: list[int] = []
     number = 0
@@ -146,13 +99,14 @@ def nights(disk: Disk, repository: Path, kind: str, rounds: int) -> tuple[dict[s
         assert made[0].disks[0].how == "layers"
         return seconds
 
-    loop = disk.folder / "loop.raw"
+    loop = folder / "loop.raw"
     rows = interleaved({"vhdkit": night, "loop": lambda: timed(lambda: plain_loop(disk, places, loop))}, rounds)
     return rows, space
 
 
-def full(disk: Disk, rounds: int) -> dict[str, Row]:
+def full(folder: Path, size_bytes: int, rounds: int) -> dict[str, Row]:
     """The first night, and `cp` of the raw file with a flush."""
+    disk = Disk.made(folder, size_bytes)
     copy, repository = disk.folder / "copy.raw", disk.folder / "first"
 
     def night() -> float:
@@ -173,8 +127,13 @@ def full(disk: Disk, rounds: int) -> dict[str, Row]:
     return interleaved({"vhdkit": night, "cp": copied}, rounds)
 
 
-def verified(repository: Path, rounds: int) -> dict[str, Row]:
-    """`verify`, and reading the data of the same images through SHA-256 on all cores."""
+def verified(folder: Path, size_bytes: int, rounds: int) -> dict[str, Row]:
+    """`verify` of five nights, and reading the data of the same images through SHA-256 on all cores."""
+    disk, repository = Disk.made(folder, size_bytes), folder / "repository"
+    save(disk, repository)
+    for number, kind in enumerate(("random", "clustered") * 2):
+        disk.change(disk.places(kind, 300 + number), number)
+        save(disk, repository)
     images = [one for one in repository.rglob("images/*/*") if one.suffix != ".sums"]
 
     def whole() -> float:
@@ -243,150 +202,174 @@ def pruned(folder: Path, gib: int, rounds: int) -> dict[str, Row]:
     return interleaved({name: of(repository) for name, repository in repositories.items()}, rounds)
 
 
-def peers(disk: Disk, kind: str) -> dict[str, tuple[Row, Row]]:
-    """Seconds and space of a night, for each peer that is installed and for vhdkit: seven nights in turn."""
-    environment = {
-        **os.environ, "BORG_UNKNOWN_UNENCRYPTED_REPO_ACCESS_IS_OK": "yes", "BORG_BASE_DIR": str(disk.folder / "home"),
-        "RESTIC_PASSWORD": "benchmark", "RESTIC_CACHE_DIR": str(disk.folder / "home"),
-    }  # fmt: skip
-
-    def run(*words: str | Path) -> None:
-        subprocess.run([*map(str, words)], check=True, env=environment, capture_output=True, cwd=disk.folder)
-
-    def borg(place: Path, number: int) -> None:
-        run("borg", "create", f"{place}::{number}", disk.raw.name)
-
-    def restic(place: Path, number: int) -> None:
-        run("restic", "backup", "-q", "-r", place, disk.raw.name)
-
-    def ours(place: Path, number: int) -> None:
-        save(disk, place)
-
-    nights = {"vhdkit": ours, "borg": borg, "restic": restic}
-    begin = {"borg": ("borg", "init", "-e", "none"), "restic": ("restic", "init", "-r")}
-    nights = {name: night for name, night in nights.items() if name not in begin or has(name)}
-    for name in nights.keys() & begin.keys():
-        run(*begin[name], disk.folder / f"{kind}-{name}")
-    rows = {name: (Row(name), Row(name)) for name in nights}
-    for number in range(PEER_NIGHTS + 1):
-        places = disk.places(kind, 100 + number)
-        disk.change(places, 100 + number)
-        os.sync()
-        for name, night in nights.items():
-            place = disk.folder / f"{kind}-{name}"
-            before = used(place)
-            seconds = timed(partial(night, place, number))
-            if number:  # the first one is full
-                rows[name][0].values.append(seconds)
-                rows[name][1].values.append((used(place) - before) / (len(places) * PAGE))
-    for name in nights:
-        shutil.rmtree(disk.folder / f"{kind}-{name}")
-    return rows
-
-
-def used(folder: Path) -> int:
-    """How much space the files of a folder take."""
-    return sum(one.stat().st_blocks * SECTOR_SIZE for one in folder.rglob("*") if one.is_file())
-
-
-# -- parts ----------------------------------------------------------------------------------------------------------
+# -- pieces ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """A line of the table: a value and what it is compared with. `goal` is the highest good ratio, or value."""
+class Wanted:
+    """How large and how often."""
 
-    name: str
-    row: Row
-    beside: Row | None = None
-    goal: float | None = None
+    gib: int
+    rounds: int
 
     @property
-    def judged(self) -> float:
-        """What the goal is about."""
-        return self.row.median if self.beside is None else self.row.median / self.beside.median
+    def size_bytes(self) -> int:
+        """The size of the disk."""
+        return self.gib * GIB
 
-    def words(self) -> list[str]:
-        """The line."""
-        beside = "" if self.beside is None else f"{self.beside.median:.3f} ({self.beside.name})"
-        ratio = "" if self.beside is None else f"{self.judged:.2f}"
-        return [self.name, f"{self.row.median:.3f}", beside, ratio, "" if self.goal is None else f"<= {self.goal:.2f}"]
+    @property
+    def changed_bytes(self) -> int:
+        """What changes between two nights."""
+        return self.size_bytes // 100
+
+    @property
+    def used_bytes(self) -> int:
+        """What is on the disk before."""
+        return used_bytes(self.size_bytes)
 
 
-def part_full(folder: Path, options: argparse.Namespace) -> Iterator[Measured]:
+def piece_full(folder: Path, wanted: Wanted) -> Iterator[Measured]:
     """The first night."""
-    rows = full(Disk.made(folder, options.gib * GIB), options.rounds)
-    yield Measured("full night, s", rows["vhdkit"], rows["cp"], GOAL_FULL)
+    rows = full(folder, wanted.size_bytes, wanted.rounds)
+    yield Measured.of("full night, s", rows["vhdkit"], rows["cp"], GOAL_FULL)
 
 
-def part_nights(folder: Path, options: argparse.Namespace) -> Iterator[Measured]:
-    """Nights after it, and verifying all of them."""
-    disk, repository = Disk.made(folder, options.gib * GIB), folder / "repository"
-    save(disk, repository)
-    for kind in options.kinds:
-        rows, space = nights(disk, repository, kind, options.rounds)
-        yield Measured(f"{kind} night, s", rows["vhdkit"], rows["loop"], GOAL_TIME)
-        yield Measured(f"{kind} night, bytes per changed byte", space, None, GOAL_SPACE[kind])
-    rows = verified(repository, options.rounds)
-    yield Measured("verify, s", rows["vhdkit"], rows["hash"], GOAL_VERIFY)
+def piece_night(kind: str, folder: Path, wanted: Wanted) -> Iterator[Measured]:
+    """Nights after it."""
+    rows, space = nights(folder, wanted.size_bytes, kind, wanted.rounds)
+    yield Measured.of(f"{kind} night, s", rows["vhdkit"], rows["loop"], GOAL_TIME)
+    yield Measured.of(f"{kind} night, bytes per changed byte", space, None, GOAL_SPACE[kind])
 
 
-def part_prune(folder: Path, options: argparse.Namespace) -> Iterator[Measured]:
+def piece_verify(folder: Path, wanted: Wanted) -> Iterator[Measured]:
+    """Verifying them."""
+    rows = verified(folder, wanted.size_bytes, wanted.rounds)
+    yield Measured.of("verify, s", rows["vhdkit"], rows["hash"], GOAL_VERIFY)
+
+
+def piece_prune(folder: Path, wanted: Wanted) -> Iterator[Measured]:
     """Dropping nights."""
-    large, small = pruned(folder, options.gib, options.rounds).values()
+    large, small = pruned(folder, wanted.gib, wanted.rounds).values()
     dropped = PRUNED_NIGHTS - KEPT_NIGHTS
-    yield Measured(f"prune of {dropped} nights, {large.name}, s", large, small, GOAL_PRUNE)
+    yield Measured.of(f"prune of {dropped} nights, {large.name}, s", large, small, GOAL_PRUNE)
 
 
-def part_live(folder: Path, options: argparse.Namespace) -> Iterator[Measured]:
+def piece_live(kind: str, folder: Path, wanted: Wanted) -> Iterator[Measured]:
     """A disk that is written to meanwhile."""
-    for kind in options.kinds:
-        size = options.gib * GIB
-        places = partial(Disk(folder, size, 0, folder, folder).places, kind)
-        with served(folder / kind, size) as disk:
-            beside, alone, memory = pauses(disk, places, options.rounds)
-        yield Measured(f"{kind} night, slowest write of a guest, ms", beside, None, GOAL_PAUSE_MS)
-        yield Measured(f"{kind} night, the same without a backup, ms", alone)
-        yield Measured(f"{kind} night, peak memory, MiB", memory)
+    places = partial(Disk(folder, wanted.size_bytes, 0, folder, folder).places, kind)
+    with served(folder / kind, wanted.size_bytes) as disk:
+        beside, alone, memory = pauses(disk, places, wanted.rounds)
+    yield Measured.of(f"{kind} night, slowest write of a guest, ms", beside, None, GOAL_PAUSE_MS)
+    yield Measured.of(f"{kind} night, the same without a backup, ms", alone)
+    yield Measured.of(f"{kind} night, peak memory, MiB", memory)
 
 
-def part_peers(folder: Path, options: argparse.Namespace) -> Iterator[Measured]:
-    """Other programs."""
-    disk = Disk.made(folder, options.peer_gib * GIB)
-    for kind in options.kinds:
-        rows = peers(disk, kind)
-        for name, (seconds, space) in rows.items():
-            beside = None if name == "vhdkit" else rows["vhdkit"]
-            on = f"{name}, {options.peer_gib} GiB, {kind} night"
-            yield Measured(f"{on}, s", seconds, None if beside is None else beside[0])
-            yield Measured(f"{on}, bytes per changed byte", space, None if beside is None else beside[1])
+def piece_restore(folder: Path, wanted: Wanted) -> Iterator[Measured]:
+    """A machine that runs while it is restored."""
+    small, large = instant(folder, [wanted.gib, wanted.gib * RESTORE_FACTOR], wanted.rounds)
+    yield Measured.of(f"restore --now to a guest that runs, {small.name}, s", small, None, GOAL_RESTORE)
+    yield Measured.of(f"restore --now to a guest that runs, {large.name}, s", large, None, GOAL_RESTORE)
 
 
-PARTS = {"full": part_full, "nights": part_nights, "prune": part_prune, "live": part_live, "peers": part_peers}
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What is measured in a fresh folder, and how much space that needs."""
+
+    measure: Callable[[Path, Wanted], Iterator[Measured]]
+    space_bytes: Callable[[Wanted], int]
+
+
+def _space_of_nights(wanted: Wanted) -> int:
+    return 3 * wanted.used_bytes + (max(wanted.rounds, 3) + 2) * 4 * wanted.changed_bytes
+
+
+PIECES = {
+    "full": Piece(piece_full, lambda wanted: 4 * wanted.used_bytes),
+    "random": Piece(partial(piece_night, "random"), _space_of_nights),
+    "clustered": Piece(partial(piece_night, "clustered"), _space_of_nights),
+    "verify": Piece(piece_verify, lambda wanted: 3 * wanted.used_bytes + 20 * wanted.changed_bytes),
+    "prune": Piece(piece_prune, lambda wanted: 8 * wanted.used_bytes + PRUNED_NIGHTS * 2 * wanted.changed_bytes),
+    "live-random": Piece(partial(piece_live, "random"), _space_of_nights),
+    "live-clustered": Piece(partial(piece_live, "clustered"), _space_of_nights),
+    "restore": Piece(piece_restore, lambda wanted: 4 * 2 * RESTORE_FACTOR * wanted.used_bytes),
+}
+PEERS = {"peers-random": "random", "peers-clustered": "clustered"}
+PEER_PROGRAMS = (OURS, "borg", "restic")
+
+
+def space_of_peers(wanted: Wanted) -> int:
+    """What the nights of the peers need at most: random ones may store all that is used once more."""
+    return 3 * wanted.used_bytes + (NIGHTS + 1) * (2 * wanted.used_bytes + 6 * wanted.changed_bytes)
+
+
+@contextmanager
+def place_of_peers(options: argparse.Namespace, name: str) -> Iterator[Path]:
+    """Where the nights of the peers are: kept until they are complete, if the user named a folder and a file."""
+    if options.dir is None or options.json is None:
+        with workplace(options.dir) as folder:
+            yield folder / name
+    else:
+        yield options.dir / f"vhdkit-bench-{name}"
+
+
+def run(name: str, pieces: Pieces, wanted: Wanted, options: argparse.Namespace, deadline: float) -> bool:
+    """Measure a piece. Returns False if there is more to do, for which there is no time."""
+    begin = time.monotonic()
+    if name in PEERS:
+        with place_of_peers(options, name) as folder:
+            if not folder.exists():
+                need_space(options.dir or Path(tempfile.gettempdir()), space_of_peers(wanted) + SPARE_BYTES)
+            peers = Peers(folder, PEERS[name], wanted.size_bytes, PEER_PROGRAMS)
+            lines = peers.go_on(lambda seconds: time.monotonic() + seconds < deadline)
+            if lines is None:
+                return False
+            pieces.add(name, lines, time.monotonic() - begin)
+            shutil.rmtree(folder)
+    else:
+        with workplace(options.dir) as folder:
+            need_space(folder, PIECES[name].space_bytes(wanted) + SPARE_BYTES)
+            lines = list(PIECES[name].measure(folder, wanted))
+        pieces.add(name, lines, time.monotonic() - begin)
+    print(f"{name}: {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
+    return True
+
+
+def chosen(options: argparse.Namespace) -> list[str]:
+    """The pieces that were asked for."""
+    known = [*PIECES, *PEERS]
+    names = options.only.split(",") if options.only else [name for name in known if options.peers or name in PIECES]
+    if unknown := set(names) - set(known):
+        raise SystemExit(f"--only: there is no {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    missing = [name for name in PEER_PROGRAMS if name != OURS and not has(name)]
+    if missing and set(names) & set(PEERS):
+        print(f"not installed, so not measured: {', '.join(missing)}", file=sys.stderr)
+    return names
 
 
 def main() -> None:
     """Run it."""
     parser = arguments(__doc__ or "", rounds=3)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--gib", type=int, default=16, help="size of the disk, a multiple of 4")
-    parser.add_argument("--peer-gib", type=int, default=1, help="size of the disk that peers save, too")
-    parser.add_argument("--kind", choices=("random", "clustered", "both"), default="both", help="where changes lie")
-    parser.add_argument("--only", choices=PARTS, help="only this part")
+    parser.add_argument("--gib", type=int, default=16, help="size of the disk, in GiB")
     parser.add_argument("--peers", action="store_true", help="also borg and restic")
+    parser.add_argument("--only", metavar="PIECES", help=f"with commas between them: {', '.join([*PIECES, *PEERS])}")
+    parser.add_argument("--seconds", type=float, default=float("inf"), metavar="N",
+                        help="begin nothing after so many seconds (for peers: nothing that would probably end later)"
+                        )  # fmt: skip
     options = parser.parse_args()
-    options.kinds = ("random", "clustered") if options.kind == "both" else (options.kind,)
-    wanted = [options.only] if options.only else [name for name in PARTS if name != "peers" or options.peers]
-    lines: list[Measured] = []
-    for name in wanted:
-        with workplace(options.dir) as folder:
-            begin = time.monotonic()
-            lines += PARTS[name](folder, options)
-            print(f"{name}: {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
-    data = {one.name: {"value": one.row.median, "ratio": one.judged, "rounds": one.row.values} for one in lines}
-    columns = ["", "vhdkit or peer", "beside", "ratio", "goal"]
-    title = f"backup: 1 % of {options.gib} GiB changed"
-    report(title, columns, [one.words() for one in lines], {"rows": data}, options.json)
+    wanted = Wanted(options.gib, max(options.rounds, 3))
+    settings = {"gib": wanted.gib, "rounds": wanted.rounds}
+    pieces = Pieces.of(options.json, f"backup: 1 % of {wanted.gib} GiB changed", settings)
+    deadline = time.monotonic() + options.seconds
+    left: list[str] = []
+    for name in chosen(options):
+        if name in pieces.lines:
+            continue
+        if time.monotonic() >= deadline or not run(name, pieces, wanted, options, deadline):
+            left.append(name)
+    pieces.show()
+    if left:
+        print(f"not measured yet: {', '.join(left)}; run the same line again", file=sys.stderr)
 
 
 if __name__ == "__main__":
