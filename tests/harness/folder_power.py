@@ -11,6 +11,8 @@ leave are recorded:
     data     every byte so far, the names that were last synced
     torn     of each page of each file one of the two, and of the names as well, chosen by the seed
 
+`cut_in_process` lets one of them happen: the folder then is what the cut left, so that life can go on from there.
+
 What is assumed of a file system is POSIX and no more: a file's bytes are sure once it was synced, a name once its
 folder was. A rename replaces a name at once. Identifiers and times come from the seed: a run can be repeated.
 """
@@ -24,6 +26,7 @@ import random
 import shutil
 import stat
 import time
+import traceback
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -36,6 +39,7 @@ from vhdkit.units import PAGE_SIZE
 KINDS = ("killed", "strict", "names", "data", "torn")
 _NAME_CALLS = ("link", "unlink", "rename", "replace", "remove", "symlink")
 _START_TIME = 1_700_000_000
+_CUT, _FAILED = 42, 43  # exit codes
 
 Files = Mapping[str, bytes]  # by the path inside the folder
 
@@ -268,6 +272,48 @@ class FolderPower:
             if key not in self._seen:
                 self._seen.add(key)
                 self._found(Cut(self.boundaries, kind, files))
+
+
+def cut_in_process(folder: Path, work: Callable[[], object], *, number: int, seed: str) -> bool:
+    """Run `work` in a process of its own, and cut the power at its `number`-th boundary or, if nothing is open there,
+    at the next multiple of it. The folder is then as the cut left it. False if `work` came to its end before.
+
+    The kind of cut comes from the seed. A file's time is the one that it had before or at the cut: a file system may
+    keep data of which it lost the time. Nothing else may use the folder meanwhile.
+    """
+    rng, found = random.Random(f"{seed} {number}"), folder.with_name(f"{folder.name}-found")
+    kind, before = rng.choice(KINDS), _times(folder)
+
+    def judge(cut: Cut) -> None:
+        if cut.kind != kind:
+            return
+        folders = sorted(os.path.relpath(one, folder) for one in folder.rglob("*") if one.is_dir())
+        now = _times(folder)
+        fill(found, cut.files, tuple(folders))
+        for path in sorted(cut.files):
+            if times := [one[path] for one in (before, now) if path in one]:
+                os.utime(found / path, ns=(time.time_ns(), rng.choice(times)))
+        os._exit(_CUT)
+
+    pid = os.fork()
+    if pid == 0:  # no code of the test may continue in the child
+        try:
+            FolderPower(folder, seed, judge=judge, every=number).run(work)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(_FAILED)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert status in (0, _CUT), f"the work failed in its process: exit code {status}"
+    if status == _CUT:
+        shutil.rmtree(folder)
+        found.rename(folder)
+    return status == _CUT
+
+
+def _times(folder: Path) -> dict[str, int]:
+    return {path: place.stat().st_mtime_ns for path, place in _regular_files(folder)}
 
 
 def _inodes(names: Mapping[str, Mapping[str, int]]) -> Iterator[int]:

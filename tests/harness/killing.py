@@ -15,32 +15,39 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 CHANGING = ("link", "unlink", "rename", "fsync", "fdatasync", "pwrite", "ftruncate", "copy_file_range")
-_KILLED, _FAILED = 42, 43
+KILLED, _FAILED = 42, 43
 
 
-def killed_at(number: int, work: Callable[[], object]) -> bool:
-    """Run `work` in a separate process that dies before its `number`-th changing call; False if it ended normally."""
+def _die() -> None:
+    os._exit(KILLED)
+
+
+def killed_at(number: int, work: Callable[[], object], *, strike: Callable[[], object] = _die) -> bool:
+    """Run `work` in a separate process that dies before its `number`-th changing call; False if it ended normally.
+
+    Another `strike` happens there in place of its death: it may kill others, and end the process with `KILLED` or not.
+    """
     pid = os.fork()
     if pid == 0:  # no code of the test may continue in the child
         code = _FAILED
         try:
             left = [number]
             for name in CHANGING:
-                setattr(os, name, _dying(getattr(os, name), left))
+                setattr(os, name, _dying(getattr(os, name), left, strike))
             work()
             code = 0
         finally:
             os._exit(code)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    assert status in (0, _KILLED), f"the work failed in its process: exit code {status}"
-    return status == _KILLED
+    assert status in (0, KILLED), f"the work failed in its process: exit code {status}"
+    return status == KILLED
 
 
-def _dying(call: Callable[..., Any], left: list[int]) -> Callable[..., Any]:
+def _dying(call: Callable[..., Any], left: list[int], strike: Callable[[], object]) -> Callable[..., Any]:
     def counted(*args: Any, **options: Any) -> Any:
         left[0] -= 1
         if left[0] == 0:
-            os._exit(_KILLED)
+            strike()
         return call(*args, **options)
 
     return counted

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import vhdkit
+from tests.harness.folder_power import cut_in_process
 from tests.harness.killing import killed_at
 from tests.nbd_client import FLUSH, WRITE, Client
 from tests.servers import Server, read_ready, start_server
@@ -58,6 +60,14 @@ class Machine(Protocol):
 
     def disturb(self, rng: random.Random) -> str:
         """Do something that an administrator does, and say what."""
+        ...
+
+    def read(self) -> bytes:
+        """What the guest reads."""
+        ...
+
+    def lose_power(self) -> None:
+        """End what runs, and start it again with the files that are there now."""
         ...
 
     def close(self) -> None:
@@ -117,6 +127,14 @@ class FileDisk:
             self.content = bytearray(self.frozen[layers[at]])
             self.leaf = vhdkit.snapshot(layers[at])
         return what
+
+    def read(self) -> bytes:
+        """See `Machine.read`."""
+        with vhdkit.open_disk(self.leaf) as disk:
+            return disk.read(0, disk.size_bytes)
+
+    def lose_power(self) -> None:
+        """See `Machine.lose_power`: nothing runs."""
 
     def close(self) -> None:
         """See `Machine.close`."""
@@ -199,6 +217,15 @@ class ServedDisk:
             self._start()
         return what
 
+    def read(self) -> bytes:
+        """See `Machine.read`."""
+        return self.client.read(0, len(self.content))
+
+    def lose_power(self) -> None:
+        """See `Machine.lose_power`."""
+        self.close()
+        self._start()
+
     def close(self) -> None:
         """See `Machine.close`."""
         self.held.close()
@@ -212,15 +239,19 @@ class Month:
 
     folder: Path
     seed: int
+    power_fails: bool = False
     machines: list[Machine] = field(default_factory=list)
     nights: dict[int, dict[str, bytes]] = field(default_factory=dict)
     told: list[str] = field(default_factory=list)  # what happened, for the message of a failure
     kills: int = 0
+    cuts: int = 0
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
-        self.repository, self.copy = self.folder / "repository", self.folder / "copy"
-        self.machines = [ServedDisk(self.folder / "served", "a"), FileDisk(self.folder / "file", "b")]
+        self.place = self.folder / "month"  # all that a power cut reaches
+        self.place.mkdir()
+        self.repository, self.copy = self.place / "repository", self.place / "copy"
+        self.machines = [ServedDisk(self.place / "served", "a"), FileDisk(self.place / "file", "b")]
 
     def run(self, count: int) -> None:
         """So many nights."""
@@ -236,10 +267,12 @@ class Month:
                 rules = KeepRules(last=self.rng.randrange(1, 5), weekly=1)
                 self._perhaps_killed(f"{day} prune", lambda rules=rules: self._prune(rules))  # type: ignore[misc]
             if self.rng.random() < 0.2:
-                self._perhaps_killed(f"{day} copy", lambda: copy_repository(self.repository, self.copy))
+                self._copy(day)
             if self.rng.random() < 0.2:
                 self._restore(day)
             self._check(self.repository)
+            for machine in self.machines:
+                assert machine.read() == machine.content, (machine.disk_id, self.seed, self.told)
 
     def end(self) -> list[int]:
         """Finish what was interrupted, and check everything; the nights that are left."""
@@ -259,10 +292,22 @@ class Month:
     # -- work -----------------------------------------------------------------------------------------------------
 
     def _perhaps_killed(self, what: str, work: Callable[[], object]) -> None:
-        number = self.rng.randrange(1, _MOST_CALLS) if self.rng.random() < 0.4 else 1 << 30
-        killed = killed_at(number, work)
-        self.kills += killed
-        self.told.append(f"{what}{f' killed at {number}' if killed else ''}")
+        """Work on a repository, or a part of it; no night of one that existed is missing afterwards."""
+        is_ended, number = self.rng.random() < 0.4, self.rng.randrange(1, _MOST_CALLS)
+        number = -(-number // 2) if self.power_fails else number  # about half of the calls are boundaries
+        before = {place: set(self._live(place)) for place in (self.repository, self.copy)}
+        if is_ended and self.power_fails:
+            if ended := cut_in_process(self.place, work, number=number, seed=f"{self.seed} {what}"):
+                for machine in self.machines:
+                    machine.lose_power()
+            self.cuts += ended
+        else:
+            ended = killed_at(number if is_ended else 1 << 30, work)
+            self.kills += ended
+        self.told.append(f"{what}{f' ended at {number}' if ended else ''}")
+        for place, nights in before.items():
+            missing = nights - set(self._live(place))
+            assert not missing or "prune" in what or "copy" in what, (place, missing, self.seed, self.told)
 
     def _night(self, day: int) -> None:
         frozen = [(machine.disk_id, machine.freeze()) for machine in self.machines]
@@ -284,6 +329,16 @@ class Month:
         for number in set(numbers_in(self.repository)) - before:
             self.nights[number] = content
 
+    def _copy(self, day: int) -> None:
+        def copy() -> None:
+            copy_repository(self.repository, self.copy)
+
+        self._perhaps_killed(f"{day} copy", copy)
+        if self.rng.random() < 0.5:
+            copy()
+            assert self._live(self.copy) == self._live(self.repository), (self.seed, self.told)
+            self._check(self.copy)
+
     def _prune(self, rules: KeepRules) -> None:
         with open_repository(self.repository) as opened, opened.machine(MACHINE) as machine:
             prune(machine, rules, UTC)
@@ -292,13 +347,15 @@ class Month:
         if not (live := self._live(self.repository)):
             return
         number = self.rng.choice(live)
-        place = self.folder / f"restored-{day}"
+        place = self.place / f"restored-{day}"
         place.mkdir()
         self._perhaps_killed(f"{day} restore", lambda: restore(self.repository, f"web@{number}", place))
         for path in place.iterdir():
             if path.suffix == ".vhd":
                 with vhdkit.open_disk(path) as disk:
-                    assert disk.read(0, disk.size_bytes) in self.nights[number].values(), path
+                    content, about = disk.read(0, disk.size_bytes), (path, self.seed, self.told)
+                assert content in self.nights[number].values(), about
+        shutil.rmtree(place)
 
     def images(self) -> Iterator[tuple[Path, bytes]]:
         """The image of each disk of every night that is left, and what it must read."""

@@ -13,16 +13,26 @@ from tests.vhdkit.backup.month import Month
 
 
 @pytest.mark.parametrize(
-    ("seed", "days"), [(1, 6), *(pytest.param(seed, 30, marks=pytest.mark.nightly) for seed in range(10, 18))]
+    ("end", "seed", "days"),
+    [
+        ("killed", 1, 6),
+        ("power cut", 6, 3),
+        *(
+            pytest.param(end, seed, 30, marks=pytest.mark.nightly)
+            for end in ("killed", "power cut")
+            for seed in range(10, 18)
+        ),
+    ],
 )
-def test_every_kept_night_reads_as_it_was_recorded(seed: int, days: int, tmp_path: Path) -> None:
-    """INV-NIGHT-WHOLE, INV-MARK-TRUE: after kills of backups, prunes, copies, restores and the server, every kept
-    night of both disks equals what was recorded, read by our engine, by manifests and by names, and by 7-Zip."""
+def test_every_kept_night_reads_as_it_was_recorded(end: str, seed: int, days: int, tmp_path: Path) -> None:
+    """INV-NIGHT-WHOLE, INV-MARK-TRUE: after kills of backups, prunes, copies, restores and the server, or power cuts
+    in them, every kept night of both disks equals what was recorded, read by our engine, by manifests and by names,
+    and by 7-Zip."""
     program = require_tool("7zz")
-    month = Month(tmp_path, seed)
+    month = Month(tmp_path, seed, power_fails=end == "power cut")
     try:
         month.run(days)
-        assert month.end() and month.kills, month.told
+        assert month.end() and (month.cuts if month.power_fails else month.kills), month.told
     finally:
         month.close()
     for number, (path, content) in enumerate(month.images()):
