@@ -30,6 +30,7 @@ from tests.servers import Server, read_ready, start_server
 from tests.vhdkit.backup.sources import MACHINE, content_of, facts, numbers_in
 from vhdkit import errors
 from vhdkit.backup.copying import copy_repository
+from vhdkit.backup.journal import read_journal
 from vhdkit.backup.keep import KeepRules
 from vhdkit.backup.night import FrozenDisk, Wishes, writing
 from vhdkit.backup.pruning import prune
@@ -295,7 +296,7 @@ class Month:
         """Work on a repository, or a part of it; no night of one that existed is missing afterwards."""
         is_ended, number = self.rng.random() < 0.4, self.rng.randrange(1, _MOST_CALLS)
         number = -(-number // 2) if self.power_fails else number  # about half of the calls are boundaries
-        before = {place: set(self._live(place)) for place in (self.repository, self.copy)}
+        before = {place: set(self._live(place)) - self._going(place) for place in (self.repository, self.copy)}
         if is_ended and self.power_fails:
             if ended := cut_in_process(self.place, work, number=number, seed=f"{self.seed} {what}"):
                 for machine in self.machines:
@@ -371,6 +372,14 @@ class Month:
             return []
         with open_repository(repository) as opened, opened.machine(MACHINE) as machine:
             return [one.number for one in machine.nights() if one.manifest is not None and not one.manifest.dropped]
+
+    def _going(self, repository: Path) -> set[int]:
+        """The nights that are dropped next, because a prune of them was interrupted."""
+        if not numbers_in(repository):
+            return set()
+        with open_repository(repository) as opened, opened.machine(MACHINE) as machine:
+            journal = read_journal(machine)
+            return set() if journal is None else set(journal.nights)
 
     def _check(self, repository: Path) -> None:
         """Every night reads as it was recorded, by the names in its images and, unless a prune was interrupted, by the
