@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The journal of a prune or a deletion: what is under way, or was when it was interrupted (`prune.json`).
 
-Decides what the journal says and how it is read. Must not know what follows from it (`pruning`).
+Decides what the journal says, how it is read, and what is known without it: a merging that has changed files has a
+record of its own (`chain.records.intent`), so a damaged journal does not stop the prune that wrote it, nor make nights
+look damaged. Must not know what follows from it (`pruning`).
 """
 
 from __future__ import annotations
@@ -13,10 +15,10 @@ from dataclasses import dataclass
 
 from vhdkit import errors
 from vhdkit.backup.documents import MAX_DOCUMENT_BYTES, DamagedRepository, encoded, parsed
-from vhdkit.backup.names import ImagePlace, night_word
+from vhdkit.backup.names import IMAGES, ImagePlace, is_name, night_word
 from vhdkit.backup.prune import ImageMerge
-from vhdkit.backup.repository import PRUNE_FILE, MachineFolder
-from vhdkit.chain.records.intent import record_of
+from vhdkit.backup.repository import MAX_FILES, PRUNE_FILE, MachineFolder
+from vhdkit.chain.records.intent import intent_of, record_of
 
 _MAX_STEPS = 2 * 32_768
 
@@ -73,6 +75,40 @@ def read_journal(machine: MachineFolder) -> PruneJournal | None:
     )
 
 
+def journal_problem(machine: MachineFolder) -> str | None:
+    """What is wrong with the journal; None if nothing is, and without one."""
+    try:
+        read_journal(machine)
+    except DamagedRepository as error:
+        return error.problem
+    return None
+
+
+def journal_or_rest(machine: MachineFolder) -> PruneJournal | None:
+    """The journal; of a damaged one what the files themselves say: the merging that has begun. No night is dropped for
+    it but those that are marked, and no image is removed but those that no manifest needs.
+    """
+    try:
+        return read_journal(machine)
+    except DamagedRepository:
+        return PruneJournal((), (), _recorded_merging(machine))
+
+
+def _recorded_merging(machine: MachineFolder) -> ImageMerge | None:
+    """The merging of which there is a record beside its target."""
+    with contextlib.suppress(errors.NotFound), machine.folder.folder(IMAGES) as images:
+        for disk_id in filter(is_name, images.names(MAX_FILES)):
+            with machine.images(disk_id) as folder:
+                for name in folder.names(MAX_FILES):
+                    intent = intent_of(os.path.join(folder.path, name), (folder.path,))
+                    names = [] if intent is None else [os.path.basename(one.path) for one in intent.sources]
+                    places = [ImagePlace.of_text(f"{IMAGES}/{disk_id}/{one}") for one in (name, *names)]
+                    target, leaf, *between = places if len(places) > 1 and all(places) else (None, None)
+                    if target is not None and leaf is not None:
+                        return ImageMerge(target, tuple(one for one in between if one is not None), leaf)
+    return None
+
+
 def _places(texts: tuple[str, ...], path: str) -> Iterator[ImagePlace]:
     for text in texts:
         place = ImagePlace.of_text(text)
@@ -96,7 +132,7 @@ def images_in_merge(machine: MachineFolder) -> frozenset[ImagePlace]:
 def merging_under_way(machine: MachineFolder) -> ImageMerge | None:
     """The merging that has begun to change files, and is not known to be finished."""
     with contextlib.suppress(errors.VhdkitError):
-        journal = read_journal(machine)
+        journal = journal_or_rest(machine)
         merging = None if journal is None else journal.merging
         if merging is not None:
             with machine.folder_of(merging.target) as folder:

@@ -31,7 +31,7 @@ from vhdkit.backup.bases import remove_unused_bases
 from vhdkit.backup.copy_switch import finish_switch
 from vhdkit.backup.documents import DamagedRepository
 from vhdkit.backup.graph import Images
-from vhdkit.backup.journal import PruneJournal, read_journal, remove_journal, write_journal
+from vhdkit.backup.journal import PruneJournal, journal_or_rest, remove_journal, write_journal
 from vhdkit.backup.keep import DatedNight, KeepRules, reasons_to_keep
 from vhdkit.backup.leases import drop_dead, leased_nights, leases
 from vhdkit.backup.leftovers import remove_whole
@@ -132,7 +132,7 @@ def finish(machine: MachineFolder, progress: Progress | None = None) -> tuple[in
 
     Raises as `prune`.
     """
-    journal = read_journal(machine)
+    journal = journal_or_rest(machine)
     nights = machine.nights()
     marked = [one.number for one in nights if one.manifest is not None and one.manifest.dropped]
     untouched = _untouched(machine, nights, _leased(machine))
@@ -162,7 +162,7 @@ def finish_interrupted(machine: MachineFolder, *, is_held: bool = False, wanted:
         if machine.folder.exists(SWITCH_FILE):
             with contextlib.nullcontext() if is_held else machine.held("the rest of a copy", copying=True):
                 finish_switch(machine)
-        journal = read_journal(machine)
+        journal = journal_or_rest(machine)
         if journal is not None and wanted not in journal.nights:
             with contextlib.nullcontext() if is_held else machine.held("the rest of a prune"):
                 finish(machine)

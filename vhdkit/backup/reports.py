@@ -253,8 +253,8 @@ class VerifyReport:
 
     @property
     def is_damaged(self) -> bool:
-        """True if a night cannot be relied on, or none could be verified."""
-        return bool(self.bad) or self.problem is not None
+        """True if a night cannot be relied on, none could be verified, or a record is damaged."""
+        return bool(self.bad or self.damaged) or self.problem is not None
 
     @property
     def bad(self) -> tuple[NightFound, ...]:

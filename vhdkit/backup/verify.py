@@ -28,7 +28,7 @@ from vhdkit.backup.copy_switch import images_in_switch
 from vhdkit.backup.documents import DamagedRepository
 from vhdkit.backup.graph import ImageRecord, Images
 from vhdkit.backup.half_merged import images_now
-from vhdkit.backup.journal import images_in_merge
+from vhdkit.backup.journal import images_in_merge, journal_problem
 from vhdkit.backup.manifest import FileRecord, Manifest
 from vhdkit.backup.names import ImagePlace
 from vhdkit.backup.repository import PRUNE_FILE, MachineFolder, Night
@@ -76,8 +76,8 @@ class Verification:
 
     @property
     def is_good(self) -> bool:
-        """True if every night is whole and everything could be read."""
-        return not self.busy and all(one.is_whole for one in self.nights)
+        """True if every night is whole, and everything could be read and is as it was written."""
+        return not self.busy and not self.damaged and all(one.is_whole for one in self.nights)
 
 
 def verify(
@@ -102,7 +102,7 @@ def verify(
     run.leave_changing()
     state.finished = None if run.busy else datetime.now(UTC)
     write_verified(machine.folder, state)
-    damaged = state.damaged_now(images)
+    damaged, journal = state.damaged_now(images), journal_problem(machine)
     dropped = tuple(one.number for one in nights if one.manifest is not None and one.manifest.dropped)
     return Verification(
         nights=tuple(results_of(nights, images, damaged, state)),
@@ -112,6 +112,7 @@ def verify(
                 (os.path.join(machine.path, f"night {night}: {name}"), one)
                 for (night, name), one in state.files.items()
             ),
+            *(() if journal is None else ((os.path.join(machine.path, PRUNE_FILE), journal),)),
         ),
         busy=tuple(run.busy),
         read_bytes=run.read_bytes,

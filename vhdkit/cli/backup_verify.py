@@ -29,7 +29,7 @@ _EXIT_DAMAGED, _EXIT_BUSY = 3, 5
     epilog=epilog(
         "vhdkit backup verify /srv/backup",
         "vhdkit backup verify /srv/backup web --sample 5",
-        codes="Exit code 0 when every night is whole, 3 when one is damaged, 5 when an image was in use.",
+        codes="Exit code 0 when every night is whole, 3 when one or a record is damaged, 5 when an image was in use.",
     ),
 )
 @repository_options

@@ -3,20 +3,25 @@
 
 from __future__ import annotations
 
+import os
+import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tests.support import daily_or_nightly
 from tests.vhdkit.backup.pruned import check, copy, make
 from tests.vhdkit.backup.repositories import MACHINE, Nights
 from vhdkit import errors
 from vhdkit.backup import pruning as module
 from vhdkit.backup.documents import DamagedRepository
+from vhdkit.backup.journal import read_journal
 from vhdkit.backup.night import Wishes, writing
 from vhdkit.backup.pruning import delete, finish
 from vhdkit.backup.renewal import Renewal
-from vhdkit.backup.repository import create_repository
+from vhdkit.backup.repository import PRUNE_FILE, create_repository
 from vhdkit.backup.restore import restore
 from vhdkit.backup.verify import known_results, verify
 
@@ -96,6 +101,49 @@ def test_after_an_interruption(
     restore(nights.path, "web@4", tmp_path, disks=["a"], kind="raw")
     assert (tmp_path / "web-a.raw").read_bytes() == nights.content[4]["a"]
     check(nights, 1, 2, 4, 5, 6, 7)
+
+
+PLACES: list[tuple[object, str]] = [
+    (module, "_mark"), (module, "_remove_images"), (Renewal, "before"), (Renewal, "after"),
+    (Renewal, "_write_manifests"), (module, "_remove_tables"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "place",
+    [pytest.param(one, marks=[] if one[1] == "after" else [pytest.mark.nightly], id=one[1]) for one in PLACES],
+)
+def test_a_damaged_journal(nights: Nights, monkeypatch: pytest.MonkeyPatch, place: tuple[object, str]) -> None:
+    """Flipped bits in the journal of an interrupted deletion are found by a verification, and no night is blamed for
+    them; the deletion is finished by what the files themselves say, and every kept night reads as it must."""
+    interrupted(nights, monkeypatch, *place, 3)
+    path = nights.path / "machines" / MACHINE / PRUNE_FILE
+    raw, rng, kept = path.read_bytes(), random.Random(3), [1, 2, 4, 5, 6, 7]
+    saved = nights.path.with_name("saved")
+    shutil.copytree(nights.path, saved)
+    for _ in range(daily_or_nightly(1, 40)):
+        at = rng.randrange(len(raw))
+        path.write_bytes(rng.choice([raw[:at], raw[:at] + bytes([raw[at] ^ 1 << rng.randrange(7)]) + raw[at + 1 :]]))
+        try:
+            read(nights)
+        except errors.UnsupportedFormat:  # the number of its format was hit
+            continue
+        except DamagedRepository:
+            with nights.machine() as machine:
+                result = verify(machine, again=True)
+            assert all(one.is_whole for one in result.nights) and not result.is_good
+            assert [one for one, _ in result.damaged] == [os.fspath(path)]
+        else:
+            continue  # white space
+        finished(nights)
+        check(nights, *(kept if place[1] != "_mark" else sorted([*kept, 3])))
+        copy(Nights(saved, nights.extension, nights.content), nights.path)
+
+
+def read(nights: Nights) -> None:
+    """Read the journal."""
+    with nights.machine() as machine:
+        read_journal(machine)
 
 
 def test_a_night_finishes_an_interrupted_prune(nights: Nights, monkeypatch: pytest.MonkeyPatch) -> None:

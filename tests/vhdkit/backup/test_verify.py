@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -17,8 +18,10 @@ import vhdkit
 from tests.doc_commands import blocks
 from tests.support import daily_or_nightly
 from tests.vhdkit.backup.repositories import MACHINE, Nights
+from tests.vhdkit.backup.test_bases import OTHER, add_base, add_night
 from vhdkit import errors
 from vhdkit.backup import verify as module
+from vhdkit.backup.documents import DamagedRepository
 from vhdkit.backup.graph import ImageRecord
 from vhdkit.backup.names import ImagePlace
 from vhdkit.backup.pruning import delete
@@ -119,6 +122,69 @@ def test_flipped_ranges_name_the_right_nights(nights: Nights) -> None:
                 assert [one.number for one in known_results(machine, machine.nights()) if one.problems] == reached
         path.write_bytes(raw)
     assert verified(nights, again=True).is_good
+
+
+def describing(nights: Nights) -> dict[str, set[int]]:
+    """Which manifests describe an image, by its place; read without the program."""
+    found: dict[str, set[int]] = {}
+    with nights.machine() as machine:
+        for path in Path(machine.path, "nights").glob("*.json"):
+            for disk in json.loads(path.read_text())["disks"]:
+                found.setdefault(disk["image"], set()).add(int(path.stem))
+    return found
+
+
+def test_flipped_manifests_name_the_right_nights(nights: Nights) -> None:
+    """A flipped bit anywhere in a manifest makes its night bad, and those that need an image which only it describes;
+    a flipped bit in a record of the machine or of the repository is an error that names the file."""
+    rng = random.Random(8)
+    with nights.machine() as machine:
+        root = Path(machine.path)
+    by_image = {place: (needing(nights, root / place), by) for place, by in describing(nights).items()}
+    paths = sorted((root / "nights").glob("*.json"))
+    for path in [*paths, root / "machine.json", nights.path / "repository.json"]:
+        raw, number = path.read_bytes(), int(path.stem) if path in paths else 0
+        reached = {number, *(one for needed, by in by_image.values() if by == {number} for one in needed)}
+        for _ in range(daily_or_nightly(1, 60)):
+            at = rng.randrange(len(raw))
+            path.write_bytes(raw[:at] + bytes([raw[at] ^ 1 << rng.randrange(8)]) + raw[at + 1 :])
+            if raw[at : at + 1].isspace() and json.loads(raw) == _loaded(path):
+                continue
+            if number:
+                assert bad(verified(nights, again=True)) == sorted(reached), (path, at)
+            else:
+                with pytest.raises((DamagedRepository, errors.UnsupportedFormat)) as caught:
+                    verified(nights, again=True)
+                assert caught.value.path is not None and os.path.samefile(caught.value.path, path)
+        path.write_bytes(raw)
+    assert verified(nights, again=True).is_good
+
+
+def _loaded(path: Path) -> object:
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError:
+        return None
+
+
+def test_flipped_bases_name_the_right_nights(tmp_path: Path) -> None:
+    """A flipped bit in a shared base, or in its table, makes the nights bad that stand on it, of each machine."""
+    nights, rng = Nights(tmp_path / "repo"), random.Random(9)
+    nights.add({"b": {MIB: b"alone"}})
+    base = add_base(nights)
+    add_night(nights, base, MACHINE)
+    add_night(nights, base, OTHER)
+    image = nights.path / "bases" / base.image.name
+    for path in (image, image.with_name(f"{image.name}.sums")):
+        raw = path.read_bytes()
+        for _ in range(daily_or_nightly(2, 60)):
+            at = rng.randrange(len(raw))
+            path.write_bytes(raw[:at] + bytes([raw[at] ^ 1 << rng.randrange(8)]) + raw[at + 1 :])
+            for machine_id, reached in ((MACHINE, [2]), (OTHER, [1])):
+                with nights.machine(machine_id) as machine:
+                    result = verify(machine, again=True)
+                assert bad(result) == reached and any(os.path.basename(one) == image.name for one, _ in result.damaged)
+        path.write_bytes(raw)
 
 
 def test_flipped_tables_and_files_name_the_right_nights(nights: Nights) -> None:
