@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vhdkit.backup.documents import DamagedRepository, time_word
     from vhdkit.backup.graph import Images
     from vhdkit.backup.keep import DatedNight, KeepRules, out_of_order, zone_named
+    from vhdkit.backup.known import UnexpectedRepository, open_known
     from vhdkit.backup.leases import NightLease, add_lease, leased_nights, leases, release
     from vhdkit.backup.manifest import BaseRecord, Consistency, DiskRecord, FileRecord, How, Manifest
     from vhdkit.backup.names import is_machine_name, is_name
@@ -91,6 +92,7 @@ __all__ = [
     "SavedStatus",
     "Stages",
     "StandingImage",
+    "UnexpectedRepository",
     "Verification",
     "VerifyReport",
     "Wanted",
@@ -114,6 +116,7 @@ __all__ = [
     "mark_as_night",
     "marks_at",
     "nights_out_of_order",
+    "open_known",
     "open_repository",
     "out_of_order",
     "promote_copy",
@@ -147,6 +150,7 @@ _HOMES = {
     "vhdkit.backup.documents": "DamagedRepository time_word",
     "vhdkit.backup.graph": "Images",
     "vhdkit.backup.keep": "DatedNight KeepRules out_of_order zone_named",
+    "vhdkit.backup.known": "UnexpectedRepository open_known",
     "vhdkit.backup.leases": "NightLease add_lease leased_nights leases release",
     "vhdkit.backup.manifest": "BaseRecord Consistency DiskRecord FileRecord How Manifest",
     "vhdkit.backup.names": "is_machine_name is_name",

@@ -27,7 +27,8 @@ from functools import partial
 
 import vhdkit
 from vhdkit import backups
-from vmm.api import machines
+from vmm.api import machines, scheduled_backups
+from vmm.api.known_repositories import known_to_machine, names_of, repository_for_night
 from vmm.api.machine import FrozenMachine, MergeResult
 from vmm.model.counting import TELL_SECONDS
 from vmm.model.errors import InUse, InvalidSpec, NotFound, VmmError, store_error
@@ -58,7 +59,8 @@ class BackupWishes:
 
     `consistent`: the guest's file systems must be whole; `compare`: compare all content, trust no mark; `full_every`:
     begin a new chain after so many images; `keep_free_bytes`: space in the repository that must stay free;
-    `max_rate_bytes`: the most that is written in a second.
+    `max_rate_bytes`: the most that is written in a second. `accepts_new`: another repository may be at the path than
+    the one that is known there, and is made if the folder is empty. `schedule`: the one for which the night is saved.
     """
 
     consistent: bool = False
@@ -66,6 +68,8 @@ class BackupWishes:
     full_every: int | None = None
     keep_free_bytes: int = 0
     max_rate_bytes: int | None = None
+    accepts_new: bool = False
+    schedule: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +107,12 @@ class ForgottenNights:
 def save_night(
     name: str, repository: str, wishes: BackupWishes = BackupWishes(), *, progress: Progress | None = None
 ) -> MachineNight:
-    """Save a machine as the next night of a repository, which is made if needed, whatever the machine is doing.
+    """Save a machine as the next night of a repository, which is made if none is known at its path, whatever the
+    machine is doing.
 
-    Raises NotFound, Refused for a disk that cannot be frozen, WrongState and AgentUnavailable for a guest that cannot
-    be consistent, InUse while another process changes the machine's nights, NoSpace, StoreFailed; then there is no
-    night, and nothing of it is left in the repository.
+    Raises NotFound, Refused for a disk that cannot be frozen, and for a path with another repository than the known
+    one, WrongState and AgentUnavailable for a guest that cannot be consistent, InUse while another process changes the
+    machine's nights, NoSpace, StoreFailed; then there is no night, and nothing of it is left in the repository.
     """
     refuse_copy(name)
     machine = worker_connection.look(name)
@@ -120,14 +125,15 @@ def save_night(
         limit = None if wishes.max_rate_bytes is None else backups.RateLimit(wishes.max_rate_bytes)
         options = backups.Wishes(compare=wishes.compare, full_every=wishes.full_every, limit=limit)
         with (
-            backups.create_repository(repository) as opened,
+            _target(machine, repository, wishes) as opened,
             backups.writing(opened, machine.spec.id, name, options) as night,
         ):
-            saving = _Saving(machine, night, wishes, show)
+            saving = _Saving(machine, night, wishes, show, names_of(repository))
             manifest = saving.write()
-            path = opened.path
+            path, repository_id = opened.path, opened.id
         added = sum(one.data_bytes for one in manifest.disks if one.how is not backups.How.SAME)
         tell("backed-up", night=manifest.night, consistency=manifest.consistency.value, added_bytes=added)
+    warnings = manifest.warnings + _noted_in_schedule(wishes.schedule, repository, repository_id)
     return MachineNight(
         machine=name,
         repository=path,
@@ -136,17 +142,38 @@ def save_night(
         how={one.disk_id: one.how.value for one in manifest.disks},
         added_bytes=added,
         seconds=round(time.monotonic() - begin, 3),
-        warnings=manifest.warnings,
+        warnings=warnings,
         pause_seconds=saving.pause_seconds,
         merges=saving.merge_older(manifest.night),
     )
 
 
+def _target(machine: Machine, path: str, wishes: BackupWishes) -> backups.Repository:
+    """The repository for the night. Raises Refused."""
+    known = known_to_machine(machine.paths, path)
+    if wishes.schedule is not None:
+        known |= scheduled_backups.known_ids(wishes.schedule, path)
+    return repository_for_night(machine.name, path, known, accepts_new=wishes.accepts_new, schedule=wishes.schedule)
+
+
+def _noted_in_schedule(schedule: str | None, path: str, repository_id: str) -> tuple[str, ...]:
+    """Record in the schedule that its repository is at the path; returns what prevents that, in words."""
+    try:
+        if schedule is not None:
+            scheduled_backups.note_repository(schedule, path, repository_id)
+    except VmmError as error:
+        return (f"the night is saved, but the schedule does not know its repository: {error}",)
+    return ()
+
+
 class _Saving:
     """One night of one machine."""
 
-    def __init__(self, machine: Machine, night: backups.Writing, wishes: BackupWishes, progress: Progress) -> None:
+    def __init__(
+        self, machine: Machine, night: backups.Writing, wishes: BackupWishes, progress: Progress, names: Sequence[str]
+    ) -> None:
         self._machine = machine
+        self._names = names  # of the repository
         self._night = night
         self._wishes = wishes
         self._progress = progress
@@ -243,9 +270,11 @@ class _Saving:
     def _record(self, *, exists: bool) -> None:
         """Record in the tree what became of the night. Raises InUse, VmmError."""
         with _held_patiently(self._machine) as held:
-            before = held.tree.kept
+            before = held.tree.kept, held.tree.saved_in
             held.tree.end_night(self._night.id, self._to_come.repository, exists=exists)
-            if held.tree.kept != before:
+            if exists:
+                held.tree.note_repository(self._names, self._to_come.repository)
+            if (held.tree.kept, held.tree.saved_in) != before:
                 held.save()
 
     def _merge(self, wanted: Callable[[Tree, LayerMerge], bool]) -> tuple[MergeResult, ...]:

@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from vmm.api.backups import BackupWishes, MachineNight, note_abandoned
+from vmm.api.known_repositories import NEW
 from vmm.api.manager import Manager
 from vmm.cli.common import (
     SIZE,
@@ -53,6 +54,10 @@ _MEANINGS = {
 )
 @click.option("--keep-free", type=SIZE, default=0, metavar="SIZE", help="Refuse if less than this would stay free.")
 @click.option("--limit", type=SIZE, metavar="RATE", help="Write at most this much a second, such as 20M.")
+@click.option(NEW, "accepts_new", is_flag=True,
+              help="Save in what is at REPO now, although nights of the machine are in another repository of that path"
+                   " (by default its disk is taken to be missing).")  # fmt: skip
+@click.option("--schedule", hidden=True, help="The schedule for which the machines are saved.")
 @output_options
 def run_command(
     names: tuple[str, ...],
@@ -62,10 +67,14 @@ def run_command(
     full_every: int | None,
     keep_free: int,
     limit: int | None,
+    accepts_new: bool,
+    schedule: str | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Save each machine NAME as a new night of the repository REPO, a folder that is made if needed.
+    """Save each machine NAME as a new night of the repository REPO, a folder that is made by the first night.
+    Once a machine has a night there, it is saved in that repository alone: an empty folder, or another repository, at
+    REPO is refused, because the disk with the known one may not be mounted (see --new-repository).
 
     The machine may be off, running, paused or saved. All of its disks are frozen at one moment, in milliseconds, and
     it goes on in new images while the frozen ones are saved. The first night of a disk is a full image; each later one
@@ -82,7 +91,7 @@ def run_command(
     code = exit_code_of_child(lambda: note_abandoned(names, repo))
     if code is not None:
         click.get_current_context().exit(code)
-    wishes = BackupWishes(consistent, compare, full_every, keep_free, limit)
+    wishes = BackupWishes(consistent, compare, full_every, keep_free, limit, accepts_new, schedule)
     saved, failed = list[MachineNight](), list[VmmError]()
     for name in names:
         try:

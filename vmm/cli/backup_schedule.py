@@ -18,6 +18,7 @@ from typing import Any
 import click
 
 from vmm.api import scheduled_backups
+from vmm.api.known_repositories import NEW
 from vmm.api.scheduled_backups import ScheduleStatus
 from vmm.cli.backup_prune import RULES, keep_options
 from vmm.cli.common import (
@@ -162,6 +163,7 @@ def add_command(
     before_it = store.load(schedule) if replace and schedule in store.names() else None
     made = scheduled_backups.make_backup_schedule(
         work,
+        before_it,
         name=schedule,
         when=when,
         zone=zone,
@@ -271,9 +273,15 @@ def _pairs(made: Schedule, found: ScheduleStatus) -> list[tuple[str, str]]:
 
 @schedule_command.command("run", epilog=epilog("vmm backup schedule run nightly"))
 @click.argument("schedule")
+@click.option(NEW, "accepts_new", is_flag=True,
+              help="Accept what is at the path of the repository now, from now on: another repository, or a folder in"
+                   " which a new one is made.")  # fmt: skip
 @output_options
-def run_command(schedule: str, as_json: bool, quiet: bool) -> None:
+def run_command(schedule: str, accepts_new: bool, as_json: bool, quiet: bool) -> None:
     """Do now what the schedule is for, as its timer does. Any scheduler, such as cron, may call this.
+
+    The machines are saved in the repository that was found when the schedule was added, or made by its first run. If
+    that one is not there, because its disk is not mounted, nothing is saved, and no other repository is made.
 
     Exits with 0 if everything succeeded, 1 if anything failed, and 5 if the last run is still going: then nothing is
     done, and that is recorded.
@@ -287,7 +295,7 @@ def run_command(schedule: str, as_json: bool, quiet: bool) -> None:
             with contextlib.suppress(OSError):  # backups go on without a reader
                 click.echo(f"{printable(machine)}: done")
 
-    jobs = scheduled_backups.jobs_of(made, own_command())
+    jobs = scheduled_backups.jobs_of(made, own_command(), accepts_new=accepts_new)
     with _terminable():
         found = running.run(made, jobs, report=report)
     if as_json:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
 from typing import Final
 
 from vmm.host.proc import locked
@@ -104,6 +105,15 @@ def add(schedule: Schedule, *, replace: bool = False) -> SchedulePaths:
             )
         paths.write_whole(place.document, schedule.document())
     return place
+
+
+def change(name: str, changed: Callable[[Schedule], Schedule]) -> None:
+    """Replace a schedule by what `changed` makes of the stored one. Raises NotFound, NoSpace, AccessDenied."""
+    with locked(os.path.join(paths.schedules_folder(), ".lock")):
+        before = load(name)
+        after = changed(before)
+        if after != before:
+            paths.write_whole(schedule_paths(name).document, after.document())
 
 
 def remove(name: str) -> None:

@@ -79,6 +79,8 @@ def test_the_commands(home: Path) -> None:
     assert [one.name for one in jobs] == ["web", "mail"]
     save, prune, verify = jobs[0].steps
     options = [
+        "--schedule",
+        "nightly",
         "--json",
         "--consistent",
         "--compare",
@@ -271,6 +273,46 @@ def test_a_repository_that_is_mounted_for_the_run_alone(home: Path) -> None:
         f"no night, and no repository at {home}/repo; the run at 2026-11-09 22:31 UTC saved it: is the repository"
         " mounted?",
     )
+
+
+def test_a_repository_that_is_not_mounted(home: Path) -> None:
+    """INV-TARGET-KNOWN: a schedule knows the repository that it found when it was added, also after it was replaced.
+    While an empty folder, another repository, or nothing is in its place, its machine is not good, due or not."""
+    night(home, LAST_NIGHT)
+    schedule(home)
+    assert only().is_good
+    (home / "repo").rename(home / "away")
+    assert state()[0] == state(CREATED)[0] == "missing"
+    (home / "repo").mkdir()
+    problem, words = state()
+    assert problem == "missing" and f"{home}/repo should have the repository " in words and "mounted?" in words
+    before = store.load("nightly")
+    replaced = make_backup_schedule({"repository": str(home / "repo")}, before, name="nightly", when="20:00",
+                                    created=CREATED)  # fmt: skip
+    assert scheduled_backups.work_of(replaced).repository_ids == scheduled_backups.work_of(before).repository_ids
+    elsewhere = make_backup_schedule({"repository": str(home / "new")}, before, name="nightly", when="20:00",
+                                     created=CREATED)  # fmt: skip
+    assert scheduled_backups.work_of(elsewhere).repository_ids == ()
+    with backups.create_repository(home / "repo") as other:
+        assert f"another repository is there, with the id {other.id}" in state()[1]
+        scheduled_backups.note_repository("nightly", str(home / "repo"), other.id)
+    assert state() == ("late", "no night; the schedule has never run")
+    assert not only().is_damaged
+
+
+def test_a_repository_is_noted_where_the_schedule_has_it(home: Path) -> None:
+    """What is noted is about the stored schedule as it is then: not about one that has another path now; the newest id
+    is the last one, and they do not become more and more."""
+    schedule(home)
+    (home / "link").symlink_to("repo")
+    for number in range(20):
+        scheduled_backups.note_repository("nightly", str(home / "link"), f"{number:032x}")
+    scheduled_backups.note_repository("nightly", str(home / "repo"), f"{18:032x}")
+    scheduled_backups.note_repository("nightly", str(home / "other"), f"{99:032x}")
+    ids = scheduled_backups.work_of(store.load("nightly")).repository_ids
+    assert len(ids) == 16 and ids[-2:] == (f"{19:032x}", f"{18:032x}")
+    assert scheduled_backups.known_ids("nightly", str(home / "repo")) == set(ids)
+    assert scheduled_backups.known_ids("nightly", str(home / "other")) == set()
 
 
 def test_schedules_of_other_kinds_are_left_alone(home: Path) -> None:

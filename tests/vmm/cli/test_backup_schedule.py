@@ -33,7 +33,7 @@ from vmm.store import registry
 # In place of vmm: `backup run` fails for the machine "mail", everything is noted.
 FAKE = """#!/bin/sh
 echo "$@" >>{log}
-case "$*" in *"run --json -- mail"*) echo '{{"error": {{"message": "mail: the disk is full"}}}}' >&2; exit 7;; esac
+case "$*" in *" --json -- mail"*) echo '{{"error": {{"message": "mail: the disk is full"}}}}' >&2; exit 7;; esac
 """
 ADD = ("backup", "schedule", "add", "nightly", "web", "mail")
 
@@ -218,7 +218,8 @@ def test_the_commands_have_the_options(home: Path) -> None:
 
 def test_the_real_commands(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two schedules share a repository: each saves, prunes and verifies; while another host's backup holds a machine,
-    its run fails with the reason, the other machine is saved, and the night that is there stays."""
+    its run fails with the reason, the other machine is saved, and the night that is there stays. A repository that is
+    not mounted is missing, and no other one is made until the user says so."""
     monkeypatch.setattr(backup_schedule, "own_command", lambda: list(warm("vmm")))
     for name in ("db", "web-2"):
         vhdkit.create_image(home / f"{name}.vhd", 4 << 20)
@@ -241,6 +242,16 @@ def test_the_real_commands(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.exit_code == 1 and result.stdout == "web-2: done\n"
     assert "vmm: db: backup:" in result.stderr and "backup on another host" in result.stderr
     assert run("backup", "status").exit_code == 0
+    (home / "repo").rename(home / "away")
+    (home / "repo").mkdir()
+    result = run("backup", "schedule", "run", "weekly")
+    assert result.exit_code == 1 and result.stderr.count("the folder is empty: is its disk mounted?") == 2
+    assert result.stderr.count("vmm backup schedule run weekly --new-repository") == 2
+    assert list((home / "repo").iterdir()) == [] and run("backup", "status").exit_code == 1
+    assert run("backup", "status").stdout.count("  missing  ") == 4
+    assert run("backup", "schedule", "run", "weekly", "--new-repository").exit_code == 0
+    assert run("backup", "status", "--schedule", "weekly").exit_code == 0
+    assert run("backup", "schedule", "run", "weekly").exit_code == 0
 
 
 def test_commands_can_be_interrupted_in_the_background(home: Path) -> None:

@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """A layer that a backup froze and that stays, so that the next night of its repository saves only what lies above it.
 
-Decides what is recorded about such a layer, and how a record is validated. It is recorded in the tree of the machine,
+Decides what is recorded about such a layer, and about the repositories in which the machine has nights, and how these
+records are validated. It is recorded in the tree of the machine,
 in the step in which the disks are frozen; from then on the delete rule treats the layer as one that a snapshot needs:
 nothing is merged into it, but it may be merged down, content and mark, into an image that nothing needs. What the
 layer reads as is not decided here but by the mark beside it, which vhdkit checks: a wrong record costs space or time,
 never content.
 
-A record is of a night that is being written (`maker`, a word for that process) or of one that exists. The former ends
-with its process; the latter when the next night of the repository exists, or by `vmm backup forget`. Pure.
+Which repositories a machine has nights in is recorded by their paths, apart from the layers: those go when a snapshot
+is applied, and by `vmm backup forget`, and a backup must know all the same that another repository is at the path now.
+
+A record of a layer is of a night that is being written (`maker`, a word for that process) or of one that exists. The
+former ends with its process; the latter when the next night of the repository exists, or by `vmm backup forget`. Pure.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +26,8 @@ from vmm.store.snapshots.snapshot import absolute_path
 
 _ID = re.compile(r"[0-9a-f]{32}")
 MAX_KEPT = 4096  # disks of a machine, times repositories
+MAX_PATHS = 64  # of repositories that are remembered for a machine
+MAX_AT_PATH = 16  # repositories that take turns at one path, such as disks that are carried away
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,3 +63,24 @@ def kept_of(document: dict[str, Any]) -> Kept:
         if _ID.fullmatch(value) is None:
             raise ValueError("id")
     return kept
+
+
+def note_repository(
+    known: Mapping[str, tuple[str, ...]], paths: Iterable[str], repository: str
+) -> dict[str, tuple[str, ...]]:
+    """`known` (path -> ids of repositories), and that this one was found under these paths; the oldest are dropped."""
+    found = dict(known)
+    for path in paths:
+        others = [one for one in found.pop(path, ()) if one != repository]
+        found[path] = (*others, repository)[-MAX_AT_PATH:]
+    return dict(list(found.items())[-MAX_PATHS:])
+
+
+def repositories_of(document: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """Parse what `note_repository` returned. Raises ValueError, TypeError, AttributeError."""
+    if len(document) > MAX_PATHS or any(len(ids) > MAX_AT_PATH for ids in document.values()):
+        raise ValueError("too many repositories")
+    for ids in document.values():
+        if not isinstance(ids, list) or any(_ID.fullmatch(one) is None for one in ids):
+            raise ValueError("id")
+    return {absolute_path(path): tuple(ids) for path, ids in document.items()}

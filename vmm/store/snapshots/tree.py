@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from vmm.model.errors import AlreadyExists, InvalidSpec, NotFound, Refused, VmmError
 from vmm.model.formats import ImageFormat, child_format
-from vmm.store.snapshots.kept import MAX_KEPT, Kept, kept_document, kept_of
+from vmm.store.snapshots.kept import MAX_KEPT, Kept, kept_document, kept_of, note_repository, repositories_of
 from vmm.store.snapshots.snapshot import (
     Image,
     Snapshot,
@@ -52,6 +52,7 @@ class Tree:
     """All snapshots of a machine. `now` is the snapshot on which the present state is based.
 
     `journal` describes the operation in progress; see `snapshots.recovery`. `kept`: layers that backups need.
+    `saved_in`: path of a repository -> ids of the repositories that have had that path, the newest last.
     """
 
     snapshots: dict[str, Snapshot] = field(default_factory=dict)
@@ -60,6 +61,7 @@ class Tree:
     limit: int = DEFAULT_LIMIT
     journal: Journal | None = None
     kept: tuple[Kept, ...] = ()
+    saved_in: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     # -- lookups -------------------------------------------------------------------------------------------------
 
@@ -170,6 +172,15 @@ class Tree:
         done = [replace(one, maker=None) for one in self.kept if one.night_id == night_id]
         self.kept = (*(one for one in others if one.night_id != night_id), *done)
 
+    def note_repository(self, paths: Iterable[str], repository: str) -> None:
+        """The machine has a night in this repository, which was found under these paths."""
+        self.saved_in = note_repository(self.saved_in, paths, repository)
+
+    def repositories_at(self, paths: Collection[str]) -> set[str]:
+        """The ids of the repositories under these paths in which the machine has nights."""
+        found = {one for path in paths for one in self.saved_in.get(path, ())}
+        return found | {one.repository for one in self.kept if one.maker is None and one.folder in paths}
+
     def keep_only(self, needed: Callable[[Kept], bool]) -> bool:
         """End the keeping of all other layers; True if there were any."""
         before, self.kept = self.kept, tuple(one for one in self.kept if needed(one))
@@ -246,6 +257,8 @@ class Tree:
         }
         if self.kept:
             document["kept"] = [kept_document(one) for one in self.kept]
+        if self.saved_in:
+            document["saved_in"] = self.saved_in
         return json.dumps(document, indent=1).encode() + b"\n"
 
 
@@ -278,6 +291,7 @@ def read_tree(content: bytes, path: str) -> Tree:
         if len(kept) > MAX_KEPT:
             raise ValueError("kept")
         tree = Tree({one.id: one for one in snapshots}, document["now"], images, int(document["limit"]), journal, kept)
+        tree.saved_in = repositories_of(document.get("saved_in", {}))
         _check(tree)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise VmmError(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from vmm.model.errors import VmmError
-from vmm.store.snapshots.kept import MAX_KEPT, Kept, kept_document, kept_of
+from vmm.store.snapshots.kept import MAX_AT_PATH, MAX_KEPT, MAX_PATHS, Kept, kept_document, kept_of
 from vmm.store.snapshots.tree import Image, Tree, read_tree
 
 FIRST = Kept("1" * 32, "/srv/backup", "a" * 32, "disk-0", "/disks/web.vhd")
@@ -74,3 +74,33 @@ def test_a_kept_layer_that_is_merged_down_is_kept_under_its_new_name() -> None:
     tree.images[FIRST.image] = Image(None, ours=False)
     tree.rename_users_images(lambda path: path.replace("/disks", "/elsewhere"))
     assert [one.image for one in tree.kept] == ["/elsewhere/web.vhd"]
+
+
+def test_repositories_are_remembered_by_their_paths() -> None:
+    """Each path has the ids of the repositories that were there, in a bounded record that reads back; a night that is
+    only being written is not remembered by its layers."""
+    tree = Tree(kept=(FIRST, SECOND))
+    tree.note_repository(["/a", "/b"], "1" * 32)
+    tree.note_repository(["/a"], "2" * 32)
+    assert tree.repositories_at(["/a"]) == {"1" * 32, "2" * 32} and tree.repositories_at(["/b"]) == {"1" * 32}
+    assert tree.repositories_at(["/c"]) == set() and tree.repositories_at(["/srv/backup"]) == {FIRST.repository}
+    assert Tree(kept=(SECOND,)).repositories_at(["/srv/backup"]) == set()
+    assert read_tree(tree.to_json(), "t") == tree
+    for number in range(MAX_PATHS + 9):
+        tree.note_repository([f"/{number}", "/a"], f"{number:032x}")
+    assert read_tree(tree.to_json(), "t") == tree
+    assert len(tree.saved_in) == MAX_PATHS and len(tree.saved_in["/a"]) == MAX_AT_PATH
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"a": ["1" * 32]}, {"/a": ["x"]}, {"/a": "1" * 32}, {"/a": [7]}, {"/a": 7}, ["/a"], {"/a": ["1" * 32] * 17},
+        {f"/{number}": [] for number in range(65)},
+    ],
+)  # fmt: skip
+def test_a_damaged_record_of_repositories_is_refused(record: Any) -> None:
+    """As of layers."""
+    document = {**json.loads(Tree().to_json()), "saved_in": record}
+    with pytest.raises(VmmError, match=r"snapshots\.json: is damaged"):
+        read_tree(json.dumps(document).encode(), "snapshots.json")
