@@ -178,7 +178,7 @@ def pruned(folder: Path, gib: int, rounds: int) -> dict[str, Row]:
     for name, size in sizes.items():
         place = folder / name.replace(" ", "-")
         place.mkdir()
-        disk = Disk.made(place, size)
+        disk = Disk.made(place, size, used_bytes(size) // 4)  # what it does not change is copied in every round
         repositories[name] = place / "repository"
         for number in range(PRUNED_NIGHTS):
             if number:
@@ -288,7 +288,7 @@ PIECES = {
     "random": Piece(partial(piece_night, "random"), _space_of_nights),
     "clustered": Piece(partial(piece_night, "clustered"), _space_of_nights),
     "verify": Piece(piece_verify, lambda wanted: 3 * wanted.used_bytes + 20 * wanted.changed_bytes),
-    "prune": Piece(piece_prune, lambda wanted: 8 * wanted.used_bytes + PRUNED_NIGHTS * 2 * wanted.changed_bytes),
+    "prune": Piece(piece_prune, lambda wanted: 2 * wanted.used_bytes + PRUNED_NIGHTS * 4 * wanted.changed_bytes),
     "live-random": Piece(partial(piece_live, "random"), _space_of_nights),
     "live-clustered": Piece(partial(piece_live, "clustered"), _space_of_nights),
     "restore": Piece(piece_restore, lambda wanted: 4 * 2 * RESTORE_FACTOR * wanted.used_bytes),

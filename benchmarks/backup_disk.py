@@ -40,9 +40,9 @@ class Disk:
     raw: Path
 
     @classmethod
-    def made(cls, folder: Path, size_bytes: int) -> Disk:
-        """A disk with a sixteenth of it used, at most 1 GiB."""
-        used = used_bytes(size_bytes)
+    def made(cls, folder: Path, size_bytes: int, used: int | None = None) -> Disk:
+        """A disk with `used_bytes` of it used, or with another number."""
+        used = used_bytes(size_bytes) if used is None else used
         disk = cls(folder, size_bytes, used, folder / "disk.vhd", folder / "disk.raw")
         vhdkit.create_image(disk.leaf, size_bytes)
         with vhdkit.open_disk(disk.leaf, writable=True) as image, disk.raw.open("wb") as raw:

@@ -26,6 +26,7 @@ from vmm.processes.worker_connection import MachineRef
 if TYPE_CHECKING:
     from vmm.api.machine import OpenMachine
     from vmm.kvm.console import Typing
+    from vmm.kvm.picture import Picture
     from vmm.model.guest import ExchangedItem, GuestInfo, Heartbeat
 
 FREEZE_SECONDS = 10.0
@@ -82,6 +83,11 @@ class GuestAccess:
         """A picture of the screen, as PNG. Raises WrongState when the machine is off or has no screen."""
         with machines.reach(self._place) as machine:
             return machine.screen()
+
+    def picture(self) -> Picture:
+        """The same for programs, which can compare it with others. Raises WrongState."""
+        with machines.reach(self._place) as machine:
+            return machine.picture()
 
     def vnc_socket(self) -> str:
         """The unix socket of the machine's VNC server. Raises WrongState when it is off or has no screen."""

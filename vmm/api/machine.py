@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from vmm.api.disk_request import DiskRequest
+    from vmm.kvm.picture import Picture
     from vmm.model.guest import ExchangedItem, GuestInfo, Heartbeat
     from vmm.model.spec import AdapterSpec, DiskSpec, MachineSpec
     from vmm.processes.answers import MachineStatus
@@ -158,6 +159,9 @@ class Guest(Protocol):
 
     def screen(self) -> bytes:
         """A picture of the screen, as PNG."""
+
+    def picture(self) -> Picture:
+        """A picture of the screen that can be compared with others."""
 
     def ping(self) -> Heartbeat:
         """The heartbeat, requested now. Raises AgentUnavailable, TimedOut."""

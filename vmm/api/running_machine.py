@@ -29,6 +29,7 @@ from vmm.store.snapshots.store import Held, holding, load_tree
 
 if TYPE_CHECKING:
     from vmm.api.disk_request import DiskRequest
+    from vmm.kvm.picture import Picture
     from vmm.model.spec import AdapterSpec, DiskSpec, MachineSpec
     from vmm.snapshots.create import SnapshotRequest
     from vmm.snapshots.freeze import NightToCome
@@ -271,6 +272,14 @@ class RunningMachine(LocalMachine):
         answer = self._ask_guest("screen")
         with understood(self.name):
             return base64.b64decode(answer["png"])
+
+    def picture(self) -> Picture:
+        """A picture that can be compared with others. Raises WrongState for a machine without a screen."""
+        answer = self._ask_guest("screen", points=True)
+        from vmm.kvm.picture import Picture
+
+        with understood(self.name):
+            return Picture.unpacked(answer["ppm"])
 
     def ping(self) -> Heartbeat:
         """The heartbeat, requested now. Raises AgentUnavailable, TimedOut."""

@@ -23,6 +23,7 @@ from vmm.store.state import is_clean
 
 if TYPE_CHECKING:
     from vmm.kvm.key_value import KeyValueStore, Pool
+    from vmm.kvm.picture import Picture
     from vmm.model.guest import ExchangedItem, GuestInfo, Heartbeat
     from vmm.processes.rpc import Progress
     from vmm.snapshots.create import SnapshotRequest
@@ -203,6 +204,10 @@ class StoppedMachine(LocalMachine):
         )
 
     def screen(self) -> bytes:
+        """Raises WrongState."""
+        self._no_guest()
+
+    def picture(self) -> Picture:
         """Raises WrongState."""
         self._no_guest()
 

@@ -36,7 +36,7 @@ _EXIT_DAMAGED, _EXIT_BUSY = 3, 5
 @click.option("--boot", is_flag=True,
               help="Instead, start the newest night of each MACHINE, or NAME@NIGHT: does it boot?")  # fmt: skip
 @click.option("--expect", metavar="TEXT", help="With --boot: what the serial console must show.")
-@click.option("--screen", is_flag=True, help="With --boot: a screen that still changes after 20 s is enough.")
+@click.option("--screen", is_flag=True, help="With --boot: a screen that shows more than the firmware does is enough.")
 @click.option(
     "--seconds", type=SECONDS, metavar="SECONDS", help="With --boot: how long that may take; by default 300."
 )
@@ -120,7 +120,8 @@ def _print_result(found: backups.VerifyReport, *, quiet: bool) -> None:
 
 def _try_to_boot(repo: str, nights: tuple[str, ...], wish: dict[str, Any], *, as_json: bool, quiet: bool) -> int:
     """Start each night, one after the other; returns the exit code."""
-    from vmm.api.restoring.boot_trial import TrialWish, try_boot
+    from vmm.api.restoring.boot_trial import try_boot
+    from vmm.api.restoring.signs import TrialWish
 
     if not nights:
         with backups.open_repository(repo) as repository:

@@ -2,7 +2,8 @@
 """A machine's screen: a picture of it, and viewers for it.
 
 Decides how a picture gets out of a QEMU that may not open files (it writes to a memory file of ours, of which we read
-at most a limited amount), what is accepted as a picture, and which viewers can reach a VNC server on a unix socket.
+at most a limited amount), what is accepted as a picture, and which viewers can reach a VNC server on a unix socket. It
+is a PNG for people, a pixmap (`kvm.picture`) for who compares.
 Must not know where a picture goes or how a viewer is started.
 """
 
@@ -12,6 +13,7 @@ import contextlib
 import os
 from typing import Final
 
+from vmm.kvm.picture import MAX_PIXMAP_BYTES
 from vmm.kvm.qmp import Qmp
 from vmm.model.errors import QemuFailed
 
@@ -27,8 +29,20 @@ _VIEWERS: Final = (("remote-viewer", "vnc+unix://{path}"), ("vncviewer", "{path}
 async def screendump(qmp: Qmp) -> bytes:
     """A picture of the screen, as PNG. Raises QemuFailed (no screen, or no PNG in this QEMU), TimedOut.
 
-    Not concurrently: all calls use the same descriptor set.
+    Not concurrently with this or `pixmap`: all calls use the same descriptor set.
     """
+    picture = await _dump(qmp, MAX_PICTURE_BYTES, format="png")
+    if not is_png(picture):
+        raise QemuFailed("QEMU's picture of the screen is incomplete")
+    return picture
+
+
+async def pixmap(qmp: Qmp) -> bytes:
+    """A picture of the screen for `Picture.parsed`. Raises QemuFailed (no screen), TimedOut. Not concurrently."""
+    return await _dump(qmp, MAX_PIXMAP_BYTES)
+
+
+async def _dump(qmp: Qmp, most_bytes: int, **form: str) -> bytes:
     descriptor = os.memfd_create("screen", os.MFD_CLOEXEC)
     # QEMU requires a write-only descriptor; this one is used for nothing else.
     writable = os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_CLOEXEC)
@@ -38,19 +52,16 @@ async def screendump(qmp: Qmp) -> bytes:
         await qmp.add_descriptor_to_set(_SET_NUMBER, writable)
         try:
             await qmp.execute(
-                "screendump", timeout_seconds=PICTURE_SECONDS, filename=f"/dev/fdset/{_SET_NUMBER}", format="png"
+                "screendump", timeout_seconds=PICTURE_SECONDS, filename=f"/dev/fdset/{_SET_NUMBER}", **form
             )
         finally:
             if qmp.is_connected:
                 with contextlib.suppress(QemuFailed):
                     await qmp.execute("remove-fd", fdset_id=_SET_NUMBER)
-        picture = os.pread(descriptor, MAX_PICTURE_BYTES, 0)
+        return os.pread(descriptor, most_bytes, 0)
     finally:
         os.close(writable)
         os.close(descriptor)
-    if not is_png(picture):
-        raise QemuFailed("QEMU's picture of the screen is incomplete")
-    return picture
 
 
 def is_png(data: bytes) -> bool:

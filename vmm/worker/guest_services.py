@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from vmm.kvm import screen
 from vmm.kvm.key_value import POOLS, find_item, pool_named
+from vmm.kvm.picture import packed
 from vmm.model.errors import InvalidSpec, WrongState
 from vmm.model.guest import GuestInfo
 from vmm.processes.rpc import Method, Progress, parameter
@@ -47,11 +48,14 @@ class GuestServices:
         }
 
     async def _screen(self, params: dict[str, Any], progress: Progress) -> object:
-        """{"png": base64}. Raises WrongState for a machine without a screen."""
+        """{"points": BOOL}: {"png": base64}, or {"ppm": packed}. Raises WrongState for a machine without a screen."""
+        as_points = parameter(params, "points", bool, False)
         if not self._running.spec.screen:
             raise WrongState("has no screen", hint=f"vmm set {self._running.spec.name} --screen, while it is off")
         async with self._one_picture:
-            picture = await screen.screendump(self._running.qmp)
+            picture = await (screen.pixmap if as_points else screen.screendump)(self._running.qmp)
+        if as_points:
+            return {"ppm": packed(picture)}
         return {"png": base64.b64encode(picture).decode()}
 
     # -- the agent --------------------------------------------------------------------------------------------------

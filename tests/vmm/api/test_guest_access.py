@@ -306,6 +306,7 @@ def test_screen(manager: Manager, tmp_path: Path, firmware: str) -> None:
     colours = 2 if firmware == "bios" else 3
     wait_until(lambda: read_png(guest.screen()).colour_count >= colours, "the screen is drawn", 2 * SECONDS, pause=0.3)
     picture = read_png(guest.screen())
+    assert (guest.picture().width, guest.picture().height) == (picture.width, picture.height)
     assert picture.width >= 640 and picture.height >= 400
     assert 0 < picture.share_of_other_than((0, 0, 0)) < 0.5
     assert Path(guest.vnc_socket()).is_socket()

@@ -37,6 +37,7 @@ LIFE: dict[str, Callable[[OpenMachine], object]] = {
 INSIDE: dict[str, Callable[[OpenMachine], object]] = {
     "need_guest": lambda one: one.need_guest(),
     "screen": lambda one: one.screen(),
+    "picture": lambda one: one.picture(),
     "ping": lambda one: one.ping(),
     "guest_info": lambda one: one.guest_info(),
     "freeze": lambda one: one.freeze(1),

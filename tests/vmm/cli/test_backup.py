@@ -16,7 +16,8 @@ from tests.vmm.cli.running import document, failure, good, run
 from tests.warm_commands import warm
 from vhdkit.backup.leases import add_lease
 from vmm.api.restoring import boot_trial
-from vmm.api.restoring.boot_trial import TrialReport, TrialWish
+from vmm.api.restoring.boot_trial import TrialReport
+from vmm.api.restoring.signs import TrialWish
 from vmm.model.errors import StoreFailed
 
 

@@ -3,14 +3,14 @@
 
     lease -> a state home and a runtime folder of its own -> an empty image on each of the night's -> start -> off
 
-Decides what of the definition the trial has, and what counts as booting. It has the night's disks, ids and firmware,
-since a guest may refuse to start without them; its adapters are on a private switch that nothing else is on, its
-drives are empty, it boots from disks alone, and nothing else of this host is given to it (`INV-IMPORT-CONFINED`). It
-writes to images of its own. Other commands never see it, because it is in another state home.
+Decides what of the definition the trial has; what counts as booting is decided in `signs`. It has the night's disks,
+ids and firmware, since a guest may refuse to start without them; its adapters are on a private switch that nothing
+else is on, its drives are empty, it boots from disks alone, and nothing else of this host is given to it
+(`INV-IMPORT-CONFINED`). It writes to images of its own. Other commands never see it, because it is in another state
+home.
 
-A guest boots if its agent answers; or, as the user asks, if its serial console shows a text, or its screen changes
-again and again after the firmware has had its time. A machine that goes off, or does not do so in time, has failed.
-What a killed trial leaves is ended by the next one.
+If its screen is to be judged, the same machine runs first with empty disks: what it shows then is its firmware's. What
+a killed trial leaves is ended by the next one.
 """
 
 from __future__ import annotations
@@ -20,43 +20,28 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
-from vhdkit import backups
+from vhdkit import backups, create_image
 from vmm.api.manager import Manager
 from vmm.api.restoring.found_night import FoundNight, found_night
 from vmm.api.restoring.restoring import vmm_errors
+from vmm.api.restoring.signs import Shown, Sign, TrialWish, firmware_pictures, watch
 from vmm.model import paths, unfinished
 from vmm.model.errors import VmmError, of_os_error
 from vmm.model.paths import MachinePaths, make_folders, write_whole
 from vmm.model.spec import AutomaticSpec, DiskSpec, MachineSpec, PathsSpec
-from vmm.model.waiting import looks
 from vmm.net import switches
 from vmm.net.switch_spec import make_switch
 from vmm.processes.rpc import Progress
 from vmm.store import registry
-from vmm.store.state import MachineState, note_unclean
+from vmm.store.state import note_unclean
 
-TRIAL_SECONDS = 300.0
-_LOOK_SECONDS = 0.5  # a look asks the worker and takes a picture
-FIRMWARE_SECONDS = 20.0  # what the screen shows before is the firmware's, which also fails with several pictures
-_CHANGES = 3  # of the picture after that
 _SWITCH = "trial"
 _RUNTIME_NOTE = "runtime-folder"
 _MAX_PATH_BYTES = 4096
-Sign = Literal["heartbeat", "text", "screen"]
-
-
-@dataclass(frozen=True, slots=True)
-class TrialWish:
-    """What counts as booting: the agent's heartbeat; with `expect` only that text on the serial console; with
-    `screen` also a picture that changes.
-    """
-
-    expect: str | None = None
-    screen: bool = False
-    seconds: float = TRIAL_SECONDS
+_BY_HEARTBEAT = TrialWish()
+_EMPTY_BYTES = 1 << 20  # of a disk with nothing on it; to SeaBIOS less is a floppy
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,32 +61,47 @@ class TrialReport:
 
 
 def try_boot(
-    repository: str, word: str, wish: TrialWish = TrialWish(), *, progress: Progress | None = None
+    repository: str, word: str, wish: TrialWish = _BY_HEARTBEAT, *, progress: Progress | None = None
 ) -> TrialReport:
     """Start a night, NAME, NAME@NIGHT or NAME@TIME, and see whether it boots. The repository is only read.
 
     Raises NotFound, StoreFailed for a night that cannot be opened, QemuFailed if it cannot be started, NoSpace.
     """
     end_abandoned()
-    with vmm_errors(), found_night(repository, word) as found, _home(found.document.spec.name) as manager:
-        name = found.document.spec.name
-        show = progress or (lambda document: None)
-        show({"step": f"{name}@{found.manifest.night}: starting"})
-        with manager.folders.used():
-            spec = _made(found, os.path.join(paths.home(), "disks"))
-            registry.add(spec, fill=lambda machine: _fill(machine, found))
+    show = progress or (lambda document: None)
+    with vmm_errors(), found_night(repository, word) as found:
+        name, night = found.document.spec.name, found.manifest.night
+        shown, has_screen = Shown(), found.document.spec.screen
+        if wish.screen and wish.expect is None and has_screen:
+            show({"step": f"{name}@{night}: what its firmware shows with empty disks"})
+            with _started(found, progress, is_empty=True) as manager:
+                shown = firmware_pictures(manager, name)
+        show({"step": f"{name}@{night}: starting"})
         begin = time.monotonic()
-        manager.start(name, progress=progress)
-        show({"step": f"{name}@{found.manifest.night}: waiting for a sign of life"})
-        seen, words = watch(manager, name, wish)
-        return TrialReport(name, found.manifest.night, seen, words, round(time.monotonic() - begin, 1))
+        with _started(found, progress) as manager:
+            show({"step": f"{name}@{night}: waiting for a sign of life"})
+            seen, words = watch(manager, name, replace(wish, screen=wish.screen and has_screen), shown)
+            words += ", and it has no screen" if wish.screen and not has_screen and seen is None else ""
+            return TrialReport(name, night, seen, words, round(time.monotonic() - begin, 1))
 
 
 # -- the machine ----------------------------------------------------------------------------------------------------
 
 
-def _made(found: FoundNight, folder: str) -> MachineSpec:
-    """The definition of the trial, with an image in `folder` on each of the night's."""
+@contextlib.contextmanager
+def _started(found: FoundNight, progress: Progress | None, *, is_empty: bool = False) -> Iterator[Manager]:
+    """The machine runs until the block ends; then nothing of it is left."""
+    name = found.document.spec.name
+    with _home(name) as manager:
+        with manager.folders.used():
+            spec = _made(found, os.path.join(paths.home(), "disks"), is_empty=is_empty)
+            registry.add(spec, fill=lambda machine: _fill(machine, found))
+        manager.start(name, progress=progress)
+        yield manager
+
+
+def _made(found: FoundNight, folder: str, *, is_empty: bool) -> MachineSpec:
+    """The definition of the trial, with an image in `folder` on each of the night's, or on nothing."""
     spec = found.document.spec
     make_folders(folder)
     switch = None
@@ -110,7 +110,7 @@ def _made(found: FoundNight, folder: str) -> MachineSpec:
         switch = _SWITCH
     alone = {"switch": switch, "spoofing": False, "mirror": "none"}
     return spec.changed(
-        disks=[made for disk in spec.disks if (made := _disk(found, disk, folder)) is not None],
+        disks=[made for disk in spec.disks if (made := _disk(found, disk, folder, is_empty=is_empty)) is not None],
         adapters=[one.model_copy(update=alone) for one in spec.adapters],
         automatic=AutomaticSpec(),
         paths=PathsSpec(),
@@ -122,16 +122,20 @@ def _made(found: FoundNight, folder: str) -> MachineSpec:
     )
 
 
-def _disk(found: FoundNight, disk: DiskSpec, folder: str) -> DiskSpec | None:
+def _disk(found: FoundNight, disk: DiskSpec, folder: str, *, is_empty: bool) -> DiskSpec | None:
     """A disk of the trial: an image of its own, or an empty drive; None for what is not in the night."""
     record = found.saved_disks.get(disk.id)
     if record is None:
         return disk.model_copy(update={"path": None, "identity": None}) if disk.kind == "iso" else None
     kind = "vhdx" if record.image.name.endswith("vhdx") else "vhd"
     path = os.path.join(folder, f"{disk.id}.{kind}")
-    standing = backups.stand_on_night(found.machine, found.manifest, disk.id, path)
+    parents: tuple[str, ...] = ()
+    if is_empty:
+        create_image(path, _EMPTY_BYTES, disk_format="vhdx" if kind == "vhdx" else "dynamic")
+    else:
+        parents = backups.stand_on_night(found.machine, found.manifest, disk.id, path).folders
     return disk.model_copy(
-        update={"path": os.path.realpath(path), "format": kind, "parent_dirs": standing.folders, "read_only": False}
+        update={"path": os.path.realpath(path), "format": kind, "parent_dirs": parents, "read_only": False}
     )
 
 
@@ -140,44 +144,6 @@ def _fill(machine: MachinePaths, found: FoundNight) -> None:
         note_unclean(machine)
     if found.variables is not None:
         write_whole(machine.uefi_variables, found.variables)
-
-
-# -- watching -------------------------------------------------------------------------------------------------------
-
-
-def watch(manager: Manager, name: str, wish: TrialWish) -> tuple[Sign | None, str]:
-    """Wait for a sign that the guest has booted. Returns which one it was, and what was seen in words."""
-    pictures: list[int] = []
-    begin = time.monotonic()
-    last = "nothing was seen of the guest"
-    for _ in looks(wish.seconds, every_seconds=_LOOK_SECONDS):
-        info = manager.show(name)
-        if info.state not in (MachineState.RUNNING, MachineState.STARTING):
-            reason = f": {info.reason}" if info.reason else ""
-            state = "unknown" if info.state is None else info.state.value
-            return None, f"the machine is {state}{reason}; {last}"
-        if wish.expect is not None:
-            if wish.expect.encode() in manager.guest(name).console_log():
-                return "text", f"its console shows {wish.expect!r}"
-            last = f"its console does not show {wish.expect!r}"
-            continue
-        if info.heartbeat == "ok":
-            return "heartbeat", "its agent answers"
-        last = "its agent does not answer"
-        if wish.screen and time.monotonic() - begin >= FIRMWARE_SECONDS:
-            _note_picture(manager, name, pictures)
-            if len(pictures) > _CHANGES:
-                return "screen", f"its screen has changed {_CHANGES} times"
-            last += f", and its screen has changed {len(pictures) - 1} times after the firmware"
-    return None, f"{last} within {wish.seconds:.0f} s"
-
-
-def _note_picture(manager: Manager, name: str, pictures: list[int]) -> None:
-    """Add the picture on the screen if it is another one than the last."""
-    with contextlib.suppress(VmmError):  # it has no screen, or not yet
-        picture = hash(manager.guest(name).screen())
-        if picture not in pictures[-1:]:
-            pictures.append(picture)
 
 
 # -- a state home of its own ----------------------------------------------------------------------------------------

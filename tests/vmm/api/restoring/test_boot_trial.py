@@ -7,8 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Literal
 
 import pytest
 
@@ -21,7 +20,8 @@ from tests.vmm.stage import pids_naming
 from tests.waiting import wait_until
 from vmm.api.manager import DiskRequest, Manager
 from vmm.api.restoring import boot_trial
-from vmm.api.restoring.boot_trial import TrialWish, end_abandoned, try_boot, watch
+from vmm.api.restoring.boot_trial import end_abandoned, try_boot
+from vmm.api.restoring.signs import TrialWish
 from vmm.model import paths
 from vmm.net import switches
 from vmm.net.switch_spec import make_switch
@@ -67,6 +67,43 @@ def test_a_night_that_does_not_boot(manager: Manager, tmp_path: Path) -> None:
     assert trials() == [] and lease_count(tmp_path / "repo") == 0
 
 
+# Writes a letter on the screen with each tick of the clock: mov al,'A'; again: int 10h; sti; hlt; inc al; jmp again.
+LETTERS = bytes.fromhex("31dbb40eb041cd10fbf4fec0ebf8").ljust(510, b"\0") + b"\x55\xaa"
+
+
+@pytest.mark.kvm
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("firmware", "content", "seen"), [("bios", b"", None), ("bios", LETTERS, "screen"), ("uefi", b"", None)]
+)
+def test_what_a_screen_shows(
+    firmware: Literal["bios", "uefi"], content: bytes, seen: str | None, manager: Manager, tmp_path: Path
+) -> None:
+    """A guest that draws has booted. A firmware that finds nothing to boot has not: its pictures, and the cursor that
+    blinks below them, are known from the same machine with empty disks."""
+    vhdkit.create_image(tmp_path / "disk.vhd", 1 << 20)
+    with vhdkit.open_disk(tmp_path / "disk.vhd", writable=True) as disk:
+        disk.write(0, content)
+    disks = [DiskRequest(str(tmp_path / "disk.vhd"))]
+    manager.create("draws", disks=disks, memory_bytes=96 << 20, accelerator="tcg", screen=True, firmware=firmware)
+    save_night("draws", tmp_path / "repo")
+    found = try_boot(str(tmp_path / "repo"), "draws", TrialWish(screen=True, seconds=40))
+    assert found.seen == seen and "that its firmware does not show" in found.words
+    assert trials() == [] and lease_count(tmp_path / "repo") == 0
+
+
+def test_a_machine_without_a_screen(manager: Manager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A screen that is not there cannot be judged, which the report says."""
+    vhdkit.create_image(tmp_path / "disk.vhd", 1 << 20)
+    manager.create("blind", disks=[DiskRequest(str(tmp_path / "disk.vhd"))], memory_bytes=16 << 20, screen=False)
+    save_night("blind", tmp_path / "repo")
+    starts = []
+    monkeypatch.setattr(Manager, "start", lambda self, name, progress=None: starts.append(name))
+    monkeypatch.setattr(boot_trial, "watch", lambda manager, name, wish, shown: (None, f"screen: {wish.screen}"))
+    found = try_boot(str(tmp_path / "repo"), "blind", TrialWish(screen=True))
+    assert (found.words, starts) == ("screen: False, and it has no screen", ["blind"])
+
+
 @pytest.mark.kvm
 @pytest.mark.nightly
 def test_a_killed_trial_is_ended_by_the_next(manager: Manager, tmp_path: Path) -> None:
@@ -75,7 +112,8 @@ def test_a_killed_trial_is_ended_by_the_next(manager: Manager, tmp_path: Path) -
     make_machine(manager, tmp_path, options=BootOptions(print_every=2))
     save_night("small", tmp_path / "repo")
     program = f"""
-from vmm.api.restoring.boot_trial import TrialWish, try_boot
+from vmm.api.restoring.boot_trial import try_boot
+from vmm.api.restoring.signs import TrialWish
 try_boot({str(tmp_path / "repo")!r}, "small", TrialWish(expect="never"))
 """
     child = subprocess.Popen([sys.executable, "-c", program])
@@ -105,56 +143,6 @@ def _console(home: Path) -> str:
         return (home / "machines/small/console.log").read_text(errors="replace")
     except OSError:
         return ""
-
-
-class Guests:
-    """A manager of one guest, which shows the next of some states at each look."""
-
-    def __init__(self, *looks: tuple[MachineState, str | None, bytes, bytes]) -> None:
-        self._looks = iter(looks)
-        self._last = looks[-1]
-
-    def show(self, name: str) -> Any:
-        """The machine at the next look."""
-        self._last = next(self._looks, self._last)
-        return SimpleNamespace(state=self._last[0], heartbeat=self._last[1], reason="it crashed")
-
-    def guest(self, name: str) -> Any:
-        """The inside of the machine at this look."""
-        return SimpleNamespace(console_log=lambda: self._last[2], screen=lambda: self._last[3])
-
-
-RUNNING = MachineState.RUNNING
-
-
-@pytest.mark.parametrize(
-    ("wish", "looks", "seen", "words"),
-    [
-        ({}, [(RUNNING, "no contact", b"", b""), (RUNNING, "ok", b"", b"")], "heartbeat", "its agent answers"),
-        ({}, [(RUNNING, "lost", b"", bytes([n])) for n in range(9)], None, "its agent does not answer within"),
-        ({"screen": True}, [(RUNNING, "off", b"", bytes([n])) for n in range(4)], "screen", "changed 3 times"),
-        ({"screen": True}, [(RUNNING, "off", b"", bytes([n % 2])) for n in range(4)], "screen", "changed 3 times"),
-        ({"screen": True}, [(RUNNING, "off", b"", bytes([n // 2])) for n in range(6)], None, "has changed 2 times"),
-        ({"expect": "in:"}, [(RUNNING, "ok", b"log", b""), (RUNNING, "ok", b"login:", b"")], "text", "shows 'in:'"),
-        ({"expect": "in:"}, [(RUNNING, "ok", b"log", bytes([n])) for n in range(9)], None, "does not show 'in:'"),
-        ({}, [(RUNNING, "off", b"", b""), (MachineState.OFF, None, b"", b"")], None, "the machine is off: it crashed"),
-    ],
-)
-def test_signs_of_life(
-    wish: dict[str, Any], looks: list[Any], seen: str | None, words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What counts as booting: the heartbeat, or what the user asks for; a machine that goes off has failed."""
-    monkeypatch.setattr(boot_trial, "FIRMWARE_SECONDS", 0.0)
-    monkeypatch.setattr(boot_trial, "looks", lambda seconds, every_seconds: iter([False] * (len(looks) + 1)))
-    found, said = watch(Guests(*looks), "web", TrialWish(**wish))  # type: ignore[arg-type]
-    assert found == seen and words in said
-
-
-def test_pictures_of_the_firmware_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A firmware that finds nothing to boot shows several pictures, too: only what changes later is a sign."""
-    monkeypatch.setattr(boot_trial, "looks", lambda seconds, every_seconds: iter([False] * 9))
-    found, words = watch(Guests(*((RUNNING, "off", b"", bytes([n])) for n in range(9))), "web", TrialWish(screen=True))  # type: ignore[arg-type]
-    assert found is None and "its agent does not answer within" in words
 
 
 def test_the_trial_has_nothing_of_the_host(manager: Manager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
