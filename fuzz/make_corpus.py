@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fuzz import fuzz_merge, fuzz_switch, seeds_vhdx
+from fuzz.fuzz_hyperv import packed_file
 from fuzz.loop import CORPUS
 from fuzz.recipe import (
     ALLOW_EXTRA,
@@ -47,8 +48,10 @@ from tests.harness.vhd_builder import (
     relative,
 )  # fmt: skip
 from tests.nbd_client import go_data, meta_data, option
+from tests.vmm.hyperv import writing as hyperv
 from tests.vmm.net import packets
 from vhdkit.chain.records.intent import Intent, Named, Phase
+from vmm.hyperv.ids import ADAPTER, IDE, SCSI
 
 MAX_SEED_BYTES = 8 * KIB
 W2RU, W2KU, MACX, WI2R = range(4)
@@ -284,11 +287,41 @@ def switch_seeds() -> Iterator[tuple[str, bytes]]:
     yield "short", b"\0" + short
 
 
+def hyperv_seeds() -> Iterator[tuple[str, bytes]]:
+    """Configurations of one machine in both encodings, with an active log, with long values."""
+    scsi, card = "5c510000-0000-4000-8000-000000000001", "4e1c0000-0000-4000-8000-000000000001"
+    disk = {"controller0": {"drive0": {"type": "VHD", "pathname": "C:\\a.vhdx"}}}
+    parts: dict[str, object] = {
+        "properties": {
+            "name": "web", "notes": "one\r\ntwo", "global_id": "11111111-2222-4333-8444-555555555501", "subtype": 0,
+            "version": 1280, "creation_time": bytes(range(8)), "type_id": "Virtual Machines",
+        },
+        "settings": {
+            "memory": {"bank": {"size": 1024, "dynamic_memory_enabled": True, "limit": 2048, "reservation": 512}},
+            "processors": {"count": 2},
+        },
+        "manifest": {
+            "vdev001": {"device": SCSI, "instance": scsi.upper(), "name": "SCSI"},
+            "vdev002": {"device": ADAPTER, "instance": card.upper(), "name": "adapter"},
+        },
+        f"_{scsi}_": disk,
+        f"_{card}_": {"MacAddress": "00-15-5D-01-02-03", "IsConnected": True, "Connection": {"AltSwitchName": "lan"}},
+        f"_{IDE}_": disk,
+    }  # fmt: skip
+    tree = hyperv.tree(configuration=parts)
+    yield "vmcx", packed_file(hyperv.Writer(slack=2).write(tree))
+    yield "vmcx-log", packed_file(hyperv.Writer().write(tree, [(0x7F00, b"data"), (0x7F02, b"more")]))
+    yield "vmcx-long", packed_file(hyperv.Writer(long_bytes=20).write(tree))
+    yield "xml", packed_file(hyperv.as_xml(tree))
+    yield "xml-utf-8", packed_file(hyperv.as_xml(tree, encoding="utf-8", mark=b""))
+
+
 def corpus() -> dict[str, dict[str, bytes]]:
     """Every seed, by target and name."""
     return {
         "fuzz_open": dict(open_seeds()),
         "fuzz_chain": dict(chain_seeds()),
+        "fuzz_hyperv": dict(hyperv_seeds()),
         "fuzz_merge": dict(merge_seeds()),
         "fuzz_nbd": dict(nbd_seeds()),
         "fuzz_switch": dict(switch_seeds()),

@@ -18,6 +18,7 @@ import pytest
 
 from fuzz import (
     fuzz_chain,
+    fuzz_hyperv,
     fuzz_merge,
     fuzz_nbd,
     fuzz_open,
@@ -42,6 +43,7 @@ from vhdkit.units import KIB, MIB
 TARGETS: dict[str, tuple[Target, Mutate]] = {
     "fuzz_open": (fuzz_open.target, mutate_image),
     "fuzz_chain": (fuzz_chain.target, fuzz_chain.mutate),
+    "fuzz_hyperv": (fuzz_hyperv.target, fuzz_hyperv.mutate),
     "fuzz_merge": (fuzz_merge.target, fuzz_merge.mutate),
     "fuzz_repair": (fuzz_repair.target, mutate_image),
     "fuzz_nbd": (fuzz_nbd.target, fuzz_nbd.mutate),
@@ -65,6 +67,7 @@ SEEDS = [
 BATCHES = [
     *(("fuzz_open", seed, 50) for seed in range(daily_or_nightly(2, 8))),
     *(("fuzz_chain", seed, 15) for seed in range(daily_or_nightly(2, 8))),
+    *(("fuzz_hyperv", seed, 150) for seed in range(daily_or_nightly(1, 8))),
     *(("fuzz_merge", seed, 8) for seed in range(daily_or_nightly(2, 8))),
     *(("fuzz_repair", seed, 25) for seed in range(daily_or_nightly(2, 8))),
     *(("fuzz_nbd", seed, 150) for seed in range(3)),

@@ -54,7 +54,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 VMM_LAYERS: tuple[tuple[str, ...], ...] = (
     ("vmm.model",),
     ("vmm.host",),
-    ("vmm.kvm", "vmm.net", "vmm.schedule"),
+    ("vmm.kvm", "vmm.net", "vmm.schedule", "vmm.hyperv"),
     ("vmm.store",),
     ("vmm.snapshots",),
     ("vmm.processes",),
@@ -77,7 +77,7 @@ SANS_IO: dict[str, set[str]] = {
 }
 NOT_SANS_IO = {"asyncio", "os", "select", "selectors", "socket", "ssl", "threading"}
 # Packages that must not see each other.
-STRANGERS = (("vmm.kvm", "vmm.net"), ("vmm.worker", "vmm.api"))
+STRANGERS = (("vmm.kvm", "vmm.net"), ("vmm.hyperv", "vmm.kvm"), ("vmm.hyperv", "vmm.net"), ("vmm.worker", "vmm.api"))
 # A foreign library and the only files that may import it ("*" also matches "/").
 FOREIGN_HOMES = {
     "PIL": ("vhdkit/cli/*",),

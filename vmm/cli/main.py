@@ -70,6 +70,7 @@ _VERBS: dict[str, tuple[str, str]] = {
     "snapshot": ("vmm.cli.snapshot:snapshot_command", "Take snapshots of a machine, and go back to them."),
     "export": ("vmm.cli.transfer:export_command", "Export a machine to a folder, for another host."),
     "import": ("vmm.cli.transfer:import_command", "Create a machine from an exported folder."),
+    "hyperv": ("vmm.cli.hyperv:hyperv_command", "Look at machines of Hyper-V."),
     "restore": ("vmm.cli.restore:restore_command", "Make a machine from a night of a backup."),
     "repair": ("vmm.cli.repair:repair_command", "Find a machine's newest images, and use them."),
     "backup": ("vmm.cli.backup:backup_command", "Save machines in a backup repository, and look after it."),

@@ -98,6 +98,10 @@ class Unsupported(VmmError):
     exit_code = 8
 
 
+class BadConfiguration(VmmError):
+    """The file that describes a machine of Hyper-V is damaged, or of a kind that is not read."""
+
+
 class QemuFailed(VmmError):
     """QEMU refused a command, exited unexpectedly, or gave an unexpected answer."""
 
