@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     )
     from vhdkit.backup.reports_of_all import report_statuses, report_verifications
     from vhdkit.backup.repository import MachineFolder, Night, Repository, create_repository, open_repository
-    from vhdkit.backup.restore import Restored, check_disk, read_file, restore
+    from vhdkit.backup.restore import Restored, check_disk, copy_file, read_file, restore
     from vhdkit.backup.standing import StandingImage, mark_as_night, size_without_parents, stand_on_night
     from vhdkit.backup.verify import NightResult, Verification, known_results, verify
     from vhdkit.chain.records.references import NightMark, forget_marks, marks_at
@@ -101,6 +101,7 @@ __all__ = [
     "add_lease",
     "check_disk",
     "chosen",
+    "copy_file",
     "copy_repository",
     "create_repository",
     "dated_nights",
@@ -164,7 +165,7 @@ _HOMES = {
     ),
     "vhdkit.backup.reports_of_all": "report_statuses report_verifications",
     "vhdkit.backup.repository": "MachineFolder Night Repository create_repository open_repository",
-    "vhdkit.backup.restore": "Restored check_disk read_file restore",
+    "vhdkit.backup.restore": "Restored check_disk copy_file read_file restore",
     "vhdkit.backup.standing": "StandingImage mark_as_night size_without_parents stand_on_night",
     "vhdkit.backup.verify": "NightResult Verification known_results verify",
     "vhdkit.chain.records.references": "NightMark forget_marks marks_at",

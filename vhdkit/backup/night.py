@@ -25,7 +25,8 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
-from typing import Any, TypeAlias
+from io import SEEK_END
+from typing import Any, BinaryIO, TypeAlias
 
 from vhdkit import errors, formats
 from vhdkit.backup import sums
@@ -54,6 +55,7 @@ from vhdkit.units import format_size
 # Called when a piece of work begins, with its name; returns where its progress goes.
 Stages: TypeAlias = Callable[[str], Progress | None]
 _log = logging.getLogger(__name__)
+_PIECE_BYTES = 1 << 20  # of a file that is streamed
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -133,8 +135,10 @@ class Writing:
         facts: Circumstances,
         files: Mapping[str, bytes] | None = None,
         stage: Stages = no_stages,
+        streams: Mapping[str, BinaryIO] | None = None,
     ) -> Manifest:
-        """Write the night; it exists when this returns. `files` are other files of it, by name.
+        """Write the night; it exists when this returns. `files` are other files of it, by name; `streams` are such
+        files of any size, each open, and read from its beginning.
 
         Raises NoSpace, IoFailed, SyncFailed, CorruptImage for a disk that cannot be read, Replaced for one that was
         written to meanwhile; then no file of the night is left.
@@ -143,6 +147,7 @@ class Writing:
         try:
             records = [self._saved(one, states[one.disk_id], stage) for one in disks]
             meta = [self._write_file(name, raw) for name, raw in (files or {}).items()]
+            meta += [self._write_stream(name, stream, stage) for name, stream in (streams or {}).items()]
             for one in disks:
                 if references.state_of(file_of_layer(one.chain.leaf)) != states[one.disk_id]:
                     raise errors.Replaced("was written to while it was saved", path=one.chain.leaf.store.name)
@@ -158,14 +163,20 @@ class Writing:
         return self.machine.folder.free_bytes()
 
     def require_space(
-        self, disks: Sequence[FrozenDisk], keep_free_bytes: int = 0, *, free_bytes: int | None = None
+        self,
+        disks: Sequence[FrozenDisk],
+        keep_free_bytes: int = 0,
+        *,
+        free_bytes: int | None = None,
+        files_bytes: int = 0,
     ) -> int:
         """Raise NoSpace unless the disks, as they are now, will probably fit, with so much space left; the estimate.
 
         They need not be frozen. What a comparison will find is not known before: then it is the size of the leaf.
         `free_bytes`: what `free_bytes()` returned; with it nothing is asked of the repository's file system.
+        `files_bytes`: about the size of other files.
         """
-        estimate = sum(self._estimate(one) for one in disks)
+        estimate = sum(self._estimate(one) for one in disks) + files_bytes
         free = self.free_bytes() if free_bytes is None else free_bytes
         if free < estimate + keep_free_bytes:
             raise errors.NoSpace(
@@ -373,6 +384,24 @@ class Writing:
         with self.machine.meta(self.number, make=True) as folder:
             folder.write(name, raw)
         return FileRecord(name, len(raw), hashlib.sha256(raw).hexdigest())
+
+    def _write_stream(self, name: str, stream: BinaryIO, stage: Stages) -> FileRecord:
+        """Copy an open file, piece by piece."""
+        show, found = stage(f"saving {name}"), hashlib.sha256()
+        size = stream.seek(0, SEEK_END)
+        stream.seek(0)
+        with self.machine.meta(self.number, make=True) as folder, folder.new_file(name) as store:
+            for offset in range(0, size, _PIECE_BYTES):
+                piece = stream.read(min(_PIECE_BYTES, size - offset))
+                if len(piece) < min(_PIECE_BYTES, size - offset):
+                    raise errors.IoFailed(f"the {name} became shorter while it was saved", path=store.name)
+                found.update(piece)
+                store.pwrite(offset, piece)
+                if self.wishes.limit is not None:
+                    self.wishes.limit.take(len(piece))
+                if show is not None:
+                    show(offset + len(piece), size)
+        return FileRecord(name, size, found.hexdigest())
 
     def _drop(self, disks: Sequence[FrozenDisk]) -> None:
         """Remove what was written of a night that failed; what cannot be removed is left to the next one.

@@ -33,7 +33,7 @@ from vhdkit.backup.names import ImagePlace
 from vhdkit.backup.night import Stages, no_stages
 from vhdkit.backup.pruning import finish_interrupted
 from vhdkit.backup.repository import MachineFolder, open_repository
-from vhdkit.chain.engine.chain import Chain
+from vhdkit.chain.engine.chain import Chain, Progress
 from vhdkit.chain.verbs.convert import convert_chain
 from vhdkit.chain.verbs.create import DiskFormat
 from vhdkit.folder import NewFile, is_folder, remove_file
@@ -120,6 +120,28 @@ def check_disk(
         raise errors.NotFound(f"night {night.night} of {machine.name} has no disk {errors.printable(disk_id)!r}")
     images = images_now(machine, machine.nights())
     return tuple(_check(machine, images.chain(record.image), images.changing, no_stages, limit))
+
+
+def copy_file(
+    machine: MachineFolder, night: int, record: FileRecord, path: str, progress: Progress | None = None
+) -> None:
+    """Copy another file of a night, of any size, to a new file that is private to its owner.
+
+    Raises NoSpace, DamagedRepository for one that was changed; no file is left then.
+    """
+    with machine.meta(night) as folder, folder.file(record.name) as store, NewFile(path) as new:
+        sums.require_same_size(store, record.size_bytes)
+        found = hashlib.sha256()
+        for offset in range(0, record.size_bytes, MIB):
+            piece = store.pread(offset, MIB)
+            found.update(piece)
+            new.store.pwrite(offset, piece)
+            if progress is not None:
+                progress(offset + len(piece), record.size_bytes)
+        if found.hexdigest() != record.sha256:
+            raise DamagedRepository("was changed or damaged since it was written", path=store.name)
+        new.store.truncate(record.size_bytes)
+        new.commit()
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +238,7 @@ def _run(plan: _RestorePlan, stage: Stages, *, check: bool, limit: RateLimit | N
                 )
                 made.append(disk.path)
         for path, record in plan.files.items():
-            _copy_file(plan, record, path)
+            copy_file(plan.machine, plan.night, record, path)
             made.append(path)
     except BaseException:  # Ctrl-C too
         for path in made:
@@ -262,18 +284,3 @@ def _check_image(machine: MachineFolder, record: ImageRecord, stage: Stages, lim
                 hint="`vhdkit backup verify` names the nights that are whole;"
                 " `vhdkit restore --no-check` restores it as it is",
             )
-
-
-def _copy_file(plan: _RestorePlan, record: FileRecord, path: str) -> None:
-    """Copy another file of the night, private to its owner. Raises DamagedRepository for one that was changed."""
-    with plan.machine.meta(plan.night) as folder, folder.file(record.name) as store, NewFile(path) as new:
-        sums.require_same_size(store, record.size_bytes)
-        found = hashlib.sha256()
-        for offset in range(0, record.size_bytes, MIB):
-            piece = store.pread(offset, MIB)
-            found.update(piece)
-            new.store.pwrite(offset, piece)
-        if found.hexdigest() != record.sha256:
-            raise DamagedRepository("was changed or damaged since it was written", path=store.name)
-        new.store.truncate(record.size_bytes)
-        new.commit()

@@ -30,6 +30,9 @@ from vhdkit import backups
 from vmm.api import machines, scheduled_backups
 from vmm.api.known_repositories import known_to_machine, names_of, repository_for_night
 from vmm.api.machine import FrozenMachine, MergeResult
+from vmm.api.night_memory import OpenMemory, expected_bytes, freeze_with_memory, remove_left
+from vmm.api.running_machine import RunningMachine
+from vmm.api.stopped_machine import StoppedMachine
 from vmm.model.counting import TELL_SECONDS
 from vmm.model.errors import InUse, InvalidSpec, NotFound, VmmError, store_error
 from vmm.model.events import add_event, read_events
@@ -42,7 +45,7 @@ from vmm.snapshots.steps import options_of
 from vmm.store import registry
 from vmm.store.copies import refuse_copy
 from vmm.store.filling import refuse_while_filled
-from vmm.store.night_files import night_files, snapshot_facts
+from vmm.store.night_files import MEMORY, MEMORY_STATE, UEFI_VARIABLES, night_files, snapshot_facts
 from vmm.store.registry import Machine
 from vmm.store.snapshots.deletion_plan import LayerMerge
 from vmm.store.snapshots.kept import Kept
@@ -61,6 +64,7 @@ class BackupWishes:
     begin a new chain after so many images; `keep_free_bytes`: space in the repository that must stay free;
     `max_rate_bytes`: the most that is written in a second. `accepts_new`: another repository may be at the path than
     the one that is known there, and is made if the folder is empty. `schedule`: the one for which the night is saved.
+    `with_memory`: the memory, too, unless it is off.
     """
 
     consistent: bool = False
@@ -70,6 +74,7 @@ class BackupWishes:
     max_rate_bytes: int | None = None
     accepts_new: bool = False
     schedule: str | None = None
+    with_memory: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,29 +189,58 @@ class _Saving:
     def write(self) -> backups.Manifest:
         """Write the night, and keep its layers. When this returns it exists; if it raises, it does not."""
         free = self._night.free_bytes()  # now: what may hang does not while the machine is locked
+        opened = contextlib.ExitStack()
         try:
             with machines.open(self._machine.name) as machine:
-                with contextlib.ExitStack() as stack:
-                    disks = [_opened(stack, disk, lock=False) for disk in machine.spec.disks if disk.is_image]
-                    self._night.require_space(disks, self._wishes.keep_free_bytes, free_bytes=free)
-                done = machine.freeze_disks(self._to_come, consistent=self._wishes.consistent)
+                remove_left(machine)
+                self._require_space(machine, free)
+                done, memory = self._freeze(machine, opened)
                 self.pause_seconds = done.pause_seconds
                 present_now = registry.load_for_change(machine.opened.lock)
                 tree = load_tree(present_now.paths)
                 names = [disk.id for disk in present_now.spec.disks if disk.is_image]
                 files = night_files(present_now.paths, present_now.spec, names)
-            manifest = self._save(present_now.spec, tree, done, files)
+            manifest = self._save(present_now.spec, tree, done, files, memory)
         except BaseException as error:  # Ctrl-C too
             with contextlib.suppress(VmmError):  # then the record ends with this process
                 self._give_up(is_stopped=not isinstance(error, Exception))
             raise
+        finally:
+            opened.close()
         try:
             self._record(exists=True)
         except VmmError as error:  # without the record this night's layers may be merged, and the next one is larger
             self._note_left(manifest.night, error)
         return manifest
 
-    def _save(self, spec: MachineSpec, tree: Tree, frozen: FrozenMachine, files: dict[str, bytes]) -> backups.Manifest:
+    def _require_space(self, machine: StoppedMachine | RunningMachine, free_bytes: int) -> None:
+        with contextlib.ExitStack() as stack:
+            disks = [_opened(stack, disk, lock=False) for disk in machine.spec.disks if disk.is_image]
+            self._night.require_space(
+                disks, self._wishes.keep_free_bytes, free_bytes=free_bytes,
+                files_bytes=expected_bytes(machine) if self._wishes.with_memory else 0,
+            )  # fmt: skip
+
+    def _freeze(
+        self, machine: StoppedMachine | RunningMachine, stack: contextlib.ExitStack
+    ) -> tuple[FrozenMachine, OpenMemory | None]:
+        """Freeze the disks, with the memory if it is wanted and there is one."""
+        must = self._wishes.consistent
+        if not self._wishes.with_memory:
+            return machine.freeze_disks(self._to_come, consistent=must), None
+        done, memory = freeze_with_memory(machine, self._to_come, stack, consistent=must, progress=self._progress)
+        if memory is None:
+            self._night.warnings.append("the machine was off, so the night has no memory")
+        return done, memory
+
+    def _save(
+        self,
+        spec: MachineSpec,
+        tree: Tree,
+        frozen: FrozenMachine,
+        files: dict[str, bytes],
+        memory: OpenMemory | None,
+    ) -> backups.Manifest:
         images = self._kept_in(tree)
         taken = datetime.now(UTC)
         zone, offset = backups.zone_here(taken)
@@ -216,7 +250,12 @@ class _Saving:
         )  # fmt: skip
         with contextlib.ExitStack() as stack:
             disks = [_opened(stack, *_frozen(disk, tree, images)) for disk in spec.disks if disk.is_image]
-            return self._night.save(disks, facts, files, self._stage)
+            if memory is None:
+                return self._night.save(disks, facts, files, self._stage)
+            files = {**files, MEMORY_STATE: memory.description}
+            if memory.variables is not None:
+                files[UEFI_VARIABLES] = memory.variables
+            return self._night.save(disks, facts, files, self._stage, {MEMORY: memory.file})
 
     def _stage(self, doing: str) -> vhdkit.Progress:
         """Show the progress of a piece of work, in bytes."""

@@ -48,6 +48,7 @@ _MEANINGS = {
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
 @click.argument("repo")
 @click.option("--consistent", is_flag=True, help="Save nothing unless the guest's file systems are whole.")
+@click.option("--with-memory", is_flag=True, help="The night has the memory of the guest, too, of the same moment.")
 @click.option("--compare", is_flag=True, help="Compare all content with the last night; trust no mark.")
 @click.option(
     "--full-every", type=click.IntRange(1), metavar="N", help="Begin a new full image after N images of a disk."
@@ -63,6 +64,7 @@ def run_command(
     names: tuple[str, ...],
     repo: str,
     consistent: bool,
+    with_memory: bool,
     compare: bool,
     full_every: int | None,
     keep_free: int,
@@ -80,18 +82,22 @@ def run_command(
     it goes on in new images while the frozen ones are saved. The first night of a disk is a full image; each later one
     has what was written since the night before, whose frozen image is kept for that purpose, beside the disk
     (`vmm backup forget` ends this). The night also has the definition and the UEFI variables, and facts about
-    snapshots; memory and media are not saved. Disks that are passed through cannot be frozen, so a machine with one is
+    snapshots; media are not saved. Disks that are passed through cannot be frozen, so a machine with one is
     refused.
 
     A night is whole or does not exist. Ctrl-C, an error or a full disk leave nothing of it, and the machine goes on.
     With --consistent the guest's agent must freeze its file systems, or the machine must have shut down.
+
+    With --with-memory the night also has the memory of a running, paused or saved machine, so that a restore can
+    continue it where it was (`vmm restore --register --allow memory`). It takes as long as a snapshot does, which is
+    what is taken meanwhile; a machine that is off has no memory, and the night says so.
 
     Several machines are saved one after the other; one that fails does not stop the others.
     """
     code = exit_code_of_child(lambda: note_abandoned(names, repo))
     if code is not None:
         click.get_current_context().exit(code)
-    wishes = BackupWishes(consistent, compare, full_every, keep_free, limit, accepts_new, schedule)
+    wishes = BackupWishes(consistent, compare, full_every, keep_free, limit, accepts_new, schedule, with_memory)
     saved, failed = list[MachineNight](), list[VmmError]()
     for name in names:
         try:

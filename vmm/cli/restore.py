@@ -47,6 +47,8 @@ if TYPE_CHECKING:
               help="Start it at once from the night, and fill its disks while it runs.")  # fmt: skip
 @click.option("--limit", metavar="RATE", type=SIZE,
               help="With --now: fill at most this much of the disks in a second, such as 50M.")  # fmt: skip
+@click.option("--discard-memory", is_flag=True,
+              help="Leave out the memory that the night may have: the machine is off.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Show what would be made, and what has to be allowed.")
 @output_options
 def restore_command(
@@ -61,6 +63,7 @@ def restore_command(
     no_check: bool,
     now: bool,
     limit: int | None,
+    discard_memory: bool,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
@@ -68,9 +71,13 @@ def restore_command(
     """Make a machine from a night of the backup repository REPO: the newest of the machine NAME, or NIGHT, or the
     newest one by TIME.
 
-    The machine is off. It has new images, an id, MAC addresses and disk serials of its own, and can stand beside the
-    original. Everything that is read is compared with its sums first. The machine appears whole or not at all, and
-    does not need the repository afterwards.
+    It has new images, an id, MAC addresses and disk serials of its own, and can stand beside the original. Everything
+    that is read is compared with its sums first. The machine appears whole or not at all, and does not need the
+    repository afterwards.
+
+    The machine is off. If the night was taken --with-memory, it is saved, and `vmm start` continues it where it was:
+    with --register and --allow memory, and if hardware and media are as they were. Otherwise the command says why the
+    memory is left out.
 
     REPO need not be trusted: a definition that names anything outside the night, such as an ISO image or a switch, is
     refused, and each thing is listed with the option that allows it. --dry-run lists them, too.
@@ -82,7 +89,8 @@ def restore_command(
 
     \b
     With --json: {name machine_id night taken consistency folder
-      disks {id: path} granted [...] outside {thing: option} warnings [...]}
+      disks {id: path} granted [...] outside {thing: option} warnings [...]
+      is_saved memory_left_out}
     """
     from vmm.api.restoring.found_night import RestoreRequest, consent_of
     from vmm.api.restoring.restoring import look_at_night, restore_machine
@@ -91,7 +99,10 @@ def restore_command(
         raise click.UsageError("--limit takes a rate above 0, and needs --now")
     consent = consent_of(allow, dict(pair(word, "--map") for word in paths),
                          dict(pair(word, "--switch") for word in switches))  # fmt: skip
-    request = RestoreRequest(repository, night, new_name, register, folder, consent, check=not no_check)
+    request = RestoreRequest(
+        repository, night, new_name, register, folder, consent, check=not no_check,
+        without_memory="--discard-memory was given" if discard_memory else None,
+    )  # fmt: skip
     if dry_run:
         found = look_at_night(request)
         _show_plan(found, as_json=as_json)
@@ -124,6 +135,8 @@ def _report(done: RestoredMachine, *, is_running: bool, as_json: bool, quiet: bo
         for words in done.warnings:
             print_line(f"warning of that night: {words}")
         print_line(f"{done.name} is {'running' if is_running else 'restored'}: {_words_of(done)}")
+        if done.is_saved:
+            print_line(f"it is saved, with the memory of that night: vmm start {done.name} continues it")
         if is_running:
             print_line(f"its disks are filled in the background: vmm show {done.name}")
 
@@ -138,5 +151,7 @@ def _show_plan(found: RestoredMachine, *, as_json: bool) -> None:
         *((disk_id, path) for disk_id, path in found.disks.items()),
         *(("allowed", words) for words in found.granted),
         *(("not allowed", f"{what}  [{option}]") for what, option in found.outside.items()),
+        *([("memory", "continues from it")] if found.is_saved else []),
+        *([("memory left out", found.memory_left_out)] if found.memory_left_out is not None else []),
         *(("warning", words) for words in found.warnings),
     ])  # fmt: skip

@@ -3,6 +3,8 @@
 
     definition.json     the document of an export (`machine_document`), whose images are called by their disk's id
     uefi-vars.fd        the UEFI variables of a machine that has been started
+    memory              on request: memory and devices, as QEMU wrote them (its migration stream)
+    memory.json         the machine that they fit: the `state.json` of a saved machine
 
 Decides which files these are, and what of them is believed when they are read back. Nothing is: a repository is
 untrusted, and what its definition may have on this host is decided by those who restore it. Snapshots are facts for
@@ -21,6 +23,8 @@ from vmm.store.machine_document import MachineDocument, read_document
 from vmm.store.snapshots.tree import Tree
 
 DEFINITION, UEFI_VARIABLES = "definition.json", "uefi-vars.fd"
+MEMORY, MEMORY_STATE = "memory", "memory.json"
+MAX_STATE_BYTES = 8 << 20
 MAX_DEFINITION_BYTES = 4 << 20
 MAX_VARIABLES_BYTES = 64 << 20  # UEFI firmware uses a few MiB
 MAX_SNAPSHOTS = 1000  # of which a manifest has facts

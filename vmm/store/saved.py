@@ -18,7 +18,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from vmm.kvm import memory_file
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 MIB = 1 << 20
 Tell = Callable[..., None]  # tell(event, **details)
-_MAX_DESCRIPTION_BYTES = 8 << 20
+MAX_DESCRIPTION_BYTES = 8 << 20
 # The guest's memory page by page, and the state of screen, firmware and devices.
 _PAGES_FACTOR, _OTHER_BYTES = 1.01, 64 * MIB
 
@@ -131,7 +131,16 @@ def read_description(machine: MachinePaths) -> Description:
     path = os.path.join(machine.saved, "state.json")
     try:
         with open(path, "rb") as file:
-            document = json.loads(file.read(_MAX_DESCRIPTION_BYTES))
+            content = file.read(MAX_DESCRIPTION_BYTES)
+    except OSError as error:
+        raise of_os_error(error, "read the saved state", path=path) from error
+    return description_of(content, path)
+
+
+def description_of(content: bytes, path: str) -> Description:
+    """Parse the content of `state.json`, which need not be trusted; `path` is for messages. Raises VmmError."""
+    try:
+        document = json.loads(content)
         if document["format"] != FORMAT:
             raise VmmError("was saved by another version of vmm", path=path)
         return Description(
@@ -146,8 +155,6 @@ def read_description(machine: MachinePaths) -> Description:
             had_kernel(document),
             _mtus_in(document.get("mtus", {})),
         )
-    except OSError as error:
-        raise of_os_error(error, "read the saved state", path=path) from error
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise VmmError("is damaged: it does not describe a saved state", path=path) from error
 
@@ -191,13 +198,63 @@ def _media_in(value: Mapping[str, object]) -> Media:
     return media
 
 
+def restored_problem(description: Description, spec: MachineSpec) -> str | None:
+    """Why a machine whose images were restored to other paths cannot continue from this memory; None if it can."""
+    if description.had_kernel != (spec.kernel is not None):
+        return "it was started with a kernel, or is now"
+    paths = {disk.id: disk.path for disk in spec.disks}
+    try:
+        before = [dict(one) for one in description.definition.get("disks", [])]
+        for one in before:
+            name = str(one.get("id"))
+            if one.get("kind") == "iso" and one.get("path") != paths.get(name):
+                return f"the medium in {name} is another one"
+            if one.get("path") is not None and one.get("kind") != "pass-through":
+                one["path"] = paths.get(name)
+        return _definition_problem(replace(description, definition={**description.definition, "disks": before}), spec)
+    except (TypeError, ValueError, AttributeError, KeyError):
+        return "its description is damaged"
+
+
+def put(machine: MachinePaths, spec: MachineSpec, memory: str, description: Description) -> None:
+    """Make a machine that is not visible yet a saved one: its memory is the file `memory`, which is moved.
+
+    Raises VmmError.
+    """
+    document = {
+        "format": FORMAT,
+        "saved_at": description.saved_at,
+        "qemu_version": description.qemu_version,
+        "accelerator": description.accelerator,
+        "was_running": description.was_running,
+        "memory_file_bytes": description.memory_file_bytes,
+        "definition": json.loads(spec.to_json()),
+        "media": None if description.media is None else dict(description.media),
+        "accepted": dict(description.accepted),
+        "had_kernel": description.had_kernel,
+        "mtus": description.mtus,
+    }
+    try:
+        os.mkdir(machine.saved, 0o700)
+        shutil.move(memory, os.path.join(machine.saved, "memory.bin"))
+        descriptor = os.open(os.path.join(machine.saved, "memory.bin"), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)  # it may have been copied from another file system
+        finally:
+            os.close(descriptor)
+        write_whole(os.path.join(machine.saved, "state.json"), json.dumps(document, indent=2).encode() + b"\n")
+    except OSError as error:
+        raise of_os_error(error, "store the saved state", path=machine.saved) from error
+    note_disks(machine, spec)
+
+
 def accept_media(machine: MachinePaths, media: Media) -> None:
     """Record the media that the user has inserted into drives of a saved machine. Raises VmmError."""
     description = read_description(machine)
     path = os.path.join(machine.saved, "state.json")
     try:
         with open(path, "rb") as file:
-            document = json.loads(file.read(_MAX_DESCRIPTION_BYTES))
+            document = json.loads(file.read(MAX_DESCRIPTION_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         raise VmmError("is damaged: it does not describe a saved state", path=path) from error
     document["accepted"] = {**description.accepted, **media}
@@ -276,7 +333,7 @@ def version_problem(saved: str, present: str) -> str | None:
 def _disks_problem(machine: MachinePaths, spec: MachineSpec, tell: Tell) -> str | None:
     try:
         with open(os.path.join(machine.saved, "disks.json"), "rb") as file:
-            then = json.loads(file.read(_MAX_DESCRIPTION_BYTES))
+            then = json.loads(file.read(MAX_DESCRIPTION_BYTES))
     except FileNotFoundError:
         return None  # the host went down just after saving, before a disk could be changed in an orderly way
     except (OSError, ValueError, RecursionError):

@@ -14,7 +14,8 @@ import vhdkit
 from tests.vmm import nights
 from tests.vmm.small_guests import both_kinds_nightly, kill_together, processes, wait_counting, wait_whole
 from tests.waiting import wait_until
-from vmm.api.backups import MachineNight
+from vmm.api import night_memory
+from vmm.api.backups import BackupWishes, MachineNight
 from vmm.api.manager import Manager
 from vmm.model.errors import VmmError
 
@@ -151,3 +152,28 @@ def test_a_worker_killed_at_each_step(
     assert not plan.exists()
     wait_whole(but={"worker": worker})
     assert check_goes_on(manager, leaf, before).night == 1
+
+
+def test_killed_while_memory_is_saved(manager: Manager, writing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backup that is killed when it has the memory leaves no night; what it leaves goes with the next one."""
+    before, repo, begun = nights.files_of(writing.parent), writing.parent / "repo", writing.parent / "begun"
+
+    def wait_forever(*words: object) -> None:
+        begun.touch()
+        wait_until(lambda: False, "this process is killed")
+
+    for name in ("_keep", "_opened"):  # before and after the images are kept
+        child = os.fork()
+        if child == 0:
+            with contextlib.suppress(BaseException):
+                monkeypatch.setattr(night_memory, name, wait_forever)
+                manager.save_night("small", str(repo), BackupWishes(with_memory=True))
+            os._exit(0)
+        wait_until(begun.exists, "the memory is captured")
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+        begun.unlink()
+        assert nights.all_restored(repo, "small") == [] and nights.tree().snapshots
+        wait_counting(manager)
+    assert check_goes_on(manager, writing, before).night == 1
+    assert not nights.tree().snapshots

@@ -28,7 +28,7 @@ from vmm.model.formats import ImageFormat
 from vmm.model.spec import AdapterSpec, AutomaticSpec, DiskSpec, IntegrationSpec, MachineSpec, PathsSpec
 
 Decision = Literal["allowed", "confined", "asked", "dropped", "nested"]
-Allowance = Literal["background-capture", "autostart", "spoofing", "mirror"]
+Allowance = Literal["background-capture", "autostart", "spoofing", "mirror", "memory"]
 LEAVE_OUT = ""  # as the new name of a file: the machine goes without it
 UNPLUGGED = "-"  # as the name of a switch
 SWITCH = "switch:"  # before the name of a switch that is allowed by its name

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import vhdkit
 from vhdkit import backups
 from vmm.api.export_import.arrival import looked_at, refusal, resolved
-from vmm.api.export_import.foreign import ALLOWANCES, SWITCH, Consent, Judged, judge
+from vmm.api.export_import.foreign import ALLOWANCES, SWITCH, Allowance, Consent, Judged, judge
+from vmm.api.restoring.memory import problem_of
 from vmm.model.errors import InvalidSpec, NotFound, store_error
 from vmm.model.formats import ImageFormat
 from vmm.model.paths import default_folders
@@ -26,12 +27,19 @@ from vmm.store.machine_document import MachineDocument
 from vmm.store.night_files import (
     DEFINITION,
     MAX_DEFINITION_BYTES,
+    MAX_STATE_BYTES,
     MAX_VARIABLES_BYTES,
+    MEMORY,
+    MEMORY_STATE,
     UEFI_VARIABLES,
     read_night_definition,
 )
 
 ALL = "all"
+ALLOWED: Mapping[Allowance, str] = {
+    **ALLOWANCES,
+    "memory": "the memory of the guest, a stream that QEMU reads when the machine is started",
+}
 NOTHING = Consent(by_name=True)
 CONSISTENCY: Mapping[backups.Consistency, str] = {
     backups.Consistency.AGENT: "the guest's file systems were flushed and frozen",
@@ -42,12 +50,12 @@ CONSISTENCY: Mapping[backups.Consistency, str] = {
 
 
 def consent_of(words: Sequence[str], paths: Mapping[str, str], switches: Mapping[str, str]) -> Consent:
-    """What `--allow` words allow: one of `ALLOWANCES`, `switch:NAME`, a path of the definition, or `all`.
+    """What `--allow` words allow: one of `ALLOWED`, `switch:NAME`, a path of the definition, or `all`.
 
     `paths` and `switches` are what is replaced, as in `Consent`.
     """
     named = [word for word in words if word != ALL]
-    allow = frozenset(word for word in named if word in ALLOWANCES)
+    allow = frozenset(word for word in named if word in ALLOWED)
     same = {(name := word.removeprefix(SWITCH)): name for word in named if word.startswith(SWITCH)}
     kept = {word: word for word in named if word not in allow and not word.startswith(SWITCH)}
     return Consent({**kept, **paths}, {**same, **switches}, allow, everything=ALL in words, by_name=True)
@@ -59,7 +67,8 @@ class RestoreRequest:
 
     `name`: of the new machine, None for the old one. With `register` it is the old machine: its id, addresses and
     serials. `folder`: where the folder of its disks is made. `consent`: what it may have besides its own files.
-    Without `check` files are not compared with their sums.
+    Without `check` files are not compared with their sums. `without_memory`: why the memory of the night is left out,
+    None if it is wanted.
     """
 
     repository: str
@@ -69,16 +78,20 @@ class RestoreRequest:
     folder: str | None = None
     consent: Consent = NOTHING
     check: bool = True
+    without_memory: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class FoundNight:
-    """A night that is held: no prune takes it as long as `found_night` runs. `variables`: its UEFI variables."""
+    """A night that is held: no prune takes it as long as `found_night` runs. `variables`: its UEFI variables;
+    `memory_state`: the description of its memory, None if it has none.
+    """
 
     machine: backups.MachineFolder
     manifest: backups.Manifest
     document: MachineDocument
     variables: bytes | None
+    memory_state: bytes | None = None
 
     @property
     def saved_disks(self) -> dict[str, backups.DiskRecord]:
@@ -130,7 +143,10 @@ def _read(machine: backups.MachineFolder, manifest: backups.Manifest) -> FoundNi
     variables = None
     if UEFI_VARIABLES in names:
         variables = backups.read_file(machine, manifest, UEFI_VARIABLES, MAX_VARIABLES_BYTES)
-    return FoundNight(machine, manifest, document, variables)
+    state = None
+    if names.issuperset((MEMORY, MEMORY_STATE)):
+        state = backups.read_file(machine, manifest, MEMORY_STATE, MAX_STATE_BYTES)
+    return FoundNight(machine, manifest, document, variables, state)
 
 
 # -- judging -----------------------------------------------------------------------------------------------------
@@ -141,7 +157,8 @@ class Planned:
     """The machine that will be made. `paths`: disk id -> the path of its image, in `folder`, which does not exist yet.
 
     `refused`: what the definition has from outside the night, and the option that allows it; with any, no machine is
-    made. `granted`: what the user allowed.
+    made. `granted`: what the user allowed. `has_memory`: it will continue from the night's memory; `memory_left_out`:
+    why it does not, although the night has one.
     """
 
     spec: MachineSpec
@@ -149,6 +166,8 @@ class Planned:
     paths: Mapping[str, str]
     refused: Mapping[str, str]
     granted: tuple[str, ...]
+    has_memory: bool = False
+    memory_left_out: str | None = None
 
 
 def plan_machine(found: FoundNight, request: RestoreRequest) -> Planned:
@@ -164,10 +183,11 @@ def plan_machine(found: FoundNight, request: RestoreRequest) -> Planned:
     folder = os.path.join(above, spec.name)
     images = {disk_id: _image(folder, spec, disk_id, record) for disk_id, record in found.saved_disks.items()}
     judged = judge(spec, images=images, inside={}, consent=consent)
+    has_memory, left_out = _judge_memory(found, spec, request, judged)
     _refuse_unused(judged, request, found)
     made = judged.spec if judged.refused else _standing_alone(looked_at(judged), images)
     paths = {disk_id: path for disk_id, (path, _) in images.items()}
-    return Planned(made, folder, paths, judged.refused, tuple(judged.granted))
+    return Planned(made, folder, paths, judged.refused, tuple(judged.granted), has_memory, left_out)
 
 
 def _identified(spec: MachineSpec, request: RestoreRequest) -> MachineSpec:
@@ -178,6 +198,27 @@ def _identified(spec: MachineSpec, request: RestoreRequest) -> MachineSpec:
         return spec
     disks = [disk.model_copy(update={"serial": uuid.uuid4().hex[:MAX_SERIAL_CHARACTERS]}) for disk in spec.disks]
     return spec.changed(id=str(uuid.uuid4()), disks=disks)
+
+
+def _judge_memory(
+    found: FoundNight, spec: MachineSpec, request: RestoreRequest, judged: Judged
+) -> tuple[bool, str | None]:
+    """Whether the machine continues from the night's memory, or why not although there is one."""
+    if found.memory_state is None:
+        return False, None
+    judged.used.add("memory")
+    problem = request.without_memory
+    if problem is None and not request.register:
+        problem = "the guest in memory knows the old machine's addresses and serials, which only --register gives"
+    if problem is None:  # what is refused is not in the judged definition any more
+        problem = problem_of(found.memory_state, spec if judged.refused else judged.spec)
+    if problem is not None:
+        return False, problem
+    if request.consent.allows("memory"):
+        judged.granted.append(ALLOWED["memory"])
+    else:
+        judged.refused[ALLOWED["memory"]] = "--allow memory, or --discard-memory"
+    return True, None
 
 
 def _standing_alone(spec: MachineSpec, images: Mapping[str, object]) -> MachineSpec:

@@ -68,6 +68,7 @@ def restore_now(
     Raises as `restore_machine`; then nothing is left. If the machine was made but cannot be started, raises what
     prevents that, and the machine stays.
     """
+    request = replace(request, without_memory=request.without_memory or "with --now it starts from its disks")
     with vmm_errors(), ends_with_us("the restore"), found_night(request.repository, request.night) as found:
         planned = plan_machine(found, request)
         refuse_outside(planned, request)

@@ -8,8 +8,8 @@
     add         the machine appears in the registry, with its UEFI variables; the note is removed
 
 Decides this order, and which ids, addresses and serials are new. What may be in a definition is decided in
-`found_night`, what becomes of a killed restore's folder in `landing`. Memory is not part of a night: the machine
-starts as after the power cut, or the shutdown, that the night shows.
+`found_night`, what becomes of a killed restore's folder in `landing`. The machine is off, and starts as after the
+power cut, or the shutdown, that the night shows; or it is saved, with the night's memory (`memory`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import vhdkit
@@ -33,6 +34,7 @@ from vmm.api.restoring.found_night import (
     refuse_outside,
 )
 from vmm.api.restoring.landing import Landing
+from vmm.api.restoring.memory import copy_memory, put_memory
 from vmm.model.errors import AlreadyExists
 from vmm.model.events import add_event
 from vmm.model.interrupted import ends_with_us
@@ -51,7 +53,8 @@ class RestoredMachine:
     """The machine that was made, or would be. `disks`: disk id -> the path of its image. `taken`: ISO 8601.
 
     `outside`: what its definition has from outside the night and was not allowed -> the option that allows it.
-    `granted`: what the user allowed.
+    `granted`: what the user allowed. `is_saved`: it continues from the night's memory; `memory_left_out`: why it does
+    not, although the night has one.
     """
 
     name: str
@@ -64,6 +67,8 @@ class RestoredMachine:
     granted: tuple[str, ...]
     outside: Mapping[str, str]
     warnings: tuple[str, ...]
+    is_saved: bool = False
+    memory_left_out: str | None = None
 
 
 def look_at_night(request: RestoreRequest) -> RestoredMachine:
@@ -92,8 +97,10 @@ def restore_machine(
         with Landing(planned.folder) as landing:
             tell_replaced(landing, announce)
             copy_disks(found, planned, landing.part, request, progress)
+            if planned.has_memory:
+                copy_memory(found.machine, found.manifest, landing.part, progress)
             landing.appear()
-            machine = add_machine(found, planned, request)
+            machine = add_machine(found, planned, request, partial(_fill_memory, found, planned))
         report_restored(machine, found, planned)
         return result_of(found, planned, machine)
 
@@ -109,10 +116,12 @@ def refuse_taken(planned: Planned, request: RestoreRequest) -> None:
 
 
 def tell(planned: Planned, announce: Callable[[str], None] | None) -> None:
-    """Announce what the machine will have from outside the night."""
+    """Announce what the machine will have from outside the night, and that it lacks the night's memory."""
     if announce is not None:
         for words in planned.granted:
             announce(f"allowed: {words}")
+        if planned.memory_left_out is not None:
+            announce(f"the memory of the night is left out: {planned.memory_left_out}")
 
 
 def tell_replaced(landing: Landing, announce: Callable[[str], None] | None) -> None:
@@ -168,6 +177,11 @@ def add_machine(
         return registry.add(spec, fill=files)
 
 
+def _fill_memory(found: FoundNight, planned: Planned, machine: MachinePaths) -> None:
+    if planned.has_memory and found.memory_state is not None:
+        put_memory(machine, planned.folder, planned.spec, found.memory_state)
+
+
 def report_restored(machine: Machine, found: FoundNight, planned: Planned, **more: Any) -> None:
     """Record the restore as the machine's first event, and the serials of its images."""
     add_event(
@@ -191,6 +205,8 @@ def result_of(found: FoundNight, planned: Planned, machine: Machine | None) -> R
         planned.granted,
         dict(planned.refused),
         manifest.warnings,
+        planned.has_memory,
+        planned.memory_left_out,
     )
 
 
