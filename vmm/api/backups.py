@@ -352,6 +352,7 @@ def forget_nights(name: str, repository: str | None = None, *, progress: Progres
     `repository`: its folder, or its id. Raises NotFound if no layer is kept for it, InUse, StoreFailed.
     """
     with machines.open(name) as machine:
+        remove_left(machine)
         with machine.held_tree() as held:
             gone = [one for one in held.tree.kept if repository is None or _is_of(one, repository)]
             if repository is not None and not gone:

@@ -7,8 +7,8 @@
     off                 there is none; the night says so
 
 Decides how that snapshot is called, and that it goes in any case. If this process is killed while the worker captures,
-the snapshot stays until the machine's next backup. A memory file never changes, so what was opened here stays readable
-when its last name is gone, and goes with this process. Must not know how a night is written.
+the snapshot stays until the machine's next backup, or until `forget`. A memory file never changes, so what was opened
+here stays readable when its last name is gone, and goes with this process. Must not know how a night is written.
 """
 
 from __future__ import annotations

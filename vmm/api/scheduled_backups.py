@@ -68,6 +68,7 @@ class BackupWork(BaseModel):
     repository: str
     repository_ids: tuple[str, ...] = Field(default=(), max_length=_MAX_IDS)
     consistent: bool = False
+    with_memory: bool = False
     compare: bool = False
     full_every: int | None = Field(default=None, ge=1)
     keep_free_bytes: int = Field(default=0, ge=0)
@@ -213,7 +214,8 @@ def _steps(
     schedule: Schedule, work: BackupWork, name: str, command: tuple[str, ...], *, accepts_new: bool
 ) -> list[JobStep]:
     options = [NEW] if accepts_new else []
-    options += [word for given, word in ((work.consistent, "--consistent"), (work.compare, "--compare")) if given]
+    flags = (work.consistent, "--consistent"), (work.with_memory, "--with-memory"), (work.compare, "--compare")
+    options += [word for given, word in flags if given]
     if work.full_every is not None:
         options += ["--full-every", str(work.full_every)]
     if work.keep_free_bytes:

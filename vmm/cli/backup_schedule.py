@@ -102,6 +102,7 @@ def schedule_command() -> None:
 @click.option("--sample", "percent", type=click.IntRange(1, 100), metavar="PERCENT",
               help="Then verify a random part of each image.")  # fmt: skip
 @click.option("--consistent", is_flag=True, help="As of `vmm backup run`.")
+@click.option("--with-memory", is_flag=True, help="As of `vmm backup run`.")
 @click.option("--compare", is_flag=True, help="As of `vmm backup run`.")
 @click.option("--full-every", type=click.IntRange(1), metavar="N", help="As of `vmm backup run`.")
 @click.option("--keep-free", type=SIZE, default=0, metavar="SIZE", help="As of `vmm backup run`.")
@@ -153,6 +154,7 @@ def add_command(
         "machines": machines,
         "repository": repo,
         "consistent": more["consistent"],
+        "with_memory": more["with_memory"],
         "compare": more["compare"],
         "full_every": more["full_every"],
         "keep_free_bytes": more["keep_free"],

@@ -73,7 +73,8 @@ def test_the_commands(home: Path) -> None:
     """Each machine is saved, pruned by its id, and verified; a word that looks like an option is a name."""
     made = schedule(
         home, machines=["web", "mail", "web"], keep={"daily": 7, "weekly": 4}, zone="Europe/Berlin", sample_percent=5,
-        consistent=True, compare=True, full_every=30, keep_free_bytes=1 << 30, max_rate_bytes=1 << 20,
+        consistent=True, with_memory=True, compare=True, full_every=30, keep_free_bytes=1 << 30,
+        max_rate_bytes=1 << 20,
     )  # fmt: skip
     jobs, repo = jobs_of(made, ["/bin/vmm"]), str(home / "repo")
     assert [one.name for one in jobs] == ["web", "mail"]
@@ -83,6 +84,7 @@ def test_the_commands(home: Path) -> None:
         "nightly",
         "--json",
         "--consistent",
+        "--with-memory",
         "--compare",
         "--full-every",
         "30",

@@ -205,7 +205,8 @@ def test_status(home: Path) -> None:
 
 def test_the_commands_have_the_options(home: Path) -> None:
     """What a schedule with every setting runs are commands with options that they have."""
-    settings = ("--keep-last", "1", "--keep-yearly", "2", "--sample", "5", "--consistent", "--compare", "--full-every",
+    settings = ("--keep-last", "1", "--keep-yearly", "2", "--sample", "5", "--consistent", "--with-memory",
+                "--compare", "--full-every",
                 "9", "--keep-free", "1G", "--limit", "20M", "--zone", "Europe/Berlin")  # fmt: skip
     run(*ADD, home / "repo", "--when", "22:30", *settings)
     steps = scheduled_backups.jobs_of(store.load("nightly"), ["vmm"])[0].steps

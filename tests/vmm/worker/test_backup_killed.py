@@ -154,6 +154,7 @@ def test_a_worker_killed_at_each_step(
     assert check_goes_on(manager, leaf, before).night == 1
 
 
+@pytest.mark.nightly
 def test_killed_while_memory_is_saved(manager: Manager, writing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A backup that is killed when it has the memory leaves no night; what it leaves goes with the next one."""
     before, repo, begun = nights.files_of(writing.parent), writing.parent / "repo", writing.parent / "begun"

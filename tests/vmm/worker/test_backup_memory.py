@@ -75,6 +75,7 @@ def test_a_restored_guest_counts_on(manager: Manager, tmp_path: Path) -> None:
         manager.delete("small", with_disks=True)
 
 
+@pytest.mark.nightly
 def test_memory_of_other_states(manager: Manager, tmp_path: Path) -> None:
     """A saved machine's state is the memory, a paused one stays paused, and one that is off has none."""
     make_machine(manager, tmp_path)
@@ -96,6 +97,7 @@ def test_memory_of_other_states(manager: Manager, tmp_path: Path) -> None:
     wait_counting(manager)
 
 
+@pytest.mark.nightly
 def test_memory_that_does_not_fit(manager: Manager, tmp_path: Path) -> None:
     """A night whose definition and memory differ gives a machine that is off; damaged memory gives none."""
     make_machine(manager, tmp_path)
@@ -121,6 +123,7 @@ def test_memory_that_does_not_fit(manager: Manager, tmp_path: Path) -> None:
     assert "memory" in str(results)
 
 
+@pytest.mark.nightly
 def test_a_failure_leaves_no_night_and_no_snapshot(
     manager: Manager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,5 +145,8 @@ def test_a_failure_leaves_no_night_and_no_snapshot(
     manager.snapshots("small").create("backup-12345678", notes=_NOTES)  # as a killed backup leaves it
     manager.snapshots("small").create("backup-87654321", notes="mine")
     manager.save_night("small", str(repo), WITH_MEMORY)
+    assert [one.name for one in nights.tree().snapshots.values()] == ["backup-87654321"]
+    manager.snapshots("small").create("backup-12345678", notes=_NOTES)
+    manager.forget_nights("small")
     assert [one.name for one in nights.tree().snapshots.values()] == ["backup-87654321"]
     wait_counting(manager)
