@@ -88,10 +88,13 @@ def was_written(layers: Sequence[Layer]) -> bool:
 def differing_sample(one: Chain, other: Chain, rng: random.Random | None = None) -> int | None:
     """Compare two disks that should read alike at random places; the offset of one that differs, or None.
 
-    Places are drawn from the blocks in which either has space. Raises IoFailed.
+    Places are drawn from the blocks in which either has space. The chains are good for no other reads afterwards that
+    should be quick. Raises IoFailed.
     """
     if one.size_bytes != other.size_bytes:
         return min(one.size_bytes, other.size_bytes)
+    for chain in (one, other):
+        chain.map.walked_once()  # so few reads are not worth a fine table: its memory would be filled for each of them
     rng = rng or random.SystemRandom()
     buffers = memoryview(bytearray(SAMPLE_BYTES)), memoryview(bytearray(SAMPLE_BYTES))
     for begin in [*_places(one, rng, SAMPLES // 2), *_places(other, rng, SAMPLES - SAMPLES // 2)]:

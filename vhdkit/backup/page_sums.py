@@ -41,16 +41,29 @@ def sums_of_data(data: memoryview) -> bytes:
 
 def sum_of_range(content: bytearray, pages: int) -> bytes:
     """The sum of a range. Only the pages whose bits are set can have data; the others are zeros."""
-    mask, parts = 0, []
+    mask, end = 0, 0
+    parts: list[tuple[int, int]] = []
     while pages:
         bit = pages & -pages
         pages ^= bit
         at = (bit.bit_length() - 1) * PAGE_BYTES
-        page = content[at : at + PAGE_BYTES]
-        if page != _ZERO_PAGE:
-            mask |= bit
-            parts.append(page)
-    return hashlib.sha256(b"".join((mask.to_bytes(2, "little"), *parts))).digest() if mask else ZERO_SUM
+        if content.startswith(_ZERO_PAGE, at):
+            continue
+        mask |= bit
+        if parts and at == end:  # pages that lie side by side are one part
+            parts[-1] = (parts[-1][0], at + PAGE_BYTES)
+        else:
+            parts.append((at, at + PAGE_BYTES))
+        end = at + PAGE_BYTES
+    if not mask:
+        return ZERO_SUM
+    with memoryview(content) as view:
+        pieces = [view[begin:end] for begin, end in parts]
+        whole = pieces[0] if len(pieces) == 1 else b"".join(pieces)  # each update has its price
+        found = hashlib.sha256(mask.to_bytes(2, "little"))
+        found.update(whole)
+        del pieces, whole
+    return found.digest()
 
 
 def sums_of_pages(data: memoryview, numbers: NDArray[np.int64]) -> Iterator[tuple[int, bytes]]:

@@ -131,7 +131,8 @@ class BlockMap:
         with taken(self._lock):
             entry = self._sole_owner(grain)
             if entry > 0:
-                self._refine_whole(grain, entry)
+                if not self._is_walked_once:
+                    self._refine_whole(grain, entry)
             else:
                 owners, offsets = self._owners_of(grain)
                 entry = self._entry_for(grain, owners, offsets)

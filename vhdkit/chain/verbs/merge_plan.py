@@ -92,20 +92,27 @@ class MergePlan:
         return pieces
 
     def _grain_pieces(self, first: int, count: int) -> list[Piece]:
-        """The pieces of one grain: from its first owner alone if that owns all of it, the usual case."""
-        return self._whole_piece(first, count) or self._mixed_pieces(first, count)
+        """The pieces of one grain: from one source alone if no other matters there, the usual case."""
+        layer = self._sole_owner(first, count)
+        return self._mixed_pieces(first, count) if layer is None else list(_pieces_of(layer, first, count))
 
-    def _whole_piece(self, first: int, count: int) -> list[Piece]:
+    def _sole_owner(self, first: int, count: int) -> Layer | None:
+        """The only source with anything in the grain, or the first one, if that owns all of it. None is always safe:
+        then the sources are looked at sector by sector.
+        """
+        sole = None
         for layer, visible in zip(self.sources, self._visible, strict=True):
             if not layer.block_size_bytes or visible < sectors_to_bytes(first + count):
-                break
-            offset, owned = _owned_by(layer, first, count)
-            if offset == ZEROS_WITHOUT_SPACE:
-                break
-            if offset >= 0:
-                whole = owned is None and next(_holes(layer, offset, count), None) is None
-                return [Piece(first, count, layer.store, offset)] if whole else []
-        return []
+                return None
+            block = first // whole_sectors(layer.block_size_bytes)
+            offset = layer.block_offset(block)
+            if offset >= 0 and sole is None:
+                sole = layer
+                if len(self.sources) > 1 and layer.owned_sectors(block) is None:
+                    return sole  # what lies below is hidden
+            elif offset >= 0 or offset == ZEROS_WITHOUT_SPACE:
+                return None
+        return sole
 
     def _mixed_pieces(self, first: int, count: int) -> list[Piece]:
         owners = np.full(count, _KEEP, dtype=np.uint8)
@@ -237,6 +244,46 @@ def _owned_by(layer: Layer, first: int, count: int) -> tuple[int, NDArray[np.boo
         return offset, None
     owned = layer.owned_sectors(block)
     return offset + sectors_to_bytes(within), None if owned is None else owned[within : within + count]
+
+
+def _pieces_of(layer: Layer, first: int, count: int) -> Iterator[Piece]:
+    """The pieces of a grain in which the layer has space, and no other source has anything."""
+    offset, owned = _owned_by(layer, first, count)
+    runs = [(0, count)]
+    if owned is not None:
+        edges = (np.flatnonzero(owned[1:] != owned[:-1]) + 1).tolist()
+        bounds = [0, *edges, count] if owned[0] else [*edges, count]
+        runs = list(zip(bounds[::2], bounds[1::2], strict=False))  # the last one may lack its partner
+    if not runs:
+        return
+    begin, end = runs[0][0], runs[-1][1]
+    holes = [(begin + start, begin + stop) for start, stop in
+             _holes(layer, offset + sectors_to_bytes(begin), end - begin)]  # fmt: skip
+    for start, stop, is_zero in _cut(runs, holes):
+        if is_zero:
+            yield Piece(first + start, stop - start)
+        else:
+            yield Piece(first + start, stop - start, layer.store, offset + sectors_to_bytes(start))
+
+
+def _cut(runs: Sequence[tuple[int, int]], holes: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, bool]]:
+    """The runs, which are apart from each other, as parts (from, to, is it in a hole), in order, as long as can be."""
+    number = 0
+    for start, stop in runs:
+        while start < stop:
+            while number < len(holes) and holes[number][1] <= start:
+                number += 1
+            if number == len(holes) or holes[number][0] >= stop:
+                yield start, stop, False
+                break
+            hole, end = holes[number]
+            if hole > start:
+                yield start, hole, False
+            following = number + 1
+            while following < len(holes) and holes[following][0] == end:  # one that begins where this one ends
+                end, following = holes[following][1], following + 1
+            yield max(start, hole), min(end, stop), True
+            start = min(end, stop)
 
 
 def _holes(layer: Layer, offset_bytes: int, count: int) -> Iterator[tuple[int, int]]:

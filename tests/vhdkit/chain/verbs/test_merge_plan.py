@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,7 +17,7 @@ from tests.harness.model import walk_read
 from tests.harness.power import LINK
 from tests.harness.stores import MemStore
 from vhdkit.chain.engine.chain import Chain
-from vhdkit.chain.verbs.merge_plan import plan_merge
+from vhdkit.chain.verbs.merge_plan import MergePlan, _cut, plan_merge
 from vhdkit.chain.verbs.merge_steps import fold
 from vhdkit.formats.probe import FormatName, open_layer
 from vhdkit.formats.raw import create_raw
@@ -101,6 +103,37 @@ def test_a_new_file_reads_as_the_leaf_does(plan: ChainPlan, depth: int, block_si
     fold(plan_merge(sources, target, below_bytes=below[0].size_bytes if below else 0, fresh=True), target)
     target.close()
     assert content_of([reopened(store, plan, index, writable=False), *below]) == content_of(layers)
+
+
+@given(chain_plans(min_children=1, max_children=4), st.integers(1, 4))
+def test_a_source_that_is_alone_gives_the_pieces_of_the_walk(plan: ChainPlan, depth: int) -> None:
+    """Where one source alone has anything, its pieces are those that going through all sources sector by sector finds,
+    to the last one."""
+    layers = build(plan)
+    sources = layers[: min(depth, len(layers))]
+    store = MemStore("new.vhd")
+    create_differencing(store, layers[0].size_bytes, LINK)
+    merge = plan_merge(sources, open_layer(store, writable=True), below_bytes=layers[0].size_bytes, fresh=True)
+    found = list(merge.blocks())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MergePlan, "_sole_owner", lambda self, first, count: None)
+        assert list(merge.blocks()) == found
+
+
+@given(st.sets(st.integers(0, 24)), st.sets(st.integers(0, 24)))
+def test_runs_are_cut_at_holes(owned: set[int], holes: set[int]) -> None:
+    """Every sector of a run is in a part that says whether it is in a hole, and no two parts could be one."""
+    cut = [*_cut(runs_of(owned), [(one, one + 1) for one in sorted(holes)])]
+    assert [(one, is_zero) for start, stop, is_zero in cut for one in range(start, stop)] == [
+        (one, one in holes) for one in sorted(owned)
+    ]
+    assert all(before[1] < after[0] or before[2] != after[2] for before, after in itertools.pairwise(cut))
+
+
+def runs_of(numbers: set[int]) -> list[tuple[int, int]]:
+    """The numbers as runs (from, to)."""
+    starts = sorted(one for one in numbers if one - 1 not in numbers)
+    return list(zip(starts, sorted(one + 1 for one in numbers if one + 1 not in numbers), strict=True))
 
 
 def two_layers(*, target_kind: str, base: bool = False) -> list[Layer]:
