@@ -85,7 +85,7 @@ CHANGING: dict[str, Verb] = {
 LOOKING = (
     "Manager.names machines show state events follow_events log_path snapshots create plan_delete disks guest restore",
     "MachineSnapshots.tree find merging merges_due hidden kept_for_backups sizes size_of_now",
-    "GuestAccess.open_console has_console console_log screen vnc_socket ping info items get_item",
+    "GuestAccess.open_console has_console console_log screen picture vnc_socket ping info items get_item",
 )
 ASKING = (
     "Manager.shutdown stop stop_with_host save reset pause resume",

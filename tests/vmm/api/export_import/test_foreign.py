@@ -11,6 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from vmm.api.export_import.foreign import ALLOWANCES, DECISIONS, Allowance, Consent, judge
+from vmm.api.restoring.found_night import ALLOWED
 from vmm.model.formats import ImageFormat
 from vmm.model.spec import MachineSpec, make_spec
 
@@ -60,7 +61,8 @@ def test_every_setting_is_decided() -> None:
     asked = {f"{model.__name__}.{name}" for model, names in DECISIONS.items()
              for name, decision in names.items() if decision in ("confined", "asked")}  # fmt: skip
     assert asked == set(REACHING)
-    assert set(get_args(Allowance)) == set(ALLOWANCES)
+    assert set(get_args(Allowance)) == set(ALLOWED)
+    assert set(ALLOWED) - set(ALLOWANCES) == {"memory"}, "only a night of a backup may have memory"
 
 
 @pytest.mark.parametrize("setting", REACHING)
