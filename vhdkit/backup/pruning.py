@@ -268,9 +268,12 @@ def _refuse_second_names(machine: MachineFolder, merging: ImageMerge) -> None:
 
 
 def _mark(machine: MachineFolder, nights: list[Night], drop: set[int], gone: set[ImagePlace]) -> None:
-    """Mark the manifests of the dropped nights, or remove those that describe nothing which is needed."""
+    """Mark the manifests of the dropped nights, or remove those that describe nothing which is needed.
+
+    The newest goes first: if this is interrupted, a night that was to go later can still be read.
+    """
     live = {disk.image for one in _manifests(nights) if one.night not in drop for disk in one.disks}
-    for manifest in _manifests(nights):
+    for manifest in reversed(_manifests(nights)):
         if manifest.night not in drop or manifest.dropped:
             continue
         needed = [disk for disk in manifest.disks if disk.image not in gone and disk.image not in live]

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 from dataclasses import replace
+from datetime import UTC
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,11 @@ from vhdkit import errors
 from vhdkit.backup import pruning as module
 from vhdkit.backup.documents import DamagedRepository
 from vhdkit.backup.journal import read_journal
+from vhdkit.backup.keep import KeepRules
 from vhdkit.backup.night import Wishes, writing
-from vhdkit.backup.pruning import delete, finish
+from vhdkit.backup.pruning import delete, finish, prune
 from vhdkit.backup.renewal import Renewal
-from vhdkit.backup.repository import PRUNE_FILE, create_repository
+from vhdkit.backup.repository import PRUNE_FILE, MachineFolder, create_repository
 from vhdkit.backup.restore import restore
 from vhdkit.backup.verify import known_results, verify
 
@@ -101,6 +103,35 @@ def test_after_an_interruption(
     restore(nights.path, "web@4", tmp_path, disks=["a"], kind="raw")
     assert (tmp_path / "web-a.raw").read_bytes() == nights.content[4]["a"]
     check(nights, 1, 2, 4, 5, 6, 7)
+
+
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.nightly)])
+def test_nights_that_have_not_gone_yet(
+    nights: Nights, monkeypatch: pytest.MonkeyPatch, count: int, tmp_path: Path
+) -> None:
+    """If a prune is interrupted between two nights that go, those that are still there are whole, and restored."""
+    real, calls = MachineFolder.remove_manifest, [0]
+
+    def some(machine: MachineFolder, number: int) -> None:
+        calls[0] += 1
+        if calls[0] > count:
+            raise KeyboardInterrupt
+        real(machine, number)
+
+    with nights.machine() as machine:
+        for number in (3, 4, 5, 6):
+            delete(machine, number)
+        nights.add({"a": {0: b"alone"}, "b": {0: b"alone"}}, on=0)
+        monkeypatch.setattr(MachineFolder, "remove_manifest", some)
+        with pytest.raises(KeyboardInterrupt):
+            prune(machine, KeepRules(last=1), UTC)
+        monkeypatch.undo()
+        there = [one.number for one in machine.nights()]
+        assert len(there) == 4 - count and all(one.is_whole for one in verify(machine, again=True).nights)
+    for number in there:
+        restore(nights.path, f"web@{number}", tmp_path, disks=["a"], kind="raw")
+        assert (tmp_path / "web-a.raw").read_bytes() == nights.content[number]["a"]
+        (tmp_path / "web-a.raw").unlink()
 
 
 PLACES: list[tuple[object, str]] = [
