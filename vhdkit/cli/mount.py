@@ -12,7 +12,9 @@ import logging
 import logging.handlers
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import click
@@ -116,10 +118,12 @@ def mount_command(common: Common, fstab: tuple[str, ...], **words: Any) -> None:
         given.allow_other, given.foreground,
     )  # fmt: skip
     mounted = mount(request, lambda body, talks: start(body, talks=talks))
-    _print_result(mounted, request, common)
-    if given.foreground:
-        with unmeant_ignored():
-            _stay(mounted, common)
+    show = partial(_print_result, mounted, request, common)
+    if not given.foreground:
+        show()
+        return
+    with unmeant_ignored():
+        _stay(mounted, common, show)
 
 
 def _check(words: _Words) -> None:
@@ -210,10 +214,11 @@ def _print_result(mounted: Mounted, request: MountRequest, common: Common) -> No
     sys.stdout.flush()
 
 
-def _stay(mounted: Mounted, common: Common) -> None:
-    """Wait until it is unmounted, or unmount it when a signal arrives."""
+def _stay(mounted: Mounted, common: Common, show: Callable[[], None]) -> None:
+    """Show what was mounted, and wait until it is unmounted, or unmount it when a signal arrives."""
     problem = None
     try:
+        show()  # a program that reads that may send a signal at once
         code = mounted.child.wait()
     except Interrupted:
         try:

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -23,6 +24,9 @@ from tests.support import ROOT, SYSTEM_PYTHON, require_tool
 from tests.vhdkit.cli.running import failure, finish, good, start
 from vhdkit.cli import mount as module
 from vhdkit.cli.common import Common
+from vhdkit.cli.failure import Interrupted
+from vhdkit.serve.mount.host import Child
+from vhdkit.serve.mount.mounting import Mounted
 
 MIB = 1 << 20
 NOBODY_UID = 65534
@@ -116,6 +120,23 @@ def test_foreground_ends_with_a_signal(folder: Path, number: int) -> None:
         assert (code, errors) == (0, "") and not is_mounted(folder / "mnt")
     with vhdkit.open_disk("disk.vhd") as disk:
         assert disk.read(0, 5) == b"hello"
+
+
+def test_a_signal_while_the_mount_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It unmounts, too: a program that reads the announcement may send one before the command waits."""
+
+    class Server:
+        def wait(self) -> int:
+            return 0
+
+    def announce() -> None:
+        raise Interrupted(signal.SIGINT)
+
+    unmounted = list[str]()
+    monkeypatch.setattr(module, "umount", unmounted.append)
+    mounted = Mounted("/mnt", "/mnt", "disk.vhd", MIB, True, cast("Child", Server()))
+    module._stay(mounted, Common(vhdkit.OpenOptions(), False, False, False), announce)
+    assert unmounted == ["/mnt"]
 
 
 def test_foreground_ends_with_the_mount(folder: Path) -> None:
