@@ -313,7 +313,7 @@ def place_of_peers(options: argparse.Namespace, name: str) -> Iterator[Path]:
 
 
 def run(name: str, pieces: Pieces, wanted: Wanted, options: argparse.Namespace, deadline: float) -> bool:
-    """Measure a piece. Returns False if there is more to do, for which there is no time."""
+    """Measure a piece. Returns False if the deadline leaves no time for the rest."""
     begin = time.monotonic()
     if name in PEERS:
         with place_of_peers(options, name) as folder:
@@ -339,7 +339,7 @@ def chosen(options: argparse.Namespace) -> list[str]:
     known = [*PIECES, *PEERS]
     names = options.only.split(",") if options.only else [name for name in known if options.peers or name in PIECES]
     if unknown := set(names) - set(known):
-        raise SystemExit(f"--only: there is no {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+        raise SystemExit(f"--only: unknown: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
     missing = [name for name in PEER_PROGRAMS if name != OURS and not has(name)]
     if missing and set(names) & set(PEERS):
         print(f"not installed, so not measured: {', '.join(missing)}", file=sys.stderr)

@@ -88,8 +88,8 @@ def was_written(layers: Sequence[Layer]) -> bool:
 def differing_sample(one: Chain, other: Chain, rng: random.Random | None = None) -> int | None:
     """Compare two disks that should read alike at random places; the offset of one that differs, or None.
 
-    Places are drawn from the blocks in which either has space. The chains are good for no other reads afterwards that
-    should be quick. Raises IoFailed.
+    Places are drawn from the blocks in which either has space. Later reads of both chains are slow. Raises
+    IoFailed.
     """
     if one.size_bytes != other.size_bytes:
         return min(one.size_bytes, other.size_bytes)

@@ -59,7 +59,7 @@ def sum_of_range(content: bytearray, pages: int) -> bytes:
         return ZERO_SUM
     with memoryview(content) as view:
         pieces = [view[begin:end] for begin, end in parts]
-        whole = pieces[0] if len(pieces) == 1 else b"".join(pieces)  # each update has its price
+        whole = pieces[0] if len(pieces) == 1 else b"".join(pieces)  # so that `update` is called once
         found = hashlib.sha256(mask.to_bytes(2, "little"))
         found.update(whole)
         del pieces, whole

@@ -30,7 +30,7 @@ from vhdkit import backups
 from vmm.api import machines, scheduled_backups
 from vmm.api.known_repositories import known_to_machine, names_of, repository_for_night
 from vmm.api.machine import FrozenMachine, MergeResult
-from vmm.api.night_memory import OpenMemory, expected_bytes, freeze_with_memory, remove_left
+from vmm.api.night_memory import OpenMemory, expected_bytes, freeze_with_memory, remove_left, without_left
 from vmm.api.running_machine import RunningMachine
 from vmm.api.stopped_machine import StoppedMachine
 from vmm.model.counting import TELL_SECONDS
@@ -192,7 +192,7 @@ class _Saving:
         opened = contextlib.ExitStack()
         try:
             with machines.open(self._machine.name) as machine:
-                remove_left(machine)
+                self._night.warnings += without_left(machine)
                 self._require_space(machine, free)
                 done, memory = self._freeze(machine, opened)
                 self.pause_seconds = done.pause_seconds

@@ -95,6 +95,15 @@ def remove_left(machine: StoppedMachine | RunningMachine) -> None:
             machine.delete_snapshot(one.id)
 
 
+def without_left(machine: StoppedMachine | RunningMachine) -> list[str]:
+    """Delete them before a backup, which goes on if that fails: returns what to say then."""
+    try:
+        remove_left(machine)
+    except VmmError as error:
+        return [f"the snapshot of a backup that was killed could not be deleted: {error}"]
+    return []
+
+
 def _keep(machine: RunningMachine, night: NightToCome, snapshot: Snapshot) -> None:
     """Keep the images that the snapshot froze for the night."""
     with machine.held_tree() as held:

@@ -240,7 +240,7 @@ def _steps(
 
 
 def _paths_of(name: str) -> MachinePaths | None:
-    """The files of a machine of this host; None if there is no such machine."""
+    """The files of a machine of this host; None if it does not exist or cannot be read."""
     try:
         return registry.load(name).paths
     except VmmError:

@@ -48,7 +48,7 @@ _MEANINGS = {
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
 @click.argument("repo")
 @click.option("--consistent", is_flag=True, help="Save nothing unless the guest's file systems are whole.")
-@click.option("--with-memory", is_flag=True, help="The night has the memory of the guest, too, of the same moment.")
+@click.option("--with-memory", is_flag=True, help="Save the guest's memory of that moment, too.")
 @click.option("--compare", is_flag=True, help="Compare all content with the last night; trust no mark.")
 @click.option(
     "--full-every", type=click.IntRange(1), metavar="N", help="Begin a new full image after N images of a disk."

@@ -4,9 +4,8 @@
 Decides which key means what, and which keys are not known. Must not know how a file stores them, nor what becomes of
 the machine here.
 
-A key that lacks has the value that Hyper-V gives it; one of another type than it should have, or one that contradicts
-another, is a doubt, and is reported with the machine. A configuration without a name, an id, memory or processors is
-none.
+A missing key has Hyper-V's default value. A key of an unexpected type, or one that contradicts another, is a doubt,
+which is reported with the machine. A configuration without a name, an id, memory or processors is refused.
 """
 
 from __future__ import annotations
@@ -58,8 +57,8 @@ def configuration(path: str, tree: Key) -> HyperVMachine:
         index = tree.at("Configurations/VirtualMachines")
         if index is not None:
             hint = "name one of the configurations that it lists, or their folder"
-            refuse(path, "it is a host's index of machines, no machine", hint=hint)
-        refuse(path, "it is no machine: it has no key `configuration`", hint=None)
+            refuse(path, "it is a host's index of machines, not a machine", hint=hint)
+        refuse(path, "it does not describe a machine: the key `configuration` is missing", hint=None)
     return _Reading(path, root).machine()
 
 
@@ -132,7 +131,7 @@ class _Reading:
     # -- values -------------------------------------------------------------------------------------------------
 
     def _at(self, path: str, below: Key | None = None) -> Key | None:
-        """A key; None if it lacks, and, with a doubt, if there are several."""
+        """A key; None if it is missing, and, with a doubt, if there are several."""
         if below is not None:
             found = below.every(path)
         else:
@@ -144,7 +143,7 @@ class _Reading:
         return found[0] if len(found) == 1 else None
 
     def _value(self, path: str, kind: type[T], below: Key | None = None) -> T | None:
-        """The value of a key; None, with a doubt if that is due, if it lacks or has another type."""
+        """The value of a key; None if it is missing, and, with a doubt, if it has another type."""
         found = self._at(path, below)
         if found is None:
             return None
@@ -179,15 +178,15 @@ class _Reading:
         if _UUID.fullmatch(found):
             return found
         if otherwise is None:
-            refuse(self._path, f"it is no machine: its key {path} holds no id")
+            refuse(self._path, f"it does not describe a machine: its key {path} does not hold an id")
         if found:
-            self._doubts.append(f"the key {path} is {found!r}, which is no id")
+            self._doubts.append(f"the key {path} is {found!r}, which is not an id")
         return otherwise
 
     def _needed(self, path: str) -> int:
         found = self._value(path, int)
         if found is None or found < 1:
-            refuse(self._path, f"it is no machine: its key {path} holds no number above 0")
+            refuse(self._path, f"it does not describe a machine: its key {path} does not hold a number above 0")
         return found
 
     # -- parts --------------------------------------------------------------------------------------------------
@@ -286,7 +285,7 @@ class _Reading:
             return None
         digits = re.sub("[-:]", "", text)
         if not _MAC.fullmatch(text) or len(digits) != 12:
-            self._doubts.append(f"the adapter {instance} has the MAC address {text!r}, which is none")
+            self._doubts.append(f"the adapter {instance} has the MAC address {text!r}, which is not one")
             return None
         if not int(digits, 16):
             return None
@@ -334,7 +333,7 @@ class _Reading:
         if found.generation not in (1, 2):
             refuse(self._path, f"it is of generation {found.generation}; 1 and 2 are known", hint=None)
         if not found.name:
-            refuse(self._path, "it is no machine: its key properties/name is empty")
+            refuse(self._path, "it does not describe a machine: its key properties/name is empty")
         if found.generation == 2 and any(one.bus != "scsi" for one in found.drives if one.path):
             self._doubts.append("it is of generation 2, and has drives on other buses than SCSI")
 
@@ -343,7 +342,7 @@ class _Reading:
         known = {f"_{name}_" for name in (*scsi, ids.IDE, ids.FLOPPY)}
         for key in self._root.children:
             if key.name.lower() not in known and key.at("controller0/drive0") is not None:
-                self._doubts.append(f"{key.name} has drives, but is no controller in the manifest")
+                self._doubts.append(f"{key.name} has drives, but the manifest does not list it as a controller")
 
     def _unknown(self) -> Iterator[tuple[str, str]]:
         for path, key in self._root.walk():

@@ -21,7 +21,7 @@ from vmm.hyperv.problems import refuse
 
 MAX_READ_BYTES = 64 << 20  # of one file
 _MAX_OBJECT_TABLES = 1024
-_MAX_LOG_ENTRIES = 4096
+_MAX_LOG_ENTRIES = 256  # real logs have room for 145
 
 
 class Container:
@@ -71,6 +71,8 @@ class Container:
             data = self.read("what the log holds", start + entry.position_bytes, entry.size_bytes)
             if layout.checksum(data) != entry.data_checksum:
                 refuse(self.path, "what the log holds is damaged", at_byte=start + entry.position_bytes)
+            if entry.target_bytes + len(data) > self._size + MAX_READ_BYTES:
+                refuse(self.path, "an entry of the log belongs far past the end of the file,", at_byte=place)
             changes.append((entry.target_bytes, data))
         self._changes = changes
         self._size = max(self._size, *(target + len(data) for target, data in changes), 0)

@@ -44,7 +44,7 @@ class Key:
         return found
 
     def at(self, path: str) -> Key | None:
-        """The key at that path. None if it lacks, or if it is doubtful which of several is meant."""
+        """The key at that path. None if it is missing, or if there are several."""
         found = self.every(path)
         return found[0] if len(found) == 1 else None
 

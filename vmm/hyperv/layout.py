@@ -121,7 +121,7 @@ def header(raw: bytes) -> ContainerHeader | None:
 
 
 def object_count(raw: bytes) -> int | None:
-    """How many lines a table of objects has; None if it is none."""
+    """How many lines a table of objects has; None if it has no signature."""
     signature, count = _OBJECT_TABLE.unpack_from(raw)
     return count if signature == OBJECT_TABLE_SIGNATURE else None
 

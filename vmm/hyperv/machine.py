@@ -131,5 +131,5 @@ class HyperVMachine:
     is_shielded: bool
     merge_pending: bool  # a merge of disks was not finished
     devices: tuple[Device, ...]
-    doubts: tuple[str, ...]  # what contradicts itself or lacks, in sentences
+    doubts: tuple[str, ...]  # contradictions and missing parts, in sentences
     unknown: tuple[tuple[str, str], ...]  # keys that are not read: path, value

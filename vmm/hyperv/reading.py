@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading a file of a Hyper-V machine: which reader it gets.
 
-Decides that by the content, not by the name, and what is said about files that are no configuration. Must not know
+Decides that by the content, not by the name, and what is said about other files. Must not know
 what any key means. Files are opened for reading alone, without waiting, and only if they are regular ones.
 """
 
@@ -23,7 +23,7 @@ _NOT_READ = {
     ".exp": "it is an export of Windows Server 2008 or 2008 R2, which is not read",
     ".bin": "it is the saved memory of a machine, which only Hyper-V can load",
     ".vsv": "it is the saved state of a machine's devices, which only Hyper-V can load",
-    ".vmgs": "it holds UEFI variables and a TPM, no configuration",
+    ".vmgs": "it holds UEFI variables and a TPM, not a configuration",
 }
 _HINTS = {
     ".exp": "copy the machine's live folder from the host instead: `Virtual Machines` and `Snapshots` with their XML"
@@ -65,4 +65,4 @@ def read_open(path: str, descriptor: int, size_bytes: int) -> Key:
         return read_xml(path, os.pread(descriptor, MAX_XML_BYTES + 1, 0))
     if not size_bytes:
         refuse(path, "it is empty")
-    refuse(path, "it is no configuration of Hyper-V: neither XML nor VMCX", hint=None)
+    refuse(path, "it is not a configuration of Hyper-V: neither XML nor VMCX", hint=None)

@@ -152,7 +152,7 @@ def test_what_is_no_machine_is_refused(more: dict[str, Any], problem: str) -> No
 @pytest.mark.parametrize(
     ("more", "doubt"),
     [
-        ({f"_{SCSI}_": drives("C:\\a.vhdx")}, "no controller in the manifest"),
+        ({f"_{SCSI}_": drives("C:\\a.vhdx")}, "does not list it as a controller"),
         ({"manifest": {"a": vdev(ADAPTER, CARD)}}, "has no settings"),
         ({"manifest": {"a": vdev(SCSI, FIRST), "b": vdev(SCSI, FIRST)}}, "more than once"),
         ({"manifest": {"a": vdev(ADAPTER, CARD)}, f"_{CARD}_": {"MacAddress": "00-15"}}, "MAC address '00-15'"),

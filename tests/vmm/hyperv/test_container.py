@@ -64,7 +64,9 @@ def test_a_damaged_log_is_refused(tmp_path: Path) -> None:
         damaged = bytearray(whole)
         damaged[place] ^= 1
         assert words in refused(tmp_path / "a", bytes(damaged))
-    for active in (1 << 31, 2):
+    for target in (1 << 63, (1 << 64) - 1):
+        assert "far past the end" in refused(tmp_path / "a", Writer().write(OLD, [(target, b"data")]))
+    for active in (1 << 31, 257, 2):
         damaged = bytearray(whole)
         damaged[LOG_START : LOG_START + 34] = log_head(active)
         assert "log" in refused(tmp_path / "a", bytes(damaged))

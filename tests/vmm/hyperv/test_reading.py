@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of Hyper-V machines: samples read as they should, and what is no configuration is refused."""
+"""Files of Hyper-V machines: samples read as they should, and other files are refused."""
 
 from __future__ import annotations
 

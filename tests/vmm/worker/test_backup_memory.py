@@ -17,6 +17,7 @@ from vmm.api.manager import Manager
 from vmm.api.night_memory import _NOTES
 from vmm.api.restoring.found_night import RestoreRequest, consent_of
 from vmm.api.restoring.restoring import look_at_night, restore_machine
+from vmm.api.running_machine import RunningMachine
 from vmm.model.errors import NoSpace, Refused, StoreFailed
 from vmm.store.state import MachineState
 
@@ -147,6 +148,10 @@ def test_a_failure_leaves_no_night_and_no_snapshot(
     manager.save_night("small", str(repo), WITH_MEMORY)
     assert [one.name for one in nights.tree().snapshots.values()] == ["backup-87654321"]
     manager.snapshots("small").create("backup-12345678", notes=_NOTES)
+    with monkeypatch.context() as patched:
+        patched.setattr(RunningMachine, "delete_snapshot", full)
+        done = manager.save_night("small", str(repo))
+        assert any("could not be deleted" in one for one in done.warnings), "the night is saved all the same"
     manager.forget_nights("small")
     assert [one.name for one in nights.tree().snapshots.values()] == ["backup-87654321"]
     wait_counting(manager)

@@ -23,7 +23,7 @@ from vhdkit.units import MIB, PAGE_SIZE, sectors_to_bytes
 
 DATA_BYTES = 32 * MIB  # asked for and not yet copied: keeps a device busy, and is little of any page cache
 _UNITS = 32  # whose bitmaps are asked for before their data
-_ASK_BYTES, _ASK_UNITS = 2 * MIB, 8  # data is asked for in one go: another thread takes 20 us to be told of it
+_ASK_BYTES, _ASK_UNITS = 2 * MIB, 8  # data is asked for together, as handing work to another thread takes 20 us
 
 
 def read_ahead(plan: Moves, target: Layer) -> Generator[list[Piece], None, None]:

@@ -267,7 +267,7 @@ def _pieces_of(layer: Layer, first: int, count: int) -> Iterator[Piece]:
 
 
 def _cut(runs: Sequence[tuple[int, int]], holes: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, bool]]:
-    """The runs, which are apart from each other, as parts (from, to, is it in a hole), in order, as long as can be."""
+    """The runs, which do not touch each other, as the longest possible parts (from, to, is it in a hole), in order."""
     number = 0
     for start, stop in runs:
         while start < stop:

@@ -2,11 +2,10 @@
 """A layer that a backup froze and that stays, so that the next night of its repository saves only what lies above it.
 
 Decides what is recorded about such a layer, and about the repositories in which the machine has nights, and how these
-records are validated. It is recorded in the tree of the machine,
-in the step in which the disks are frozen; from then on the delete rule treats the layer as one that a snapshot needs:
-nothing is merged into it, but it may be merged down, content and mark, into an image that nothing needs. What the
-layer reads as is not decided here but by the mark beside it, which vhdkit checks: a wrong record costs space or time,
-never content.
+records are validated. A layer is recorded in the tree of the machine, in the step in which the disks are frozen; from
+then on the delete rule treats it as one that a snapshot needs: nothing is merged into it, but it may be merged down,
+content and mark, into an image that nothing needs. What the layer reads as is not decided here but by the mark beside
+it, which vhdkit checks: a wrong record costs space or time, never content.
 
 Which repositories a machine has nights in is recorded by their paths, apart from the layers: those go when a snapshot
 is applied, and by `vmm backup forget`, and a backup must know all the same that another repository is at the path now.
